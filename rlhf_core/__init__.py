@@ -1,0 +1,28 @@
+"""rlhf_core: reinforcement learning from human feedback, compact and from scratch.
+
+The public names below load on first use, so that `import rlhf_core` does no work and needs neither triton, a GPU
+nor the compiled extension.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "rlhf_core.masking": ["IGNORE_INDEX", "last_token_index", "loss_weights", "masked_mean", "whiten"],
+    "rlhf_core.ops": ["gae", "kl_estimate", "token_logprobs", "token_logprobs_and_entropy"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = ["__version__", "backends", *sorted(_MODULE_OF)]
+
+
+def __getattr__(name: str):
+    if name == "backends":
+        return importlib.import_module("rlhf_core.backends")
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module 'rlhf_core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
