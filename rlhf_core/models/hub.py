@@ -79,7 +79,7 @@ def load(cls: type[nn.Module], path: str | os.PathLike, dtype: torch.dtype = tor
                 shapes = f"{tuple(tensor.shape)}, config.json says {tuple(parameter.shape)}"
                 raise ValueError(f"{path}: {' + '.join(name for name, _ in theirs)} has shape {shapes}")
             state[ours] = tensor.to(dtype)
-    unused = sorted(name for name in names.values() if not _expendable(name, cls, config))
+    unused = sorted(name for name in names.values() if not _derived(name, config))
     if unused:
         raise ValueError(f"{path}: {len(unused)} tensors that {cls.__name__} does not know, e.g. {unused[0]!r}")
     model.load_state_dict(state, assign=True)
@@ -263,10 +263,9 @@ def _canonical(name: str, config: TransformerConfig) -> str:
     return name if name.startswith((prefix, "lm_head.", "score.")) else prefix + name
 
 
-def _expendable(name: str, cls: type[nn.Module], config: TransformerConfig) -> bool:
-    if name.startswith("lm_head."):
-        return config.tie_embeddings or cls is not Transformer
-    return name.endswith(_DERIVED) or (name.startswith("score.") and cls is Transformer)
+def _derived(name: str, config: TransformerConfig) -> bool:
+    """Whether a checkpoint's tensor says nothing new: a buffer, or a second copy of the tied embedding."""
+    return name.endswith(_DERIVED) or (name == "lm_head.weight" and config.tie_embeddings)
 
 
 class _Tensors:

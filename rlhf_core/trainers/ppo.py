@@ -1,0 +1,249 @@
+"""PPO for language models (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022), with a critic.
+
+A step samples responses, scores them, shapes the reward with the KL to a frozen reference, estimates advantages and
+takes `ppo_epochs` passes over them. `step` is the algorithm in numbered lines; what it calls is one file away.
+Left out so far: adaptive KL coefficient, reward whitening, entropy bonus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.data.collate import Example, collate
+from rlhf_core.losses import clipped_policy_loss, clipped_value_loss
+from rlhf_core.masking import last_token_index, loss_weights, masked_moments, whiten
+from rlhf_core.models import RewardModel, Transformer, ValueModel
+from rlhf_core.ops import gae, kl_estimate
+from rlhf_core.rollout import Rollout, response_logprobs, response_values, sample
+from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, frozen_copy, micro_batches, option, rows
+
+Reward = RewardModel | Callable[[list, list], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class PPOConfig(TrainConfig):
+    lr: float = option(3e-6, "peak learning rate of AdamW, policy and critic")
+    batch_size: int = option(64, "prompts of a rollout")
+    minibatch_size: int | None = option(None, "rollouts an optimiser step sees; None: a quarter of batch_size")
+    ppo_epochs: int = option(4, "passes over each rollout")
+    response_length: int = option(53, "longest response, tokens")
+    temperature: float = option(0.7, "of sampling, and so of every log-prob, entropy and KL, > 0")
+    kl_coef: float = option(0.05, "weight of the KL to the reference in the reward")
+    kl_estimator: str = option("k1", "k1, k2, k3 or abs")
+    clip_range: float = option(0.2, "half-width of the ratio's interval")
+    value_clip_range: float = option(0.2, "how far a value may move from its old one")
+    vf_coef: float = option(0.1, "weight of the value loss")
+    gamma: float = option(1.0, "discount, in [0, 1]")
+    lam: float = option(0.95, "GAE's lambda, in [0, 1]")
+    aggregation: str = option("token_mean", "of the losses: token_mean or sequence_mean")
+    missing_eos_penalty: float | None = option(None, "taken off the score of a response without an end token")
+    max_prompt_length: int = option(512, "tokens of a prompt; the start of a longer one is cut")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("temperature", "ppo_epochs", "response_length", "clip_range", "value_clip_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+
+
+class Experience(NamedTuple):
+    """What the PPO epochs read of a rollout, all (B, R), fixed while the policy moves."""
+
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor  # whitened
+    returns: Tensor
+    weights: Tensor  # of each token in its minibatch's loss; filled in per minibatch
+
+
+class PPOTrainer(Trainer):
+    """model: the policy; examples: prompts as lists of token ids.
+
+    reward: a RewardModel, or a callable (prompts, responses) -> scores that gets lists of strings where there is a
+        tokenizer (special tokens left out), lists of token ids otherwise, and returns a finite number for each.
+    reference: the policy as it is now, unless given. critic: starts from the reward model where that is one, else
+        from the policy's trunk.
+    eos_ids: every token that ends a response; None takes the policy's own.
+    """
+
+    algorithm = "ppo"
+    main_metric = "objective/scores"
+
+    def __init__(
+        self,
+        model: Transformer,
+        examples: Sequence[Sequence[int]],
+        config: PPOConfig,
+        *,
+        reward: Reward,
+        reference: Transformer | None = None,
+        critic: ValueModel | None = None,
+        eos_ids: tuple[int, ...] | None = None,
+        **options,
+    ):
+        if critic is None:
+            critic = ValueModel.from_model(reward if isinstance(reward, RewardModel) else model)
+        self.critic = critic.train(config.dropout)
+        super().__init__(model, examples, config, **options)
+        self.reference = frozen_copy(model if reference is None else reference)
+        self.reward = reward.eval() if isinstance(reward, nn.Module) else reward
+        self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.episodes = 0
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [p for module in (self.model, self.critic) for p in module.parameters() if p.requires_grad]
+
+    def step(self, batch: list[list[int]]) -> dict[str, float]:
+        """One rollout of a response to every prompt, and the optimiser steps on it."""
+        config, metrics = self.config, Metrics()
+
+        # 1. Sample a response to every prompt.
+        rollout = sample(
+            self.model,
+            [prompt[-config.max_prompt_length :] for prompt in batch],
+            max_new_tokens=config.response_length,
+            temperature=config.temperature,
+            eos_ids=self.eos_ids,
+            generator=self.generator,
+        )
+        mask = rollout.response_mask  # (B, R)
+
+        # 2. Score every response.
+        scores = self.score(rollout)  # (B,)
+
+        # 3. Log-probs under the policy that sampled and under the reference, and the values, before any update.
+        old_logprobs, ref_logprobs, old_values, entropy = self.predict(rollout)  # (B, R)
+
+        # 4. Rewards: the KL penalty on every token, the score on the last one.
+        kl = kl_estimate(old_logprobs, ref_logprobs, estimator=config.kl_estimator, mask=mask)
+        rewards = shaped_rewards(scores, kl, mask, config.kl_coef)
+
+        # 5. Advantages, whitened over the batch, and returns.
+        advantages, returns = gae(rewards, old_values, mask, gamma=config.gamma, lam=config.lam)
+        advantages = whiten(advantages, mask)
+
+        # 6. Several passes of clipped updates over the same rollout, in minibatches.
+        experience = Experience(old_logprobs, old_values, advantages, returns, torch.zeros_like(returns))
+        minibatch_size = config.minibatch_size or -(-config.batch_size // 4)
+        for _ in range(config.ppo_epochs):
+            for index in torch.randperm(len(batch), generator=self.generator, device=self.device).split(minibatch_size):
+                self.optimize(self.minibatch_losses(rows(rollout, index), rows(experience, index), metrics))
+
+        # 7. Report.
+        self.episodes += len(batch)
+        per_sequence = {
+            "objective/kl": kl_estimate(old_logprobs, ref_logprobs, mask=mask).sum(dim=1),
+            "objective/entropy": entropy.sum(dim=1),
+            "objective/non_score_reward": -config.kl_coef * kl.sum(dim=1),
+            "objective/rlhf_reward": rewards.sum(dim=1),
+            "objective/scores": scores,
+            "val/num_eos_tokens": self.ended(rollout).float(),
+            "response_length": mask.sum(dim=1).float(),
+        }
+        for name, values in per_sequence.items():
+            metrics.add(name, values)
+        report = metrics.means()
+        report["val/ratio_var"] = report.pop("ratio_squared") - report["val/ratio"] ** 2
+        report["val/explained_variance"] = explained_variance(old_values, returns, mask)
+        report["val/rollout_mismatch"] = float((old_logprobs - rollout.logprobs).abs().max())
+        report |= {"objective/kl_coef": config.kl_coef, "lr": self.optimizer.param_groups[0]["lr"]}
+        return report | {"eps": config.adam_eps, "episode": self.episodes}
+
+    def minibatch_losses(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> Iterator[Tensor]:
+        """The PPO loss of each micro-batch; the parts add up to the minibatch's loss."""
+        config = self.config
+        experience = experience._replace(weights=loss_weights(rollout.response_mask, config.aggregation))
+        for part, old in micro_batches(config.micro_batch_size, rollout, experience):
+            mask = part.response_mask
+            logprobs, entropy = response_logprobs(self.model, part, config.temperature)
+            values = response_values(self.critic, part)
+            policy_loss, stats = clipped_policy_loss(
+                logprobs, old.old_logprobs, old.advantages, mask, clip_range=config.clip_range
+            )
+            value_loss, value_clipped = clipped_value_loss(
+                values, old.old_values, old.returns, mask, clip_range=config.value_clip_range
+            )
+            for name, x in {
+                "loss/policy_avg": policy_loss,
+                "loss/value_avg": value_loss,
+                "policy/approxkl_avg": stats.approx_kl,
+                "policy/clipfrac_avg": stats.clipped,
+                "policy/entropy_avg": entropy,
+                "val/clipfrac_avg": value_clipped,
+                "val/ratio": stats.ratio,
+                "ratio_squared": stats.ratio**2,
+            }.items():
+                metrics.add(name, x, mask)
+            yield ((policy_loss + config.vf_coef * value_loss) * old.weights).sum()
+
+    @torch.no_grad()
+    def predict(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """old_logprobs, ref_logprobs, values and entropy, all (B, R).
+
+        The old log-probs are computed by the training forward, not taken from sampling, so that the ratio of the first
+        minibatch is 1 even where a fast decoder rounds differently; `val/rollout_mismatch` reports the difference.
+        """
+        parts = []
+        for (part,) in micro_batches(self.config.micro_batch_size, rollout):
+            old_logprobs, entropy = response_logprobs(self.model, part, self.config.temperature)
+            ref_logprobs, _ = response_logprobs(self.reference, part, self.config.temperature)
+            parts.append((old_logprobs, ref_logprobs, response_values(self.critic, part), entropy))
+        return tuple(torch.cat(columns) for columns in zip(*parts))
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Tensor:
+        """Scores (B,) of the responses, the missing-EOS penalty taken off."""
+        prompts, responses = rollout.prompts(), rollout.responses()
+        if isinstance(self.reward, RewardModel):
+            tokens = collate([Example(p, r) for p, r in zip(prompts, responses)], self.pad_id)
+            parts = micro_batches(self.config.micro_batch_size, tokens.input_ids, tokens.attention_mask)
+            scores = torch.cat([self.reward(ids.to(self.device), seen.to(self.device)) for ids, seen in parts])
+        else:
+            scores = self._call_reward(prompts, responses)
+        if self.config.missing_eos_penalty is not None:
+            scores = scores - self.config.missing_eos_penalty * ~self.ended(rollout)
+        return scores
+
+    def _call_reward(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        if self.tokenizer is not None:
+            prompts, responses = ([self.tokenizer.decode(ids) for ids in rows] for rows in (prompts, responses))
+        scores = torch.as_tensor(self.reward(prompts, responses), dtype=torch.float32, device=self.device)
+        if scores.shape != (len(prompts),):
+            raise ValueError(f"the reward returned shape {tuple(scores.shape)} for {len(prompts)} responses")
+        bad = (~scores.isfinite()).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise ValueError(
+                f"the reward of row {row} is {scores[row]}; prompt {prompts[row]!r}, response {responses[row]!r}"
+            )
+        return scores
+
+    def ended(self, rollout: Rollout) -> Tensor:
+        """(B,) bool: whether the last counted token is one of the stop set."""
+        last = rollout.response_ids.gather(1, last_token_index(rollout.response_mask)[:, None])[:, 0]
+        return torch.isin(last, torch.tensor(self.eos_ids, device=last.device, dtype=last.dtype))
+
+    def save(self, path: Path) -> None:
+        """The policy in `path`, the critic in its subfolder `critic`."""
+        super().save(path)
+        self.critic.save_pretrained(path / "critic")
+
+
+def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Rewards (B, R): -kl_coef * kl on every counted token, plus the score (B,) on the last counted one."""
+    rewards = -kl_coef * kl.masked_fill(~mask, 0)
+    last = last_token_index(mask)[:, None]
+    return rewards.scatter_add(1, last, (scores * mask.any(dim=1))[:, None])
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over the counted tokens; 0 where the returns do not vary."""
+    residual, total = masked_moments(returns - values, mask), masked_moments(returns, mask)
+    return float(1 - residual.m2 / total.m2) if total.m2 > 0 else 0.0
