@@ -8,6 +8,7 @@ Nothing is imported, probed or printed before the first question.
 import functools
 import importlib
 import os
+import warnings
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _MODULES = {"reference": None, "cpp": "rlhf_core.cpp", "triton": "rlhf_core.kernels"}
 _REMEDY = {
-    "cpp": "install a C++17 compiler and reinstall with `pip install --force-reinstall --no-deps .`",
+    "cpp": "install a C++17 compiler and reinstall rlhf_core",
     "triton": "install triton (Linux) and use CUDA tensors",
 }
 
@@ -40,7 +41,7 @@ def resolve(backend: str | None, x: Tensor) -> ModuleType | None:
     if name is None:
         if x.dtype not in FUSED_DTYPES or x.device.type not in ("cpu", "cuda"):
             return None
-        return _load("triton" if x.device.type == "cuda" else "cpp")[0]
+        return _load("triton")[0] if x.device.type == "cuda" else _cpp_or_warn()
     if name == "reference":
         return None
     if name not in _MODULES:
@@ -66,7 +67,7 @@ def status() -> list[Status]:
         if module is None:
             rows.append(Status(name, False, f"{reason}; {_REMEDY[name]}"))
         elif name == "cpp":
-            rows.append(Status(name, True, f"{module_name}._C, {module.isa()} code, {torch.get_num_threads()} threads"))
+            rows.append(Status(name, True, f"rlhf_core._C, {module.isa()} code, {torch.get_num_threads()} threads"))
         elif torch.cuda.is_available():
             rows.append(Status(name, True, f"on {torch.cuda.get_device_name()}"))
         elif _interpreting():
@@ -93,6 +94,15 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         return importlib.import_module(_MODULES[name]), ""
     except ImportError as error:
         return None, f"{type(error).__name__}: {error}"
+
+
+@functools.cache
+def _cpp_or_warn() -> ModuleType | None:
+    module, reason = _load("cpp")
+    if module is None:
+        text = f"rlhf_core's C++ kernels are not installed ({reason}): CPU tensors take slower plain PyTorch; "
+        warnings.warn(text + _REMEDY["cpp"], RuntimeWarning, stacklevel=2)
+    return module
 
 
 def _interpreting() -> bool:

@@ -78,7 +78,7 @@ class KVCache:
 
     def __init__(self, config: TransformerConfig, batch_size: int, max_length: int, like: Tensor):
         shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)  # (L, B, Hkv, S, K)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)  # (L, B, Hkv, S, K)
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,6 @@ class Experience(NamedTuple):
     old_values: Tensor
     advantages: Tensor  # whitened
     returns: Tensor
-    weights: Tensor  # of each token in its minibatch's loss; filled in per minibatch
 
 
 class PPOTrainer(Trainer):
@@ -130,7 +129,7 @@ class PPOTrainer(Trainer):
         advantages = whiten(advantages, mask)
 
         # 6. Several passes of clipped updates over the same rollout, in minibatches.
-        experience = Experience(old_logprobs, old_values, advantages, returns, torch.zeros_like(returns))
+        experience = Experience(old_logprobs, old_values, advantages, returns)
         minibatch_size = config.minibatch_size or -(-config.batch_size // 4)
         for _ in range(config.ppo_epochs):
             for index in torch.randperm(len(batch), generator=self.generator, device=self.device).split(minibatch_size):
@@ -159,8 +158,8 @@ class PPOTrainer(Trainer):
     def minibatch_losses(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> Iterator[Tensor]:
         """The PPO loss of each micro-batch; the parts add up to the minibatch's loss."""
         config = self.config
-        experience = experience._replace(weights=loss_weights(rollout.response_mask, config.aggregation))
-        for part, old in micro_batches(config.micro_batch_size, rollout, experience):
+        weights = loss_weights(rollout.response_mask, config.aggregation)  # (B, R)
+        for part, old, w in micro_batches(config.micro_batch_size, rollout, experience, weights):
             mask = part.response_mask
             logprobs, entropy = response_logprobs(self.model, part, config.temperature)
             values = response_values(self.critic, part)
@@ -181,7 +180,7 @@ class PPOTrainer(Trainer):
                 "ratio_squared": stats.ratio**2,
             }.items():
                 metrics.add(name, x, mask)
-            yield ((policy_loss + config.vf_coef * value_loss) * old.weights).sum()
+            yield ((policy_loss + config.vf_coef * value_loss) * w).sum()
 
     @torch.no_grad()
     def predict(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,299 @@
+"""`rlhf-core sft|reward|ppo|dpo|generate|demo|info`: arguments in, the library's functions called, errors without a
+traceback. A trainer's options are the fields of its config."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+import rlhf_core
+
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError, ImportError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for bad input, 130 for an interrupt."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except USER_ERRORS as error:
+        print(f"rlhf-core {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"rlhf-core {arguments.command}: interrupted, the model was not saved", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf-core", description="Reinforcement learning from human feedback.")
+    parser.add_argument("--version", action="version", version=rlhf_core.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    from rlhf_core.trainers import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+
+    texts = "JSONL[.gz] with prompt and completion (or response), question and answer, or text"
+    pairs = "JSONL[.gz] with prompt, chosen and rejected"
+    for name, run, config, data, help in (
+        ("sft", _sft, SFTConfig, texts, "supervised fine-tuning"),
+        ("reward", _reward, RewardConfig, pairs, "train a reward model on preference pairs"),
+        ("dpo", _dpo, DPOConfig, pairs, "direct preference optimisation"),
+        ("ppo", _ppo, PPOConfig, None, "PPO against a reward model"),
+    ):
+        sub = command(name, run, help)
+        sub.add_argument("--model", required=True, type=Path, help="model folder in the Hugging Face layout")
+        if data is None:
+            sub.add_argument("--reward-model", required=True, type=Path, help="folder that `rlhf-core reward` wrote")
+            sub.add_argument("--prompts", required=True, type=Path, help="JSONL[.gz] with prompt, or .txt, one a line")
+            sub.add_argument(
+                "--eos-ids", type=int, nargs="+", help="token ids that end a response; default: the model's"
+            )
+        else:
+            sub.add_argument("--data", required=True, type=Path, help=data)
+            sub.add_argument("--eval-data", type=Path, help="evaluate on this file")
+            sub.add_argument("--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out")
+        sub.add_argument(
+            "--out", required=True, type=Path, help="folder for the model, its config and metrics.jsonl"
+        )
+        sub.add_argument("--overwrite", action="store_true", help="write into --out even if it is not empty")
+        sub.add_argument("--skip-bad", action="store_true", help="drop bad lines and count them instead of stopping")
+        sub.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+        _add_config(sub, config)
+
+    sub = command("generate", _generate, "sample from a model")
+    sub.add_argument("--model", required=True, type=Path, help="model folder in the Hugging Face layout")
+    sub.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
+    sub.add_argument("--max-new-tokens", type=int, default=64, help="longest response")
+    sub.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    sub.add_argument("--top-k", type=int, help="sample among the k most likely tokens")
+    sub.add_argument("--top-p", type=float, help="sample among the fewest tokens that hold this probability")
+    sub.add_argument("--eos-ids", type=int, nargs="+", help="token ids that end a response; default: the model's")
+    sub.add_argument("--seed", type=int, default=0, help="of sampling")
+    sub.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
+
+    sub = command("demo", _demo, "SFT, reward model, PPO and DPO on a task whose gold score is known")
+    sub.add_argument("--real", type=Path, metavar="DIR", help="use the story model and data in DIR")
+    sub.add_argument("--out", type=Path, help="folder for everything; default: runs/demo or runs/demo-real")
+    sub.add_argument("--seed", type=int, default=0, help="of everything")
+
+    command("info", _info, "versions, backends with reasons, CPU features")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, config: type) -> None:
+    """One option for each field of a config dataclass, its default and its help."""
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = typing.get_args(kind)[0]
+        options = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": field.name.upper()}
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), default=field.default, help=field.metadata["help"], **options
+        )
+
+
+def _config(config: type, arguments: argparse.Namespace):
+    return config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)})
+
+
+class _SkippedLines:
+    """Counts bad lines for --skip-bad and tells of them once."""
+
+    def __init__(self):
+        self.errors = []
+
+    def __call__(self, error: ValueError) -> None:
+        self.errors.append(error)
+
+    def report(self) -> None:
+        if self.errors:
+            print(f"dropped {len(self.errors)} bad lines, the first: {self.errors[0]}", file=sys.stderr)
+
+
+def _read(reader, path: Path, arguments: argparse.Namespace) -> list:
+    skipped = _SkippedLines()
+    items = reader(path, skipped if arguments.skip_bad else None)
+    skipped.report()
+    return items
+
+
+def _fresh_out(arguments: argparse.Namespace) -> None:
+    out = arguments.out
+    if out.is_dir() and any(out.iterdir()) and not arguments.overwrite:
+        raise FileExistsError(f"{out} is not empty; choose another --out or pass --overwrite")
+
+
+def _device(arguments: argparse.Namespace):
+    import torch
+
+    return torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _train_on_file(arguments: argparse.Namespace, config_type: type, reader, encode, model_type, trainer_type) -> None:
+    """What sft, reward and dpo share: file -> examples, model -> trainer, train, print the last metrics."""
+    import torch
+
+    from rlhf_core.data import load_tokenizer
+    from rlhf_core.models import RewardModel, Transformer
+
+    config = _config(config_type, arguments)
+    _fresh_out(arguments)
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(arguments.model)
+    model = Transformer.from_pretrained(arguments.model)
+    if model_type is RewardModel:
+        model = RewardModel.from_model(model)
+    max_length = min(config.max_length, model.config.max_positions)
+
+    def load(path: Path) -> list:
+        return [encode(row, tokenizer, max_length) for row in _read(reader, path, arguments)]
+
+    examples = load(arguments.data)
+    if arguments.eval_data is not None:
+        held_out = load(arguments.eval_data)
+    else:
+        if not 0 <= arguments.eval_fraction < 1:
+            raise ValueError(f"--eval-fraction must be in [0, 1), got {arguments.eval_fraction}")
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        count = int(len(examples) * arguments.eval_fraction)
+        held_out, examples = [examples[i] for i in order[:count]], [examples[i] for i in order[count:]]
+    trainer = trainer_type(
+        model.to(_device(arguments)),
+        examples,
+        config,
+        eval_examples=held_out,
+        tokenizer=tokenizer,
+        out=arguments.out,
+    )
+    _print_result(trainer.train()[-1], arguments.out, f"{len(examples)} to train on, {len(held_out)} held out")
+
+
+def _print_result(metrics: dict[str, float], out: Path, note: str) -> None:
+    for name, value in metrics.items():
+        print(f"{name:<28} {value:.6g}")
+    print(f"{note}; written to {out}")
+
+
+def _sft(arguments: argparse.Namespace) -> None:
+    from rlhf_core.data import encode_text, read_texts
+    from rlhf_core.models import Transformer
+    from rlhf_core.trainers import SFTConfig, SFTTrainer
+
+    _train_on_file(arguments, SFTConfig, read_texts, encode_text, Transformer, SFTTrainer)
+
+
+def _reward(arguments: argparse.Namespace) -> None:
+    from rlhf_core.data import encode_preference, read_preferences
+    from rlhf_core.models import RewardModel
+    from rlhf_core.trainers import RewardConfig, RewardTrainer
+
+    _train_on_file(arguments, RewardConfig, read_preferences, encode_preference, RewardModel, RewardTrainer)
+
+
+def _dpo(arguments: argparse.Namespace) -> None:
+    from rlhf_core.data import encode_preference, read_preferences
+    from rlhf_core.models import Transformer
+    from rlhf_core.trainers import DPOConfig, DPOTrainer
+
+    _train_on_file(arguments, DPOConfig, read_preferences, encode_preference, Transformer, DPOTrainer)
+
+
+def _ppo(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from rlhf_core.data import load_tokenizer, read_prompts
+    from rlhf_core.models import RewardModel, Transformer
+    from rlhf_core.trainers import PPOConfig, PPOTrainer
+
+    config = _config(PPOConfig, arguments)
+    _fresh_out(arguments)
+    torch.manual_seed(config.seed)
+    tokenizer, device = load_tokenizer(arguments.model), _device(arguments)
+    trainer = PPOTrainer(
+        Transformer.from_pretrained(arguments.model).to(device),
+        [tokenizer.encode_prompt(prompt) for prompt in _read(read_prompts, arguments.prompts, arguments)],
+        config,
+        reward=RewardModel.from_pretrained(arguments.reward_model).to(device),
+        eos_ids=arguments.eos_ids,
+        tokenizer=tokenizer,
+        out=arguments.out,
+    )
+    _print_result(trainer.train()[-1], arguments.out, f"{len(trainer.examples)} prompts")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from rlhf_core.data import load_tokenizer
+    from rlhf_core.data.collate import left_pad
+    from rlhf_core.generation import generate
+    from rlhf_core.models import Transformer
+
+    device = _device(arguments)
+    tokenizer = load_tokenizer(arguments.model)
+    model = Transformer.from_pretrained(arguments.model).to(device)
+    prompts = [tokenizer.encode_prompt(prompt) for prompt in arguments.prompt]
+    prompt_ids, attention_mask = (x.to(device) for x in left_pad(prompts, tokenizer.pad_id))
+    response = generate(
+        model,
+        prompt_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        eos_ids=arguments.eos_ids,
+        generator=torch.Generator(device).manual_seed(arguments.seed),
+    )
+    for prompt, ids, mask in zip(prompts, response.response_ids, response.response_mask):
+        print(tokenizer.decode(prompt + ids[mask].tolist()))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from rlhf_core import demo
+
+    real = arguments.real is not None
+    out = arguments.out or Path("runs") / ("demo-real" if real else "demo")
+    out.mkdir(parents=True, exist_ok=True)
+    task = demo.stories_task(arguments.real, arguments.seed) if real else demo.replies_task(arguments.seed)
+    print(demo.run(task, out, arguments.seed))
+    print(f"models, metrics and this report are in {out}")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    import numpy
+    import torch
+
+    print(f"rlhf_core {rlhf_core.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"torch {torch.__version__}, numpy {numpy.__version__}, {torch.get_num_threads()} threads")
+    for name in ("triton", "safetensors", "tokenizers", "tqdm"):
+        try:
+            print(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            print(name, "not installed")
+    rlhf_core.backends.report()
+    try:
+        from rlhf_core import cpp
+    except ImportError:
+        return
+    print("CPU features:", " ".join(cpp.cpu_features()) or "none that the kernels use")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""The whole chain on a task whose gold score is known, so that it can be checked: SFT, pairs, reward model, PPO, DPO.
+
+The embedded task is a grammar of replies to how-to questions; the gold rule rewards the right answer, courtesy and
+brevity. `--real DIR` takes a pretrained story model, prompts from stories, and the mean VADER valence of the words of
+the continuation (Hutto & Gilbert 2014) as gold. Training never sees the gold score, only pairs that it labelled.
+"""
+
+from __future__ import annotations
+
+import gzip
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rlhf_core.data import ByteTokenizer, Pair, Text, Tokenizer, encode_text, load_tokenizer, read_texts
+from rlhf_core.data.collate import Example
+from rlhf_core.evaluation import Evaluation, evaluate_policy, win_rate
+from rlhf_core.models import RewardModel, Transformer, TransformerConfig
+from rlhf_core.rollout import sample
+from rlhf_core.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from rlhf_core.trainers.common import frozen_copy
+
+# ---- the embedded task
+
+ANSWERS = {
+    "wash a car": "use soap and water",
+    "cook rice": "boil it in a pot",
+    "fix a bike": "oil the chain",
+    "grow herbs": "give them some sun",
+    "clean a pan": "scrub it with salt",
+    "calm a dog": "pet it slowly",
+    "dry boots": "fill them with paper",
+    "open a jar": "tap the lid",
+    "hang a picture": "find a nail",
+    "fold a shirt": "start at the sleeves",
+    "wake up early": "go to bed on time",
+    "catch a mouse": "get a cat",
+}
+QUESTIONS = ("how do i {}?", "how can i {}?", "tell me how to {}.", "what helps to {}?", "i want to {}.", "{}, how?")
+COURTEOUS, RUDE = ("sure! ", "happy to help. ", "good question. "), ("ugh. ", "obviously, ", "not again. ")
+FILLER = (" well, you know.", " as they say.", " more or less.")
+CLOSING = (" good luck!", " enjoy!")
+EVASIVE = ("no idea", "ask someone else")
+_WORDS = set(re.findall(r"[a-z]+", " ".join((*ANSWERS.values(), *COURTEOUS, *RUDE, *FILLER, *CLOSING, *EVASIVE))))
+
+
+def random_reply(thing: str, rng: random.Random) -> str:
+    """A reply of mixed quality: what the supervised data holds."""
+    kind = rng.random()
+    answer = ANSWERS[thing] if kind < 0.5 else rng.choice(list(ANSWERS.values()) if kind < 0.8 else EVASIVE)
+    opening = rng.choice(("", "", *COURTEOUS, *RUDE))
+    filler = "".join(rng.choices(FILLER, k=rng.choice((0, 0, 1, 2))))
+    return f"{opening}{answer}.{filler}{rng.choice(('', '', *CLOSING))}"
+
+
+def reply_score(prompt: str, reply: str) -> float:
+    """The gold rule: +2 for the right answer, +1 a courteous and -1 a rude opening, +0.5 a friendly closing,
+    -0.03 for every character beyond 40, -0.25 for every word that is none."""
+    thing = next(thing for thing in ANSWERS if thing in prompt)
+    score = 2.0 * (ANSWERS[thing] in reply)
+    score += reply.startswith(COURTEOUS) - reply.startswith(RUDE) + 0.5 * reply.endswith(CLOSING)
+    score -= 0.03 * max(0, len(reply) - 40)
+    return score - 0.25 * sum(word not in _WORDS for word in re.findall(r"[a-z]+", reply))
+
+
+# ---- a task, embedded or real
+
+
+@dataclass
+class Task:
+    """Everything the chain needs to know; gold(prompts, responses) -> scores, of which training sees only labels."""
+
+    name: str
+    gold: Callable[[list[str], list[str]], list[float]]
+    tokenizer: Tokenizer
+    policy: Transformer  # untrained where there are sft_examples, else pretrained
+    sft_examples: list[Example]
+    prompts: list[list[int]]
+    eval_prompts: list[list[int]]
+    eos_ids: tuple[int, ...]
+    response_length: int
+    label_noise: float  # share of pairs labelled the wrong way round
+    sft: SFTConfig | None
+    reward: RewardConfig
+    ppo: PPOConfig
+    dpo: DPOConfig
+
+
+def replies_task(seed: int) -> Task:
+    """The embedded default: byte-level, a Transformer from scratch."""
+    rng = random.Random(seed)
+    tokenizer = ByteTokenizer()
+    cases = [(question, thing) for question in QUESTIONS for thing in ANSWERS]
+    rng.shuffle(cases)
+    held_out, train = cases[:16], cases[16:]
+
+    def prompt(case: tuple[str, str]) -> list[int]:
+        return tokenizer.encode_prompt(case[0].format(case[1]) + "\n")
+
+    def gold(prompts: list[str], responses: list[str]) -> list[float]:
+        return [reply_score(*row) for row in zip(prompts, responses)]
+
+    texts = [
+        Text(question.format(thing) + "\n", random_reply(thing, rng)) for question, thing in rng.choices(train, k=4096)
+    ]
+    torch.manual_seed(seed)
+    config = TransformerConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=96,
+        num_layers=3,
+        num_heads=4,
+        intermediate_size=256,
+        max_positions=160,
+        bos_id=tokenizer.bos_id,
+        eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    return Task(
+        name="replies",
+        gold=gold,
+        tokenizer=tokenizer,
+        policy=Transformer(config),
+        sft_examples=[encode_text(text, tokenizer, 160) for text in texts],
+        prompts=[prompt(case) for case in rng.choices(train, k=1536)],
+        eval_prompts=[prompt(case) for case in held_out * 16],
+        eos_ids=tokenizer.eos_ids,
+        response_length=88,
+        label_noise=0.05,
+        sft=SFTConfig(lr=3e-3, batch_size=64, epochs=8, warmup_steps=20, seed=seed),
+        reward=RewardConfig(lr=5e-4, batch_size=64, epochs=4, seed=seed),
+        ppo=PPOConfig(lr=3e-4, batch_size=64, epochs=2, temperature=1.0, response_length=88, seed=seed),
+        dpo=DPOConfig(lr=1e-4, batch_size=64, epochs=2, seed=seed),
+    )
+
+
+def stories_task(data: Path, seed: int) -> Task:
+    """Real input: the stories260k model and TinyStories prompts, gold the mean valence of words times 10."""
+    valence = {}
+    with gzip.open(data / "lexicons" / "vader_lexicon.txt.gz", "rt", encoding="utf-8") as file:
+        for line in file:
+            word, score = line.split("\t")[:2]
+            valence[word] = float(score)
+
+    def gold(prompts: list[str], responses: list[str]) -> list[float]:
+        words = [re.findall(r"[a-z']+", response.lower()) for response in responses]
+        return [10 * sum(valence.get(word, 0.0) for word in row) / max(len(row), 1) for row in words]
+
+    model = data / "models" / "stories260k"
+    tokenizer = load_tokenizer(model)
+    stories = read_texts(data / "text" / "tinystories.jsonl.gz")
+    prompts = [tokenizer.encode_prompt(story.completion)[:16] for story in stories]
+    return Task(
+        name="stories",
+        gold=gold,
+        tokenizer=tokenizer,
+        policy=Transformer.from_pretrained(model),
+        sft_examples=[],
+        prompts=prompts[:-200],
+        eval_prompts=prompts[-200:] * 4,
+        eos_ids=(1, 2),
+        response_length=64,
+        label_noise=0.0,
+        sft=None,
+        reward=RewardConfig(lr=5e-4, batch_size=64, epochs=4, seed=seed),
+        ppo=PPOConfig(lr=1e-4, batch_size=64, epochs=2, temperature=1.0, response_length=64, seed=seed),
+        dpo=DPOConfig(lr=1e-4, batch_size=64, epochs=2, seed=seed),
+    )
+
+
+# ---- the chain
+
+
+def run(task: Task, out: Path, seed: int) -> str:
+    """Train everything into subfolders of `out`; returns the report, also written to out/report.txt."""
+    started = time.monotonic()
+    lines = []
+
+    def evaluate(policy: Transformer) -> Evaluation:
+        return evaluate_policy(
+            policy,
+            base,
+            task.eval_prompts,
+            task.gold,
+            task.tokenizer,
+            max_new_tokens=task.response_length,
+            eos_ids=task.eos_ids,
+            seed=seed + 1,
+        )
+
+    base = task.policy
+    if task.sft is not None:
+        history = SFTTrainer(base, task.sft_examples, task.sft, tokenizer=task.tokenizer, out=out / "sft").train()
+        lines.append(f"SFT loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} nats a token")
+    base = frozen_copy(base)
+
+    pairs, disagreement = labelled_pairs(task, base, seed)
+    held_out = len(pairs) // 8
+    train_pairs, eval_pairs = pairs[held_out:], pairs[:held_out]
+    torch.manual_seed(seed)
+    reward_model = RewardModel.from_model(base).requires_grad_(True)
+    trainer = RewardTrainer(
+        reward_model,
+        train_pairs,
+        task.reward,
+        eval_examples=eval_pairs,
+        tokenizer=task.tokenizer,
+        out=out / "reward",
+    )
+    accuracy = trainer.train()[-1]["eval_accuracy"]
+    lines.append(
+        f"reward model: accuracy {accuracy:.3f} on {len(eval_pairs)} held-out pairs "
+        f"({len(train_pairs)} to train on, {disagreement:.1%} labelled against gold)"
+    )
+
+    ppo_policy = trainable_copy(base)
+    PPOTrainer(
+        ppo_policy,
+        task.prompts,
+        task.ppo,
+        reward=reward_model,
+        reference=base,
+        eos_ids=task.eos_ids,
+        tokenizer=task.tokenizer,
+        out=out / "ppo",
+    ).train()
+    dpo_policy = trainable_copy(base)
+    DPOTrainer(dpo_policy, train_pairs, task.dpo, reference=base, tokenizer=task.tokenizer, out=out / "dpo").train()
+
+    results = {"SFT": evaluate(base), "PPO": evaluate(ppo_policy), "DPO": evaluate(dpo_policy)}
+    lines += [*table(results), "", *samples(task, results), "", f"{time.monotonic() - started:.0f} s"]
+    report = "\n".join(lines)
+    (out / "report.txt").write_text(report + "\n", encoding="utf-8")
+    return report
+
+
+def labelled_pairs(task: Task, policy: Transformer, seed: int) -> tuple[list[Pair], float]:
+    """Two samples of the policy for each prompt, labelled by gold with some noise; ties are dropped. Also returns the
+    share of labels that are wrong."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    pairs, wrong = [], 0
+    for start in range(0, len(task.prompts), 128):
+        prompts = task.prompts[start : start + 128]
+        texts = [task.tokenizer.decode(prompt) for prompt in prompts]
+        responses, scores = [], []
+        for _ in range(2):
+            rollout = sample(
+                policy, prompts, max_new_tokens=task.response_length, eos_ids=task.eos_ids, generator=generator
+            )
+            responses.append(rollout.responses())
+            scores.append(task.gold(texts, [task.tokenizer.decode(ids) for ids in responses[-1]]))
+        for prompt, first, second, first_score, second_score in zip(prompts, *responses, *scores):
+            if first_score == second_score:
+                continue
+            flip = rng.random() < task.label_noise
+            wrong += flip
+            chosen, rejected = (first, second) if (first_score > second_score) != flip else (second, first)
+            pairs.append(Pair(prompt, chosen, rejected))
+    return pairs, wrong / len(pairs)
+
+
+def trainable_copy(policy: Transformer) -> Transformer:
+    """A copy that trains."""
+    return frozen_copy(policy).requires_grad_(True)
+
+
+def table(results: dict[str, Evaluation]) -> list[str]:
+    """Gold score with standard error and deviation, KL and win rate against the first row."""
+    first = next(iter(results.values()))
+    lines = ["", "policy   gold score (± s.e.)   s.d.   KL to SFT, nats   win rate against SFT"]
+    for name, result in results.items():
+        mean, deviation = float(result.scores.mean()), float(result.scores.std())
+        error = deviation / len(result.scores) ** 0.5
+        wins = "" if result is first else f"{win_rate(result.scores, first.scores):20.3f}"
+        lines.append(f"{name:<6} {mean:12.3f} ± {error:.3f} {deviation:9.3f} {float(result.kl.mean()):14.2f} {wins}")
+    return lines
+
+
+def samples(task: Task, results: dict[str, Evaluation]) -> list[str]:
+    """Three prompts with every policy's response and its gold score."""
+    lines = []
+    for i in range(3):
+        lines.append(f"> {task.tokenizer.decode(task.eval_prompts[i]).strip()}")
+        for name, result in results.items():
+            response = " ".join(result.responses[i].split())
+            lines.append(f"  {name}  {float(result.scores[i]):6.2f}  {response}")
+    return lines
