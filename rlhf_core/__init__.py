@@ -9,8 +9,16 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
+    "rlhf_core.data": ["ByteTokenizer", "Preference", "Text", "encode_preference", "encode_text", "load_tokenizer"],
+    "rlhf_core.generation": ["generate"],
     "rlhf_core.masking": ["IGNORE_INDEX", "last_token_index", "loss_weights", "masked_mean", "whiten"],
+    "rlhf_core.models": ["RewardModel", "Transformer", "TransformerConfig", "ValueModel"],
     "rlhf_core.ops": ["gae", "kl_estimate", "token_logprobs", "token_logprobs_and_entropy"],
+    "rlhf_core.rollout": ["Rollout"],
+    "rlhf_core.trainers": [
+        *("SFTConfig", "SFTTrainer", "RewardConfig", "RewardTrainer"),
+        *("PPOConfig", "PPOTrainer", "DPOConfig", "DPOTrainer"),
+    ],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = ["__version__", "backends", *sorted(_MODULE_OF)]

@@ -67,9 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--data", required=True, type=Path, help=data)
             sub.add_argument("--eval-data", type=Path, help="evaluate on this file")
             sub.add_argument("--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out")
-        sub.add_argument(
-            "--out", required=True, type=Path, help="folder for the model, its config and metrics.jsonl"
-        )
+        sub.add_argument("--out", required=True, type=Path, help="folder for the model, its config and metrics.jsonl")
         sub.add_argument("--overwrite", action="store_true", help="write into --out even if it is not empty")
         sub.add_argument("--skip-bad", action="store_true", help="drop bad lines and count them instead of stopping")
         sub.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda where there is one")

@@ -43,16 +43,12 @@ ANSWERS = {
     "grow herbs": "give them some sun",
     "clean a pan": "scrub it with salt",
     "calm a dog": "pet it slowly",
-    "dry boots": "fill them with paper",
     "open a jar": "tap the lid",
-    "hang a picture": "find a nail",
-    "fold a shirt": "start at the sleeves",
-    "wake up early": "go to bed on time",
-    "catch a mouse": "get a cat",
+    "catch a mouse": "find a cat",
 }
-QUESTIONS = ("how do i {}?", "how can i {}?", "tell me how to {}.", "what helps to {}?", "i want to {}.", "{}, how?")
-COURTEOUS, RUDE = ("sure! ", "happy to help. ", "good question. "), ("ugh. ", "obviously, ", "not again. ")
-FILLER = (" well, you know.", " as they say.", " more or less.")
+QUESTIONS = ("how do i {}?", "how can i {}?", "how to {}?", "help me {}.", "what helps to {}?", "i want to {}.")
+COURTEOUS, RUDE = ("sure! ", "happy to help. "), ("ugh. ", "not again. ")
+FILLER = (" well, you know.", " as they say.")
 CLOSING = (" good luck!", " enjoy!")
 EVASIVE = ("no idea", "ask someone else")
 _WORDS = set(re.findall(r"[a-z]+", " ".join((*ANSWERS.values(), *COURTEOUS, *RUDE, *FILLER, *CLOSING, *EVASIVE))))
@@ -63,18 +59,18 @@ def random_reply(thing: str, rng: random.Random) -> str:
     kind = rng.random()
     answer = ANSWERS[thing] if kind < 0.5 else rng.choice(list(ANSWERS.values()) if kind < 0.8 else EVASIVE)
     opening = rng.choice(("", "", *COURTEOUS, *RUDE))
-    filler = "".join(rng.choices(FILLER, k=rng.choice((0, 0, 1, 2))))
+    filler = "".join(rng.choices(FILLER, k=rng.choice((0, 1, 2))))
     return f"{opening}{answer}.{filler}{rng.choice(('', '', *CLOSING))}"
 
 
 def reply_score(prompt: str, reply: str) -> float:
-    """The gold rule: +2 for the right answer, +1 a courteous and -1 a rude opening, +0.5 a friendly closing,
-    -0.03 for every character beyond 40, -0.25 for every word that is none."""
+    """The gold rule: +2 for the right answer, +1 for a courteous and -1 for a rude opening, +1 for a friendly closing,
+    -1 for every sentence beyond the third and for every word that is none."""
     thing = next(thing for thing in ANSWERS if thing in prompt)
-    score = 2.0 * (ANSWERS[thing] in reply)
-    score += reply.startswith(COURTEOUS) - reply.startswith(RUDE) + 0.5 * reply.endswith(CLOSING)
-    score -= 0.03 * max(0, len(reply) - 40)
-    return score - 0.25 * sum(word not in _WORDS for word in re.findall(r"[a-z]+", reply))
+    sentences = len(re.findall(r"[.!?]", reply))
+    misspelt = sum(word not in _WORDS for word in re.findall(r"[a-z]+", reply))
+    courtesy = reply.startswith(COURTEOUS) - reply.startswith(RUDE) + reply.endswith(CLOSING)
+    return float(2 * (ANSWERS[thing] in reply) + courtesy - max(0, sentences - 3) - misspelt)
 
 
 # ---- a task, embedded or real
@@ -106,7 +102,7 @@ def replies_task(seed: int) -> Task:
     tokenizer = ByteTokenizer()
     cases = [(question, thing) for question in QUESTIONS for thing in ANSWERS]
     rng.shuffle(cases)
-    held_out, train = cases[:16], cases[16:]
+    held_out, train = cases[:12], cases[12:]
 
     def prompt(case: tuple[str, str]) -> list[int]:
         return tokenizer.encode_prompt(case[0].format(case[1]) + "\n")
@@ -135,15 +131,15 @@ def replies_task(seed: int) -> Task:
         tokenizer=tokenizer,
         policy=Transformer(config),
         sft_examples=[encode_text(text, tokenizer, 160) for text in texts],
-        prompts=[prompt(case) for case in rng.choices(train, k=1536)],
-        eval_prompts=[prompt(case) for case in held_out * 16],
+        prompts=[prompt(case) for case in rng.choices(train, k=4096)],
+        eval_prompts=[prompt(case) for case in held_out * 20],
         eos_ids=tokenizer.eos_ids,
-        response_length=88,
+        response_length=72,
         label_noise=0.05,
-        sft=SFTConfig(lr=3e-3, batch_size=64, epochs=8, warmup_steps=20, seed=seed),
-        reward=RewardConfig(lr=5e-4, batch_size=64, epochs=4, seed=seed),
-        ppo=PPOConfig(lr=3e-4, batch_size=64, epochs=2, temperature=1.0, response_length=88, seed=seed),
-        dpo=DPOConfig(lr=1e-4, batch_size=64, epochs=2, seed=seed),
+        sft=SFTConfig(lr=3e-3, batch_size=64, epochs=4, warmup_steps=20, seed=seed),
+        reward=RewardConfig(lr=1e-3, batch_size=64, epochs=4, warmup_steps=10, seed=seed),
+        ppo=PPOConfig(lr=3e-4, batch_size=64, max_steps=48, temperature=1.0, response_length=72, seed=seed),
+        dpo=DPOConfig(lr=1e-4, batch_size=64, epochs=1, seed=seed),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.data import Tokenizer
-from rlhf_core.models import Transformer
+from rlhf_core.models import Transformer, eval_mode
 from rlhf_core.ops import kl_estimate
 from rlhf_core.rollout import response_logprobs, sample
 
@@ -39,22 +39,23 @@ def evaluate_policy(
     """Sample a response to every prompt (token ids), score it, and estimate KL(policy || reference) from it."""
     generator = torch.Generator(policy.head_weight.device).manual_seed(seed)
     responses, scores, kls = [], [], []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        rollout = sample(
-            policy,
-            batch,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            eos_ids=eos_ids,
-            generator=generator,
-        )
-        logprobs, _ = response_logprobs(policy, rollout, temperature)
-        ref_logprobs, _ = response_logprobs(reference, rollout, temperature)
-        kls.append(kl_estimate(logprobs, ref_logprobs, mask=rollout.response_mask).sum(dim=1))
-        texts = [tokenizer.decode(ids) for ids in rollout.responses()]
-        responses += texts
-        scores.append(torch.as_tensor(reward([tokenizer.decode(ids) for ids in batch], texts), dtype=torch.float32))
+    with eval_mode(policy, reference):
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            rollout = sample(
+                policy,
+                batch,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                eos_ids=eos_ids,
+                generator=generator,
+            )
+            logprobs, _ = response_logprobs(policy, rollout, temperature)
+            ref_logprobs, _ = response_logprobs(reference, rollout, temperature)
+            kls.append(kl_estimate(logprobs, ref_logprobs, mask=rollout.response_mask).sum(dim=1))
+            texts = [tokenizer.decode(ids) for ids in rollout.responses()]
+            responses += texts
+            scores.append(torch.as_tensor(reward([tokenizer.decode(ids) for ids in batch], texts), dtype=torch.float32))
     return Evaluation(responses, torch.cat(scores), torch.cat(kls).cpu())
 
 

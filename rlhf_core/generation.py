@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_core.models import KVCache, Transformer
+from rlhf_core.models import KVCache, Transformer, eval_mode
 
 
 class Generation(NamedTuple):
@@ -78,19 +78,17 @@ def generate(
     cache = KVCache(config, B, P + max_new_tokens, model.head_weight)
     alive = torch.ones(B, dtype=torch.bool, device=device)
     new_ids = prompt_ids
-    mode = model.training
-    model.eval()
-    for t in range(max_new_tokens):
-        hidden = model.trunk(new_ids, None if seen is None else seen[:, : P + t], cache)[:, -1]  # (B, D)
-        token, logprob = _sample(model.logits(hidden).float(), temperature, top_k, top_p, generator)
-        ids[:, t] = token.where(alive, pad_id)
-        logprobs[:, t] = logprob.where(alive, 0.0)
-        mask[:, t] = alive
-        alive = alive & ~torch.isin(token, stops)
-        if not alive.any():
-            break
-        new_ids = ids[:, t : t + 1]
-    model.train(mode)
+    with eval_mode(model):
+        for t in range(max_new_tokens):
+            hidden = model.trunk(new_ids, None if seen is None else seen[:, : P + t], cache)[:, -1]  # (B, D)
+            token, logprob = _sample(model.logits(hidden).float(), temperature, top_k, top_p, generator)
+            ids[:, t] = token.where(alive, pad_id)
+            logprobs[:, t] = logprob.where(alive, 0.0)
+            mask[:, t] = alive
+            alive = alive & ~torch.isin(token, stops)
+            if not alive.any():
+                break
+            new_ids = ids[:, t : t + 1]
     return Generation(ids[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1])
 
 

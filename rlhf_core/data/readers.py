@@ -61,7 +61,8 @@ def read_preferences(path: str | os.PathLike, on_bad: OnBad | None = None) -> li
         end = chosen.rfind(turn) + len(turn)
         if turn not in chosen or not rejected.startswith(chosen[:end]):
             raise ValueError("field 'prompt' is missing, and 'chosen' and 'rejected' share no dialogue")
-        return Preference(chosen[:end], _string({"chosen": chosen[end:]}, "chosen"), rejected[end:])
+        answers = {"chosen": chosen[end:], "rejected": rejected[end:]}
+        return Preference(chosen[:end], _string(answers, "chosen"), _string(answers, "rejected"))
 
     return list(_rows(path, parse, on_bad))
 
@@ -69,7 +70,7 @@ def read_preferences(path: str | os.PathLike, on_bad: OnBad | None = None) -> li
 def read_prompts(path: str | os.PathLike, on_bad: OnBad | None = None) -> list[str]:
     """Rows {"prompt"}, {"question"} or {"text"}; other fields are ignored. A .txt file holds one prompt a line."""
     if str(path).endswith((".txt", ".txt.gz")):
-        return [line for _, line in _lines(path)]
+        return [line for _, line in _lines(path, on_bad)]
 
     def parse(row: dict) -> str:
         return _string(row, next((name for name in ("prompt", "question", "text") if name in row), "prompt"))
@@ -85,12 +86,16 @@ def _string(row: dict, field: str) -> str:
         raise ValueError(f"field {field!r} must be a string, got {json.dumps(value)[:40]}")
     if not value.strip():
         raise ValueError(f"field {field!r} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise ValueError(f"field {field!r} holds a lone surrogate, which is no character") from None
     return value
 
 
 def _rows(path: str | os.PathLike, parse: Callable[[dict], T], on_bad: OnBad | None) -> Iterator[T]:
     found = False
-    for number, line in _lines(path):
+    for number, line in _lines(path, on_bad):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
@@ -98,10 +103,7 @@ def _rows(path: str | os.PathLike, parse: Callable[[dict], T], on_bad: OnBad | N
             item = parse(row)
         except ValueError as error:
             reason = f"not valid JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
-            bad = DataError(f"{path}:{number}: {reason}")
-            if on_bad is None:
-                raise bad from None
-            on_bad(bad)
+            _report(DataError(f"{path}:{number}: {reason}"), on_bad)
             continue
         found = True
         yield item
@@ -109,17 +111,26 @@ def _rows(path: str | os.PathLike, parse: Callable[[dict], T], on_bad: OnBad | N
         raise DataError(f"{path}: holds no usable line")
 
 
-def _lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
+def _report(bad: DataError, on_bad: OnBad | None) -> None:
+    if on_bad is None:
+        raise bad from None
+    on_bad(bad)
+
+
+def _lines(path: str | os.PathLike, on_bad: OnBad | None) -> Iterator[tuple[int, str]]:
     """Number and text of every line that is not blank."""
     path = Path(path)
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for number, raw in enumerate(file, 1):
-                text = raw.decode("utf-8").rstrip("\r\n")
+                try:
+                    text = raw.decode("utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    where = f"{error.reason} at byte {error.start} of the line"
+                    _report(DataError(f"{path}:{number}: not UTF-8: {where}"), on_bad)
+                    continue
                 if text.strip():
                     yield number, text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the line") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}:{number + 1}: damaged gzip file: {error}") from None

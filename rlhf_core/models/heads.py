@@ -25,12 +25,15 @@ class _ScalarHead(nn.Module):
 
     @classmethod
     def from_model(cls, model: Transformer | _ScalarHead):
-        """A new model on a copy of `model`'s trunk, with its head where it has a scalar one, else a fresh one."""
+        """A new model on a copy of `model`'s trunk, with its head where it has a scalar one, else a fresh one.
+
+        All of it trains, also where `model` is frozen: a critic starts from a reward model that nobody trains.
+        """
         new = cls(model.config)
         new.trunk = copy.deepcopy(model.trunk)
         if isinstance(model, _ScalarHead):
             new.score = copy.deepcopy(model.score)
-        return new.to(next(model.parameters()))
+        return new.to(next(model.parameters())).requires_grad_(True)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype = torch.float32):

@@ -123,6 +123,7 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_S
     else:
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        (path / "model.safetensors").unlink(missing_ok=True)  # of an earlier one, which transformers would prefer
     write_json(path / "config.json", _to_hf(config, scalar_head=not isinstance(model, Transformer)))
 
 
@@ -193,9 +194,10 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
 
 def _family(config: TransformerConfig) -> str:
     for family, traits in (("gpt2", _GPT2), ("llama", _LLAMA)):
-        if all(getattr(config, name) == value for name, value in traits.items()):
+        plain_heads = config.qkv_sizes == (config.hidden_size,) * 3
+        if all(getattr(config, name) == value for name, value in traits.items()) and (plain_heads or family != "gpt2"):
             return family
-    raise ValueError(f"no Hugging Face family has this mix of positions, norm, MLP and biases: {config}")
+    raise ValueError(f"no Hugging Face family has this mix of positions, norm, MLP, biases and heads: {config}")
 
 
 def _to_hf(config: TransformerConfig, scalar_head: bool) -> dict:

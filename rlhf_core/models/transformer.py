@@ -8,8 +8,10 @@ Dropout follows `module.train()`; the trainers keep models in eval mode unless t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +50,8 @@ class TransformerConfig:
     def __post_init__(self):
         fill = object.__setattr__
         if self.head_dim is None:
+            if self.num_heads < 1 or self.hidden_size % self.num_heads:
+                raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
             fill(self, "head_dim", self.hidden_size // self.num_heads)
         if self.num_kv_heads is None:
             fill(self, "num_kv_heads", self.num_heads)
@@ -243,6 +247,19 @@ class Transformer(nn.Module):
         from rlhf_core.models import hub
 
         hub.save(self, path)
+
+
+@contextlib.contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Dropout off in all of them; afterwards each is in the mode it was in, also after an error."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, mode in zip(models, modes):
+            model.train(mode)
 
 
 def _norm(config: TransformerConfig) -> nn.Module:

@@ -1,0 +1,169 @@
+// The same loops compiled for every ISA, the choice between them at run time, and the split over threads.
+
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 finds it in its own AVX-512 intrinsics
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "gae.h"
+#include "kernels.h"
+#include "parallel.h"
+
+// Everything included between BEGIN and END may use the target's instructions; so nothing of the standard library may
+// be included there, or its inline functions would carry them to CPUs that lack them.
+#ifdef __clang__
+#define RLHF_PRAGMA(text) _Pragma(#text)
+#define RLHF_BEGIN_TARGET(isa) RLHF_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define RLHF_END_TARGET _Pragma("clang attribute pop")
+#else
+#define RLHF_PRAGMA(text) _Pragma(#text)
+#define RLHF_BEGIN_TARGET(isa) _Pragma("GCC push_options") RLHF_PRAGMA(GCC target(isa))
+#define RLHF_END_TARGET _Pragma("GCC pop_options")
+#endif
+
+namespace rlhf {
+
+#define RLHF_ISA 0
+namespace scalar { namespace {
+#include "table.h"
+}}
+#undef RLHF_ISA
+
+#ifdef __x86_64__
+#define RLHF_ISA 2
+RLHF_BEGIN_TARGET("avx2,fma,f16c")
+namespace avx2 { namespace {
+#include "table.h"
+}}
+RLHF_END_TARGET
+#undef RLHF_ISA
+
+#define RLHF_ISA 512
+RLHF_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace avx512 { namespace {
+#include "table.h"
+}}
+RLHF_END_TARGET
+#undef RLHF_ISA
+#endif
+
+namespace {
+
+struct Isa { const char* name; const Table* table; };
+
+// __builtin_cpu_supports asks cpuid and whether the operating system saves the registers.
+std::vector<Isa> supported() {
+  std::vector<Isa> isas = {{"scalar", &scalar::table}};
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    isas.push_back({"avx2", &avx2::table});  // every CPU with AVX2 has F16C
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      isas.push_back({"avx512", &avx512::table});
+  }
+#endif
+  return isas;
+}
+
+Isa choose() {
+  const std::vector<Isa> isas = supported();
+  const char* wanted = std::getenv("RLHF_CORE_CPU_ISA");
+  if (!wanted || !*wanted) return isas.back();
+  std::string possible;
+  for (const Isa& isa : isas) {
+    if (std::strcmp(isa.name, wanted) == 0) return isa;
+    possible += std::string(possible.empty() ? "" : ", ") + isa.name;
+  }
+  throw std::invalid_argument("RLHF_CORE_CPU_ISA=" + std::string(wanted) + " is not possible here; this CPU runs " +
+                              possible);
+}
+
+const Isa& chosen() {
+  static const Isa isa = choose();  // at the first call; one that throws is asked again
+  return isa;
+}
+
+// Rows in a chunk of work worth a thread's while: some 30 us, as waking one on a busy machine is not cheap.
+int64_t row_grain(int64_t elements_per_row) {
+  return std::max<int64_t>(1, (int64_t{1} << 17) / std::max<int64_t>(1, elements_per_row));
+}
+
+template <class Args>
+void run(Kernel<Args> kernel, const Args& args, int64_t n, int64_t grain, int threads) {
+  parallel_for(n, grain, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+void check_targets(const LogprobsArgs& a) {
+  for (int64_t b = 0; b < a.B; ++b)
+    for (int64_t t = 0; t < a.T; ++t) {
+      const int64_t y = a.targets.at(b, t);
+      if ((y >= 0 && y < a.V) || (a.mask && !a.mask.at(b, t))) continue;
+      throw std::invalid_argument("target " + std::to_string(y) + " at (" + std::to_string(b) + ", " +
+                                  std::to_string(t) + ") is outside [0, " + std::to_string(a.V) +
+                                  "); positions without a target need mask=targets != IGNORE_INDEX");
+    }
+}
+
+// Page faults on a fresh gradient cost more than computing it; huge pages make them 512 times fewer.
+void advise_huge_pages(const LogprobsArgs& a) {
+#ifdef __linux__
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  if (a.dlogits.data == a.logits.data) return;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(a.dlogits.data), begin = (first + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (first + a.B * a.T * a.V * (a.dtype == kFloat32 ? 4 : 2)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+void token_logprobs_fwd(const LogprobsArgs& a, int threads) {
+  check_targets(a);
+  run(chosen().table->logprobs_fwd[a.dtype], a, a.B * a.T, row_grain(a.V), threads);
+}
+
+void token_logprobs_bwd(const LogprobsArgs& a, int threads) {
+  advise_huge_pages(a);
+  run(chosen().table->logprobs_bwd[a.dtype], a, a.B * a.T, row_grain(a.V), threads);
+}
+
+void kl_estimate_fwd(const KlArgs& a, int64_t n, int threads) {
+  run(chosen().table->kl_fwd[a.estimator], a, n, row_grain(1), threads);
+}
+
+void kl_estimate_bwd(const KlArgs& a, int64_t n, int threads) {
+  run(chosen().table->kl_bwd[a.estimator], a, n, row_grain(1), threads);
+}
+
+void gae_fwd(const GaeArgs& a, int64_t B, int threads) { run(gae_fwd_rows, a, B, row_grain(2 * a.T), threads); }
+void gae_bwd(const GaeArgs& a, int64_t B, int threads) { run(gae_bwd_rows, a, B, row_grain(2 * a.T), threads); }
+
+std::string isa() { return chosen().name; }
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : supported()) names.push_back(isa.name);
+  return names;
+}
+
+const char* threading() {
+#ifdef _OPENMP
+  return "openmp";
+#else
+  return "std::thread";
+#endif
+}
+
+}  // namespace rlhf

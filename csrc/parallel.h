@@ -1,0 +1,36 @@
+// parallel_for over independent rows. Threads draw chunks from a counter, so that masked rows and busy cores even out;
+// as no row is ever split, who computes it cannot change the result.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#ifndef _OPENMP
+#include <thread>
+#include <vector>
+#endif
+
+namespace rlhf {
+
+// Calls body(begin, end) over [0, n) in chunks of `grain`. One chunk, or one thread, runs in the caller: a chunk should
+// be worth more than waking a thread (some 10 us).
+template <class Body>
+void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
+  threads = static_cast<int>(std::min<int64_t>(threads, (n + grain - 1) / grain));
+  if (threads <= 1) return body(0, n);
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i; (i = next.fetch_add(grain, std::memory_order_relaxed)) < n;) body(i, std::min(i + grain, n));
+  };
+#ifdef _OPENMP  // torch's own libgomp, whose threads are already there
+#pragma omp parallel num_threads(threads)
+  work();
+#else
+  std::vector<std::thread> helpers;
+  for (int i = 1; i < threads; ++i) helpers.emplace_back(work);
+  work();
+  for (auto& helper : helpers) helper.join();
+#endif
+}
+
+}  // namespace rlhf

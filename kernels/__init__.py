@@ -1,0 +1,14 @@
+"""The Triton backend: launchers with the names and signatures of `rlhf_core.cpp`, one file per op.
+
+Imports torch and triton and nothing else of ours. A launcher checks nothing: the public functions in `rlhf_core.ops`
+have done that. It allocates the outputs and launches one kernel on the tensors' own device.
+"""
+
+if __name__ != "rlhf_core.kernels":  # PyPI has an unrelated package named `kernels`, which this folder must not shadow
+    raise ImportError("the folder kernels/ is rlhf_core.kernels; install rlhf_core and import it by that name")
+
+from rlhf_core.kernels.gae import gae_bwd, gae_fwd
+from rlhf_core.kernels.kl import kl_estimate_bwd, kl_estimate_fwd
+from rlhf_core.kernels.logprobs import token_logprobs_bwd, token_logprobs_fwd
+
+__all__ = ["gae_bwd", "gae_fwd", "kl_estimate_bwd", "kl_estimate_fwd", "token_logprobs_bwd", "token_logprobs_fwd"]

@@ -1,0 +1,74 @@
+"""What pyproject.toml cannot say: where the packages lie, and the C++ extension rlhf_core._C.
+
+The extension is optional: without a C++17 compiler the install is pure Python and says so once, and CPU tensors take
+the reference backend. RLHF_CORE_REQUIRE_EXT=1 turns a failed build into an error.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+REQUIRED = os.environ.get("RLHF_CORE_REQUIRE_EXT") == "1"
+
+# No -march: dispatch.cpp compiles each ISA for itself. No contraction: it would depend on what gets inlined where.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math"]
+
+
+class BuildExt(build_ext):
+    def build_extension(self, ext):
+        try:
+            import pybind11
+
+            ext.include_dirs.append(pybind11.get_include())
+            openmp = ["-fopenmp"] if self.has_openmp() else []
+            ext.extra_compile_args = FLAGS + openmp
+            ext.extra_link_args = openmp or ([] if sys.platform == "darwin" else ["-pthread"])
+            super().build_extension(ext)
+        except Exception as error:
+            if REQUIRED:
+                raise
+            print(
+                f"WARNING: rlhf_core is installed without its C++ kernels, CPU tensors will use slower plain PyTorch: "
+                f"{error}. Install a C++17 compiler (g++ or clang++) and the Python headers, then reinstall.",
+                file=sys.stderr,
+            )
+
+    def has_openmp(self):
+        """Whether the compiler takes -fopenmp and finds its runtime. On macOS it would be another one than torch's."""
+        if sys.platform == "darwin":
+            return False
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+            command = [*self.compiler.compiler_cxx, "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
+            return subprocess.run(command, capture_output=True).returncode == 0
+
+
+setup(
+    packages=[
+        "rlhf_core",
+        "rlhf_core.data",
+        "rlhf_core.kernels",
+        "rlhf_core.losses",
+        "rlhf_core.models",
+        "rlhf_core.ops",
+        "rlhf_core.trainers",
+    ],
+    package_dir={"rlhf_core.kernels": "kernels"},
+    ext_modules=[
+        Extension(
+            "rlhf_core._C",
+            sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
+            language="c++",
+            optional=not REQUIRED,
+        )
+    ],
+    cmdclass={"build_ext": BuildExt},
+)

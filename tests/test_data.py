@@ -1,0 +1,287 @@
+"""Tokenizers, readers and collation: nothing lost, nothing merged, nothing counted twice, and bad lines named."""
+
+import gzip
+import json
+import random
+
+import pytest
+import torch
+
+from rlhf_core import IGNORE_INDEX
+from rlhf_core.data import (
+    ByteTokenizer,
+    DataError,
+    Example,
+    JsonTokenizer,
+    Pair,
+    Preference,
+    Text,
+    collate,
+    collate_pairs,
+    encode_preference,
+    encode_text,
+    load_tokenizer,
+    read_preferences,
+    read_prompts,
+    read_texts,
+)
+from rlhf_core.data.collate import fit, left_pad
+
+TEXTS = ["Once upon a time", " a  b\n\n c ", "日本語も", "naïve 🙂👩‍👩‍👧", "\x00\x1b[0m\ttab\x7f", "trailing  ", "x"]
+FOLDERS = ["tokenizers/gpt2", "tokenizers/minimind", "models/stories260k"]
+
+
+@pytest.fixture(params=["bytes", *FOLDERS])
+def tokenizer(request):
+    return (
+        ByteTokenizer()
+        if request.param == "bytes"
+        else load_tokenizer(request.getfixturevalue("data_dir") / request.param)
+    )
+
+
+# ---- tokenizers
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_any_text_survives_the_tokenizer(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_a_prompt_starts_with_one_bos_where_the_model_wants_one(tokenizer):
+    """Row 29. GPT-2 and MiniMind have a BOS token that their own template does not add."""
+    ids = tokenizer.encode_prompt("Once upon a time")
+    wants = isinstance(tokenizer, ByteTokenizer) or tokenizer.vocab_size == 512
+    assert ids.count(tokenizer.bos_id) == wants
+    assert ids == [tokenizer.bos_id] * wants + tokenizer.encode("Once upon a time")
+    assert tokenizer.bos_id not in tokenizer.encode_completion(" there was")
+
+
+@pytest.mark.parametrize("prompt, completion", [("Once upon", " a time"), ("Who?\n", "Me"), ("th", "ere"), ("", "Hi")])
+def test_prompt_and_completion_are_encoded_apart_and_end_with_one_eos(tokenizer, prompt, completion):
+    """Row 21: "th" + "ere" must not become "there", whose log-prob no prompt ending in "th" can predict."""
+    got = encode_text(Text(prompt, completion), tokenizer, max_length=100)
+    assert got.prompt_ids == tokenizer.encode_prompt(prompt)
+    assert got.completion_ids[-1] == tokenizer.eos_ids[0] and got.completion_ids.count(tokenizer.eos_ids[0]) == 1
+    assert tokenizer.decode(got.completion_ids).lstrip() == completion.lstrip()
+    pair = encode_preference(Preference(prompt, completion, "no"), tokenizer, max_length=100)
+    assert pair.prompt_ids == got.prompt_ids and pair.chosen_ids == got.completion_ids
+    assert pair.rejected_ids[-1] == tokenizer.eos_ids[0]
+
+
+def test_a_space_between_prompt_and_completion_is_one_space(tokenizer):
+    ids = tokenizer.encode_prompt("Once upon") + tokenizer.encode_completion(" a time")
+    assert tokenizer.decode(ids) == "Once upon a time"
+
+
+def test_a_saved_tokenizer_reads_back_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    again.save(tmp_path)  # over itself
+    assert type(again) is type(tokenizer)
+    for name in ("vocab_size", "bos_id", "eos_ids", "pad_id"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    assert again.encode_prompt("It's 3 o'clock") == tokenizer.encode_prompt("It's 3 o'clock")
+
+
+def test_byte_tokenizer_leaves_special_ids_out_and_mends_invalid_bytes():
+    assert ByteTokenizer().decode([257, 72, 105, 258, 256]) == "Hi"
+    assert ByteTokenizer().decode([0xE6, 72]) == "\ufffdH"
+
+
+def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: cannot be read"):
+        JsonTokenizer(tmp_path)
+
+
+# ---- fit
+
+
+def test_fit_cuts_the_start_of_the_prompt_first_then_the_end_of_the_completion():
+    prompt, completion = list(range(10)), list(range(10, 16))
+    assert fit(prompt, [completion], 16) == (prompt, [completion])
+    assert fit(prompt, [completion], 14) == (prompt[2:], [completion])
+    assert fit(prompt, [completion], 12) == (prompt[4:], [completion])
+    assert fit(prompt, [completion], 8) == (prompt[6:], [completion[:4]])
+    assert fit(prompt[:3], [completion], 8) == (prompt[:3], [completion[:5]])
+    assert fit(prompt, [completion[:1], completion], 12) == (prompt[4:], [completion[:1], completion])
+
+
+def test_fit_never_exceeds_max_length_nor_leaves_a_completion_empty():
+    rng = random.Random(0)
+    for _ in range(300):
+        max_length = rng.randint(1, 20)
+        prompt = list(range(rng.randint(0, 30)))
+        completions = [list(range(rng.randint(1, 30))) for _ in range(2)]
+        kept, cut = fit(prompt, completions, max_length)
+        assert kept == prompt[len(prompt) - len(kept) :]
+        for before, after in zip(completions, cut):
+            assert len(after) >= 1 and len(kept) + len(after) <= max_length
+            assert after == before[: len(after)]
+
+
+# ---- readers
+
+
+GOOD = {
+    read_texts: {"prompt": "p", "completion": "c"},
+    read_preferences: {"prompt": "p", "chosen": "a", "rejected": "b"},
+    read_prompts: {"prompt": "p", "other": 1},
+}
+
+
+def write(path, *lines):
+    """JSON of each object, bytes and strings as they are."""
+    raw = [
+        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        for line in lines
+    ]
+    (gzip.open if path.suffix == ".gz" else open)(path, "wb").write(b"\n".join(raw) + b"\n")
+    return path
+
+
+BAD = [
+    (read_texts, '{"prompt": "p", ', "not valid JSON"),
+    (read_texts, "[1, 2]", r"expected a JSON object, got \[1, 2\]"),
+    (read_texts, '"text"', "expected a JSON object"),
+    (read_texts, {"prompt": "p"}, "field 'response' is missing, the line has 'prompt'"),
+    (read_texts, {"completion": "c"}, "field 'prompt' is missing"),
+    (read_texts, {"prompt": "p", "completion": True}, "field 'completion' must be a string, got true"),
+    (read_texts, {"text": None}, "field 'text' must be a string, got null"),
+    (read_texts, {"question": "q", "answer": " \n"}, "field 'answer' is empty"),
+    (read_texts, b'{"prompt": "\xff", "completion": "c"}', "not UTF-8"),
+    (read_texts, r'{"prompt": "p", "completion": "\ud800"}', "field 'completion'.*surrogate"),
+    (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are equal"),
+    (
+        read_preferences,
+        {"prompt": "p", "chosen": "a", "rejected": False},
+        "field 'rejected' must be a string, got false",
+    ),
+    (read_preferences, {"prompt": "p", "chosen": "", "rejected": "b"}, "field 'chosen' is empty"),
+    (read_preferences, {"prompt": 3, "chosen": "a", "rejected": "b"}, "field 'prompt' must be a string, got 3"),
+    (read_preferences, {"chosen": "a", "rejected": "b"}, "field 'prompt' is missing, and .* share no dialogue"),
+    (read_preferences, {"chosen": "\n\nAssistant: a", "rejected": "b"}, "share no dialogue"),
+    (read_preferences, {"chosen": "\n\nAssistant:", "rejected": "\n\nAssistant: b"}, "field 'chosen' is empty"),
+    (read_preferences, {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant:"}, "field 'rejected' is empty"),
+    (read_prompts, {"other": "p"}, "field 'prompt' is missing, the line has 'other'"),
+    (read_prompts, {}, "the line has none"),
+]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
+@pytest.mark.parametrize("reader, line, message", BAD, ids=lambda x: getattr(x, "__name__", None))
+def test_a_bad_line_is_named_or_dropped_and_counted(name, reader, line, message, tmp_path):
+    path = write(tmp_path / name, GOOD[reader], "", line, GOOD[reader])  # a blank line is no row, but it is a line
+    with pytest.raises(DataError, match=rf"data\.jsonl(\.gz)?:3: .*{message}"):
+        reader(path)
+    bad = []
+    assert len(reader(path, bad.append)) == 2
+    assert len(bad) == 1 and isinstance(bad[0], DataError)
+
+
+@pytest.mark.parametrize("reader", GOOD)
+def test_a_file_without_a_usable_line_is_refused(reader, tmp_path):
+    for path in (write(tmp_path / "empty.jsonl", ""), write(tmp_path / "bad.jsonl", "{}")):
+        with pytest.raises(DataError, match="holds no usable line"):
+            reader(path, lambda error: None)
+    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
+        reader(tmp_path / "absent.jsonl")
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    path = write(tmp_path / "data.jsonl.gz", *[{"prompt": str(random.random())}] * 50)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"data\.jsonl\.gz:\d+: damaged gzip file"):
+        read_prompts(path)
+    path.write_bytes(b'{"prompt": "not compressed"}')
+    with pytest.raises(DataError, match=r"data\.jsonl\.gz:1: damaged gzip file"):
+        read_prompts(path)
+
+
+def test_hh_rows_without_a_prompt_are_cut_at_the_last_turn(tmp_path):
+    talk = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: how?\n\nAssistant:"
+    path = write(tmp_path / "hh.jsonl", {"chosen": talk + " so", "rejected": talk + " no\n\nhow"})
+    assert read_preferences(path) == [Preference(talk, " so", " no\n\nhow")]
+
+
+def test_every_shape_of_text_and_prompt_is_read(tmp_path):
+    rows = [{"prompt": "p", "response": "r"}, {"question": "q", "answer": "a"}, {"text": "t"}, GOOD[read_texts]]
+    assert read_texts(write(tmp_path / "t.jsonl", *rows)) == [("p", "r"), ("q", "a"), ("", "t"), ("p", "c")]
+    assert read_prompts(write(tmp_path / "p.jsonl", *rows)) == ["p", "q", "t", "p"]
+    for name in ("p.txt", "p.txt.gz"):
+        assert read_prompts(write(tmp_path / name, "one", "", "two \r")) == ["one", "two "]
+
+
+REAL = {
+    "preferences/hh_helpful": (read_preferences, 1735),
+    "preferences/hh_harmless": (read_preferences, 1717),
+    "preferences/rasbt_pref": (read_preferences, 891),
+    "sft/self_instruct_seed": (read_texts, 175),
+    "sft/gsm8k_test": (read_texts, 1319),
+    "text/tinystories": (read_texts, 2107),
+    "labels/sentence_polarity": (read_texts, 10662),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files_are_read_whole(data_dir, name):
+    """Every line is a row or is named; rasbt_pref and others hold a few pairs whose sides are equal."""
+    reader, count = REAL[name]
+    bad = []
+    rows = reader(data_dir / f"{name}.jsonl.gz", bad.append)
+    assert len(rows) + len(bad) == count and len(bad) <= count // 50, bad[:1]
+    assert all(all(row) or row[0] == "" for row in rows)
+
+
+# ---- collation
+
+
+def examples(n=5, seed=0):
+    rng = random.Random(seed)
+    return [
+        Example(
+            [rng.randint(3, 9) for _ in range(rng.randint(1, 6))], [rng.randint(0, 9) for _ in range(rng.randint(1, 6))]
+        )
+        for _ in range(n)
+    ]
+
+
+@pytest.mark.parametrize("pad_id", [0, 2])
+def test_targets_are_the_next_tokens_of_the_completion_and_nothing_else(pad_id):
+    """Row 9 too: ids equal to the padding, the EOS among them, stay in the loss."""
+    rows = [Example([5, pad_id, 6], [7, pad_id, 8, 2]), Example([5], [2]), *examples()]
+    batch = collate(rows, pad_id)
+    assert batch.input_ids.shape[1] == max(len(p) + len(c) for p, c in rows)
+    for row, (prompt, completion) in enumerate(rows):
+        P, length = len(prompt), len(prompt) + len(completion)
+        assert batch.input_ids[row, :length].tolist() == prompt + completion
+        assert batch.input_ids[row, length:].eq(pad_id).all()
+        assert batch.attention_mask[row].tolist() == [t < length for t in range(batch.input_ids.shape[1])]
+        assert batch.targets[row, P - 1 : length - 1].tolist() == completion
+        assert batch.target_mask[row].nonzero()[:, 0].tolist() == list(range(P - 1, length - 1))
+    assert torch.equal(batch.target_mask, batch.targets != IGNORE_INDEX)
+    assert batch.attention_mask.dtype == batch.target_mask.dtype == torch.bool
+
+
+def test_without_a_prompt_the_first_token_is_no_target():
+    batch = collate([Example([], [4, 5, 2])], 0)
+    assert batch.targets.tolist() == [[5, 2, IGNORE_INDEX]]
+
+
+def test_pairs_are_their_two_examples_side_by_side():
+    rows = examples(6)
+    pairs = [Pair(a.prompt_ids, a.completion_ids, b.completion_ids) for a, b in zip(rows[::2], rows[1::2])]
+    flat = [Example(p.prompt_ids, c) for p in pairs for c in (p.chosen_ids, p.rejected_ids)]
+    for got, want in zip(collate_pairs(pairs, 0), collate(flat, 0)):
+        assert torch.equal(got.flatten(0, 1), want) and got.shape[:2] == (3, 2)
+
+
+def test_left_pad_ends_every_row_at_the_same_column():
+    ids, mask = left_pad([[1, 2, 3], [4], [5, 9]], 9)
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4], [9, 5, 9]]
+    assert mask.tolist() == [[True] * 3, [False, False, True], [False, True, True]]

@@ -1,0 +1,144 @@
+"""Rollouts: where log-probs and values are read, what padding changes (nothing), and evaluation of a policy."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rlhf_core.data import ByteTokenizer
+from rlhf_core.evaluation import evaluate_policy, win_rate
+from rlhf_core.models import Transformer, TransformerConfig, ValueModel
+from rlhf_core.rollout import Rollout, response_logprobs, response_values, sample
+
+GPT2 = dict(
+    positions="learned", norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias=True, mlp_bias=True
+)
+FAMILIES = {"gpt2": GPT2, "llama": {}}
+PROMPTS = [[5, 3, 7, 4], [8, 1], [6], [9, 9, 1]]
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@torch.no_grad()
+def tiny(family="llama", seed=0, **options):
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=64, eos_ids=(2,))
+    model = Transformer(TransformerConfig(**(sizes | FAMILIES[family] | options)))
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+def rollout_of(model, **options):
+    generator = torch.Generator().manual_seed(3)
+    return sample(model, PROMPTS, max_new_tokens=6, temperature=1.5, generator=generator, **options)
+
+
+def with_padding(rollout, left, right):
+    """The same rollout with columns of arbitrary ids before the prompts and after the responses."""
+
+    def pad(x, before, after, value):
+        return torch.nn.functional.pad(x, (before, after), value=value)
+
+    return Rollout(
+        pad(rollout.prompt_ids, left, 0, 7),
+        pad(rollout.prompt_mask, left, 0, False),
+        pad(rollout.response_ids, 0, right, 2),  # an EOS, which must not count
+        pad(rollout.response_mask, 0, right, False),
+        pad(rollout.logprobs, 0, right, float("nan")),
+    )
+
+
+@families
+def test_log_probs_and_values_are_read_before_their_token(family):
+    """Row 14: at position P - 1 + t of the row alone; index 0 is what the prompt says."""
+    policy, critic = tiny(family), ValueModel.from_model(tiny(family, seed=1))
+    rollout = rollout_of(policy)
+    assert not rollout.response_mask.all() and not rollout.prompt_mask.all()
+    logprobs, entropy = response_logprobs(policy, rollout, 0.7)
+    values = response_values(critic, rollout)
+    for b, (prompt, response) in enumerate(zip(PROMPTS, rollout.responses())):
+        ids = torch.tensor([prompt + response])
+        log_p = (policy(ids)[0] / 0.7).log_softmax(-1)
+        value = critic(ids, torch.ones_like(ids, dtype=torch.bool))[0]
+        for t, token in enumerate(response):
+            at = len(prompt) - 1 + t
+            assert_close(logprobs[b, t], log_p[at, token], rtol=0, atol=1e-5)
+            assert_close(entropy[b, t], -(log_p[at].exp() * log_p[at]).sum(), rtol=0, atol=1e-5)  # row 5
+            assert_close(values[b, t], value[at], rtol=0, atol=1e-5)
+        prompt_only = critic(ids[:, : len(prompt)], torch.ones(1, len(prompt), dtype=torch.bool))
+        assert_close(values[b, 0], prompt_only[0, -1], rtol=0, atol=1e-5)
+
+
+@families
+@pytest.mark.parametrize("left, right", [(0, 5), (3, 0), (2, 4)])
+def test_padding_columns_change_no_value_and_no_gradient(family, left, right):
+    """Row 6."""
+    rollout = rollout_of(tiny(family))
+    results = []
+    for padded in (rollout, with_padding(rollout, left, right)):
+        policy, critic = tiny(family), ValueModel.from_model(tiny(family, seed=1))
+        outputs = (*response_logprobs(policy, padded), response_values(critic, padded))
+        assert all(not x.masked_fill(padded.response_mask, 0).any() for x in outputs)
+        assert (outputs[1] >= 0).all()
+        sum((x**2).sum() / padded.response_mask.sum() for x in outputs).backward()
+        gradients = [p.grad for model in (policy, critic) for p in model.parameters()]
+        results.append(([x[:, : rollout.response_ids.shape[1]] for x in outputs], gradients))
+    for got, want in zip(*results):
+        assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rollout_gives_its_rows_without_padding():
+    rollout = rollout_of(tiny())
+    assert rollout.prompts() == PROMPTS
+    for response, mask in zip(rollout.responses(), rollout.response_mask):
+        assert len(response) == mask.sum() and 2 not in response[:-1]
+        assert response[-1] == 2 or len(response) == 6
+    assert rollout.input_ids.shape == rollout.attention_mask.shape == (4, 4 + rollout.response_ids.shape[1])
+
+
+def test_sampling_takes_other_ends_than_the_models_own():
+    rollout = rollout_of(tiny(), eos_ids=(4, 5))
+    assert any(2 in response for response in rollout.responses())
+    assert all(not {4, 5} & set(response[:-1]) for response in rollout.responses())
+
+
+# ---- evaluation
+
+
+def scores_of(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+def evaluated(policy, reference, **options):
+    prompts = [[257, *b"hello"], [257, *b"ok"], [257]]
+    options = dict(max_new_tokens=5) | options
+    return evaluate_policy(policy, reference, prompts, scores_of, ByteTokenizer(), **options)
+
+
+def test_evaluation_gives_a_score_and_a_kl_for_every_prompt():
+    policy, other = (tiny(vocab_size=259, eos_ids=(258,), seed=seed) for seed in (0, 1))
+    same = evaluated(policy, policy)
+    assert len(same.responses) == len(same.scores) == len(same.kl) == 3
+    assert same.scores.tolist() == scores_of([], same.responses)
+    assert_close(same.kl, torch.zeros(3), rtol=0, atol=1e-5)
+    assert evaluated(policy, other).kl.mean() > 1
+    assert evaluated(policy, other, seed=0).responses == same.responses != evaluated(policy, other, seed=1).responses
+
+
+def test_evaluation_leaves_dropout_out_whatever_the_mode():
+    policy, reference = (tiny(vocab_size=259, dropout=0.5) for _ in range(2))
+    want = evaluated(policy, reference)
+    got = evaluated(policy.train(), reference.train())
+    assert_close(got.kl, want.kl, rtol=0, atol=1e-5)
+    assert policy.training and reference.training
+
+
+def test_evaluation_does_not_depend_on_the_batch_size():
+    """Row 32; greedy, since rows share one stream of random numbers."""
+    policy, reference = (tiny(vocab_size=259, seed=seed) for seed in (0, 1))
+    a, b = (evaluated(policy, reference, temperature=1e-4, batch_size=size) for size in (1, 3))
+    assert a.responses == b.responses
+    assert_close(a.scores, b.scores)
+
+
+def test_a_tie_is_half_a_win():
+    assert win_rate(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, -1.0])) == 0.625
