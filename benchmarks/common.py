@@ -23,7 +23,7 @@ def medians(variants: dict[str, Callable], rounds: int = 9) -> dict[str, float]:
     """Median seconds per call of each variant; calls shorter than a millisecond are timed in bundles."""
     bundle = {}
     for name, call in variants.items():
-        call()  # compiles, allocates, faults pages in
+        call()  # compiles, allocates
         start = time.perf_counter()
         call()
         bundle[name] = max(1, int(1e-3 / (time.perf_counter() - start)))
@@ -58,9 +58,8 @@ def run(benchmark, variants: dict[str, Callable], num_bytes: int) -> None:
 
 def table(cases: dict[str, Callable]) -> None:
     """Print a Markdown table; a case is a function that returns (variants, num_bytes)."""
-    settings = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("MALLOC_"))
-    command = f"{settings} python {sys.argv[0]}".strip()
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; `{command}`\n")
+    command = [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")] + ["python", *sys.argv]
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; `{' '.join(command)}`\n")
     header = None
     for name, case in cases.items():
         row = report(*case())

@@ -9,9 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -116,17 +113,6 @@ void check_targets(const LogprobsArgs& a) {
     }
 }
 
-// Page faults on a fresh gradient cost more than computing it; huge pages make them 512 times fewer.
-void advise_huge_pages(const LogprobsArgs& a) {
-#ifdef __linux__
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  if (a.dlogits.data == a.logits.data) return;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(a.dlogits.data), begin = (first + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (first + a.B * a.T * a.V * (a.dtype == kFloat32 ? 4 : 2)) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 void token_logprobs_fwd(const LogprobsArgs& a, int threads) {
@@ -135,7 +121,6 @@ void token_logprobs_fwd(const LogprobsArgs& a, int threads) {
 }
 
 void token_logprobs_bwd(const LogprobsArgs& a, int threads) {
-  advise_huge_pages(a);
   run(chosen().table->logprobs_bwd[a.dtype], a, a.B * a.T, row_grain(a.V), threads);
 }
 

@@ -62,7 +62,7 @@ def resolve(backend: str | None, x: Tensor) -> ModuleType | None:
 def status() -> list[Status]:
     """Name, availability and reason of every backend."""
     rows = [Status("reference", True, "plain PyTorch, any device and float dtype")]
-    for name, module_name in list(_MODULES.items())[1:]:
+    for name in list(_MODULES)[1:]:
         module, reason = _load(name)
         if module is None:
             rows.append(Status(name, False, f"{reason}; {_REMEDY[name]}"))

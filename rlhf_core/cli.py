@@ -140,7 +140,11 @@ def _fresh_out(arguments: argparse.Namespace) -> None:
 def _device(arguments: argparse.Namespace):
     import torch
 
-    return torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # no such device, or one that this torch is built without
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def _train_on_file(arguments: argparse.Namespace, config_type: type, reader, encode, model_type, trainer_type) -> None:

@@ -37,20 +37,20 @@ from rlhf_core.trainers.common import frozen_copy
 # ---- the embedded task
 
 ANSWERS = {
-    "wash a car": "use soap and water",
-    "cook rice": "boil it in a pot",
-    "fix a bike": "oil the chain",
-    "grow herbs": "give them some sun",
-    "clean a pan": "scrub it with salt",
-    "calm a dog": "pet it slowly",
-    "open a jar": "tap the lid",
-    "catch a mouse": "find a cat",
+    "wash a car": "use soap",
+    "cook rice": "boil it",
+    "fix a bike": "oil it",
+    "grow herbs": "give sun",
+    "calm a dog": "pet it",
+    "open a jar": "tap it",
+    "catch a mouse": "get a cat",
+    "dry boots": "add heat",
 }
 QUESTIONS = ("how do i {}?", "how can i {}?", "how to {}?", "help me {}.", "what helps to {}?", "i want to {}.")
-COURTEOUS, RUDE = ("sure! ", "happy to help. "), ("ugh. ", "not again. ")
-FILLER = (" well, you know.", " as they say.")
+COURTEOUS, RUDE = ("sure! ", "glad to. "), ("ugh. ", "meh. ")
+FILLER = (" you know.", " well well.")
 CLOSING = (" good luck!", " enjoy!")
-EVASIVE = ("no idea", "ask someone else")
+EVASIVE = ("no idea", "ask a pal")
 _WORDS = set(re.findall(r"[a-z]+", " ".join((*ANSWERS.values(), *COURTEOUS, *RUDE, *FILLER, *CLOSING, *EVASIVE))))
 
 
@@ -131,15 +131,15 @@ def replies_task(seed: int) -> Task:
         tokenizer=tokenizer,
         policy=Transformer(config),
         sft_examples=[encode_text(text, tokenizer, 160) for text in texts],
-        prompts=[prompt(case) for case in rng.choices(train, k=4096)],
+        prompts=[prompt(case) for case in rng.choices(train, k=6144)],
         eval_prompts=[prompt(case) for case in held_out * 20],
         eos_ids=tokenizer.eos_ids,
-        response_length=72,
+        response_length=48,
         label_noise=0.05,
-        sft=SFTConfig(lr=3e-3, batch_size=64, epochs=4, warmup_steps=20, seed=seed),
+        sft=SFTConfig(lr=3e-3, batch_size=64, epochs=3, warmup_steps=20, seed=seed),
         reward=RewardConfig(lr=1e-3, batch_size=64, epochs=4, warmup_steps=10, seed=seed),
-        ppo=PPOConfig(lr=3e-4, batch_size=64, max_steps=48, temperature=1.0, response_length=72, seed=seed),
-        dpo=DPOConfig(lr=1e-4, batch_size=64, epochs=1, seed=seed),
+        ppo=PPOConfig(lr=3e-4, max_steps=60, kl_coef=0.15, temperature=1.0, response_length=48, seed=seed),
+        dpo=DPOConfig(lr=1e-4, batch_size=64, beta=0.2, seed=seed),
     )
 
 
@@ -171,8 +171,8 @@ def stories_task(data: Path, seed: int) -> Task:
         response_length=64,
         label_noise=0.0,
         sft=None,
-        reward=RewardConfig(lr=5e-4, batch_size=64, epochs=4, seed=seed),
-        ppo=PPOConfig(lr=1e-4, batch_size=64, epochs=2, temperature=1.0, response_length=64, seed=seed),
+        reward=RewardConfig(lr=5e-4, batch_size=64, epochs=2, seed=seed),
+        ppo=PPOConfig(lr=1e-4, max_steps=50, epochs=2, kl_coef=0.1, temperature=1.0, response_length=64, seed=seed),
         dpo=DPOConfig(lr=1e-4, batch_size=64, epochs=2, seed=seed),
     )
 

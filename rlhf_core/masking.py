@@ -47,6 +47,8 @@ def whiten(x: Tensor, mask: Tensor, *, moments: Moments | None = None, eps: floa
     `moments` takes the statistics of a larger whole of which x is a shard; by default x is the whole. With no
     counted value, one, or no variance at all, the result is 0 there, never NaN.
     """
+    check_mask(x, mask)
+    x = x.masked_fill(~mask, 0)  # first, so that a masked NaN reaches no gradient either
     count, mean, m2 = masked_moments(x, mask) if moments is None else moments
     variance = m2 / count.clamp_min(1)
     return ((x - mean) * torch.rsqrt(variance + eps)).masked_fill(~mask, 0)

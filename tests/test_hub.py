@@ -136,7 +136,10 @@ def test_shards_hold_every_tensor_once_and_read_back(family, tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert len(files) > 3 and files == sorted(set(index["weight_map"].values()))
-    held = [(name, file) for file in files for name in safetensors.torch.load_file(tmp_path / file)]
+    shards = {file: safetensors.torch.load_file(tmp_path / file) for file in files}
+    held = [(name, file) for file, tensors in shards.items() for name in tensors]
+    for tensors in shards.values():
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 3000
     assert dict(held) == index["weight_map"] and len(held) == len(index["weight_map"])
     assert index["metadata"]["total_size"] == sum(w.nbytes for w in model.state_dict().values())
     assert same(model, Transformer.from_pretrained(tmp_path))

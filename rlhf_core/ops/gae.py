@@ -23,16 +23,16 @@ def gae_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition: the recursion, one column at a time."""
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
-    next_advantage = torch.zeros_like(rewards[:, 0]) if rewards.shape[1] else rewards.new_zeros(len(rewards))  # (B,)
+    next_advantage = rewards.new_zeros(len(rewards))  # (B,)
     next_value = torch.zeros_like(next_advantage) if last_values is None else last_values
-    columns = []
+    columns = [rewards[:, :0]]  # so that there is something to join where T is 0
     for t in reversed(range(rewards.shape[1])):
         counts = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         next_advantage = torch.where(counts, delta + gamma * lam * next_advantage, next_advantage)
         next_value = torch.where(counts, values[:, t], next_value)
-        columns.append(next_advantage)
-    advantages = torch.stack(columns[::-1], dim=1) if columns else torch.zeros_like(rewards)  # (B, T)
+        columns.append(next_advantage[:, None])
+    advantages = torch.cat(columns[::-1], dim=1)  # (B, T)
     advantages = advantages.masked_fill(~mask, 0)
     return advantages, advantages + values
 

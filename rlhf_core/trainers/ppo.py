@@ -206,23 +206,25 @@ class PPOTrainer(Trainer):
             scores = torch.cat([self.reward(ids.to(self.device), seen.to(self.device)) for ids, seen in parts])
         else:
             scores = self._call_reward(prompts, responses)
+        bad = (~scores.isfinite()).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            prompt, response = self._readable([prompts[row], responses[row]])
+            raise ValueError(f"the reward of row {row} is {scores[row]}; prompt {prompt!r}, response {response!r}")
         if self.config.missing_eos_penalty is not None:
             scores = scores - self.config.missing_eos_penalty * ~self.ended(rollout)
         return scores
 
     def _call_reward(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-        if self.tokenizer is not None:
-            prompts, responses = ([self.tokenizer.decode(ids) for ids in rows] for rows in (prompts, responses))
-        scores = torch.as_tensor(self.reward(prompts, responses), dtype=torch.float32, device=self.device)
+        scores = self.reward(self._readable(prompts), self._readable(responses))
+        scores = torch.as_tensor(scores, dtype=torch.float32, device=self.device)
         if scores.shape != (len(prompts),):
             raise ValueError(f"the reward returned shape {tuple(scores.shape)} for {len(prompts)} responses")
-        bad = (~scores.isfinite()).nonzero()
-        if len(bad):
-            row = int(bad[0])
-            raise ValueError(
-                f"the reward of row {row} is {scores[row]}; prompt {prompts[row]!r}, response {responses[row]!r}"
-            )
         return scores
+
+    def _readable(self, rows: list[list[int]]) -> list:
+        """The strings of token ids where there is a tokenizer, else the ids."""
+        return rows if self.tokenizer is None else [self.tokenizer.decode(ids) for ids in rows]
 
     def ended(self, rollout: Rollout) -> Tensor:
         """(B,) bool: whether the last counted token is one of the stop set."""

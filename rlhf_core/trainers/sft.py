@@ -40,5 +40,6 @@ class SFTTrainer(Trainer):
             yield -(logprobs * w).sum()
 
     def step(self, batch: list[Example]) -> dict[str, float]:
-        num_tokens = sum(len(example.completion_ids) for example in batch)
+        # A first token with nothing before it is no target.
+        num_tokens = sum(len(completion) - (not prompt) for prompt, completion in batch)
         return super().step(batch) | {"num_tokens": num_tokens}
