@@ -39,12 +39,10 @@ from rlhf_core.trainers.common import frozen_copy
 ANSWERS = {
     "wash a car": "use soap",
     "cook rice": "boil it",
-    "fix a bike": "oil it",
     "grow herbs": "give sun",
     "calm a dog": "pet it",
     "open a jar": "tap it",
     "catch a mouse": "get a cat",
-    "dry boots": "add heat",
 }
 QUESTIONS = ("how do i {}?", "how can i {}?", "how to {}?", "help me {}.", "what helps to {}?", "i want to {}.")
 COURTEOUS, RUDE = ("sure! ", "glad to. "), ("ugh. ", "meh. ")
@@ -57,7 +55,7 @@ _WORDS = set(re.findall(r"[a-z]+", " ".join((*ANSWERS.values(), *COURTEOUS, *RUD
 def random_reply(thing: str, rng: random.Random) -> str:
     """A reply of mixed quality: what the supervised data holds."""
     kind = rng.random()
-    answer = ANSWERS[thing] if kind < 0.5 else rng.choice(list(ANSWERS.values()) if kind < 0.8 else EVASIVE)
+    answer = ANSWERS[thing] if kind < 0.5 else rng.choice(list(ANSWERS.values()) if kind < 0.9 else EVASIVE)
     opening = rng.choice(("", "", *COURTEOUS, *RUDE))
     filler = "".join(rng.choices(FILLER, k=rng.choice((0, 1, 2))))
     return f"{opening}{answer}.{filler}{rng.choice(('', '', *CLOSING))}"
@@ -65,12 +63,12 @@ def random_reply(thing: str, rng: random.Random) -> str:
 
 def reply_score(prompt: str, reply: str) -> float:
     """The gold rule: +2 for the right answer, +1 for a courteous and -1 for a rude opening, +1 for a friendly closing,
-    -1 for every sentence beyond the third and for every word that is none."""
+    -1 for every empty phrase and for every word that is none."""
     thing = next(thing for thing in ANSWERS if thing in prompt)
-    sentences = len(re.findall(r"[.!?]", reply))
-    misspelt = sum(word not in _WORDS for word in re.findall(r"[a-z]+", reply))
     courtesy = reply.startswith(COURTEOUS) - reply.startswith(RUDE) + reply.endswith(CLOSING)
-    return float(2 * (ANSWERS[thing] in reply) + courtesy - max(0, sentences - 3) - misspelt)
+    padding = sum(reply.count(phrase) for phrase in FILLER)
+    misspelt = sum(word not in _WORDS for word in re.findall(r"[a-z]+", reply))
+    return float(2 * (ANSWERS[thing] in reply) + courtesy - padding - misspelt)
 
 
 # ---- a task, embedded or real
@@ -102,7 +100,7 @@ def replies_task(seed: int) -> Task:
     tokenizer = ByteTokenizer()
     cases = [(question, thing) for question in QUESTIONS for thing in ANSWERS]
     rng.shuffle(cases)
-    held_out, train = cases[:12], cases[12:]
+    held_out, train = cases[:9], cases[9:]
 
     def prompt(case: tuple[str, str]) -> list[int]:
         return tokenizer.encode_prompt(case[0].format(case[1]) + "\n")
@@ -132,12 +130,12 @@ def replies_task(seed: int) -> Task:
         policy=Transformer(config),
         sft_examples=[encode_text(text, tokenizer, 160) for text in texts],
         prompts=[prompt(case) for case in rng.choices(train, k=6144)],
-        eval_prompts=[prompt(case) for case in held_out * 20],
+        eval_prompts=[prompt(case) for case in held_out * 30],
         eos_ids=tokenizer.eos_ids,
         response_length=48,
-        label_noise=0.05,
-        sft=SFTConfig(lr=3e-3, batch_size=64, epochs=3, warmup_steps=20, seed=seed),
-        reward=RewardConfig(lr=1e-3, batch_size=64, epochs=4, warmup_steps=10, seed=seed),
+        label_noise=0.03,
+        sft=SFTConfig(lr=3e-3, batch_size=64, epochs=4, warmup_steps=20, seed=seed),
+        reward=RewardConfig(lr=1e-3, batch_size=64, epochs=3, warmup_steps=10, seed=seed),
         ppo=PPOConfig(lr=3e-4, max_steps=60, kl_coef=0.15, temperature=1.0, response_length=48, seed=seed),
         dpo=DPOConfig(lr=1e-4, batch_size=64, beta=0.2, seed=seed),
     )
