@@ -10,10 +10,10 @@ demo: $(STAMP)
 	$(BIN)/rlhf-core demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 bench: $(STAMP)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks --benchmark-only
+	OMP_NUM_THREADS=2 $(BIN)/pytest benchmarks --benchmark-only
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Timing that the benchmarks share: all variants of a case take turns, so that a busy machine hurts them alike.
 
-`python benchmarks/bench_<op>.py` prints the table; `pytest benchmarks/bench_*.py --benchmark-only` records the same
+`python benchmarks/bench_<op>.py` prints the table; `pytest benchmarks --benchmark-only` records the same
 numbers with pytest-benchmark. No timing is ever asserted.
 
 glibc hands a large tensor back to the system and gets it page by page again, which can cost more than the op. Run with
@@ -19,8 +19,8 @@ import torch
 OURS, FLOOR = "rlhf_core", "floor"
 
 
-def medians(variants: dict[str, Callable], rounds: int = 9) -> dict[str, float]:
-    """Median seconds per call of each variant; calls shorter than a millisecond are timed in bundles."""
+def quartiles(variants: dict[str, Callable], rounds: int = 9) -> dict[str, list[float]]:
+    """Quartiles of the seconds per call of each variant; calls shorter than a millisecond are timed in bundles."""
     bundle = {}
     for name, call in variants.items():
         call()  # compiles, allocates
@@ -34,14 +34,16 @@ def medians(variants: dict[str, Callable], rounds: int = 9) -> dict[str, float]:
             for _ in range(bundle[name]):
                 call()
             samples[name].append((time.perf_counter() - start) / bundle[name])
-    return {name: statistics.median(times) for name, times in samples.items()}
+    return {name: statistics.quantiles(times, n=4) for name, times in samples.items()}
 
 
 def report(variants: dict[str, Callable], num_bytes: int) -> dict[str, float]:
-    """What one row of the table says: ours in ms and GB/s, floor / ours, and baseline / ours for every baseline."""
-    seconds = medians(variants)
-    ours = seconds[OURS]
-    row = {"ms": ours * 1e3, "GB/s": num_bytes / ours / 1e9}
+    """What one row of the table says: ours in ms (median, and interquartile range over it) and GB/s, floor / ours, and
+    baseline / ours for every baseline."""
+    times = quartiles(variants)
+    seconds = {name: median for name, (_, median, _) in times.items()}
+    ours, (low, _, high) = seconds[OURS], times[OURS]
+    row = {"ms": ours * 1e3, "spread": (high - low) / ours, "GB/s": num_bytes / ours / 1e9}
     for name, value in seconds.items():
         if name == FLOOR:
             row["of floor"] = value / ours

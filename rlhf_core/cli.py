@@ -20,13 +20,16 @@ USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for bad input, 130 for an interrupt."""
+    """Run one command; returns the exit status: 0, 1 for a run that diverged, 2 for bad input, 130 for an interrupt."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except USER_ERRORS as error:
         print(f"rlhf-core {arguments.command}: error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"rlhf-core {arguments.command}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"rlhf-core {arguments.command}: interrupted, the model was not saved", file=sys.stderr)
         return 130
@@ -121,7 +124,7 @@ class _SkippedLines:
 
     def report(self) -> None:
         if self.errors:
-            print(f"dropped {len(self.errors)} bad lines, the first: {self.errors[0]}", file=sys.stderr)
+            print(f"bad lines dropped: {len(self.errors)}, the first: {self.errors[0]}", file=sys.stderr)
 
 
 def _read(reader, path: Path, arguments: argparse.Namespace) -> list:
@@ -294,7 +297,8 @@ def _info(arguments: argparse.Namespace) -> None:
         from rlhf_core import cpp
     except ImportError:
         return
-    print("CPU features:", " ".join(cpp.cpu_features()) or "none that the kernels use")
+    for name, value in cpp.cpu_features().items():
+        print(f"CPU {name}: {value}")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ def isa() -> str:
     return _C.isa()
 
 
-def cpu_features() -> dict[str, object]:
+def cpu_features() -> dict[str, str]:
     """The instruction sets that RLHF_CORE_CPU_ISA may name here, and how work is spread over threads."""
-    return {"available_isas": _C.available_isas(), "threading": _C.threading()}
+    return {"instruction sets": ", ".join(_C.available_isas()), "threading": _C.threading()}
 
 
 def token_logprobs_fwd(

@@ -163,15 +163,15 @@ def stories_task(data: Path, seed: int) -> Task:
         tokenizer=tokenizer,
         policy=Transformer.from_pretrained(model),
         sft_examples=[],
-        prompts=prompts[:-200],
+        prompts=prompts[:-200] * 2,
         eval_prompts=prompts[-200:] * 4,
         eos_ids=(1, 2),
         response_length=64,
         label_noise=0.0,
         sft=None,
-        reward=RewardConfig(lr=5e-4, batch_size=64, epochs=2, seed=seed),
-        ppo=PPOConfig(lr=1e-4, max_steps=50, epochs=2, kl_coef=0.1, temperature=1.0, response_length=64, seed=seed),
-        dpo=DPOConfig(lr=1e-4, batch_size=64, epochs=2, seed=seed),
+        reward=RewardConfig(lr=5e-4, batch_size=64, epochs=3, seed=seed),
+        ppo=PPOConfig(lr=1e-4, max_steps=50, kl_coef=0.1, temperature=1.0, response_length=64, seed=seed),
+        dpo=DPOConfig(lr=1e-4, batch_size=64, seed=seed),
     )
 
 

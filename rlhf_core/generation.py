@@ -48,7 +48,8 @@ def generate(
         generator: source of randomness, on the model's device; None for torch's global one.
 
     Raises:
-        ValueError for an argument out of range, padding on the right, or a sequence beyond the model's positions.
+        ValueError for an argument out of range, padding on the right, or a sequence beyond the model's positions;
+        FloatingPointError where the logits are not finite.
     """
     B, P = prompt_ids.shape
     config, device = model.config, prompt_ids.device
@@ -89,6 +90,8 @@ def generate(
             if not alive.any():
                 break
             new_ids = ids[:, t : t + 1]
+    if not logprobs.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite")
     return Generation(ids[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_core.checks import check_mask
 
+AGGREGATIONS = ("token_mean", "sequence_mean")  # see loss_weights
 IGNORE_INDEX = -100  # a label that is no target; the value that Hugging Face collators use
 
 
@@ -75,4 +76,4 @@ def loss_weights(mask: Tensor, aggregation: str = "token_mean") -> Tensor:
     if aggregation == "sequence_mean":
         lengths = weights.sum(dim=-1, keepdim=True)
         return weights / lengths.clamp_min(1) / (lengths > 0).sum().clamp_min(1)
-    raise ValueError(f"aggregation must be 'token_mean' or 'sequence_mean', got {aggregation!r}")
+    raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")

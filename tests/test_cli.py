@@ -64,6 +64,8 @@ def test_generate_goes_on_from_every_prompt(folders, capsys):
     greedy = shown[0]
     assert "one" in greedy and "a longer one" in greedy
     assert shown[1] == shown[3] == shown[4] == greedy != shown[2]
+    assert run(*arguments, "--temperature", 0, "--eos-ids", *range(259)) == 0
+    assert len(capsys.readouterr().out) < len(greedy)
 
 
 @pytest.mark.parametrize("command, rows", [("sft", TEXTS), ("reward", PAIRS), ("dpo", PAIRS)])
@@ -91,9 +93,11 @@ def test_eval_data_is_evaluated_and_nothing_held_out(folders, tmp_path, capsys):
 def test_ppo_goes_from_prompts_to_a_policy_and_a_critic(name, rows, folders, tmp_path, capsys):
     prompts, out = write(tmp_path / name, rows), tmp_path / "out"
     models = ["--model", folders / "policy", "--reward-model", folders / "reward"]
-    options = ["--response-length", 4, "--ppo-epochs", 1, "--eos-ids", 258, 10, "--missing-eos-penalty", 1]
+    options = ["--response-length", 4, "--ppo-epochs", 1, "--missing-eos-penalty", 1, "--eos-ids", *range(259)]
     assert run("ppo", *models, "--prompts", prompts, "--out", out, *SMALL, *options) == 0
     assert "objective/scores" in capsys.readouterr().out
+    line = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["response_length"] == 1 and line["val/num_eos_tokens"] == 4  # whatever comes ends the response
     assert json.loads((out / "train_config.json").read_text())["missing_eos_penalty"] == 1
     assert Transformer.from_pretrained(out) and (out / "critic" / "model.safetensors").is_file()
     assert run("generate", "--model", out, "--prompt", "hi", "--max-new-tokens", 2) == 0
@@ -130,7 +134,7 @@ def test_a_bad_line_stops_with_file_line_and_field_or_is_dropped(
     assert not out.exists()
     assert run(*arguments, "--skip-bad") == 0
     shown = capsys.readouterr()
-    assert "dropped 1 bad line" in shown.err and f"{data}:4: " in shown.err
+    assert "bad lines dropped: 1" in shown.err and f"{data}:4: " in shown.err
     assert "9 to train on, 1 held out" in shown.out
 
 

@@ -206,7 +206,7 @@ def test_a_step_reports_what_its_rows_say_one_by_one():
     assert abs(kl) > 0.1 and 0 < ended < 1
     want = {"kl": kl, "entropy": entropy, "non_score_reward": penalty, "scores": score, "rlhf_reward": score + penalty}
     want = {f"objective/{name}": value for name, value in want.items()}
-    want |= {"val/num_eos_tokens": ended, "response_length": length, "episode": 8, "objective/kl_coef": kl_coef}
+    want |= {"val/num_eos_tokens": ended * 8, "response_length": length, "episode": 8, "objective/kl_coef": kl_coef}
     for name, value in want.items():
         assert report[name] == pytest.approx(value, abs=1e-4), name
 
@@ -415,6 +415,7 @@ def test_a_long_prompt_loses_its_start():
 
 def test_the_same_seed_gives_the_same_numbers_and_another_others():
     runs = [make(prompts=PROMPTS * 2, minibatch_size=3, seed=seed).train() for seed in (1, 1, 2)]
+    assert all(step.pop("eps") > 0 for run in runs for step in run)  # episodes a second
     assert runs[0] == runs[1] != runs[2]
 
 

@@ -45,24 +45,33 @@ class TokenBatch(NamedTuple):
 
 def encode_text(text: Text, tokenizer: Tokenizer, max_length: int) -> Example:
     """Tokenise; the completion ends with EOS. See `fit` for what max_length cuts."""
-    prompt, (completion,) = fit(_prompt(text.prompt, tokenizer), [_completion(text.completion, tokenizer)], max_length)
+    prompt, (completion,) = _encode(text.prompt, [text.completion], tokenizer, max_length)
     return Example(prompt, completion)
 
 
 def encode_preference(preference: Preference, tokenizer: Tokenizer, max_length: int) -> Pair:
     """Tokenise; both completions end with EOS. See `fit` for what max_length cuts."""
-    completions = [_completion(text, tokenizer) for text in (preference.chosen, preference.rejected)]
-    prompt, (chosen, rejected) = fit(_prompt(preference.prompt, tokenizer), completions, max_length)
+    texts = [preference.chosen, preference.rejected]
+    prompt, (chosen, rejected) = _encode(preference.prompt, texts, tokenizer, max_length)
     return Pair(prompt, chosen, rejected)
 
 
-def fit(prompt: list[int], completions: list[list[int]], max_length: int) -> tuple[list[int], list[list[int]]]:
-    """Cut a sequence to max_length tokens: first the start of the prompt, down to half of max_length, for its end
-    matters most; then the end of the completion, which loses its EOS, for it did not end there."""
+def fit(
+    prompt: list[int], completions: list[list[int]], max_length: int, bos_id: int | None = None
+) -> tuple[list[int], list[list[int]]]:
+    """Cut a sequence to max_length tokens: first the prompt, down to half of max_length; then the end of the
+    completion, which loses its EOS, for it did not end there."""
     longest = max(map(len, completions))
-    keep = max(max_length - longest, max_length // 2)
-    prompt = prompt[max(0, len(prompt) - keep) :]
+    prompt = cut_prompt(prompt, max(max_length - longest, max_length // 2), bos_id)
     return prompt, [completion[: max_length - len(prompt)] for completion in completions]
+
+
+def cut_prompt(prompt: list[int], length: int, bos_id: int | None) -> list[int]:
+    """The last `length` tokens of a prompt, whose end matters most; a BOS stays in front."""
+    if len(prompt) <= length:
+        return prompt
+    start = [bos_id] if prompt[0] == bos_id else []
+    return start + prompt[len(prompt) - length + len(start) :]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> TokenBatch:
@@ -85,12 +94,9 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     return ids, torch.arange(width) >= width - lengths[:, None]
 
 
-def _prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode_prompt(text)
-
-
-def _completion(text: str, tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.encode_completion(text) + list(tokenizer.eos_ids[:1])
+def _encode(prompt: str, completions: list[str], tokenizer: Tokenizer, max_length: int):
+    ended = [tokenizer.encode_completion(text) + list(tokenizer.eos_ids[:1]) for text in completions]
+    return fit(tokenizer.encode_prompt(prompt), ended, max_length, tokenizer.bos_id)
 
 
 def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> TokenBatch:

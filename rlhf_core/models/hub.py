@@ -119,12 +119,14 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_S
             safetensors.save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
     index = path / "model.safetensors.index.json"
     if single:
-        index.unlink(missing_ok=True)  # of an earlier, sharded save
+        index.unlink(missing_ok=True)
     else:
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        (path / "model.safetensors").unlink(missing_ok=True)  # of an earlier one, which transformers would prefer
-    write_json(path / "config.json", _to_hf(config, scalar_head=not isinstance(model, Transformer)))
+    for file in path.glob("model*.safetensors"):  # of an earlier save, which a reader might prefer
+        if file.name not in weight_map.values():
+            file.unlink()
+    write_json(path / "config.json", _to_hf(config, next(model.parameters()).dtype, not isinstance(model, Transformer)))
 
 
 def read_config(path: str | os.PathLike) -> TransformerConfig:
@@ -200,14 +202,14 @@ def _family(config: TransformerConfig) -> str:
     raise ValueError(f"no Hugging Face family has this mix of positions, norm, MLP, biases and heads: {config}")
 
 
-def _to_hf(config: TransformerConfig, scalar_head: bool) -> dict:
+def _to_hf(config: TransformerConfig, dtype: torch.dtype, scalar_head: bool) -> dict:
     family = _family(config)
     activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
     hf = {
         "model_type": family,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
-        "torch_dtype": "float32",
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": config.bos_id,
         "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None),
         "pad_token_id": config.pad_id,

@@ -7,6 +7,8 @@ Left out so far: adaptive KL coefficient, reward whitening, entropy bonus.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.data.collate import Example, collate
+from rlhf_core.data import Example, Tokenizer, collate
+from rlhf_core.data.collate import cut_prompt
 from rlhf_core.losses import clipped_policy_loss, clipped_value_loss
-from rlhf_core.masking import last_token_index, loss_weights, masked_moments, whiten
+from rlhf_core.masking import AGGREGATIONS, last_token_index, loss_weights, masked_moments, whiten
 from rlhf_core.models import RewardModel, Transformer, ValueModel
 from rlhf_core.ops import gae, kl_estimate
+from rlhf_core.ops.kl import ESTIMATORS
 from rlhf_core.rollout import Rollout, response_logprobs, response_values, sample
 from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, frozen_copy, micro_batches, option, rows
 
@@ -50,6 +54,9 @@ class PPOConfig(TrainConfig):
         for name in ("temperature", "ppo_epochs", "response_length", "clip_range", "value_clip_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        for name, allowed in (("kl_estimator", ESTIMATORS), ("aggregation", AGGREGATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
 class Experience(NamedTuple):
@@ -84,17 +91,18 @@ class PPOTrainer(Trainer):
         reference: Transformer | None = None,
         critic: ValueModel | None = None,
         eos_ids: tuple[int, ...] | None = None,
-        **options,
+        tokenizer: Tokenizer | None = None,
+        out: str | os.PathLike | None = None,
     ):
         if critic is None:
             critic = ValueModel.from_model(reward if isinstance(reward, RewardModel) else model)
         self.critic = critic.train(config.dropout)
-        super().__init__(model, examples, config, **options)
+        super().__init__(model, examples, config, tokenizer=tokenizer, out=out)
         self.reference = frozen_copy(model if reference is None else reference)
         self.reward = reward.eval() if isinstance(reward, nn.Module) else reward
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
-        self.episodes = 0
+        self.episodes, self.started = 0, time.monotonic()  # eps: episodes a second
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [p for module in (self.model, self.critic) for p in module.parameters() if p.requires_grad]
@@ -106,7 +114,7 @@ class PPOTrainer(Trainer):
         # 1. Sample a response to every prompt.
         rollout = sample(
             self.model,
-            [prompt[-config.max_prompt_length :] for prompt in batch],
+            [cut_prompt(prompt, config.max_prompt_length, self.model.config.bos_id) for prompt in batch],
             max_new_tokens=config.response_length,
             temperature=config.temperature,
             eos_ids=self.eos_ids,
@@ -143,7 +151,6 @@ class PPOTrainer(Trainer):
             "objective/non_score_reward": -config.kl_coef * kl.sum(dim=1),
             "objective/rlhf_reward": rewards.sum(dim=1),
             "objective/scores": scores,
-            "val/num_eos_tokens": self.ended(rollout).float(),
             "response_length": mask.sum(dim=1).float(),
         }
         for name, values in per_sequence.items():
@@ -153,7 +160,8 @@ class PPOTrainer(Trainer):
         report["val/explained_variance"] = explained_variance(old_values, returns, mask)
         report["val/rollout_mismatch"] = float((old_logprobs - rollout.logprobs).abs().max())
         report |= {"objective/kl_coef": config.kl_coef, "lr": self.optimizer.param_groups[0]["lr"]}
-        return report | {"eps": config.adam_eps, "episode": self.episodes}
+        report["val/num_eos_tokens"] = int(self.ended(rollout).sum())
+        return report | {"episode": self.episodes, "eps": self.episodes / (time.monotonic() - self.started)}
 
     def minibatch_losses(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> Iterator[Tensor]:
         """The PPO loss of each micro-batch; the parts add up to the minibatch's loss."""
