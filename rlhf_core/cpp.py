@@ -8,7 +8,7 @@ result does not depend on how many.
 import torch
 from torch import Tensor
 
-from rlhf_core import _C
+import rlhf_core._C as _C  # not "from rlhf_core import": its error would not name the missing file
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
