@@ -113,24 +113,11 @@ def _config(config: type, arguments: argparse.Namespace):
     return config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)})
 
 
-class _SkippedLines:
-    """Counts bad lines for --skip-bad and tells of them once."""
-
-    def __init__(self):
-        self.errors = []
-
-    def __call__(self, error: ValueError) -> None:
-        self.errors.append(error)
-
-    def report(self) -> None:
-        if self.errors:
-            print(f"bad lines dropped: {len(self.errors)}, the first: {self.errors[0]}", file=sys.stderr)
-
-
 def _read(reader, path: Path, arguments: argparse.Namespace) -> list:
-    skipped = _SkippedLines()
-    items = reader(path, skipped if arguments.skip_bad else None)
-    skipped.report()
+    dropped = []
+    items = reader(path, dropped.append if arguments.skip_bad else None)
+    if dropped:
+        print(f"bad lines dropped: {len(dropped)}, the first: {dropped[0]}", file=sys.stderr)
     return items
 
 

@@ -7,6 +7,7 @@ the continuation (Hutto & Gilbert 2014) as gold. Training never sees the gold sc
 
 from __future__ import annotations
 
+import copy
 import gzip
 import random
 import re
@@ -205,7 +206,7 @@ def run(task: Task, out: Path, seed: int) -> str:
     held_out = len(pairs) // 8
     train_pairs, eval_pairs = pairs[held_out:], pairs[:held_out]
     torch.manual_seed(seed)
-    reward_model = RewardModel.from_model(base).requires_grad_(True)
+    reward_model = RewardModel.from_model(base)
     trainer = RewardTrainer(
         reward_model,
         train_pairs,
@@ -220,7 +221,7 @@ def run(task: Task, out: Path, seed: int) -> str:
         f"({len(train_pairs)} to train on, {disagreement:.1%} labelled against gold)"
     )
 
-    ppo_policy = trainable_copy(base)
+    ppo_policy, dpo_policy = (copy.deepcopy(base).requires_grad_(True) for _ in range(2))
     PPOTrainer(
         ppo_policy,
         task.prompts,
@@ -231,7 +232,6 @@ def run(task: Task, out: Path, seed: int) -> str:
         tokenizer=task.tokenizer,
         out=out / "ppo",
     ).train()
-    dpo_policy = trainable_copy(base)
     DPOTrainer(dpo_policy, train_pairs, task.dpo, reference=base, tokenizer=task.tokenizer, out=out / "dpo").train()
 
     results = {"SFT": evaluate(base), "PPO": evaluate(ppo_policy), "DPO": evaluate(dpo_policy)}
@@ -265,11 +265,6 @@ def labelled_pairs(task: Task, policy: Transformer, seed: int) -> tuple[list[Pai
             chosen, rejected = (first, second) if (first_score > second_score) != flip else (second, first)
             pairs.append(Pair(prompt, chosen, rejected))
     return pairs, wrong / len(pairs)
-
-
-def trainable_copy(policy: Transformer) -> Transformer:
-    """A copy that trains."""
-    return frozen_copy(policy).requires_grad_(True)
 
 
 def table(results: dict[str, Evaluation]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.data import Tokenizer
+from rlhf_core.losses import preferred
 from rlhf_core.models import Transformer, eval_mode
 from rlhf_core.ops import kl_estimate
 from rlhf_core.rollout import response_logprobs, sample
@@ -61,4 +62,4 @@ def evaluate_policy(
 
 def win_rate(scores: Tensor, other: Tensor) -> float:
     """Share of rows (N,) where `scores` is higher than `other`; a tie is one half."""
-    return float(((torch.sign(scores - other) + 1) / 2).mean())
+    return float(preferred(scores, other).mean())

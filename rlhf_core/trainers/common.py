@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -84,12 +84,13 @@ class Metrics:
 class Trainer:
     """The loop: batches of examples, `step` on each, a line of metrics for each, the model at the end.
 
-    A subclass gives `losses`, a generator of one loss for each micro-batch, already weighted so that they add up to
-    the batch's loss; or its own `step`.
+    A subclass gives `losses`, which adds to the metrics and yields the loss of each micro-batch, weighted so that they
+    add up to the batch's loss; or its own `step`.
     """
 
     algorithm: str
     main_metric: str  # what the progress bar shows
+    losses: Callable[[list, Metrics], Iterator[Tensor]]
 
     def __init__(
         self,
@@ -135,10 +136,6 @@ class Trainer:
             shuffled = torch.randperm(len(self.examples), generator=order).tolist()
             for start in range(0, len(shuffled), self.config.batch_size):
                 yield [self.examples[i] for i in shuffled[start : start + self.config.batch_size]]
-
-    def losses(self, batch: list, metrics: Metrics) -> Iterator[Tensor]:
-        """Yield the loss of each micro-batch and add to metrics."""
-        raise NotImplementedError
 
     def step(self, batch: list) -> dict[str, float]:
         """One optimiser step on a batch of examples; returns its metrics."""

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from rlhf_core.data import Pair, TokenBatch, collate_pairs
-from rlhf_core.losses import dpo_loss
+from rlhf_core.losses import dpo_loss, preferred
 from rlhf_core.models import Transformer
 from rlhf_core.ops import token_logprobs_and_entropy
 from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, frozen_copy, micro_batches, option, to_device
-from rlhf_core.trainers.reward import preferred
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rlhf_core.data import Pair, collate_pairs
-from rlhf_core.losses import bradley_terry_loss
+from rlhf_core.losses import bradley_terry_loss, preferred
 from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, micro_batches, option, to_device
 
 
@@ -36,8 +35,3 @@ class RewardTrainer(Trainer):
             metrics.add("margin", chosen - rejected)
             metrics.add("mean_reward", scores)
             yield loss.sum() / len(batch)
-
-
-def preferred(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """1 where the chosen one scores higher, 0 where lower, one half on a tie."""
-    return (torch.sign(chosen - rejected) + 1) / 2
