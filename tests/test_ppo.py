@@ -413,6 +413,13 @@ def test_a_long_prompt_loses_its_start():
     assert sorted(rollout.prompts()) == sorted(prompt[-2:] for prompt in PROMPTS)
 
 
+def test_a_prompt_leaves_room_for_the_response():
+    ((rollout, _),) = captured(response_length=30)  # of 32 positions
+    assert sorted(rollout.prompts()) == sorted(prompt[-2:] for prompt in PROMPTS)
+    with pytest.raises(ValueError, match="response_length 32 leaves no prompt of 32 positions"):
+        make(response_length=32)
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_others():
     runs = [make(prompts=PROMPTS * 2, minibatch_size=3, seed=seed).train() for seed in (1, 1, 2)]
     assert all(step.pop("eps") > 0 for run in runs for step in run)  # episodes a second

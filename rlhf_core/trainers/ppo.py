@@ -47,7 +47,9 @@ class PPOConfig(TrainConfig):
     lam: float = option(0.95, "GAE's lambda, in [0, 1]")
     aggregation: str = option("token_mean", "of the losses: token_mean or sequence_mean")
     missing_eos_penalty: float | None = option(None, "taken off the score of a response without an end token")
-    max_prompt_length: int = option(512, "tokens of a prompt; the start of a longer one is cut")
+    max_prompt_length: int = option(
+        512, "tokens of a prompt, and no more than the model has room for; a longer one loses its start"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,6 +104,10 @@ class PPOTrainer(Trainer):
         self.reward = reward.eval() if isinstance(reward, nn.Module) else reward
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        positions = model.config.max_positions
+        self.prompt_length = min(config.max_prompt_length, positions - config.response_length)
+        if self.prompt_length < 1:
+            raise ValueError(f"response_length {config.response_length} leaves no prompt of {positions} positions")
         self.episodes, self.started = 0, time.monotonic()  # eps: episodes a second
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -114,7 +120,7 @@ class PPOTrainer(Trainer):
         # 1. Sample a response to every prompt.
         rollout = sample(
             self.model,
-            [cut_prompt(prompt, config.max_prompt_length, self.model.config.bos_id) for prompt in batch],
+            [cut_prompt(prompt, self.prompt_length, self.model.config.bos_id) for prompt in batch],
             max_new_tokens=config.response_length,
             temperature=config.temperature,
             eos_ids=self.eos_ids,
