@@ -1,8 +1,8 @@
 """The CPU backend: torch tensors to the addresses and strides that `rlhf_core._C` takes. Its only importer.
 
-Same launchers as `rlhf_core.kernels`. Arguments are trusted: the ops have validated them and made the last axis
-contiguous. Every launcher checks nothing, allocates its outputs, and runs on `torch.get_num_threads()` threads; the
-result does not depend on how many.
+Same launchers as `rlhf_core.kernels`. Arguments are trusted, but for the range of targets: the ops have validated
+them and made the last axis contiguous. A launcher allocates its outputs and runs on `torch.get_num_threads()` threads;
+the result does not depend on how many.
 """
 
 import torch
