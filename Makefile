@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/rlhf-core demo
@@ -13,11 +13,37 @@ test: $(STAMP)
 	$(BIN)/pytest
 
 bench: $(STAMP)
-	OMP_NUM_THREADS=2 $(BIN)/pytest benchmarks --benchmark-only
+	OMP_NUM_THREADS=2 $(BIN)/pytest benchmarks --benchmark-only --import-mode=importlib
+
+# With PYTHON's own torch, the one that fits the machine's driver; downloads nothing, and installs into build/gpu only.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target build/gpu .
+	cd build/gpu && $(PYTHON) -m rlhf_core.benchmarks.gpu $(CURDIR)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# csrc/ under gcc's sanitizers, in a copy of the package: memory and arithmetic, then races. Without OpenMP, whose
+# synchronisation ThreadSanitizer does not see: parallel_for takes std::thread.
+SANITIZED_TESTS := $(foreach op,cpp logprobs linear_logprobs kl gae policy_loss,tests/test_$(op).py)
+
+define sanitized
+	rm -rf build/$(1) && mkdir -p build/$(1) && cp -r rlhf_core build/$(1)/ && rm -f build/$(1)/rlhf_core/_C.*
+	cp -r kernels build/$(1)/rlhf_core/
+	g++ -std=c++17 -O1 -g1 -fPIC -shared -pthread -ffp-contract=off -fno-trapping-math $(2) \
+		$$($(BIN)/python -P -m pybind11 --includes) csrc/*.cpp -o build/$(1)/rlhf_core/_C.so
+	export LD_PRELOAD="$(foreach lib,$(3),$$(g++ -print-file-name=$(lib)))" $(4) \
+		PYTHONPATH=build/$(1) OMP_NUM_THREADS=2 && \
+		$(BIN)/python -P -c "import rlhf_core._C as C; assert 'build/$(1)/' in C.__file__, C.__file__" && \
+		$(BIN)/python -P -m pytest -p no:cacheprovider --capture=sys $(SANITIZED_TESTS) -k "cpp and not neon $(5)"
+endef
+
+sanitize: $(STAMP)
+	$(call sanitized,asan,-fsanitize=address -fsanitize=undefined -fno-sanitize-recover=all,libasan.so libubsan.so,\
+		ASAN_OPTIONS=detect_leaks=0)
+	$(call sanitized,tsan,-fsanitize=thread,libtsan.so,\
+		TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1",and not isa)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

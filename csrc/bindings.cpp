@@ -1,106 +1,194 @@
-// rlhf_core._C: addresses and strides in, nothing out. The only file that knows Python; no GIL is held while computing.
-// A tensor arrives as its address (0 for None) followed by the strides that kernels.h asks for.
+// rlhf_core._C: the launchers of rlhf_core/cpp.py on tensors that it allocated. The only file that knows Python; no GIL
+// is held while computing. Every function takes the launcher's arguments, then its outputs, then the number of threads;
+// None is an output not asked for or an argument not given.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <variant>
 
 #include "kernels.h"
 
 namespace py = pybind11;
 using namespace rlhf;
-using Address = uintptr_t;
 
 namespace {
 
-template <class T>
-T* as(Address address) { return reinterpret_cast<T*>(address); }
+// A tensor's address, shape and strides straight from its owner, in 40 ns and without its headers. The layout of both
+// structs is fixed within major version 1 of DLPack: https://dmlc.github.io/dlpack/latest/c_api.html
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id, ndim;
+  uint8_t dtype_code, dtype_bits;
+  uint16_t dtype_lanes;
+  int64_t *shape, *strides;  // strides count elements
+  uint64_t byte_offset;
+};
 
-void bind_token_logprobs(py::module_& m) {
-  const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("token_logprobs_fwd", [](int dtype, double temperature, int threads, int64_t B, int64_t T, int64_t V,
-                                 Address logits, int64_t logits_b, int64_t logits_t,
-                                 Address targets, int64_t targets_b, int64_t targets_t,
-                                 Address mask, int64_t mask_b, int64_t mask_t,
-                                 Address logprobs, Address entropy, Address lse) {
-    LogprobsArgs a = {};
-    a.dtype = static_cast<Dtype>(dtype), a.temperature = temperature;
-    a.B = B, a.T = T, a.V = V;
-    a.logits = {as<char>(logits), logits_b, logits_t};
-    a.targets = {as<int64_t>(targets), targets_b, targets_t};
-    a.mask = {as<bool>(mask), mask_b, mask_t};
-    a.logprobs = as<float>(logprobs), a.entropy = as<float>(entropy), a.lse = as<float>(lse);
-    token_logprobs_fwd(a, threads);
-  }, release);
-  m.def("token_logprobs_bwd", [](int dtype, double temperature, int threads, int64_t B, int64_t T, int64_t V,
-                                 Address logits, int64_t logits_b, int64_t logits_t,
-                                 Address targets, int64_t targets_b, int64_t targets_t,
-                                 Address mask, int64_t mask_b, int64_t mask_t,
-                                 Address dlogprobs, int64_t dlogprobs_b, int64_t dlogprobs_t,
-                                 Address dentropy, int64_t dentropy_b, int64_t dentropy_t,
-                                 Address entropy, Address lse,
-                                 Address dlogits, int64_t dlogits_b, int64_t dlogits_t) {
-    LogprobsArgs a = {};
-    a.dtype = static_cast<Dtype>(dtype), a.temperature = temperature;
-    a.B = B, a.T = T, a.V = V;
-    a.logits = {as<char>(logits), logits_b, logits_t};
-    a.targets = {as<int64_t>(targets), targets_b, targets_t};
-    a.mask = {as<bool>(mask), mask_b, mask_t};
-    a.dlogprobs = {as<float>(dlogprobs), dlogprobs_b, dlogprobs_t};
-    a.dentropy = {as<float>(dentropy), dentropy_b, dentropy_t};
-    a.entropy = as<float>(entropy), a.lse = as<float>(lse);
-    a.dlogits = {as<char>(dlogits), dlogits_b, dlogits_t};
-    token_logprobs_bwd(a, threads);
-  }, release);
+struct DLPackExchangeAPI {
+  uint32_t major, minor;
+  void *older_api, *allocate, *managed_tensor_from_py_object, *managed_tensor_to_py_object;
+  int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);  // borrows; -1: a Python error is set
+  void* current_stream;
+};
+
+const DLPackExchangeAPI* exchange = nullptr;  // of the one tensor type there is, set by `use` before any launch
+
+void use(const py::object& capsule) {
+  exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  PyErr_Clear();  // what was no such capsule gives null
+  if (!exchange || exchange->major != 1 || !exchange->dltensor_from_py_object_no_sync)
+    throw py::import_error("needs torch.Tensor.__dlpack_c_exchange_api__ of DLPack 1, which torch >= 2.11 has");
 }
 
-void bind_kl_estimate(py::module_& m) {
-  const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("kl_estimate_fwd", [](int estimator, int threads, int64_t n, Address logprobs, Address ref_logprobs,
-                              Address mask, Address kl) {
-    KlArgs a = {};
-    a.estimator = static_cast<Estimator>(estimator);
-    a.logprobs = as<float>(logprobs), a.ref_logprobs = as<float>(ref_logprobs), a.mask = as<bool>(mask);
-    a.kl = as<float>(kl);
-    kl_estimate_fwd(a, n, threads);
-  }, release);
-  m.def("kl_estimate_bwd", [](int estimator, int threads, int64_t n, Address dkl, Address logprobs,
-                              Address ref_logprobs, Address mask, Address dlogprobs, Address dref_logprobs) {
-    KlArgs a = {};
-    a.estimator = static_cast<Estimator>(estimator);
-    a.dkl = as<float>(dkl), a.mask = as<bool>(mask);
-    a.logprobs = as<float>(logprobs), a.ref_logprobs = as<float>(ref_logprobs);
-    a.dlogprobs = as<float>(dlogprobs), a.dref_logprobs = as<float>(dref_logprobs);
-    kl_estimate_bwd(a, n, threads);
-  }, release);
+// Becomes whatever field of kernels.h it is assigned to; None becomes null.
+struct Tensor : DLTensor {
+  template <class T>
+  operator T*() const { return reinterpret_cast<T*>(static_cast<char*>(data) + byte_offset); }
+  template <class T>
+  operator Grid<T>() const { return data ? Grid<T>{*this, strides[0], strides[1]} : Grid<T>{}; }
+  operator Rows() const { return {*this, strides[0], strides[1]}; }
+  Dtype dtype() const { return dtype_code == 4 ? kBFloat16 : dtype_bits == 16 ? kFloat16 : kFloat32; }
+  int64_t size() const {
+    int64_t n = 1;
+    for (int i = 0; i < ndim; ++i) n *= shape[i];
+    return n;
+  }
+};
+
+using Temperature = std::variant<double, Tensor>;  // of all rows, or one per row
+
+}  // namespace
+
+template <>
+struct py::detail::type_caster<Tensor> {
+  PYBIND11_TYPE_CASTER(Tensor, const_name("Tensor | None"));
+  bool load(handle object, bool) {
+    if (!object.is_none() && exchange->dltensor_from_py_object_no_sync(object.ptr(), &value)) throw error_already_set();
+    return true;
+  }
+};
+
+namespace {
+
+template <class Args>
+Args rows_of(const Tensor& logits, const Tensor& mask, const Temperature& temperature) {
+  Args a = {};
+  a.dtype = logits.dtype(), a.B = logits.shape[0], a.T = logits.shape[1], a.V = logits.shape[2];
+  a.logits = logits, a.mask = mask;
+  if (const double* all = std::get_if<double>(&temperature)) a.temperature = *all;
+  else a.temperatures = std::get<Tensor>(temperature);
+  return a;
 }
 
-void bind_gae(py::module_& m) {
-  const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("gae_fwd", [](double gamma, double lam, int threads, int64_t B, int64_t T, Address rewards, Address values,
-                      Address mask, Address last_values, Address advantages, Address returns) {
-    GaeArgs a = {};
-    a.T = T, a.gamma = gamma, a.lam = lam;
-    a.rewards = as<float>(rewards), a.values = as<float>(values), a.mask = as<bool>(mask);
-    a.last_values = as<float>(last_values), a.advantages = as<float>(advantages), a.returns = as<float>(returns);
-    gae_fwd(a, B, threads);
-  }, release);
-  m.def("gae_bwd", [](double gamma, double lam, int threads, int64_t B, int64_t T, Address dadvantages,
-                      Address dreturns, Address mask, Address drewards, Address dvalues, Address dlast_values) {
-    GaeArgs a = {};
-    a.T = T, a.gamma = gamma, a.lam = lam;
-    a.dadvantages = as<float>(dadvantages), a.dreturns = as<float>(dreturns), a.mask = as<bool>(mask);
-    a.drewards = as<float>(drewards), a.dvalues = as<float>(dvalues), a.dlast_values = as<float>(dlast_values);
-    gae_bwd(a, B, threads);
-  }, release);
+// The sequences of a per-token tensor: its rows, or the pieces of (N,) that cu_seqlens cuts.
+GaeArgs sequences_of(const Tensor& x, const Tensor& mask, double gamma, double lam, const Tensor& cu_seqlens) {
+  GaeArgs a = {};
+  const bool packed = cu_seqlens.data;
+  a.B = packed ? cu_seqlens.shape[0] - 1 : x.shape[0];
+  a.T = packed ? x.shape[0] / std::max<int64_t>(a.B, 1) : x.shape[1];
+  a.mask = mask, a.gamma = gamma, a.lam = lam, a.cu_seqlens = cu_seqlens;
+  return a;
+}
+
+KlArgs estimate_of(const Tensor& logprobs, const Tensor& ref_logprobs, const Tensor& mask, int estimator) {
+  KlArgs a = {};
+  a.estimator = static_cast<Estimator>(estimator);
+  a.logprobs = logprobs, a.ref_logprobs = ref_logprobs, a.mask = mask;
+  return a;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  bind_token_logprobs(m);
-  bind_kl_estimate(m);
-  bind_gae(m);
+  m.def("use", use);
   m.def("isa", isa);
   m.def("available_isas", available_isas);
   m.def("threading", threading);
+
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("token_logprobs_fwd", [](Tensor logits, Tensor targets, Tensor mask, Temperature temperature, Tensor logprobs,
+                                 Tensor entropy, Tensor lse, int threads) {
+    auto a = rows_of<LogprobsArgs>(logits, mask, temperature);
+    a.targets = targets;
+    a.logprobs = logprobs, a.entropy = entropy, a.lse = lse;
+    token_logprobs_fwd(a, threads);
+  }, release);
+  m.def("token_logprobs_bwd", [](Tensor dlogprobs, Tensor dentropy, Tensor logits, Tensor targets, Tensor mask,
+                                 Temperature temperature, Tensor entropy, Tensor lse, Tensor dlogits, int threads) {
+    auto a = rows_of<LogprobsArgs>(logits, mask, temperature);
+    a.dlogprobs = dlogprobs, a.dentropy = dentropy, a.targets = targets, a.entropy = entropy, a.lse = lse;
+    a.dlogits = dlogits;
+    token_logprobs_bwd(a, threads);
+  }, release);
+  m.def("full_kl_fwd", [](Tensor logits, Tensor ref_logits, Tensor mask, Temperature temperature, Tensor kl, Tensor lse,
+                          int threads) {
+    auto a = rows_of<FullKlArgs>(logits, mask, temperature);
+    a.ref_logits = ref_logits;
+    a.kl = kl, a.lse = lse;
+    full_kl_fwd(a, threads);
+  }, release);
+  m.def("full_kl_bwd", [](Tensor dkl, Tensor logits, Tensor ref_logits, Tensor mask, Temperature temperature, Tensor kl,
+                          Tensor lse, Tensor dlogits, Tensor dref_logits, int threads) {
+    auto a = rows_of<FullKlArgs>(logits, mask, temperature);
+    a.dkl = dkl, a.ref_logits = ref_logits, a.kl = kl, a.lse = lse;
+    a.dlogits = dlogits, a.dref_logits = dref_logits;
+    full_kl_bwd(a, threads);
+  }, release);
+  m.def("kl_estimate_fwd", [](Tensor logprobs, Tensor ref_logprobs, Tensor mask, int estimator, Tensor kl,
+                              int threads) {
+    auto a = estimate_of(logprobs, ref_logprobs, mask, estimator);
+    a.kl = kl;
+    kl_estimate_fwd(a, logprobs.size(), threads);
+  }, release);
+  m.def("kl_estimate_bwd", [](Tensor dkl, Tensor logprobs, Tensor ref_logprobs, Tensor mask, int estimator,
+                              Tensor dlogprobs, Tensor dref_logprobs, int threads) {
+    auto a = estimate_of(logprobs, ref_logprobs, mask, estimator);
+    a.dkl = dkl;
+    a.dlogprobs = dlogprobs, a.dref_logprobs = dref_logprobs;
+    kl_estimate_bwd(a, logprobs.size(), threads);
+  }, release);
+  m.def("gae_fwd", [](Tensor rewards, Tensor values, Tensor mask, double gamma, double lam, Tensor last_values,
+                      Tensor cu_seqlens, Tensor advantages, Tensor returns, int threads) {
+    auto a = sequences_of(rewards, mask, gamma, lam, cu_seqlens);
+    a.rewards = rewards, a.values = values, a.last_values = last_values;
+    a.advantages = advantages, a.returns = returns;
+    gae_fwd(a, threads);
+  }, release);
+  m.def("gae_bwd", [](Tensor dadvantages, Tensor dreturns, Tensor mask, double gamma, double lam, Tensor cu_seqlens,
+                      Tensor drewards, Tensor dvalues, Tensor dlast_values, int threads) {
+    auto a = sequences_of(dreturns, mask, gamma, lam, cu_seqlens);
+    a.dadvantages = dadvantages, a.dreturns = dreturns;
+    a.drewards = drewards, a.dvalues = dvalues, a.dlast_values = dlast_values;
+    gae_bwd(a, threads);
+  }, release);
+  m.def("ppo_advantages_fwd", [](Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask,
+                                 double kl_coef, int estimator, double gamma, double lam, bool whiten,
+                                 Tensor cu_seqlens, Tensor advantages, Tensor returns, Tensor rewards, Tensor kl,
+                                 int threads) {
+    AdvantagesArgs a = {};
+    a.gae = sequences_of(logprobs, mask, gamma, lam, cu_seqlens);
+    a.kl = estimate_of(logprobs, ref_logprobs, mask, estimator);
+    a.scores = scores, a.kl_coef = kl_coef, a.gae.values = values;
+    a.gae.advantages = advantages, a.gae.returns = returns, a.gae.rewards = a.rewards = rewards, a.kl.kl = kl;
+    ppo_advantages_fwd(a, whiten, threads);
+  }, release);
+  m.def("ppo_loss_fwd", [](Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor values, Tensor old_values,
+                           Tensor returns, Tensor entropy, Tensor mask, Tensor weights, bool sequence_mean,
+                           double clip_range, std::optional<double> value_clip_range, double vf_coef,
+                           double entropy_coef, std::optional<double> dual_clip, Tensor loss, Tensor scale,
+                           Tensor stats, Tensor dlogprobs, Tensor dvalues, Tensor dentropy, int threads) {
+    PpoLossArgs a = {};
+    a.B = logprobs.shape[0], a.T = logprobs.shape[1];
+    a.logprobs = logprobs, a.old_logprobs = old_logprobs, a.advantages = advantages, a.entropy = entropy;
+    a.values = values, a.old_values = old_values, a.returns = returns, a.mask = mask, a.weights = weights;
+    a.sequence_mean = sequence_mean, a.clip_range = clip_range, a.vf_coef = vf_coef, a.entropy_coef = entropy_coef;
+    a.value_clip_range = value_clip_range.value_or(INFINITY), a.dual_clip = dual_clip.value_or(INFINITY);
+    a.loss = loss, a.scale = scale, a.stats = stats;
+    a.dlogprobs = dlogprobs, a.dvalues = dvalues, a.dentropy = dentropy;
+    ppo_loss_fwd(a, threads);
+  }, release);
 }

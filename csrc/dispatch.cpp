@@ -11,9 +11,10 @@
 #include <stdexcept>
 #ifdef __x86_64__
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
-#include "gae.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -53,6 +54,20 @@ namespace avx512 { namespace {
 }}
 RLHF_END_TARGET
 #undef RLHF_ISA
+
+#define RLHF_ISA 513
+RLHF_BEGIN_TARGET("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace avx512_bf16 { namespace {
+#include "table.h"
+}}
+RLHF_END_TARGET
+#undef RLHF_ISA
+#elif defined(__aarch64__)
+#define RLHF_ISA 1
+namespace neon { namespace {
+#include "table.h"
+}}
+#undef RLHF_ISA
 #endif
 
 namespace {
@@ -67,9 +82,13 @@ std::vector<Isa> supported() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     isas.push_back({"avx2", &avx2::table});  // every CPU with AVX2 has F16C
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       isas.push_back({"avx512", &avx512::table});
+      if (__builtin_cpu_supports("avx512bf16")) isas.push_back({"avx512_bf16", &avx512_bf16::table});
+    }
   }
+#elif defined(__aarch64__)
+  isas.push_back({"neon", &neon::table});
 #endif
   return isas;
 }
@@ -102,6 +121,12 @@ void run(Kernel<Args> kernel, const Args& args, int64_t n, int64_t grain, int th
   parallel_for(n, grain, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
+// Both parts together (Chan, Golub & LeVeque 1979, eq. 2.1).
+Moments combine(const Moments& a, const Moments& b) {
+  const double count = a.count + b.count, delta = b.mean - a.mean, share = b.count / std::fmax(count, 1);
+  return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+}
+
 void check_targets(const LogprobsArgs& a) {
   for (int64_t b = 0; b < a.B; ++b)
     for (int64_t t = 0; t < a.T; ++t) {
@@ -124,6 +149,14 @@ void token_logprobs_bwd(const LogprobsArgs& a, int threads) {
   run(chosen().table->logprobs_bwd[a.dtype], a, a.B * a.T, row_grain(a.V), threads);
 }
 
+void full_kl_fwd(const FullKlArgs& a, int threads) {
+  run(chosen().table->full_kl_fwd[a.dtype], a, a.B * a.T, row_grain(2 * a.V), threads);
+}
+
+void full_kl_bwd(const FullKlArgs& a, int threads) {
+  run(chosen().table->full_kl_bwd[a.dtype], a, a.B * a.T, row_grain(2 * a.V), threads);
+}
+
 void kl_estimate_fwd(const KlArgs& a, int64_t n, int threads) {
   run(chosen().table->kl_fwd[a.estimator], a, n, row_grain(1), threads);
 }
@@ -132,8 +165,39 @@ void kl_estimate_bwd(const KlArgs& a, int64_t n, int threads) {
   run(chosen().table->kl_bwd[a.estimator], a, n, row_grain(1), threads);
 }
 
-void gae_fwd(const GaeArgs& a, int64_t B, int threads) { run(gae_fwd_rows, a, B, row_grain(2 * a.T), threads); }
-void gae_bwd(const GaeArgs& a, int64_t B, int threads) { run(gae_bwd_rows, a, B, row_grain(2 * a.T), threads); }
+void gae_fwd(const GaeArgs& a, int threads) { run(chosen().table->gae_fwd, a, a.B, row_grain(a.T), threads); }
+void gae_bwd(const GaeArgs& a, int threads) { run(chosen().table->gae_bwd, a, a.B, row_grain(2 * a.T), threads); }
+
+void ppo_advantages_fwd(AdvantagesArgs a, bool whitened, int threads) {
+  std::vector<Moments> moments(whitened ? a.gae.B : 0);
+  a.moments = whitened ? moments.data() : nullptr;
+  const Table& table = *chosen().table;
+  run(table.ppo_advantages, a, a.gae.B, row_grain(4 * a.gae.T), threads);
+  if (!whitened) return;
+  Moments all = {};
+  for (const Moments& row : moments) all = combine(all, row);
+  const int64_t first = a.gae.begin(0), n = a.gae.begin(a.gae.B) - first;
+  const double scale = 1 / std::sqrt(all.m2 / std::fmax(all.count, 1) + 1e-8);
+  parallel_for(n, row_grain(1), threads, [&](int64_t begin, int64_t end) {
+    table.whiten(a.gae.advantages + first + begin, a.gae.mask + first + begin, end - begin, all.mean, scale);
+  });
+}
+
+void ppo_loss_fwd(PpoLossArgs a, int threads) {
+  a.chunk_rows = row_grain(8 * a.T);
+  const int64_t chunks = (a.B + a.chunk_rows - 1) / a.chunk_rows;
+  std::vector<double> chunk_sums(chunks * kPpoSums);
+  a.chunk_sums = chunk_sums.data();
+  run(chosen().table->ppo_loss, a, chunks, 1, threads);
+  double sums[kPpoSums] = {};
+  for (size_t i = 0; i < chunk_sums.size(); ++i) sums[i % kPpoSums] += chunk_sums[i];
+  const double count = std::max(1.0, sums[kCount]);
+  const double scale = a.weights ? 1 : 1 / (a.sequence_mean ? std::max(1.0, sums[kSequences]) : count);
+  *a.loss = static_cast<float>(sums[kLoss] * scale);
+  *a.scale = static_cast<float>(scale);
+  for (int k = 0; k < kCount; ++k) a.stats[k] = static_cast<float>(sums[k] / count);
+  a.stats[kCount] = static_cast<float>(sums[kCount]);
+}
 
 std::string isa() { return chosen().name; }
 

@@ -1,34 +1,84 @@
-// Generalised advantage estimation over the counted tokens of each row, and its adjoint. One recurrence per row: plain
-// scalar code, carried in double. What is masked is neither used nor waited for, its outputs are 0.
-#pragma once
+// Generalised advantage estimation over the counted tokens of each sequence, its adjoint, and the chain that PPO wants
+// around it: KL-shaped rewards before, whitening behind. Carried in double. What is masked is neither used nor waited
+// for, its outputs are 0. ISA-generic; see simd.h.
 
-#include <cstdint>
+// What of a sequence lies behind the token at hand.
+struct Future { double value, advantage; };
 
-#include "kernels.h"
+SIMD void gae_token(const GaeArgs& a, int64_t i, Future& next) {
+  a.advantages[i] = a.returns[i] = 0;
+  if (!a.mask[i]) return;
+  const double value = a.values[i], delta = a.rewards[i] + a.gamma * next.value - value;
+  next = {value, delta + a.gamma * a.lam * next.advantage};
+  a.advantages[i] = static_cast<float>(next.advantage);
+  a.returns[i] = static_cast<float>(next.advantage + value);
+}
 
-namespace rlhf {
+// kTokens doubles are a vector of the ISA's own width. Lane k of SHIFT is lane k + n, 0 where there is none.
+constexpr int kTokens = W / 2;
+typedef double G __attribute__((vector_size(8 * kTokens)));
+typedef float GF __attribute__((vector_size(4 * kTokens)));
+#if !defined(__clang__) && __GNUC__ < 12
+#undef SHIFT  // one token at a time, then
+#elif RLHF_ISA >= 512
+#define SHIFT(x, n) __builtin_shufflevector(x, G{}, n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7)
+#elif RLHF_ISA == 2
+#define SHIFT(x, n) __builtin_shufflevector(x, G{}, n, n + 1, n + 2, n + 3)
+#else
+#define SHIFT(x, n) __builtin_shufflevector(x, G{}, n, n + 1)
+#endif
 
-inline void gae_fwd_rows(const GaeArgs& a, int64_t begin, int64_t end) {
-  const double decay = a.gamma * a.lam;
+#ifdef SHIFT
+// As many counted tokens, from i on; powers_k = decay^(kTokens - k). The recursion x_k += decay * x_{k+1}, the last one
+// first, takes log2 kTokens steps.
+SIMD void gae_tokens(const GaeArgs& a, int64_t i, G powers, Future& next) {
+  const G rewards = __builtin_convertvector(read<GF>(a.rewards + i), G);
+  const G values = __builtin_convertvector(read<GF>(a.values + i), G);
+  G next_values = SHIFT(values, 1);
+  next_values[kTokens - 1] = next.value;
+  double decay = a.gamma * a.lam;
+  G x = rewards + next_values * a.gamma - values;
+  x += SHIFT(x, 1) * decay;
+  if (kTokens > 2) decay *= decay, x += SHIFT(x, 2 % kTokens) * decay;
+  if (kTokens > 4) decay *= decay, x += SHIFT(x, 4 % kTokens) * decay;
+  const double advantage = x[0] + powers[0] * next.advantage;  // all that the next tokens wait for
+  x += powers * next.advantage;
+  write(a.advantages + i, __builtin_convertvector(x, GF));
+  write(a.returns + i, __builtin_convertvector(x + values, GF));
+  next = {values[0], advantage};
+}
+#endif
+
+void gae_fwd(const GaeArgs& a, int64_t begin, int64_t end) {
+  bool all[kTokens];
+  std::memset(all, 1, kTokens);
+  G powers;
+  double power = 1;
+  for (int k = kTokens - 1; k >= 0; --k) powers[k] = power *= a.gamma * a.lam;
   for (int64_t b = begin; b < end; ++b) {
-    double next_value = a.last_values ? a.last_values[b] : 0, advantage = 0;
-    for (int64_t i = (b + 1) * a.T - 1; i >= b * a.T; --i) {
-      a.advantages[i] = a.returns[i] = 0;
-      if (!a.mask[i]) continue;
-      const double value = a.values[i], delta = a.rewards[i] + a.gamma * next_value - value;
-      advantage = delta + decay * advantage;
-      next_value = value;
-      a.advantages[i] = static_cast<float>(advantage);
-      a.returns[i] = static_cast<float>(advantage + value);
+    Future next = {a.last_values ? a.last_values[b] : 0, 0};
+    const int64_t first = a.begin(b);
+    int64_t stop = a.begin(b + 1);
+    while (stop > first) {  // in blocks that count from the sequence's end, the same wherever it lies
+      const int64_t i = std::max(first, stop - kTokens);
+#ifdef SHIFT
+      if (stop - i == kTokens && std::memcmp(a.mask + i, all, kTokens) == 0) {
+        gae_tokens(a, i, powers, next);
+        stop = i;
+      }
+#endif
+      while (stop > i) gae_token(a, --stop, next);
     }
   }
 }
 
-inline void gae_bwd_rows(const GaeArgs& a, int64_t begin, int64_t end) {
+#undef SHIFT
+
+void gae_bwd(const GaeArgs& a, int64_t begin, int64_t end) {
   const double decay = a.gamma * a.lam;
   for (int64_t b = begin; b < end; ++b) {
     double ddelta = 0;  // of the counted token before
-    for (int64_t i = b * a.T; i < (b + 1) * a.T; ++i) {
+    for (int64_t i = a.begin(b); i < a.begin(b + 1); ++i) {
       a.drewards[i] = a.dvalues[i] = 0;
       if (!a.mask[i]) continue;
       const double dreturn = a.dreturns[i], via_next = a.gamma * ddelta;
@@ -40,4 +90,47 @@ inline void gae_bwd_rows(const GaeArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace rlhf
+// Of the counted values. Sums of differences from one of them, so that equal ones have no variance to the last bit.
+SIMD Moments moments(const float* x, const bool* mask, int64_t n) {
+  int64_t i = 0;
+  while (i < n && !mask[i]) ++i;
+  if (i == n) return {};
+  const float pivot = x[i];
+  I counts = {};
+  D firsts = {}, seconds = {};
+  for (; i < n; i += W) {
+    const int64_t k = std::min<int64_t>(n - i, W);
+    const I counted = load_mask(mask + i, k);
+    const D difference = __builtin_convertvector(select(counted, load_n(x + i, k), splat(pivot)), D) - double(pivot);
+    counts -= counted;
+    firsts += difference;
+    seconds += difference * difference;
+  }
+  double count = 0, first = 0, second = 0;
+  for (int k = 0; k < W; ++k) count += counts[k], first += firsts[k], second += seconds[k];
+  const double shift = first / count;
+  return {count, pivot + shift, std::max(0.0, second - shift * first)};
+}
+
+void ppo_advantages(const AdvantagesArgs& a, int64_t begin, int64_t end) {
+  const float* kl = a.kl.kl;
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t first = a.gae.begin(b), stop = a.gae.begin(b + 1);
+    kKlFwd[a.kl.estimator](a.kl, first, stop);
+    for (int64_t i = first; i < stop; ++i) a.rewards[i] = static_cast<float>(0 - a.kl_coef * kl[i]);
+    int64_t last = stop - 1;
+    while (last >= first && !a.gae.mask[last]) --last;
+    if (last >= first) a.rewards[last] = static_cast<float>(a.scores[b] - a.kl_coef * kl[last]);
+    gae_fwd(a.gae, b, b + 1);
+    if (a.moments) a.moments[b] = moments(a.gae.advantages + first, a.gae.mask + first, stop - first);
+  }
+}
+
+// Masked values become 0.
+void whiten(float* x, const bool* mask, int64_t n, double mean, double scale) {
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t k = std::min<int64_t>(n - i, W);
+    const D white = (__builtin_convertvector(load_n(x + i, k), D) - mean) * scale;
+    store_n(x + i, zero_unless(load_mask(mask + i, k), __builtin_convertvector(white, F)), k);
+  }
+}

@@ -27,17 +27,30 @@ struct Rows {
   E* at(int64_t b, int64_t t) const { return reinterpret_cast<E*>(data) + (b * stride_b + t * stride_t); }
 };
 
-struct LogprobsArgs {
+// What an op on rows of logits is given.
+struct LogitsArgs {
   Dtype dtype;
   int64_t B, T, V;
   double temperature;
+  Grid<const float> temperatures;  // one per row; null: `temperature` for all
   Rows logits;
+  Grid<const bool> mask;  // null: every position counts
+  double temperature_at(int64_t b, int64_t t) const { return temperatures ? temperatures.at(b, t) : temperature; }
+};
+
+struct LogprobsArgs : LogitsArgs {
   Grid<const int64_t> targets;
-  Grid<const bool> mask;          // null: every position counts
-  float *logprobs, *entropy;      // (B, T); the backward reads entropy; null where not asked for
-  float* lse;                     // (B, T, 2): offset m, log sum exp((z - m) / temperature)
+  float *logprobs, *entropy;  // (B, T); the backward reads entropy; null where not asked for
+  float* lse;                 // (B, T, 2): offset m, log sum exp((z - m) / temperature); the forward's may be null
   Grid<const float> dlogprobs, dentropy;  // backward only; dentropy may be null
   Rows dlogits;                           // backward only; may be the logits
+};
+
+struct FullKlArgs : LogitsArgs {
+  Rows ref_logits;
+  float *kl, *lse;              // (B, T), (B, T, 4): as in LogprobsArgs, of the policy's row, then of the reference's
+  Grid<const float> dkl;        // backward only
+  char *dlogits, *dref_logits;  // backward only, contiguous; null where not asked for
 };
 
 struct KlArgs {
@@ -48,13 +61,46 @@ struct KlArgs {
 };
 
 struct GaeArgs {
-  int64_t T;
+  int64_t B, T;               // with cu_seqlens T is the mean length, good for nothing but the size of the work
+  const int64_t* cu_seqlens;  // (B + 1): sequence b is [cu_seqlens[b], cu_seqlens[b + 1]); null: row b of (B, T)
   double gamma, lam;
   const bool* mask;
   const float *rewards, *values, *last_values;
   float *advantages, *returns;
   const float *dadvantages, *dreturns;  // backward only, as are the next three
   float *drewards, *dvalues, *dlast_values;
+  int64_t begin(int64_t b) const { return cu_seqlens ? cu_seqlens[b] : b * T; }
+};
+
+struct Moments { double count, mean, m2; };  // m2: the sum of squared deviations from the mean
+
+// rewards = -kl_coef * kl, plus the score on a sequence's last counted token; then GAE.
+struct AdvantagesArgs {
+  GaeArgs gae;  // no last_values
+  KlArgs kl;
+  const float* scores;  // (B,)
+  double kl_coef;
+  float* rewards;    // gae.rewards
+  Moments* moments;  // (B,) of the advantages; null: they are not whitened
+};
+
+// What ppo_loss sums over the counted tokens, in the order of its statistics; then the loss and the sequences that
+// count anything.
+enum PpoSum { kPolicyLoss, kValueLoss, kEntropy, kApproxKl, kClipped, kValueClipped, kRatio, kRatioSquared,
+              kDualClipped, kCount, kLoss, kSequences, kPpoSums };
+
+struct PpoLossArgs {
+  int64_t B, T;
+  const float *logprobs, *old_logprobs, *advantages;  // (B, T), as is all that follows
+  const float *values, *old_values, *returns, *entropy, *weights;  // null where not given
+  const bool* mask;
+  bool sequence_mean;
+  double clip_range;
+  float value_clip_range, vf_coef, entropy_coef, dual_clip;  // infinite ranges do not clip
+  float *loss, *scale, *stats;            // (), (), (kCount + 1)
+  float *dlogprobs, *dvalues, *dentropy;  // of loss / scale
+  int64_t chunk_rows;                     // rows whose sums are formed together;
+  double* chunk_sums;                     // (chunks, kPpoSums): both set by ppo_loss_fwd
 };
 
 // One table per ISA. A kernel works on rows (or elements) [begin, end) and knows nothing of threads.
@@ -63,16 +109,25 @@ using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
 
 struct Table {
   Kernel<LogprobsArgs> logprobs_fwd[kDtypes], logprobs_bwd[kDtypes];
+  Kernel<FullKlArgs> full_kl_fwd[kDtypes], full_kl_bwd[kDtypes];
   Kernel<KlArgs> kl_fwd[kEstimators], kl_bwd[kEstimators];
+  Kernel<GaeArgs> gae_fwd, gae_bwd;
+  Kernel<AdvantagesArgs> ppo_advantages;  // up to the moments of each row
+  void (*whiten)(float* x, const bool* mask, int64_t n, double mean, double scale);
+  Kernel<PpoLossArgs> ppo_loss;  // works on chunks of rows
 };
 
 // Wrong input (a target out of range, an impossible RLHF_CORE_CPU_ISA) throws std::invalid_argument.
 void token_logprobs_fwd(const LogprobsArgs& args, int threads);
 void token_logprobs_bwd(const LogprobsArgs& args, int threads);
+void full_kl_fwd(const FullKlArgs& args, int threads);
+void full_kl_bwd(const FullKlArgs& args, int threads);
 void kl_estimate_fwd(const KlArgs& args, int64_t n, int threads);
 void kl_estimate_bwd(const KlArgs& args, int64_t n, int threads);
-void gae_fwd(const GaeArgs& args, int64_t B, int threads);
-void gae_bwd(const GaeArgs& args, int64_t B, int threads);
+void gae_fwd(const GaeArgs& args, int threads);
+void gae_bwd(const GaeArgs& args, int threads);
+void ppo_advantages_fwd(AdvantagesArgs args, bool whiten, int threads);
+void ppo_loss_fwd(PpoLossArgs args, int threads);
 
 std::string isa();                          // the one in use
 std::vector<std::string> available_isas();  // those this CPU and this build can run, slowest first

@@ -1,10 +1,5 @@
-// Per-token estimators of KL(policy || reference) and their gradients, elementwise. ISA-generic; see simd.h.
-
-SIMD F exp(F x) {
-  const F n = round(x * static_cast<float>(kLog2e));
-  const F f = fma(x, splat(static_cast<float>(kLog2e)), -n);
-  return exp2(n, fma(x, splat(static_cast<float>(kLog2e - static_cast<float>(kLog2e))), f));
-}
+// KL(policy || reference): exactly, from two rows of logits; and its per-token estimators, elementwise. Both with their
+// gradients. ISA-generic; see simd.h.
 
 // k3 = exp(-d) - 1 + d. Near 0 by its series, as the difference would cancel; below -20 its tangent goes on, so that
 // value and gradient stay finite.
@@ -41,21 +36,26 @@ SIMD F kl_slope(F d) {
   return select(d > 0.f, splat(1.f), select(d < 0.f, splat(-1.f), d));  // d is 0 or NaN there
 }
 
-SIMD F kl_load(const float* p, int64_t n) { return n == W ? load(p) : load_partial(p, n); }
-SIMD void kl_store(float* p, F v, int64_t n) { n == W ? store(p, v) : store_partial(p, v, n); }
+// n is the constant W but at the end of a row.
+template <class E>
+SIMD F load_n(const E* p, int64_t n) { return n == W ? load(p) : load_partial(p, n); }
+template <class E>
+SIMD void store_n(E* p, F v, int64_t n) { n == W ? store(p, v) : store_partial(p, v, n); }
 
-// Elements i .. i + n, where n is the constant W but for the last. What is masked is exactly 0, whatever it came from.
+SIMD I load_mask(const bool* p, int64_t n) {
+  B8 bytes = {};
+  std::memcpy(&bytes, p, n);
+  return __builtin_convertvector(bytes, I) != 0;
+}
+
+// Elements i .. i + n. What is masked is exactly 0, whatever it came from.
 template <Estimator kEstimator, bool kBackward>
 SIMD void kl_step(const KlArgs& a, int64_t i, int64_t n) {
-  const F d = kl_load(a.logprobs + i, n) - kl_load(a.ref_logprobs + i, n);
-  F result = kBackward ? kl_load(a.dkl + i, n) * kl_slope<kEstimator>(d) : kl_value<kEstimator>(d);
-  if (a.mask) {
-    B8 counted = {};
-    std::memcpy(&counted, a.mask + i, n);
-    result = zero_unless(__builtin_convertvector(counted, I) != 0, result);
-  }
-  kl_store((kBackward ? a.dlogprobs : a.kl) + i, result, n);
-  if (kBackward) kl_store(a.dref_logprobs + i, F{} - result, n);
+  const F d = load_n(a.logprobs + i, n) - load_n(a.ref_logprobs + i, n);
+  F result = kBackward ? load_n(a.dkl + i, n) * kl_slope<kEstimator>(d) : kl_value<kEstimator>(d);
+  if (a.mask) result = zero_unless(load_mask(a.mask + i, n), result);
+  store_n((kBackward ? a.dlogprobs : a.kl) + i, result, n);
+  if (kBackward) store_n(a.dref_logprobs + i, F{} - result, n);
 }
 
 template <Estimator kEstimator, bool kBackward>
@@ -63,4 +63,144 @@ void kl_estimate(const KlArgs& a, int64_t begin, int64_t end) {
   int64_t i = begin;
   for (; i + W <= end; i += W) kl_step<kEstimator, kBackward>(a, i, W);
   if (i < end) kl_step<kEstimator, kBackward>(a, i, end - i);
+}
+
+constexpr Kernel<KlArgs> kKlFwd[kEstimators] = {kl_estimate<kK1, false>, kl_estimate<kK2, false>,
+                                                kl_estimate<kK3, false>, kl_estimate<kAbs, false>};
+
+// The exact divergence in one read of both rows, in the manner of logprobs.h. With u = a - m_a and v = b - m_b for logits
+// a, b and offsets m, p = sum 2^(c u), q = sum 2^(c v) and s = sum 2^(c u) (u - v), c = log2(e) / temperature:
+//     KL = s / p / temperature - log p + log q
+
+constexpr float kNoOffset = -3e38f;  // no logit but -inf met so far: anything else shows that this is too low
+
+struct KlSums { double p, q, s; };
+
+// What the row's loop needs: the offsets, c, and the least exponent to look at. 2^(c * lowest) is 0 already, while far
+// below, at a finite logit of -1e30, the rounding of c * u would leave no fraction to speak of.
+struct KlOffsets { F m_a, m_b, c, lowest; };
+
+SIMD F power(F u, const KlOffsets& o) {
+  const F x = max(o.lowest, u), n = round(x * o.c);
+  return exp2(n, fma(x, o.c, -n));
+}
+
+SIMD void kl_accumulate(F a, F b, const KlOffsets& o, F& p, F& q, F& s) {
+  const F u = a - o.m_a, v = b - o.m_b, e = power(u, o);
+  p += e;
+  q += power(v, o);
+  s = fma(e, zero_unless(e != 0.f, u - v), s);  // nothing where the policy's p is 0, not even against q = 0
+}
+
+template <class E>
+SIMD KlSums kl_block(const E* a, const E* b, int64_t n, float offset_a, float offset_b, float scale) {
+  const KlOffsets o = {splat(offset_a), splat(offset_b), splat(scale), splat(-256 / scale)};
+  F p_total = {}, q_total = {}, s_total = {};
+  int64_t i = 0;
+  while (i + 2 * W <= n) {  // few additions in a chain, as in block_sums
+    F p[2] = {}, q[2] = {}, s[2] = {}, x[2], y[2];
+    for (const int64_t stop = std::min(n, i + 32 * W); i + 2 * W <= stop; i += 2 * W) {
+      load_pair(a + i, x[0], x[1]);
+      load_pair(b + i, y[0], y[1]);
+      kl_accumulate(x[0], y[0], o, p[0], q[0], s[0]);
+      kl_accumulate(x[1], y[1], o, p[1], q[1], s[1]);
+    }
+    p_total += p[0] + p[1];
+    q_total += q[0] + q[1];
+    s_total += s[0] + s[1];
+  }
+  for (; i < n; i += W) {
+    const int64_t k = std::min<int64_t>(n - i, W);
+    kl_accumulate(load_n(a + i, k), load_n(b + i, k), o, p_total, q_total, s_total);
+  }
+  return {sum(p_total), sum(q_total), sum(s_total)};
+}
+
+template <class E>
+KlSums kl_row(const E* a, const E* b, int64_t V, float c, float& m_a, float& m_b) {
+  KlSums row = {};
+  m_a = std::max(kNoOffset, block_max(a, std::min(V, kFirst)));
+  m_b = std::max(kNoOffset, block_max(b, std::min(V, kFirst)));
+  for (int64_t i = 0; i < V; i += kBlock) {
+    const int64_t n = std::min(V - i, kBlock);
+    KlSums block = kl_block(a + i, b + i, n, m_a, m_b, c);
+    if (!(block.p >= 0 && block.p <= n && block.q >= 0 && block.q <= n)) {  // an offset is too low; or a NaN
+      const float higher_a = std::max(m_a, block_max(a + i, n)), higher_b = std::max(m_b, block_max(b + i, n));
+      const double shift_a = double(m_a) - higher_a, shift_b = double(m_b) - higher_b;
+      const double factor_a = std::exp2(shift_a * c), factor_b = std::exp2(shift_b * c);
+      row.s = factor_a > 0 ? (row.s + (shift_a - shift_b) * row.p) * factor_a : 0;  // not inf * 0
+      row.p *= factor_a;
+      row.q *= factor_b;
+      m_a = higher_a, m_b = higher_b;
+      block = kl_block(a + i, b + i, n, m_a, m_b, c);
+    }
+    row.p += block.p, row.q += block.q, row.s += block.s;
+  }
+  return row;
+}
+
+template <class E>
+void full_kl_fwd(const FullKlArgs& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / a.T, t = row % a.T;
+    double kl = 0;
+    float* lse = a.lse + 4 * row;
+    for (int k = 0; k < 4; ++k) lse[k] = 0;
+    if (!a.mask || a.mask.at(b, t)) {
+      const float c = static_cast<float>(kLog2e / a.temperature_at(b, t));
+      const double inverse = c * kLn2;  // 1 / temperature as the sums have seen it
+      float m[2];
+      const KlSums r = kl_row(a.logits.at<const E>(b, t), a.ref_logits.at<const E>(b, t), a.V, c, m[0], m[1]);
+      const double logs[2] = {std::log(r.p), std::log(r.q)};
+      kl = r.s / r.p * inverse - logs[0] + logs[1];
+      if (kl < 0) kl = 0;  // NaN passes
+      for (int k = 0; k < 2; ++k) {
+        lse[2 * k] = static_cast<float>(m[k] + logs[k] / inverse);
+        lse[2 * k + 1] = static_cast<float>((m[k] - lse[2 * k]) * inverse + logs[k]);
+      }
+    }
+    a.kl[row] = static_cast<float>(kl);
+  }
+}
+
+// log p - log q - KL = (u - v - mean) / temperature with the offsets in lse and the mean of u - v under p, which comes in
+// two parts: nothing else that may be large is left to cancel.
+struct KlLine { F m_a, m_b, c, rest_a, rest_b, mean, mean_rest, slope, scale; };
+
+template <class E>
+SIMD void kl_gradient(const E* a, const E* b, E* da, E* db, int64_t n, const KlLine& g) {
+  const F x = load_n(a, n), y = load_n(b, n);
+  const F u = x - g.m_a, v = y - g.m_b;
+  const F t = fma(u, g.c, g.rest_a), k = round(t), p = exp2(k, t - k);
+  if (da) store_n(da, zero_unless(p != 0.f, p * ((u - v - g.mean) - g.mean_rest) * g.slope), n);
+  if (!db) return;
+  const F t_q = fma(v, g.c, g.rest_b), k_q = round(t_q);
+  store_n(db, (exp2(k_q, t_q - k_q) - p) * g.scale, n);
+}
+
+template <class E>
+void full_kl_bwd(const FullKlArgs& a, int64_t begin, int64_t end) {
+  E *dlogits = reinterpret_cast<E*>(a.dlogits), *dref_logits = reinterpret_cast<E*>(a.dref_logits);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / a.T, t = row % a.T;
+    E *da = dlogits ? dlogits + row * a.V : nullptr, *db = dref_logits ? dref_logits + row * a.V : nullptr;
+    const double dkl = a.dkl.at(b, t);
+    if ((a.mask && !a.mask.at(b, t)) || dkl == 0) {
+      if (da) std::memset(da, 0, a.V * sizeof(E));
+      if (db) std::memset(db, 0, a.V * sizeof(E));
+      continue;
+    }
+    const E *z_a = a.logits.at<const E>(b, t), *z_b = a.ref_logits.at<const E>(b, t);
+    const float c = static_cast<float>(kLog2e / a.temperature_at(b, t)), *lse = a.lse + 4 * row;
+    const double inverse = c * kLn2, scale = dkl / a.temperature_at(b, t);
+    const double mean = (double(a.kl[row]) + lse[1] - lse[3]) / inverse;
+    const float mean_head = static_cast<float>(mean);
+    const KlLine line = {splat(lse[0]), splat(lse[2]), splat(c), splat(static_cast<float>(-lse[1] * kLog2e)),
+                         splat(static_cast<float>(-lse[3] * kLog2e)), splat(mean_head),
+                         splat(static_cast<float>(mean - mean_head)), splat(static_cast<float>(scale * inverse)),
+                         splat(static_cast<float>(scale))};
+    int64_t i = 0;
+    for (; i + W <= a.V; i += W) kl_gradient(z_a + i, z_b + i, da ? da + i : da, db ? db + i : db, W, line);
+    if (i < a.V) kl_gradient(z_a + i, z_b + i, da ? da + i : da, db ? db + i : db, a.V - i, line);
+  }
 }

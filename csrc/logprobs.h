@@ -20,16 +20,16 @@ SIMD float block_max(const E* z, int64_t n) {
 }
 
 template <bool kEntropy>
-SIMD void accumulate(F z, F m, F c, F& d, F& s) {
-  const F u = z - m, t = u * c, n = round(t);
+SIMD void accumulate(F z, F m, F c, F lowest, F& d, F& s) {
+  const F u = max(lowest, z - m), t = u * c, n = round(t);
   const F e = exp2(n, fma(u, c, -n));  // not t - n: t is rounded, u * c is not
   d += e;
-  if (kEntropy) s = fma(e, max(t, splat(kFloor)), s);
+  if (kEntropy) s = fma(e, t, s);
 }
 
 template <class E, bool kEntropy>
 SIMD void block_sums(const E* z, int64_t n, float offset, float scale, double& d, double& s) {
-  const F m = splat(offset), c = splat(scale);
+  const F m = splat(offset), c = splat(scale), lowest = splat(kFloor / scale);
   F d_total = {}, s_total = {};
   int64_t i = 0;
   while (i + 4 * W <= n) {  // few additions in a chain: equal elements would all round the same way
@@ -39,15 +39,15 @@ SIMD void block_sums(const E* z, int64_t n, float offset, float scale, double& d
       for (int k = 0; k < 4; k += 2) {
         F a, b;
         load_pair(z + i + k * W, a, b);
-        accumulate<kEntropy>(a, m, c, ds[k], ss[k]);
-        accumulate<kEntropy>(b, m, c, ds[k + 1], ss[k + 1]);
+        accumulate<kEntropy>(a, m, c, lowest, ds[k], ss[k]);
+        accumulate<kEntropy>(b, m, c, lowest, ds[k + 1], ss[k + 1]);
       }
     }
     d_total += (ds[0] + ds[1]) + (ds[2] + ds[3]);
     s_total += (ss[0] + ss[1]) + (ss[2] + ss[3]);
   }
-  for (; i + W <= n; i += W) accumulate<kEntropy>(load(z + i), m, c, d_total, s_total);
-  if (i < n) accumulate<kEntropy>(load_partial(z + i, n - i), m, c, d_total, s_total);
+  for (; i + W <= n; i += W) accumulate<kEntropy>(load(z + i), m, c, lowest, d_total, s_total);
+  if (i < n) accumulate<kEntropy>(load_partial(z + i, n - i), m, c, lowest, d_total, s_total);
   d = sum(d_total);
   s = sum(s_total);
 }
@@ -62,7 +62,7 @@ RowSums row_sums(const E* z, int64_t V, float c) {
     const int64_t n = std::min(V - i, kBlock);
     double block_d = NAN, block_s;
     if (m != -INFINITY) block_sums<E, kEntropy>(z + i, n, m, c, block_d, block_s);
-    if (!(block_d <= n)) {  // some z is above m; or a NaN, or no offset yet
+    if (!(block_d >= 0 && block_d <= n)) {  // some z is above m; or a NaN, or no offset yet
       const float higher = std::max(m, block_max(z + i, n));
       if (higher == -INFINITY) continue;
       if (d > 0) {
@@ -84,13 +84,13 @@ SIMD double element(const E* z, int64_t j) { return load_partial(z + j, 1)[0]; }
 
 template <class E>
 void logprobs_fwd(const LogprobsArgs& a, int64_t begin, int64_t end) {
-  const float c = static_cast<float>(kLog2e / a.temperature);
-  const double inverse = c * kLn2;  // 1 / temperature as the sums have seen it: the rounding of c cancels
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / a.T, t = row % a.T;
     double logprob = 0, entropy = 0, offset = 0, rest = 0;
     if (!a.mask || a.mask.at(b, t)) {
       const E* z = a.logits.at<const E>(b, t);
+      const float c = static_cast<float>(kLog2e / a.temperature_at(b, t));
+      const double inverse = c * kLn2;  // 1 / temperature as the sums have seen it: the rounding of c cancels
       const RowSums r = a.entropy ? row_sums<E, true>(z, a.V, c) : row_sums<E, false>(z, a.V, c);
       const double log_d = std::log(r.d);
       logprob = (element(z, a.targets.at(b, t)) - r.m) * inverse - log_d;
@@ -104,6 +104,7 @@ void logprobs_fwd(const LogprobsArgs& a, int64_t begin, int64_t end) {
     }
     a.logprobs[row] = static_cast<float>(logprob);
     if (a.entropy) a.entropy[row] = static_cast<float>(entropy);
+    if (!a.lse) continue;
     a.lse[2 * row] = static_cast<float>(offset);
     a.lse[2 * row + 1] = static_cast<float>(rest);
   }
@@ -121,15 +122,18 @@ SIMD F gradient(F z, const GradientLine& g) {
 template <class E, bool kEntropy>
 void gradient_row(const E* z, E* dz, int64_t V, const GradientLine& g) {
   int64_t i = 0;
-#pragma GCC unroll 4
-  for (; i + W <= V; i += W) store(dz + i, gradient<kEntropy>(load(z + i), g));
+#pragma GCC unroll 2
+  for (; i + 2 * W <= V; i += 2 * W) {
+    F a, b;
+    load_pair(z + i, a, b);
+    store_pair(dz + i, gradient<kEntropy>(a, g), gradient<kEntropy>(b, g));
+  }
+  if (i + W <= V) store(dz + i, gradient<kEntropy>(load(z + i), g)), i += W;
   if (i < V) store_partial(dz + i, gradient<kEntropy>(load_partial(z + i, V - i), g), V - i);
 }
 
 template <class E>
 void logprobs_bwd(const LogprobsArgs& a, int64_t begin, int64_t end) {
-  const float c = static_cast<float>(kLog2e / a.temperature);
-  const double inverse = c * kLn2;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / a.T, t = row % a.T;
     E* dz = a.dlogits.at<E>(b, t);
@@ -140,16 +144,23 @@ void logprobs_bwd(const LogprobsArgs& a, int64_t begin, int64_t end) {
     }
     const E* z = a.logits.at<const E>(b, t);
     const int64_t y = a.targets.at(b, t);
+    const double temperature = a.temperature_at(b, t);
+    const float c = static_cast<float>(kLog2e / temperature);
+    const double inverse = c * kLn2;
     const float m = a.lse[2 * row], rest = a.lse[2 * row + 1];
     const double entropy = h == 0 ? 0 : a.entropy[row];
-    double logp = (element(z, y) - m) * inverse - rest;
-    if (logp > 0) logp = 0;
-    double dz_y = -g * std::expm1(logp);  // 1 - p without cancellation
-    if (h != 0 && logp != -INFINITY) dz_y -= h * std::exp(logp) * (logp + entropy);
     const GradientLine line = {splat(m), splat(c), splat(static_cast<float>(-rest * kLog2e)),
-                               splat(static_cast<float>(-h * kLn2 / a.temperature)),
-                               splat(static_cast<float>(-(g + h * entropy) / a.temperature))};
+                               splat(static_cast<float>(-h * kLn2 / temperature)),
+                               splat(static_cast<float>(-(g + h * entropy) / temperature))};
+    E at_target = {};
+    if (y >= 0 && y < a.V) {  // else it is in another part of the vocabulary
+      double logp = (element(z, y) - m) * inverse - rest;  // before dz, which may be z, is written
+      if (logp > 0) logp = 0;
+      double dz_y = -g * std::expm1(logp);  // 1 - p without cancellation
+      if (h != 0 && logp != -INFINITY) dz_y -= h * std::exp(logp) * (logp + entropy);
+      store_partial(&at_target, splat(static_cast<float>(dz_y / temperature)), 1);
+    }
     h != 0 ? gradient_row<E, true>(z, dz, a.V, line) : gradient_row<E, false>(z, dz, a.V, line);
-    store_partial(dz + y, splat(static_cast<float>(dz_y / a.temperature)), 1);
+    if (y >= 0 && y < a.V) dz[y] = at_target;
   }
 }

@@ -1,9 +1,10 @@
 // The vector of one ISA: W float lanes with the compiler's own vector operators, and the few operations those lack.
 // Included by table.h once per ISA, inside an unnamed namespace and a target region, hence no include guard.
-// RLHF_ISA is 512 (AVX-512), 2 (AVX2 + FMA + F16C) or 0 (whatever the platform's baseline is: SSE2, NEON, ...).
+// RLHF_ISA is 513 (AVX-512 + BF16), 512 (AVX-512), 2 (AVX2 + FMA + F16C), 1 (NEON) or 0 (no instruction by name).
 
-constexpr int W = RLHF_ISA == 512 ? 16 : RLHF_ISA == 2 ? 8 : 4;
+constexpr int W = RLHF_ISA >= 512 ? 16 : RLHF_ISA == 2 ? 8 : 4;
 typedef float F __attribute__((vector_size(4 * W)));
+typedef double D __attribute__((vector_size(8 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));  // comparisons yield it: 0 or -1
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint16_t H __attribute__((vector_size(2 * W)));
@@ -43,8 +44,8 @@ SIMD float max_lane(F v) {
 }
 
 // fma(a, b, c) = a * b + c. min and max return b where either is NaN. scale2(p, n) = p * 2^n for integral n and p near
-// 1: 0 for n = -inf (or below the normal range), huge or inf for n > 126; NaN in p stays where n is not -inf.
-#if RLHF_ISA == 512
+// 1: 0 for n = -inf (or below -126), huge or inf for n > 127; NaN in p stays where n is not -inf.
+#if RLHF_ISA >= 512
 SIMD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 SIMD F min(F a, F b) { return _mm512_min_ps(a, b); }
 SIMD F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -59,10 +60,13 @@ SIMD F max(F a, F b) { return _mm256_max_ps(a, b); }
 SIMD F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 SIMD F load(const F16* p) { return _mm256_cvtph_ps(read<__m128i>(p)); }
 SIMD H to_half(F v) { return (H)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#elif RLHF_ISA == 1
+SIMD F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+SIMD F round(F x) { return vrndnq_f32(x); }
+SIMD F load(const F16* p) { return vcvt_f32_f16((float16x4_t)read<H>(p)); }
+SIMD H to_half(F v) { return (H)vcvt_f16_f32(v); }
 #else
 SIMD F fma(F a, F b, F c) { return a * b + c; }
-SIMD F min(F a, F b) { return select(a < b, a, b); }
-SIMD F max(F a, F b) { return select(a > b, a, b); }
 // Adding 1.5 * 2^23 leaves no fraction bits; beyond 2^22 nobody needs the rounding.
 SIMD F round(F x) { return select((x < 4194304.f) & (x > -4194304.f), (x + 12582912.f) - 12582912.f, x); }
 SIMD F load(const F16* p) {
@@ -82,10 +86,14 @@ SIMD H to_half(F v) {
 }
 #endif
 
-#if RLHF_ISA != 512
+#if RLHF_ISA < 2
+SIMD F min(F a, F b) { return select(a < b, a, b); }  // NEON's own make NaN of a NaN in a
+SIMD F max(F a, F b) { return select(a > b, a, b); }
+#endif
+#if RLHF_ISA < 512
 SIMD F scale2(F p, F n) {
-  const I exponent = __builtin_convertvector(max(min(n, splat(126)), splat(-126)), I);
-  return zero_unless(~(n < -125.f), p * (F)((exponent + 127) << 23));  // a product, so that a NaN stays one
+  const I exponent = __builtin_convertvector(max(min(n, splat(127)), splat(-126)), I);
+  return zero_unless(~(n < -126.f), p * (F)((exponent + 127) << 23));  // a product, so that a NaN stays one
 }
 #endif
 
@@ -100,15 +108,31 @@ SIMD void load_pair(const BF16* p, F& a, F& b) {
   a = (F)(pairs << 16), b = (F)(pairs & 0xffff0000);
 }
 
-SIMD H to_bfloat(F v) {
-  const U u = (U)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return __builtin_convertvector((U)(v != v ? (I)(U{} + 0x7fc0) : (I)rounded), H);
+SIMD U round_to_bfloat(F v) {  // in the upper half; the lower one holds rubbish
+  const U u = (U)v, rounded = u + 0x7fff + ((u >> 16) & 1);
+  return (U)(v != v ? (I)(U{} + 0x7fc00000) : (I)rounded);
 }
 
-// Rounded to nearest even.
+// Rounded to nearest even; but where the CPU has instructions for BF16, they take numbers below 2^-126 for 0.
+#if RLHF_ISA == 513
+SIMD void store(BF16* p, F v) { write(p, _mm512_cvtneps_pbh(v)); }
+SIMD void store_pair(BF16* p, F a, F b) {
+  const U halves = (U)_mm512_cvtne2ps_pbh(b, a), low = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const U interleave = (low + 16) << 16 | low;
+  write(p, _mm512_permutexvar_epi16((__m512i)interleave, (__m512i)halves));
+}
+#else
+SIMD void store(BF16* p, F v) { write(p, __builtin_convertvector(round_to_bfloat(v) >> 16, H)); }
+SIMD void store_pair(BF16* p, F a, F b) {
+  write(p, round_to_bfloat(a) >> 16 | (round_to_bfloat(b) & 0xffff0000));
+}
+#endif
 SIMD void store(float* p, F v) { write(p, v); }
-SIMD void store(BF16* p, F v) { write(p, to_bfloat(v)); }
 SIMD void store(F16* p, F v) { write(p, to_half(v)); }
+
+// Undoes load_pair.
+template <class E>
+SIMD void store_pair(E* p, F a, F b) { store(p, a), store(p + W, b); }
 
 // The first n < W elements, filled up with -inf, which adds nothing to a max nor to a sum of exponentials.
 template <class E>
@@ -125,13 +149,26 @@ SIMD void store_partial(E* p, F v, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(E));
 }
 
-// 2^(n + f) for integral n and |f| <= 1/2: minimax polynomial with 2^0 = 1 exactly, relative error below 1.6e-7.
+// 2^(n + f) for integral n >= -126 and |f| <= 1/2: within 1.8 ulp, 2.1 without a fused multiply-add, of which the
+// polynomial itself is 1.1; 2^0 = 1 exactly.
 SIMD F exp2(F n, F f) {
-  F p = splat(0.001326472731307149f);
-  p = fma(p, f, splat(0.009671512991189957f));
-  p = fma(p, f, splat(0.05550733581185341f));
-  p = fma(p, f, splat(0.24022242426872253f));
-  p = fma(p, f, splat(0.6931470036506653f));
+  F p = splat(0.0013204988790675998f);
+  p = fma(p, f, splat(0.009671968407928944f));
+  p = fma(p, f, splat(0.05550967901945114f));
+  p = fma(p, f, splat(0.24022233486175537f));
+  p = fma(p, f, splat(0.6931467652320862f));
   p = fma(p, f, splat(1.f));
   return scale2(p, n);
+}
+
+// Within 1.02 ulp on [-87, 88], exp(0) = 1 exactly. Not by exp2: rounding x log2(e) costs digits.
+SIMD F exp(F x) {
+  const F n = round(x * static_cast<float>(kLog2e));
+  const F r = fma(n, splat(2.1219444e-4f), fma(n, splat(-0.693359375f), x));  // n ln 2 in two parts, the first exact
+  F p = splat(0.0013787834905087948f);
+  p = fma(p, r, splat(0.008368697948753834f));
+  p = fma(p, r, splat(0.041668910533189774f));
+  p = fma(p, r, splat(0.1666652113199234f));
+  p = fma(p, r, splat(0.49999991059303284f));
+  return scale2(fma(p, r * r, r) + 1.f, n);
 }

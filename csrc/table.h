@@ -1,14 +1,25 @@
 // All kernels of one ISA. dispatch.cpp includes this once per ISA, in a namespace and target region of its own.
 #include "simd.h"
 
-#include "kl.h"
 #include "logprobs.h"
+
+#include "kl.h"
+
+#include "gae.h"
+#include "policy_loss.h"
 
 const Table table = {
     {logprobs_fwd<float>, logprobs_fwd<BF16>, logprobs_fwd<F16>},
     {logprobs_bwd<float>, logprobs_bwd<BF16>, logprobs_bwd<F16>},
-    {kl_estimate<kK1, false>, kl_estimate<kK2, false>, kl_estimate<kK3, false>, kl_estimate<kAbs, false>},
+    {full_kl_fwd<float>, full_kl_fwd<BF16>, full_kl_fwd<F16>},
+    {full_kl_bwd<float>, full_kl_bwd<BF16>, full_kl_bwd<F16>},
+    {kKlFwd[kK1], kKlFwd[kK2], kKlFwd[kK3], kKlFwd[kAbs]},
     {kl_estimate<kK1, true>, kl_estimate<kK2, true>, kl_estimate<kK3, true>, kl_estimate<kAbs, true>},
+    gae_fwd,
+    gae_bwd,
+    ppo_advantages,
+    whiten,
+    ppo_loss,
 };
 
 #undef SIMD

@@ -9,7 +9,8 @@ and runs a loop without running max, rescaling, reduction or barrier; only where
 the program look for the row's own max and sum again. Which way a row goes depends on that row alone. x subtracts
 before it scales, so an offset common to all logits costs no digits; for the same reason logsumexp is kept as two
 numbers, (m, ln2 * log2 d). Left out: wide loads where V % 16 != 0. Peeling rows to alignment would tie the order of a
-row's sum to its address, and its last bits to its place in the batch.
+row's sum to its address, and its last bits to its place in the batch. Narrow loads make it 10 instructions for a 16-bit
+logit and its entropy in place of 8, of the 14 that an H200 has time for while its memory delivers one.
 """
 
 import math
@@ -19,12 +20,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 # 2^x is 0 in float32 long before x = -1024. Clamping there keeps 0 * -inf out of the entropy.
 X_MIN = tl.constexpr(-1024.0)
-# Every row holds its m, so d >= 1. Up to here sum 2^x x is far from overflow and log2 d has digits to spare.
+# A row's first block holds its m, so d >= 1. Up to here sum 2^x x is far from overflow and log2 d has digits to spare.
 D_MAX = tl.constexpr(2.0**40)
+
+
+@triton.jit
+def row_temperature(temperature_ptr, number, at):
+    temperature = number
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + at)
+    return temperature
+
+
+@triton.jit
+def row_max(row_ptr, V, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], -float("inf"), tl.float32)
+    for start in range(0, V, BLOCK):
+        z = tl.load(row_ptr + start + cols, mask=start + cols < V, other=-float("inf"))
+        top = tl.maximum(top, z.to(tl.float32))
+    return tl.max(top, 0)
 
 
 @triton.jit
@@ -37,51 +56,45 @@ def _accumulate(z, m, scale, d, s, WITH_ENTROPY: tl.constexpr):
     return d, s
 
 
-@triton.jit
-def _row_sums(row_ptr, m, scale, V, WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
-    cols = tl.arange(0, BLOCK)
-    d = tl.zeros([BLOCK], tl.float32)
-    s = tl.zeros([BLOCK], tl.float32)
-    whole = V // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        d, s = _accumulate(tl.load(row_ptr + start + cols), m, scale, d, s, WITH_ENTROPY)
-    tail = tl.load(row_ptr + whole + cols, mask=whole + cols < V, other=-float("inf"))  # -inf adds 0
-    d, s = _accumulate(tail, m, scale, d, s, WITH_ENTROPY)
-    return tl.sum(d, 0), tl.sum(s, 0)
-
-
-@triton.jit
-def _row_max(row_ptr, V, BLOCK: tl.constexpr):
-    cols = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], -float("inf"), tl.float32)
-    for start in range(0, V, BLOCK):
-        z = tl.load(row_ptr + start + cols, mask=start + cols < V, other=-float("inf"))
-        top = tl.maximum(top, z.to(tl.float32))
-    return tl.max(top, 0)
-
-
-@triton.jit(do_not_specialize=["T", "targets_sb", "targets_st", "mask_sb", "mask_st"])
+@triton.jit(
+    do_not_specialize=["T", "temp_sb", "temp_st", "z_sb", "z_st", "targets_sb", "targets_st", "mask_sb", "mask_st"]
+)
 def token_logprobs_fwd_kernel(
-    logits_ptr, targets_ptr, mask_ptr, logprobs_ptr, entropy_ptr, lse_ptr,
-    T, V, scale,
-    logits_sb, logits_st, targets_sb, targets_st, mask_sb, mask_st,
-    WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, targets_ptr, mask_ptr, temperature_ptr, logprobs_ptr, entropy_ptr, lse_ptr,
+    T, V, temperature,
+    temp_sb, temp_st, z_sb: tl.int64, z_st: tl.int64, targets_sb, targets_st, mask_sb, mask_st,
+    WITH_ENTROPY: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)  # strides times these pass 2^31
-    row_ptr = logits_ptr + b * logits_sb + t * logits_st
+    row_ptr = logits_ptr + (b * z_sb + t * z_st) * UNIT
+    cols = tl.arange(0, BLOCK)
     counted = True
     if mask_ptr is not None:
         counted = tl.load(mask_ptr + b * mask_sb + t * mask_st) != 0
     n = tl.where(counted, V, 0)  # a masked row is an empty one: nothing is read
+    whole = n // BLOCK * BLOCK
+    scale = tl.div_rn(LOG2_E, row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st))
 
     m, d, s = 0.0, 0.0, 0.0
+    top = -float("inf")
     seen = tl.minimum(n, BLOCK)  # as much of the row as the guess m knows
     trying = True
     while trying:
-        m = _row_max(row_ptr, seen, BLOCK)
-        d, s = _row_sums(row_ptr, m, scale, n, WITH_ENTROPY, BLOCK)
+        first = tl.load(row_ptr + cols, mask=cols < n, other=-float("inf"))  # -inf adds 0
+        m = tl.maximum(tl.max(first.to(tl.float32), 0), top)
+        zeros = tl.zeros([BLOCK], tl.float32)
+        d_lanes, s_lanes = _accumulate(first, m, scale, zeros, zeros, WITH_ENTROPY)
+        for start in range(BLOCK, whole, BLOCK):
+            z = tl.load(row_ptr + start + cols)
+            d_lanes, s_lanes = _accumulate(z, m, scale, d_lanes, s_lanes, WITH_ENTROPY)
+        for start in range(tl.maximum(whole, BLOCK), n, BLOCK):  # once, where BLOCK does not divide V
+            z = tl.load(row_ptr + start + cols, mask=start + cols < n, other=-float("inf"))
+            d_lanes, s_lanes = _accumulate(z, m, scale, d_lanes, s_lanes, WITH_ENTROPY)
+        d, s = tl.sum(d_lanes, 0), tl.sum(s_lanes, 0)
         trying = (seen < n) & ~(d < D_MAX)  # a NaN in d comes back in the second sum if it is the row's own
+        if trying:
+            top = row_max(row_ptr, n, BLOCK)
         seen = n
     log2_d = tl.log2(d)
 
@@ -95,8 +108,20 @@ def token_logprobs_fwd_kernel(
         entropy = (log2_d - s / d) * LN_2
         entropy = tl.where(entropy < 0, 0.0, entropy)
         tl.store(entropy_ptr + row, tl.where(counted, entropy, 0.0))
-    tl.store(lse_ptr + 2 * row, tl.where(counted, m, 0.0))
-    tl.store(lse_ptr + 2 * row + 1, tl.where(counted, log2_d * LN_2, 0.0))
+    if lse_ptr is not None:
+        m = tl.where(z_y == z_y, m, z_y)  # no target, no log-prob, and no gradient that could pass for one
+        tl.store(lse_ptr + 2 * row, tl.where(counted, m, 0.0))
+        tl.store(lse_ptr + 2 * row + 1, tl.where(counted, log2_d * LN_2, 0.0))
+
+
+@triton.jit
+def store_zeros(row_ptr, V, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    zeros = tl.zeros([BLOCK], row_ptr.dtype.element_ty)
+    whole = V // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        tl.store(row_ptr + start + cols, zeros)
+    tl.store(row_ptr + whole + cols, zeros, mask=whole + cols < V)
 
 
 @triton.jit
@@ -107,14 +132,17 @@ def _dlogits(z, cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY
 
 
 @triton.jit(
-    do_not_specialize=["T", "targets_sb", "targets_st", "mask_sb", "mask_st", "dlp_sb", "dlp_st", "dent_sb", "dent_st"]
-)
+    do_not_specialize=[
+        "T", "temp_sb", "temp_st", "dlp_sb", "dlp_st", "dent_sb", "dent_st", "z_sb", "z_st", "targets_sb",
+        "targets_st", "mask_sb", "mask_st", "dz_sb", "dz_st",
+    ]
+)  # fmt: skip
 def token_logprobs_bwd_kernel(
-    dlogprobs_ptr, dentropy_ptr, logits_ptr, targets_ptr, mask_ptr, entropy_ptr, lse_ptr, dlogits_ptr,
-    T, V, scale, inverse_temperature,
-    dlp_sb, dlp_st, dent_sb, dent_st, logits_sb, logits_st, targets_sb, targets_st, mask_sb, mask_st,
-    dlogits_sb, dlogits_st,
-    BLOCK: tl.constexpr,
+    dlogprobs_ptr, dentropy_ptr, logits_ptr, targets_ptr, mask_ptr, temperature_ptr, entropy_ptr, lse_ptr, dlogits_ptr,
+    T, V, temperature,
+    temp_sb, temp_st, dlp_sb, dlp_st, dent_sb, dent_st, z_sb: tl.int64, z_st: tl.int64, targets_sb, targets_st,
+    mask_sb, mask_st, dz_sb: tl.int64, dz_st: tl.int64,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     WITH_ENTROPY: tl.constexpr = dentropy_ptr is not None
     row = tl.program_id(0)
@@ -122,7 +150,7 @@ def token_logprobs_bwd_kernel(
     row = row.to(tl.int64)
     cols = tl.arange(0, BLOCK)
     whole = V // BLOCK * BLOCK
-    out_ptr = dlogits_ptr + b * dlogits_sb + t * dlogits_st
+    out_ptr = dlogits_ptr + (b * dz_sb + t * dz_st) * UNIT
     counted = True
     if mask_ptr is not None:
         counted = tl.load(mask_ptr + b * mask_sb + t * mask_st) != 0
@@ -132,19 +160,19 @@ def token_logprobs_bwd_kernel(
         h = tl.load(dentropy_ptr + b * dent_sb + t * dent_st, mask=counted, other=0.0)
 
     if (g != 0) | (h != 0):
-        row_ptr = logits_ptr + b * logits_sb + t * logits_st
+        row_ptr = logits_ptr + (b * z_sb + t * z_st) * UNIT
+        temperature = row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st)
+        scale, inverse = tl.div_rn(LOG2_E, temperature), tl.div_rn(1.0, temperature)
         m = tl.load(lse_ptr + 2 * row)
         log2_d = tl.load(lse_ptr + 2 * row + 1) / LN_2
         y = tl.load(targets_ptr + b * targets_sb + t * targets_st)
         # dz_j = p_j (level + slope log2 p_j) + [j == y] at_target
-        level, slope, at_target = -g, 0.0, g * inverse_temperature
+        level, slope, at_target = -g, 0.0, g * inverse
         if WITH_ENTROPY:
             level -= h * tl.load(entropy_ptr + row)
-            slope = -h * LN_2 * inverse_temperature
-        level *= inverse_temperature
-        if (y < 0) | (y >= V):
-            level = float("nan")  # no target, no log-prob, and no gradient that could pass for one
-        y = y.to(tl.int32)
+            slope = -h * LN_2 * inverse
+        level *= inverse
+        y = y.to(tl.int32)  # outside [0, V) it is in another part of the vocabulary
         for start in range(0, whole, BLOCK):
             z = tl.load(row_ptr + start + cols)
             dz = _dlogits(z, start + cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY)
@@ -153,16 +181,18 @@ def token_logprobs_bwd_kernel(
         dz = _dlogits(z, whole + cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY)
         tl.store(out_ptr + whole + cols, dz, mask=whole + cols < V)
     else:
-        zeros = tl.zeros([BLOCK], dlogits_ptr.dtype.element_ty)
-        for start in range(0, whole, BLOCK):
-            tl.store(out_ptr + start + cols, zeros)
-        tl.store(out_ptr + whole + cols, zeros, mask=whole + cols < V)
+        store_zeros(out_ptr, V, BLOCK)
 
 
 def token_logprobs_fwd(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(logprobs, entropy or None, lse): float32 (B, T), (B, T), (B, T, 2) for logits (B, T, V) with last stride 1.
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    with_entropy: bool,
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Logprobs (B, T), entropy (B, T) or None, lse (B, T, 2) or None, float32, of logits (B, T, V) with last stride 1.
 
     lse holds each row's offset m, in units of logits, and log sum exp((z - m) / temperature). Rows under a False mask
     are not read and give 0 everywhere; a counted target outside [0, V) gives NaN.
@@ -170,15 +200,17 @@ def token_logprobs_fwd(
     B, T, V = logits.shape
     logprobs = torch.empty((B, T), dtype=torch.float32, device=logits.device)
     entropy = torch.empty_like(logprobs) if with_entropy else None
-    lse = torch.empty((B, T, 2), dtype=torch.float32, device=logits.device)
+    lse = torch.empty((B, T, 2), dtype=torch.float32, device=logits.device) if with_lse else None
     if logprobs.numel() == 0:
         return logprobs, entropy, lse
+    per_row, number = tensor_or_number(temperature)
+    unit = stride_unit(logits)
     with torch.cuda.device_of(logits):
         token_logprobs_fwd_kernel[(B * T,)](
-            logits, targets, _bytes(mask), logprobs, entropy, lse,
-            T, V, LOG2_E / temperature,
-            *logits.stride()[:2], *targets.stride(), *_strides(mask),
-            WITH_ENTROPY=with_entropy, **_tile(V),
+            logits, targets, as_bytes(mask), per_row, logprobs, entropy, lse,
+            T, V, number,
+            *strides(per_row), *strides(logits, unit), *strides(targets), *strides(mask),
+            WITH_ENTROPY=with_entropy, **_tile(V, unit),
         )  # fmt: skip
     return logprobs, entropy, lse
 
@@ -189,39 +221,56 @@ def token_logprobs_bwd(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     entropy: Tensor | None,
     lse: Tensor,
-    dlogits: Tensor,
-) -> None:
-    """Write the gradient (B, T, V) into dlogits, which may be the very logits.
+    inplace: bool,
+) -> Tensor:
+    """dlogits (B, T, V), contiguous; or, inplace, the very logits with the gradient written over them.
 
     Rows under a False mask, and rows whose incoming gradients are 0, become 0 without a look at their logits.
     """
     B, T, V = logits.shape
+    dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     if dlogprobs.numel() == 0:
-        return
+        return dlogits
+    per_row, number = tensor_or_number(temperature)
+    unit = stride_unit(logits, dlogits)
     with torch.cuda.device_of(logits):
         token_logprobs_bwd_kernel[(B * T,)](
-            dlogprobs, dentropy, logits, targets, _bytes(mask), entropy, lse, dlogits,
-            T, V, LOG2_E / temperature, 1 / temperature,
-            *dlogprobs.stride(), *_strides(dentropy), *logits.stride()[:2], *targets.stride(), *_strides(mask),
-            *dlogits.stride()[:2],
-            **_tile(V),
+            dlogprobs, dentropy, logits, targets, as_bytes(mask), per_row, entropy, lse, dlogits,
+            T, V, number,
+            *strides(per_row), *strides(dlogprobs), *strides(dentropy), *strides(logits, unit), *strides(targets),
+            *strides(mask), *strides(dlogits, unit),
+            **_tile(V, unit),
         )  # fmt: skip
+    return dlogits
 
 
-def _tile(V: int) -> dict[str, int]:
-    # A function of V alone, so that a row gives the same bits in any batch. 2048 x 4 spills nowhere on sm_80 to sm_100
-    # and keeps two (16-bit) or four (float32) 128-bit loads a thread in flight. Rows that cannot be loaded that wide
-    # need an address per element, hence the registers of 8 warps.
+def _tile(V: int, unit: int) -> dict[str, int]:
+    # A function of V and its alignment, so that a row gives the same bits in any batch. 2048 x 4 spills nowhere on
+    # sm_80 to sm_100 and keeps two (16-bit) or four (float32) 128-bit loads a thread in flight. Rows that cannot be
+    # loaded that wide need an address per element, hence the registers of 8 warps.
     block = min(2048, max(256, triton.next_power_of_2(V)))
-    return {"BLOCK": block, "num_warps": 4 if V % 16 == 0 else 8}
+    return {"UNIT": unit, "BLOCK": block, "num_warps": 4 if unit == 16 else 8}
 
 
-def _strides(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else x.stride()
+def stride_unit(*rows: Tensor) -> int:
+    """16 where every row (.., V) can be loaded 128 bits wide, else 1: the unit in which kernels take their strides.
+
+    As strides themselves they would have kernels recompiled whenever the length makes or unmakes a multiple of 16.
+    """
+    return 16 if all(n % 16 == 0 for x in rows for n in (x.shape[-1], *x.stride()[:2])) else 1
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
+def strides(x: Tensor | None, unit: int = 1) -> tuple[int, int]:
+    """Strides of the leading two axes, in units of `unit` elements."""
+    return (0, 0) if x is None else (x.stride(0) // unit, x.stride(1) // unit)
+
+
+def tensor_or_number(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)

@@ -13,7 +13,10 @@ _HOME = {
     "rlhf_core.generation": ["generate"],
     "rlhf_core.masking": ["IGNORE_INDEX", "last_token_index", "loss_weights", "masked_mean", "whiten"],
     "rlhf_core.models": ["RewardModel", "Transformer", "TransformerConfig", "ValueModel"],
-    "rlhf_core.ops": ["gae", "kl_estimate", "token_logprobs", "token_logprobs_and_entropy"],
+    "rlhf_core.ops": [
+        *("token_logprobs", "token_logprobs_and_entropy", "linear_token_logprobs", "linear_token_logprobs_and_entropy"),
+        *("full_kl", "kl_estimate", "gae", "ppo_advantages", "ppo_loss"),
+    ],
     "rlhf_core.rollout": ["Rollout"],
     "rlhf_core.trainers": [
         *("SFTConfig", "SFTTrainer", "RewardConfig", "RewardTrainer"),
@@ -28,7 +31,8 @@ def __getattr__(name: str):
     if name == "backends":
         return importlib.import_module("rlhf_core.backends")
     if name in _MODULE_OF:
-        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+        value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)  # from now on found at once
+        return value
     raise AttributeError(f"module 'rlhf_core' has no attribute {name!r}")
 
 

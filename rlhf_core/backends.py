@@ -17,6 +17,8 @@ from torch import Tensor
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+DEFAULT = os.environ.get("RLHF_CORE_BACKEND") or None  # read once: a lookup costs a tenth of a small op
+
 _MODULES = {"reference": None, "cpp": "rlhf_core.cpp", "triton": "rlhf_core.kernels"}
 _REMEDY = {
     "cpp": "install a C++17 compiler and reinstall rlhf_core",
@@ -30,33 +32,51 @@ class Status(NamedTuple):
     reason: str
 
 
-def resolve(backend: str | None, x: Tensor) -> ModuleType | None:
-    """The module whose launchers run an op on x; None means the op's reference.
+def resolve(backend: str | None, x: Tensor) -> ModuleType | type | None:
+    """What holds the launchers that run an op on x; None means the op's reference.
 
     backend None takes `RLHF_CORE_BACKEND` where set, else triton for CUDA tensors and cpp for CPU tensors, falling back
     to the reference (also for float64). A backend asked for by name is used or raises: ValueError for an
     unknown or unusable one, TypeError for a dtype it does not take.
     """
-    name = backend if backend is not None else os.environ.get("RLHF_CORE_BACKEND") or None
-    if name is None:
-        if x.dtype not in FUSED_DTYPES or x.device.type not in ("cpu", "cuda"):
-            return None
-        return _load("triton")[0] if x.device.type == "cuda" else _cpp_or_warn()
+    name = _choose(backend, x.dtype, "cpu" if x.is_cpu else x.device.type)
     if name == "reference":
         return None
+    if torch.compiler.is_compiling():
+        from rlhf_core import compiled
+
+        return compiled.launchers(_MODULES[name])
+    return _load(name)[0]
+
+
+def _choose(backend: str | None, dtype: torch.dtype, device: str) -> str:
+    name = DEFAULT if backend is None else backend
+    if name is None:
+        if dtype not in FUSED_DTYPES or device not in ("cpu", "cuda"):
+            return "reference"
+        name = "triton" if device == "cuda" else "cpp"
+        if _load(name)[0] is not None:
+            return name
+        if name == "cpp":
+            _warn_without_cpp()
+        return "reference"
+    if name == "reference":
+        return name
     if name not in _MODULES:
         raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(_MODULES)}")
     module, reason = _load(name)
     if module is None:
         raise ValueError(f"backend {name!r} was asked for but is not available: {reason}; {_REMEDY[name]}")
-    device = x.device.type
     if name == "cpp" and device != "cpu":
-        raise ValueError(f"backend 'cpp' takes CPU tensors, got one on {x.device}; move it or leave backend=None")
+        raise ValueError(f"backend 'cpp' takes CPU tensors, got one on {device}; move it or leave backend=None")
     if name == "triton" and device != "cuda" and not (device == "cpu" and _interpreting()):
-        raise ValueError(f"backend 'triton' takes CUDA tensors, got one on {x.device}; move it or leave backend=None")
-    if x.dtype not in FUSED_DTYPES:
-        raise TypeError(f"backend {name!r} takes float32, bfloat16 or float16, got {x.dtype}; use backend='reference'")
-    return module
+        raise ValueError(f"backend 'triton' takes CUDA tensors, got one on {device}; move it or leave backend=None")
+    if dtype not in FUSED_DTYPES:
+        raise TypeError(f"backend {name!r} takes float32, bfloat16 or float16, got {dtype}; use backend='reference'")
+    return name
+
+
+_choose._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, but for its second of imports
 
 
 def status() -> list[Status]:
@@ -97,12 +117,9 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 
 @functools.cache
-def _cpp_or_warn() -> ModuleType | None:
-    module, reason = _load("cpp")
-    if module is None:
-        text = f"rlhf_core's C++ kernels are not installed ({reason}): CPU tensors take slower plain PyTorch; "
-        warnings.warn(text + _REMEDY["cpp"], RuntimeWarning, stacklevel=2)
-    return module
+def _warn_without_cpp() -> None:
+    text = f"rlhf_core's C++ kernels are not installed ({_load('cpp')[1]}): CPU tensors take slower plain PyTorch; "
+    warnings.warn(text + _REMEDY["cpp"], RuntimeWarning, stacklevel=2)
 
 
 def _interpreting() -> bool:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_core import backends
+
 
 def check_float(name: str, x: Any) -> None:
     """Raise TypeError unless x is a floating-point tensor."""
@@ -23,16 +25,23 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Raise ValueError unless both have one shape and one device."""
     if x.shape != other.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, {other_name} {tuple(other.shape)}")
-    if x.device != other.device:
+    if not (x.is_cpu and other.is_cpu) and x.device != other.device:  # a device object takes its time
         raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}")
 
 
 def at_least_float32(*tensors: Tensor) -> list[Tensor]:
     """All tensors in float64 where one is, else in float32."""
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-    return [x.to(dtype) for x in tensors]
+    dtypes = {x.dtype for x in tensors}
+    if dtypes == {torch.float32}:
+        return list(tensors)
+    return [x.to(torch.float64 if torch.float64 in dtypes else torch.float32) for x in tensors]
 
 
 def describe(x: Any) -> str:
     """A tensor's dtype, any other object's type."""
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def values_may_be_read(x: Tensor) -> bool:
+    """Whether a check may look at x's values: on CPU, elsewhere under RLHF_CORE_DEBUG=1, never under torch.compile."""
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or backends.debug())

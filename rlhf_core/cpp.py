@@ -1,8 +1,8 @@
-"""The CPU backend: torch tensors to the addresses and strides that `rlhf_core._C` takes. Its only importer.
+"""The CPU backend: allocates what `rlhf_core._C` computes. Its only importer.
 
 Same launchers as `rlhf_core.kernels`. Arguments are trusted, but for the range of targets: the ops have validated
-them and made the last axis contiguous. A launcher allocates its outputs and runs on `torch.get_num_threads()` threads;
-the result does not depend on how many.
+them and made the last axis contiguous. A launcher runs on `torch.get_num_threads()` threads; the result does not depend
+on how many. Outputs come from `empty_like` where it can be: `empty` takes twice as long to read a shape.
 """
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 import rlhf_core._C as _C  # not "from rlhf_core import": its error would not name the missing file
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_C.use(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))  # how it gets at a tensor's memory
+
 _ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 
 
@@ -25,20 +26,22 @@ def cpu_features() -> dict[str, str]:
 
 
 def token_logprobs_fwd(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(B, T, V), (B, T), (B, T) -> logprobs (B, T), entropy (B, T) or None, lse (B, T, 2), all float32.
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    with_entropy: bool,
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(B, T, V), (B, T), (B, T) -> logprobs (B, T), entropy (B, T) or None, lse (B, T, 2) or None, all float32.
 
     Raises ValueError for a counted target outside [0, V).
     """
-    logprobs = logits.new_empty(targets.shape, dtype=torch.float32)
+    logprobs = torch.empty_like(targets, dtype=torch.float32, memory_format=torch.contiguous_format)
     entropy = torch.empty_like(logprobs) if with_entropy else None
-    lse = logprobs.new_empty((*targets.shape, 2))
-    _C.token_logprobs_fwd(
-        _DTYPES[logits.dtype], temperature, torch.get_num_threads(), *logits.shape,
-        *_grid(logits), *_grid(targets), *_grid(mask),
-        logprobs.data_ptr(), _address(entropy), lse.data_ptr(),
-    )  # fmt: skip
+    lse = logprobs.new_empty((*logprobs.shape, 2)) if with_lse else None
+    threads = torch.get_num_threads()
+    _C.token_logprobs_fwd(logits, targets, mask, temperature, logprobs, entropy, lse, threads)
     return logprobs, entropy, lse
 
 
@@ -48,69 +51,138 @@ def token_logprobs_bwd(
     logits: Tensor,
     targets: Tensor,
     mask: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     entropy: Tensor | None,
     lse: Tensor,
-    dlogits: Tensor,
-) -> None:
-    """Write the gradient into dlogits (B, T, V), which may be the logits themselves."""
-    _C.token_logprobs_bwd(
-        _DTYPES[logits.dtype], temperature, torch.get_num_threads(), *logits.shape,
-        *_grid(logits), *_grid(targets), *_grid(mask), *_grid(dlogprobs), *_grid(dentropy),
-        _address(entropy), lse.data_ptr(), *_grid(dlogits),
-    )  # fmt: skip
+    inplace: bool,
+) -> Tensor:
+    """dlogits (B, T, V) of the logits' dtype: contiguous, or written over the logits."""
+    dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    threads = torch.get_num_threads()
+    _C.token_logprobs_bwd(dlogprobs, dentropy, logits, targets, mask, temperature, entropy, lse, dlogits, threads)
+    return dlogits
+
+
+def full_kl_fwd(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B, T, V) twice -> kl (B, T), lse (B, T, 4), float32."""
+    kl, lse = (logits.new_empty((*logits.shape[:2], *last), dtype=torch.float32) for last in ((), (4,)))
+    _C.full_kl_fwd(logits, ref_logits, mask, temperature, kl, lse, torch.get_num_threads())
+    return kl, lse
+
+
+def full_kl_bwd(
+    dkl: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    kl: Tensor,
+    lse: Tensor,
+    needs_logits: bool,
+    needs_ref_logits: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Contiguous gradients of those logits that need one."""
+    grads = [logits.new_empty(logits.shape) if needed else None for needed in (needs_logits, needs_ref_logits)]
+    _C.full_kl_bwd(dkl, logits, ref_logits, mask, temperature, kl, lse, *grads, torch.get_num_threads())
+    return tuple(grads)
 
 
 def kl_estimate_fwd(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
     kl = torch.empty_like(logprobs)
-    _C.kl_estimate_fwd(
-        _ESTIMATORS[estimator], torch.get_num_threads(), logprobs.numel(),
-        logprobs.data_ptr(), ref_logprobs.data_ptr(), _address(mask), kl.data_ptr(),
-    )  # fmt: skip
+    _C.kl_estimate_fwd(logprobs, ref_logprobs, mask, _ESTIMATORS[estimator], kl, torch.get_num_threads())
     return kl
 
 
 def kl_estimate_bwd(
     dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str
 ) -> tuple[Tensor, Tensor]:
-    dlogprobs, dref_logprobs = torch.empty_like(logprobs), torch.empty_like(logprobs)
-    _C.kl_estimate_bwd(
-        _ESTIMATORS[estimator], torch.get_num_threads(), logprobs.numel(),
-        dkl.data_ptr(), logprobs.data_ptr(), ref_logprobs.data_ptr(), _address(mask),
-        dlogprobs.data_ptr(), dref_logprobs.data_ptr(),
-    )  # fmt: skip
-    return dlogprobs, dref_logprobs
+    grads = torch.empty_like(logprobs), torch.empty_like(logprobs)
+    _C.kl_estimate_bwd(dkl, logprobs, ref_logprobs, mask, _ESTIMATORS[estimator], *grads, torch.get_num_threads())
+    return grads
 
 
 def gae_fwd(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, last_values: Tensor | None
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    last_values: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    _C.gae_fwd(
-        gamma, lam, torch.get_num_threads(), *rewards.shape,
-        rewards.data_ptr(), values.data_ptr(), mask.data_ptr(), _address(last_values),
-        advantages.data_ptr(), returns.data_ptr(),
-    )  # fmt: skip
-    return advantages, returns
+    outputs = _per_token(2, rewards, cu_seqlens)
+    _C.gae_fwd(rewards, values, mask, gamma, lam, last_values, cu_seqlens, *outputs, torch.get_num_threads())
+    return outputs
 
 
 def gae_bwd(
-    dadvantages: Tensor, dreturns: Tensor, mask: Tensor, gamma: float, lam: float, has_last_values: bool
+    dadvantages: Tensor,
+    dreturns: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    has_last_values: bool,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    drewards, dvalues = torch.empty_like(dreturns), torch.empty_like(dreturns)
-    dlast_values = dreturns.new_empty(dreturns.shape[:1]) if has_last_values else None
-    _C.gae_bwd(
-        gamma, lam, torch.get_num_threads(), *dreturns.shape,
-        dadvantages.data_ptr(), dreturns.data_ptr(), mask.data_ptr(),
-        drewards.data_ptr(), dvalues.data_ptr(), _address(dlast_values),
+    B = len(dreturns) if cu_seqlens is None else len(cu_seqlens) - 1
+    grads = (*_per_token(2, dreturns, cu_seqlens), dreturns.new_empty(B) if has_last_values else None)
+    _C.gae_bwd(dadvantages, dreturns, mask, gamma, lam, cu_seqlens, *grads, torch.get_num_threads())
+    return grads
+
+
+def ppo_advantages_fwd(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    estimator: str,
+    gamma: float,
+    lam: float,
+    whiten: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(advantages, returns, rewards, kl) in the shape of logprobs."""
+    outputs = _per_token(4, logprobs, cu_seqlens)
+    _C.ppo_advantages_fwd(
+        scores, logprobs, ref_logprobs, values, mask, kl_coef, _ESTIMATORS[estimator], gamma, lam, whiten, cu_seqlens,
+        *outputs, torch.get_num_threads(),
     )  # fmt: skip
-    return drewards, dvalues, dlast_values
+    return outputs
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def ppo_loss_fwd(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    mask: Tensor,
+    weights: Tensor | None,
+    sequence_mean: bool,
+    clip_range: float,
+    value_clip_range: float | None,
+    vf_coef: float,
+    entropy_coef: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(loss (), scale (), stats (10,), dlogprobs, dvalues or None, dentropy or None): gradients are of loss / scale."""
+    outputs = [logprobs.new_empty(shape) for shape in ((), (), (10,))]
+    outputs += [None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy)]
+    _C.ppo_loss_fwd(
+        logprobs, old_logprobs, advantages, values, old_values, returns, entropy, mask, weights,
+        sequence_mean, clip_range, value_clip_range, vf_coef, entropy_coef, dual_clip,
+        *outputs, torch.get_num_threads(),
+    )  # fmt: skip
+    return tuple(outputs)
 
 
-def _grid(x: Tensor | None) -> tuple[int, int, int]:
-    """Address and strides of the leading two axes."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+def _per_token(count: int, like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """Outputs to fill; tokens that cu_seqlens leaves out are in no sequence and stay 0."""
+    make = torch.empty_like if cu_seqlens is None else torch.zeros_like
+    return tuple(make(like) for _ in range(count))

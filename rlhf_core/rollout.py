@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_core.data.collate import left_pad
 from rlhf_core.generation import generate
 from rlhf_core.models import Transformer, ValueModel
-from rlhf_core.ops import token_logprobs_and_entropy
+from rlhf_core.ops import linear_token_logprobs_and_entropy
 
 
 class Rollout(NamedTuple):
@@ -74,12 +74,8 @@ def response_logprobs(model: Transformer, rollout: Rollout, temperature: float =
     """Log-probs and entropy (B, R) of the response tokens under softmax(logits / temperature), with gradient."""
     P = rollout.prompt_ids.shape[1]
     hidden = model.trunk(rollout.input_ids, rollout.attention_mask)[:, P - 1 : -1]  # (B, R, D)
-    return token_logprobs_and_entropy(
-        model.logits(hidden),
-        rollout.response_ids,
-        temperature=temperature,
-        mask=rollout.response_mask,
-        inplace_backward=True,  # the logits are nobody else's
+    return linear_token_logprobs_and_entropy(
+        hidden, model.head_weight, rollout.response_ids, temperature=temperature, mask=rollout.response_mask
     )
 
 

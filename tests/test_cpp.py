@@ -5,11 +5,15 @@ That its launchers compute what the ops promise on ordinary and special values i
 
 import math
 import os
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import poison_uninitialised_memory
 
 cpp = pytest.importorskip("rlhf_core.cpp", reason="the C++ extension is not built")
 
@@ -18,6 +22,11 @@ SIZES = [1, 2, 127, 128, 129, 1000, 8191, 50257]
 ISAS = cpp.cpu_features()["instruction sets"].split(", ")
 # Of the largest gradient in a tensor, by the dtype that it is rounded to.
 EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    poison_uninitialised_memory(monkeypatch)
 
 
 @pytest.fixture
@@ -40,8 +49,7 @@ def truth(logits, targets, temperature, dlogprobs, dentropy):
 def forward_backward(logits, targets, mask=None, temperature=1.0, dlogprobs=None, dentropy=None):
     dlogprobs = torch.ones(targets.shape) if dlogprobs is None else dlogprobs
     logprobs, entropy, lse = cpp.token_logprobs_fwd(logits, targets, mask, temperature, True)
-    dlogits = torch.full(logits.shape, math.nan, dtype=logits.dtype)
-    cpp.token_logprobs_bwd(dlogprobs, dentropy, logits, targets, mask, temperature, entropy, lse, dlogits)
+    dlogits = cpp.token_logprobs_bwd(dlogprobs, dentropy, logits, targets, mask, temperature, entropy, lse, False)
     return logprobs, entropy, dlogits, lse
 
 
@@ -66,6 +74,22 @@ def test_every_size_and_dtype_matches_float64(vocab_size, dtype):
         check_against_truth((torch.randn(2, 3, vocab_size) * scale + offset).to(dtype), temperature)
 
 
+def test_a_temperature_per_row_gives_the_bits_of_each_row_at_its_own():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(3, 4, 129) * 4, torch.randint(129, (3, 4))
+    upstream = torch.randn(3, 4), torch.randn(3, 4)
+    rows = torch.rand(3, 8)[:, ::2] + 0.5
+    mask = torch.rand(3, 4) < 0.7
+    rows[~mask] = math.nan
+    for temperatures in (rows, rows[:, :1].nan_to_num(1.0).expand(3, 4), rows[:1].nan_to_num(1.0).expand(3, 4)):
+        together = forward_backward(logits, targets, mask, temperatures, *upstream)
+        for b in range(3):
+            for t in range(4):
+                one = [x[b : b + 1, t : t + 1] for x in (logits, targets, mask)]
+                alone = forward_backward(*one, temperatures[b, t].item(), *(x[b : b + 1, t : t + 1] for x in upstream))
+                assert all(torch.equal(x[b, t], y[0, 0]) for x, y in zip(together, alone))
+
+
 def in_isa(isa: str, code: str) -> subprocess.CompletedProcess:
     env = dict(os.environ, RLHF_CORE_CPU_ISA=isa)
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
@@ -77,10 +101,12 @@ def test_best_isa_is_the_default():
 
 @pytest.mark.parametrize("isa", ISAS[:-1])  # this process tests the best one
 def test_other_isas_match_float64(isa):
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("cpp", "kl", "gae", "policy_loss")]
     code = f"""
 import pytest, rlhf_core.cpp
 assert rlhf_core.cpp.isa() == {isa!r}
-raise SystemExit(pytest.main([{__file__!r}, "-q", "-p", "no:cacheprovider", "-k", "not isa"]))
+chosen = "not isa and not reference and not triton"
+raise SystemExit(pytest.main([*{files!r}, "-q", "-p", "no:cacheprovider", "-k", chosen]))
 """
     result = in_isa(isa, code)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -93,9 +119,9 @@ def test_impossible_isa_names_the_possible_ones():
     assert ", ".join(ISAS) in result.stderr
 
 
-def test_exponential():
+def test_exponential_of_logits():
     # Two logits [0, -x]: the log-prob's gradient at the second is -p, and p = exp(-x) / (1 + exp(-x)).
-    x = torch.linspace(0, 86, 200_001).view(1, -1)  # beyond, the slower instruction sets give 0
+    x = torch.linspace(0, 87, 200_001).view(1, -1)
     logits = torch.stack([torch.zeros_like(x), -x], dim=-1)
     _, _, dlogits, _ = forward_backward(logits, torch.zeros(x.shape, dtype=torch.int64))
     p = torch.softmax(logits.double(), dim=-1)[..., 1]
@@ -103,11 +129,27 @@ def test_exponential():
     assert (error <= 4e-7 + x * 2**-23).all()  # the exponent's own rounding grows with x
 
 
-def test_exponential_of_kl():
-    d = torch.linspace(0.125, 20, 100_001)
-    slope, _ = cpp.kl_estimate_bwd(torch.ones_like(d), -d, torch.zeros_like(d), None, "k3")  # 1 - exp(d)
-    limit = 1e-6 if cpp.isa() == "scalar" else 4e-7  # without a fused multiply-add the argument's rounding shows
-    assert ((1 - slope.double()) / d.double().exp() - 1).abs().max() < limit
+def test_exponential_is_within_one_unit_in_the_last_place():
+    x = torch.linspace(-20, 20, 400_001).view(1, -1)
+    x[0, 0] = 0
+    zero, mask = torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)
+    # The gradient of PPO's loss at advantage -1, nothing clipped, is the ratio exp(x).
+    loss = (x, zero, zero - 1, None, None, None, None, mask, zero + 1, False, 1e9, None, 0.0, 0.0, None)
+    ratio, expected = cpp.ppo_loss_fwd(*loss)[3], x.double().exp()
+    ulp = torch.nextafter(expected.float(), torch.tensor(math.inf)) - expected.float()
+    assert ((ratio.double() - expected).abs() / ulp).max() < 1.02
+    assert ratio[0, 0] == 1
+
+
+def test_bfloat16_gradients_below_the_normal_range_are_rounded_or_0():
+    logits = torch.linspace(-88.5, -80, 64).repeat(40).bfloat16().view(1, 1, -1)
+    logits[..., 0] = 0
+    targets = torch.zeros(1, 1, dtype=torch.int64)
+    got, single = (forward_backward(z, targets)[2][..., 1:].float() for z in (logits, logits.float()))
+    rounded = single.bfloat16().float()
+    flushed = (got == 0) & (rounded != 0) & (single.abs() < 2**-126)
+    assert torch.equal(got[~flushed], rounded[~flushed])
+    assert not flushed.any() or cpp.isa() == "avx512_bf16"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -190,7 +232,8 @@ def test_in_place_backward():
     _, _, expected, _ = forward_backward(logits, targets)
     last = base[:, -1].clone()
     _, entropy, lse = cpp.token_logprobs_fwd(logits, targets, None, 1.0, True)
-    cpp.token_logprobs_bwd(torch.ones(3, 8), None, logits, targets, None, 1.0, entropy, lse, logits)
+    dlogits = cpp.token_logprobs_bwd(torch.ones(3, 8), None, logits, targets, None, 1.0, entropy, lse, True)
+    assert dlogits is logits
     assert torch.equal(logits, expected)
     assert torch.equal(base[:, -1], last)
 
@@ -244,14 +287,95 @@ def test_every_half_is_read_exactly_and_written_back():
         assert torch.equal(lse[0, :, 0], values.float())
 
 
+NEON = """
+#include "dispatch.cpp"
+extern "C" void rows(int64_t dtype, int64_t n, int64_t V, char* z, int64_t* y, float* out, char* dz) {
+  rlhf::LogprobsArgs a = {};
+  a.dtype = static_cast<rlhf::Dtype>(dtype), a.temperature = 0.7, a.B = 1, a.T = n, a.V = V;
+  a.logits = {z, 0, V}, a.targets = {y, 0, 1}, a.dlogits = {dz, 0, V}, a.lse = out + 4 * n;
+  a.logprobs = out, a.entropy = out + n, a.dlogprobs = {out + 2 * n, 0, 1}, a.dentropy = {out + 3 * n, 0, 1};
+  rlhf::neon::table.logprobs_fwd[dtype](a, 0, n);
+  rlhf::neon::table.logprobs_bwd[dtype](a, 0, n);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def neon_rows(tmp_path_factory):
+    """`rows`, cross-compiled for AArch64 and called in an emulator, which leaves libm and libc to Python."""
+    pytest.importorskip("ziglang", reason="cross-compiling needs ziglang")
+    unicorn = pytest.importorskip("unicorn", reason="emulating AArch64 needs unicorn")
+    from unicorn import arm64_const as arm
+
+    D0, X0, SP, LR = arm.UC_ARM64_REG_D0, arm.UC_ARM64_REG_X0, arm.UC_ARM64_REG_SP, arm.UC_ARM64_REG_LR
+    folder = tmp_path_factory.mktemp("neon")
+    (folder / "rows.cpp").write_text(NEON)
+    outside = {0x1000 + 16 * i: name for i, name in enumerate(["exp", "exp2", "expm1", "log", "memcpy", "memset"])}
+    build = "c++ -target aarch64-linux-musl -std=c++17 -O3 -ffp-contract=off -fno-trapping-math -fno-sanitize=all"
+    build += f" -ffunction-sections -I {os.path.abspath(os.path.join(__file__, '../../csrc'))} -c rows.cpp -o rows.o"
+    link = "ld.lld --gc-sections --unresolved-symbols=ignore-all -e rows rows.o -o rows"
+    link += "".join(f" --defsym={name}={at}" for at, name in outside.items())
+    for command in (build, link):
+        subprocess.run([sys.executable, "-P", "-m", "ziglang", *command.split()], cwd=folder, check=True)
+
+    machine = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
+    machine.mem_map(0, 1 << 26)
+    machine.reg_write(arm.UC_ARM64_REG_CPACR_EL1, 3 << 20)  # floating point on
+    elf = (folder / "rows").read_bytes()
+    entry, headers = struct.unpack_from("<QQ", elf, 24)
+    for i in range(struct.unpack_from("<H", elf, 56)[0]):
+        kind, _, offset, address, _, size = struct.unpack_from("<IIQQQQ", elf, headers + 56 * i)
+        if kind == 1:
+            machine.mem_write(address, elf[offset : offset + size])
+
+    def in_python(machine, address, *_):
+        name, (to, source, count) = outside[address], map(machine.reg_read, range(X0, X0 + 3))
+        if name.startswith("mem"):
+            value = machine.mem_read(source, count) if name == "memcpy" else [source & 255] * count
+            return machine.mem_write(to, bytes(value))
+        x = np.uint64(machine.reg_read(D0)).view(np.float64)
+        machine.reg_write(D0, int(getattr(np, name)(x).view(np.uint64)))
+
+    for at in outside:
+        machine.mem_write(at, b"\xc0\x03\x5f\xd6")  # ret
+        machine.hook_add(unicorn.UC_HOOK_CODE, in_python, None, at, at)
+
+    def rows(logits, targets, upstream):
+        (n, V), (z, y, out, dz) = logits.shape, (i << 22 for i in (4, 6, 7, 8))
+        for at, x in ((z, logits.view(torch.uint8)), (y, targets), (out + 8 * n, upstream)):
+            machine.mem_write(at, x.numpy().tobytes())
+        arguments = enumerate((DTYPES.index(logits.dtype), n, V, z, y, out, dz), X0)
+        for register, value in (*arguments, (SP, 1 << 26), (LR, 0x2000)):
+            machine.reg_write(register, value)
+        machine.emu_start(entry, 0x2000)
+        values = torch.frombuffer(machine.mem_read(out, 8 * n), dtype=torch.float32).view(2, n)
+        return *values, torch.frombuffer(machine.mem_read(dz, logits.nbytes), dtype=logits.dtype).view(n, V)
+
+    return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_neon_isa_matches_float64(neon_rows, dtype):
+    for V in (1, 7, 129, 5000):
+        torch.manual_seed(V)
+        logits = (torch.randn(4, V) * 8).to(dtype)
+        logits[1:3, 1 + V // 3 :: 3] = -math.inf
+        targets, upstream = torch.randint(V, (4,)), torch.randn(2, 4)
+        expected = truth(logits, targets, 0.7, *upstream)
+        for x, y, relative in zip(neon_rows(logits, targets, upstream), expected, (1e-6, 1e-6, EPS[dtype])):
+            torch.testing.assert_close(x.double(), y, rtol=relative, atol=2e-6)
+        logits[0, V // 2] = math.nan
+        assert neon_rows(logits, targets, upstream)[0].isnan().tolist() == [True, False, False, False]
+
+
 def test_nothing_to_do():
     for B, T in ((0, 5), (5, 0)):
         logits, targets = torch.empty(B, T, 1000), torch.empty(B, T, dtype=torch.int64)
         assert forward_backward(logits, targets)[0].shape == (B, T)
         x, mask = torch.empty(B, T), torch.empty(B, T, dtype=torch.bool)
         assert cpp.kl_estimate_fwd(x, x, mask, "k3").shape == (B, T)
-        assert cpp.gae_fwd(x, x, mask, 0.9, 0.9, torch.ones(B))[0].shape == (B, T)
-        assert (cpp.gae_bwd(x, x, mask, 0.9, 0.9, True)[2] == 0).all()
+        assert cpp.gae_fwd(x, x, mask, 0.9, 0.9, torch.ones(B), None)[0].shape == (B, T)
+        assert (cpp.gae_bwd(x, x, mask, 0.9, 0.9, True, None)[2] == 0).all()
 
 
 def test_kl_and_gae_are_independent_of_threads(threads):
@@ -264,8 +388,8 @@ def test_kl_and_gae_are_independent_of_threads(threads):
         results.append([
             cpp.kl_estimate_fwd(x, y, mask, "k3"),
             *cpp.kl_estimate_bwd(z, x, y, mask, "k3"),
-            *cpp.gae_fwd(x, y, mask, 0.99, 0.95, z[:, 0].contiguous()),
-            *cpp.gae_bwd(x, y, mask, 0.99, 0.95, True),
+            *cpp.gae_fwd(x, y, mask, 0.99, 0.95, z[:, 0].contiguous(), None),
+            *cpp.gae_bwd(x, y, mask, 0.99, 0.95, True, None),
         ])  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -277,11 +401,11 @@ def test_gae_skips_gaps_as_if_compacted():
     mask[0] = False
     last_values = torch.randn(6)
     rewards, values = rewards.masked_fill(~mask, math.nan), values.masked_fill(~mask, math.nan)
-    advantages, returns = cpp.gae_fwd(rewards, values, mask, 0.9, 0.8, last_values)
+    advantages, returns = cpp.gae_fwd(rewards, values, mask, 0.9, 0.8, last_values, None)
     for b in range(6):
         kept = mask[b]
         row = (rewards[b, kept][None], values[b, kept][None], kept[kept][None])
-        compact = cpp.gae_fwd(*row, 0.9, 0.8, last_values[b : b + 1])
+        compact = cpp.gae_fwd(*row, 0.9, 0.8, last_values[b : b + 1], None)
         assert torch.equal(advantages[b, kept], compact[0][0])
         assert torch.equal(returns[b, kept], compact[1][0])
     assert (advantages[~mask] == 0).all()

@@ -1,12 +1,13 @@
-"""gae on every backend, judged against the recursion in float64 over the compacted sequence."""
+"""gae and ppo_advantages on every backend, judged against the recursion in float64 over the compacted sequence."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from conftest import assert_as_accurate
 
-from rlhf_core import gae
+from rlhf_core import gae, kl_estimate, ppo_advantages
 from rlhf_core.ops.gae import gae_reference
 
 GAMMA, LAM = 0.97, 0.9
@@ -63,7 +64,7 @@ def test_a_mask_with_gaps_equals_the_compacted_sequence(backend, gamma, lam, wit
 @pytest.mark.parametrize("T", [31, 32, 33, 64, 70])
 def test_rows_longer_than_a_block_carry_their_state_on(backend, T, keep, monkeypatch):
     if backend == "triton":
-        monkeypatch.setattr("rlhf_core.kernels.gae.MAX_BLOCK", 32)
+        monkeypatch.setattr("rlhf_core.kernels.gae._tile", lambda length: {"BLOCK": 32, "num_warps": 1})
     rewards, values, mask = batch(2, T, keep)
     upstream = torch.randn(2, T), torch.randn(2, T)
     last_values = torch.randn(2)
@@ -71,6 +72,11 @@ def test_rows_longer_than_a_block_carry_their_state_on(backend, T, keep, monkeyp
     truth = run(rewards, values, mask, None, upstream, last_values)
     for x, t in zip(got, truth):
         assert_as_accurate(x, t, t)
+    scores, (logprobs, ref_logprobs) = torch.randn(2), torch.randn(2, 2, T)
+    settings = {"kl_coef": 0.1, "gamma": GAMMA, "lam": LAM}
+    got = ppo_advantages(scores, logprobs, ref_logprobs, values, mask, backend=backend, **settings)
+    want = ppo_advantages(scores, logprobs, ref_logprobs, values, mask, backend="reference", **settings)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_at_lam_1_an_advantage_is_the_discounted_return_minus_the_value(backend):
@@ -163,7 +169,11 @@ def test_reference_gradients_pass_gradcheck():
     torch.manual_seed(0)
     rewards, values, mask = batch(2, 5)
     inputs = [x.double().requires_grad_() for x in (rewards, values, torch.randn(2))]
-    assert torch.autograd.gradcheck(lambda r, v, last: gae_reference(r, v, mask, GAMMA, LAM, last), inputs)
+    assert torch.autograd.gradcheck(lambda r, v, last: gae_reference(r, v, mask, GAMMA, LAM, last, None), inputs)
+    cu_seqlens = torch.tensor([1, 4, 4, 9])
+    inputs = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (10, 10, 3)]
+    mask = torch.rand(10) < 0.7
+    assert torch.autograd.gradcheck(lambda r, v, last: gae_reference(r, v, mask, GAMMA, LAM, last, cu_seqlens), inputs)
 
 
 def test_bad_input_raises_with_the_offending_value(backend):
@@ -188,3 +198,249 @@ def test_discounts_outside_0_to_1_raise(backend, name, bad):
     rewards, values, mask = batch(2, 3)
     with pytest.raises(ValueError, match=f"{name}.*{bad}"):
         gae(rewards, values, mask, backend=backend, **{name: bad})
+
+
+LENGTHS = [0, 1, 5, 37, 0, 2, 64, 1, 0]
+
+
+def packed_batch(lengths, *num_features):
+    """(rows, packed, cu_seqlens): lists of random tensors, then the mask, as (B, T) and as (N,). Before and after the
+    sequences lie tokens that belong to none."""
+    T, before, after = max(lengths, default=0), 3, 2
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0) + before
+    inside = torch.arange(T) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    rows = [torch.randn(len(lengths), T) for _ in range(*num_features)]
+    rows.append((torch.rand(len(lengths), T) < 0.7) & inside)
+    packed = [torch.cat([x.new_ones(before), x[inside], x.new_ones(after)]) for x in rows]
+    return rows, packed, cu_seqlens
+
+
+def laid_out(x, cu_seqlens, like):
+    """Packed (N,) as rows like (B, T), 0 outside; what belongs to no sequence must be 0."""
+    out = torch.zeros_like(like)
+    for b, (start, stop) in enumerate(itertools.pairwise(cu_seqlens)):
+        out[b, : stop - start] = x[start:stop]
+    assert (x[: cu_seqlens[0]] == 0).all() and (x[cu_seqlens[-1] :] == 0).all()
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_packed_sequences_give_the_bits_of_the_rows(backend, dtype):
+    rows, packed, cu_seqlens = packed_batch(LENGTHS, 4)
+    last_values = torch.randn(len(LENGTHS))
+    got = []
+    for (rewards, values, g, h, mask), offsets in ((rows, None), (packed, cu_seqlens.to(dtype))):
+        leaves = [x.clone().requires_grad_() for x in (rewards, values, last_values)]
+        outputs = gae(
+            *leaves[:2], mask, gamma=GAMMA, lam=LAM, last_values=leaves[2], cu_seqlens=offsets, backend=backend
+        )
+        grads = torch.autograd.grad((outputs[0] * g + outputs[1] * h).sum(), leaves)
+        got.append([x.detach() for x in (*outputs, *grads)])
+    (*want, dlast), (*packed_got, packed_dlast) = got
+    assert torch.equal(packed_dlast, dlast)
+    for x, y in zip(packed_got, want):
+        assert torch.equal(laid_out(x, cu_seqlens, y), y)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1], [7]], ids=str)
+def test_packed_input_of_few_or_empty_sequences(backend, lengths):
+    (rewards, values, mask), packed, cu_seqlens = packed_batch(lengths, 2)
+    advantages, returns = gae(*packed, cu_seqlens=cu_seqlens, backend=backend)
+    want = gae(rewards, values, mask, backend=backend)
+    assert torch.equal(laid_out(advantages, cu_seqlens, want[0]), want[0])
+    assert torch.equal(laid_out(returns, cu_seqlens, want[1]), want[1])
+    for x in gae(*(x[:0] for x in packed), cu_seqlens=torch.zeros_like(cu_seqlens), backend=backend):
+        assert x.shape == (0,)
+
+
+def test_what_is_in_no_sequence_reaches_nothing(backend):
+    _, (rewards, values, mask), cu_seqlens = packed_batch(LENGTHS, 2)
+    want = gae(rewards, values, mask, cu_seqlens=cu_seqlens, backend=backend)
+    for x in (rewards, values):
+        x[: cu_seqlens[0]] = x[cu_seqlens[-1] :] = math.nan
+    got = gae(rewards, values, mask, cu_seqlens=cu_seqlens, backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
+
+
+@pytest.mark.parametrize("bad", [[0, 3, 2], [-1, 3, 6], [0, 3, 7], [[0, 6]], []], ids=str)
+def test_bad_cu_seqlens_raise(backend, bad):
+    x, mask = torch.zeros(6), torch.ones(6, dtype=torch.bool)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        gae(x, x, mask, cu_seqlens=torch.tensor(bad, dtype=torch.int64), backend=backend)
+    with pytest.raises(TypeError, match=r"cu_seqlens.*float32"):
+        gae(x, x, mask, cu_seqlens=torch.zeros(2), backend=backend)
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        gae(x.view(2, 3), x.view(2, 3), mask.view(2, 3), cu_seqlens=torch.tensor([0, 6]), backend=backend)
+
+
+def advantages_batch(B, T, keep=0.7):
+    """scores, logprobs, ref_logprobs, values, mask"""
+    logprobs = -torch.rand(B, T) * 3
+    return torch.randn(B), logprobs, logprobs + torch.randn(B, T) * 0.3, torch.randn(B, T), torch.rand(B, T) < keep
+
+
+def advantages_by_hand(scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, whiten):
+    """(advantages, returns, rewards, kl), in float64."""
+    scores, logprobs, ref_logprobs, values = (x.double() for x in (scores, logprobs, ref_logprobs, values))
+    d = logprobs - ref_logprobs
+    kl = {"k1": d, "k2": d**2 / 2, "k3": torch.expm1(-d) + d, "abs": d.abs()}[estimator].masked_fill(~mask, 0)
+    rewards = -kl_coef * kl
+    for b, counted in enumerate(mask):
+        if counted.any():
+            rewards[b, counted.nonzero().max()] += scores[b]
+    advantages, returns = compacted(rewards, values, mask)
+    if whiten and mask.any():
+        kept = advantages[mask]
+        advantages[mask] = (kept - kept.mean()) / (kept.var(unbiased=False) + 1e-8).sqrt()
+    return advantages, returns, rewards, kl
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_ppo_advantages_are_kl_score_gae_and_whitening(backend, estimator, whiten):
+    settings = {"kl_coef": 0.3, "whiten": whiten}
+    for shape in ((4, 19), (1, 1), (3, 70)):
+        inputs = advantages_batch(*shape)
+        inputs[-1][0, 0] = True
+        truth = advantages_by_hand(*inputs, estimator=estimator, **settings)
+        settings |= {"kl_estimator": estimator, "gamma": GAMMA, "lam": LAM}
+        got = ppo_advantages(*inputs, backend=backend, **settings)
+        reference = ppo_advantages(*inputs, backend="reference", **settings)
+        settings = {"kl_coef": 0.3, "whiten": whiten}
+        for x, r, t in zip(got, reference, truth):
+            assert x.dtype == torch.float32 and (x[~inputs[-1]] == 0).all()
+            assert_as_accurate(x, r, t)
+
+
+def test_rewards_add_up_to_the_score_minus_the_kl_and_the_last_counted_token_carries_it(backend):
+    scores, logprobs, ref_logprobs, values, _ = advantages_batch(4, 8)
+    lengths = torch.tensor([[3], [8], [1], [0]])  # short, full width, EOS first, nothing
+    mask = torch.arange(8) < lengths
+    scores[3] = math.nan  # of nothing
+    got = ppo_advantages(scores, logprobs, ref_logprobs, values, mask, kl_coef=0.5, backend=backend)
+    torch.testing.assert_close(got.rewards.sum(1)[:3], (scores - 0.5 * got.kl.sum(1))[:3])
+    assert all((x[3] == 0).all() for x in got)
+    without = ppo_advantages(torch.zeros(4), logprobs, ref_logprobs, values, mask, kl_coef=0.5, backend=backend)
+    assert (got.rewards != without.rewards).nonzero().tolist() == [[0, 2], [1, 7], [2, 0]]
+
+
+def test_ppo_advantages_agree_with_the_ops_that_they_replace(backend):
+    scores, logprobs, ref_logprobs, values, mask = advantages_batch(5, 33)
+    got = ppo_advantages(
+        scores, logprobs, ref_logprobs, values, mask, kl_coef=0.1, kl_estimator="k3", whiten=False, backend=backend
+    )
+    torch.testing.assert_close(
+        got.kl, kl_estimate(logprobs, ref_logprobs, estimator="k3", mask=mask, backend=backend), rtol=1e-6, atol=1e-7
+    )
+    want = gae(got.rewards, values, mask, backend=backend)
+    torch.testing.assert_close((got.advantages, got.returns), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_ppo_advantages_of_packed_sequences_are_those_of_the_rows(backend, whiten):
+    rows, packed, cu_seqlens = packed_batch(LENGTHS, 3)
+    scores = torch.randn(len(LENGTHS))
+    settings = {"kl_coef": 0.2, "whiten": whiten, "backend": backend}
+    want = ppo_advantages(scores, *rows, **settings)
+    for x in packed[:-1]:
+        x[: cu_seqlens[0]] = x[cu_seqlens[-1] :] = math.nan
+    got = ppo_advantages(scores, *packed, cu_seqlens=cu_seqlens, **settings)
+    for x, y in zip(got, want):
+        assert torch.equal(laid_out(x, cu_seqlens, y), y)
+
+
+def test_whitened_advantages_have_mean_0_and_variance_1_whatever_their_offset(backend):
+    scores, logprobs, _, values, mask = advantages_batch(6, 40)
+    scores += 1000  # all advantages are near it, as lam is 1
+    got = ppo_advantages(scores, logprobs, logprobs, values, mask, kl_coef=0.0, lam=1.0, backend=backend)
+    kept = got.advantages[mask].double()
+    assert abs(kept.mean()) < 1e-4 and abs(kept.var(unbiased=False) - 1) < 1e-3
+    assert (got.advantages[~mask] == 0).all()
+
+
+def test_whitening_one_advantage_or_equal_ones_or_none_gives_zeros(backend):
+    x = torch.zeros(3, 5)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    for counted in ([], [(1, 2)], [(0, 1), (0, 3), (2, 4)]):
+        for i, j in counted:
+            mask[i, j] = True
+        got = ppo_advantages(torch.full((3,), 7.25), x, x, x, mask, kl_coef=0.1, lam=1.0, backend=backend)
+        assert (got.advantages == 0).all() and (got.returns[mask] == 7.25).all()
+
+
+def test_what_masked_inputs_hold_changes_no_bit_of_ppo_advantages(backend):
+    scores, *tokens, mask = advantages_batch(4, 21)
+    want = ppo_advantages(scores, *tokens, mask, kl_coef=0.1, kl_estimator="k3", backend=backend)
+    for bad in (100.0, math.inf, math.nan):
+        dirty = [x.masked_fill(~mask, bad) for x in tokens]
+        got = ppo_advantages(scores, *dirty, mask, kl_coef=0.1, kl_estimator="k3", backend=backend)
+        assert all(torch.equal(x, y) for x, y in zip(got, want))
+
+
+def test_padding_columns_change_no_advantage(backend):
+    scores, *tokens, mask = advantages_batch(3, 9)
+    want = ppo_advantages(scores, *tokens, mask, kl_coef=0.1, backend=backend)
+    padded = [torch.nn.functional.pad(x, (0, 20)) for x in (*tokens, mask)]
+    got = ppo_advantages(scores, *padded, kl_coef=0.1, backend=backend)
+    for x, y in zip(got, want):
+        torch.testing.assert_close(x[:, :9], y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rows_unwhitened_advantages_are_bitwise_independent_of_the_batch(backend):
+    inputs = advantages_batch(4, 21)
+    together = ppo_advantages(*inputs, kl_coef=0.1, whiten=False, backend=backend)
+    alone = ppo_advantages(*(x[2:3] for x in inputs), kl_coef=0.1, whiten=False, backend=backend)
+    assert all(torch.equal(x[2:3], y) for x, y in zip(together, alone))
+
+
+def test_inputs_that_need_a_gradient_get_it_through_ppo_advantages(backend):
+    inputs = advantages_batch(3, 7)
+    want = ppo_advantages(*inputs, kl_coef=0.1, backend=backend)
+    values = inputs[3].clone().requires_grad_()
+    got = ppo_advantages(*inputs[:3], values, inputs[4], kl_coef=0.1, backend=backend)
+    torch.testing.assert_close([x.detach() for x in got], list(want), rtol=1e-5, atol=1e-5)
+    got.returns.sum().backward()
+    assert (values.grad[inputs[4]] != 0).any() and (values.grad[~inputs[4]] == 0).all()
+    with torch.no_grad():
+        ppo_advantages(*inputs[:3], values, inputs[4], kl_coef=0.1, backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
+def test_ppo_advantages_of_an_empty_batch_are_empty(backend, shape):
+    for x in ppo_advantages(*advantages_batch(*shape), kl_coef=0.1, backend=backend):
+        assert x.shape == shape
+
+
+def test_ppo_advantages_are_bitwise_independent_of_the_number_of_threads():
+    pytest.importorskip("rlhf_core.cpp", reason="the C++ extension is not built")
+    inputs = advantages_batch(500, 501)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(ppo_advantages(*inputs, kl_coef=0.1, kl_estimator="k3", backend="cpp"))
+    torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for x, y in zip(*results))
+
+
+def test_ppo_advantages_leave_their_inputs_alone_and_take_half_precision(backend):
+    scores, logprobs, ref_logprobs, values, mask = advantages_batch(3, 7)
+    halves = scores.half(), logprobs.bfloat16(), ref_logprobs.bfloat16(), values.half()
+    before = [x.clone() for x in halves]
+    got = ppo_advantages(*halves, mask, kl_coef=0.1, backend=backend)
+    want = ppo_advantages(*(x.float() for x in halves), mask, kl_coef=0.1, backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
+    assert all(torch.equal(x, y) for x, y in zip(halves, before))
+
+
+def test_bad_input_to_ppo_advantages_raises_with_the_offending_value(backend):
+    scores, logprobs, ref_logprobs, values, mask = advantages_batch(3, 7)
+    with pytest.raises(ValueError, match=r"scores.*\(4,\)"):
+        ppo_advantages(torch.zeros(4), logprobs, ref_logprobs, values, mask, kl_coef=0.1, backend=backend)
+    with pytest.raises(ValueError, match="k4"):
+        ppo_advantages(scores, logprobs, ref_logprobs, values, mask, kl_coef=0.1, kl_estimator="k4", backend=backend)
+    with pytest.raises(ValueError, match=r"ref_logprobs.*\(3, 6\)"):
+        ppo_advantages(scores, logprobs, ref_logprobs[:, 1:], values, mask, kl_coef=0.1, backend=backend)
+    with pytest.raises(TypeError, match=r"response_mask.*float32"):
+        ppo_advantages(scores, logprobs, ref_logprobs, values, mask.float(), kl_coef=0.1, backend=backend)
+    with pytest.raises(ValueError, match=r"lam.*1.5"):
+        ppo_advantages(scores, logprobs, ref_logprobs, values, mask, kl_coef=0.1, lam=1.5, backend=backend)

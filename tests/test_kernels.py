@@ -1,10 +1,10 @@
 """The kernels as such: which backend answers, what their launchers share, and what compilers make of the Triton ones.
 
-Their values are tested through the public ops, file by file. Run as a script, this file compiles every Triton kernel
-ahead of time, without a GPU; that takes a process of its own, since the tests' own one interprets them.
+Their values are tested through the public ops, file by file. Run as a script, this file takes what the Triton launchers
+launch to the compiler instead of a GPU; that needs a process of its own, as the tests' one interprets the kernels.
 """
 
-import ast
+import functools
 import importlib.util
 import inspect
 import math
@@ -14,17 +14,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from rlhf_core import backends, gae, kl_estimate, token_logprobs
+from rlhf_core import backends, full_kl, gae, kl_estimate, ppo_advantages, ppo_loss, token_logprobs
 
 ROOT = Path(__file__).parents[1]
-LAUNCHERS = ["gae_bwd", "gae_fwd", "kl_estimate_bwd", "kl_estimate_fwd", "token_logprobs_bwd", "token_logprobs_fwd"]
+LAUNCHERS = [
+    *("full_kl_bwd", "full_kl_fwd", "gae_bwd", "gae_fwd", "kl_estimate_bwd", "kl_estimate_fwd"),
+    *("ppo_advantages_fwd", "ppo_loss_fwd", "token_logprobs_bwd", "token_logprobs_fwd"),
+]
+X, LOGITS, MASK = torch.zeros(2, 3), torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.bool)
 OPS = {
-    "token_logprobs": lambda **kw: token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), **kw),
-    "kl_estimate": lambda **kw: kl_estimate(torch.zeros(2, 3), torch.zeros(2, 3), **kw),
-    "gae": lambda **kw: gae(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), **kw),
+    "token_logprobs": lambda **kw: token_logprobs(LOGITS, X.long(), **kw),
+    "full_kl": lambda **kw: full_kl(LOGITS, LOGITS, **kw),
+    "kl_estimate": lambda **kw: kl_estimate(X, X, **kw),
+    "gae": lambda **kw: gae(X, X, MASK, **kw),
+    "ppo_advantages": lambda **kw: ppo_advantages(torch.zeros(2), X, X, X, MASK, kl_coef=0.1, **kw),
+    "ppo_loss": lambda **kw: ppo_loss(
+        X, X, X, None, None, None, MASK, clip_range=0.2, value_clip_range=None, vf_coef=0.0, **kw
+    ),
 }
 
 
@@ -47,11 +57,20 @@ def test_an_unknown_backend_raises_with_the_choices(op):
         OPS[op](backend="cuda")
 
 
+@pytest.mark.parametrize("value, default", [("reference", "reference"), ("", None)])
+def test_the_default_backend_is_what_the_environment_says_at_import(value, default, monkeypatch):
+    monkeypatch.setenv("RLHF_CORE_BACKEND", value)
+    spec = importlib.util.spec_from_file_location("fresh", backends.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert default == fresh.DEFAULT
+
+
 @pytest.mark.parametrize("op", list(OPS))
-def test_the_environment_chooses_the_default_backend(op, monkeypatch):
-    monkeypatch.setenv("RLHF_CORE_BACKEND", "reference")
+def test_the_default_backend_runs_every_op_not_told_otherwise(op, monkeypatch):
+    monkeypatch.setattr(backends, "DEFAULT", "reference")
     OPS[op]()
-    monkeypatch.setenv("RLHF_CORE_BACKEND", "nonsense")
+    monkeypatch.setattr(backends, "DEFAULT", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         OPS[op]()
     OPS[op](backend="reference")  # a name given in the call wins
@@ -82,15 +101,6 @@ def test_the_folder_is_not_importable_by_its_bare_name():
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def test_kernel_files_import_torch_triton_and_nothing_of_ours():
-    for path in (ROOT / "kernels").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                for name in names:
-                    assert name.split(".")[0] in ("torch", "triton", "math") or name.startswith("rlhf_core.kernels.")
-
-
 def test_lse_is_two_numbers_that_survive_a_common_offset(backend):
     logits = torch.randn(2, 3, 50) + 1e4
     _, _, lse = launchers(backend).token_logprobs_fwd(logits, torch.zeros(2, 3, dtype=torch.int64), None, 0.7, False)
@@ -110,8 +120,7 @@ def test_rows_that_pass_no_gradient_on_are_zeroed_without_reading_their_logits(b
     h = torch.tensor([[0.0, g[0, 1], 1.0]])
     poisoned = logits.clone()
     poisoned[0, 1] = math.nan
-    dlogits = torch.empty_like(logits)
-    module.token_logprobs_bwd(g, h, poisoned, targets, mask, 1.0, entropy, lse, dlogits)
+    dlogits = module.token_logprobs_bwd(g, h, poisoned, targets, mask, 1.0, entropy, lse, False)
     assert (dlogits[0, 1] == 0).all() and dlogits.isfinite().all() and (dlogits[0, [0, 2]] != 0).any(dim=-1).all()
 
 
@@ -132,16 +141,14 @@ def test_triton_turns_an_unmasked_ignored_target_into_nan_not_into_a_number():
     logits = torch.randn(1, 3, 3000, device=device)
     targets = torch.tensor([[5, -100, 3000]], device=device)
     logprobs, entropy, lse = kernels.token_logprobs_fwd(logits, targets, None, 1.0, True)
-    dlogits = torch.empty_like(logits)
-    kernels.token_logprobs_bwd(torch.ones_like(logprobs), None, logits, targets, None, 1.0, None, lse, dlogits)
+    args = (torch.ones_like(logprobs), None, logits, targets, None, 1.0, None, lse)
+    dlogits = kernels.token_logprobs_bwd(*args, inplace=False)
     assert logprobs.isnan().tolist() == [[False, True, True]] and entropy.isfinite().all()
     assert dlogits.isnan().all(dim=-1).tolist() == [[False, True, True]]
 
 
 def test_triton_rows_lie_on_the_one_grid_axis_that_is_long_enough(monkeypatch):
-    from rlhf_core.kernels import gae as gae_kernels
-    from rlhf_core.kernels import logprobs as logprobs_kernels
-
+    kernels = pytest.importorskip("rlhf_core.kernels")
     grids = []
 
     class Recorder:
@@ -149,17 +156,178 @@ def test_triton_rows_lie_on_the_one_grid_axis_that_is_long_enough(monkeypatch):
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    for module in (gae_kernels, logprobs_kernels):
+    for module in (kernels.gae_fwd, kernels.full_kl_fwd, kernels.token_logprobs_fwd, kernels.ppo_loss_fwd):
+        module = sys.modules[module.__module__]
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder())
-    B, T = 70_000, 1  # more than a grid's second and third axis take
-    x, ids, mask = torch.zeros(B, T), torch.zeros(B, T, dtype=torch.int64), torch.ones(B, T, dtype=torch.bool)
-    logits = torch.zeros(B, T, 1)
-    _, _, lse = logprobs_kernels.token_logprobs_fwd(logits, ids, mask, 1.0, False)
-    logprobs_kernels.token_logprobs_bwd(x, None, logits, ids, mask, 1.0, None, lse, torch.zeros_like(logits))
-    gae_kernels.gae_fwd(x, x, mask, 1.0, 1.0, None)
-    gae_kernels.gae_bwd(x, x, mask, 1.0, 1.0, False)
-    assert grids == [(B * T,), (B * T,), (B,), (B,)]
+    call_every_launcher(kernels, V=1, B=70_000, T=1)  # more than a grid's second and third axis take
+    assert all(len(grid) == 1 for grid in grids) and max(grids) == (70_000,)
+
+
+def needs_interpreter():
+    if torch.cuda.is_available() or not backends.status()[2].available:
+        pytest.skip("needs Triton's interpreter")
+
+
+class Meter:
+    """Watches launches in Triton's interpreter: bytes per tensor, accesses outside all of them, races of programs.
+
+    A race is two programs at one element, one of them writing, with no arrival of all programs in between.
+    """
+
+    def __init__(self, monkeypatch, reverse=False):
+        needs_interpreter()
+        from triton.runtime import interpreter
+
+        self.regions, self.reverse = {}, reverse
+        self.builder = interpreter.interpreter_builder
+        self.wrap(monkeypatch, interpreter.GridExecutor, "__call__", self.launch)
+        for name, kind in (("masked_load", "loads"), ("masked_store", "stores"), ("atomic_rmw", "atomics")):
+            access = functools.partial(self.access, kind)
+            self.wrap(monkeypatch, interpreter.InterpreterBuilder, f"create_{name}", access)
+        self.wrap(monkeypatch, interpreter.InterpreterBuilder, "set_grid_idx", self.set_program)
+
+    def wrap(self, monkeypatch, owner, name, function):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: function(original, *args, **kwargs))
+
+    def launch(self, original, executor, *args, **kwargs):
+        self.arrivals, self.num_programs = 0, math.prod(executor.grid)
+        for x in args:
+            if isinstance(x, torch.Tensor) and x.numel():
+                span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
+                touched = {kind: np.zeros(span, np.int64) for kind in ("loads", "stores", "loaded by", "stored by")}
+                self.regions[x.data_ptr()] = {"span": span * x.element_size(), "size": x.element_size(), **touched}
+        with np.errstate(all="ignore"):  # numpy warns of inf - inf
+            original(executor, *args, **kwargs)
+
+    def set_program(self, original, builder, x, y, z):
+        self.program = x + 1
+        original(builder, builder.grid_dim[0] - 1 - x if self.reverse else x, y, z)
+
+    def access(self, kind, original, builder, *args):
+        pointers, mask = (args[1], args[3]) if kind == "atomics" else (args[0], args[2 if kind == "stores" else 1])
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        self.arrivals += kind == "atomics"
+        for start, region in self.regions.items():
+            here = (addresses >= start) & (addresses < start + region["span"])
+            if kind != "atomics" and here.any():
+                self.touch(region, kind, (addresses[here] - start) // region["size"])
+            addresses = addresses[~here]
+        assert addresses.size == 0, f"{kind} outside of every tensor"
+        return original(builder, *args)
+
+    def touch(self, region, kind, at):
+        np.add.at(region[kind], at, 1)
+        if self.arrivals < self.num_programs:
+            for other in ("stored by", "loaded by") if kind == "stores" else ("stored by",):
+                owner = region[other][at]
+                assert ((owner == 0) | (owner == self.program)).all(), (
+                    f"race: {kind} of what was {other} another program"
+                )
+        region["stored by" if kind == "stores" else "loaded by"][at] = self.program
+
+    def bytes(self, kind, x):
+        return int(self.regions[x.data_ptr()][kind].sum()) * x.element_size()
+
+
+def test_every_byte_of_the_logits_is_loaded_and_stored_once_and_none_of_masked_rows(monkeypatch):
+    meter = Meter(monkeypatch)
+    import rlhf_core.kernels as kernels
+
+    V = 5000  # two blocks and a tail
+    logits, ref = (torch.randn(2, 2, V, dtype=torch.bfloat16) for _ in range(2))
+    targets = torch.randint(0, V, (2, 2))
+    mask = torch.tensor([[True, True], [False, True]])
+    rows, some = 4 * 2 * V, 3 * 2 * V  # bytes of all rows, and of the counted ones
+    ones = torch.ones(2, 2)
+
+    _, entropy, lse = kernels.token_logprobs_fwd(logits, targets, mask, 0.7, True)
+    assert meter.bytes("loads", logits) == some + 3 * 2  # and the targets'
+    dlogits = kernels.token_logprobs_bwd(ones, ones, logits, targets, mask, 0.7, entropy, lse, False)
+    assert (meter.bytes("loads", logits), meter.bytes("stores", dlogits)) == (some, rows)
+    kl, lse = kernels.full_kl_fwd(logits, ref, mask, 0.7)
+    assert (meter.bytes("loads", logits), meter.bytes("loads", ref)) == (some, some)
+    grads = kernels.full_kl_bwd(ones, logits, ref, mask, 0.7, kl, lse, True, True)
+    assert (meter.bytes("loads", logits), meter.bytes("loads", ref)) == (some, some)
+    assert [meter.bytes("stores", x) for x in grads] == [rows, rows]
+
+
+def test_every_token_is_loaded_and_stored_once(monkeypatch):
+    meter = Meter(monkeypatch)
+    import rlhf_core.kernels as kernels
+
+    x = [torch.randn(3, 700) for _ in range(7)]
+    mask = torch.rand(3, 700) < 0.7
+    every, counted = 4 * mask.numel(), 4 * int(mask.sum())
+    kl = kernels.kl_estimate_fwd(x[0], x[1], mask, "k3")
+    assert [meter.bytes("loads", t) for t in x[:2]] == [every] * 2 and meter.bytes("stores", kl) == every
+    grads = kernels.kl_estimate_bwd(x[2], x[0], x[1], mask, "k3")
+    assert [meter.bytes("loads", t) for t in x[:3]] == [every] * 3
+    assert [meter.bytes("stores", t) for t in grads] == [every] * 2
+    *_, dlogprobs, dvalues, dentropy = kernels.ppo_loss_fwd(*x, mask, None, False, 0.2, 0.2, 0.5, 0.01, 2.0)
+    assert [meter.bytes("loads", t) for t in x] == [counted] * 7
+    assert [meter.bytes("stores", t) for t in (dlogprobs, dvalues, dentropy)] == [every] * 3
+
+
+def call_every_launcher(kernels, V=300, dtype=torch.float32, B=2, T=17, number=0.5, temperature_per_row=(False, True)):
+    """Every launcher once or more often, in all its modes; the results in one list."""
+    logits, ref = (torch.randn(B, T, V).to(dtype) for _ in range(2))
+    targets, mask = torch.randint(0, V, (B, T)), torch.rand(B, T) < 0.7
+    x = [torch.randn(B, T) for _ in range(8)]
+    out = []
+    for per_row in temperature_per_row:
+        temperature = torch.rand(B, T) + 0.5 if per_row else number
+        logprobs, entropy, lse = kernels.token_logprobs_fwd(logits, targets, mask, temperature, True)
+        args = (logits, targets, mask, temperature, entropy, lse, False)
+        out += [logprobs, entropy, kernels.token_logprobs_bwd(x[0], x[1], *args)]
+        kl, lse = kernels.full_kl_fwd(logits, ref, mask, temperature)
+        out += [kl, *kernels.full_kl_bwd(x[0], logits, ref, mask, temperature, kl, lse, True, True)]
+    out += [kernels.kl_estimate_fwd(x[0], x[1], mask, "k3"), *kernels.kl_estimate_bwd(*x[:3], mask, "k3")]
+    cu_seqlens = torch.arange(B + 1) * ((B * T - 1) // B) + 1  # a token before the first, one or more behind the last
+    for cu, shape in ((None, (B, T)), (cu_seqlens, (B * T,))):
+        y, m, last = [a.view(shape) for a in x], mask.view(shape), torch.randn(B)
+        out += kernels.gae_fwd(y[0], y[1], m, number, 0.9, last, cu)
+        out += kernels.gae_bwd(y[0], y[1], m, number, 0.9, True, cu)
+        out += kernels.ppo_advantages_fwd(last, *y[:3], m, number, "k3", 0.9, number, True, cu)
+    for weights, sequence_mean in ((None, False), (None, True), (x[7], False)):
+        out += kernels.ppo_loss_fwd(*x[:7], mask, weights, sequence_mean, number, number, number, number, 1 + number)
+    return out
+
+
+def test_programs_stay_inside_their_tensors_and_apart_and_any_order_gives_the_same_bits(monkeypatch):
+    results = []
+    for reverse in (False, True):
+        with monkeypatch.context() as patch:
+            Meter(patch, reverse)
+            import rlhf_core.kernels as kernels
+
+            torch.manual_seed(0)
+            results.append(call_every_launcher(kernels))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("count, stride", [(2, 2**31 + 16), (3, 2**30 + 16)])
+def test_exact_kl_of_rows_further_apart_than_int32_can_say(backend, count, stride, tmp_path):
+    module, start = launchers(backend), 2**31  # an offset that wraps around lands in the memory before, not in a crash
+    if torch.cuda.is_available() and backend == "triton":
+        pytest.skip("needs the interpreter: on a GPU the memory is not to be had for nothing")
+    size = start + (count - 1) * stride + 32  # in a sparse file, of which only the pages that are touched exist
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)
+    rows, ref = torch.randn(2, count, 1, 32).half()
+    for shape, strides in (((count, 1, 32), (stride, 32, 1)), ((1, count, 32), (32, stride, 1))):
+        results = []
+        for far in (False, True):
+            z, other, g = rows.view(shape), ref.view(shape), torch.ones(shape[:2])
+            if far:
+                z = memory.as_strided(shape, strides, start)
+                z.copy_(rows.view(shape))
+            for a, b in ((z, other), (other, z)):
+                kl, lse = module.full_kl_fwd(a, b, None, 1.0)
+                results += [kl, *module.full_kl_bwd(g, a, b, None, 1.0, kl, lse, True, True)]
+        for near, far in zip(results[:6], results[6:]):
+            assert torch.equal(near, far)
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
@@ -197,72 +365,131 @@ torch.save(out, sys.argv[1])
         torch.testing.assert_close(x, y, rtol=2**-7, atol=5e-6)
 
 
-def test_triton_kernels_compile_for_every_gpu_without_spills_and_with_wide_loads():
+def in_a_process_that_compiles(what):
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, what], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 4 * 6
+    return done.stdout.splitlines()
+
+
+def test_triton_kernels_compile_for_every_gpu_without_spills_with_wide_loads_and_few_registers():
+    lines = in_a_process_that_compiles("compile")
+    assert len(lines) >= 4 * len(LAUNCHERS) and not [line for line in lines if "BAD" in line], "\n".join(lines)
+
+
+def test_new_lengths_batches_temperatures_and_coefficients_compile_nothing():
+    in_a_process_that_compiles("count")
+
+
+# What each kernel may use of 255 registers a thread; and which load 128 bits at a time wherever V % 16 == 0. (On AMD, a
+# block of the elementwise ones has two elements for each of its threads, which number twice as many.)
+REGISTERS = {
+    **{"token_logprobs_fwd": 72, "token_logprobs_bwd": 64, "full_kl_fwd": 88, "full_kl_bwd": 64},
+    **{"kl_estimate_fwd": 40, "kl_estimate_bwd": 40, "gae_fwd": 120, "gae_bwd": 120},
+    **{"ppo_advantages_fwd": 136, "ppo_loss_fwd": 128},
+}
+WIDE = {"hip": ("token_logprobs_fwd", "token_logprobs_bwd", "full_kl_fwd", "full_kl_bwd")}
+WIDE["cuda"] = (*WIDE["hip"], "kl_estimate_fwd", "kl_estimate_bwd")
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
+TARGETS["gfx942"] = ("hip", "gfx942", 64)
+
+
+def record_launches():
+    """The list to which every launch of a kernel, on CPU tensors too, from now on adds (kernel, args, kwargs)."""
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+    JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launches.append((kernel, args, kwargs))
+    return launches
+
+
+def specialise(launch, backend):
+    """What the launch would be compiled as: (signature, constants, attributes, options)."""
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, args, kwargs = launch
+    kwargs = {**kwargs, "debug": False}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*args, **kwargs)
+    options, *rest = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return *rest, options.__dict__
 
 
 def compile_all():
-    """Compile each kernel as its launcher specialises it at V = 151936; print one line each, exit 1 at a bad one."""
+    """Compile what the launchers launch; print a line each, with BAD where it spills, loads narrowly or uses much."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    import rlhf_core.kernels as kernels
+
+    recorded, by_vocabulary = record_launches(), {}
+    for V, dtype, per_row in (
+        (151936, torch.bfloat16, False),
+        (32000, torch.float32, True),
+        (50257, torch.bfloat16, True),
+    ):
+        call_every_launcher(kernels, V=V, dtype=dtype, B=1, T=1 if per_row else 33, temperature_per_row=(per_row,))
+        by_vocabulary[V] = recorded.copy()
+        recorded.clear()
+    for name, target in TARGETS.items():
+        target = GPUTarget(*target)
+        backend, done = make_backend(target), set()
+        for V, launches in by_vocabulary.items():
+            if V % 16 and name != "sm_90":
+                continue  # one will do for narrow loads
+            for launch in launches:
+                *source, options = specialise(launch, backend)
+                if str((launch[0], source)) not in done:
+                    done.add(str((launch[0], source)))
+                    print(name, *compile_one(launch[0], *source, options, target, V % 16 == 0), flush=True)
+
+
+def compile_one(kernel, signature, constants, attributes, options, target, aligned):
     import tempfile
 
     import triton
     from triton import knobs
+
+    name = kernel.__name__.removesuffix("_kernel")
+    compiled = triton.compile(triton.compiler.ASTSource(kernel, signature, constants, attributes), target, options)
+    if target.backend == "cuda":
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(compiled.asm["cubin"])
+            f.flush()
+            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", f.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, spills = int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
+        wide = "ld.global.v4.b32" in compiled.asm["ptx"]
+    else:
+        assembly = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count: *(\d+)", assembly)[1])
+        spills = len(re.findall(r"\bscratch_(?:load|store)_", assembly))
+        wide = "load_dwordx4" in assembly
+    narrow = aligned and not wide and name in WIDE[target.backend]
+    bad = "BAD" if spills or narrow or registers > REGISTERS[name] else ""
+    return name, f"{registers} registers, spills {spills}, 128-bit loads {wide}", bad
+
+
+def count_specialisations():
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
 
-    from rlhf_core.kernels import gae as g
-    from rlhf_core.kernels import kl as k
-    from rlhf_core.kernels import logprobs as lp
+    import rlhf_core.kernels as kernels
 
-    tile = lp._tile(151936)
-    warps = tile.pop("num_warps")
-    kernels = [  # what is not named here is a pointer; sizes marked 16 are multiples of it
-        (lp.token_logprobs_fwd_kernel, {**tile, "WITH_ENTROPY": True}, warps),
-        (lp.token_logprobs_bwd_kernel, tile, warps),
-        (k.kl_estimate_fwd_kernel, {"ESTIMATOR": "k3", "BLOCK": k.BLOCK}, 4),
-        (k.kl_estimate_bwd_kernel, {"ESTIMATOR": "k3", "BLOCK": k.BLOCK}, 4),
-        (g.gae_fwd_kernel, {"BLOCK": g.MAX_BLOCK}, 4),
-        (g.gae_bwd_kernel, {"BLOCK": g.MAX_BLOCK}, 4),
-    ]
-    pointers = {"logits_ptr": "*bf16", "dlogits_ptr": "*bf16", "targets_ptr": "*i64", "mask_ptr": "*u8"}
-    floats = ("scale", "inverse_temperature", "gamma", "lam")
-    aligned = ("V", "n", "logits_sb", "logits_st", "dlogits_sb", "dlogits_st")
-    failed = False
-    for name, target in {
-        "sm_80": GPUTarget("cuda", 80, 32),
-        "sm_90": GPUTarget("cuda", 90, 32),
-        "sm_100": GPUTarget("cuda", 100, 32),
-        "gfx942": GPUTarget("hip", "gfx942", 64),
-    }.items():
-        for kernel, constants, num_warps in kernels:
-            signature, attributes = {}, {}
-            for i, argument in enumerate(kernel.arg_names):
-                pointer = argument.endswith("_ptr")
-                kind = pointers.get(argument, "*fp32") if pointer else "fp32" if argument in floats else "i32"
-                signature[argument] = "constexpr" if argument in constants else kind
-                if pointer or argument in aligned:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-            source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-            compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
-            if target.backend == "cuda":
-                with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-                    f.write(compiled.asm["cubin"])
-                    f.flush()
-                    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", f.name]
-                    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                stack = int(re.search(r"STACK:(\d+)", usage)[1])
-                wide = "ld.global.v4.b32" in compiled.asm["ptx"]
-            else:
-                stack = int(re.search(r"\.private_segment_fixed_size: *(\d+)", compiled.asm["amdgcn"])[1])
-                wide = "load_dwordx4" in compiled.asm["amdgcn"]
-            bad = stack > 0 or not (wide or kernel in (g.gae_fwd_kernel, g.gae_bwd_kernel))
-            failed |= bad
-            print(f"{kernel.__name__} {name}: stack {stack} B, 128-bit loads {wide}{'  BAD' if bad else ''}")
-    sys.exit(failed)
+    backend, launches = make_backend(GPUTarget(*TARGETS["sm_90"])), record_launches()
+    for V in (64, 50):
+        seen = set()
+        shapes = [(2, 5), (2, 700)]  # the short and the long block of GAE
+        shapes += [(B, T) for B in (1, 3, 16) for T in (1, 15, 16, 17, 32, 33, 48, 100, 256, 1000)]
+        for i, (B, T) in enumerate(shapes):
+            launches.clear()
+            call_every_launcher(kernels, V=V, B=B, T=T, number=1.0 if i == 5 else 1 / (i + 1))
+            for launch in launches:
+                key = str((launch[0], specialise(launch, backend)))
+                assert i < 2 or key in seen, f"compiled anew for {B, T}: {key}"
+                seen.add(key)
 
 
 if __name__ == "__main__":
-    compile_all()
+    {"compile": compile_all, "count": count_specialisations}[sys.argv[1]]()

@@ -122,6 +122,23 @@ def adversarial_rows():
     }
 
 
+@pytest.mark.parametrize("nowhere", [-1e9, -1e30, torch.finfo(torch.float32).min])
+def test_a_finite_stand_in_for_minus_infinity_is_as_good_anywhere_in_a_row(backend, nowhere):
+    """Hugging Face masks logits with finfo.min."""
+    for start, stop in ((0, 1), (0, 300), (0, 4096), (5, 6), (4500, 9000)):
+        logits = torch.randn(1, 9001)
+        logits[:, start:stop] = nowhere
+        targets = torch.tensor([9000])
+        want = token_logprobs_and_entropy(
+            logits.masked_fill(logits == nowhere, -INF).double(), targets, backend="reference"
+        )
+        z = logits.requires_grad_()
+        got = token_logprobs_and_entropy(z, targets, backend=backend)
+        torch.testing.assert_close([x.double() for x in got], list(want), rtol=1e-6, atol=2e-6)
+        sum(got).backward()
+        assert z.grad.isfinite().all() and not z.grad[:, start:stop].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", list(adversarial_rows()))
 def test_adversarial_rows_match_float64(backend, name, dtype):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_core import whiten
+from rlhf_core import ppo_advantages, whiten
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig, ValueModel
 from rlhf_core.rollout import Rollout, sample
 from rlhf_core.trainers import PPOConfig, PPOTrainer
 from rlhf_core.trainers.common import Metrics
-from rlhf_core.trainers.ppo import Experience, explained_variance, shaped_rewards
+from rlhf_core.trainers.ppo import Experience, explained_variance
 
 PROMPTS = [[5, 3, 7, 4], [8, 1], [6], [9, 9, 1], [4, 4], [3], [7, 8, 9], [1, 5]]
 NAN = float("nan")
@@ -166,7 +166,8 @@ def test_rewards_add_up_and_the_last_counted_token_carries_the_score():
     """Row 7: a short row, a full one, one that ends at once, and one with nothing."""
     mask = torch.arange(5) < torch.tensor([3, 5, 1, 0])[:, None]
     scores, kl = torch.tensor([2.0, -1.0, 3.0, 9.0]), torch.randn(4, 5)
-    rewards = shaped_rewards(scores, kl.masked_fill(~mask, NAN), mask, kl_coef=0.3)
+    zeros = torch.zeros(4, 5)
+    rewards = ppo_advantages(scores, kl.masked_fill(~mask, NAN), zeros, zeros, mask, kl_coef=0.3).rewards
     counted = kl.masked_fill(~mask, 0)
     assert_close(rewards.sum(dim=1)[:3], (scores - 0.3 * counted.sum(dim=1))[:3])
     assert not rewards[~mask].any()

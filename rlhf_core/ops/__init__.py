@@ -1,7 +1,19 @@
 """Tensor functions with autograd: the hot path. Each file reads reference, autograd.Function, public function."""
 
-from rlhf_core.ops.gae import gae
-from rlhf_core.ops.kl import kl_estimate
+from rlhf_core.ops.gae import gae, ppo_advantages
+from rlhf_core.ops.kl import full_kl, kl_estimate
+from rlhf_core.ops.linear_logprobs import linear_token_logprobs, linear_token_logprobs_and_entropy
 from rlhf_core.ops.logprobs import token_logprobs, token_logprobs_and_entropy
+from rlhf_core.ops.policy_loss import ppo_loss
 
-__all__ = ["gae", "kl_estimate", "token_logprobs", "token_logprobs_and_entropy"]
+__all__ = [
+    "full_kl",
+    "gae",
+    "kl_estimate",
+    "linear_token_logprobs",
+    "linear_token_logprobs_and_entropy",
+    "ppo_advantages",
+    "ppo_loss",
+    "token_logprobs",
+    "token_logprobs_and_entropy",
+]

@@ -8,20 +8,37 @@ Reward r_t arrives after token t and V_t is read before it. Over the counted tok
 
 A gap in the mask is skipped as if the row were compacted. Beyond the last counted token A is 0 and V is 0, or
 `last_values` for a row that was cut off rather than ended.
+
+Sequences come as rows of a (B, T) tensor, or packed: (N,) tokens, sequence b being [cu_seqlens[b], cu_seqlens[b + 1]).
+`ppo_advantages` is all of PPO between the rollout and its epochs: rewards from KL and score, then the above, whitened.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf_core import backends
-from rlhf_core.checks import at_least_float32, check_alike, check_float, check_mask
+from rlhf_core.checks import at_least_float32, check_alike, check_float, check_mask, describe, values_may_be_read
+from rlhf_core.masking import last_token_index, whiten
+from rlhf_core.ops.kl import check_estimator, kl_estimate
 
 
 def gae_reference(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, last_values: Tensor | None
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: float,
+    last_values: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition: the recursion, one column at a time."""
+    """The definition: the recursion, one column at a time; packed sequences are laid out as rows first."""
+    if cu_seqlens is not None:
+        rows = (unpack(x, cu_seqlens) for x in (rewards, values, mask))
+        out = gae_reference(*rows, gamma, lam, last_values, None)
+        return tuple(pack(x, cu_seqlens, len(rewards)) for x in out)
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     next_advantage = rewards.new_zeros(len(rewards))  # (B,)
     next_value = torch.zeros_like(next_advantage) if last_values is None else last_values
@@ -39,19 +56,19 @@ def gae_reference(
 
 class _GAE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, impl, rewards, values, mask, gamma, lam, last_values):
-        ctx.save_for_backward(mask)
+    def forward(ctx, impl, rewards, values, mask, gamma, lam, last_values, cu_seqlens):
+        ctx.save_for_backward(mask, cu_seqlens)
         ctx.impl, ctx.gamma, ctx.lam, ctx.has_last_values = impl, gamma, lam, last_values is not None
-        return impl.gae_fwd(rewards, values, mask, gamma, lam, last_values)
+        return impl.gae_fwd(rewards, values, mask, gamma, lam, last_values, cu_seqlens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dadvantages, dreturns):
-        (mask,) = ctx.saved_tensors
+        mask, cu_seqlens = ctx.saved_tensors
         drewards, dvalues, dlast_values = ctx.impl.gae_bwd(
-            dadvantages.contiguous(), dreturns.contiguous(), mask, ctx.gamma, ctx.lam, ctx.has_last_values
+            dadvantages.contiguous(), dreturns.contiguous(), mask, ctx.gamma, ctx.lam, ctx.has_last_values, cu_seqlens
         )
-        return None, drewards, dvalues, None, None, None, dlast_values
+        return None, drewards, dvalues, None, None, None, dlast_values, None
 
 
 def gae(
@@ -62,41 +79,178 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     last_values: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns of every counted token.
 
     Args:
-        rewards, values: (B, T) floats; masked positions may hold anything.
-        response_mask: (B, T) bool, True where a token counts, the EOS included.
+        rewards, values: (B, T) floats, or (N,) packed; masked positions may hold anything.
+        response_mask: (B, T) or (N,) bool, True where a token counts, the EOS included.
         gamma, lam: discount and GAE's lambda, both in [0, 1].
         last_values: (B,) value of the state after a row's last counted token; None means 0 (the episode ended).
+        cu_seqlens: (B + 1,) integers for packed input: where each sequence starts, and where the last one ends. Tokens
+            outside of every sequence give 0.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
 
     Returns:
-        (advantages, returns), both (B, T) float32 (float64 for float64 input), exactly 0 where the mask is False.
+        (advantages, returns), shaped like rewards, float32 (float64 for float64 input), exactly 0 where the mask is
+        False.
 
     Raises:
         ValueError or TypeError with the offending values.
     """
-    for name, x in (("rewards", rewards), ("values", values)):
-        check_float(name, x)
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards must be (B, T), got {tuple(rewards.shape)}")
-    check_alike("values", values, "rewards", rewards)
-    check_mask(rewards, response_mask, "response_mask")
-    for name, x in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= x <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {x}")
+    num_sequences, cu_seqlens = _check({"rewards": rewards, "values": values}, response_mask, gamma, lam, cu_seqlens)
     if last_values is None:
         rewards, values = at_least_float32(rewards, values)
     else:
         check_float("last_values", last_values)
-        check_alike("last_values", last_values, "a column of rewards", rewards.new_empty(len(rewards)))
+        _check_per_sequence("last_values", last_values, num_sequences, rewards)
         rewards, values, last_values = at_least_float32(rewards, values, last_values)
         last_values = last_values.contiguous()
     impl = backends.resolve(backend, rewards)
     if impl is None:
-        return gae_reference(rewards, values, response_mask, gamma, lam, last_values)
+        return gae_reference(rewards, values, response_mask, gamma, lam, last_values, cu_seqlens)
     rewards, values, mask = rewards.contiguous(), values.contiguous(), response_mask.contiguous()
-    return _GAE.apply(impl, rewards, values, mask, float(gamma), float(lam), last_values)
+    return _GAE.apply(impl, rewards, values, mask, float(gamma), float(lam), last_values, cu_seqlens)
+
+
+class Advantages(NamedTuple):
+    """What PPO learns from, all (B, T) or (N,), exactly 0 where the mask is False."""
+
+    advantages: Tensor
+    returns: Tensor  # advantages before whitening, plus values
+    rewards: Tensor  # -kl_coef * kl, and the score on the last counted token
+    kl: Tensor  # per-token estimate of KL(policy || reference), nats
+
+
+def ppo_advantages(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whiten: bool = True,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Advantages:
+    """Advantages and returns of PPO for language models, in one pass: `ppo_advantages_unfused` says of what.
+
+    Args:
+        scores: (B,) of the sequences; that of a sequence without a counted token is dropped.
+        logprobs, ref_logprobs, values: (B, T) floats, or (N,) packed; masked positions may hold anything.
+        response_mask: (B, T) or (N,) bool, True where a token counts, the EOS included.
+        kl_coef: weight of the KL penalty in the rewards.
+        kl_estimator: "k1", "k2", "k3" or "abs"; see `kl_estimate`.
+        gamma, lam: discount and GAE's lambda, both in [0, 1].
+        whiten: give the advantages mean 0 and variance 1 over all counted tokens. Where these are a shard of a larger
+            batch, leave it off and whiten with the moments of all, `masking.Moments`.
+        cu_seqlens: (B + 1,) integers for packed input, see `gae`.
+        backend: "reference", "cpp", "triton", or None for the best one on the device.
+
+    Returns:
+        Advantages, float32 (float64 for float64 input). Where an input requires a gradient the unfused form runs.
+
+    Raises:
+        ValueError or TypeError with the offending values.
+    """
+    tokens = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
+    num_sequences, cu_seqlens = _check(tokens, response_mask, gamma, lam, cu_seqlens)
+    check_float("scores", scores)
+    _check_per_sequence("scores", scores, num_sequences, logprobs)
+    check_estimator(kl_estimator)
+    inputs = at_least_float32(scores, logprobs, ref_logprobs, values)
+    impl = backends.resolve(backend, inputs[0])
+    if impl is None or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        settings = (kl_coef, kl_estimator, gamma, lam, whiten, cu_seqlens, backend)
+        return ppo_advantages_unfused(*inputs, response_mask, *settings)
+    inputs = (x.contiguous() for x in (*inputs, response_mask))
+    settings = (float(kl_coef), kl_estimator, float(gamma), float(lam), whiten, cu_seqlens)
+    return Advantages(*impl.ppo_advantages_fwd(*inputs, *settings))
+
+
+def ppo_advantages_unfused(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    kl_estimator: str,
+    gamma: float,
+    lam: float,
+    whitened: bool,
+    cu_seqlens: Tensor | None,
+    backend: str | None,
+) -> Advantages:
+    """The lines that `ppo_advantages` replaces: its reference, and the way a gradient takes."""
+    if cu_seqlens is not None:
+        rows = (unpack(x, cu_seqlens) for x in (logprobs, ref_logprobs, values, mask))
+        settings = (kl_coef, kl_estimator, gamma, lam, whitened, None, backend)
+        return Advantages(*(pack(x, cu_seqlens, len(mask)) for x in ppo_advantages_unfused(scores, *rows, *settings)))
+    kl = kl_estimate(logprobs, ref_logprobs, estimator=kl_estimator, mask=mask, backend=backend)
+    score = torch.where(mask.any(dim=1), scores, 0)[:, None]  # (B, 1)
+    rewards = -kl_coef * kl
+    if rewards.numel():
+        rewards = rewards.scatter_add(1, last_token_index(mask)[:, None], score)
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, backend=backend)
+    return Advantages(whiten(advantages, mask) if whitened else advantages, returns, rewards, kl)
+
+
+def unpack(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Packed (N,) to rows (B, T), T the longest sequence; 0 or False fill them up."""
+    index, inside = _layout(cu_seqlens)
+    return x[index].masked_fill(~inside, 0)
+
+
+def pack(x: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Rows (B, T) to packed (N,): the inverse of `unpack`, 0 outside of every sequence."""
+    index, inside = _layout(cu_seqlens)
+    spill = index.where(inside, num_tokens).flatten()  # what fills up the rows goes into one element more
+    return x.new_zeros(num_tokens + 1).scatter(0, spill, x.flatten())[:num_tokens]
+
+
+def _layout(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of every place of the rows in the packed tensor, and whether a token is there, both (B, T)."""
+    starts, lengths = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]
+    t = torch.arange(int(lengths.max()) if len(lengths) else 0, device=cu_seqlens.device)
+    inside = t < lengths
+    return (starts + t).where(inside, 0), inside
+
+
+def _check(tokens: dict[str, Tensor], mask: Tensor, gamma: float, lam: float, cu_seqlens: Tensor | None):
+    """Validate; returns the number of sequences, and cu_seqlens as the launchers take it."""
+    (first_name, first), *_ = tokens.items()
+    for name, x in tokens.items():
+        check_float(name, x)
+        check_alike(name, x, first_name, first)
+    check_mask(first, mask, "response_mask")
+    for name, x in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= x <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {x}")
+    if first.ndim != (2 if cu_seqlens is None else 1):
+        layout = "(B, T)" if cu_seqlens is None else "(N,) with cu_seqlens"
+        raise ValueError(f"{first_name} must be {layout}, got {tuple(first.shape)}")
+    if cu_seqlens is None:
+        return len(first), None
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {describe(cu_seqlens)}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.device != first.device:
+        raise ValueError(
+            f"cu_seqlens must be (B + 1,) on {first.device}, got {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+        )
+    if values_may_be_read(cu_seqlens):
+        bounds = [0, *cu_seqlens.tolist(), len(first)]
+        if bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens must rise from >= 0 to <= {len(first)}, got {cu_seqlens.tolist()}")
+    return len(cu_seqlens) - 1, cu_seqlens.to(torch.int64).contiguous()
+
+
+def _check_per_sequence(name: str, x: Tensor, num_sequences: int, tokens: Tensor) -> None:
+    if x.shape != (num_sequences,) or x.device != tokens.device:
+        raise ValueError(f"{name} must be ({num_sequences},) on {tokens.device}, got {tuple(x.shape)} on {x.device}")

@@ -1,6 +1,6 @@
-"""Per-token estimates of KL(policy || reference) from the log-probs of tokens that the policy sampled.
+"""KL(policy || reference): per-token estimates from the tokens that the policy sampled, and the exact value.
 
-With d = logprobs - ref_logprobs (Schulman 2020, "Approximating KL Divergence"):
+`kl_estimate`, with d = logprobs - ref_logprobs (Schulman 2020, "Approximating KL Divergence"):
 
     k1 = d                    unbiased, high variance, either sign
     k2 = d^2 / 2              biased, low variance, >= 0
@@ -9,6 +9,13 @@ With d = logprobs - ref_logprobs (Schulman 2020, "Approximating KL Divergence"):
 
 k3 is a difference of near-equal numbers around d = 0, so a series replaces it for |d| < 1/8; below d = -20 it goes on
 along its tangent, so that value and gradient stay finite for any finite d.
+
+`full_kl` sums over the vocabulary, with p and q the softmax of both logits over the temperature:
+
+    kl = sum_j p_j (log p_j - log q_j)
+    dlogits_j = g p_j (log p_j - log q_j - kl) / temperature        dref_logits_j = g (q_j - p_j) / temperature
+
+A token that the policy cannot sample, p_j = 0, adds 0; one that only the reference cannot, q_j = 0 < p_j, makes it inf.
 """
 
 import math
@@ -19,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_core import backends
 from rlhf_core.checks import at_least_float32, check_alike, check_float, check_mask
+from rlhf_core.ops.logprobs import as_rows, check_temperature, log_softmax_reference
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 K3_SERIES_BELOW = 0.125
@@ -40,7 +48,8 @@ def _k3(d: Tensor) -> Tensor:
     s = d.where(small, 0)
     series = s * s / 2 * (1 - s / 3 + s**2 / 12 - s**3 / 60 + s**4 / 360)
     direct = torch.exp(-d.where(~small & ~tangent, 0)) - 1 + d
-    line = math.exp(-K3_TANGENT_BELOW) * (1 + K3_TANGENT_BELOW - d) - 1 + d
+    steepness = math.exp(-K3_TANGENT_BELOW) - 1
+    line = steepness + K3_TANGENT_BELOW + steepness * (K3_TANGENT_BELOW - d)
     return torch.where(small, series, torch.where(tangent, line, direct))
 
 
@@ -84,8 +93,7 @@ def kl_estimate(
     for name, x in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs)):
         check_float(name, x)
     check_alike("ref_logprobs", ref_logprobs, "logprobs", logprobs)
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
+    check_estimator(estimator)
     if mask is not None:
         check_mask(logprobs, mask)
     logprobs, ref_logprobs = at_least_float32(logprobs, ref_logprobs)
@@ -94,3 +102,90 @@ def kl_estimate(
         return kl_estimate_reference(logprobs, ref_logprobs, estimator, mask)
     mask = None if mask is None else mask.contiguous()
     return _KLEstimate.apply(impl, logprobs.contiguous(), ref_logprobs.contiguous(), mask, estimator)
+
+
+def check_estimator(estimator: str) -> None:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
+
+
+def full_kl_reference(logits: Tensor, ref_logits: Tensor, temperature: float | Tensor, mask: Tensor | None) -> Tensor:
+    """The definition, float64 for float64 logits, else float32."""
+    log_p, log_q = (log_softmax_reference(z, temperature, mask) for z in (logits, ref_logits))  # (..., V)
+    p = log_p.exp()
+    impossible = p == 0  # p (log p - log q) is 0 there, not 0 * inf
+    kl = (p * (log_p.masked_fill(impossible, 0) - log_q.masked_fill(impossible, 0))).sum(dim=-1)
+    kl = kl - kl.detach().clamp_max(0)  # rounding below 0 goes, the gradient stays
+    return kl if mask is None else kl.masked_fill(~mask, 0)
+
+
+class _FullKL(torch.autograd.Function):
+    """The fused form: both (..., V) are read once forward, read once more backward for one write per gradient."""
+
+    @staticmethod
+    def forward(ctx, impl, logits, ref_logits, mask, temperature):
+        kl, lse = impl.full_kl_fwd(
+            as_rows(logits, 3), as_rows(ref_logits, 3), as_rows(mask, 2), as_rows(temperature, 2)
+        )
+        temperatures = temperature if isinstance(temperature, Tensor) else None
+        ctx.save_for_backward(logits, ref_logits, mask, temperatures, kl, lse)
+        ctx.impl, ctx.temperature = impl, None if isinstance(temperature, Tensor) else temperature
+        return kl.view(logits.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dkl):
+        logits, ref_logits, mask, temperatures, kl, lse = ctx.saved_tensors
+        temperature = ctx.temperature if temperatures is None else as_rows(temperatures, 2)
+        grads = ctx.impl.full_kl_bwd(
+            as_rows(dkl, 2),
+            as_rows(logits, 3),
+            as_rows(ref_logits, 3),
+            as_rows(mask, 2),
+            temperature,
+            kl,
+            lse,
+            *ctx.needs_input_grad[1:3],
+        )
+        return None, *(None if grad is None else grad.view(logits.shape) for grad in grads), None, None
+
+
+def full_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Exact KL(softmax(logits / temperature) || softmax(ref_logits / temperature)) of every row, in nats.
+
+    Args:
+        logits, ref_logits: (..., V) float32, bfloat16, float16 (float64 through the reference), of policy and
+            reference; strided views cost no copy, unequal dtypes one. Either may require a gradient.
+        temperature: > 0; a number, or a tensor that broadcasts to (...), which gets no gradient.
+        mask: (...) bool, True where a position counts; elsewhere result and gradient are exactly 0.
+        backend: "reference", "cpp", "triton", or None for the best one on the device.
+
+    Returns:
+        (...) float32 (float64 for float64 logits), >= 0; inf where the policy can sample what the reference cannot.
+
+    Raises:
+        ValueError or TypeError with the offending values.
+    """
+    for name, x in (("logits", logits), ("ref_logits", ref_logits)):
+        check_float(name, x)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be (..., V) with V > 0, got {tuple(logits.shape)}")
+    check_alike("ref_logits", ref_logits, "logits", logits)
+    if logits.dtype != ref_logits.dtype:
+        dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
+        logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
+    temperature = check_temperature(temperature, logits)
+    if mask is not None:
+        check_mask(logits[..., 0], mask)
+    impl = backends.resolve(backend, logits)
+    if impl is None:
+        return full_kl_reference(logits, ref_logits, temperature, mask)
+    logits, ref_logits = (z if z.stride(-1) == 1 else z.contiguous() for z in (logits, ref_logits))
+    return _FullKL.apply(impl, logits, ref_logits, mask, temperature)

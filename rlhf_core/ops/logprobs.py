@@ -19,25 +19,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf_core import backends
-from rlhf_core.checks import check_float, check_mask, describe
+from rlhf_core.checks import check_float, check_mask, describe, values_may_be_read
 
 
 def token_logprobs_reference(
-    logits: Tensor, targets: Tensor, temperature: float, mask: Tensor | None
+    logits: Tensor, targets: Tensor, temperature: float | Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The definition: (logprobs, entropy), float64 for float64 logits, else float32."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    counted = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
-    z = z.masked_fill(~counted[..., None], 0)
-    z = (z - z.detach().amax(dim=-1, keepdim=True)) / temperature  # max first: an offset of 1e4 costs no digits
-    log_p = torch.log_softmax(z, dim=-1)  # (..., V)
-
+    log_p = log_softmax_reference(logits, temperature, mask)  # (..., V)
     in_range = (targets >= 0) & (targets < logits.shape[-1])
     logprobs = log_p.gather(-1, targets.where(in_range, 0)[..., None])[..., 0]
     logprobs = logprobs.where(in_range, math.nan)
     impossible = log_p == -math.inf  # p log p is 0 there, not 0 * inf
     entropy = -(log_p.exp() * log_p.masked_fill(impossible, 0)).sum(dim=-1)
-    return logprobs.masked_fill(~counted, 0), entropy.masked_fill(~counted, 0)
+    if mask is not None:
+        logprobs, entropy = logprobs.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0)
+    return logprobs, entropy
+
+
+def log_softmax_reference(logits: Tensor, temperature: float | Tensor, mask: Tensor | None) -> Tensor:
+    """log_softmax(logits / temperature), the logits of masked rows taken as 0."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    if mask is not None:
+        z = z.masked_fill(~mask[..., None], 0)
+    if isinstance(temperature, Tensor):
+        temperature = temperature[..., None].to(z.dtype)
+    z = (z - z.detach().amax(dim=-1, keepdim=True)) / temperature  # max first: an offset of 1e4 costs no digits
+    return torch.log_softmax(z, dim=-1)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -45,44 +53,41 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, impl, logits, targets, mask, temperature, with_entropy, inplace_backward):
-        rows = None if mask is None else _as_rows(mask, 2)
-        logprobs, entropy, lse = impl.token_logprobs_fwd(
-            _as_rows(logits, 3), _as_rows(targets, 2), rows, temperature, with_entropy
-        )
-        ctx.save_for_backward(logits, targets, mask, entropy, lse)
+        logprobs, entropy, lse = _launch(impl, logits, targets, mask, temperature, with_entropy, True)
+        temperatures = temperature if isinstance(temperature, Tensor) else None
+        ctx.save_for_backward(logits, targets, mask, temperatures, entropy, lse)
         ctx.set_materialize_grads(False)
-        ctx.impl, ctx.temperature, ctx.inplace = impl, temperature, inplace_backward
-        return logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape)
+        ctx.impl, ctx.inplace = impl, inplace_backward
+        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+        return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogprobs, dentropy):
-        logits, targets, mask, entropy, lse = ctx.saved_tensors
-        rows = _as_rows(logits, 3)
+        logits, targets, mask, temperatures, entropy, lse = ctx.saved_tensors
+        rows = as_rows(logits, 3)
         if dlogprobs is None:
             dlogprobs = lse.new_zeros(()).expand(targets.shape)
-        # Writing over the logits needs them to own their memory row by row, not an expanded or copied view.
-        inplace = ctx.inplace and 0 not in logits.stride() and rows.data_ptr() == logits.data_ptr()
-        dlogits = logits.detach() if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-        ctx.impl.token_logprobs_bwd(
-            _as_rows(dlogprobs, 2),
-            None if dentropy is None else _as_rows(dentropy, 2),
+        dlogits = ctx.impl.token_logprobs_bwd(
+            as_rows(dlogprobs, 2),
+            as_rows(dentropy, 2),
             rows,
-            _as_rows(targets, 2),
-            None if mask is None else _as_rows(mask, 2),
-            ctx.temperature,
+            as_rows(targets, 2),
+            as_rows(mask, 2),
+            ctx.temperature if temperatures is None else as_rows(temperatures, 2),
             entropy,
             lse,
-            _as_rows(dlogits, 3),
+            # Writing over the logits needs them to own their memory row by row, not an expanded or copied view.
+            ctx.inplace and 0 not in logits.stride() and rows.data_ptr() == logits.data_ptr(),
         )
-        return None, dlogits, None, None, None, None, None
+        return None, dlogits.view(logits.shape), None, None, None, None, None
 
 
 def token_logprobs(
     logits: Tensor,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
     backend: str | None = None,
@@ -92,10 +97,12 @@ def token_logprobs(
     Args:
         logits: (..., V) float32, bfloat16, float16 (float64 through the reference); strided views cost no copy.
         targets: (...) integer ids in [0, V); positions under a False mask may hold anything.
-        temperature: > 0, that of the distribution sampled from.
+        temperature: > 0, that of the distribution sampled from; a number, or a tensor that broadcasts to (...), which
+            gets no gradient.
         mask: (...) bool, True where a position counts; None counts all. Elsewhere result and gradient are exactly 0.
         inplace_backward: let backward write the gradient over `logits`, which saves a (..., V) buffer; nothing else
-            may need the logits afterwards. The reference backend has no such buffer to save and ignores it.
+            may need the logits afterwards. The reference backend has no such buffer to save and ignores it, as does
+            torch.compile.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
 
     Returns:
@@ -112,7 +119,7 @@ def token_logprobs_and_entropy(
     logits: Tensor,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
     backend: str | None = None,
@@ -125,45 +132,85 @@ def token_logprobs_and_entropy(
 
 
 def _token_logprobs(logits, targets, temperature, mask, with_entropy, inplace_backward, backend):
-    _check(logits, targets, temperature, mask)
+    check_float("logits", logits)
+    check_targets(targets, logits)
+    temperature = check_temperature(temperature, logits)
+    if mask is not None:
+        check_mask(targets, mask)
     impl = backends.resolve(backend, logits)
-    if (impl is None or impl.__name__ != "rlhf_core.cpp") and (logits.device.type == "cpu" or backends.debug()):
-        _check_target_range(targets, logits.shape[-1], mask)  # the C++ kernel looks while it reads them
+    if impl is None or impl.__name__ != "rlhf_core.cpp":  # which looks while it reads them
+        check_target_range(targets, logits.shape[-1], mask)
     if targets.dtype != torch.int64:
         targets = targets.long()
     if impl is None:
         return token_logprobs_reference(logits, targets, temperature, mask)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    return _TokenLogprobs.apply(impl, logits, targets, mask, float(temperature), with_entropy, inplace_backward)
+    if not (logits.requires_grad and torch.is_grad_enabled()):  # autograd would cost more than a small op itself
+        return _launch(impl, logits, targets, mask, temperature, with_entropy, False)[:2]
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    return _TokenLogprobs.apply(impl, logits, targets, mask, temperature, with_entropy, inplace_backward)
 
 
-def _as_rows(x: Tensor, ndim: int) -> Tensor:
-    """x with exactly ndim axes: leading ones added, or the leading ones merged (a copy only where strides force it)."""
-    while x.ndim < ndim:
-        x = x[None]
-    return x if x.ndim == ndim else x.flatten(0, x.ndim - ndim)
+def _launch(impl, logits, targets, mask, temperature, with_entropy, with_lse):
+    """logprobs (...), entropy (...) or None, lse or None."""
+    if logits.ndim == 3:
+        return impl.token_logprobs_fwd(logits, targets, mask, temperature, with_entropy, with_lse)
+    rows = (as_rows(logits, 3), as_rows(targets, 2), as_rows(mask, 2), as_rows(temperature, 2))
+    logprobs, entropy, lse = impl.token_logprobs_fwd(*rows, with_entropy, with_lse)
+    return logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape), lse
 
 
-def _check(logits: Tensor, targets: Tensor, temperature: float, mask: Tensor | None) -> None:
-    check_float("logits", logits)
+def as_rows(x: Tensor | float | None, ndim: int) -> Tensor | float | None:
+    """x with exactly ndim axes: leading ones added, or the leading ones merged (a copy only where strides force it).
+
+    What is no tensor comes back as it is.
+    """
+    if not isinstance(x, Tensor) or x.ndim == ndim:
+        return x
+    return x.flatten(0, x.ndim - ndim) if x.ndim > ndim else x[(None,) * (ndim - x.ndim)]
+
+
+def check_targets(targets: Tensor, logits: Tensor) -> None:
+    """Raise unless targets (...) are integers that go with logits (..., V)."""
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"targets must be int64 or int32, got {describe(targets)}")
-    if logits.ndim == 0 or logits.shape[-1] == 0 or logits.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"logits (..., V) and targets (...) do not fit: {tuple(logits.shape)} and {tuple(targets.shape)}"
-        )
-    if targets.device != logits.device:
+    shape = logits.shape
+    if not shape or shape[-1] == 0 or shape[:-1] != targets.shape:
+        raise ValueError(f"logits (..., V) and targets (...) do not fit: {tuple(shape)} and {tuple(targets.shape)}")
+    if not (targets.is_cpu and logits.is_cpu) and targets.device != logits.device:  # a device object takes its time
         raise ValueError(f"targets are on {targets.device}, logits on {logits.device}")
-    if not isinstance(temperature, Real):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
-    if mask is not None:
-        check_mask(targets, mask)
 
 
-def _check_target_range(targets: Tensor, vocab_size: int, mask: Tensor | None) -> None:
+def check_temperature(temperature: float | Tensor, logits: Tensor) -> float | Tensor:
+    """A float, or a tensor expanded to the rows of logits (..., V); raises where it can be neither."""
+    if not isinstance(temperature, Tensor):
+        if not isinstance(temperature, (float, Real)):  # asking Real, an abstract class, takes its time
+            raise TypeError(f"temperature must be a number or a float tensor, got {type(temperature).__name__}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+        return float(temperature)
+    check_float("temperature", temperature)
+    if temperature.requires_grad:
+        raise ValueError("temperature gets no gradient: detach it")
+    if temperature.device != logits.device:
+        raise ValueError(f"temperature is on {temperature.device}, logits on {logits.device}")
+    if values_may_be_read(temperature):
+        bad = ~((temperature > 0) & (temperature < math.inf))
+        if bad.any():
+            raise ValueError(f"temperature must be finite and > 0, got {temperature[bad][0].item()}")
+    try:
+        temperature = temperature.expand(logits.shape[:-1])
+    except RuntimeError:
+        shapes = f"{tuple(temperature.shape)} does not broadcast to {tuple(logits.shape[:-1])}"
+        raise ValueError(f"temperature of shape {shapes}") from None
+    return temperature.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+
+def check_target_range(targets: Tensor, vocab_size: int, mask: Tensor | None) -> None:
+    """Raise ValueError for a counted target outside [0, vocab_size), where looking costs no synchronisation."""
+    if not values_may_be_read(targets):
+        return
     bad = (targets < 0) | (targets >= vocab_size)
     if mask is not None:
         bad &= mask

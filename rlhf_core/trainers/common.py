@@ -70,9 +70,15 @@ class Metrics:
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Add the values, those under a True mask (same shape) or all."""
-        values = values.detach()
+        values = values.detach().float()
         count = values.numel() if mask is None else mask.sum()
-        total = values.float().sum() if mask is None else values.float().masked_fill(~mask, 0).sum()
+        self._add(name, values.sum() if mask is None else values.masked_fill(~mask, 0).sum(), count)
+
+    def add_mean(self, name: str, mean: Tensor, count: Tensor) -> None:
+        """Add `count` values whose mean is known."""
+        self._add(name, mean.detach() * count, count)
+
+    def _add(self, name: str, total: Tensor, count: Tensor | int) -> None:
         entry = self._sums.setdefault(name, [0, 0])
         entry[0] += total
         entry[1] += count

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_core.data import Pair, TokenBatch, collate_pairs
 from rlhf_core.losses import dpo_loss, preferred
 from rlhf_core.models import Transformer
-from rlhf_core.ops import token_logprobs_and_entropy
+from rlhf_core.ops import linear_token_logprobs_and_entropy
 from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, frozen_copy, micro_batches, option, to_device
 
 
@@ -67,5 +67,5 @@ class DPOTrainer(Trainer):
 
 def completion_logprobs(model: Transformer, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy (B, T) of the targets, 0 where they do not count."""
-    logits = model(tokens.input_ids)  # padding is on the right, where no real token looks
-    return token_logprobs_and_entropy(logits, tokens.targets, mask=tokens.target_mask, inplace_backward=True)
+    hidden = model.trunk(tokens.input_ids)  # padding is on the right, where no real token looks
+    return linear_token_logprobs_and_entropy(hidden, model.head_weight, tokens.targets, mask=tokens.target_mask)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from rlhf_core.data import Example, Tokenizer, collate
 from rlhf_core.data.collate import cut_prompt
-from rlhf_core.losses import clipped_policy_loss, clipped_value_loss
-from rlhf_core.masking import AGGREGATIONS, last_token_index, loss_weights, masked_moments, whiten
+from rlhf_core.masking import AGGREGATIONS, last_token_index, loss_weights, masked_moments
 from rlhf_core.models import RewardModel, Transformer, ValueModel
-from rlhf_core.ops import gae, kl_estimate
+from rlhf_core.ops import kl_estimate, ppo_advantages, ppo_loss
 from rlhf_core.ops.kl import ESTIMATORS
 from rlhf_core.rollout import Rollout, response_logprobs, response_values, sample
 from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, frozen_copy, micro_batches, option, rows
@@ -134,22 +133,27 @@ class PPOTrainer(Trainer):
         # 3. Log-probs under the policy that sampled and under the reference, and the values, before any update.
         old_logprobs, ref_logprobs, old_values, entropy = self.predict(rollout)  # (B, R)
 
-        # 4. Rewards: the KL penalty on every token, the score on the last one.
-        kl = kl_estimate(old_logprobs, ref_logprobs, estimator=config.kl_estimator, mask=mask)
-        rewards = shaped_rewards(scores, kl, mask, config.kl_coef)
+        # 4. Rewards, the KL penalty on every token and the score on the last one; returns, and advantages, whitened.
+        advantages, returns, rewards, kl = ppo_advantages(
+            scores,
+            old_logprobs,
+            ref_logprobs,
+            old_values,
+            mask,
+            kl_coef=config.kl_coef,
+            kl_estimator=config.kl_estimator,
+            gamma=config.gamma,
+            lam=config.lam,
+        )
 
-        # 5. Advantages, whitened over the batch, and returns.
-        advantages, returns = gae(rewards, old_values, mask, gamma=config.gamma, lam=config.lam)
-        advantages = whiten(advantages, mask)
-
-        # 6. Several passes of clipped updates over the same rollout, in minibatches.
+        # 5. Several passes of clipped updates over the same rollout, in minibatches.
         experience = Experience(old_logprobs, old_values, advantages, returns)
         minibatch_size = config.minibatch_size or -(-config.batch_size // 4)
         for _ in range(config.ppo_epochs):
             for index in torch.randperm(len(batch), generator=self.generator, device=self.device).split(minibatch_size):
                 self.optimize(self.minibatch_losses(rows(rollout, index), rows(experience, index), metrics))
 
-        # 7. Report.
+        # 6. Report.
         self.episodes += len(batch)
         per_sequence = {
             "objective/kl": kl_estimate(old_logprobs, ref_logprobs, mask=mask).sum(dim=1),
@@ -174,27 +178,34 @@ class PPOTrainer(Trainer):
         config = self.config
         weights = loss_weights(rollout.response_mask, config.aggregation)  # (B, R)
         for part, old, w in micro_batches(config.micro_batch_size, rollout, experience, weights):
-            mask = part.response_mask
             logprobs, entropy = response_logprobs(self.model, part, config.temperature)
             values = response_values(self.critic, part)
-            policy_loss, stats = clipped_policy_loss(
-                logprobs, old.old_logprobs, old.advantages, mask, clip_range=config.clip_range
+            loss, stats = ppo_loss(
+                logprobs,
+                old.old_logprobs,
+                old.advantages,
+                values,
+                old.old_values,
+                old.returns,
+                part.response_mask,
+                clip_range=config.clip_range,
+                value_clip_range=config.value_clip_range,
+                vf_coef=config.vf_coef,
+                entropy=entropy.detach(),
+                weights=w,
             )
-            value_loss, value_clipped = clipped_value_loss(
-                values, old.old_values, old.returns, mask, clip_range=config.value_clip_range
-            )
-            for name, x in {
-                "loss/policy_avg": policy_loss,
-                "loss/value_avg": value_loss,
+            for name, mean in {
+                "loss/policy_avg": stats.policy_loss,
+                "loss/value_avg": stats.value_loss,
                 "policy/approxkl_avg": stats.approx_kl,
-                "policy/clipfrac_avg": stats.clipped,
-                "policy/entropy_avg": entropy,
-                "val/clipfrac_avg": value_clipped,
+                "policy/clipfrac_avg": stats.clip_frac,
+                "policy/entropy_avg": stats.entropy,
+                "val/clipfrac_avg": stats.value_clip_frac,
                 "val/ratio": stats.ratio,
-                "ratio_squared": stats.ratio**2,
+                "ratio_squared": stats.ratio_squared,
             }.items():
-                metrics.add(name, x, mask)
-            yield ((policy_loss + config.vf_coef * value_loss) * w).sum()
+                metrics.add_mean(name, mean, stats.count)
+            yield loss
 
     @torch.no_grad()
     def predict(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -249,13 +260,6 @@ class PPOTrainer(Trainer):
         """The policy in `path`, the critic in its subfolder `critic`."""
         super().save(path)
         self.critic.save_pretrained(path / "critic")
-
-
-def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Rewards (B, R): -kl_coef * kl on every counted token, plus the score (B,) on the last counted one."""
-    rewards = -kl_coef * kl.masked_fill(~mask, 0)
-    last = last_token_index(mask)[:, None]
-    return rewards.scatter_add(1, last, (scores * mask.any(dim=1))[:, None])
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

@@ -29,15 +29,14 @@ class SFTTrainer(Trainer):
         tokens = to_device(collate(batch, self.pad_id), self.device)
         weights = loss_weights(tokens.target_mask)  # (B, T)
         for part, w in micro_batches(self.config.micro_batch_size, tokens, weights):
-            logits = self.model(part.input_ids)  # (B, T, V); padding is on the right, where no real token looks
-            hits = logits.detach().argmax(dim=-1) == part.targets
-            logprobs, entropy = token_logprobs_and_entropy(
-                logits, part.targets, mask=part.target_mask, inplace_backward=True
-            )
-            metrics.add("loss", -logprobs, part.target_mask)
-            metrics.add("mean_token_accuracy", hits, part.target_mask)
-            metrics.add("entropy", entropy, part.target_mask)
-            yield -(logprobs * w).sum()
+            hidden = self.model.trunk(part.input_ids)  # (B, T, D); padding is on the right, where no real token looks
+            logits = self.model.logits(hidden[part.target_mask])  # (N, V): whole, as the accuracy looks at them too
+            targets = part.targets[part.target_mask]  # (N,)
+            metrics.add("mean_token_accuracy", logits.detach().argmax(dim=-1) == targets)
+            logprobs, entropy = token_logprobs_and_entropy(logits, targets, inplace_backward=True)
+            metrics.add("loss", -logprobs)
+            metrics.add("entropy", entropy)
+            yield -(logprobs * w[part.target_mask]).sum()
 
     def step(self, batch: list[Example]) -> dict[str, float]:
         # A first token with nothing before it is no target.

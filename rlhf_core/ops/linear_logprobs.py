@@ -1,0 +1,314 @@
+"""Token log-probs straight from hidden states and the output head: (N, V) logits never exist as a whole.
+
+    logits = hidden @ weight.T + bias                                  # (..., V), only ever a few rows of it
+    logprobs, entropy = token_logprobs_and_entropy(logits, targets)
+
+Only counted rows are computed. They are packed and pass in chunks, a chunk in blocks of the vocabulary, through one
+workspace: a matrix product fills it, the row kernel of `token_logprobs` reads it, and what it says of the blocks joins
+to log-prob, entropy and logsumexp of the rows. Backward fills the workspace again, lets the row kernel turn logits into
+gradients in place, and multiplies these by the weight and the hidden states: every row of the weight, and of its
+gradient, passes through memory once a chunk.
+
+With a frozen head and no entropy the gradient of the hidden states is known up to a factor per row as soon as the
+log-probs are. On a GPU the forward then computes it on the spot, from fewer rows with the whole vocabulary, and
+backward only scales it: two matrix products in all, not three. On a CPU so few rows cost more than the third product.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhf_core import backends, compiled
+from rlhf_core.checks import check_float, check_mask
+from rlhf_core.ops.logprobs import check_target_range, check_targets, check_temperature, token_logprobs_reference
+
+# Of a chunk and a block: on CPU about its last-level cache of logits, on a GPU what keeps the matrix products busy.
+CPU_CHUNK_ROWS, CPU_BLOCK = 1024, 2048
+GPU_CHUNK_ROWS, GPU_BLOCK = 8192, 16384
+
+
+def linear_token_logprobs_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The definition: (logprobs, entropy)."""
+    if mask is not None:
+        hidden = hidden.masked_fill(~mask[..., None], 0)  # its NaN would reach the weight's gradient
+    return token_logprobs_reference(torch.nn.functional.linear(hidden, weight, bias), targets, temperature, mask)
+
+
+def _forward(impl, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_dhidden):
+    """hidden (N, D), targets and mask (N,), temperature a number or (N,) -> logprobs (N,), entropy (N,) or None,
+    lse (N, 2), and the gradient of logprobs with respect to hidden (N, D) or None, for which a chunk's rows are whole.
+    """
+    logprobs = hidden.new_zeros(len(hidden), dtype=torch.float32)
+    entropy = torch.zeros_like(logprobs) if with_entropy else None
+    lse = logprobs.new_zeros((len(hidden), 2))
+    dhidden = torch.zeros_like(hidden) if with_dhidden else None
+    width = _width(hidden, weight)
+    if with_dhidden:
+        width, chunk_rows = len(weight), max(1, chunk_rows * width // len(weight))
+    for rows, y, T in _chunks(targets, mask, temperature, chunk_rows):
+        parts = []
+        for start, logits in _blocks(hidden[rows], weight, bias, width):
+            # A target of another block must not look out of range here; `_join` knows where it is.
+            here = y if width >= len(weight) else (y - start).clamp(0, logits.shape[-1] - 1)
+            parts.append(impl.token_logprobs_fwd(logits, here, None, T, with_entropy, True))
+        logp, H, L = parts[0] if len(parts) == 1 else _join(parts, y, T, width, len(weight))
+        logprobs[rows], lse[rows] = logp[0], L[0]
+        if with_entropy:
+            entropy[rows] = H[0]
+        if with_dhidden:
+            ones = torch.ones_like(logp)
+            (dlogits,) = impl.token_logprobs_bwd(ones, None, logits, y, None, T, None, L, True)
+            dhidden[rows] = dlogits @ weight
+    return logprobs, entropy, lse, dhidden
+
+
+def _join(parts, y, T, width, V):
+    """log-probs, entropy and lse of rows from those of their blocks: with a block's L and H, and w = exp(L - lse) its
+    share of the probability, the entropy is sum w (H + lse - L)."""
+    logp, H, lse = (None if part[0] is None else torch.stack(part).double() for part in zip(*parts))  # (blocks, 1, n)
+    offset, rest = lse.unbind(-1)
+    top = offset.amax(dim=0)
+    L = (rest + (offset - top) / T).where(offset != -math.inf, -math.inf)  # of a block that has no probability: no NaN
+    total = L.logsumexp(dim=0)  # (1, n)
+    total = total.where((y >= 0) & (y < V) & (total != -math.inf), math.nan)  # no target, or nothing possible at all
+    if H is not None:
+        share = (L - total).exp()
+        H = (share * (H + total - L)).where(share != 0, 0).sum(dim=0).float()
+    block = (y // width).clamp(0, len(parts) - 1)[None]
+    own = L.gather(0, block)
+    logp = (logp.gather(0, block).where(own != -math.inf, 0) + own - total)[0].clamp_max(0)
+    return logp.float(), H, torch.stack((top, total), dim=-1).float()
+
+
+def _backward(
+    impl, dlogprobs, dentropy, hidden, weight, bias, targets, mask, temperature, entropy, lse, chunk_rows, needs
+):
+    """Gradients of hidden, weight and bias, those that `needs` says, else None. Sums of several parts are float32."""
+    width = _width(hidden, weight)
+    chunks = list(_chunks(targets, mask, temperature, chunk_rows))
+    dhidden = torch.zeros_like(hidden) if needs[0] else None
+    if needs[1]:
+        dweight = torch.empty_like(weight, dtype=torch.float32 if len(chunks) > 1 else weight.dtype)
+        dweight = dweight if chunks else dweight.zero_()
+    dbias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
+    for i, (rows, y, T) in enumerate(chunks):
+        h, L = hidden[rows], lse[rows][None]
+        g, dH, H = (None if x is None else x[rows][None] for x in (dlogprobs, dentropy, entropy))
+        dh = torch.empty_like(h, dtype=torch.float32 if width < len(weight) else h.dtype) if needs[0] else None
+        for start, logits in _blocks(h, weight, bias, width):
+            block = slice(start, start + logits.shape[-1])
+            (dlogits,) = impl.token_logprobs_bwd(g, dH, logits, y - start, None, T, H, L, True)  # (n, width)
+            if needs[0]:
+                _add_product(dh, dlogits, weight[block], first=start == 0)
+            if needs[1]:
+                _add_product(dweight[block], dlogits.T, h, first=i == 0)
+            if needs[2]:
+                dbias[block] += dlogits.sum(dim=0, dtype=torch.float32)
+        if needs[0]:
+            dhidden[rows] = dh.to(hidden.dtype)
+    return dhidden, dweight.to(weight.dtype) if needs[1] else None, dbias.to(bias.dtype) if needs[2] else None
+
+
+def _add_product(total, a, b, first):
+    """total += a @ b; the first time total holds nothing yet."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
+
+
+def _chunks(targets, mask, temperature, chunk_rows):
+    """For every chunk of counted rows: their indices (n,), targets (1, n) and temperature, a number or (1, n)."""
+    counted = torch.arange(len(targets), device=targets.device) if mask is None else mask.nonzero()[:, 0]
+    for rows in counted.split(chunk_rows) if len(counted) else ():
+        yield rows, targets[rows][None], temperature[rows][None] if isinstance(temperature, Tensor) else temperature
+
+
+def _blocks(h, weight, bias, width):
+    """The logits (1, n, width) of rows h (n, D), one block of the vocabulary after another, in one workspace."""
+    workspace = h.new_empty(len(h) * min(width, len(weight)))
+    for start in range(0, len(weight), width):
+        w = weight[start : start + width]
+        logits = workspace[: len(h) * len(w)].view(len(h), len(w))
+        if bias is None:
+            torch.mm(h, w.T, out=logits)
+        else:
+            torch.addmm(bias[start : start + width], h, w.T, out=logits)
+        yield start, logits[None]
+
+
+def _width(hidden, weight):
+    return min(len(weight), GPU_BLOCK if hidden.is_cuda else CPU_BLOCK)
+
+
+compiled.operator(
+    "linear_token_logprobs_fwd",
+    f"Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? mask, {compiled.TEMPERATURE}, "
+    "int chunk_rows, bool with_entropy, bool with_dhidden",
+    lambda hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_dhidden: (
+        hidden.new_empty(targets.shape, dtype=torch.float32),
+        hidden.new_empty(targets.shape, dtype=torch.float32) if with_entropy else None,
+        hidden.new_empty((*targets.shape, 2), dtype=torch.float32),
+        torch.empty_like(hidden) if with_dhidden else None,
+    ),
+    _forward,
+)
+compiled.operator(
+    "linear_token_logprobs_bwd",
+    "Tensor dlogprobs, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? mask, "
+    f"{compiled.TEMPERATURE}, Tensor? entropy, Tensor lse, int chunk_rows, bool[] needs",
+    lambda dlogprobs, dentropy, hidden, weight, bias, *rest: tuple(
+        torch.empty_like(x) if needed else None for x, needed in zip((hidden, weight, bias), rest[-1])
+    ),
+    _backward,
+)
+
+
+class _LinearTokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, launch, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_dhidden):
+        forward, ctx.launch = launch
+        logprobs, entropy, lse, dhidden = forward(
+            hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_dhidden
+        )
+        temperatures = temperature if isinstance(temperature, Tensor) else None
+        again = (hidden, weight, bias, targets, mask, temperatures, entropy, lse)
+        ctx.save_for_backward(dhidden, *(None if with_dhidden else x for x in again))
+        ctx.set_materialize_grads(False)
+        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+        ctx.chunk_rows = chunk_rows
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogprobs, dentropy):
+        dhidden, hidden, weight, bias, targets, mask, temperatures, entropy, lse = ctx.saved_tensors
+        rest = (None,) * 6
+        if dhidden is not None:
+            return None, (dhidden * dlogprobs[:, None]).to(dhidden.dtype), None, None, *rest
+        if dlogprobs is None:
+            dlogprobs = torch.zeros_like(dentropy)
+        temperature = ctx.temperature if temperatures is None else temperatures
+        gradients = ctx.launch(
+            dlogprobs, dentropy, hidden, weight, bias, targets, mask, temperature, entropy, lse, ctx.chunk_rows,
+            list(ctx.needs_input_grad[1:4]),
+        )  # fmt: skip
+        return None, *gradients, *rest
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    chunk_rows: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-prob in nats of each target under softmax((hidden @ weight.T + bias) / temperature).
+
+    The memory beside inputs and results is that of chunk_rows logits of a block of the vocabulary (2048, on a GPU
+    16384), so never more than chunk_rows * V, and for a 16-bit weight that trains in several chunks its gradient in
+    float32. Only rows under a True mask are computed; on CUDA forward and backward each wait to count them.
+
+    Args:
+        hidden: (..., D) float32, bfloat16 or float16 (float64 through the reference, which holds all logits).
+        weight, bias: (V, D) and (V,) of the output head, of hidden's dtype, under autocast of any. A gradient is
+            computed for those of hidden, weight and bias that require one.
+        targets: (...) integer ids in [0, V); positions under a False mask may hold anything.
+        temperature: > 0; a number, or a tensor that broadcasts to (...), which gets no gradient.
+        mask: (...) bool, True where a position counts; None counts all. Elsewhere result and gradient are exactly 0.
+        chunk_rows: most rows whose logits exist at a time; None: 1024, on a GPU 8192.
+        backend: "reference", "cpp", "triton", or None for the best one on the device.
+
+    Returns:
+        (...) float32 (float64 for float64 hidden), <= 0. The logits themselves have hidden's dtype.
+
+    Raises:
+        ValueError or TypeError with the offending values; for a counted target out of range see `token_logprobs`.
+    """
+    return _linear(hidden, weight, targets, bias, temperature, mask, chunk_rows, False, backend)[0]
+
+
+def linear_token_logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    chunk_rows: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_token_logprobs` and, from the same logits, the entropy in nats of their distribution.
+
+    Arguments and errors are those of `linear_token_logprobs`. Returns (logprobs, entropy), both (...), entropy >= 0.
+    """
+    return _linear(hidden, weight, targets, bias, temperature, mask, chunk_rows, True, backend)
+
+
+def _linear(hidden, weight, targets, bias, temperature, mask, chunk_rows, with_entropy, backend):
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", hidden if bias is None else bias)):
+        check_float(name, x)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
+            raise TypeError(f"{name} is {x.dtype} on {x.device}, hidden {hidden.dtype} on {hidden.device}")
+    if hidden.ndim == 0 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"hidden (..., D) and weight (V, D) do not fit: {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({len(weight)},), got {tuple(bias.shape)}")
+    logits = hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight))  # stands for them in the checks
+    check_targets(targets, logits)
+    temperature = check_temperature(temperature, logits)
+    if mask is not None:
+        check_mask(targets, mask)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
+    impl = backends.resolve(backend, hidden)
+    check_target_range(targets, len(weight), mask)
+    targets = targets.long()
+    if impl is None:
+        return linear_token_logprobs_reference(hidden, weight, bias, targets, mask, temperature)
+
+    if chunk_rows is None:
+        chunk_rows = GPU_CHUNK_ROWS if hidden.is_cuda else CPU_CHUNK_ROWS
+    launch = (partial(_forward, impl), partial(_backward, impl))
+    if torch.compiler.is_compiling():
+        launch = (impl.linear_token_logprobs_fwd, impl.linear_token_logprobs_bwd)
+    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    frozen_head = torch.is_grad_enabled() and hidden.requires_grad and not head_trains
+    with_dhidden = hidden.is_cuda and frozen_head and not with_entropy
+    rows = [None if x is None else x.reshape(-1) for x in (targets, mask)]
+    T = temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature
+    logprobs, entropy = _LinearTokenLogprobs.apply(
+        launch,
+        hidden.reshape(targets.numel(), hidden.shape[-1]),
+        weight,
+        bias,
+        *rows,
+        T,
+        chunk_rows,
+        with_entropy,
+        with_dhidden,
+    )
+    return logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape)

@@ -1,0 +1,321 @@
+"""The traps that kernels of this kind have fallen into, each one in words with the tests that hold it shut.
+
+Tests of one op lie with that op. Here are those over all ops, and what a process does to them: threads and fork.
+"""
+
+import ast
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import test_compiled
+import torch
+from test_kernels import LAUNCHERS, call_every_launcher
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rlhf_core
+from rlhf_core import backends, ops
+
+TRAPS = {
+    1: "a first block that is all -inf gives NaN",
+    2: "0 * -inf in entropy or KL gives NaN",
+    3: "the tail of the vocabulary is counted as exp(0)",
+    4: "the running maximum starts at 0",
+    5: "offsets beyond 2^31 wrap around",
+    6: "rows on a grid axis that ends at 65535",
+    7: "a new temperature, length or batch compiles anew",
+    8: "the target's gradient is read, changed and written in bfloat16",
+    9: "the gradient is right for a uniform upstream one only",
+    10: "3-D inputs lose their gradient",
+    11: "kernels fail when called from an autograd thread",
+    12: "torch.compile passes float64 scalars",
+    13: "views such as ids[1:] are not aligned",
+    14: "0 * NaN on masked rows",
+    15: "a batch of masked rows alone",
+    16: "vector and scalar code disagree",
+    17: "sequences of length 0 and 1",
+    18: "atomics make results differ from run to run",
+    19: "a launch goes to the current GPU, not to the tensors'",
+    20: "k3 cancels where policy and reference nearly agree",
+    21: "a hidden synchronisation",
+    22: "rows of an odd vocabulary, as of 50257, are loaded narrowly or beyond their end",
+}
+HELD_BY = {
+    1: ("logprobs::adversarial_rows_match_float64", "kl::full_kl_of_rows_whose_first_blocks_are_all_masked_out"),
+    2: ("logprobs::adversarial_rows_match_float64", "kl::full_kl_ignores_tokens_that_neither_can_sample",
+        "kl::full_kl_is_inf_where_the_reference_cannot_sample_what_the_policy_can"),
+    3: ("logprobs::values_entropy_and_gradient_match_float64_for_any_vocabulary",
+        "kl::full_kl_and_both_gradients_match_float64", "cpp::every_size_and_dtype_matches_float64"),
+    4: ("logprobs::an_offset_common_to_all_logits_costs_no_digits", "kl::full_kl_finds_maxima_that_come_late",
+        "cpp::offset_that_starts_too_low"),
+    5: ("logprobs::offsets_beyond_2_to_the_31", "kernels::rows_further_apart_than_int32_can_say"),
+    6: ("kernels::triton_rows_lie_on_the_one_grid_axis_that_is_long_enough",),
+    7: ("kernels::new_lengths_batches_temperatures_and_coefficients_compile_nothing",),
+    8: ("logprobs::the_gradient_of_a_near_certain_target_is_formed_before_rounding",
+        "cpp::gradients_are_rounded_once_to_nearest",
+        "linear_logprobs::16_bit_gradients_of_the_weight_add_up_in_float32"),
+    9: ("logprobs::values_entropy_and_gradient_match_float64_for_any_vocabulary",
+        "linear_logprobs::values_and_gradients_are_those_of_the_whole_logits",
+        "kl::full_kl_and_both_gradients_match_float64", "kl::values_and_gradients_match_the_float64_formula",
+        "gae::a_mask_with_gaps_equals_the_compacted_sequence", "policy_loss::gradients_scale_with_the_upstream_one"),
+    10: ("logprobs::any_number_of_leading_axes", "kl::values_and_gradients_match_the_float64_formula",
+         "linear_logprobs::values_and_gradients_are_those_of_the_whole_logits"),
+    11: ("traps::every_op_works_in_a_thread_of_autograds_own", "traps::backward_runs_in_another_thread"),
+    12: ("compiled::compiled_as_one_graph_it_gives_what_it_gives_eagerly",
+         "traps::numbers_that_change_under_torch_compile_leave_results_float32"),
+    13: ("logprobs::unaligned_and_strided_targets_and_masks", "traps::unaligned_tensors_give_the_bits_of_aligned_ones"),
+    14: ("masking::masked_values_change_nothing_bitwise_and_come_out_as_zero",
+         "linear_logprobs::masked_rows_are_not_computed_and_their_junk_goes_nowhere",
+         "kl::full_kl_and_its_gradients_are_zero_where_the_mask_is_false",
+         "gae::what_masked_inputs_hold_changes_no_bit_of_ppo_advantages",
+         "policy_loss::what_masked_inputs_hold_changes_no_bit_and_gets_no_gradient"),
+    15: ("masking::a_batch_that_counts_nothing_gives_zeros_and_zero_gradients",
+         "linear_logprobs::nothing_to_compute_gives_zeros",
+         "policy_loss::a_batch_that_counts_nothing_has_loss_zero_and_no_gradient"),
+    16: ("kernels::every_instruction_set_of_this_cpu_gives_the_same_answers", "cpp::other_isas_match_float64"),
+    17: ("logprobs::an_empty_batch_gives_empty_results_and_gradients", "gae::one_token_rows",
+         "gae::packed_input_of_few_or_empty_sequences", "gae::ppo_advantages_of_an_empty_batch_are_empty"),
+    18: ("logprobs::the_same_call_gives_the_same_bits",
+         "policy_loss::the_result_is_the_same_bit_for_bit_every_time",
+         "kernels::programs_stay_inside_their_tensors_and_apart_and_any_order_gives_the_same_bits"),
+    19: ("traps::every_launch_is_on_the_tensors_own_gpu",),
+    20: ("kl::k3_keeps_its_digits_where_policy_and_reference_nearly_agree",),
+    21: ("traps::no_op_waits_for_the_device",),
+    22: ("logprobs::values_entropy_and_gradient_match_float64_at_the_vocabularies_of_real_models",
+         "kernels::triton_kernels_compile_for_every_gpu_without_spills_with_wide_loads_and_few_registers",
+         "kernels::programs_stay_inside_their_tensors_and_apart_and_any_order_gives_the_same_bits"),
+}  # fmt: skip
+
+
+def test_every_trap_is_held_by_tests_that_exist():
+    assert list(HELD_BY) == list(TRAPS)
+    for file, name in {tuple(test.split("::")) for tests in HELD_BY.values() for test in tests}:
+        tree = ast.parse(Path(__file__).with_name(f"test_{file}.py").read_text())
+        assert f"test_{name}" in [x.name for x in tree.body if isinstance(x, ast.FunctionDef)], f"{file}::{name}"
+
+
+def everything(leaves, loss):
+    """Outputs and gradients of an op, prepared by `test_compiled.run`."""
+    outputs, total = loss(*leaves)
+    return [x.detach() for x in outputs] + list(torch.autograd.grad(total, leaves) if leaves else ())
+
+
+def prepare(name, backend):
+    torch.manual_seed(0)
+    return test_compiled.run(getattr(rlhf_core, name), name, backend)
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_backward_runs_in_another_thread(backend, name):
+    want = everything(*prepare(name, backend))
+    leaves, loss = prepare(name, backend)
+    outputs, total = loss(*leaves)
+    got = []
+    thread = threading.Thread(target=lambda: got.extend(torch.autograd.grad(total, leaves) if leaves else ()))
+    thread.start()
+    thread.join()
+    assert len(got) == len(leaves) and all(torch.equal(x, y) for x, y in zip([*outputs, *got], want))
+
+
+class Nested(torch.autograd.Function):
+    """Its backward runs another backward, `depth` of them deep: beyond 60 autograd takes threads of its own."""
+
+    @staticmethod
+    def forward(ctx, x, depth, function):
+        ctx.depth, ctx.function = depth, function
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        with torch.enable_grad():
+            if ctx.depth == 0:
+                ctx.function()
+            else:
+                x = torch.zeros((), device=dx.device, requires_grad=True)
+                Nested.apply(x, ctx.depth - 1, ctx.function).backward()
+        return dx, None, None
+
+
+def test_every_op_works_in_a_thread_of_autograds_own(backend):
+    prepared = [prepare(name, backend) for name in ops.__all__]
+    got, threads = [], []
+
+    def function():
+        threads.append(threading.get_ident())
+        got.extend(everything(*x) for x in prepared)
+
+    Nested.apply(torch.zeros((), requires_grad=True), 61, function).backward()
+    assert threads != [threading.get_ident()]
+    for name, x in zip(ops.__all__, got, strict=True):
+        torch.testing.assert_close(x, everything(*prepare(name, backend)), rtol=0, atol=0)
+
+
+def test_numbers_that_change_under_torch_compile_leave_results_float32():
+    if not backends.status()[1].available:
+        pytest.skip(backends.status()[1].reason)
+    torch.manual_seed(0)
+    (z, ref), (targets,) = torch.randn(2, 2, 3, 5), torch.randint(5, (1, 2, 3))
+    tokens, mask = torch.randn(3, 2, 3).unbind(), torch.rand(2, 3) < 0.7
+
+    def step(z, number):
+        logprobs, entropy = rlhf_core.token_logprobs_and_entropy(z, targets, temperature=number)
+        kl = rlhf_core.full_kl(z, ref, temperature=number, mask=mask)
+        advantages, _ = rlhf_core.gae(*tokens[:2], mask, gamma=number / 10, lam=number / 9)
+        loss, _ = rlhf_core.ppo_loss(
+            logprobs, tokens[2], advantages, None, None, None, mask, entropy=entropy,
+            clip_range=number, value_clip_range=None, vf_coef=0.0, entropy_coef=number, dual_clip=1 + number,
+        )  # fmt: skip
+        return number * loss + (number * kl).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    for number in (0.7, 1.3):  # a constant in the first graph, an input to the second where dynamo can make it one
+        results = []
+        for function in (step, compiled):
+            leaf = z.clone().requires_grad_()
+            loss = function(leaf, number)
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)  # dtypes too
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_unaligned_tensors_give_the_bits_of_aligned_ones(backend, name, monkeypatch):
+    monkeypatch.setattr(test_compiled, "V", 77)  # whole vectors and a tail
+    want = everything(*prepare(name, backend))
+    make = test_compiled.inputs
+
+    def shift(x):
+        if isinstance(x, tuple | dict):
+            return {k: shift(v) for k, v in x.items()} if isinstance(x, dict) else tuple(map(shift, x))
+        return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) if isinstance(x, torch.Tensor) else x
+
+    monkeypatch.setattr(test_compiled, "inputs", lambda name: shift(make(name)))
+    for x, y in zip(everything(*prepare(name, backend)), want, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_every_launch_is_on_the_tensors_own_gpu(monkeypatch):
+    kernels = pytest.importorskip("rlhf_core.kernels")
+    current, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        current.append(x.device)
+        yield
+        current.pop()
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                assert current == [args[0].device], f"{self.name} is launched on whatever GPU is current"
+                launched.append(self.name)
+
+            return launch
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module in {sys.modules[getattr(kernels, name).__module__] for name in LAUNCHERS}:
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(name))
+    call_every_launcher(kernels)
+    assert {f"{name}_kernel" for name in LAUNCHERS} == set(launched)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what on a GPU would wait for it: values or numbers of elements on their way to Python."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        self.count += name.startswith(("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal"))
+        boolean = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name.startswith("index") else []
+        self.count += len(boolean)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+@pytest.mark.parametrize("backend", ["cpp", "triton"], indirect=True)
+def test_no_op_waits_for_the_device(backend, name, monkeypatch):
+    for file in ("logprobs", "gae"):
+        monkeypatch.setattr(sys.modules[f"rlhf_core.ops.{file}"], "values_may_be_read", lambda x: False)  # as on a GPU
+    leaves, loss = prepare(name, backend)
+    with Waits() as waits:
+        everything(leaves, loss)
+    assert waits.count == (2 if name == "linear_token_logprobs" else 0)  # it counts its masked rows, in each pass
+
+
+def python(code, *args):
+    """Run the code in a process of its own, two threads to an op."""
+    code = "import os, sys, threading, torch\ntorch.set_num_threads(2)\n" + code
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+WORK = """
+def work():
+    import rlhf_core
+    torch.manual_seed(0)
+    z = torch.randn(2, 40, 5003, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logprobs, entropy = rlhf_core.token_logprobs_and_entropy(z, torch.full((2, 40), 7))
+    kl = rlhf_core.full_kl(z, z.detach().flip(-1))
+    x = torch.linspace(-1, 1, 300 * 400).view(300, 400)
+    done = rlhf_core.ppo_advantages(x[:, 0], x, x.flip(0), x * 2, x > -0.9, kl_coef=0.1, kl_estimator="k3")
+    loss, stats = rlhf_core.ppo_loss(x, x.flip(0) / 9, *done[:2], x, x * 2, x > 0, clip_range=0.2,
+                                     value_clip_range=0.2, vf_coef=0.1)
+    return [logprobs, entropy, kl, *torch.autograd.grad((logprobs + entropy + kl).sum(), z), *done, loss, *stats]
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+"""
+
+
+def test_two_threads_import_and_use_the_library_at_once():
+    python(f"""{WORK}
+start, results = threading.Barrier(2), [[], []]
+def loop(out):
+    start.wait()
+    for _ in range(10):
+        out.append(work())
+threads = [threading.Thread(target=loop, args=(out,)) for out in results]
+[t.start() for t in threads], [t.join() for t in threads]
+alone = work()
+assert [len(out) for out in results] == [10, 10] and all(same(x, alone) for out in results for x in out)
+""")
+
+
+FORK = f"""{WORK}
+import time
+threads, used = map(int, sys.argv[1:])
+want = work() if used else None
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(threads)
+    got = work()
+    os._exit(0 if want is None or same(got, want) else 1)
+for _ in range(80):
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        sys.exit(status)
+    time.sleep(0.1)
+os.kill(child, 9), os.waitpid(child, 0)
+sys.exit("the child hangs")
+"""
+HANGS = "libgomp does not fork its threads but waits for them; in such a child torch hangs too"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("threads, used", [
+    (2, 0),
+    (1, 1),  # as workers of a DataLoader do
+    pytest.param(2, 1, marks=pytest.mark.xfail(sys.platform == "linux", strict=True, reason=HANGS)),
+])  # fmt: skip
+def test_a_forked_child_computes(threads, used):
+    """With so many threads, where the parent has used two or none before."""
+    python(FORK, str(threads), str(used))
