@@ -53,6 +53,7 @@ class BuildExt(build_ext):
 setup(
     packages=[
         "rlhf_core",
+        "rlhf_core.benchmarks",
         "rlhf_core.data",
         "rlhf_core.kernels",
         "rlhf_core.losses",
@@ -60,7 +61,7 @@ setup(
         "rlhf_core.ops",
         "rlhf_core.trainers",
     ],
-    package_dir={"rlhf_core.kernels": "kernels"},
+    package_dir={"rlhf_core.benchmarks": "benchmarks", "rlhf_core.kernels": "kernels"},
     ext_modules=[
         Extension(
             "rlhf_core._C",

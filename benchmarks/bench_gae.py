@@ -1,57 +1,109 @@
-"""gae against the usual loops over time, vectorised over the batch in numpy and in PyTorch, on CPU.
+"""gae against loops over time in numpy, in PyTorch and in TRL's layout; ppo_advantages against the chain that it fuses.
 
-Bytes: reads rewards, values (float32) and the mask (bool), writes advantages and returns. The loops get the easier
-problem, a mask without gaps. The floor is the time of adding rewards and values into two tensors.
+Bytes: gae reads rewards, values (float32) and the mask (bool), writes advantages and returns; ppo_advantages reads
+log-probs twice in place of rewards, and also writes rewards and KL. The loops get the easier problem, a mask without
+gaps; numpy's and PyTorch's keep time first, (T, B), so that a step is one contiguous row. The sweep shows how the time
+grows with T.
 """
 
 import functools
 
-import common
 import numpy as np
-import pytest
 import torch
 
-from rlhf_core import gae
+from rlhf_core import gae, kl_estimate, ppo_advantages
+from rlhf_core.benchmarks import common
+from rlhf_core.benchmarks.common import OURS, Case
+from rlhf_core.masking import last_token_index, whiten
 
-SHAPES = [(8, 1024), (64, 512), (512, 2048)]
-GAMMA, LAM = 0.99, 0.95
+GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
 
 
-def loop(rewards, values, mask, zeros, stack):
-    """One step per column; masked columns only ever follow the counted ones, where rewards and values are 0."""
-    advantage, next_value, columns = zeros, zeros, []
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + GAMMA * next_value - values[:, t]
-        advantage = (delta + GAMMA * LAM * advantage) * mask[:, t]
-        next_value = values[:, t]
-        columns.append(advantage)
-    advantages = stack(columns[::-1], 1)
+def loop(rewards, values, mask, advantages):
+    """(T, B), numpy or torch; masked steps only ever follow the counted ones, and hold 0."""
+    advantage, next_value = 0 * rewards[0], 0 * rewards[0]
+    for t in reversed(range(len(rewards))):
+        advantage = (rewards[t] + GAMMA * next_value - values[t] + GAMMA * LAM * advantage) * mask[t]
+        next_value = values[t]
+        advantages[t] = advantage
     return advantages, advantages + values
 
 
-def case(shape: tuple[int, int]):
-    lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1))
-    mask = torch.arange(shape[1]) < lengths
-    rewards, values = torch.randn(shape) * mask, torch.randn(shape) * mask
-    arrays = [x.numpy() for x in (rewards, values, mask)]
-    first, second = torch.empty(shape), torch.empty(shape)
-    zeros = np.zeros(shape[0], dtype=np.float32)
-    variants = {
-        common.OURS: lambda: gae(rewards, values, mask, gamma=GAMMA, lam=LAM),
-        "numpy loop": lambda: loop(*arrays, zeros, np.stack),
-        "torch loop": lambda: loop(rewards, values, mask, torch.zeros(shape[0]), torch.stack),
-        common.FLOOR: lambda: (torch.add(rewards, values, out=first), torch.add(rewards, values, out=second)),
-    }
-    return variants, (4 * 4 + 1) * rewards.numel()
+def trl_loop(rewards, values):
+    """TRL's: columns of (B, T), stacked in the end."""
+    T, advantage, columns = rewards.shape[1], 0, []
+    for t in reversed(range(T)):
+        next_value = values[:, t + 1] if t < T - 1 else 0.0
+        advantage = rewards[:, t] + GAMMA * next_value - values[:, t] + GAMMA * LAM * advantage
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, advantages + values
 
 
-CASES = {f"fwd {shape}": functools.partial(case, shape) for shape in SHAPES}
+def inputs(shape: tuple[int, int], device: str):
+    """rewards, values, mask; rewards and values are 0 where the mask is False."""
+    lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1), device=device)
+    mask = torch.arange(shape[1], device=device) < lengths
+    return torch.randn(shape, device=device) * mask, torch.randn(shape, device=device) * mask, mask
 
 
-@pytest.mark.parametrize("name", CASES)
+def gae_case(shape: tuple[int, int], device: str, tiny: bool, grows=None) -> Case:
+    rewards, values, mask = inputs(shape, device)
+    ours = functools.partial(gae, rewards, values, mask, gamma=GAMMA, lam=LAM)
+    by_time = [x.t().contiguous() for x in (rewards, values, mask)]
+
+    def check():
+        for got, want in zip(ours(), gae(rewards.double(), values.double(), mask, gamma=GAMMA, lam=LAM)):
+            common.assert_close(got, want)
+
+    num_bytes = (4 * 4 + 1) * rewards.numel()
+    variants = {OURS: ours, "torch (T, B)": lambda: loop(*by_time, torch.empty_like(by_time[0]))}
+    if device == "cpu":
+        arrays = [x.numpy() for x in by_time]
+        variants["numpy (T, B)"] = lambda: loop(*arrays, np.empty_like(arrays[0]))
+    variants["TRL"] = lambda: trl_loop(rewards, values)
+    variants[common.FLOOR] = common.traffic(num_bytes, device)
+    bars = {"torch (T, B)": 20, "numpy (T, B)": 20, "TRL": 100} if device == "cpu" and not (tiny or grows) else {}
+    return Case(variants, check, bytes=num_bytes, bars=bars, grows=grows)
+
+
+def ppo_advantages_case(shape: tuple[int, int], device: str, tiny: bool) -> Case:
+    logprobs, values, mask = inputs(shape, device)
+    ref_logprobs, scores = logprobs + 0.1 * torch.randn(shape, device=device), torch.randn(shape[0], device=device)
+    last, rows = last_token_index(mask), torch.arange(shape[0], device=device)
+
+    def chain(scores, logprobs, ref_logprobs, values):
+        kl = kl_estimate(logprobs, ref_logprobs, mask=mask)
+        rewards = -KL_COEF * kl
+        rewards[rows, last] += scores
+        advantages, returns = gae(rewards, values, mask, gamma=GAMMA, lam=LAM)
+        return whiten(advantages, mask), returns, rewards, kl
+
+    data = (scores, logprobs, ref_logprobs, values)
+    ours = functools.partial(ppo_advantages, *data, mask, kl_coef=KL_COEF, gamma=GAMMA, lam=LAM)
+
+    def check():
+        for got, want in zip(ours(), chain(*(x.double() for x in data))):
+            common.assert_close(got, want)
+
+    num_bytes = (7 * 4 + 1) * values.numel()
+    variants = {OURS: ours, "chain": lambda: chain(*data), common.FLOOR: common.traffic(num_bytes, device)}
+    return Case(variants, check, bytes=num_bytes, h200_ms=0.006 if shape == (8, 1024) else None)
+
+
+def cases(size: str, device: str) -> dict:
+    tiny = size == "tiny"
+    if size == "sweep":
+        grid = [(64, 2**k) for k in range(5, 13)]
+        return {
+            f"gae fwd {shape}": functools.partial(gae_case, shape, device, False, grows=("T, 64 rows", shape[1]))
+            for shape in grid
+        }
+    shapes = [(3, 70), (2, 1)] if tiny else [(64, 512), (256, 1024)] if device == "cpu" else [(8, 1024), (64, 512)]
+    found = {f"gae fwd {shape}": functools.partial(gae_case, shape, device, tiny) for shape in shapes}
+    shape = shapes[0]
+    return found | {f"ppo_advantages {shape}": functools.partial(ppo_advantages_case, shape, device, tiny)}
+
+
 def test_gae(benchmark, name):
-    common.run(benchmark, *CASES[name]())
-
-
-if __name__ == "__main__":
-    common.table(CASES)
+    common.record(benchmark, "gae", name)

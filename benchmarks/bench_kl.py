@@ -1,45 +1,97 @@
-"""kl_estimate (k3) against the same formula in eager PyTorch and under torch.compile, on CPU.
+"""full_kl against two log_softmax and a sum, and kl_estimate (k3) against its formula, eager and under torch.compile.
 
-Bytes: forward reads two float32 tensors and writes one. The floor is the time of adding the two into a third.
+Bytes: full_kl's forward reads both logits once, forward + backward reads them twice and writes the gradient of the
+policy's. kl_estimate reads two float32 tensors and the mask and writes one.
 """
 
 import functools
 
-import common
-import pytest
 import torch
 
-from rlhf_core import kl_estimate
+from rlhf_core import full_kl, kl_estimate
+from rlhf_core.benchmarks import common
+from rlhf_core.benchmarks.common import OURS, Case
 
-SHAPES = [(8, 1024), (64, 512), (512, 4096)]
+H200_MS = {("full fwd + bwd", 128256): 2.8}
 
 
-def eager(logprobs, ref_logprobs, mask):
+def eager_full(logits, ref_logits):
+    log_p = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    log_q = torch.log_softmax(ref_logits, -1, dtype=log_p.dtype)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def full_case(kind: str, dtype: str, shape: tuple[int, int, int], device: str, tiny: bool) -> Case:
+    rows = common.some_rows(shape[0] * shape[1])
+    logits = (2 * torch.randn(shape, device=device)).to(getattr(torch, dtype))
+    ref_logits = (logits + 0.1 * torch.randn(shape, device=device)).to(logits.dtype)
+    upstream = torch.randn(shape[:-1], device=device)
+    backward = "bwd" in kind
+
+    def wrap(f):
+        if not backward:
+            return functools.partial(f, logits, ref_logits)
+        z = logits.detach().requires_grad_()
+        return common.call_and_grad(functools.partial(f, z, ref_logits), [z], upstream)
+
+    def check():
+        z, ref = (x.flatten(0, 1)[rows].double() for x in (logits, ref_logits))
+        truth = eager_full(z.requires_grad_(), ref)
+        common.assert_close(full_kl(logits, ref_logits).flatten()[rows], truth)
+        if backward:
+            (want,) = torch.autograd.grad(truth, z, upstream.flatten()[rows].double())
+            common.assert_close(wrap(full_kl)()[0].flatten(0, 1)[rows], want)
+
+    num_bytes = (5 if backward else 2) * logits.numel() * logits.element_size()
+    variants = {OURS: wrap(full_kl), "eager": wrap(eager_full)}
+    if not tiny:
+        variants["compile"] = wrap(common.compiled(eager_full))
+    variants[common.FLOOR] = common.traffic(num_bytes, device)
+    bars = {"compile": 2.5} if device == "cpu" and not tiny else {}
+    return Case(variants, check, bytes=num_bytes, bars=bars, h200_ms=H200_MS.get((kind, shape[-1])))
+
+
+def eager_k3(logprobs, ref_logprobs, mask):
     d = logprobs - ref_logprobs
     return (torch.exp(-d) - 1 + d) * mask
 
 
-def case(shape: tuple[int, int]):
-    torch._dynamo.reset()
-    logprobs, ref_logprobs, total = torch.randn(3, *shape).unbind()
-    mask = torch.rand(shape) < 0.9
-    compiled = torch.compile(eager, dynamic=False)
+def k3_case(shape: tuple[int, int], device: str, tiny: bool) -> Case:
+    logprobs, ref_logprobs = torch.randn(2, *shape, device=device).unbind()
+    mask = torch.rand(shape, device=device) < 0.9
+    ours = functools.partial(kl_estimate, estimator="k3")
+
+    def check():
+        truth = eager_k3(logprobs.double(), ref_logprobs.double(), mask)
+        common.assert_close(ours(logprobs, ref_logprobs, mask=mask), truth)
+
     variants = {
-        common.OURS: lambda: kl_estimate(logprobs, ref_logprobs, estimator="k3", mask=mask),
-        "eager": lambda: eager(logprobs, ref_logprobs, mask),
-        "compile": lambda: compiled(logprobs, ref_logprobs, mask),
-        common.FLOOR: lambda: torch.add(logprobs, ref_logprobs, out=total),
+        OURS: lambda: ours(logprobs, ref_logprobs, mask=mask),
+        "eager": lambda: eager_k3(logprobs, ref_logprobs, mask),
     }
-    return variants, 3 * 4 * logprobs.numel()
+    if not tiny:
+        variants["compile"] = functools.partial(common.compiled(eager_k3), logprobs, ref_logprobs, mask)
+    num_bytes = (3 * 4 + 1) * logprobs.numel()
+    variants[common.FLOOR] = common.traffic(num_bytes, device)
+    return Case(variants, check, bytes=num_bytes)
 
 
-CASES = {f"k3 fwd {shape}": functools.partial(case, shape) for shape in SHAPES}
+def cases(size: str, device: str) -> dict:
+    if size == "sweep":
+        return {}
+    tiny = size == "tiny"
+    dtypes = ["float32", "bfloat16"]
+    shapes = [(2, 3, 257), (1, 2, 4099)] if tiny else [(8, 128, 50257) if device == "cpu" else (8, 1024, 128256)]
+    found = {
+        f"{kind} {dtype} {shape}": functools.partial(full_case, kind, dtype, shape, device, tiny)
+        for kind in ("full fwd", "full fwd + bwd")
+        for dtype in (dtypes if device == "cpu" or tiny else dtypes[1:])
+        for shape in shapes
+    }
+    for shape in [(3, 70)] if tiny else [(8, 1024), (512, 4096)]:
+        found[f"k3 fwd float32 {shape}"] = functools.partial(k3_case, shape, device, tiny)
+    return found
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_kl_estimate(benchmark, name):
-    common.run(benchmark, *CASES[name]())
-
-
-if __name__ == "__main__":
-    common.table(CASES)
+def test_kl(benchmark, name):
+    common.record(benchmark, "kl", name)

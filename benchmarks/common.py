@@ -1,83 +1,405 @@
-"""Timing that the benchmarks share: all variants of a case take turns, so that a busy machine hurts them alike.
+"""Timing, tables and pictures that the benchmarks share.
 
-`python benchmarks/bench_<op>.py` prints the table; `pytest benchmarks --benchmark-only` records the same
-numbers with pytest-benchmark. No timing is ever asserted.
+A case's check compares ours with float64 on the very tensors that are timed, before anything is timed. Then all
+variants take turns, so that a busy machine hurts them alike, and medians and their ratios are reported; a ratio below 1
+is a slow-down. No timing is ever asserted: a bar is met or missed.
 
 glibc hands a large tensor back to the system and gets it page by page again, which can cost more than the op. Run with
 `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000` to let it keep the memory, as other allocators do: that times
 the kernels alone, and helps the baselines most.
 """
 
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
 import os
+import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-OURS, FLOOR = "rlhf_core", "floor"
+OURS, FLOOR, AVX2, MEMORY = "rlhf_core", "floor", "avx2", "memory"
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # relative, by the dtype stored
 
 
-def quartiles(variants: dict[str, Callable], rounds: int = 9) -> dict[str, list[float]]:
-    """Quartiles of the seconds per call of each variant; calls shorter than a millisecond are timed in bundles."""
-    bundle = {}
-    for name, call in variants.items():
-        call()  # compiles, allocates
-        start = time.perf_counter()
+@dataclasses.dataclass
+class Case:
+    variants: dict[str, Callable[[], object]]  # OURS, its baselines and FLOOR, the time the hardware needs at least
+    check: Callable[[], None]  # AssertionError where ours is wrong
+    bytes: int = 0  # that must be moved, or
+    flop: int = 0  # that the matrix products take
+    bars: dict[str, float] = dataclasses.field(default_factory=dict)  # name -> least ratio of it to ours
+    h200_ms: float | None = None  # a target on an H200, derived from published figures of peers
+    peak_of: str | None = None  # the baseline whose peak memory is set against ours
+    avx2: bool = False  # also with AVX2 code, on a CPU that has AVX-512
+    latency: bool = False  # wall time on a GPU too, not the device's own
+    grows: tuple[str, int] | None = None  # the panel of the picture of growth that this case is in, and where
+
+
+def cases(op: str, size: str, device: str) -> dict[str, Callable[[], Case]]:
+    """An op's cases by name. size: "full", "sweep" (how cost grows) or "tiny" (a check that everything runs)."""
+    return importlib.import_module(f"rlhf_core.benchmarks.bench_{op}").cases(size, device)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---- parts that cases are made of
+
+
+def assert_close(got: Tensor, truth: Tensor) -> None:
+    """Within the rounding of the dtype that `got` is stored in, NaN nowhere."""
+    rtol = TOLERANCES[got.dtype]
+    torch.testing.assert_close(got.double(), truth.double(), rtol=rtol, atol=1e-5)
+
+
+def some_rows(count: int, most: int = 256) -> slice:
+    """At most `most` rows of `count`, evenly spread: checking each in float64 would take longer than the bench."""
+    return slice(None, None, -(-count // most))
+
+
+def traffic(num_bytes: int, device: str) -> Callable[[], object]:
+    """The floor of a memory-bound op. CPU: reading so many bytes, by sum. GPU: a copy that reads and writes as many."""
+    if device == "cuda":
+        source, target = torch.ones(2, num_bytes // 2, dtype=torch.uint8, device=device).unbind()
+        return lambda: target.copy_(source)
+    words = num_bytes // 4
+    buffer = torch.ones(min(words, 2**26))
+    times, rest = divmod(words, len(buffer))
+    return lambda: ([buffer.sum() for _ in range(times)], buffer[:rest].sum())
+
+
+def call_and_grad(f: Callable, inputs: Iterable[Tensor], upstream: Tensor | None = None) -> Callable[[], object]:
+    """f() and the gradients of its (first) result with respect to the inputs."""
+    inputs = list(inputs)
+
+    def run():
+        out = f()
+        out = out[0] if isinstance(out, tuple) else out
+        return torch.autograd.grad(out, inputs, upstream)
+
+    return run
+
+
+def compiled(f: Callable) -> Callable:
+    return torch.compile(f, dynamic=False)
+
+
+def peer(module: str):
+    """An optional competitor, or None; `missing` tells the reader which ones were not there."""
+    return importlib.import_module(module) if importlib.util.find_spec(module.split(".")[0]) else None
+
+
+def missing(device: str) -> list[str]:
+    wanted = {"liger_kernel": "liger-kernel"} if device == "cuda" else {}
+    return [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
+
+
+# ---- timing
+
+
+class Twin:
+    """A case's variant in a process of its own, for what a process cannot change about itself: its environment."""
+
+    def __init__(self, environment: Mapping[str, str], *what: str):
+        context = multiprocessing.get_context("spawn")  # fork would copy OpenMP's threads half
+        self.pipe, other = context.Pipe()
+        process = context.Process(target=_twin, args=(other, torch.get_num_threads(), *what), daemon=True)
+        before = dict(os.environ)
+        os.environ.update(environment)
+        try:
+            process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        other.close()
+
+    def __call__(self):
+        self.pipe.send(False)
+        return self.pipe.recv()
+
+    def peak_bytes(self) -> int | None:
+        self.pipe.send(True)
+        return self.pipe.recv()
+
+
+def _twin(pipe, threads: int, op: str, size: str, name: str, variant: str) -> None:
+    torch.set_num_threads(threads)
+    call = cases(op, size, "cpu")[name]().variants[variant]
+    with contextlib.suppress(EOFError):  # the other end is closed: done
+        while True:
+            if pipe.recv():
+                pipe.send(_resident_peak(call))
+            else:
+                call()
+                pipe.send(None)
+
+
+def _resident_peak(call: Callable) -> int | None:
+    """Bytes by which a second call raises the process's resident memory; None where the system does not tell."""
+
+    def resident(field: str) -> int:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+    call()
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident("VmRSS")
         call()
-        bundle[name] = max(1, int(1e-3 / (time.perf_counter() - start)))
+        return resident("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def _cuda_peak(call: Callable) -> int:
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def quartiles(variants: dict[str, Callable], device: str, latency: bool, rounds: int = 9) -> dict[str, list[float]]:
+    """Quartiles of the seconds per call of each variant."""
+    timers = {name: (_device_timer if device == "cuda" and not latency else _timer)(f) for name, f in variants.items()}
     samples = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, call in variants.items():
-            start = time.perf_counter()
-            for _ in range(bundle[name]):
-                call()
-            samples[name].append((time.perf_counter() - start) / bundle[name])
+        for name, timer in timers.items():
+            samples[name].append(timer())
     return {name: statistics.quantiles(times, n=4) for name, times in samples.items()}
 
 
-def report(variants: dict[str, Callable], num_bytes: int) -> dict[str, float]:
-    """What one row of the table says: ours in ms (median, and interquartile range over it) and GB/s, floor / ours, and
-    baseline / ours for every baseline."""
-    times = quartiles(variants)
+def _timer(call: Callable) -> Callable[[], float]:
+    """Wall time; calls shorter than a millisecond are timed in bundles."""
+
+    def seconds(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    seconds(1)  # compiles, allocates
+    bundle = max(1, int(1e-3 / seconds(1)))
+    return lambda: seconds(bundle)
+
+
+def _device_timer(call: Callable) -> Callable[[], float]:
+    """Time between two events on the GPU, from a cold L2. The GPU is kept waiting while the launches are queued, for at
+    most 5 ms: a call that takes longer to queue is timed as it arrives."""
+    cache = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):  # compiles, allocates
+        call()
+    torch.cuda.synchronize()
+    queued = time.perf_counter()
+    call()
+    cycles = int(2e9 * min(2 * (time.perf_counter() - queued), 5e-3))
+
+    def seconds() -> float:
+        cache.zero_()
+        torch.cuda._sleep(cycles)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return seconds
+
+
+def measure(op: str, name: str, case: Case, size: str, device: str) -> dict:
+    """Check a case, then time it: a row of the table, ready for JSON."""
+    case.check()
+    variants = dict(case.variants)
+    failed = {}
+    for baseline in [name for name in variants if name != OURS]:
+        try:
+            variants[baseline]()
+        except Exception as error:  # a peer of another version, or no compiler for torch.compile
+            failed[baseline] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            del variants[baseline]
+    times = quartiles(variants, device, case.latency)
     seconds = {name: median for name, (_, median, _) in times.items()}
     ours, (low, _, high) = seconds[OURS], times[OURS]
-    row = {"ms": ours * 1e3, "spread": (high - low) / ours, "GB/s": num_bytes / ours / 1e9}
-    for name, value in seconds.items():
-        if name == FLOOR:
-            row["of floor"] = value / ours
-        elif name != OURS:
-            row[f"x {name}"] = value / ours
+    ratios = {name: value / ours for name, value in seconds.items() if name != OURS}
+    if case.avx2 and device == "cpu" and "avx512" in machine(device)["backend"]:  # last: its threads spin
+        twin = Twin({"RLHF_CORE_CPU_ISA": "avx2"}, op, size, name, OURS)
+        pair = quartiles({OURS: variants[OURS], AVX2: twin}, device, case.latency)
+        seconds[AVX2], ratios[AVX2] = pair[AVX2][1], pair[AVX2][1] / pair[OURS][1]
+    row = {"op": op, "case": name, "check": "passed", "ms": {k: v * 1e3 for k, v in seconds.items()}}
+    row |= {"spread": (high - low) / ours, "of floor": ratios.pop(FLOOR, None)}
+    row |= {"GB/s": case.bytes / ours / 1e9} if case.bytes else {"GFLOP/s": case.flop / ours / 1e9} if case.flop else {}
+    if case.peak_of:
+        peaks = {variant: _peak(case, variant, device, op, size, name) for variant in (OURS, case.peak_of)}
+        row["peak MB"] = {variant: peak and peak / 1e6 for variant, peak in peaks.items()}
+        if all(peaks.values()):
+            ratios[MEMORY] = peaks[case.peak_of] / peaks[OURS]
+    reached = {**ratios, FLOOR: row["of floor"]}
+    row |= {"ratios": ratios, "bars": [[k, bar, reached[k] >= bar] for k, bar in case.bars.items() if reached.get(k)]}
+    if case.h200_ms and "H200" in machine(device)["device"]:
+        row["bars"].append(["ms on an H200", case.h200_ms, seconds[OURS] * 1e3 <= case.h200_ms])
+    if failed:
+        row["failed"] = failed
+    if case.grows:
+        row["grows"] = case.grows
     return row
 
 
-def run(benchmark, variants: dict[str, Callable], num_bytes: int) -> None:
-    """One case under pytest-benchmark: it times ours, `report` goes to extra_info."""
-    benchmark.extra_info.update(report(variants, num_bytes))
-    benchmark.pedantic(variants[OURS], rounds=5, warmup_rounds=1)
+def _peak(case: Case, variant: str, device: str, *what: str) -> int | None:
+    if device == "cuda":
+        return _cuda_peak(case.variants[variant])
+    # Every tensor from 64 KiB comes from the system and goes back to it, so that resident memory is memory in use.
+    return Twin({"MALLOC_MMAP_THRESHOLD_": "65536"}, *what, variant).peak_bytes()
 
 
-def table(cases: dict[str, Callable]) -> None:
-    """Print a Markdown table; a case is a function that returns (variants, num_bytes)."""
-    command = [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_")] + ["python", *sys.argv]
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; `{' '.join(command)}`\n")
-    header = None
-    for name, case in cases.items():
-        row = report(*case())
-        if header is None:
-            header = list(row)
-            print("| case | " + " | ".join(header) + " |\n|---|" + "---:|" * len(header))
-        numbers = (f"{row[key]:.{3 if row[key] < 1 else 1}f}" for key in header)
-        print(f"| {name} | " + " | ".join(numbers) + " |", flush=True)
+def record(benchmark, op: str, name: str) -> None:
+    """One case under pytest-benchmark: it times ours, everything else goes to extra_info."""
+    torch.manual_seed(0)
+    case = cases(op, "full", device())[name]()
+    benchmark.extra_info.update(measure(op, name, case, "full", device()), **machine(device()))
+    benchmark.pedantic(case.variants[OURS], rounds=5, warmup_rounds=1)
+    torch._dynamo.reset()
 
 
-def cpu_name() -> str:
-    from rlhf_core import cpp
+# ---- what `rlhf-core bench` does
+
+
+def run(
+    ops: Iterable[str], size: str, device: str, json_path: Path | None = None, plot_path: Path | None = None
+) -> int:
+    """Print the table of every op, write JSON and a picture where asked. Returns how many cases failed their check."""
+    if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("a picture needs matplotlib: pip install 'rlhf-core[report]'")
+    rows = []
+    print("; ".join(f"{key} {value}" for key, value in machine(device).items()))
+    print(f"load average {os.getloadavg()[0]:.1f} as it starts: what else runs, distorts")
+    settings = (f"{key}={value}" for key, value in os.environ.items() if key.startswith("MALLOC_"))
+    print(f"`{' '.join([*settings, Path(sys.argv[0]).name, *sys.argv[1:]])}`")
+    for package in missing(device):
+        print(f"not compared with {package}: it is not installed")
+    for op in ops:
+        for name, make in cases(op, size, device).items():
+            print(f"{op} {name} ...", file=sys.stderr, flush=True)
+            torch.manual_seed(0)
+            try:
+                rows.append(measure(op, name, make(), size, device))
+            except (AssertionError, torch.OutOfMemoryError) as error:
+                rows.append({"op": op, "case": name, "check": f"{type(error).__name__}: {error}"})
+            torch._dynamo.reset()
+            if json_path is not None:  # after every case: a run that is stopped leaves what it has
+                json_path.parent.mkdir(parents=True, exist_ok=True)
+                json_path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+        if found := [row for row in rows if row["op"] == op]:
+            print(f"\n### {op}\n\n{table(found)}", flush=True)
+    if plot_path is not None:
+        plot([row for row in rows if "ms" in row], machine(device)["device"], plot_path)
+    return sum(row["check"] != "passed" for row in rows)
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown; a case that failed its check shows no figure."""
+    names = list(dict.fromkeys(name for row in rows for name in row.get("ratios", {})))
+    header = ["case", "ms", "spread", "rate", "of floor", *(f"x {name}" for name in names), "bars"]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
+    for row in rows:
+        cells = [row["case"]]
+        if row["check"] == "passed":
+            rate = next((f"{_digits(row[unit])} {unit}" for unit in ("GB/s", "GFLOP/s") if unit in row), "")
+            cells += [_digits(row["ms"][OURS]), f"{row['spread']:.0%}", rate, _digits(row["of floor"])]
+            cells += [_digits(row["ratios"].get(name)) for name in names]
+            notes = [f"{name} {bar:.3g}: {'met' if met else 'MISSED'}" for name, bar, met in row["bars"]]
+            notes += [f"no {name}: {error}" for name, error in row.get("failed", {}).items()]
+            cells.append("; ".join(notes))
+        else:
+            cells += ["not timed"] + [""] * (len(header) - 3) + [" ".join(row["check"].split())]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _digits(x: float | None) -> str:
+    return "" if x is None else f"{x:.{3 if x < 1 else 1 if x < 100 else 0}f}"
+
+
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """How time grows, where the rows are a sweep; else the roofline: each variant's part of the floor's speed."""
+    from matplotlib.figure import Figure
+
+    panels = {}
+    for row in rows:
+        if row["of floor"]:
+            panels.setdefault(row["grows"][0] if "grows" in row else row["op"], []).append(row)
+    columns = min(len(panels), 2 if len(panels) < 5 else 3) if rows and "grows" in rows[0] else 1
+    lines = -(-len(panels) // columns)
+    heights = [1.2 + 0.3 * len(panel) for panel in panels.values()] if columns == 1 else [3.4] * lines
+    figure = Figure(figsize=(9 if columns == 1 else 4.2 * columns, sum(heights)), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, height_ratios=heights).ravel()
+    for ax, (name, panel) in zip(axes, panels.items()):
+        ax.set_title(name, fontsize=10)
+        series = {}  # variant -> [(x, y)]
+        for y, row in enumerate(panel):
+            for variant, ms in row["ms"].items():
+                if "grows" in row:
+                    series.setdefault(variant, []).append((row["grows"][1], ms))
+                elif variant != FLOOR:
+                    series.setdefault(variant, []).append((row["ms"][FLOOR] / ms, y))
+        for variant, points in series.items():
+            style = {OURS: dict(color="black", zorder=3), FLOOR: dict(color="gray", ls="--", marker="")}.get(
+                variant, {}
+            )
+            ax.plot(
+                *zip(*points), **{"marker": "o", "ms": 5, "ls": "-" if "grows" in row else "", **style}, label=variant
+            )
+        ax.set_xscale("log", base=2 if "grows" in row else 10)
+        if "grows" in row:
+            ax.set_yscale("log")
+            ax.set_ylabel("ms")
+            ax.set_xlabel(name.split(",")[0])
+        else:
+            ax.axvline(1, color="gray", ls="--")
+            ax.set_yticks(range(len(panel)), [row["case"] for row in panel], fontsize=8)
+            ax.invert_yaxis()
+            ax.set_xlabel("speed as a part of the measured roof (memory traffic or matrix products alone)")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def machine(device: str) -> dict[str, object]:
+    """What a figure depends on."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {
+        name: importlib.metadata.version(name) for name in ("numpy", "triton") if importlib.util.find_spec(name)
+    }
+    if device == "cuda":
+        return {"device": torch.cuda.get_device_name(), **versions, "cuda": torch.version.cuda}
+    from rlhf_core import backends
 
     try:
         with open("/proc/cpuinfo") as file:
             model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
-        model = "CPU"
-    return f"{model} ({cpp.isa()})"
+        model = platform.processor() or "CPU"
+    impl = backends.resolve(None, torch.zeros(1))
+    backend = "reference" if impl is None else f"{impl.__name__} {impl.isa()}"
+    return {"device": model, "backend": backend, "threads": torch.get_num_threads(), **versions}

@@ -1,5 +1,5 @@
-"""`rlhf-core sft|reward|ppo|dpo|generate|demo|info`: arguments in, the library's functions called, errors without a
-traceback. A trainer's options are the fields of its config."""
+"""`rlhf-core sft|reward|ppo|dpo|generate|bench|demo|info`: arguments in, the library's functions called, errors without
+a traceback. A trainer's options are the fields of its config."""
 
 from __future__ import annotations
 
@@ -91,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--real", type=Path, metavar="DIR", help="use the story model and data in DIR")
     sub.add_argument("--out", type=Path, help="folder for everything; default: runs/demo or runs/demo-real")
     sub.add_argument("--seed", type=int, default=0, help="of everything")
+
+    from rlhf_core.benchmarks import OPS
+
+    sub = command("bench", _bench, "check the ops against float64, then time them against their baselines")
+    sub.add_argument("--op", nargs="+", choices=OPS, default=OPS, help="which ones")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    sub.add_argument("--sweep", action="store_true", help="how time grows with vocabulary, rows and length instead")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the roofline, or the growth of --sweep")
 
     command("info", _info, "versions, backends with reasons, CPU features")
     return parser
@@ -266,6 +275,15 @@ def _demo(arguments: argparse.Namespace) -> None:
     task = demo.stories_task(arguments.real, arguments.seed) if real else demo.replies_task(arguments.seed)
     print(demo.run(task, out, arguments.seed))
     print(f"models, metrics and this report are in {out}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from rlhf_core.benchmarks import common
+
+    size, device = "sweep" if arguments.sweep else "full", _device(arguments).type
+    failed = common.run(arguments.op, size, device, arguments.json, arguments.plot)
+    if failed:
+        sys.exit(f"rlhf-core bench: {failed} cases gave wrong results and were not timed")
 
 
 def _info(arguments: argparse.Namespace) -> None:

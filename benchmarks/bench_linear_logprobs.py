@@ -1,0 +1,97 @@
+"""linear_token_logprobs against plain PyTorch, which gets the easier problem: the counted rows, already packed.
+
+FLOP: 2NDV for each matrix product over N counted rows: one forward, three forward + backward, two where the head is
+frozen; the floor is the time of these products alone. Memory is the peak above the inputs: on CPU by how much the
+process's resident memory grows, on a GPU what torch allocates.
+"""
+
+import functools
+
+import torch
+
+from rlhf_core import linear_token_logprobs
+from rlhf_core.benchmarks import common
+from rlhf_core.benchmarks.common import MEMORY, OURS, Case
+
+H200_MS = {"fwd": 12, "fwd + bwd": 36, "fwd + bwd, frozen head": 24}
+
+
+def plain(hidden, weight, targets):
+    log_p = torch.log_softmax(hidden @ weight.T, -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return log_p.gather(-1, targets[:, None])[:, 0]
+
+
+def case(kind: str, dtype: str, shape: tuple[int, int, int], V: int, counted: float, device: str, tiny: bool) -> Case:
+    B, T, D = shape
+    hidden = torch.randn(shape, device=device).to(getattr(torch, dtype))
+    weight = (torch.randn(V, D, device=device) / D**0.5).to(hidden.dtype)
+    targets = torch.randint(V, (B, T), device=device)
+    mask = torch.rand(B, T, device=device) < counted
+    packed = (hidden[mask], weight, targets[mask])
+    upstream = torch.randn(B, T, device=device)
+    products = 1 if kind == "fwd" else 2 if "frozen" in kind else 3
+
+    def wrap(f, hidden, weight, targets, upstream):
+        if products == 1:
+            return functools.partial(f, hidden, weight, targets)
+        hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_(products == 3)
+        leaves = [x for x in (hidden, weight) if x.requires_grad]
+        return common.call_and_grad(functools.partial(f, hidden, weight, targets), leaves, upstream)
+
+    ours = wrap(functools.partial(linear_token_logprobs, mask=mask), hidden, weight, targets, upstream)
+
+    def check():
+        exact = [x.double() if x.is_floating_point() else x for x in packed]
+        truth = wrap(plain, *exact, upstream[mask].double())()
+        got, truth = ([x] if products == 1 else list(x) for x in (ours(), truth))
+        got[0] = got[0][mask]
+        for x, want in zip(got, truth):
+            error = (x.double() - want).norm() / want.norm()
+            # 16-bit logits are off by 2^-9 of themselves before anything else happens.
+            assert error < (1e-5 if dtype == "float32" else 2e-2), f"relative error {error:.1e}"
+
+    n = len(packed[0])
+    logits, dlogits = (
+        torch.empty(n, V, device=device, dtype=hidden.dtype),
+        torch.ones_like(packed[0])[:, :1].expand(n, V),
+    )
+    dlogits = dlogits.contiguous() if products > 1 else None
+
+    def floor():
+        torch.mm(packed[0], weight.T, out=logits)
+        return products > 1 and dlogits @ weight, products > 2 and dlogits.T @ packed[0]
+
+    variants = {OURS: ours, "plain": wrap(plain, *packed, upstream[mask])}
+    if not tiny:
+        variants["compile"] = wrap(common.compiled(plain), *packed, upstream[mask])
+    if device == "cuda" and (liger := common.peer("liger_kernel.transformers")) and products == 3 and not tiny:
+        loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        variants["Liger, one loss"] = wrap(lambda h, w, y: loss(w, h, y), *packed, None)
+    variants[common.FLOOR] = floor
+    full_size = device == "cpu" and not tiny
+    return Case(
+        variants,
+        check,
+        flop=2 * n * D * V * products,
+        bars={"plain": 1 / 0.7, MEMORY: 4} if full_size and kind == "fwd + bwd" else {},
+        h200_ms=H200_MS[kind],
+        peak_of=None if tiny else "plain",
+    )
+
+
+def cases(size: str, device: str) -> dict:
+    if size == "sweep":
+        return {}
+    tiny = size == "tiny"
+    shape, V, counted = ((8, 192, 256), 50257, 1 / 3) if device == "cpu" else ((8, 1024, 4096), 128256, 1.0)
+    if tiny:
+        shape, V, counted = (2, 5, 16), 257, 0.6
+    dtype = "float32" if device == "cpu" or tiny else "bfloat16"
+    return {
+        f"{kind} {dtype} {shape} V {V}": functools.partial(case, kind, dtype, shape, V, counted, device, tiny)
+        for kind in H200_MS
+    }
+
+
+def test_linear_logprobs(benchmark, name):
+    common.record(benchmark, "linear_logprobs", name)

@@ -1,0 +1,268 @@
+"""The benchmarks: that a wrong op is not timed, that the tables say what was measured, and that `make gpu` goes on."""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_core import cli
+from rlhf_core.benchmarks import OPS, common, gpu
+from rlhf_core.benchmarks.common import FLOOR, OURS, Case
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every size is the tiny one."""
+    cases = common.cases
+    monkeypatch.setattr(common, "cases", lambda op, size, device: cases(op, "tiny", device))
+
+
+def nothing():
+    pass
+
+
+def case(**kwargs):
+    return Case({OURS: lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.02), "fast": nothing}, nothing, **kwargs)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_is_right_and_runs(op, tmp_path, capsys):
+    assert common.run([op], "tiny", "cpu", json_path=tmp_path / "new" / "rows.json") == 0
+    rows = json.loads((tmp_path / "new" / "rows.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == list(common.cases(op, "tiny", "cpu"))
+    shown = capsys.readouterr().out
+    for row in rows:
+        assert row["check"] == "passed" and "failed" not in row and row["ms"][OURS] > 0
+        assert len(row["ms"]) >= 2 and row["ratios"]
+        assert f"| {row['case']} | {common._digits(row['ms'][OURS])} |" in shown
+
+
+@pytest.mark.parametrize("op, size", [(op, size) for op in OPS for size in ("full", "sweep")])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_are_named_without_being_made(op, size, device):
+    named = common.cases(op, size, device)
+    assert size == "sweep" or named
+    assert all(callable(make) for make in named.values())
+
+
+@pytest.mark.parametrize(
+    "op, function, wrong",
+    [
+        ("gae", "gae", lambda r, v, m, **_: (r + v, r)),
+        ("logprobs", "token_logprobs", lambda z, y, **_: z.sum(-1)),
+        ("kl", "full_kl", lambda a, b: (a - b).sum(-1)),
+        ("policy_loss", "ppo_loss", lambda a, b, c, d, *_, **k: ((a - b).mean() + d.mean(), None)),
+        ("linear_logprobs", "linear_token_logprobs", lambda h, w, y, **_: (h @ w.T).amax(-1)),
+    ],
+)
+def test_a_wrong_op_gets_no_figure_and_status_one(op, function, wrong, tiny, monkeypatch, capsys):
+    module = importlib.import_module(f"rlhf_core.benchmarks.bench_{op}")
+    monkeypatch.setattr(module, function, wrong)
+    with pytest.raises(SystemExit, match="gave wrong results"):
+        cli.main(["bench", "--op", op, "--device", "cpu"])
+    assert "| not timed |" in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_is_caught_too(tiny, monkeypatch):
+    from rlhf_core.benchmarks import bench_logprobs
+
+    right = bench_logprobs.token_logprobs
+    wrong = lambda z, y, **kwargs: right(z, y, **kwargs) + z[..., 0] - z[..., 0].detach()  # noqa: E731
+    monkeypatch.setattr(bench_logprobs, "token_logprobs", wrong)
+    make = common.cases("logprobs", "tiny", "cpu")
+    make["fwd float32 (2, 3, 257)"]().check()
+    with pytest.raises(AssertionError):
+        make["fwd + bwd float32 (2, 3, 257)"]().check()
+
+
+def test_a_row_says_ratios_slow_downs_and_which_bars_are_met():
+    def broken():
+        raise TypeError("another version\nof it")
+
+    made = case(bytes=2_000_000, bars={"slow": 2, "fast": 1, "broken": 1})
+    made.variants["broken"] = broken
+    row = common.measure("op", "name", made, "full", "cpu")
+    assert row["ratios"]["slow"] > 4 > 1 > row["ratios"]["fast"] and row["of floor"] is None
+    assert row["GB/s"] == pytest.approx(2 / row["ms"][OURS])
+    assert row["bars"] == [["slow", 2, True], ["fast", 1, False]]
+    shown = common.table([row, {"op": "op", "case": "other", "check": "off\nby 1"}])
+    assert "slow 2: met; fast 1: MISSED; no broken: TypeError: another version |" in shown
+    assert [line.count("|") for line in shown.splitlines()] == [9] * 4
+    assert shown.splitlines()[-1].startswith("| other | not timed |") and shown.endswith("| off by 1 |")
+
+
+def test_a_short_call_is_timed_in_bundles_and_the_median_is_taken():
+    calls = []
+    quartiles = common.quartiles({OURS: lambda: calls.append(0)}, "cpu", False, rounds=9)
+    assert len(calls) > 1000 and quartiles[OURS][0] <= quartiles[OURS][1] <= quartiles[OURS][2] < 1e-4
+
+
+def test_peak_memory_is_what_a_call_holds_at_once():
+    def call():
+        x = torch.ones(2**24)  # 64 MiB
+        return (x + 1).sum()  # as much again
+
+    peak = common._resident_peak(call)
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert peak == pytest.approx(2**27, rel=0.1)
+
+
+def test_a_twin_runs_its_variant_in_a_process_with_that_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("RLHF_CORE_BACKEND", raising=False)
+    name = "gae fwd (3, 70)"
+    assert common.Twin({}, "gae", "tiny", name, OURS)() is None
+    with pytest.raises((EOFError, ConnectionError)):  # no such backend: the twin ends
+        common.Twin({"RLHF_CORE_BACKEND": "none"}, "gae", "tiny", name, OURS)()
+
+
+def test_peak_memory_makes_a_bar():
+    name = "fwd + bwd float32 (2, 5, 16) V 257"
+    made = common.cases("linear_logprobs", "tiny", "cpu")[name]()
+    made.peak_of = "plain"
+    row = common.measure("linear_logprobs", name, made, "tiny", "cpu")
+    assert set(row["peak MB"]) == {OURS, "plain"}
+
+
+def test_a_missing_peer_is_named(monkeypatch):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    assert common.missing("cuda") == ["liger-kernel"] and common.missing("cpu") == []
+    assert common.peer("liger_kernel.transformers") is None
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_the_picture_is_written(grows, tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = []
+    for i in range(4):
+        row = {
+            "op": f"op{i % 2}",
+            "case": f"case {i}",
+            "ms": {OURS: 1.0 + i, "eager": 3.0, FLOOR: 0.5},
+            "of floor": 0.5,
+        }
+        rows.append(row | ({"grows": (f"V, panel {i % 2}", 2**i)} if grows else {}))
+    common.plot(rows, "machine", tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_timed(tiny, tmp_path, monkeypatch, capsys):
+    find_spec = common.importlib.util.find_spec
+    found = lambda name: None if name == "matplotlib" else find_spec(name)  # noqa: E731
+    monkeypatch.setattr(common.importlib.util, "find_spec", found)
+    assert cli.main(["bench", "--device", "cpu", "--plot", str(tmp_path / "x.png")]) == 2
+    assert "pip install 'rlhf-core[report]'" in capsys.readouterr().err
+
+
+def test_the_command_prints_the_table_and_writes_json_and_picture(tiny, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    files = [tmp_path / "rows.json", tmp_path / "roof.png"]
+    assert cli.main(["bench", "--op", "gae", "--device", "cpu", "--json", str(files[0]), "--plot", str(files[1])]) == 0
+    shown = capsys.readouterr().out
+    assert torch.__version__ in shown and f"threads {torch.get_num_threads()}" in shown and "x TRL" in shown
+    assert json.loads(files[0].read_text())["machine"]["threads"] == torch.get_num_threads() and files[1].stat().st_size
+
+
+def test_pytest_benchmark_gets_the_row_and_times_ours(tiny):
+    class Benchmark:
+        extra_info = {}  # noqa: RUF012
+
+        def pedantic(self, call, **_):
+            self.result = call()
+
+    benchmark = Benchmark()
+    common.record(benchmark, "gae", "gae fwd (3, 70)")
+    assert {"ms", "GB/s", "of floor", "ratios", "threads", "torch", "device"} <= set(benchmark.extra_info)
+    assert len(benchmark.result) == 2  # advantages and returns
+
+
+def test_pytest_finds_every_case_and_keeps_the_repository_off_the_path(tmp_path):
+    (tmp_path / "spy.py").write_text(
+        "import sys\n"
+        f"def pytest_collection_finish(session): assert {str(ROOT)!r} not in sys.path and '' not in sys.path\n"
+    )
+    code = f"import sys, pytest; sys.path[0] = {str(tmp_path)!r}; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "-p", "spy", "--collect-only", "--import-mode=importlib", "benchmarks"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for op in OPS:
+        for name in common.cases(op, "full", common.device()):
+            assert f"benchmarks/bench_{op}.py::test_{op}[{name}]" in done.stdout
+
+
+# ---- make gpu
+
+
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    """Fake parts, each of which adds its letter to a file; returns the letters so far."""
+    runs = tmp_path / "runs"
+
+    def part(letter, then, seconds=60, more=()):
+        note = f"import os, time; runs = open({str(runs)!r}, 'a+'); runs.write('{letter}'); runs.flush(); runs.seek(0)"
+        return gpu.Part(
+            [sys.executable, "-c", f"{note}; first = runs.read().count('{letter}') == 1; {then}", *more], seconds
+        )
+
+    rows = {"rows": [{"op": "gae", "case": "fwd", "check": "off by 1"}]}
+    found = {
+        "bench gae": part("b", f"open(os.environ['RLHF_CORE_BENCH_ROWS'], 'w').write('{json.dumps(rows)}')"),
+        "memcheck": gpu.Part([], 60),
+        "racecheck": part("r", "print('Device not supported'); exit(9)", more=["--tool", "racecheck"]),
+        "tests": part("t", "print('why'); exit(first)"),
+        "slow": part("s", "time.sleep(60 * first)", seconds=2),
+    }
+    monkeypatch.setattr(gpu, "parts", lambda root, size, device: found)
+    return runs.read_text
+
+
+def test_make_gpu_runs_every_part_once_and_failed_ones_again(parts, tmp_path, capsys):
+    (tmp_path / "kernels").mkdir()
+    source = tmp_path / "kernels" / "x.py"
+    source.write_text("1")
+    results = tmp_path / "results"
+    assert gpu.run(tmp_path, results, "tiny", "cpu") == 2  # "tests" and "slow"
+    assert parts() == "brts"
+    shown = capsys.readouterr().out
+    assert "memcheck: skipped: compute-sanitizer is not installed (0 s)" in shown and "why\nexit: 1" in shown
+    assert "racecheck: skipped: compute-sanitizer does not support" in shown and "stopped after 2 s" in shown
+    for _ in range(2):  # the second has nothing left to do
+        assert gpu.run(tmp_path, results, "tiny", "cpu") == 0
+        assert parts() == "brts" + "ts"
+    (path,) = results.glob("*.json")
+    data = json.loads(path.read_text())
+    assert data["machine"] == common.machine("cpu") and data["parts"]["tests"]["status"] == "passed"
+    table = path.with_suffix(".md").read_text()
+    assert "| tests | passed |" in table and "| fwd | not timed |" in table
+    source.write_text("2")
+    gpu.run(tmp_path, results, "tiny", "cpu")
+    assert parts() == "brtsts" + "brts"
+
+
+def test_make_gpu_stays_under_eight_minutes_and_its_parts_run():
+    parts = gpu.parts(ROOT, "tiny", "cpu")
+    assert sum(part.seconds for part in parts.values()) <= 480 and set(parts) >= {f"bench {op}" for op in OPS}
+    bench = gpu.run_part(parts["bench gae"])
+    assert bench["status"] == "passed" and all(row["check"] == "passed" for row in bench["rows"])
+    assert gpu.check("cpu") == 0  # what the sanitizer runs
+    command = [*parts["tests"].command, "--collect-only"]
+    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"tests/test_{op}.py::" in done.stdout for op in OPS)
+    assert "[triton" in done.stdout and gpu.AHEAD_OF_TIME not in done.stdout
+
+
+def test_make_gpu_without_a_gpu_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "rlhf_core.benchmarks.gpu", str(ROOT)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 1 and "needs a CUDA device" in done.stderr
