@@ -52,7 +52,7 @@ HELD_BY = {
         "kl::full_kl_and_both_gradients_match_float64", "cpp::every_size_and_dtype_matches_float64"),
     4: ("logprobs::an_offset_common_to_all_logits_costs_no_digits", "kl::full_kl_finds_maxima_that_come_late",
         "cpp::offset_that_starts_too_low"),
-    5: ("logprobs::offsets_beyond_2_to_the_31", "kernels::rows_further_apart_than_int32_can_say"),
+    5: ("logprobs::offsets_beyond_2_to_the_31", "kernels::exact_kl_of_rows_further_apart_than_int32_can_say"),
     6: ("kernels::triton_rows_lie_on_the_one_grid_axis_that_is_long_enough",),
     7: ("kernels::new_lengths_batches_temperatures_and_coefficients_compile_nothing",),
     8: ("logprobs::the_gradient_of_a_near_certain_target_is_formed_before_rounding",
