@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_core.data import ByteTokenizer
+from rlhf_core.data import ByteTokenizer, TokenBatch
 from rlhf_core.evaluation import evaluate_policy, win_rate
 from rlhf_core.models import Transformer, TransformerConfig, ValueModel
 from rlhf_core.rollout import Rollout, response_logprobs, response_values, sample
+from rlhf_core.trainers.dpo import completion_logprobs
 
 GPT2 = dict(
     positions="learned", norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias=True, mlp_bias=True
@@ -142,3 +144,33 @@ def test_evaluation_does_not_depend_on_the_batch_size():
 
 def test_a_tie_is_half_a_win():
     assert win_rate(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, -1.0])) == 0.625
+
+
+class Largest(TorchDispatchMode):
+    """The largest memory of a tensor that any operation returns, in bytes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            self.nbytes = max(self.nbytes, x.untyped_storage().nbytes()) if isinstance(x, torch.Tensor) else self.nbytes
+        return out
+
+
+@pytest.mark.parametrize("scored", ["PPO's responses", "DPO's completions"])
+def test_training_never_holds_the_logits_of_a_batch(scored):
+    """Forward and backward see counted positions only, in blocks of the vocabulary: less than a quarter of B T V."""
+    B, P, R, V = 4, 20, 40, 5000
+    model = Transformer(TransformerConfig(V, hidden_size=8, num_layers=1, num_heads=2))
+    ids, mask = torch.randint(V, (B, P + R)), torch.arange(R) < torch.tensor([[5], [10], [3], [1]])
+    with Largest() as largest:
+        if scored == "PPO's responses":
+            rollout = Rollout(ids[:, :P], torch.ones(B, P, dtype=torch.bool), ids[:, P:], mask, torch.zeros(B, R))
+            logprobs, entropy = response_logprobs(model, rollout)
+        else:
+            counted = torch.cat((torch.zeros(B, P, dtype=torch.bool), mask), dim=1)
+            logprobs, entropy = completion_logprobs(model, TokenBatch(ids, torch.ones_like(counted), ids, counted))
+        (logprobs + entropy).sum().backward()
+    assert logprobs[logprobs != 0].numel() == 19
+    assert 4 * 8 * V <= largest.nbytes < 4 * B * (P + R) * V / 4
