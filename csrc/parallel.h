@@ -5,18 +5,29 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#ifndef _OPENMP
+#ifdef _OPENMP
+#include <pthread.h>
+#else
 #include <thread>
 #include <vector>
 #endif
 
 namespace rlhf {
 
+#ifdef _OPENMP
+// A forked child has none of its parent's OpenMP threads, but libgomp would wait for them: there the caller works alone.
+inline bool forked = false;
+inline const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 // Calls body(begin, end) over [0, n) in chunks of `grain`. One chunk, or one thread, runs in the caller: a chunk should
 // be worth more than waking a thread (some 10 us).
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
   threads = static_cast<int>(std::min<int64_t>(threads, (n + grain - 1) / grain));
+#ifdef _OPENMP
+  if (forked) threads = 1;
+#endif
   if (threads <= 1) return body(0, n);
   std::atomic<int64_t> next{0};
   const auto work = [&] {

@@ -35,8 +35,8 @@ class Status(NamedTuple):
 def resolve(backend: str | None, x: Tensor) -> ModuleType | type | None:
     """What holds the launchers that run an op on x; None means the op's reference.
 
-    backend None takes `RLHF_CORE_BACKEND` where set, else triton for CUDA tensors and cpp for CPU tensors, falling back
-    to the reference (also for float64). A backend asked for by name is used or raises: ValueError for an
+    backend None takes what `RLHF_CORE_BACKEND` named at import, else triton for CUDA tensors and cpp for CPU tensors,
+    falling back to the reference (also for float64). A backend asked for by name is used or raises: ValueError for an
     unknown or unusable one, TypeError for a dtype it does not take.
     """
     name = _choose(backend, x.dtype, "cpu" if x.is_cpu else x.device.type)

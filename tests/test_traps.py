@@ -292,12 +292,18 @@ assert [len(out) for out in results] == [10, 10] and all(same(x, alone) for out 
 
 FORK = f"""{WORK}
 import time
+import rlhf_core
 threads, used = map(int, sys.argv[1:])
-want = work() if used else None
+logits, targets = torch.randn(64, 9000), torch.randint(9000, (64,))
+
+def ours():  # work for several threads, and none of torch's beside it
+    return [rlhf_core.token_logprobs(logits, targets)]
+
+want = ours() if used else None
 child = os.fork()
 if child == 0:
     torch.set_num_threads(threads)
-    got = work()
+    got = ours() if used else work()
     os._exit(0 if want is None or same(got, want) else 1)
 for _ in range(80):
     done, status = os.waitpid(child, os.WNOHANG)
@@ -307,15 +313,13 @@ for _ in range(80):
 os.kill(child, 9), os.waitpid(child, 0)
 sys.exit("the child hangs")
 """
-HANGS = "libgomp does not fork its threads but waits for them; in such a child torch hangs too"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("threads, used", [
-    (2, 0),
-    (1, 1),  # as workers of a DataLoader do
-    pytest.param(2, 1, marks=pytest.mark.xfail(sys.platform == "linux", strict=True, reason=HANGS)),
-])  # fmt: skip
+@pytest.mark.parametrize("threads, used", [(2, 0), (1, 1), (2, 1)])
 def test_a_forked_child_computes(threads, used):
-    """With so many threads, where the parent has used two or none before."""
+    """With so many threads, where the parent has used two or none before; DataLoader's workers have one.
+
+    torch's own ops hang in the last case, as libgomp does not fork its threads but waits for them: ours do not.
+    """
     python(FORK, str(threads), str(used))
