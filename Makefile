@@ -26,7 +26,8 @@ lint: $(STAMP)
 
 # csrc/ under gcc's sanitizers, in a copy of the package: memory and arithmetic, then races. Without OpenMP, whose
 # synchronisation ThreadSanitizer does not see: parallel_for takes std::thread.
-SANITIZED_TESTS := $(foreach op,cpp logprobs linear_logprobs kl gae policy_loss,tests/test_$(op).py)
+SANITIZED_OPS := cpp logprobs linear_logprobs kl gae policy_loss decode_attention sampling
+SANITIZED_TESTS := $(foreach op,$(SANITIZED_OPS),tests/test_$(op).py)
 
 define sanitized
 	rm -rf build/$(1) && mkdir -p build/$(1) && cp -r rlhf_core build/$(1)/ && rm -f build/$(1)/rlhf_core/_C.*

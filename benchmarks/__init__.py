@@ -3,4 +3,4 @@
 A bench_<op>.py has `cases(size, device)`: names to functions that make a `Case`. `common` checks and times them.
 """
 
-OPS = ("logprobs", "linear_logprobs", "kl", "gae", "policy_loss")
+OPS = ("logprobs", "linear_logprobs", "kl", "gae", "policy_loss", "decode_attention", "sampling")

@@ -47,7 +47,7 @@ def parts(root: Path, size: str, device: str) -> dict[str, Part]:
     for tool in ("memcheck", "racecheck"):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *python(f"check({device!r})")]
         found[tool] = Part(command if sanitizer else [], 45)
-    for op, seconds in zip(OPS, (75, 45, 35, 20, 15)):
+    for op, seconds in zip(OPS, (60, 36, 26, 18, 14, 18, 18)):
         found[f"bench {op}"] = Part(python(f"bench({op!r}, {size!r}, {device!r})"), seconds)
     return found
 

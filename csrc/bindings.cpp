@@ -191,4 +191,31 @@ PYBIND11_MODULE(_C, m) {
     a.dlogprobs = dlogprobs, a.dvalues = dvalues, a.dentropy = dentropy;
     ppo_loss_fwd(a, threads);
   }, release);
+  m.def("decode_attention_fwd", [](Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor lengths,
+                                   Tensor slots, Tensor cos, Tensor sin, std::optional<int64_t> window, Tensor out,
+                                   int threads) {
+    DecodeAttentionArgs a = {};
+    a.dtype = q.dtype(), a.cache_dtype = keys.dtype();
+    a.B = q.shape[0], a.H = q.shape[1], a.K = q.shape[2];
+    a.N = keys.shape[0], a.Hkv = keys.shape[1], a.S = keys.shape[2], a.window = window.value_or(a.S);
+    a.q = {q, q.strides[0]}, a.k = {k, k.strides[0]}, a.v = {v, v.strides[0]};
+    a.keys = keys, a.values = values, a.lengths = lengths, a.slots = slots, a.cos = cos, a.sin = sin, a.out = out;
+    decode_attention_fwd(a, threads);
+  }, release);
+  m.def("rms_norm_fwd", [](Tensor x, Tensor weight, double eps, Tensor out, int threads) {
+    RmsNormArgs a = {};
+    a.dtype = x.dtype(), a.B = x.shape[0], a.D = x.shape[1], a.eps = static_cast<float>(eps);
+    a.x = {x, x.strides[0], 0}, a.weight = weight, a.out = out;
+    rms_norm_fwd(a, threads);
+  }, release);
+  m.def("sample_tokens_fwd", [](Tensor logits, Tensor seeds, Tensor counters, double temperature,
+                                std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p,
+                                Tensor tokens, Tensor logprobs, Tensor full_logprobs, int threads) {
+    SamplingArgs a = {};
+    a.dtype = logits.dtype(), a.B = logits.shape[0], a.V = logits.shape[1], a.logits = logits;
+    a.seeds = seeds, a.counters = counters, a.temperature = temperature;
+    a.top_k = top_k.value_or(0), a.top_p = top_p.value_or(0), a.min_p = min_p.value_or(0);
+    a.tokens = tokens, a.logprobs = logprobs, a.full_logprobs = full_logprobs;
+    sample_tokens_fwd(a, threads);
+  }, release);
 }

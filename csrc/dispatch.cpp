@@ -8,7 +8,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
+#include <type_traits>
 #ifdef __x86_64__
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -138,6 +140,26 @@ void check_targets(const LogprobsArgs& a) {
     }
 }
 
+// How many keys all rows together see.
+int64_t check_slots(const DecodeAttentionArgs& a) {
+  std::vector<bool> taken(a.N);
+  int64_t keys = 0;
+  for (int64_t b = 0; b < a.B; ++b) {
+    const int64_t slot = a.slots[b];
+    const bool inside = slot >= 0 && slot < a.N;
+    const int64_t n = inside ? a.lengths[slot] : 0;
+    if (!inside || taken[slot] || n < 0 || n >= a.S)
+      throw std::invalid_argument("row " + std::to_string(b) + ": slot " + std::to_string(slot) +
+                                  (!inside        ? " is outside [0, " + std::to_string(a.N) + ")"
+                                   : taken[slot] ? " is an earlier row's"
+                                                 : " has length " + std::to_string(n) +
+                                                       ", no room for another token in " + std::to_string(a.S)));
+    taken[slot] = true;
+    keys += std::min(n + 1, a.window);
+  }
+  return keys;
+}
+
 }  // namespace
 
 void token_logprobs_fwd(const LogprobsArgs& a, int threads) {
@@ -197,6 +219,27 @@ void ppo_loss_fwd(PpoLossArgs a, int threads) {
   *a.scale = static_cast<float>(scale);
   for (int k = 0; k < kCount; ++k) a.stats[k] = static_cast<float>(sums[k] / count);
   a.stats[kCount] = static_cast<float>(sums[kCount]);
+}
+
+void decode_attention_fwd(const DecodeAttentionArgs& a, int threads) {
+  const int64_t keys = check_slots(a), per_unit = keys / std::max<int64_t>(a.B, 1) * a.K * (1 + a.H / a.Hkv);
+  run(chosen().table->decode_attention[a.cache_dtype], a, a.B * a.Hkv, row_grain(per_unit), threads);
+}
+
+void rms_norm_fwd(const RmsNormArgs& a, int threads) {
+  run(chosen().table->rms_norm[a.dtype], a, a.B, row_grain(a.D), threads);
+}
+
+void sample_tokens_fwd(const SamplingArgs& args, int threads) {
+  const auto kernel = chosen().table->sample_tokens[args.dtype];
+  parallel_for(args.B, row_grain(2 * args.V), threads, [&](int64_t begin, int64_t end) {
+    const int64_t blocks = args.V / 1024 + 1, lanes = 16;  // or fewer
+    const std::unique_ptr<double[]> sums(new double[blocks]);
+    const std::unique_ptr<float[]> scratch(new float[blocks + 3 * (args.V + lanes) + 1024]);
+    SamplingArgs a = args;
+    a.sums = sums.get(), a.scratch = scratch.get();
+    kernel(a, begin, end);
+  });
 }
 
 std::string isa() { return chosen().name; }

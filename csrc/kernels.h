@@ -103,6 +103,42 @@ struct PpoLossArgs {
   double* chunk_sums;                     // (chunks, kPpoSums): both set by ppo_loss_fwd
 };
 
+struct DecodeAttentionArgs {
+  Dtype dtype, cache_dtype;  // of q, k, v and out; of keys and values
+  int64_t B, H, Hkv, K, N, S, window;
+  struct Heads { char* data; int64_t stride; } q, k, v;  // (B, H or Hkv, K); stride, of the rows, counts elements
+  char *keys, *values;                                   // (N, Hkv, S, K)
+  const int64_t *lengths, *slots;                        // (N,), (B,)
+  const float *cos, *sin;                                // (positions, K / 2); null: no rotation
+  char* out;                                             // (B, H, K)
+  char* head(const Heads& x, int64_t b, int64_t h) const {
+    return x.data + (b * x.stride + h * K) * (dtype == kFloat32 ? 4 : 2);
+  }
+};
+
+struct RmsNormArgs {
+  Dtype dtype;
+  int64_t B, D;
+  Rows x;  // (B, D)
+  const char* weight;
+  float eps;
+  char* out;  // contiguous
+};
+
+struct SamplingArgs {
+  Dtype dtype;
+  int64_t B, V;
+  Rows logits;  // (B, V)
+  const int64_t *seeds, *counters;
+  double temperature;
+  int64_t top_k;        // 0: all, as in the next two
+  double top_p, min_p;
+  int64_t* tokens;
+  float *logprobs, *full_logprobs;  // the latter null if and only if nothing is truncated
+  double* sums;                     // one per block of a row, and what else a row needs:
+  float* scratch;                   // both set by sample_tokens_fwd for each thread
+};
+
 // One table per ISA. A kernel works on rows (or elements) [begin, end) and knows nothing of threads.
 template <class Args>
 using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
@@ -115,9 +151,12 @@ struct Table {
   Kernel<AdvantagesArgs> ppo_advantages;  // up to the moments of each row
   void (*whiten)(float* x, const bool* mask, int64_t n, double mean, double scale);
   Kernel<PpoLossArgs> ppo_loss;  // works on chunks of rows
+  Kernel<DecodeAttentionArgs> decode_attention[kDtypes];  // by cache_dtype; works on key/value heads of rows
+  Kernel<RmsNormArgs> rms_norm[kDtypes];
+  Kernel<SamplingArgs> sample_tokens[kDtypes];
 };
 
-// Wrong input (a target out of range, an impossible RLHF_CORE_CPU_ISA) throws std::invalid_argument.
+// Wrong input (a target or slot out of range, an impossible RLHF_CORE_CPU_ISA) throws std::invalid_argument.
 void token_logprobs_fwd(const LogprobsArgs& args, int threads);
 void token_logprobs_bwd(const LogprobsArgs& args, int threads);
 void full_kl_fwd(const FullKlArgs& args, int threads);
@@ -128,6 +167,9 @@ void gae_fwd(const GaeArgs& args, int threads);
 void gae_bwd(const GaeArgs& args, int threads);
 void ppo_advantages_fwd(AdvantagesArgs args, bool whiten, int threads);
 void ppo_loss_fwd(PpoLossArgs args, int threads);
+void decode_attention_fwd(const DecodeAttentionArgs& args, int threads);
+void rms_norm_fwd(const RmsNormArgs& args, int threads);
+void sample_tokens_fwd(const SamplingArgs& args, int threads);
 
 std::string isa();                          // the one in use
 std::vector<std::string> available_isas();  // those this CPU and this build can run, slowest first

@@ -43,7 +43,7 @@ SIMD float max_lane(F v) {
   return best;
 }
 
-// fma(a, b, c) = a * b + c. min and max return b where either is NaN. scale2(p, n) = p * 2^n for integral n and p near
+// fma(a, b, c) = a * b + c. pair_sums: the sum of every two neighbours, a's and then b's. min and max return b where either is NaN. scale2(p, n) = p * 2^n for integral n and p near
 // 1: 0 for n = -inf (or below -126), huge or inf for n > 127; NaN in p stays where n is not -inf.
 #if RLHF_ISA >= 512
 SIMD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
@@ -51,6 +51,10 @@ SIMD F min(F a, F b) { return _mm512_min_ps(a, b); }
 SIMD F max(F a, F b) { return _mm512_max_ps(a, b); }
 SIMD F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 SIMD F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }
+SIMD F pair_sums(F a, F b) {
+  const U low = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, even = 2 * low;
+  return _mm512_permutex2var_ps(a, (__m512i)even, b) + _mm512_permutex2var_ps(a, (__m512i)(even + 1), b);
+}
 SIMD F load(const F16* p) { return _mm512_cvtph_ps(read<__m256i>(p)); }
 SIMD H to_half(F v) { return (H)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #elif RLHF_ISA == 2
@@ -58,15 +62,20 @@ SIMD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 SIMD F min(F a, F b) { return _mm256_min_ps(a, b); }
 SIMD F max(F a, F b) { return _mm256_max_ps(a, b); }
 SIMD F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+SIMD F pair_sums(F a, F b) {
+  return (F)_mm256_permute4x64_pd((__m256d)_mm256_hadd_ps(a, b), 0xd8);  // hadd takes turns, every four lanes
+}
 SIMD F load(const F16* p) { return _mm256_cvtph_ps(read<__m128i>(p)); }
 SIMD H to_half(F v) { return (H)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #elif RLHF_ISA == 1
 SIMD F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 SIMD F round(F x) { return vrndnq_f32(x); }
+SIMD F pair_sums(F a, F b) { return vpaddq_f32(a, b); }
 SIMD F load(const F16* p) { return vcvt_f32_f16((float16x4_t)read<H>(p)); }
 SIMD H to_half(F v) { return (H)vcvt_f16_f32(v); }
 #else
 SIMD F fma(F a, F b, F c) { return a * b + c; }
+SIMD F pair_sums(F a, F b) { return F{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]}; }
 // Adding 1.5 * 2^23 leaves no fraction bits; beyond 2^22 nobody needs the rounding.
 SIMD F round(F x) { return select((x < 4194304.f) & (x > -4194304.f), (x + 12582912.f) - 12582912.f, x); }
 SIMD F load(const F16* p) {
@@ -106,6 +115,33 @@ SIMD void load_pair(const E* p, F& a, F& b) { a = load(p), b = load(p + W); }
 SIMD void load_pair(const BF16* p, F& a, F& b) {
   const U pairs = read<U>(p);
   a = (F)(pairs << 16), b = (F)(pairs & 0xffff0000);
+}
+
+// Bit k for a lane k that is true.
+SIMD uint32_t lane_bits(I condition) {
+#if RLHF_ISA >= 512
+  return _mm512_movepi32_mask((__m512i)condition);
+#elif RLHF_ISA == 2
+  return _mm256_movemask_ps((__m256)condition);
+#else
+  uint32_t bits = 0;
+  for (int k = 0; k < W; ++k) bits |= uint32_t(condition[k] & 1) << k;
+  return bits;
+#endif
+}
+
+// Stores the lanes that are true one after the other, and rubbish behind them, but not from p + W on; where the next ones go.
+SIMD float* compress(float* p, F v, I condition) {
+  uint32_t bits = lane_bits(condition);
+#if RLHF_ISA >= 512
+  write(p, _mm512_maskz_compress_ps(bits, v));  // in memory it would take ten times as long on some CPUs
+  return p + __builtin_popcount(bits);
+#else
+  float lanes[W];
+  write(lanes, v);
+  for (int k = 0; k < W; ++k, bits >>= 1) *p = lanes[k], p += bits & 1;
+  return p;
+#endif
 }
 
 SIMD U round_to_bfloat(F v) {  // in the upper half; the lower one holds rubbish

@@ -7,6 +7,10 @@
 
 #include "gae.h"
 #include "policy_loss.h"
+#include "sampling.h"
+
+#include "decode_attention.h"
+#include "rms_norm.h"
 
 const Table table = {
     {logprobs_fwd<float>, logprobs_fwd<BF16>, logprobs_fwd<F16>},
@@ -20,6 +24,9 @@ const Table table = {
     ppo_advantages,
     whiten,
     ppo_loss,
+    {decode_attention<float>, decode_attention<BF16>, decode_attention<F16>},
+    {rms_norm<float>, rms_norm<BF16>, rms_norm<F16>},
+    {sample_tokens<float>, sample_tokens<BF16>, sample_tokens<F16>},
 };
 
 #undef SIMD

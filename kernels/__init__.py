@@ -7,12 +7,15 @@ have done that. It allocates the outputs and launches one kernel on the tensors'
 if __name__ != "rlhf_core.kernels":  # PyPI has an unrelated package named `kernels`, which this folder must not shadow
     raise ImportError("the folder kernels/ is rlhf_core.kernels; install rlhf_core and import it by that name")
 
+from rlhf_core.kernels.decode_attention import decode_attention_fwd
 from rlhf_core.kernels.gae import gae_bwd, gae_fwd, ppo_advantages_fwd
 from rlhf_core.kernels.kl import full_kl_bwd, full_kl_fwd, kl_estimate_bwd, kl_estimate_fwd
 from rlhf_core.kernels.logprobs import token_logprobs_bwd, token_logprobs_fwd
 from rlhf_core.kernels.policy_loss import ppo_loss_fwd
+from rlhf_core.kernels.sampling import sample_tokens_fwd
 
 __all__ = [
+    "decode_attention_fwd",
     "full_kl_bwd",
     "full_kl_fwd",
     "gae_bwd",
@@ -21,6 +24,7 @@ __all__ = [
     "kl_estimate_fwd",
     "ppo_advantages_fwd",
     "ppo_loss_fwd",
+    "sample_tokens_fwd",
     "token_logprobs_bwd",
     "token_logprobs_fwd",
 ]

@@ -5,7 +5,9 @@ While torch.compile traces, `backends.resolve` answers with one of `launchers` i
 alone have none and raise when asked for one. Eager mode does not come this way, as an operator costs several times a
 plain call.
 
-An operator has no way to return None: a result that is not there leaves it as an empty bool tensor.
+An operator has no way to return None: a result that is not there leaves it as an empty bool tensor. A launcher that
+writes to its arguments is no operator but breaks the graph: inductor loses what such a one writes to tensors that share
+memory, as the layers of a cache do (seen with torch 2.13 and dynamic shapes).
 """
 
 import importlib
@@ -33,7 +35,7 @@ def operator(name: str, parameters: str, fake: Callable, function: Callable | No
     function: the launcher itself where no backend has one: it takes the backend's module first.
     """
     names = [parameter.split()[1] for parameter in parameters.split(",")]
-    has_temperature = "temperature" in names
+    has_temperature = "temperatures" in names
     at = names.index("temperature") if has_temperature else 0
 
     def run(module: str, *args: Any) -> list[Tensor]:
@@ -146,3 +148,24 @@ operator(
         *(None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy)),
     ),
 )
+operator(
+    "sample_tokens_fwd",
+    "Tensor logits, Tensor seeds, Tensor counters, float temperature, int? top_k, float? top_p, float? min_p",
+    lambda logits, seeds, counters, temperature, *truncation: (
+        torch.empty_like(seeds),
+        torch.empty_like(seeds, dtype=torch.float32),
+        torch.empty_like(seeds, dtype=torch.float32) if any(x is not None for x in truncation) else None,
+    ),
+)
+
+
+def _breaking(module: str, name: str) -> Callable:
+    def call(*args):
+        return getattr(importlib.import_module(module), name)(*args)
+
+    call._torchdynamo_disable = True  # torch.compiler.disable, which would import dynamo here and now
+    return staticmethod(call)
+
+
+for module, home in _classes.items():
+    home.decode_attention_fwd = _breaking(module, "decode_attention_fwd")

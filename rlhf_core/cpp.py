@@ -1,8 +1,8 @@
 """The CPU backend: allocates what `rlhf_core._C` computes. Its only importer.
 
-Same launchers as `rlhf_core.kernels`. Arguments are trusted, but for the range of targets: the ops have validated
-them and made the last axis contiguous. A launcher runs on `torch.get_num_threads()` threads; the result does not depend
-on how many. Outputs come from `empty_like` where it can be: `empty` takes twice as long to read a shape.
+Same launchers as `rlhf_core.kernels`. Arguments are trusted, but for the range of targets and slots: the ops have
+validated them and made the last axis contiguous. A launcher runs on `torch.get_num_threads()` threads; the result does
+not depend on how many. Outputs come from `empty_like` where it can be: `empty` takes twice as long to read a shape.
 """
 
 import torch
@@ -180,6 +180,53 @@ def ppo_loss_fwd(
         *outputs, torch.get_num_threads(),
     )  # fmt: skip
     return tuple(outputs)
+
+
+def decode_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    """(B, H, K) of q's dtype; the new tokens are in keys and values. ValueError for a slot that takes none."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _C.decode_attention_fwd(
+        q, k, v, keys, values, lengths, slots, cos, sin, window, out, torch.get_num_threads()
+    )  # fmt: skip
+    return out
+
+
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(B, D) contiguous, of x's dtype. The only launcher without a Triton counterpart: torch's own is fused there."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _C.rms_norm_fwd(x, weight, eps, out, torch.get_num_threads())
+    return out
+
+
+def sample_tokens_fwd(
+    logits: Tensor,
+    seeds: Tensor,
+    counters: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(tokens, logprobs, full_logprobs, or None where nothing is truncated), each (B,), of logits (B, V)."""
+    tokens = torch.empty_like(seeds)
+    logprobs = torch.empty_like(seeds, dtype=torch.float32)
+    full_logprobs = None if top_k is top_p is min_p is None else torch.empty_like(logprobs)
+    _C.sample_tokens_fwd(
+        logits, seeds, counters, temperature, top_k, top_p, min_p,
+        tokens, logprobs, full_logprobs, torch.get_num_threads(),
+    )  # fmt: skip
+    return tokens, logprobs, full_logprobs
 
 
 def _per_token(count: int, like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:

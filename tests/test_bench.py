@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_core import cli
+from rlhf_core import cli, ops
 from rlhf_core.benchmarks import OPS, common, gpu
 from rlhf_core.benchmarks.common import FLOOR, OURS, Case
 
@@ -59,6 +59,8 @@ def test_cases_are_named_without_being_made(op, size, device):
         ("logprobs", "token_logprobs", lambda z, y, **_: z.sum(-1)),
         ("kl", "full_kl", lambda a, b: (a - b).sum(-1)),
         ("policy_loss", "ppo_loss", lambda a, b, c, d, *_, **k: ((a - b).mean() + d.mean(), None)),
+        ("decode_attention", "decode_attention", lambda q, *_, **k: q * 2),
+        ("sampling", "sample_tokens", lambda z, *_, **k: ops.sampling.Sample(z.argmax(-1), z[:, 0], z[:, 0])),
         ("linear_logprobs", "linear_token_logprobs", lambda h, w, y, **_: (h @ w.T).amax(-1)),
     ],
 )

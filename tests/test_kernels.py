@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_core import backends, full_kl, gae, kl_estimate, ppo_advantages, ppo_loss, token_logprobs
+from rlhf_core import backends, decode_attention, full_kl, gae, kl_estimate, ppo_advantages, ppo_loss, token_logprobs
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = [
-    *("full_kl_bwd", "full_kl_fwd", "gae_bwd", "gae_fwd", "kl_estimate_bwd", "kl_estimate_fwd"),
-    *("ppo_advantages_fwd", "ppo_loss_fwd", "token_logprobs_bwd", "token_logprobs_fwd"),
+    *("decode_attention_fwd", "full_kl_bwd", "full_kl_fwd", "gae_bwd", "gae_fwd", "kl_estimate_bwd", "kl_estimate_fwd"),
+    *("ppo_advantages_fwd", "ppo_loss_fwd", "sample_tokens_fwd", "token_logprobs_bwd", "token_logprobs_fwd"),
 ]
 X, LOGITS, MASK = torch.zeros(2, 3), torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.bool)
 OPS = {
@@ -34,6 +34,9 @@ OPS = {
     "ppo_advantages": lambda **kw: ppo_advantages(torch.zeros(2), X, X, X, MASK, kl_coef=0.1, **kw),
     "ppo_loss": lambda **kw: ppo_loss(
         X, X, X, None, None, None, MASK, clip_range=0.2, value_clip_range=None, vf_coef=0.0, **kw
+    ),
+    "decode_attention": lambda **kw: decode_attention(
+        *[LOGITS] * 3, *[LOGITS[:, :, None].clone()] * 2, *[torch.arange(2) * 0, torch.arange(2)], rope=None, **kw
     ),
 }
 
@@ -156,8 +159,7 @@ def test_triton_rows_lie_on_the_one_grid_axis_that_is_long_enough(monkeypatch):
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    for module in (kernels.gae_fwd, kernels.full_kl_fwd, kernels.token_logprobs_fwd, kernels.ppo_loss_fwd):
-        module = sys.modules[module.__module__]
+    for module in {sys.modules[getattr(kernels, name).__module__] for name in LAUNCHERS}:
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder())
     call_every_launcher(kernels, V=1, B=70_000, T=1)  # more than a grid's second and third axis take
@@ -207,7 +209,8 @@ class Meter:
 
     def access(self, kind, original, builder, *args):
         pointers, mask = (args[1], args[3]) if kind == "atomics" else (args[0], args[2 if kind == "stores" else 1])
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        inside = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)  # may come as integers
+        addresses = pointers.data[inside].astype(np.int64)
         self.arrivals += kind == "atomics"
         for start, region in self.regions.items():
             here = (addresses >= start) & (addresses < start + region["span"])
@@ -270,6 +273,29 @@ def test_every_token_is_loaded_and_stored_once(monkeypatch):
     assert [meter.bytes("stores", t) for t in (dlogprobs, dvalues, dentropy)] == [every] * 3
 
 
+def test_every_key_and_value_that_is_seen_is_loaded_once_for_its_group_of_heads(monkeypatch):
+    meter = Meter(monkeypatch)
+    import rlhf_core.kernels as kernels
+
+    q, k, v = torch.randn(2, 8, 20), torch.randn(2, 2, 20), torch.randn(2, 2, 20)
+    keys, values = torch.randn(3, 2, 300, 20), torch.randn(3, 2, 300, 20)
+    lengths, slots = torch.tensor([299, 9, 5]), torch.tensor([2, 0])
+    for window, seen in ((None, 299 + 5), (200, 199 + 5)):  # the new one is not loaded but in a register
+        kernels.decode_attention_fwd(q, k, v, keys, values, lengths, slots, None, None, window)
+        for x in (keys, values):
+            assert (meter.bytes("loads", x), meter.bytes("stores", x)) == (seen * 2 * 20 * 4, 2 * 2 * 20 * 4)
+
+
+def test_triton_turns_a_row_without_room_or_place_into_nan_and_leaves_the_cache(monkeypatch):
+    meter = Meter(monkeypatch)
+    import rlhf_core.kernels as kernels
+
+    q, k, v, cache = torch.randn(4, 2, 8), torch.randn(4, 1, 8), torch.randn(4, 1, 8), torch.randn(2, 3, 1, 5, 8)
+    before, lengths, slots = cache.clone(), torch.tensor([5, 2, -1]), torch.tensor([0, 3, -1, 2])
+    out = kernels.decode_attention_fwd(q, k, v, *cache, lengths, slots, None, None, None)
+    assert out.isnan().all() and torch.equal(cache, before) and not meter.bytes("stores", cache)
+
+
 def call_every_launcher(kernels, V=300, dtype=torch.float32, B=2, T=17, number=0.5, temperature_per_row=(False, True)):
     """Every launcher once or more often, in all its modes; the results in one list."""
     logits, ref = (torch.randn(B, T, V).to(dtype) for _ in range(2))
@@ -292,7 +318,14 @@ def call_every_launcher(kernels, V=300, dtype=torch.float32, B=2, T=17, number=0
         out += kernels.ppo_advantages_fwd(last, *y[:3], m, number, "k3", 0.9, number, True, cu)
     for weights, sequence_mean in ((None, False), (None, True), (x[7], False)):
         out += kernels.ppo_loss_fwd(*x[:7], mask, weights, sequence_mean, number, number, number, number, 1 + number)
-    return out
+    heads, cache = torch.randn(3, B, 2, 64).to(dtype), torch.randn(2, B + 1, 1, T + 1, 64).to(dtype)
+    for rope in ((None, None), torch.randn(2, T + 1, 32).unbind()):
+        slots, lengths = torch.arange(B).flip(0) + 1, torch.arange(B + 1) % (T + 1)
+        out += [kernels.decode_attention_fwd(heads[0], *heads[1:, :, :1], *cache, lengths, slots, *rope, None), cache]
+    seeds, counters = targets.flatten(), targets.flatten() - 2**40
+    for truncation in ((None, None, None), (3, None, None), (None, number / 2, 0.1), (V // 2, number, None)):
+        out += kernels.sample_tokens_fwd(logits.view(B * T, V), seeds, counters, number, *truncation)
+    return [x for x in out if x is not None]
 
 
 def test_programs_stay_inside_their_tensors_and_apart_and_any_order_gives_the_same_bits(monkeypatch):
@@ -387,9 +420,9 @@ def test_new_lengths_batches_temperatures_and_coefficients_compile_nothing():
 REGISTERS = {
     **{"token_logprobs_fwd": 72, "token_logprobs_bwd": 64, "full_kl_fwd": 88, "full_kl_bwd": 64},
     **{"kl_estimate_fwd": 40, "kl_estimate_bwd": 40, "gae_fwd": 120, "gae_bwd": 120},
-    **{"ppo_advantages_fwd": 136, "ppo_loss_fwd": 128},
+    **{"ppo_advantages_fwd": 136, "ppo_loss_fwd": 128, "decode_attention_fwd": 168, "sample_tokens_fwd": 128},
 }
-WIDE = {"hip": ("token_logprobs_fwd", "token_logprobs_bwd", "full_kl_fwd", "full_kl_bwd")}
+WIDE = {"hip": ("token_logprobs_fwd", "token_logprobs_bwd", "full_kl_fwd", "full_kl_bwd", "decode_attention_fwd")}
 WIDE["cuda"] = (*WIDE["hip"], "kl_estimate_fwd", "kl_estimate_bwd")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
 TARGETS["gfx942"] = ("hip", "gfx942", 64)

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from conftest import assert_as_accurate
 from torch.testing import assert_close
 
-from rlhf_core import backends, linear_token_logprobs, linear_token_logprobs_and_entropy, token_logprobs_and_entropy
+from rlhf_core import (
+    backends,
+    linear_token_logprobs,
+    linear_token_logprobs_and_entropy,
+    linear_token_statistics,
+    token_logprobs_and_entropy,
+)
 from rlhf_core.ops import linear_logprobs
 
 NAN = float("nan")
@@ -59,6 +65,28 @@ def test_values_and_gradients_are_those_of_the_whole_logits(backend, block, chun
     truth = grads(whole, *(x if x is None else x.double() for x in inputs))
     for got, float32, true in zip(grads(fused, *inputs), grads(whole, *inputs), truth):
         assert_as_accurate(got, float32, true)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_is_known_and_the_rest_is_as_without_it(backend, block, dtype):
+    hidden, weight, b, targets, mask = case(dtype=dtype)
+    logits = F.linear(hidden, weight, b)
+    targets = torch.where(torch.rand(3, 5) < 0.5, logits.argmax(-1), targets)
+    settings = dict(bias=b, mask=mask, temperature=0.7, chunk_rows=4, backend=backend)
+    got = linear_token_statistics(hidden, weight, targets, **settings)
+    hits = (logits.argmax(-1) == targets) & mask
+    assert got.likeliest.dtype == torch.bool and 0 < hits.sum() < mask.sum()
+    assert torch.equal(got.likeliest, hits)
+    assert_close(got[:2], linear_token_logprobs_and_entropy(hidden, weight, targets, **settings), rtol=0, atol=0)
+
+
+def test_tokens_that_tie_for_the_first_place_are_all_likeliest_and_beside_nan_none_is(backend, block):
+    hidden, weight, targets = torch.ones(50, 1), torch.zeros(50, 1), torch.arange(50)
+    weight[[15, 32]] = 1  # at the edges of blocks
+    likeliest = linear_token_statistics(hidden, weight, targets, backend=backend).likeliest
+    assert likeliest.nonzero()[:, 0].tolist() == [15, 32]
+    weight[7] = NAN
+    assert not linear_token_statistics(hidden, weight, targets, backend=backend).likeliest.any()
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1)])
@@ -207,10 +235,77 @@ def test_with_a_frozen_head_the_forward_can_say_the_gradient(backend, block):
     impl = backends.resolve(backend, hidden)
     if impl is None:
         pytest.skip("the reference has no launchers")
-    got = linear_logprobs._forward(impl, hidden, weight, b, targets, mask, 0.7, 4, False, True)
+    got = linear_logprobs._forward(impl, hidden, weight, b, targets, mask, 0.7, 4, False, False, True)
     leaf = hidden.double().requires_grad_()
     settings = dict(bias=b.double(), mask=mask, temperature=0.7, backend="reference")
     want = linear_token_logprobs(leaf, weight.double(), targets, **settings)
     want.sum().backward()
     assert_close(got[0].double(), want, rtol=1e-6, atol=2e-6)
-    assert_close(got[3].double(), leaf.grad, rtol=1e-5, atol=2e-6)
+    assert_close(got[4].double(), leaf.grad, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("most", [1, 4, 100])
+@pytest.mark.parametrize("sizes", [None, (3, 0, 1, 5)])
+def test_a_loss_known_in_advance_gives_the_same_gradients_without_a_second_pass(backend, most, sizes, monkeypatch):
+    hidden, weight, b, targets, _ = case()
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask.view(-1)[[0, 4, 5, 9, 13, 14]] = False
+    hidden[~mask] = NAN
+    weights = torch.linspace(-1, 2, 9)
+    groups = torch.arange(9) if sizes is None else torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
+    seen = []
+    for x in (hidden, weight, b):
+        x.requires_grad_()
+
+    def loss(logprobs, part=slice(None)):
+        """Of a group: the square of its weighted sum."""
+        seen.append(len(logprobs))
+        some = torch.isin(groups, torch.arange(9 if sizes is None else 4)[part])
+        return torch.zeros(9).index_add(0, groups[some], weights[some] * logprobs).square().sum()
+
+    def step(**known):
+        found = linear_token_statistics(
+            hidden, weight, targets, bias=b, temperature=torch.linspace(0.5, 2, 3)[:, None], mask=mask, backend=backend,
+            **known,
+        )  # fmt: skip
+        return [*found, *torch.autograd.grad(loss(found.logprobs[mask]), (hidden, weight, b))]
+
+    expected = step()
+    for name in ("CPU_WHOLE", "GPU_WHOLE"):
+        monkeypatch.setattr(linear_logprobs, name, most * len(weight))
+    if backend != "reference":
+        monkeypatch.setattr(linear_logprobs, "_backward", None)
+        monkeypatch.setattr(linear_logprobs, "partial", lambda *args: None)
+    seen.clear()
+    for got, true in zip(step(loss_of=loss, sizes=None if sizes is None else torch.tensor(sizes)), expected):
+        assert_close(got, true, rtol=1e-5, atol=1e-6)
+    if backend != "reference":
+        parts = {1: [3, 1, 5], 4: [4, 5], 100: [9]} if sizes else {1: [1] * 9, 4: [4, 4, 1], 100: [9]}
+        assert seen[:-1] == parts[most]  # groups stay whole, the last call is the step's own
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+def test_a_loss_that_comes_out_otherwise_still_gets_its_gradient(backend):
+    hidden, weight, b, targets, _ = case()
+
+    def run(f, **known):
+        h, w, c = (x.clone().requires_grad_() for x in (hidden, weight, b))
+        logprobs, entropy = linear_token_logprobs_and_entropy(h, w, targets, bias=c, **known)
+        loss = f(logprobs, entropy)
+        loss.backward(retain_graph=True)
+        once = [x.grad.clone() for x in (h, w, c)]
+        loss.backward()
+        assert_close([x.grad for x in (h, w, c)], [2 * x for x in once], rtol=1e-5, atol=1e-6)
+        return once
+
+    def expected(logprobs, rows):
+        return logprobs.sum()
+
+    for f in (lambda p, H: p.sum(), lambda p, H: 1.001 * p.sum(), lambda p, H: H.sum(), lambda p, H: (p + H).sum()):
+        assert_close(run(f, loss_of=expected), run(f), rtol=1e-5, atol=1e-6)
+
+
+def test_groups_that_are_not_the_counted_rows_are_refused():
+    hidden, weight, _, targets, _ = case()
+    with pytest.raises(ValueError, match="sizes add up to 14"):
+        linear_token_statistics(hidden, weight, targets, loss_of=lambda p, rows: p.sum(), sizes=torch.tensor([7, 7]))

@@ -248,7 +248,8 @@ def test_no_op_waits_for_the_device(backend, name, monkeypatch):
     leaves, loss = prepare(name, backend)
     with Waits() as waits:
         everything(leaves, loss)
-    assert waits.count == (2 if name == "linear_token_logprobs" else 0)  # it counts its masked rows, in each pass
+    counts_masked_rows = name in ("linear_token_logprobs", "linear_token_statistics")  # in each pass
+    assert waits.count == 2 * counts_masked_rows
 
 
 def python(code, *args):

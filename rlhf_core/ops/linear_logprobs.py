@@ -12,10 +12,15 @@ gradient, passes through memory once a chunk.
 With a frozen head and no entropy the gradient of the hidden states is known up to a factor per row as soon as the
 log-probs are. On a GPU the forward then computes it on the spot, from fewer rows with the whole vocabulary, and
 backward only scales it: two matrix products in all, not three. On a CPU so few rows cost more than the third product.
+
+Where the caller says what it will make of the log-probs (`loss_of`), the forward takes the gradients of hidden states
+and head on the spot too, from whole rows: three products instead of four.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +33,16 @@ from rlhf_core.ops.logprobs import check_target_range, check_targets, check_temp
 # Of a chunk and a block: on CPU about its last-level cache of logits, on a GPU what keeps the matrix products busy.
 CPU_CHUNK_ROWS, CPU_BLOCK = 1024, 2048
 GPU_CHUNK_ROWS, GPU_BLOCK = 8192, 16384
+# Logits of whole rows at a time. On CPU 30 MB: of more, glibc would hand back the memory at every free.
+CPU_WHOLE, GPU_WHOLE = 30 * 2**18, GPU_CHUNK_ROWS * GPU_BLOCK
+
+
+class TokenStatistics(NamedTuple):
+    """What a model says of target tokens, all (...)."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    likeliest: Tensor  # bool: no token is likelier
 
 
 def linear_token_logprobs_reference(
@@ -37,39 +52,53 @@ def linear_token_logprobs_reference(
     targets: Tensor,
     mask: Tensor | None,
     temperature: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The definition: (logprobs, entropy)."""
+) -> TokenStatistics:
+    """The definition."""
     if mask is not None:
         hidden = hidden.masked_fill(~mask[..., None], 0)  # its NaN would reach the weight's gradient
-    return token_logprobs_reference(torch.nn.functional.linear(hidden, weight, bias), targets, temperature, mask)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    own = logits.gather(-1, targets.clamp(0, len(weight) - 1)[..., None])[..., 0]
+    likeliest = (own == logits.amax(dim=-1)) & (torch.ones_like(own, dtype=torch.bool) if mask is None else mask)
+    return TokenStatistics(*token_logprobs_reference(logits, targets, temperature, mask), likeliest)
 
 
-def _forward(impl, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_dhidden):
+def _forward(
+    impl, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_likeliest, with_dhidden
+):
     """hidden (N, D), targets and mask (N,), temperature a number or (N,) -> logprobs (N,), entropy (N,) or None,
-    lse (N, 2), and the gradient of logprobs with respect to hidden (N, D) or None, for which a chunk's rows are whole.
+    likeliest (N,) uint8 or None, lse (N, 2), and the gradient of logprobs with respect to hidden (N, D) or None, for
+    which a chunk's rows are whole.
     """
     logprobs = hidden.new_zeros(len(hidden), dtype=torch.float32)
     entropy = torch.zeros_like(logprobs) if with_entropy else None
+    likeliest = torch.zeros_like(logprobs, dtype=torch.uint8) if with_likeliest else None
     lse = logprobs.new_zeros((len(hidden), 2))
     dhidden = torch.zeros_like(hidden) if with_dhidden else None
     width = _width(hidden, weight)
     if with_dhidden:
         width, chunk_rows = len(weight), max(1, chunk_rows * width // len(weight))
     for rows, y, T in _chunks(targets, mask, temperature, chunk_rows):
-        parts = []
+        parts, tops = [], []
         for start, logits in _blocks(hidden[rows], weight, bias, width):
             # A target of another block must not look out of range here; `_join` knows where it is.
-            here = y if width >= len(weight) else (y - start).clamp(0, logits.shape[-1] - 1)
+            inside = (y - start).clamp(0, logits.shape[-1] - 1)
+            here = y if width >= len(weight) else inside
             parts.append(impl.token_logprobs_fwd(logits, here, None, T, with_entropy, True))
+            if with_likeliest:
+                own = logits.gather(-1, inside[..., None])[..., 0].where(inside == y - start, -math.inf)
+                tops.append(torch.cat((own, logits.amax(dim=-1))))  # (2, n)
         logp, H, L = parts[0] if len(parts) == 1 else _join(parts, y, T, width, len(weight))
         logprobs[rows], lse[rows] = logp[0], L[0]
         if with_entropy:
             entropy[rows] = H[0]
+        if with_likeliest:
+            own, top = torch.stack(tops).amax(dim=0)
+            likeliest[rows] = (own == top).to(torch.uint8)
         if with_dhidden:
             ones = torch.ones_like(logp)
             (dlogits,) = impl.token_logprobs_bwd(ones, None, logits, y, None, T, None, L, True)
             dhidden[rows] = dlogits @ weight
-    return logprobs, entropy, lse, dhidden
+    return logprobs, entropy, likeliest, lse, dhidden
 
 
 def _join(parts, y, T, width, V):
@@ -119,6 +148,68 @@ def _backward(
     return dhidden, dweight.to(weight.dtype) if needs[1] else None, dbias.to(bias.dtype) if needs[2] else None
 
 
+def _forward_and_gradients(
+    impl, hidden, weight, bias, targets, mask, temperature, loss_of, sizes, with_entropy, with_likeliest, needs
+):
+    """logprobs, entropy and likeliest as from `_forward`, lse; the gradient of the loss with respect to logprobs (N,),
+    and those with respect to hidden, weight and bias that `needs` says, else None."""
+    logprobs, expected = hidden.new_zeros((2, len(hidden)), dtype=torch.float32)
+    entropy = torch.zeros_like(logprobs) if with_entropy else None
+    likeliest = torch.zeros_like(logprobs, dtype=torch.uint8) if with_likeliest else None
+    lse = logprobs.new_zeros((len(hidden), 2))
+    most = max(1, (GPU_WHOLE if hidden.is_cuda else CPU_WHOLE) // len(weight))
+    counted = torch.arange(len(targets), device=targets.device) if mask is None else mask.nonzero()[:, 0]
+    dhidden = torch.zeros_like(hidden) if needs[0] else None
+    if needs[1]:
+        dweight = torch.empty_like(weight, dtype=torch.float32)
+        dweight = dweight if len(counted) else dweight.zero_()
+    dbias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
+    workspace = None
+    for groups, part in _whole_groups(len(counted), sizes, most):
+        rows = counted[part]
+        h, y = hidden[rows], targets[rows][None]
+        T = temperature[rows][None] if isinstance(temperature, Tensor) else temperature
+        if workspace is None or len(workspace) < len(rows) * len(weight):
+            workspace = h.new_empty(max(len(rows), min(most, len(counted))) * len(weight))
+        ((_, logits),) = _blocks(h, weight, bias, len(weight), workspace)
+        (logprobs[rows],), H, L = impl.token_logprobs_fwd(logits, y, None, T, with_entropy, True)
+        lse[rows] = L[0]
+        if with_entropy:
+            entropy[rows] = H[0]
+        if with_likeliest:
+            own = logits.gather(-1, y.clamp(0, len(weight) - 1)[..., None])[..., 0]
+            likeliest[rows] = (own == logits.amax(dim=-1))[0].to(torch.uint8)
+        with torch.enable_grad():
+            free = logprobs[rows].requires_grad_()
+            (g,) = torch.autograd.grad(loss_of(free, groups), free)
+        expected[rows] = g
+        (dlogits,) = impl.token_logprobs_bwd(g[None], None, logits, y, None, T, None, L, True)
+        if needs[0]:
+            dhidden[rows] = dlogits @ weight
+        if needs[1]:
+            _add_product(dweight, dlogits.T, h, first=part.start == 0)
+        if needs[2]:
+            dbias += dlogits.sum(dim=0, dtype=torch.float32)
+    gradients = dhidden, dweight.to(weight.dtype) if needs[1] else None, dbias.to(bias.dtype) if needs[2] else None
+    return logprobs, entropy, likeliest, lse, expected, gradients
+
+
+def _whole_groups(count: int, sizes: Tensor | None, most: int) -> Iterator[tuple[slice, slice]]:
+    """Chunks of at most `most` of `count` rows, or of one group: the slices of its groups and of their rows."""
+    if sizes is None:
+        for start in range(0, count, most):
+            yield slice(start, start + most), slice(start, start + most)
+        return
+    first = begin = end = 0
+    for group, size in enumerate(sizes.tolist()):
+        if end > begin and end + size - begin > most:
+            yield slice(first, group), slice(begin, end)
+            first, begin = group, end
+        end += size
+    if end > begin:
+        yield slice(first, len(sizes)), slice(begin, end)
+
+
 def _add_product(total, a, b, first):
     """total += a @ b; the first time total holds nothing yet."""
     if total.dtype == a.dtype:
@@ -136,9 +227,9 @@ def _chunks(targets, mask, temperature, chunk_rows):
         yield rows, targets[rows][None], temperature[rows][None] if isinstance(temperature, Tensor) else temperature
 
 
-def _blocks(h, weight, bias, width):
+def _blocks(h, weight, bias, width, workspace=None):
     """The logits (1, n, width) of rows h (n, D), one block of the vocabulary after another, in one workspace."""
-    workspace = h.new_empty(len(h) * min(width, len(weight)))
+    workspace = h.new_empty(len(h) * min(width, len(weight))) if workspace is None else workspace
     for start in range(0, len(weight), width):
         w = weight[start : start + width]
         logits = workspace[: len(h) * len(w)].view(len(h), len(w))
@@ -156,10 +247,11 @@ def _width(hidden, weight):
 compiled.operator(
     "linear_token_logprobs_fwd",
     f"Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? mask, {compiled.TEMPERATURE}, "
-    "int chunk_rows, bool with_entropy, bool with_dhidden",
-    lambda hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_dhidden: (
+    "int chunk_rows, bool with_entropy, bool with_likeliest, bool with_dhidden",
+    lambda hidden, weight, bias, targets, mask, temperature, rows, with_entropy, with_likeliest, with_dhidden: (
         hidden.new_empty(targets.shape, dtype=torch.float32),
         hidden.new_empty(targets.shape, dtype=torch.float32) if with_entropy else None,
+        hidden.new_empty(targets.shape, dtype=torch.uint8) if with_likeliest else None,
         hidden.new_empty((*targets.shape, 2), dtype=torch.float32),
         torch.empty_like(hidden) if with_dhidden else None,
     ),
@@ -178,24 +270,27 @@ compiled.operator(
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, launch, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_dhidden):
+    def forward(ctx, launch, hidden, weight, bias, targets, mask, temperature, chunk_rows, *flags):
         forward, ctx.launch = launch
-        logprobs, entropy, lse, dhidden = forward(
-            hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_dhidden
+        logprobs, entropy, likeliest, lse, dhidden = forward(
+            hidden, weight, bias, targets, mask, temperature, chunk_rows, *flags
         )
+        with_dhidden = dhidden is not None
         temperatures = temperature if isinstance(temperature, Tensor) else None
         again = (hidden, weight, bias, targets, mask, temperatures, entropy, lse)
         ctx.save_for_backward(dhidden, *(None if with_dhidden else x for x in again))
         ctx.set_materialize_grads(False)
         ctx.temperature = None if isinstance(temperature, Tensor) else temperature
         ctx.chunk_rows = chunk_rows
-        return logprobs, entropy
+        if likeliest is not None:
+            ctx.mark_non_differentiable(likeliest)
+        return logprobs, entropy, likeliest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogprobs, dentropy):
+    def backward(ctx, dlogprobs, dentropy, _):
         dhidden, hidden, weight, bias, targets, mask, temperatures, entropy, lse = ctx.saved_tensors
-        rest = (None,) * 6
+        rest = (None,) * 7
         if dhidden is not None:
             return None, (dhidden * dlogprobs[:, None]).to(dhidden.dtype), None, None, *rest
         if dlogprobs is None:
@@ -206,6 +301,39 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             list(ctx.needs_input_grad[1:4]),
         )  # fmt: skip
         return None, *gradients, *rest
+
+
+class _LinearTokenLoss(torch.autograd.Function):
+    """`_LinearTokenLogprobs` whose gradients are there before backward asks for them."""
+
+    @staticmethod
+    def forward(ctx, impl, hidden, weight, bias, targets, mask, temperature, chunk_rows, loss_of, sizes, *flags):
+        logprobs, entropy, likeliest, lse, expected, ctx.gradients = _forward_and_gradients(
+            impl, hidden, weight, bias, targets, mask, temperature, loss_of, sizes, *flags, ctx.needs_input_grad[1:4]
+        )
+        temperatures = temperature if isinstance(temperature, Tensor) else None
+        ctx.save_for_backward(hidden, weight, bias, targets, mask, temperatures, entropy, lse, expected)
+        ctx.set_materialize_grads(False)
+        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+        ctx.impl, ctx.chunk_rows = impl, chunk_rows
+        if likeliest is not None:
+            ctx.mark_non_differentiable(likeliest)
+        return logprobs, entropy, likeliest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogprobs, dentropy, _):
+        hidden, weight, bias, targets, mask, temperatures, entropy, lse, expected = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None  # free them: autograd may then add to them in place
+        as_expected = dentropy is None and torch.allclose(dlogprobs, expected, rtol=1e-6, atol=0)
+        if gradients is None or not as_expected:
+            temperature = ctx.temperature if temperatures is None else temperatures
+            dlogprobs = torch.zeros_like(lse[:, 0]) if dlogprobs is None else dlogprobs
+            gradients = _backward(
+                ctx.impl, dlogprobs, dentropy, hidden, weight, bias, targets, mask, temperature, entropy, lse,
+                ctx.chunk_rows, ctx.needs_input_grad[1:4],
+            )  # fmt: skip
+        return None, *gradients, *(None,) * 8
 
 
 def linear_token_logprobs(
@@ -241,7 +369,7 @@ def linear_token_logprobs(
     Raises:
         ValueError or TypeError with the offending values; for a counted target out of range see `token_logprobs`.
     """
-    return _linear(hidden, weight, targets, bias, temperature, mask, chunk_rows, False, backend)[0]
+    return _linear(hidden, weight, targets, bias, temperature, mask, chunk_rows, False, False, backend)[0]
 
 
 def linear_token_logprobs_and_entropy(
@@ -253,16 +381,55 @@ def linear_token_logprobs_and_entropy(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     chunk_rows: int | None = None,
+    loss_of: Callable[[Tensor, slice], Tensor] | None = None,
+    sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear_token_logprobs` and, from the same logits, the entropy in nats of their distribution.
 
-    Arguments and errors are those of `linear_token_logprobs`. Returns (logprobs, entropy), both (...), entropy >= 0.
+    Arguments and errors are those of `linear_token_logprobs`, and:
+
+    loss_of: spares a quarter of the arithmetic where the loss of a row needs no other row, or only those of its group.
+        It is called in the forward, with the log-probs (n,) of some counted rows and a slice that says which of the
+        counted ones they are, and gives the part of the loss that they will make up; its gradient is taken then and
+        there. Where backward is asked for another one after all, it computes that from scratch: a loss_of that does not
+        fit is slow, not wrong. Some rows' logits then exist over the whole vocabulary: 30 MB, or a group's.
+    sizes: (G,) int64, how many counted rows each group has, in order; loss_of then gets whole groups and a slice of the
+        groups. None: every row is a group.
+
+    Returns (logprobs, entropy), both (...), entropy >= 0.
     """
-    return _linear(hidden, weight, targets, bias, temperature, mask, chunk_rows, True, backend)
+    return _linear(
+        hidden, weight, targets, bias, temperature, mask, chunk_rows, True, False, backend, loss_of, sizes
+    )[:2]  # fmt: skip
 
 
-def _linear(hidden, weight, targets, bias, temperature, mask, chunk_rows, with_entropy, backend):
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    chunk_rows: int | None = None,
+    loss_of: Callable[[Tensor, slice], Tensor] | None = None,
+    sizes: Tensor | None = None,
+    backend: str | None = None,
+) -> TokenStatistics:
+    """`linear_token_logprobs_and_entropy` and whether each target is the likeliest token, False under a False mask.
+
+    The mean of `likeliest` is the accuracy of greedy decoding; of tokens that tie for the first place each one is.
+    """
+    return _linear(
+        hidden, weight, targets, bias, temperature, mask, chunk_rows, True, True, backend, loss_of, sizes
+    )  # fmt: skip
+
+
+def _linear(
+    hidden, weight, targets, bias, temperature, mask, chunk_rows, with_entropy, with_likeliest, backend,
+    loss_of=None, sizes=None,
+):  # fmt: skip
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", hidden if bias is None else bias)):
         check_float(name, x)
     if torch.is_autocast_enabled(hidden.device.type):
@@ -282,6 +449,8 @@ def _linear(hidden, weight, targets, bias, temperature, mask, chunk_rows, with_e
     temperature = check_temperature(temperature, logits)
     if mask is not None:
         check_mask(targets, mask)
+    if sizes is not None and sizes.sum() != (targets.numel() if mask is None else mask.sum()):
+        raise ValueError(f"sizes add up to {int(sizes.sum())}, which is not the number of counted rows")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
     impl = backends.resolve(backend, hidden)
@@ -300,15 +469,11 @@ def _linear(hidden, weight, targets, bias, temperature, mask, chunk_rows, with_e
     with_dhidden = hidden.is_cuda and frozen_head and not with_entropy
     rows = [None if x is None else x.reshape(-1) for x in (targets, mask)]
     T = temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature
-    logprobs, entropy = _LinearTokenLogprobs.apply(
-        launch,
-        hidden.reshape(targets.numel(), hidden.shape[-1]),
-        weight,
-        bias,
-        *rows,
-        T,
-        chunk_rows,
-        with_entropy,
-        with_dhidden,
-    )
-    return logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape)
+    inputs = (hidden.reshape(targets.numel(), hidden.shape[-1]), weight, bias, *rows, T, chunk_rows)
+    trains = torch.is_grad_enabled() and (hidden.requires_grad or head_trains)
+    if loss_of is not None and trains and not torch.compiler.is_compiling():
+        found = _LinearTokenLoss.apply(impl, *inputs, loss_of, sizes, with_entropy, with_likeliest)
+    else:
+        found = _LinearTokenLogprobs.apply(launch, *inputs, with_entropy, with_likeliest, with_dhidden)
+    logprobs, entropy, likeliest = (None if x is None else x.view(targets.shape) for x in found)
+    return TokenStatistics(logprobs, entropy, None if likeliest is None else likeliest.bool())

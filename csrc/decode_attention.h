@@ -1,0 +1,274 @@
+// One new token's attention over the cache, which it joins first; see rlhf_core/ops/decode_attention.py for the
+// formulas, simd.h for how this is included.
+//
+// A unit of work is a row and a key/value head. Its keys and then its values are read once, in blocks, for up to
+// kHeads query heads together, with an online softmax (Milakov & Gimelshein 2018). A head is `vectors` long; where W
+// does not divide K, the last vector overlaps the one before, and the query is 0 where they do. Heads shorter than W
+// are staged: a block of them is copied to float rows of W, or of W / 2 where that is enough, filled up with 0.
+
+constexpr int64_t kKeys = 128;  // in a block
+constexpr int64_t kHeads = 8;
+
+SIMD I below(int64_t n) {  // the first n lanes
+  I lane;
+  for (int k = 0; k < W; ++k) lane[k] = k;
+  return lane < static_cast<int32_t>(n);
+}
+
+// Most heads' halves are a multiple of it. Heads are short: what is done once per head must not outweigh its keys.
+typedef float F4 __attribute__((vector_size(16)));
+typedef float Half __attribute__((vector_size(2 * W)));
+
+SIMD void copy(const float* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) write(to + i, read<F4>(from + i));
+  for (; i < n; ++i) to[i] = from[i];
+}
+
+// From n elements to floats, with room for a multiple of W.
+template <class E>
+void widen(const char* from, int64_t n, float* to) {
+  const E* p = reinterpret_cast<const E*>(from);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(p + i));
+  if constexpr (std::is_same_v<E, float>) copy(p + i, n - i, to + i);
+  else if (i < n) store(to + i, load_partial(p + i, n - i));
+}
+
+template <class E>
+void narrow(const float* from, int64_t n, char* to) {
+  E* p = reinterpret_cast<E*>(to);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(p + i, load(from + i));
+  if (i < n) store_partial(p + i, load_partial(from + i, n - i), n - i);
+}
+
+constexpr void (*kWiden[kDtypes])(const char*, int64_t, float*) = {widen<float>, widen<BF16>, widen<F16>};
+constexpr void (*kNarrow[kDtypes])(const float*, int64_t, char*) = {narrow<float>, narrow<BF16>, narrow<F16>};
+
+template <class V>
+SIMD void turn(const float* p, const float* cos, const float* sin, int64_t half, float scale, float* x) {
+  const V left = read<V>(p), right = read<V>(p + half), c = read<V>(cos), s = read<V>(sin);
+  write(x, (left * c - right * s) * scale), write(x + half, (right * c + left * s) * scale);
+}
+
+// The K floats of a head times `scale`, turned by the angles of its position; x has room for a multiple of W unless the
+// dtype is float32.
+SIMD void load_head(Dtype dtype, const char* from, int64_t K, const float* cos, const float* sin, float scale,
+                    float* x) {
+  const float* p = reinterpret_cast<const float*>(from);
+  if (dtype != kFloat32) kWiden[dtype](from, K, x), p = x;
+  int64_t i = 0;
+  if (!cos) {
+    for (; i + 4 <= K; i += 4) write(x + i, read<F4>(p + i) * scale);
+    for (; i < K; ++i) x[i] = p[i] * scale;
+    return;
+  }
+  const int64_t half = K / 2;
+  for (; i + 4 <= half; i += 4) turn<F4>(p + i, cos + i, sin + i, half, scale, x + i);
+  for (; i < half; ++i) turn<float>(p + i, cos + i, sin + i, half, scale, x + i);
+}
+
+// A head's key or value to its place in the cache; `head` is scratch.
+template <class E>
+SIMD void append(Dtype dtype, const char* from, int64_t K, const float* cos, const float* sin, float* head, E* to) {
+  float* x = head;
+  if constexpr (std::is_same_v<E, float>) {
+    if (dtype == kFloat32) x = to;
+  }
+  load_head(dtype, from, K, cos, sin, 1, x);
+  if (x == head) narrow<E>(head, K, reinterpret_cast<char*>(to));
+}
+
+// Lane j is the sum of the lanes (or, of n < W vectors, of the j-th W / n-th of the lanes) of all, n a power of two.
+SIMD F sums(F* v, int64_t n) {
+  for (; n > 1; n /= 2)
+    for (int64_t i = 0; i < n / 2; ++i) v[i] = pair_sums(v[2 * i], v[2 * i + 1]);
+  return v[0];
+}
+
+struct Heads {
+  int64_t count, vectors, K;  // K: at least W
+  float *q, *out;             // (count, vectors, W)
+  float* scores;              // (count, kKeys)
+  int64_t offset(int64_t i) const { return std::min(i * W, K - W); }
+};
+
+// Scores of n keys, then anything up to a multiple of W. kRows: how many rows a vector holds.
+template <class E, int kRows>
+SIMD void score(const Heads& h, const E* keys, int64_t n) {
+  for (int64_t j = 0; j < n; j += W) {
+    F products[kHeads][W];
+    if (kRows == 2) {
+      for (int64_t g = 0; g < h.count; ++g)
+        for (int64_t i = 0; i < W / 2; ++i) products[g][i] = load(h.q + g * W) * load(keys + j * (W / 2) + i * W);
+    } else {
+      for (int64_t u = 0; u < W; u += 4) {
+        const E* row[4];
+        for (int64_t k = 0; k < 4; ++k) row[k] = keys + std::min(j + u + k, n - 1) * h.K;
+        for (int64_t g = 0; g < h.count; ++g) {
+          F dot[4] = {};
+          for (int64_t i = 0; i < h.vectors; ++i) {
+            const F q = load(h.q + (g * h.vectors + i) * W);
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k) dot[k] = fma(q, load(row[k] + h.offset(i)), dot[k]);
+          }
+          for (int k = 0; k < 4; ++k) products[g][u + k] = dot[k];
+        }
+      }
+    }
+    for (int64_t g = 0; g < h.count; ++g) store(h.scores + g * kKeys + j, sums(products[g], W / kRows));
+  }
+}
+
+// out += probabilities * values.
+template <class E, int kRows>
+SIMD void weigh(const Heads& h, const E* values, int64_t n) {
+  constexpr int64_t kStep = 8;
+  if (kRows == 2) {
+    const I first = below(W / 2);
+    for (int64_t g = 0; g < h.count; ++g) {
+      const float* p = h.scores + g * kKeys;
+      F even = load(h.out + g * W), odd = {};
+      for (int64_t j = 0; j < n; j += 4) {
+        even = fma(select(first, splat(p[j]), splat(p[j + 1])), load(values + j * (W / 2)), even);
+        odd = fma(select(first, splat(p[j + 2]), splat(p[j + 3])), load(values + (j + 2) * (W / 2)), odd);
+      }
+      store(h.out + g * W, even + odd);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < n; j += kStep) {
+    for (int64_t g = 0; g < h.count; ++g) {
+      const float* p = h.scores + g * kKeys + j;
+      float* out = h.out + g * h.vectors * W;
+      if (j + kStep <= n) {
+        for (int64_t i = 0; i < h.vectors; ++i) {
+          F total = load(out + i * W);
+#pragma GCC unroll 8
+          for (int64_t k = 0; k < kStep; ++k)
+            total = fma(splat(p[k]), load(values + (j + k) * h.K + h.offset(i)), total);
+          store(out + i * W, total);
+        }
+      } else {
+        for (int64_t k = 0; k < n - j; ++k)
+          for (int64_t i = 0; i < h.vectors; ++i)
+            store(out + i * W, fma(splat(p[k]), load(values + (j + k) * h.K + h.offset(i)), load(out + i * W)));
+      }
+    }
+  }
+}
+
+SIMD float largest(F v) {  // no lane is NaN
+  float lanes[W];
+  store(lanes, v);
+  F4 best = read<F4>(lanes);
+  for (int k = 4; k < W; k += 4) {
+    const F4 x = read<F4>(lanes + k);
+    best = x > best ? x : best;
+  }
+  const float a = best[0] > best[1] ? best[0] : best[1], b = best[2] > best[3] ? best[2] : best[3];
+  return a > b ? a : b;
+}
+
+// From scores to exp(score - highest so far); returns the factor for what was summed before.
+SIMD float exponentiate(float* scores, int64_t n, float& highest, F& total) {
+  F best = splat(-INFINITY);
+  for (int64_t j = 0; j < n; j += W) {
+    const F x = select(below(n - j), load(scores + j), splat(-INFINITY));
+    store(scores + j, x);
+    best = max(x, best);
+  }
+  const float before = highest, block = largest(best);
+  highest = block < before ? before : block;
+  const float factor = before == highest || before == -INFINITY ? 1 : exp(splat(before - highest))[0];
+  total = total * factor;
+  for (int64_t j = 0; j < n; j += W) {
+    const F e = exp(load(scores + j) - highest);
+    store(scores + j, e);
+    total += e;
+  }
+  return factor;
+}
+
+// n rows of K elements to rows of `wide` floats, which are 0 behind K, and rows of 0 up to a multiple of 4.
+template <class E>
+SIMD void stage(const E* rows, int64_t n, int64_t K, int64_t wide, float* to) {
+  if (K == wide) widen<E>(reinterpret_cast<const char*>(rows), n * K, to);
+  else
+    for (int64_t j = 0; j < n; ++j) store(to + j * wide, zero_unless(below(K), load_partial(rows + j * K, K)));
+  for (; n % 4; ++n) store(to + n * wide, F{});
+}
+
+template <class E>
+void decode_attention(const DecodeAttentionArgs& a, int64_t begin, int64_t end) {
+  const int64_t K = a.K, G = a.H / a.Hkv, vectors = (K + W - 1) / W, per_head = vectors * W;
+  const bool staged = K < W, two = K <= W / 2;
+  const int64_t wide = two ? W / 2 : W, stage_size = staged ? kKeys * wide + W : 0;
+  const int64_t floats = kHeads * (2 * per_head + kKeys) + 2 * stage_size + per_head;
+  float* const scratch = static_cast<float*>(__builtin_alloca_with_align(floats * sizeof(float), 512));
+  Heads h = {0, vectors, staged ? W : K, scratch, scratch + kHeads * per_head, scratch + 2 * kHeads * per_head};
+  float* const staged_keys = h.scores + kHeads * kKeys;
+  float *const staged_values = staged_keys + stage_size, *const head = staged_values + stage_size;
+  const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(K)));
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t b = unit / a.Hkv, kv = unit % a.Hkv, slot = a.slots[b], n = a.lengths[slot];
+    const float *cos = a.cos ? a.cos + n * (K / 2) : nullptr, *sin = a.cos ? a.sin + n * (K / 2) : nullptr;
+    E* const keys = reinterpret_cast<E*>(a.keys) + (slot * a.Hkv + kv) * a.S * K;
+    E* const values = reinterpret_cast<E*>(a.values) + (slot * a.Hkv + kv) * a.S * K;
+    append(a.dtype, a.head(a.k, b, kv), K, cos, sin, head, keys + n * K);
+    append(a.dtype, a.head(a.v, b, kv), K, nullptr, nullptr, head, values + n * K);
+
+    for (int64_t done = 0; done < G; done += kHeads) {
+      h.count = std::min(kHeads, G - done);
+      for (int64_t i = 0; i < h.count * per_head; i += W) store(h.out + i, F{});
+      for (int64_t g = 0; g < h.count; ++g) {
+        float *q = h.q + g * per_head, *last = q + per_head - W;
+        load_head(a.dtype, a.head(a.q, b, kv * G + done + g), K, cos, sin, scale, q);
+        if (K > W && K % W) {
+          std::memmove(last + W - K % W, last, K % W * sizeof(float));
+          std::memset(last, 0, (W - K % W) * sizeof(float));
+        } else if (K < W) {
+          std::memset(q + K, 0, (W - K) * sizeof(float));
+        }
+        if (two) std::memcpy(q + W / 2, q, W / 2 * sizeof(float));
+      }
+
+      float highest[kHeads];
+      F totals[kHeads] = {};
+      for (float& x : highest) x = -INFINITY;
+      const int64_t begin_keys = std::max<int64_t>(0, n + 1 - a.window);
+      for (int64_t j = begin_keys; j <= n; j += kKeys) {
+        const int64_t count = std::min(kKeys, n + 1 - j);
+        if (staged) {
+          stage(keys + j * K, count, K, wide, staged_keys);
+          stage(values + j * K, count, K, wide, staged_values);
+        }
+        if (two) score<float, 2>(h, staged_keys, count);
+        else if (staged) score<float, 1>(h, staged_keys, count);
+        else score<E, 1>(h, keys + j * K, count);
+        for (int64_t g = 0; g < h.count; ++g) {
+          const float factor = exponentiate(h.scores + g * kKeys, count, highest[g], totals[g]);
+          float* out = h.out + g * per_head;
+          if (factor != 1)
+            for (int64_t i = 0; i < per_head; i += W) store(out + i, load(out + i) * factor);
+        }
+        if (two) weigh<float, 2>(h, staged_values, count);
+        else if (staged) weigh<float, 1>(h, staged_values, count);
+        else weigh<E, 1>(h, values + j * K, count);
+      }
+
+      for (int64_t g = 0; g < h.count; ++g) {
+        const float* out = h.out + g * per_head;
+        F total = totals[g];
+        for (int k = 1; k < W; k *= 2) total = pair_sums(total, total);
+        for (int64_t i = 0; i < vectors; ++i) store(head + h.offset(i), load(out + i * W) / total);
+        if (two) write(head, read<Half>(head) + read<Half>(head + W / 2));
+        char* const to = a.out + (b * a.H + kv * G + done + g) * K * (a.dtype == kFloat32 ? 4 : 2);
+        if (a.dtype == kFloat32) copy(head, K, reinterpret_cast<float*>(to));
+        else kNarrow[a.dtype](head, K, to);
+      }
+    }
+  }
+}

@@ -1,0 +1,234 @@
+"""decode_attention on every backend, judged against a loop by hand in float64 over what the cache holds afterwards."""
+
+import math
+
+import pytest
+import torch
+from conftest import assert_as_accurate
+
+from rlhf_core import decode_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CACHE = ("keys", "values")
+
+
+def inputs(lengths, H=4, Hkv=2, K=8, S=None, N=None, rope=True, dtype=torch.float32, cache_dtype=None):
+    """Arguments by name: one row per length, in slots drawn from N; NaN wherever nobody may look."""
+    B = len(lengths)
+    N, S = N or B + 2, S or max([*lengths, 0]) + 1
+    slots, all_lengths = torch.randperm(N)[:B], torch.full((N,), S)  # rows that are left out are full
+    keys, values = torch.full((2, N, Hkv, S, K), math.nan).to(cache_dtype or dtype).unbind()
+    for slot, n in zip(slots.tolist(), lengths):
+        all_lengths[slot] = n
+        for store in (keys, values):
+            store[slot, :, :n] = torch.randn(Hkv, n, K)
+    q, k, v = torch.randn(B, (H + 2 * Hkv) * K).to(dtype).unflatten(1, (-1, K)).split([H, Hkv, Hkv], dim=1)
+    angles = torch.arange(S)[:, None] / 50 ** (torch.arange(0, K, 2) / K)  # (S, K / 2)
+    given = dict(q=q, k=k, v=v, keys=keys, values=values, lengths=all_lengths, slots=slots)
+    return given | dict(rope=(angles.cos(), angles.sin()) if rope else None)
+
+
+def run(x, backend, **settings):
+    """(out, keys, values), the cache a copy."""
+    x = x | settings | {name: x[name].clone() for name in CACHE}
+    out = decode_attention(**x, backend=backend)
+    assert out.is_contiguous() and out.shape == x["q"].shape and out.dtype == x["q"].dtype
+    return out, x["keys"], x["values"]
+
+
+def rotated(heads, rope, n):
+    """(H, K) in float64, each pair a complex number turned by its angle."""
+    if rope is None:
+        return heads.double()
+    left, right = heads.double().chunk(2, -1)
+    turned = torch.complex(left, right) * torch.complex(*(table[n].double() for table in rope))
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def by_hand(x, keys, values, window=None):
+    """Attention in float64 over the cache as it is after the step."""
+    out = torch.zeros_like(x["q"], dtype=torch.float64)
+    _, H, K = out.shape
+    for b, slot in enumerate(x["slots"].tolist()):
+        n = x["lengths"][slot].item()
+        seen = slice(0 if window is None else max(0, n + 1 - window), n + 1)
+        for i, head in enumerate(rotated(x["q"][b], x["rope"], n)):
+            h = i * keys.shape[1] // H
+            p = (keys[slot, h, seen].double() @ head / math.sqrt(K)).softmax(0)
+            out[b, i] = p @ values[slot, h, seen].double()
+    return out
+
+
+def check(x, backend, **settings):
+    """The result, the new tokens in the cache, and that nothing else in the cache has changed."""
+    (out, *cache), (other, *other_cache) = (run(x, name, **settings) for name in (backend, "reference"))
+    truth = by_hand(x, *cache, **settings)
+    error = other - by_hand(x, *other_cache, **settings)
+    assert_as_accurate(out, truth + error, truth, "value" if out.dtype == torch.float32 else out.dtype)
+    slots, n = x["slots"], x["lengths"][x["slots"]]
+    if len(slots):
+        k = torch.stack([rotated(k, x["rope"], i) for k, i in zip(x["k"], n.tolist())])
+        assert_as_accurate(cache[0][slots, :, n], other_cache[0][slots, :, n], k, x["keys"].dtype)
+    assert torch.equal(cache[1][slots, :, n], x["v"].to(x["values"].dtype))
+    for name, got in zip(CACHE, cache):
+        want = x[name].clone()
+        want[slots, :, n] = got[slots, :, n]
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+    return out
+
+
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (9, 1)], ids=str)
+@pytest.mark.parametrize("K", [8, 64])
+def test_rows_of_any_length_match_float64(backend, K, heads, rope):
+    check(inputs([0, 1, 7, 15, 16, 17, 64, 70], *heads, K, rope=rope), backend)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4, 6, 10, 16, 20, 24, 40, 80, 96, 128, 130, 256])
+def test_any_head_dim_matches_float64(backend, K):
+    check(inputs([0, 5, 33], 4, 2, K, rope=K % 2 == 0), backend)
+
+
+@pytest.mark.parametrize("length", [127, 128, 129, 255, 256, 400, 1000])
+def test_blocks_of_keys_join_without_a_seam(backend, length):
+    x = inputs([length, length // 2], 2, 1, 8)
+    x["keys"][x["slots"][0], 0, :length] *= torch.linspace(0.1, 20, length)[:, None]  # later blocks have the maximum
+    check(x, backend)
+    x["keys"][x["slots"][0], 0, :length] = x["keys"][x["slots"][0], 0, :length].flip(0)
+    check(x, backend)
+
+
+@pytest.mark.parametrize("window", [1, 2, 16, 33, 65, 100, 10**6])
+def test_a_window_hides_all_but_the_last_tokens(backend, window):
+    x = inputs([0, 1, 15, 32, 64, 200], K=16)
+    check(x, backend, window=window)
+    for slot in x["slots"].tolist():  # what it hides is not even read
+        hidden = max(0, x["lengths"][slot].item() + 1 - window)
+        x["keys"][slot, :, :hidden], x["values"][slot, :, :hidden] = math.nan, math.nan
+    check(x, backend, window=window)
+
+
+@pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_of_queries_and_cache(backend, dtype, cache_dtype):
+    for K in (8, 20, 64):
+        check(inputs([0, 5, 40], 4, 2, K, dtype=dtype, cache_dtype=cache_dtype), backend)
+
+
+def test_an_empty_cache_gives_the_values_of_the_token_itself(backend):
+    x = inputs([0, 0], 4, 2, 16)
+    assert torch.equal(run(x, backend)[0], x["v"].repeat_interleave(2, 1))
+
+
+def test_a_second_step_attends_over_what_the_first_has_stored(backend):
+    x = inputs([0, 3], S=5)
+    for _ in range(2):
+        check(x, backend)
+        decode_attention(**x, backend=backend)
+        x["lengths"][x["slots"]] += 1
+    assert x["keys"][x["slots"][1]].isfinite().all()
+
+
+def test_a_row_is_the_same_bit_for_bit_in_any_batch(backend):
+    x = inputs([3, 0, 40, 17, 130], 4, 2, 8, S=200)
+    together = run(x, backend)
+    order = torch.tensor([4, 0, 2])
+    for rows in (order, *order.split(1)):
+        part = {name: a[rows] if name in ("q", "k", "v", "slots") else a for name, a in x.items()}
+        assert torch.equal(run(part, backend)[0], together[0][rows])
+    permuted = torch.randperm(len(x["lengths"]))  # the same rows elsewhere in the cache
+    moved = {name: x[name][permuted] for name in (*CACHE, "lengths")} | dict(slots=permuted.argsort()[x["slots"]])
+    assert torch.equal(run(x | moved, backend)[0], together[0])
+
+
+def test_the_number_of_threads_changes_no_bit():
+    pytest.importorskip("rlhf_core.cpp", reason="the C++ extension is not built")
+    x, before, results = inputs([199] * 16, 8, 4, 8), torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(x, "cpp")[0])
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_views_of_one_projection_and_any_other_layout_give_the_same_bits(backend):
+    x = inputs([3, 0, 40], 4, 2, 8)
+    assert not x["q"].is_contiguous()
+    want = run(x, backend)[0]
+    for layout in (lambda a: a.contiguous(), lambda a: a.mT.contiguous().mT, lambda a: a.repeat(2, 1, 1)[:3]):
+        assert torch.equal(run(x | {name: layout(x[name]) for name in "qkv"}, backend)[0], want)
+    assert torch.equal(run(x | dict(slots=x["slots"].repeat_interleave(2)[::2]), backend)[0], want)
+
+
+def test_no_rows_leave_the_cache_alone(backend):
+    assert check(inputs([], N=3, S=4), backend).numel() == 0
+
+
+def test_nan_and_infinite_scores_give_nan_in_their_row_alone(backend):
+    x = inputs([5, 40, 20], 4, 2, 8)
+    clean = run(x, backend)[0]
+    for special in (math.nan, math.inf):
+        x["keys"][x["slots"][1], 0, 17] = special
+        out = run(x, backend)[0]
+        assert out[1, :2].isnan().all() and torch.equal(out[1, 2:], clean[1, 2:])
+        assert torch.equal(out[[0, 2]], clean[[0, 2]])
+
+
+def test_float64_goes_through_the_reference():
+    x = inputs([0, 5, 40], dtype=torch.float64)
+    out, *cache = run(x, None)
+    torch.testing.assert_close(out, by_hand(x, *cache))
+
+
+def test_lengths_and_inputs_are_not_changed(backend):
+    x = inputs([0, 5, 40])
+    before = {name: a.clone() for name, a in x.items() if isinstance(a, torch.Tensor) and name not in CACHE}
+    run(x, backend)
+    assert all(torch.equal(x[name], a) for name, a in before.items())
+
+
+def test_a_row_without_room_or_place_is_named(backend):
+    if torch.cuda.is_available() and backend == "triton":
+        pytest.skip("values are not looked at on a GPU")
+    x = inputs([3, 2, 7], N=5, S=8)
+    before = [x[name].clone().nan_to_num() for name in CACHE]
+    for slot, length, message in (
+        (5, 2, r"row 1: slot 5 is outside \[0, 5\)"),
+        (-1, 2, r"row 1: slot -1 is outside \[0, 5\)"),
+        (0, 2, "row 1: slot 0 is an earlier row's"),
+        (4, 8, "row 1: slot 4 has length 8, no room for another token in 8"),
+        (4, 9, "row 1: slot 4 has length 9"),
+        (4, -1, "row 1: slot 4 has length -1"),
+    ):
+        x["slots"], x["lengths"] = torch.tensor([0, slot, 3]), torch.tensor([3, 2, 2, 7, length])
+        with pytest.raises(ValueError, match=message):
+            decode_attention(**x, backend=backend)
+    assert all(torch.equal(x[name].nan_to_num(), a) for name, a in zip(CACHE, before))
+
+
+def test_wrong_arguments_are_named(backend):
+    x = inputs([3, 2])
+    half = {name: x[name].half() for name in ("q", "k", "v")}
+    for wrong, error, message in (
+        (dict(k=x["k"].double()), TypeError, "float64"),
+        (dict(values=x["values"].half()), TypeError, "float16"),
+        ({name: x[name].double() for name in CACHE}, TypeError, "float64"),
+        (dict(slots=x["slots"].int()), TypeError, "slots must be int64, got torch.int32"),
+        (dict(lengths=x["lengths"].float()), TypeError, "lengths must be int64"),
+        (dict(q=x["q"].long()), TypeError, "int64"),
+        (dict(q=x["q"][:, :3]), ValueError, r"q \(2, 3, 8\)"),
+        (dict(q=x["q"][0]), ValueError, r"\(4, 8\)"),
+        (dict(k=x["k"][:1]), ValueError, r"k \(1, 2, 8\)"),
+        (dict(slots=x["slots"][:1]), ValueError, r"slots \(1,\)"),
+        (dict(lengths=x["lengths"][:1]), ValueError, r"lengths \(1,\)"),
+        (dict(values=x["values"][:, :, :2]), ValueError, r"values \(4, 2, 2, 8\)"),
+        ({name: x[name].mT.contiguous().mT for name in CACHE}, ValueError, "contiguous, got strides"),
+        (dict(rope=(x["rope"][0].double(), x["rope"][1])), TypeError, "rope must be float32"),
+        (dict(rope=tuple(a[:3] for a in x["rope"])), ValueError, r"at least 4 positions, got \(3, 4\)"),
+        (dict(rope=tuple(a.repeat(1, 2) for a in x["rope"])), ValueError, r"got \(4, 8\)"),
+        (dict(window=0), ValueError, "window must be >= 1, got 0"),
+        (dict(q=x["q"].clone().requires_grad_()), ValueError, "no_grad"),
+    ):
+        with pytest.raises(error, match=message):
+            decode_attention(**x | wrong, backend=backend)
+    run(x | half, backend)  # a cache of another precision is none

@@ -1,0 +1,352 @@
+"""sample_tokens on every backend: what it keeps and draws, judged against the definition in float64, row by row."""
+
+import math
+
+import pytest
+import torch
+from conftest import assert_as_accurate
+from torch.testing import assert_close
+
+from rlhf_core import sample_tokens, token_logprobs
+from rlhf_core.ops.sampling import philox, uniform
+
+INF, NAN = math.inf, math.nan
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRUNCATIONS = [
+    {},
+    dict(top_k=5),
+    dict(top_p=0.9),
+    dict(min_p=0.05),
+    dict(top_k=50, top_p=0.9),
+    dict(top_k=40, top_p=0.95, min_p=0.02),
+]
+ROUNDING = 2e-6  # part of a row's mass that float32 sums may be off by
+
+
+def definition(z, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """(kept, p) of one row, by sorting and exact sums: a list of bool and the p relative to the largest."""
+    z = z.double().tolist()
+    largest = max(z)
+    p = [math.exp((x - largest) / temperature) for x in z]
+    order = sorted(range(len(z)), key=lambda j: -z[j])
+    least = -INF
+    if top_k is not None:
+        least = z[order[min(top_k, len(z)) - 1]]
+    if top_p is not None:
+        order = [j for j in order if z[j] >= least]
+        total = math.fsum(p[j] for j in order)
+        held, rest = 0.0, 0.0  # Neumaier's sum, next to exact
+        for j in order:
+            new = held + p[j]
+            rest += held - new + p[j]
+            held, least = new, z[j]
+            if held + rest >= top_p * total:
+                break
+    return [x >= least and (min_p is None or q >= min_p) for x, q in zip(z, p)], p
+
+
+def masses(z, kept):
+    return torch.tensor(z, dtype=torch.float64) * torch.tensor(kept)
+
+
+def assert_drawn_by_definition(logits, seeds, counters, backend, temperature=1.0, **truncation):
+    """The kept mass, the token and both log-probs of every row; in doubt only where rounding decides."""
+    got = sample_tokens(logits, seeds, counters, temperature=temperature, backend=backend, **truncation)
+    assert [x.dtype for x in got] == [torch.int64, torch.float32, torch.float32]
+    assert [x.shape for x in got] == [logits.shape[:1]] * 3
+    rows, u = logits.cpu(), uniform(seeds, counters).cpu()
+    for row, z in enumerate(rows):
+        token, logprob, full_logprob = (x[row].item() for x in got)
+        top_p = truncation.get("top_p")
+        near = [truncation] + [
+            truncation | dict(top_p=top_p * (1 + e)) for e in (-ROUNDING, ROUNDING) if top_p is not None
+        ]
+        faults = []
+        for settings in near:
+            kept, p = definition(z, temperature, **settings)
+            mass = masses(p, kept)
+            total, cdf = mass.sum().item(), mass.cumsum(0)
+            at, slack = u[row].item() * total, ROUNDING * total
+            fault = None
+            if not kept[token] or p[token] == 0:
+                fault = f"row {row} drew {token}, which is not kept"
+            elif not cdf[token] - mass[token] - slack <= at <= cdf[token] + slack:
+                fault = f"row {row}: {at} is not in {token}'s part of the mass, up to {cdf[token]}"
+            elif abs(full_logprob - math.log(p[token] / math.fsum(p))) > 1e-5 * (1 + abs(full_logprob)):
+                fault = f"row {row}: full log-prob {full_logprob}"
+            elif abs(logprob - math.log(p[token] / total)) > 1e-5 * (1 + abs(logprob)):
+                fault = f"row {row}: log-prob {logprob}, of what is kept {math.log(p[token] / total)}"
+            faults.append(fault)
+        assert None in faults, faults[0]
+    return got
+
+
+def streams(count, first=0):
+    """Seeds and counters that use both words of each, and their signs."""
+    i = torch.arange(first, first + count)
+    return (i - 3) * 0x123456789ABCD, (i + 1) * 0x1FEDCBA98765 - 2**45
+
+
+@pytest.mark.parametrize(
+    "counter, key, random",
+    [  # kat_vectors of Random123
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_its_published_answers(counter, key, random):
+    assert list(philox(*counter, *key)) == random
+    words = philox(*(torch.tensor([x, 1]) for x in counter + key))
+    assert [word[0].item() for word in words] == random
+
+
+@pytest.mark.parametrize(
+    "seed, counter", [(0, 0), (1, 0), (0, 1), (2**40 + 3, 5), (-1, 2**35), (7, -(2**62)), (2**63 - 1, -1)]
+)
+def test_a_row_is_drawn_by_the_first_word_of_its_seed_and_counter(backend, seed, counter):
+    word = philox(counter & 0xFFFFFFFF, counter >> 32 & 0xFFFFFFFF, 0, 0, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)[0]
+    assert uniform(torch.tensor([seed]), torch.tensor([counter])).item() == (word + 0.5) / 2**32  # never 0, nor 1
+    V = 4096  # equal logits: the token is the word's first 12 bits, and other words have others
+    got = sample_tokens(torch.zeros(1, V), torch.tensor([seed]), torch.tensor([counter]), backend=backend)
+    assert got.tokens.tolist() == [word >> 20]
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 1000, 5000])
+def test_tokens_and_log_probs_are_those_of_the_definition_for_any_vocabulary(backend, vocab, truncation):
+    logits = torch.randn(2, vocab) * 3
+    assert_drawn_by_definition(logits, *streams(2), backend, temperature=0.8, **truncation)
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_at_the_vocabulary_of_a_real_model_in_every_dtype_with_many_ties(backend, dtype, truncation):
+    logits = (torch.randn(2, 50257) * torch.tensor([[0.3], [3.0]])).to(dtype)
+    assert_drawn_by_definition(logits, *streams(2), backend, **truncation)
+
+
+def difficult_rows(V=4500):
+    """Rows on which a careless search for a threshold, or softmax, fails."""
+    ramp = torch.linspace(-6, 6, V)
+    spike, late, two, empty = ramp.clone(), torch.full((V,), -200.0), torch.zeros(V), torch.full((V,), -INF)
+    spike[-1] = 90
+    late[4400:] = ramp[4400:]
+    two[::2] = 1
+    empty[[5, 77, 4200]] = torch.tensor([1.0, 2.0, 2.0])
+    ties = torch.randn(V).round()
+    nowhere = torch.randn(V)
+    nowhere[:4300] = torch.finfo(torch.float32).min
+    steps = (torch.arange(V) // 500).float()
+    extremes = torch.tensor([3e4, -3e4]).repeat(V // 2)
+    rows = (ramp, ramp.flip(0), spike, late, two, empty, ties, nowhere, steps, steps * 8, ramp + 1e4, ramp * 40)
+    return torch.stack((*rows, torch.zeros(V), torch.full((V,), -1e30), extremes))
+
+
+@pytest.mark.parametrize(
+    "truncation",
+    [
+        *TRUNCATIONS,
+        dict(top_k=1),
+        dict(top_k=2500),
+        dict(top_p=1e-6),
+        dict(top_p=0.3),
+        dict(top_p=0.9999),
+        dict(min_p=1),
+    ],
+    ids=str,
+)
+def test_no_distribution_misleads_the_search(backend, truncation):
+    logits = difficult_rows()
+    assert_drawn_by_definition(logits, *streams(len(logits)), backend, **truncation)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 3.0])
+def test_temperature_comes_before_truncation(backend, temperature):
+    logits = torch.randn(3, 700)
+    assert_drawn_by_definition(logits, *streams(3), backend, temperature, top_p=0.7, min_p=0.01)
+
+
+@pytest.mark.parametrize(
+    "truncation, kept",
+    [
+        ({}, [0, 1, 2, 3, 4, 6, 7]),
+        (dict(top_k=1), [2]),
+        (dict(top_k=2), [2, 4, 7]),  # 4 ties with 7
+        (dict(top_k=3), [2, 4, 7]),
+        (dict(top_k=4), [1, 2, 4, 6, 7]),
+        (dict(top_p=0.24), [2]),  # 2 holds 0.25
+        (dict(top_p=0.26), [2, 4, 7]),
+        (dict(top_p=0.65), [1, 2, 4, 6, 7]),
+        (dict(min_p=0.49), [1, 2, 4, 6, 7]),
+        (dict(min_p=0.74), [2, 4, 7]),
+        (dict(min_p=1.0), [2]),
+        (dict(top_k=3, top_p=0.41), [2, 4, 7]),  # of 0.25 + 0.1875 + 0.1875, 2 holds 0.4
+        (dict(top_k=3, top_p=0.39), [2]),
+        (dict(top_p=0.3, min_p=0.8), [2]),
+    ],
+    ids=str,
+)
+def test_what_is_kept_ties_included(backend, truncation, kept):
+    p = torch.tensor([0.0625, 0.125, 0.25, 0.03125, 0.1875, 0, 0.125, 0.1875])
+    got = sample_tokens(p.log().expand(4, 8), *streams(4), backend=backend, **truncation)
+    assert set(got.tokens.tolist()) <= set(kept)
+    held = (got.full_logprobs - got.logprobs).exp() * p.sum()  # no two such sets hold as much
+    assert_close(held, p[kept].sum().expand(4))
+
+
+def test_frequencies_are_the_probabilities(backend):
+    n = 20_000 if backend != "triton" or torch.cuda.is_available() else 500  # the interpreter is slow
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.5, -INF, -2.0, 1.5, 0.2])
+    got = sample_tokens(logits.expand(n, 8), torch.arange(n), torch.zeros(n).long(), temperature=1.3, backend=backend)
+    counts = torch.bincount(got.tokens, minlength=8).double()
+    expected = n * torch.softmax(logits.double() / 1.3, -1)
+    assert counts[4] == 0
+    possible = expected > 0
+    assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < 27.9  # chi-square, 6 degrees: 1 in 10^4
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+def test_full_log_probs_are_those_of_token_logprobs_whatever_is_kept(backend, truncation):
+    logits = torch.randn(6, 3000) * 2 + 500
+    got = sample_tokens(logits, *streams(6), temperature=0.6, backend=backend, **truncation)
+    of = dict(temperature=0.6, backend="reference")
+    want = token_logprobs(logits.double(), got.tokens, **of)
+    assert_as_accurate(got.full_logprobs, token_logprobs(logits, got.tokens, **of), want)
+    assert (got.logprobs >= got.full_logprobs - 1e-6).all() and (got.logprobs <= 0).all()
+    assert (got.logprobs is got.full_logprobs) == (truncation == {})
+
+
+def test_options_that_keep_everything_change_no_bit(backend):
+    logits = torch.randn(5, 300)
+    plain = sample_tokens(logits, *streams(5), backend=backend)
+    for neutral in (dict(top_k=300), dict(top_k=10**9), dict(top_p=1.0), dict(top_p=1), dict(min_p=0.0)):
+        got = sample_tokens(logits, *streams(5), backend=backend, **neutral)
+        assert got.logprobs is got.full_logprobs
+        assert_close(tuple(got), tuple(plain), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+@pytest.mark.parametrize("V", [3, 3000])
+def test_a_row_that_is_no_distribution_gives_token_0_and_nan_and_spoils_no_other(backend, V, truncation, temperature):
+    logits = torch.randn(8, V)
+    good = logits[[0, 7]].clone()
+    logits[1, 1], logits[2, V - 1], logits[3, V // 2] = NAN, NAN, INF
+    logits[4] = -INF
+    logits[5] = NAN
+    logits[6] = -INF
+    logits[6, V - 1] = NAN
+    seeds, counters = streams(8)
+    settings = dict(temperature=temperature, backend=backend, **truncation)
+    got = sample_tokens(logits, seeds, counters, **settings)
+    assert got.tokens[1:7].tolist() == [0] * 6
+    assert got.logprobs[1:7].isnan().all() and got.full_logprobs[1:7].isnan().all()
+    alone = sample_tokens(good, seeds[[0, 7]], counters[[0, 7]], **settings)
+    assert_close(tuple(x[[0, 7]] for x in got), tuple(alone), rtol=0, atol=0)
+
+
+def test_one_possible_token_is_drawn_with_certainty(backend):
+    logits = torch.full((6, 2500), -INF)
+    logits[torch.arange(6), torch.arange(6) * 499] = -1e5
+    for truncation in TRUNCATIONS:
+        got = sample_tokens(logits, *streams(6), backend=backend, **truncation)
+        assert got.tokens.tolist() == [499 * i for i in range(6)]
+        assert not got.logprobs.any() and not got.full_logprobs.any()
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+def test_a_row_is_drawn_the_same_bit_for_bit_alone_and_in_any_batch(backend, truncation):
+    logits, (seeds, counters) = torch.randn(7, 3001), streams(7)
+    got = sample_tokens(logits, seeds, counters, backend=backend, **truncation)
+    order = torch.tensor([4, 2, 6, 0])
+    some = sample_tokens(logits[order], seeds[order], counters[order], backend=backend, **truncation)
+    assert_close(tuple(some), tuple(x[order] for x in got), rtol=0, atol=0)
+    alone = sample_tokens(logits[3:4], seeds[3:4], counters[3:4], backend=backend, **truncation)
+    assert_close(tuple(alone), tuple(x[3:4] for x in got), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views_give_the_same_bits_and_no_input_is_modified(backend, dtype, truncation):
+    whole = torch.randn(4, 3, 1001).to(dtype)
+    seeds, counters = (x.repeat_interleave(2)[::2] for x in streams(4))
+    before = [x.clone() for x in (whole, seeds, counters)]
+    want = sample_tokens(whole[:, -1].contiguous(), *streams(4), backend=backend, **truncation)
+    for view in (whole[:, -1], whole[:, -1].t().contiguous().t()):
+        got = sample_tokens(view, seeds, counters, backend=backend, **truncation)
+        assert_close(tuple(got), tuple(want), rtol=0, atol=0)
+    for now, then in zip((whole, seeds, counters), before):
+        assert_close(now, then, rtol=0, atol=0)
+
+
+def test_temperature_0_takes_the_first_of_the_most_likely_whatever_the_seed(backend):
+    logits = torch.randn(10, 999).clamp(max=1.5)  # ties at the top
+    for truncation in TRUNCATIONS:
+        got = sample_tokens(logits, *streams(10), temperature=0, backend=backend, **truncation)
+        assert got.tokens.tolist() == [row.index(max(row)) for row in logits.tolist()]
+        assert not got.logprobs.any()
+        want = token_logprobs(logits.double(), got.tokens, backend="reference")
+        assert_close(got.full_logprobs.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_temperature_near_0_takes_the_most_likely(backend):
+    logits = torch.randn(5, 999)
+    got = sample_tokens(logits, *streams(5), temperature=1e-20, backend=backend)
+    assert_close(got.tokens, logits.argmax(-1))
+
+
+def test_no_rows_give_no_tokens(backend):
+    none = torch.zeros(0, dtype=torch.int64)
+    for temperature in (0.0, 1.0):
+        got = sample_tokens(torch.zeros(0, 7), none, none, temperature=temperature, top_k=2, backend=backend)
+        assert [x.shape for x in got] == [(0,)] * 3 and got.tokens.dtype == torch.int64
+
+
+def test_nothing_gets_a_gradient(backend):
+    got = sample_tokens(torch.randn(2, 9, requires_grad=True), *streams(2), backend=backend)
+    assert not got.logprobs.requires_grad and not got.full_logprobs.requires_grad
+
+
+def test_float64_goes_through_the_reference():
+    logits = torch.randn(3, 100, dtype=torch.float64)
+    got = sample_tokens(logits, *streams(3), top_p=0.9)
+    assert got.logprobs.dtype == got.full_logprobs.dtype == torch.float64
+    assert_close(got.tokens, sample_tokens(logits.float(), *streams(3), top_p=0.9, backend="reference").tokens)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(logits=torch.zeros(2, 3).long()), TypeError, "logits must be a float tensor, got torch.int64"),
+        (dict(logits=torch.zeros(2, 1, 3)), ValueError, r"\(B, V\).*\(2, 1, 3\)"),
+        (dict(logits=torch.zeros(2, 0)), ValueError, r"V > 0, got \(2, 0\)"),
+        (dict(seeds=torch.zeros(2)), TypeError, "seeds must be an int64 tensor, got torch.float32"),
+        (dict(seeds=7), TypeError, "seeds must be an int64 tensor, got int"),
+        (dict(counters=torch.zeros(2).int()), TypeError, "counters must be an int64 tensor, got torch.int32"),
+        (dict(seeds=torch.zeros(3).long()), ValueError, r"seeds must be \(2,\).*\(3,\)"),
+        (dict(counters=torch.zeros(2, 1).long()), ValueError, r"counters must be \(2,\).*\(2, 1\)"),
+        (dict(counters=torch.zeros(2, device="meta").long()), ValueError, "counters are on meta, logits on"),
+        (dict(temperature=-0.5), ValueError, "temperature must be finite and >= 0, got -0.5"),
+        (dict(temperature=INF), ValueError, "temperature must be finite and >= 0, got inf"),
+        (dict(temperature=NAN), ValueError, "temperature must be finite and >= 0, got nan"),
+        (dict(temperature=None), TypeError, "temperature must be a number, got NoneType"),
+        (dict(temperature=torch.ones(2)), TypeError, "temperature must be a number, got torch.float32"),
+        (dict(top_k=0), ValueError, "top_k must be at least 1, got 0"),
+        (dict(top_k=2.0), TypeError, "top_k must be an integer, got float"),
+        (dict(top_p=0.0), ValueError, r"top_p must be in \(0, 1\], got 0.0"),
+        (dict(top_p=1.1), ValueError, r"top_p must be in \(0, 1\], got 1.1"),
+        (dict(top_p=NAN), ValueError, r"top_p must be in \(0, 1\], got nan"),
+        (dict(top_p="0.9"), TypeError, "top_p must be a number, got str"),
+        (dict(min_p=-0.1), ValueError, r"min_p must be in \[0, 1\], got -0.1"),
+        (dict(min_p=2), ValueError, r"min_p must be in \[0, 1\], got 2"),
+    ],
+)
+def test_bad_arguments_raise_with_their_value(backend, change, error, message):
+    good = dict(logits=torch.zeros(2, 3), seeds=torch.zeros(2).long(), counters=torch.zeros(2).long())
+    with pytest.raises(error, match=message):
+        sample_tokens(**(good | change), backend=backend)
