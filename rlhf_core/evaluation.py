@@ -37,8 +37,11 @@ def evaluate_policy(
     batch_size: int = 128,
     seed: int = 0,
 ) -> Evaluation:
-    """Sample a response to every prompt (token ids), score it, and estimate KL(policy || reference) from it."""
-    generator = torch.Generator(policy.head_weight.device).manual_seed(seed)
+    """Sample a response to every prompt (token ids), score it, and estimate KL(policy || reference) from it.
+
+    Every prompt has a seed of its own, from its place in the list and `seed`: batch_size changes nothing but rounding.
+    """
+    seeds = torch.randint(2**63 - 1, (len(prompts),), generator=torch.Generator().manual_seed(seed))
     responses, scores, kls = [], [], []
     with eval_mode(policy, reference):
         for start in range(0, len(prompts), batch_size):
@@ -49,7 +52,7 @@ def evaluate_policy(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 eos_ids=eos_ids,
-                generator=generator,
+                seeds=seeds[start : start + batch_size],
             )
             logprobs, _ = response_logprobs(policy, rollout, temperature)
             ref_logprobs, _ = response_logprobs(reference, rollout, temperature)

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,25 @@ def read_json(path: str | os.PathLike):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+
+
+def model_folder(source: str | os.PathLike) -> Path:
+    """`source` itself, or where no such folder is there and it reads "owner/name", a local copy of that hub repository.
+
+    Raises FileNotFoundError where the hub does not give it, ImportError where huggingface_hub is not installed.
+    """
+    path = Path(source)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        return path
+    try:
+        download = require("huggingface_hub", "hub").snapshot_download
+        return Path(download(str(source), allow_patterns=["*.json", "*.jinja", "*model*.safetensors"]))
+    except ImportError as error:
+        raise ImportError(f"{source}: no such folder; to fetch it from the Hugging Face hub, {error}") from None
+    except Exception as error:  # every kind of failed request
+        reason = (str(error) or repr(error)).splitlines()[0]
+        message = f"{source}: no such folder, and not fetched from the Hugging Face hub (offline?): {reason}"
+        raise FileNotFoundError(message) from None
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -6,7 +6,9 @@ is read at position P - 1 + t.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from rlhf_core.data.collate import left_pad
 from rlhf_core.generation import generate
 from rlhf_core.models import Transformer, ValueModel
+from rlhf_core.models.transformer import Trunk
 from rlhf_core.ops import linear_token_logprobs_and_entropy
 
 
@@ -25,7 +28,7 @@ class Rollout(NamedTuple):
     prompt_mask: Tensor  # (B, P) bool, True = real token
     response_ids: Tensor  # (B, R) int64, right-padded
     response_mask: Tensor  # (B, R) bool, True = counts, EOS included
-    logprobs: Tensor  # (B, R) float32, recorded while sampling
+    logprobs: Tensor  # (B, R) float32, recorded while sampling, of the distribution sampled from
 
     @property
     def input_ids(self) -> Tensor:
@@ -51,11 +54,21 @@ def sample(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    num_samples: int = 1,
     temperature: float = 1.0,
-    eos_ids: tuple[int, ...] | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    eos_ids: Sequence[int] | None = None,
+    seeds: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Rollout:
-    """Sample one response to every prompt (lists of token ids); arguments as for `generate`."""
+    """Sample `num_samples` responses to every prompt (lists of token ids), those of a prompt one after the other.
+
+    Arguments as for `generate`. What scores a rollout knows the temperature only, so truncation warns, once.
+    """
+    if not (top_k is top_p is min_p is None):
+        _warn_of_truncation()
     device = model.head_weight.device
     prompt_ids, prompt_mask = (x.to(device) for x in left_pad(prompts, model.config.pad_id or 0))
     response = generate(
@@ -63,24 +76,70 @@ def sample(
         prompt_ids,
         attention_mask=prompt_mask,
         max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         eos_ids=eos_ids,
+        seeds=seeds,
         generator=generator,
     )
-    return Rollout(prompt_ids, prompt_mask, *response)
+    prompt_ids, prompt_mask = (x.repeat_interleave(num_samples, dim=0) for x in (prompt_ids, prompt_mask))
+    return Rollout(prompt_ids, prompt_mask, response.response_ids, response.response_mask, response.logprobs)
 
 
-def response_logprobs(model: Transformer, rollout: Rollout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy (B, R) of the response tokens under softmax(logits / temperature), with gradient."""
-    P = rollout.prompt_ids.shape[1]
-    hidden = model.trunk(rollout.input_ids, rollout.attention_mask)[:, P - 1 : -1]  # (B, R, D)
-    return linear_token_logprobs_and_entropy(
-        hidden, model.head_weight, rollout.response_ids, temperature=temperature, mask=rollout.response_mask
+@functools.cache
+def _warn_of_truncation() -> None:
+    warnings.warn(
+        "rollouts sampled with top_k, top_p or min_p: their log-probs are those of the truncated distribution, while "
+        "`response_logprobs`, and so PPO's ratio and KL, take softmax(logits / temperature)",
+        stacklevel=3,
     )
 
 
-def response_values(critic: ValueModel, rollout: Rollout) -> Tensor:
-    """Values (B, R) of the states before the response tokens, 0 where the mask is False, with gradient."""
-    P = rollout.prompt_ids.shape[1]
-    values = critic(rollout.input_ids, rollout.attention_mask)[:, P - 1 : -1]
-    return values.masked_fill(~rollout.response_mask, 0)
+def response_hidden(trunk: Trunk, rollout: Rollout) -> Tensor:
+    """Hidden states (N, D) that the N counted response tokens are predicted from, row by row, with gradient.
+
+    Prompt and response of a row stand side by side, padded on the right as far as the longest needs: then attention
+    needs no mask, which is its fast path.
+    """
+    ids, mask, device = rollout.input_ids, rollout.response_mask, rollout.input_ids.device
+    prompts = rollout.prompt_mask.sum(dim=1, keepdim=True)  # (B, 1)
+    T = max(int((prompts + mask.sum(dim=1, keepdim=True)).max()) - 1, 1)  # a last token predicts none
+    P, R = rollout.prompt_ids.shape[1], mask.shape[1]
+    place = torch.arange(T, device=device) + P - prompts  # (B, T) of the T tokens in the rollout's own order
+    read = torch.arange(len(ids), device=device)[:, None] * T + prompts - 1 + torch.arange(R, device=device)  # (B, R)
+    return trunk(ids.gather(1, place.clamp_max(ids.shape[1] - 1)), read=read[mask])
+
+
+def response_logprobs(
+    model: Transformer,
+    rollout: Rollout,
+    temperature: float = 1.0,
+    hidden: Tensor | None = None,
+    loss_of: Callable[[Tensor, slice], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy (B, R) of the response tokens under softmax(logits / temperature), with gradient.
+
+    hidden: what `response_hidden` gives for the model's trunk, where the caller has it.
+    loss_of: as for `linear_token_logprobs_and_entropy`; the rows are the tokens under the mask.
+    """
+    mask = rollout.response_mask
+    hidden = response_hidden(model.trunk, rollout) if hidden is None else hidden
+    logprobs, entropy = linear_token_logprobs_and_entropy(
+        hidden, model.head_weight, rollout.response_ids[mask], temperature=temperature, loss_of=loss_of
+    )
+    return _scatter(logprobs, mask), _scatter(entropy, mask)
+
+
+def response_values(critic: ValueModel, rollout: Rollout, hidden: Tensor | None = None) -> Tensor:
+    """Values (B, R) of the states before the response tokens, 0 where the mask is False, with gradient; hidden as for
+    `response_logprobs`."""
+    hidden = response_hidden(critic.trunk, rollout) if hidden is None else hidden
+    return _scatter(critic.read(hidden), rollout.response_mask)
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """Values (N,) to the N True places of a mask (B, R), 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)

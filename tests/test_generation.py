@@ -1,18 +1,28 @@
 """Sampling: from the distribution it says, ended where it says, the same alone and in a padded batch."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from conftest import poison_uninitialised_memory
 from torch.testing import assert_close
 
+from rlhf_core import generation
 from rlhf_core.data.collate import left_pad
 from rlhf_core.generation import generate
 from rlhf_core.models import Transformer, TransformerConfig
+from rlhf_core.models.transformer import Trunk
 from rlhf_core.rollout import response_logprobs, sample
 
 GPT2 = dict(
-    positions="learned", norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias=True, mlp_bias=True
+    positions="learned",
+    norm="layernorm",
+    activation="gelu_tanh",
+    gated_mlp=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
 )
 FAMILIES = {"gpt2": GPT2, "llama": dict(num_kv_heads=1, tie_embeddings=False)}
 PROMPTS = [[5, 3, 7, 4, 6], [8, 1], [2], [9, 9, 9, 1]]
@@ -61,17 +71,67 @@ def test_recorded_log_probs_are_those_of_the_training_forward(family, temperatur
         assert not rollout.logprobs[b, len(response) :].any()
 
 
-def test_log_probs_are_of_the_truncated_distribution_where_there_is_one():
-    """Row 19: the distribution sampled from, renormalised over what top_k left."""
-    model = tiny()
-    got = generate(model, torch.tensor([PROMPTS[0]]), max_new_tokens=1, top_k=3, temperature=0.7, generator=seeded())
-    top = (next_logits(model, PROMPTS[0]) / 0.7).topk(3)
-    want = top.values.log_softmax(-1)[top.indices == got.response_ids[0, 0]]
-    assert_close(got.logprobs[0], want, rtol=0, atol=1e-5)
+@families
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(top_k=3),
+        dict(top_p=0.6),
+        dict(min_p=0.2),
+        dict(repetition_penalty=1.5),
+        dict(repetition_penalty=0.7, top_k=4),
+        dict(min_new_tokens=4, eos_ids=(2, 3, 7)),
+    ],
+    ids=str,
+)
+def test_log_probs_are_of_what_was_sampled_from_and_the_full_ones_of_the_model(family, options):
+    """Row 19: truncated, penalised and with ends forbidden, against the same done by hand; the full ones without."""
+    model, ids, mask = tiny(family), *left_pad(PROMPTS, 0)
+    options = dict(temperature=0.7, num_samples=3, eos_ids=(2,)) | options
+    got = generate(model, ids, attention_mask=mask, max_new_tokens=7, generator=seeded(), **options)
+    assert not got.response_mask.all()
+    assert (got.logprobs - got.full_logprobs).abs().max() > 0.05
+    penalty, t_min = options.get("repetition_penalty", 1), options.get("min_new_tokens", 0)
+    for row, (ids, mask) in enumerate(zip(got.response_ids.tolist(), got.response_mask)):
+        response, prompt = ids[: int(mask.sum())], PROMPTS[row // 3]
+        for t, token in enumerate(response):
+            z = next_logits(model, prompt + response[:t])
+            full = (z / 0.7).log_softmax(-1)
+            seen = list({*prompt, *response[:t]})
+            z[seen] = torch.where(z[seen] > 0, z[seen] / penalty, z[seen] * penalty)
+            if t < t_min:
+                z[list(options["eos_ids"])] = -math.inf
+            p = (z / 0.7).softmax(-1)
+            p[p < p.topk(options.get("top_k", V)).values[-1]] = 0
+            ordered = p.sort(descending=True).values
+            if "top_p" in options:
+                p[p < ordered[(ordered.cumsum(0) < options["top_p"]).sum()]] = 0
+            p[p < options.get("min_p", 0) * p.max()] = 0
+            assert_close(got.logprobs[row, t], (p[token] / p.sum()).log(), rtol=0, atol=1e-5)
+            assert_close(got.full_logprobs[row, t], full[token], rtol=0, atol=1e-5)
+        assert not got.full_logprobs[row, len(response) :].any()
+
+
+def test_nothing_truncated_means_one_tensor_of_log_probs():
+    model, ids = tiny(), torch.tensor([PROMPTS[0]])
+    got = generate(model, ids, max_new_tokens=4, generator=seeded())
+    assert got.full_logprobs is got.logprobs
+    greedy = generate(model, ids, max_new_tokens=4, temperature=0)
+    want = model(torch.cat((ids, greedy.response_ids), dim=1))[0, 4:-1].log_softmax(-1).amax(-1)
+    assert_close(greedy.full_logprobs[0], want.detach(), rtol=0, atol=1e-5)
+
+
+def test_a_16_bit_model_gives_float32_log_probs_of_its_own_logits():
+    model = tiny().bfloat16()
+    rollout = sample(model, PROMPTS, max_new_tokens=8, generator=seeded())
+    assert rollout.logprobs.dtype == torch.float32
+    assert_close(rollout.logprobs, response_logprobs(model, rollout)[0].float(), rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(temperature=0.5), dict(temperature=2.0), dict(top_k=4), dict(top_p=0.6)], ids=str
+    "options",
+    [{}, dict(temperature=0.5), dict(temperature=2.0), dict(top_k=4), dict(top_p=0.6), dict(min_p=0.6)],
+    ids=str,
 )
 def test_frequencies_are_those_of_the_softmax(options):
     """Chi-square over 20,000 draws of one token; 12 tokens have 11 degrees of freedom, 99.9 % of samples are < 31."""
@@ -83,6 +143,7 @@ def test_frequencies_are_those_of_the_softmax(options):
     keep = torch.ones(V, dtype=torch.bool)
     keep[options.get("top_k", V) :] = False
     keep &= ordered.cumsum(0) - ordered < options.get("top_p", 1.0)
+    keep &= ordered >= options.get("min_p", 0) * ordered[0]
     support = order[keep]
     p = torch.zeros(V).index_copy(0, support, ordered[keep] / ordered[keep].sum())
     assert len(support) == V or len(support) in range(2, 6)  # else the case would show nothing
@@ -124,6 +185,28 @@ def test_greedy_in_a_padded_batch_is_the_argmax_loop_of_each_row_alone(family, o
     assert not got.logprobs.any()  # all mass on one token
 
 
+@families
+@pytest.mark.parametrize("options", [{}, dict(top_p=0.9, repetition_penalty=1.2)], ids=str)
+def test_a_row_is_drawn_by_its_seed_whatever_else_is_in_the_batch(family, options):
+    """Alone, among others, in another order, as one of several samples of its prompt; rows end at different times."""
+    model, n = tiny(family), 3
+    options = dict(max_new_tokens=12, eos_ids=(2, 3)) | options
+    seeds = torch.tensor([5, -(2**63), 2**63 - 1, 0, 7, 7, 8, 9, 10, 11, 12, 13])
+
+    def responses(prompts, seeds, **more):
+        ids, mask = left_pad(prompts, 0)
+        got = generate(model, ids, attention_mask=mask, seeds=seeds, **options, **more)
+        return [row[mask].tolist() for row, mask in zip(got.response_ids, got.response_mask)]
+
+    together = responses(PROMPTS, seeds, num_samples=n)
+    assert len({len(response) for response in together}) > 3
+    repeated = [prompt for prompt in PROMPTS for _ in range(n)]
+    assert responses(repeated, seeds) == together
+    assert [responses([prompt], seed[None])[0] for prompt, seed in zip(repeated, seeds)] == together
+    order = torch.randperm(12, generator=seeded())
+    assert responses([repeated[i] for i in order], seeds[order]) == [together[i] for i in order]
+
+
 def test_a_seed_gives_the_same_numbers_and_another_others():
     model, ids = tiny(), torch.tensor([PROMPTS[0]]).expand(8, -1)
     a, b, c = (generate(model, ids, max_new_tokens=8, generator=seeded(seed)) for seed in (1, 1, 2))
@@ -133,7 +216,98 @@ def test_a_seed_gives_the_same_numbers_and_another_others():
     assert torch.equal(generate(model, ids, max_new_tokens=8).response_ids, a.response_ids)  # torch's own generator
 
 
+def test_samples_of_a_prompt_share_one_pass_over_it(monkeypatch):
+    model, calls = tiny(), []
+    prefill = Trunk.prefill
+    monkeypatch.setattr(Trunk, "prefill", lambda self, ids, *rest: calls.append(ids.shape) or prefill(self, ids, *rest))
+    ids, mask = left_pad(PROMPTS, 0)
+    got = generate(model, ids, attention_mask=mask, max_new_tokens=3, num_samples=5, generator=seeded())
+    assert calls == [(4, 5)] and got.response_ids.shape == (20, 3)
+    assert len({tuple(row) for row in got.response_ids[:5].tolist()}) > 1  # with a seed each
+
+
+def test_what_the_cache_holds_beyond_a_row_is_never_read(monkeypatch):
+    poison_uninitialised_memory(monkeypatch)
+    ids, mask = left_pad(PROMPTS, 0)
+    got = generate(tiny(), ids, attention_mask=mask, max_new_tokens=10, temperature=0, num_samples=2)
+    want = [greedy_loop(tiny(), prompt, 10) for prompt in PROMPTS for _ in range(2)]
+    assert got.response_ids.tolist() == want
+
+
 # ---- ends
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("options", [{}, dict(top_k=5, repetition_penalty=1.3)], ids=str)
+def test_a_row_that_has_ended_leaves_the_batch_and_the_others_alone(options, every, monkeypatch):
+    """The model runs on as many rows as tokens are made; some more where they are looked at every few steps."""
+    monkeypatch.setitem(generation.STEPS_PER_CHECK, "cpu", every)
+    model, sizes, decode = tiny(), [], Trunk.decode
+    monkeypatch.setattr(Trunk, "decode", lambda self, *args: sizes.append(len(args[0])) or decode(self, *args))
+    seeds, ids = torch.arange(40), torch.tensor([PROMPTS[0]] * 40)
+    whole = generate(model, ids, max_new_tokens=14, eos_ids=(), seeds=seeds, **options)
+    assert sizes == [40] * 13
+    sizes.clear()
+    got = generate(model, ids, max_new_tokens=14, eos_ids=(2, 3), seeds=seeds, **options)
+    lengths = got.response_mask.sum(dim=1)
+    assert len(lengths.unique()) > 4
+    made = int((lengths - 1).sum())  # the last token of a row is not read by the model
+    if every == 1:
+        assert sum(sizes) == made
+    else:  # rows leave when half of them have ended
+        assert made < sum(sizes) < 40 * 13 and 1 < len(set(sizes)) < 5
+        assert all(a == b or 2 * b <= a for a, b in itertools.pairwise(sizes))
+    for row, length in enumerate(lengths):
+        response = whole.response_ids[row].tolist()
+        assert length == min([t + 1 for t, token in enumerate(response) if token in (2, 3)], default=14)
+        assert got.response_ids[row, :length].tolist() == response[:length]
+        assert_close(got.logprobs[row, :length], whole.logprobs[row, :length], rtol=0, atol=1e-5)
+
+
+class Pieces:
+    """A tokenizer whose tokens hold several characters or part of one, and whose text loses a space at its start."""
+
+    texts = (b"a", b"b", b"ab", b" a", b"\xc3", b"\xa9", b"\xc3\xa9b", b"ba", b" ", b"c", b"bb", b"a b")
+
+    def decode(self, ids):
+        return b"".join(self.texts[i] for i in ids).decode(errors="replace").removeprefix(" ")
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("least", [0, 5])
+@pytest.mark.parametrize("strings", [["aab"], ["é"], [" a"], ["b ab", "bbab"], ["aa", "b", "éb a"]], ids=str)
+def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(strings, least, every, monkeypatch):
+    monkeypatch.setitem(generation.STEPS_PER_CHECK, "cpu", every)
+    model, seeds, ids = tiny(), torch.arange(60), torch.tensor([PROMPTS[0]] * 60)
+    options = dict(max_new_tokens=16, min_new_tokens=least, eos_ids=(), temperature=2.0, seeds=seeds)
+    whole = generate(model, ids, **options).response_ids.tolist()
+    got = generate(model, ids, stop_strings=strings, tokenizer=Pieces(), **options)
+    lengths = got.response_mask.sum(dim=1).tolist()
+    assert len(set(lengths)) > 2
+    for row, response in enumerate(whole):
+        texts = [b"".join(Pieces.texts[i] for i in response[:t]).removeprefix(b" ") for t in range(17)]
+        ends = [
+            t
+            for t in range(max(1, least), 17)
+            if any(
+                texts[t].find(string.encode(), max(0, len(texts[t - 1]) + 1 - len(string.encode()))) >= 0
+                for string in strings
+            )
+        ]
+        assert lengths[row] == min(ends, default=16)
+        assert got.response_ids[row, : lengths[row]].tolist() == response[: lengths[row]]
+
+
+def test_no_response_ends_before_the_shortest_asked_for():
+    model, ids = tiny(), torch.tensor([PROMPTS[0]] * 64)
+    lengths = [
+        generate(model, ids, max_new_tokens=9, min_new_tokens=least, eos_ids=(2, 3, 7), generator=seeded())
+        .response_mask.sum(dim=1)
+        .unique()
+        .tolist()
+        for least in (0, 4, 9)
+    ]
+    assert lengths[0][0] == 1 and lengths[1][0] == 5 and lengths[2] == [9]
 
 
 @pytest.mark.parametrize("from_config", [True, False])
@@ -178,16 +352,44 @@ def test_no_ends_means_full_width():
         (dict(top_k=0), "top_k must be at least 1, got 0"),
         (dict(top_p=0.0), r"top_p must be in \(0, 1\], got 0.0"),
         (dict(top_p=1.1), "top_p"),
-        (dict(max_new_tokens=0), "max_new_tokens = 0"),
-        (dict(max_new_tokens=20), "5 prompt \\+ 20 new tokens exceed the model's 24 positions"),
-        (dict(prompt_ids=torch.zeros(1, 0, dtype=torch.long)), "P = 0"),
-        (dict(attention_mask=torch.tensor([[True, True, True, True, False]])), "padded on the left"),
-        (dict(attention_mask=torch.zeros(1, 5, dtype=torch.bool)), "padded on the left"),
+        (dict(min_p=1.1), r"min_p must be in \[0, 1\], got 1.1"),
+        (dict(repetition_penalty=0.0), "repetition_penalty must be finite and > 0, got 0.0"),
+        (dict(repetition_penalty=math.nan), "repetition_penalty"),
+        (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+        (dict(min_new_tokens=-1), "min_new_tokens must be at least 0, got -1"),
+        (dict(min_new_tokens=3), "min_new_tokens 3 is beyond max_new_tokens 2"),
+        (dict(num_samples=0), "num_samples must be at least 1, got 0"),
+        (dict(eos_ids=(12,)), r"eos_ids \[12\] are not all ids of a vocabulary of 12"),
+        (dict(stop_strings=["a"]), "stop_strings need a tokenizer"),
+        (dict(stop_strings="a", tokenizer=Pieces()), "stop_strings must be a sequence of strings"),
+        (dict(stop_strings=["a", ""], tokenizer=Pieces()), "not empty"),
+        (dict(seeds=torch.arange(3)), r"seeds have shape \(3,\), but there are 2 prompts x 1 samples"),
+        (dict(max_new_tokens=20), "row 1: 5 prompt \\+ 20 new tokens exceed the model's 24 positions"),
+        (dict(prompt_ids=torch.zeros(2, 0, dtype=torch.long), attention_mask=None), "row 0: the prompt is empty"),
+        (dict(prompt_ids=torch.zeros(0, 5, dtype=torch.long)), "there are no prompts"),
+        (dict(attention_mask=torch.tensor([[True] * 5, [False] * 5])), "row 1: the prompt is empty"),
+        (dict(attention_mask=torch.tensor([[True] * 5, [True] * 4 + [False]])), "row 1: .* padded on the left"),
+        (dict(attention_mask=torch.tensor([[True] * 5, [True, False, True, True, True]])), "row 1: .* on the left"),
+        (dict(attention_mask=torch.ones(2, 4, dtype=torch.bool)), r"shape \(2, 4\), prompt_ids \(2, 5\)"),
     ],
 )
 def test_an_argument_out_of_range_is_refused(options, message):
+    ids, mask = left_pad([[1, 2], PROMPTS[0]], 0)
     with pytest.raises(ValueError, match=message):
-        generate(tiny(), **(dict(prompt_ids=torch.tensor([PROMPTS[0]]), max_new_tokens=2) | options))
+        generate(tiny(), **(dict(prompt_ids=ids, attention_mask=mask, max_new_tokens=2) | options))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_are_reported_with_row_and_token(temperature):
+    model, ids = tiny(tie_embeddings=False), torch.tensor([[8, 1], [5, 3], [1, 5]])
+    options = dict(max_new_tokens=10, temperature=temperature, eos_ids=(), seeds=torch.arange(3))
+    clean = generate(model, ids, **options).response_ids[:, :-1].tolist()
+    poison = next(token for token in clean[1] if token not in (8, 1, 5, 3, *clean[0]))
+    with torch.no_grad():
+        model.trunk.embed.weight[poison] = math.nan
+    at = clean[1].index(poison) + 1
+    with pytest.raises(FloatingPointError, match=f"row 1: the model's logits are not finite at token {at} of"):
+        generate(model, ids, **options)
 
 
 def test_the_last_position_is_usable():
@@ -206,3 +408,85 @@ def test_dropout_is_off_while_sampling_and_the_mode_comes_back(training, monkeyp
     with pytest.raises(ZeroDivisionError):
         generate(model, ids, max_new_tokens=6)
     assert model.training == training  # after an error too
+
+
+def test_packed_weights_give_the_same_and_leave_the_model_as_it_was(monkeypatch):
+    """Weights of every size packed; rows come down to one, so every number of rows meets them."""
+    model, ids = tiny("gpt2", tie_embeddings=False), torch.tensor([PROMPTS[0]] * 20)
+    options = dict(max_new_tokens=14, eos_ids=(2, 3), seeds=torch.arange(20))
+    want = generate(model, ids, **options)
+    monkeypatch.setattr(generation, "PACKED_FROM", 0)
+    packed, make = [], generation._packed_linear
+    monkeypatch.setattr(generation, "_packed_linear", lambda weight, bias: packed.append(weight) or make(weight, bias))
+    got = generate(model, ids, **options)
+    assert len(packed) == 4 * 2 + 1 and packed[-1] is model.head_weight
+    assert torch.equal(got.response_ids, want.response_ids)
+    assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
+    assert not any("forward" in module.__dict__ or "logits" in module.__dict__ for module in model.modules())
+
+
+# ---- a real model
+
+
+@pytest.fixture(scope="module")
+def stories(data_dir):
+    return data_dir / "models" / "stories260k"
+
+
+def test_greedy_is_what_transformers_generates(stories):
+    transformers = pytest.importorskip("transformers")
+    ids = torch.randint(3, 500, (4, 9), generator=seeded())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(stories)
+    want = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, min_new_tokens=64
+    )
+    options = dict(max_new_tokens=64, min_new_tokens=64, temperature=0)
+    assert torch.equal(generate(Transformer.from_pretrained(stories), ids, **options).response_ids, want[:, 9:])
+
+
+def test_a_penalty_is_that_of_transformers(stories):
+    transformers = pytest.importorskip("transformers")
+    ids = torch.randint(3, 500, (4, 9), generator=seeded())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(stories)
+    options = dict(max_new_tokens=40, min_new_tokens=40, repetition_penalty=1.3)
+    want = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
+    got = generate(Transformer.from_pretrained(stories), ids, temperature=0, **options)
+    assert torch.equal(got.response_ids, want[:, 9:])
+
+
+def test_recorded_log_probs_of_a_real_model_are_those_of_the_training_forward(stories):
+    """Beyond what the training forward's own rounding makes of these large logits."""
+    model, prompts = Transformer.from_pretrained(stories), [[1, 403, 407], [1], [1, 9, 8, 7, 6, 5]] * 5
+    rollout = sample(model, prompts, max_new_tokens=64, eos_ids=(1, 2), generator=seeded())
+    with torch.no_grad():
+        trained, _ = response_logprobs(model, rollout)
+        truth, _ = response_logprobs(model.double(), rollout)
+    rounding = float((trained - truth).abs().max())
+    assert rounding < 5e-5
+    assert_close(rollout.logprobs, trained, rtol=0, atol=1e-5 + rounding)
+
+
+def test_the_comparison_with_transformers_runs_and_tells_met_from_missed(monkeypatch):
+    pytest.importorskip("transformers")
+    from rlhf_core.benchmarks.peers import generation as bench
+
+    monkeypatch.setattr(torch, "compile", lambda f: lambda *args, **options: [][0])
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    result = bench.measure("llama", None, 3, 20, 2, **sizes, intermediate_size=16)
+    assert set(result["seconds"]) == {"ours", "default", "static", "kept", "dropped"}
+    assert "IndexError" in result["failed"]["static, compiled"] and 1 <= result["mean_length"] < 20
+    result |= {"ratio": 1.4, "dropping_ratio": 2.0}
+    assert "| 1.40 | 1.5 missed | 2.00 at " in bench.row(result) and bench.row(result).endswith("| 2 met |")
+
+
+def test_the_comparison_refuses_log_probs_that_are_not_the_models(monkeypatch):
+    pytest.importorskip("transformers")
+    from rlhf_core.benchmarks.peers import generation as bench
+
+    theirs, ours = bench.theirs_and_ours("gpt2", None, n_embd=16, n_layer=1, n_head=2)
+    prompts = torch.ones(2, 3, dtype=torch.long)
+    bench.check(ours, theirs, prompts, 5)
+    with torch.no_grad():
+        theirs.transformer.wte.weight[:, 0] += 0.1
+    with pytest.raises(AssertionError):
+        bench.check(ours, theirs, prompts, 5)

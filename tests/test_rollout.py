@@ -1,18 +1,26 @@
 """Rollouts: where log-probs and values are read, what padding changes (nothing), and evaluation of a policy."""
 
+import warnings
+
 import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_core.data import ByteTokenizer, TokenBatch
+from rlhf_core.data import ByteTokenizer, Example, collate
 from rlhf_core.evaluation import evaluate_policy, win_rate
 from rlhf_core.models import Transformer, TransformerConfig, ValueModel
-from rlhf_core.rollout import Rollout, response_logprobs, response_values, sample
-from rlhf_core.trainers.dpo import completion_logprobs
+from rlhf_core.rollout import Rollout, _warn_of_truncation, response_logprobs, response_values, sample
+from rlhf_core.trainers.dpo import target_logprobs
 
 GPT2 = dict(
-    positions="learned", norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias=True, mlp_bias=True
+    positions="learned",
+    norm="layernorm",
+    activation="gelu_tanh",
+    gated_mlp=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
 )
 FAMILIES = {"gpt2": GPT2, "llama": {}}
 PROMPTS = [[5, 3, 7, 4], [8, 1], [6], [9, 9, 1]]
@@ -103,6 +111,33 @@ def test_sampling_takes_other_ends_than_the_models_own():
     assert all(not {4, 5} & set(response[:-1]) for response in rollout.responses())
 
 
+def test_several_samples_of_a_prompt_are_rows_next_to_each_other():
+    seeds = torch.arange(8)
+    rollout = sample(tiny(), PROMPTS, max_new_tokens=6, num_samples=2, seeds=seeds)
+    assert rollout.prompts() == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert all(len(x) == 8 for x in rollout)
+    for row, seed in enumerate(seeds):
+        alone = sample(tiny(), [PROMPTS[row // 2]], max_new_tokens=6, seeds=seed[None])
+        assert alone.responses() == rollout.responses()[row : row + 1]
+
+
+@pytest.mark.parametrize("options", [dict(top_k=3), dict(top_p=0.5), dict(min_p=0.5)], ids=str)
+def test_a_truncated_rollout_warns_once_and_records_what_it_was_sampled_from(options):
+    """Row 19."""
+    _warn_of_truncation.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plain = sample(tiny(), PROMPTS, max_new_tokens=6, seeds=torch.arange(4))
+        assert not caught
+        for _ in range(2):
+            rollout = sample(tiny(), PROMPTS, max_new_tokens=6, seeds=torch.arange(4), **options)
+    assert [str(warning.message)[:35] for warning in caught] == ["rollouts sampled with top_k, top_p "]
+    assert caught[0].filename == __file__
+    assert_close(plain.logprobs, response_logprobs(tiny(), plain)[0].detach(), rtol=0, atol=1e-5)
+    full = response_logprobs(tiny(), rollout)[0].detach()
+    assert (rollout.logprobs >= full - 1e-5).all() and (rollout.logprobs - full).max() > 0.1
+
+
 # ---- evaluation
 
 
@@ -135,11 +170,12 @@ def test_evaluation_leaves_dropout_out_whatever_the_mode():
 
 
 def test_evaluation_does_not_depend_on_the_batch_size():
-    """Row 32; greedy, since rows share one stream of random numbers."""
+    """Row 32; every prompt has a seed of its own."""
     policy, reference = (tiny(vocab_size=259, seed=seed) for seed in (0, 1))
-    a, b = (evaluated(policy, reference, temperature=1e-4, batch_size=size) for size in (1, 3))
+    a, b = (evaluated(policy, reference, batch_size=size) for size in (1, 3))
     assert a.responses == b.responses
     assert_close(a.scores, b.scores)
+    assert_close(a.kl, b.kl, rtol=1e-4, atol=1e-4)
 
 
 def test_a_tie_is_half_a_win():
@@ -169,8 +205,8 @@ def test_training_never_holds_the_logits_of_a_batch(scored):
             rollout = Rollout(ids[:, :P], torch.ones(B, P, dtype=torch.bool), ids[:, P:], mask, torch.zeros(B, R))
             logprobs, entropy = response_logprobs(model, rollout)
         else:
-            counted = torch.cat((torch.zeros(B, P, dtype=torch.bool), mask), dim=1)
-            logprobs, entropy = completion_logprobs(model, TokenBatch(ids, torch.ones_like(counted), ids, counted))
+            rows = [Example(row[:P].tolist(), row[P:][counts].tolist()) for row, counts in zip(ids, mask)]
+            logprobs, entropy = target_logprobs(model, collate(rows, pad_id=0))
         (logprobs + entropy).sum().backward()
     assert logprobs[logprobs != 0].numel() == 19
     assert 4 * 8 * V <= largest.nbytes < 4 * B * (P + R) * V / 4

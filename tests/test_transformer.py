@@ -1,29 +1,93 @@
 """The transformer against `transformers`, and against itself under padding, caching and saving."""
 
-import sys
-from pathlib import Path
+import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from rlhf_core import last_token_index, token_logprobs
+from rlhf_core.generation import generate
 from rlhf_core.models import KVCache, RewardModel, Transformer, TransformerConfig, ValueModel, hub
 
-SIZES = dict(vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=32)
+SIZES = dict(vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=96)
 IDS = dict(bos_id=1, eos_ids=(2,), pad_id=0)
 GPT2 = dict(
-    positions="learned", norm="layernorm", activation="gelu_tanh", gated_mlp=False, attention_bias=True, mlp_bias=True
+    positions="learned",
+    norm="layernorm",
+    activation="gelu_tanh",
+    gated_mlp=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
 )
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
+# name: (their model_type, our config, their fields beyond those that every family shares)
 FAMILIES = {
-    "gpt2": GPT2,
-    "gpt2-untied": GPT2 | dict(tie_embeddings=False, activation="gelu"),
-    "llama": dict(tie_embeddings=False),
-    "llama-gqa": dict(num_kv_heads=2, head_dim=16, rope_theta=500.0),
-    "llama-bias": dict(num_kv_heads=1, attention_bias=True, mlp_bias=True, norm_eps=1e-3),
-}
+    "gpt2": ("gpt2", GPT2 | dict(norm_eps=1e-5), {}),
+    "gpt2-untied": (
+        "gpt2",
+        GPT2 | dict(tie_embeddings=False, activation="gelu", norm_eps=1e-3),
+        dict(tie_word_embeddings=False, activation_function="gelu", layer_norm_epsilon=1e-3),
+    ),
+    "llama": ("llama", dict(tie_embeddings=False), {}),
+    "llama-gqa": (
+        "llama",
+        dict(num_kv_heads=2, head_dim=16, rope_theta=500.0),
+        dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, rope_theta=500.0),
+    ),
+    "llama-bias": (
+        "llama",
+        dict(num_kv_heads=1, qkv_bias=True, out_bias=True, mlp_bias=True, norm_eps=1e-3),
+        dict(
+            num_key_value_heads=1, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3, tie_word_embeddings=True
+        ),
+    ),
+    "llama3": ("llama", dict(tie_embeddings=False, rope_scaling=LLAMA3), dict(rope_scaling=LLAMA3)),
+    "llama-linear": (
+        "llama",
+        dict(tie_embeddings=False, rope_scaling=dict(rope_type="linear", factor=3.0)),
+        dict(rope_scaling=dict(rope_type="linear", factor=3.0)),
+    ),
+    "mistral": (
+        "mistral",
+        dict(num_kv_heads=2, tie_embeddings=False, sliding_window=4),
+        dict(num_key_value_heads=2, sliding_window=4),
+    ),
+    "mistral-full": (
+        "mistral",
+        dict(num_kv_heads=2, tie_embeddings=False, family="mistral"),
+        dict(num_key_value_heads=2, sliding_window=None),
+    ),
+    "qwen2": ("qwen2", dict(num_kv_heads=2, qkv_bias=True), dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen2-window-yarn": (
+        "qwen2",
+        dict(num_kv_heads=2, qkv_bias=True, tie_embeddings=False, sliding_window=5, rope_scaling=YARN),
+        dict(
+            num_key_value_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=0, rope_scaling=YARN
+        ),
+    ),
+    "qwen3": (
+        "qwen3",
+        dict(num_kv_heads=2, head_dim=16, qk_norm=True),
+        dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+    ),
+    "qwen3-bias": (
+        "qwen3",
+        dict(head_dim=16, qk_norm=True, qkv_bias=True, out_bias=True, tie_embeddings=False),
+        dict(num_key_value_heads=4, head_dim=16, attention_bias=True),
+    ),
+}  # fmt: skip
 families = pytest.mark.parametrize("family", FAMILIES)
-learned_and_rotary = pytest.mark.parametrize("family", ["gpt2", "llama-gqa"])
+kinds = pytest.mark.parametrize("family", ["gpt2", "llama-gqa", "mistral", "qwen3"])  # positions, window, norms
 
 
 @torch.no_grad()
@@ -37,7 +101,7 @@ def shake(model):
 
 def tiny(family, cls=Transformer, **options):
     torch.manual_seed(0)
-    return shake(cls(TransformerConfig(**(SIZES | IDS | FAMILIES[family] | options))))
+    return shake(cls(TransformerConfig(**(SIZES | IDS | FAMILIES[family][1] | options))))
 
 
 def padded(side, lengths=(9, 5, 1), width=9):
@@ -50,48 +114,58 @@ def padded(side, lengths=(9, 5, 1), width=9):
 # ---- transformers
 
 
-@pytest.fixture
-def transformers(monkeypatch):
-    """`python -m pytest` puts the repository on the path, whose kernels/ would pass for a package they look for."""
-    root = Path(__file__).parents[1]
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).resolve() != root])
-    return pytest.importorskip("transformers")
-
-
-def hf_configs(transformers):
+def theirs_of(family, transformers):
+    """Their model of a family, with random weights."""
+    model_type, _, fields = FAMILIES[family]
+    sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=96)
+    if model_type != "gpt2":
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=96)
+        sizes |= dict(intermediate_size=48, rms_norm_eps=1e-5)
     common = dict(vocab_size=40, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    gpt2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=32, **common)
-    llama = dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=32
-    )
-    return {
-        "gpt2": transformers.GPT2Config(**gpt2),
-        "gpt2-untied": transformers.GPT2Config(
-            **gpt2, n_inner=48, tie_word_embeddings=False, activation_function="gelu", layer_norm_epsilon=1e-3
-        ),
-        "llama": transformers.LlamaConfig(**llama, **common),
-        "llama-gqa": transformers.LlamaConfig(
-            **llama, **common, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, rope_theta=500.0
-        ),
-        "llama-bias": transformers.LlamaConfig(
-            **llama, **common, num_key_value_heads=1, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3
-        ),
-    }
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(sizes | common | fields))
+    return shake(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+
+
+@families
+def test_their_checkpoint_gives_their_logits_loss_and_gradients(family, tmp_path, transformers):
+    theirs = theirs_of(family, transformers)
+    theirs.save_pretrained(tmp_path)
+    ours = Transformer.from_pretrained(tmp_path)
+    table = hub._FAMILIES[ours.config.family]
+    with torch.no_grad():
+        assert_close(ours(padded("left")[0]), theirs(padded("left")[0]).logits, rtol=0, atol=1e-5)
+    for side in ("left", "right"):
+        ids, mask = padded(side)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        want, got = theirs(ids, attention_mask=mask.long(), position_ids=positions).logits, ours(ids, mask)
+        assert_close(got[mask], want[mask], rtol=0, atol=1e-5)
+        counted = mask[:, :-1] & mask[:, 1:]
+        losses = [F.cross_entropy(x[:, :-1][counted], ids[:, 1:][counted]) for x in (want, got)]
+        assert_close(*losses, rtol=0, atol=1e-5)
+        for model, loss in zip((theirs, ours), losses):
+            model.zero_grad()
+            loss.backward()
+        gradients = {name: p.grad for name, p in theirs.named_parameters()}
+        for name, parameter in ours.named_parameters():
+            for part, gradient in hub._parts(name, parameter.grad, ours.config, table):
+                assert gradients[part].abs().max() > 1e-4, f"{part} takes no part"
+                assert_close(gradient, gradients.pop(part), rtol=1e-4, atol=1e-6, msg=lambda m, n=part: f"{n}: {m}")
+        assert not gradients
 
 
 @torch.no_grad()
 @families
-def test_their_checkpoint_gives_their_logits(family, tmp_path, transformers):
-    config = hf_configs(transformers)[family]
-    theirs = shake(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+def test_their_checkpoint_goes_on_as_theirs_for_64_tokens(family, tmp_path, transformers):
+    theirs = theirs_of(family, transformers)
     theirs.save_pretrained(tmp_path)
-    ours = Transformer.from_pretrained(tmp_path)
-    for side in ("left", "right"):
-        ids, mask = padded(side)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        want = theirs(ids, attention_mask=mask.long(), position_ids=positions).logits
-        assert_close(ours(ids, mask)[mask], want[mask], rtol=0, atol=1e-5)
-    assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+    prompts, mask = padded("left")
+    settings = dict(do_sample=False, min_new_tokens=64, max_new_tokens=64, eos_token_id=None)
+    want = theirs.generate(prompts.masked_fill(~mask, 0), attention_mask=mask.long(), **settings)[:, 9:]
+    model = Transformer.from_pretrained(tmp_path)
+    assert want.shape == (3, 64) and len(want.unique()) > 1
+    got = generate(model, prompts, attention_mask=mask, max_new_tokens=64, temperature=0, eos_ids=())
+    assert torch.equal(got.response_ids, want)
 
 
 @torch.no_grad()
@@ -102,25 +176,29 @@ def test_our_checkpoint_gives_them_our_weights_and_logits(family, tmp_path, tran
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert theirs.config.model_type == FAMILIES[family][0]
     ids, _ = padded("right")
     assert_close(theirs(ids).logits, ours(ids), rtol=0, atol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs")
     back = Transformer.from_pretrained(tmp_path / "theirs")
-    assert back.config == ours.config
+    assert back.config == ours.config and back.config.family == FAMILIES[family][0]
     for name, weight in ours.state_dict().items():
         assert torch.equal(back.state_dict()[name], weight), name
 
 
 @torch.no_grad()
-@learned_and_rotary
+@families
 def test_our_reward_model_is_their_sequence_classifier(family, tmp_path, transformers):
     ours = tiny(family, RewardModel)
-    ours.save_pretrained(tmp_path)
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
     ids, mask = padded("right")
     want = theirs(ids.masked_fill(~mask, 0), attention_mask=mask.long()).logits
     assert theirs.config.num_labels == 1
     assert_close(ours(ids, mask), want[:, 0], rtol=0, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = RewardModel.from_pretrained(tmp_path / "theirs")
+    assert all(torch.equal(back.state_dict()[name], weight) for name, weight in ours.state_dict().items())
 
 
 @torch.no_grad()
@@ -155,7 +233,7 @@ def test_padding_on_either_side_changes_no_logit(family, k):
     assert_close(model(torch.cat((row, junk), 1))[0, :9], want, rtol=0, atol=1e-5)  # no mask: padding is on the right
 
 
-@learned_and_rotary
+@kinds
 def test_padding_takes_no_gradient_and_gives_no_nan(family):
     model = tiny(family)
     ids, mask = padded("left")
@@ -166,25 +244,82 @@ def test_padding_takes_no_gradient_and_gives_no_nan(family):
         assert not model.trunk.embed.weight.grad[39].any()
 
 
+# ---- packed rows
+
+
+def layouts():
+    """Sequences as lists of places in a row of 12 tokens: one after the other, and two that share their first four."""
+    return {"packed": [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9, 10, 11]], "tree": [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 7, 8]]}
+
+
+@kinds
+@pytest.mark.parametrize("layout", ["packed", "tree"])
+def test_sequences_in_one_row_have_the_logits_and_gradients_of_rows_of_their_own(family, layout):
+    model = tiny(family)
+    ids = padded("right", lengths=(12,), width=12)[0]
+    sequences = layouts()[layout]
+    positions, visible = torch.zeros(1, 12, dtype=torch.long), torch.eye(12, dtype=torch.bool)[None]
+    for places in sequences:
+        positions[0, places] = torch.arange(len(places))
+        for at, place in enumerate(places):
+            visible[0, place, places[: at + 1]] = True
+    weights = torch.randn(40, generator=torch.Generator().manual_seed(2))
+    together = model(ids, positions=positions, visible=visible)[0]
+    alone = [model(ids[:, places])[0] for places in sequences]
+    for places, logits in zip(sequences, alone):
+        assert_close(together[places], logits, rtol=0, atol=1e-5)
+    gradients = []
+    for parts in ([together[places] for places in sequences], alone):
+        loss = sum((logits @ weights).sum() for logits in parts)
+        model.zero_grad()
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name in gradients[0]:
+        assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-4)
+
+
+# ---- activation checkpointing
+
+
+@kinds
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_computes_blocks_again_and_gives_the_same_gradients_bit_for_bit(family, dropout):
+    ids, mask = padded("left")
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        model = tiny(family, dropout=dropout, attention_dropout=dropout).train()
+        model.trunk.checkpointing = checkpointing
+        model.trunk.blocks[0].register_forward_pre_hook(lambda *_: calls.append(checkpointing))  # noqa: B023
+        torch.manual_seed(1)
+        model(ids, mask)[mask].square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert calls == [False, True, True]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 # ---- cache
 
 
 @torch.no_grad()
-@learned_and_rotary
-@pytest.mark.parametrize("chunks", [[1] * 9, [5, 1, 1, 1, 1], [4, 5], [1, 8], [3, 1, 5]], ids=str)
-@pytest.mark.parametrize("side", [None, "left"])
-def test_decoding_with_a_cache_equals_the_full_forward(family, chunks, side):
+@kinds
+@pytest.mark.parametrize("prompt", [1, 4, 8])
+def test_prefill_and_decode_give_the_hidden_states_of_the_full_forward(family, prompt):
+    """Rows of other lengths beside each other, two samples a prompt, rows that end early, NaN where nothing is."""
     model = tiny(family)
-    ids, mask = padded(side or "right")
-    mask = mask if side else None
-    cache = KVCache(model.config, len(ids), 12, model.head_weight)
-    got, end = [], 0
-    for size in chunks:
-        end += size
-        got.append(model(ids[:, end - size : end], None if mask is None else mask[:, :end], cache))
-    assert cache.length == 9
-    counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    assert_close(torch.cat(got, 1)[counted], model(ids, mask)[counted], rtol=0, atol=1e-5)
+    trunk, samples = model.trunk, padded("right", lengths=(12,) * 6, width=12)[0]
+    samples[1::2, :prompt] = samples[::2, :prompt]  # prompt b goes to rows 2b and 2b + 1
+    lengths = torch.tensor([prompt, max(1, prompt - 3), 1])
+    cache = KVCache(model.config, 6, 12, model.head_weight)
+    for store in (cache.keys, cache.values):
+        store.fill_(torch.nan)
+    want = trunk(samples)
+    ends = lengths.repeat_interleave(2)
+    assert_close(trunk.prefill(samples[::2, :prompt], lengths, cache), want[::2][torch.arange(3), lengths - 1])
+    while len(slots := (ends < torch.tensor([12, 5, 12, 9, 12, 12])).nonzero()[:, 0].flip(0)):
+        assert torch.equal(cache.lengths, ends)
+        got = trunk.decode(samples[slots, ends[slots]], cache, slots)
+        assert_close(got, want[slots, ends[slots]], rtol=0, atol=1e-5)
+        ends[slots] += 1
 
 
 @torch.no_grad()
@@ -202,7 +337,7 @@ def test_causality():
 
 
 @torch.no_grad()
-@learned_and_rotary
+@kinds
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_reward_is_read_at_the_last_attended_token(family, side):
     """Row 10: ids that look like padding or an end in mid-sequence, or as the last token, do not move it."""
@@ -232,25 +367,21 @@ def test_a_head_from_a_model_copies_it_and_trains():
 
 
 @torch.no_grad()
-@learned_and_rotary
-def test_dropout_acts_in_train_mode_only(family):
-    model, ids = tiny(family, dropout=0.5), padded("right")[0]
+@kinds
+@pytest.mark.parametrize("where", ["dropout", "attention_dropout"])
+def test_dropout_acts_in_train_mode_only(family, where):
+    model, ids = tiny(family, **{where: 0.5}), padded("right")[0]
     assert torch.equal(model(ids), model(ids))
     assert_close(model(ids), tiny(family)(ids), rtol=0, atol=0)
     model.train()
     assert not torch.equal(model(ids), model(ids))
 
 
-@learned_and_rotary
+@kinds
 def test_a_sequence_beyond_the_positions_is_refused(family):
-    model = tiny(family)
-    ids = torch.ones(1, 33, dtype=torch.long)
+    model = tiny(family, max_positions=32)
     with pytest.raises(ValueError, match="33 tokens is longer than the model's 32"):
-        model(ids)
-    cache = KVCache(model.config, 1, 64, model.head_weight)
-    model(ids[:, :32], None, cache)
-    with pytest.raises(ValueError, match="33 tokens"):
-        model(ids[:, :1], None, cache)
+        model(torch.ones(1, 33, dtype=torch.long))
 
 
 def test_a_mask_of_another_shape_is_refused():
@@ -269,8 +400,34 @@ def test_a_mask_of_another_shape_is_refused():
         (dict(num_heads=4, num_kv_heads=3), "num_heads 4 is no multiple of num_kv_heads 3"),
         (dict(num_heads=4, hidden_size=30), "hidden_size 30 is no multiple of num_heads 4"),
         (dict(hidden_size=12, num_heads=4), "even head_dim, got 3"),
+        (dict(sliding_window=0), "sliding_window must be positive, got 0"),
+        (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "rope scaling 'longrope' is not supported"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**(SIZES | options))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tokens_that_are_read_are_as_among_all_and_so_are_their_gradients(checkpointing):
+    torch.manual_seed(0)
+    trunk = Transformer(TransformerConfig(30, hidden_size=16, num_layers=2, num_heads=2)).trunk
+    trunk.checkpointing = checkpointing
+    ids, read = torch.randint(30, (3, 7)), torch.tensor([2, 20, 9, 9])
+    mask = torch.tensor([[True] * 7, [False] * 2 + [True] * 5, [True] * 7])
+
+    def run(**options):
+        hidden = trunk(ids, mask, **options)
+        hidden = hidden if options else hidden.flatten(0, 1)[read]
+        return hidden, *torch.autograd.grad(
+            (hidden * torch.arange(1.0, 65).view(4, 16)).sum(), list(trunk.parameters())
+        )
+
+    rows = []
+    hook = trunk.blocks[1].mlp.register_forward_hook(lambda module, inputs, out: rows.append(out.numel() // 16))
+    part, whole = run(read=read), run()
+    hook.remove()
+    assert set(rows[: len(rows) // 2]) == {4} and set(rows[len(rows) // 2 :]) == {21}
+    for got, want in zip(part, whole):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

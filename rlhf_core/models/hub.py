@@ -1,132 +1,225 @@
 """The Hugging Face layout in and out: config.json + *.safetensors, single or sharded. No code runs, no pickle.
 
-Families: gpt2 and llama. `_MODULES` maps our modules to theirs; several of theirs are the rows of one of ours
-(q, k, v -> qkv; gate, up -> up). Every tensor of a checkpoint is used, known to be derived, or an error.
+A family is a table: its config fields, what all its models share, its tensor names. A model belongs to the family
+whose config.json, read back, gives the model's own config. Every tensor and every config field is used, known to say
+nothing new, or an error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.files import read_json, replacing, require, write_json
-from rlhf_core.models.transformer import Transformer, TransformerConfig
+from rlhf_core.files import model_folder, read_json, replacing, write_json
+from rlhf_core.models.config import TransformerConfig
+from rlhf_core.models.safetensors import StoredTensor, stored_tensors, write_tensors
 
 MAX_SHARD_BYTES = 5 * 2**30
 
-# ours -> theirs, per family; {i} is the layer. GPT-2 stores its matrices transposed (Conv1D), starred here.
-_MODULES = {
-    "llama": {
-        "trunk.embed": ["model.embed_tokens"],
-        "trunk.blocks.{i}.norm1": ["model.layers.{i}.input_layernorm"],
-        "trunk.blocks.{i}.attn.qkv": [f"model.layers.{{i}}.self_attn.{p}_proj" for p in "qkv"],
-        "trunk.blocks.{i}.attn.out": ["model.layers.{i}.self_attn.o_proj"],
-        "trunk.blocks.{i}.norm2": ["model.layers.{i}.post_attention_layernorm"],
-        "trunk.blocks.{i}.mlp.up": ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"],
-        "trunk.blocks.{i}.mlp.down": ["model.layers.{i}.mlp.down_proj"],
-        "trunk.norm": ["model.norm"],
-        "lm_head": ["lm_head"],
-        "score": ["score"],
-    },
-    "gpt2": {
-        "trunk.embed": ["transformer.wte"],
-        "trunk.position": ["transformer.wpe"],
-        "trunk.blocks.{i}.norm1": ["transformer.h.{i}.ln_1"],
-        "trunk.blocks.{i}.attn.qkv": ["*transformer.h.{i}.attn.c_attn"],
-        "trunk.blocks.{i}.attn.out": ["*transformer.h.{i}.attn.c_proj"],
-        "trunk.blocks.{i}.norm2": ["transformer.h.{i}.ln_2"],
-        "trunk.blocks.{i}.mlp.up": ["*transformer.h.{i}.mlp.c_fc"],
-        "trunk.blocks.{i}.mlp.down": ["*transformer.h.{i}.mlp.c_proj"],
-        "trunk.norm": ["transformer.ln_f"],
-        "lm_head": ["lm_head"],
-        "score": ["score"],
-    },
+_HEADS = {"lm_head": ["lm_head"], "score": ["score"]}
+_ROPE_MODULES = {
+    "trunk.embed": ["model.embed_tokens"],
+    "trunk.blocks.{i}.norm1": ["model.layers.{i}.input_layernorm"],
+    "trunk.blocks.{i}.attn.qkv": [f"model.layers.{{i}}.self_attn.{p}_proj" for p in "qkv"],
+    "trunk.blocks.{i}.attn.q_norm": ["model.layers.{i}.self_attn.q_norm"],
+    "trunk.blocks.{i}.attn.k_norm": ["model.layers.{i}.self_attn.k_norm"],
+    "trunk.blocks.{i}.attn.out": ["model.layers.{i}.self_attn.o_proj"],
+    "trunk.blocks.{i}.norm2": ["model.layers.{i}.post_attention_layernorm"],
+    "trunk.blocks.{i}.mlp.up": ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"],
+    "trunk.blocks.{i}.mlp.down": ["model.layers.{i}.mlp.down_proj"],
+    "trunk.norm": ["model.norm"],
 }
-_DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that some checkpoints carry
+_GPT2_MODULES = {
+    "trunk.embed": ["transformer.wte"],
+    "trunk.position": ["transformer.wpe"],
+    "trunk.blocks.{i}.norm1": ["transformer.h.{i}.ln_1"],
+    "trunk.blocks.{i}.attn.qkv": ["*transformer.h.{i}.attn.c_attn"],
+    "trunk.blocks.{i}.attn.out": ["*transformer.h.{i}.attn.c_proj"],
+    "trunk.blocks.{i}.norm2": ["transformer.h.{i}.ln_2"],
+    "trunk.blocks.{i}.mlp.up": ["*transformer.h.{i}.mlp.c_fc"],
+    "trunk.blocks.{i}.mlp.down": ["*transformer.h.{i}.mlp.c_proj"],
+    "trunk.norm": ["transformer.ln_f"],
+}
+_ROPE_FIELDS = [  # ours, theirs, and what it is where config.json does not say; ... where it must
+    ("vocab_size", "vocab_size", ...),
+    ("hidden_size", "hidden_size", ...),
+    ("num_layers", "num_hidden_layers", ...),
+    ("num_heads", "num_attention_heads", ...),
+    ("intermediate_size", "intermediate_size", ...),
+    ("max_positions", "max_position_embeddings", ...),
+    ("rope_theta", "rope_theta", 10000.0),
+    ("rope_scaling", "rope_scaling", None),
+    ("norm_eps", "rms_norm_eps", 1e-6),
+    ("activation", "hidden_act", ...),
+    ("tie_embeddings", "tie_word_embeddings", False),
+    ("attention_dropout", "attention_dropout", 0.0),
+    ("dropout", "resid_pdrop", 0.0),  # GPT-2's name: these families drop nothing else, and pass over it
+]
+_ATTENTION_BIAS = [("qkv_bias", "attention_bias", False), ("out_bias", "attention_bias", False)]
+_GPT2_FIELDS = [
+    ("vocab_size", "vocab_size", ...),
+    ("hidden_size", "n_embd", ...),
+    ("num_layers", "n_layer", ...),
+    ("num_heads", "n_head", ...),
+    ("intermediate_size", "n_inner", None),
+    ("max_positions", "n_positions", ...),
+    ("norm_eps", "layer_norm_epsilon", 1e-5),
+    ("activation", "activation_function", "gelu_new"),
+    ("tie_embeddings", "tie_word_embeddings", True),
+    ("attention_dropout", "attn_pdrop", 0.1),
+    ("dropout", "resid_pdrop", 0.1),
+    ("dropout", "embd_pdrop", 0.1),
+]
+
+
+class _Family(NamedTuple):
+    classes: tuple[str, str]  # theirs: the language model, the sequence classifier
+    fields: list[tuple[str, str, object]]
+    fixed: dict[str, object]  # ours: what every model of the family has, where it is not the default
+    modules: dict[str, list[str]]  # ours: theirs, whose rows make it up; {i} is the layer, * a transposed matrix
+    only: dict[str, object] = {}  # theirs: the one value that we compute  # noqa: RUF012
+
+
+def _llama_like(architecture, fields, kv_heads=None, head_dim=None, **fixed) -> _Family:
+    heads = [("num_kv_heads", "num_key_value_heads", kv_heads), ("head_dim", "head_dim", head_dim)]
+    classes = f"{architecture}ForCausalLM", f"{architecture}ForSequenceClassification"
+    fixed |= dict(positions="rope", norm="rmsnorm", gated_mlp=True)
+    return _Family(classes, [*_ROPE_FIELDS, *heads, *fields], fixed, _ROPE_MODULES)
+
+
+_WINDOW = ("sliding_window", "sliding_window", 4096)
+_FAMILIES = {
+    "gpt2": _Family(
+        ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+        _GPT2_FIELDS,
+        dict(positions="learned", norm="layernorm", gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True),
+        _GPT2_MODULES,
+        dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
+    ),
+    "llama": _llama_like("Llama", [*_ATTENTION_BIAS, ("mlp_bias", "mlp_bias", False)]),
+    "mistral": _llama_like("Mistral", [_WINDOW], kv_heads=8),
+    "qwen2": _llama_like("Qwen2", [_WINDOW], kv_heads=32, qkv_bias=True),
+    "qwen3": _llama_like("Qwen3", [*_ATTENTION_BIAS, _WINDOW], kv_heads=32, head_dim=128, qk_norm=True),
+}
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-_GPT2 = dict(
-    positions="learned", norm="layernorm", gated_mlp=False, attention_bias=True, mlp_bias=True, rope_theta=10000.0
-)
-_LLAMA = dict(positions="rope", norm="rmsnorm", gated_mlp=True)
+_DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that some checkpoints carry
+# Fields that change no logit: of the files, of training, of sampling. Others that are set are refused by name.
+_SAYS_NOTHING = {
+    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "name_or_path",
+    "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class", "use_cache", "initializer_range", "return_dict",
+    "pretraining_tp", "n_ctx", "gradient_checkpointing", "reorder_and_upcast_attn", "finetuning_task", "problem_type",
+    "id2label", "label2id", "num_labels", "_num_labels", "task_specific_params", "do_sample", "temperature", "top_k",
+    "top_p", "num_beams", "repetition_penalty", "min_length", "max_length", "max_new_tokens", "summary_type",
+    "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "is_llama_config",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version",
+}  # fmt: skip
 
 
-def load(cls: type[nn.Module], path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A `cls` (Transformer, RewardModel or ValueModel) with the weights in folder `path`, as `dtype`, in eval mode.
+class Pretrained:
+    """Reads and writes a model with a `config`; one with a `score` head is a sequence classifier with one label."""
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, dtype: torch.dtype = torch.float32):
+        """Read a folder in the Hugging Face layout, or the repository "owner/name" there; of one with adapters, their
+        base with them. Errors: `hub.load`."""
+        from rlhf_core.models import lora  # which needs this file
+
+        return lora.load_with_base(cls, source, dtype) if lora.is_adapter(source) else load(cls, source, dtype)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Write a folder in the Hugging Face layout; of a model with adapters, these alone."""
+        from rlhf_core.models import lora
+
+        (lora.save_adapters if lora.has_adapters(self) else save)(self, path)
+
+
+def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A `cls` (Transformer, RewardModel or ValueModel) with the weights in `source`, as `dtype`, in eval mode.
+
+    `source` is a folder, or "owner/name" on the Hugging Face hub, see `files.model_folder`. Names and shapes are
+    checked before the first weight is read; each is read once, piece by piece, into its place.
 
     Raises FileNotFoundError for a missing file, ValueError for a config or tensor that does not fit, naming it.
     """
-    path = Path(path)
+    path = model_folder(source)
     config = read_config(path)
+    family = _FAMILIES[config.family]
     with torch.device("meta"):
         model = cls(config)
-    state = {}
-    with _open_tensors(path) as tensors:
-        names = {_canonical(name, config): name for name in tensors}
-        for ours, parameter in model.state_dict().items():
-            theirs = _their_names(ours, config)
-            missing = [name for name, _ in theirs if name not in names]
-            if missing:
+    stored = _find_tensors(path, family)
+    if hasattr(model, "score") and "score.bias" in stored:  # of normalised scores; transformers reads the rest
+        model.score.bias = nn.Parameter(torch.empty(1, device="meta"))
+    used = set()
+    for ours, parameter in model.state_dict().items():
+        for name, part in _parts(ours, parameter, config, family):
+            used.add(name)
+            if name not in stored:
                 hint = " (a causal language model, not a reward model)" if ours == "score.weight" else ""
-                raise ValueError(f"{path}: no tensor {missing[0]!r}{hint}")
-            parts = [tensors.get(names.pop(name), transposed) for name, transposed in theirs]
-            tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-            if tensor.shape != parameter.shape:
-                shapes = f"{tuple(tensor.shape)}, config.json says {tuple(parameter.shape)}"
-                raise ValueError(f"{path}: {' + '.join(name for name, _ in theirs)} has shape {shapes}")
-            state[ours] = tensor.to(dtype)
-    unused = sorted(name for name in names.values() if not _derived(name, config))
-    if unused:
-        raise ValueError(f"{path}: {len(unused)} tensors that {cls.__name__} does not know, e.g. {unused[0]!r}")
+                raise ValueError(f"{path}: no tensor {name!r}{hint}")
+            if stored[name].shape != part.shape:
+                shapes = f"{stored[name].shape}, config.json says {tuple(part.shape)}"
+                raise ValueError(f"{stored[name].file}: {name} has shape {shapes}")
+    extra = sorted(name for name in stored.keys() - used if not name.endswith(_DERIVED))
+    copies = [stored[name] for name in extra if name == "lm_head.weight" and config.tie_embeddings]
+    if len(extra) > len(copies):
+        unknown = next(name for name in extra if stored[name] not in copies)
+        raise ValueError(
+            f"{path}: {len(extra) - len(copies)} tensors that {cls.__name__} does not know, e.g. {unknown!r}"
+        )
+    state = {}
+    for ours, parameter in model.state_dict().items():
+        state[ours] = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+        for name, part in _parts(ours, state[ours], config, family):
+            stored[name].copy_to(part)
+    for head in copies:
+        for first, rows in head.pieces():
+            if not torch.equal(rows.to(dtype), state["trunk.embed.weight"][first : first + len(rows)]):
+                raise ValueError(f"{head.file}: lm_head.weight is not the embedding, but config.json ties them")
     model.load_state_dict(state, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model.eval()
+    return model.requires_grad_(True).eval()
 
 
 def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write model.safetensors (or shards and their index) and, last, config.json into folder `path`."""
-    safetensors = require("safetensors.torch", "train")
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    config = model.config
-    tensors = {}
-    for ours, parameter in model.state_dict().items():
-        theirs = _their_names(ours, config)
-        sizes = _row_sizes(ours, config) if len(theirs) > 1 else [len(parameter)]
-        for (name, transposed), part in zip(theirs, parameter.detach().cpu().split(sizes)):
-            # A copy: rows of one tensor would otherwise be refused as shared memory.
-            tensors[name] = part.t().contiguous() if transposed else part.clone(memory_format=torch.contiguous_format)
+    """Write model.safetensors (or shards and their index) and config.json into folder `path`.
 
-    shards = [[]]
-    room = max_shard_bytes
+    Everything is written beside what is there, which is replaced at the end, config.json last.
+    """
+    path, config = Path(path), model.config
+    hf = _to_hf(config, next(model.parameters()).dtype, scalar_head=hasattr(model, "score"))
+    family = _FAMILIES[hf["model_type"]]
+    tensors = {name: part for ours, p in model.state_dict().items() for name, part in _parts(ours, p, config, family)}
+    shards, room = [[]], max_shard_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(name)
         room -= tensor.nbytes
-    single = len(shards) == 1
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weight_map |= dict.fromkeys(names, file)
-        with replacing(path / file) as temporary:
-            safetensors.save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
+    file = "model.safetensors" if len(shards) == 1 else "model-{:05}-of-{:05}.safetensors"
+    weight_map = {name: file.format(i, len(shards)) for i, names in enumerate(shards, 1) for name in names}
     index = path / "model.safetensors.index.json"
-    if single:
-        index.unlink(missing_ok=True)
-    else:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for file in path.glob("model*.safetensors"):  # of an earlier save, which a reader might prefer
-        if file.name not in weight_map.values():
-            file.unlink()
-    write_json(path / "config.json", _to_hf(config, next(model.parameters()).dtype, not isinstance(model, Transformer)))
+
+    path.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as renamed_last_to_first:
+        write_json(renamed_last_to_first.enter_context(replacing(path / "config.json")), hf)
+        # Of an earlier save, which a reader might prefer.
+        stale = [*path.glob("model*.safetensors"), *([index] if len(shards) == 1 else []), path / "adapter_config.json"]
+        for old in stale:
+            if old.name not in weight_map.values():
+                renamed_last_to_first.callback(old.unlink, missing_ok=True)
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            value = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(renamed_last_to_first.enter_context(replacing(index)), value)
+        for names in shards:
+            temporary = renamed_last_to_first.enter_context(replacing(path / weight_map[names[0]]))
+            write_tensors(temporary, {name: tensors[name] for name in names})
 
 
 def read_config(path: str | os.PathLike) -> TransformerConfig:
@@ -135,175 +228,143 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; --model and from_pretrained take a Hugging Face model folder")
     hf = read_json(file)
-
-    def need(name):
-        if name not in hf:
-            raise ValueError(f"{file}: field {name!r} is missing")
-        return hf[name]
-
-    family = need("model_type")
-    eos = hf.get("eos_token_id")
-    ids = dict(
-        bos_id=hf.get("bos_token_id"),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        pad_id=hf.get("pad_token_id"),
-    )
-    if family == "llama":
-        activation = need("hidden_act")
-        rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_parameters") or {})
-        scaling = hf.get("rope_scaling") or {}
-        kind = scaling.get("rope_type") or scaling.get("type") or rope.get("rope_type") or "default"
-        if kind != "default":
-            raise ValueError(f"{file}: rope scaling {kind!r} is not supported, only plain rotary positions")
-        sizes = dict(
-            hidden_size=need("hidden_size"),
-            num_layers=need("num_hidden_layers"),
-            num_heads=need("num_attention_heads"),
-            num_kv_heads=hf.get("num_key_value_heads"),
-            head_dim=hf.get("head_dim"),
-            intermediate_size=need("intermediate_size"),
-            max_positions=need("max_position_embeddings"),
-            rope_theta=rope["rope_theta"],
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            attention_bias=hf.get("attention_bias", False),
-            mlp_bias=hf.get("mlp_bias", False),
-            tie_embeddings=hf.get("tie_word_embeddings", False),
-            dropout=hf.get("attention_dropout", 0.0),
-            **_LLAMA,
-        )
-    elif family == "gpt2":
-        activation = hf.get("activation_function", "gelu_new")
-        for switch, plain in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-            if hf.get(switch, plain) != plain:
-                raise ValueError(f"{file}: {switch}={hf[switch]} is not supported")
-        sizes = dict(
-            hidden_size=need("n_embd"),
-            num_layers=need("n_layer"),
-            num_heads=need("n_head"),
-            intermediate_size=hf.get("n_inner"),
-            max_positions=need("n_positions"),
-            norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-            tie_embeddings=hf.get("tie_word_embeddings", True),
-            dropout=hf.get("resid_pdrop", 0.1),
-            **_GPT2,
-        )
-    else:
-        raise ValueError(f"{file}: model_type {family!r} is not supported, only {', '.join(_MODULES)}")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"{file}: activation {activation!r} is not supported, only {', '.join(_ACTIVATIONS)}")
-    return TransformerConfig(vocab_size=need("vocab_size"), activation=_ACTIVATIONS[activation], **sizes, **ids)
+    generation = Path(path) / "generation_config.json"  # which may name more ids that end a response
+    more = _ids(read_json(generation).get("eos_token_id")) if generation.is_file() else []
+    hf["eos_token_id"] = list(dict.fromkeys([*_ids(hf.get("eos_token_id")), *more]))
+    try:
+        return _from_hf(hf)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
-def _family(config: TransformerConfig) -> str:
-    for family, traits in (("gpt2", _GPT2), ("llama", _LLAMA)):
-        plain_heads = config.qkv_sizes == (config.hidden_size,) * 3
-        if all(getattr(config, name) == value for name, value in traits.items()) and (plain_heads or family != "gpt2"):
-            return family
-    raise ValueError(f"no Hugging Face family has this mix of positions, norm, MLP, biases and heads: {config}")
+def _from_hf(hf: dict) -> TransformerConfig:
+    name = hf.get("model_type", "(no such field)")
+    if name not in _FAMILIES:
+        raise ValueError(f"model_type {name!r} is not supported, only {', '.join(_FAMILIES)}")
+    family, hf = _FAMILIES[name], dict(hf)
+    names = {theirs for _, theirs, _ in family.fields}
+    if "rope_theta" in names:
+        _plain_rope(hf)
+    if name in ("qwen2", "qwen3"):
+        _plain_window(hf)
+    for field, value in hf.items():
+        if value != family.only.get(field, value) or (value and field not in {*names, *family.only, *_SAYS_NOTHING}):
+            raise ValueError(f"{field}={value!r} is not supported in a {name} model")
+    options = dict(family.fixed, family=name, eos_ids=tuple(_ids(hf.get("eos_token_id"))))
+    options |= dict(bos_id=hf.get("bos_token_id"), pad_id=hf.get("pad_token_id"))
+    for ours, theirs, default in family.fields:
+        value = hf.get(theirs, default)
+        if value is ...:
+            raise ValueError(f"field {theirs!r} is missing")
+        if ours == "activation" and value not in _ACTIVATIONS:
+            raise ValueError(f"activation {value!r} is not supported, only {', '.join(_ACTIVATIONS)}")
+        value = _ACTIVATIONS[value] if ours == "activation" else value
+        if options.setdefault(ours, value) != value:
+            raise ValueError(f"{theirs}={value} beside a {ours} of {options[ours]} is not supported")
+    return TransformerConfig(**options)
+
+
+def _plain_rope(hf: dict) -> None:
+    """transformers 5 has all in rope_parameters, earlier versions beside each other; "type" is an old "rope_type"."""
+    parameters = hf.pop("rope_parameters", None)
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or parameters or {})}
+    kind = rope.pop("type", "default")
+    kind = rope.pop("rope_type", kind)
+    hf["rope_theta"] = rope.pop("rope_theta")
+    hf["rope_scaling"] = {"rope_type": kind, **rope} if kind != "default" or rope else None
+
+
+def _plain_window(hf: dict) -> None:
+    """One window for all layers, from Qwen's three fields that could give it to some of them."""
+    first, kinds, layers = hf.pop("max_window_layers", 28), hf.pop("layer_types", None), hf.get("num_hidden_layers", 0)
+    kinds = kinds or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    used = hf.pop("use_sliding_window", False) and hf.get("sliding_window", 0) is not None
+    if not used or set(kinds) == {"full_attention"}:
+        hf["sliding_window"] = None
+    elif set(kinds) != {"sliding_attention"}:
+        raise ValueError("a sliding window in some layers only (max_window_layers, layer_types) is not supported")
+
+
+def _ids(value) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _to_hf(config: TransformerConfig, dtype: torch.dtype, scalar_head: bool) -> dict:
-    family = _family(config)
-    activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
-    hf = {
-        "model_type": family,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_embeddings,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": config.bos_id,
-        "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None),
-        "pad_token_id": config.pad_id,
-    }
-    if family == "llama":
-        hf |= {
-            "architectures": ["LlamaForSequenceClassification" if scalar_head else "LlamaForCausalLM"],
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": config.num_kv_heads,
-            "head_dim": config.head_dim,
-            "intermediate_size": config.intermediate_size,
-            "max_position_embeddings": config.max_positions,
-            "rope_theta": config.rope_theta,
-            "rms_norm_eps": config.norm_eps,
-            "attention_bias": config.attention_bias,
-            "mlp_bias": config.mlp_bias,
-            "attention_dropout": config.dropout,
-            "hidden_act": activation,
+    """config.json of the model's family; of the first that fits where it has none."""
+    if config.family not in (None, *_FAMILIES):
+        raise ValueError(f"family {config.family!r} is not supported, only {', '.join(_FAMILIES)}")
+    misfits = []
+    for name in [config.family] if config.family else _FAMILIES:
+        family = _FAMILIES[name]
+        hf = {
+            "model_type": name,
+            "architectures": [family.classes[scalar_head]],
+            "torch_dtype": str(dtype).removeprefix("torch."),
+            "bos_token_id": config.bos_id,
+            "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None),
+            "pad_token_id": config.pad_id,
         }
-    else:
+        activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
         hf |= {
-            "architectures": ["GPT2ForSequenceClassification" if scalar_head else "GPT2LMHeadModel"],
-            "n_embd": config.hidden_size,
-            "n_layer": config.num_layers,
-            "n_head": config.num_heads,
-            "n_inner": config.intermediate_size,
-            "n_positions": config.max_positions,
-            "layer_norm_epsilon": config.norm_eps,
-            "activation_function": activation,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+            theirs: activation if ours == "activation" else getattr(config, ours) for ours, theirs, _ in family.fields
         }
-    if scalar_head:
-        hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    return hf
+        if name in ("qwen2", "qwen3"):
+            windows = config.sliding_window is not None
+            hf |= {"use_sliding_window": windows, "max_window_layers": 0 if windows else config.num_layers}
+        if scalar_head:
+            hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        back = _from_hf(hf)
+        lost = [ours.name for ours in fields(config) if getattr(back, ours.name) != getattr(config, ours.name)]
+        if not set(lost) - {"family"}:
+            return hf
+        misfits.append(f"{name} ({', '.join(name for name in lost if name != 'family')})")
+    raise ValueError(f"no Hugging Face family has such models; what does not fit: {'; '.join(misfits)}")
 
 
-def _their_names(ours: str, config: TransformerConfig) -> list[tuple[str, bool]]:
-    """The checkpoint tensors that make up one of our parameters, and whether each is stored transposed."""
+def _parts(ours: str, tensor: Tensor, config: TransformerConfig, family: _Family) -> list[tuple[str, Tensor]]:
+    """The checkpoint tensors that make up one of ours: name, and view of ours in their layout."""
     module, kind = ours.rsplit(".", 1)
     layer = module.split(".")[2] if module.startswith("trunk.blocks.") else ""
-    pattern = module.replace(f".{layer}.", ".{i}.", 1) if layer else module
-    theirs = _MODULES[_family(config)][pattern]
-    return [(f"{name.lstrip('*').format(i=layer)}.{kind}", name[0] == "*" and kind == "weight") for name in theirs]
+    theirs = (family.modules | _HEADS)[module.replace(f".{layer}.", ".{i}.", 1) if layer else module]
+    rows = config.qkv_sizes if len(theirs) == 3 else [len(tensor) // len(theirs)] * len(theirs)
+    return [
+        (f"{name.lstrip('*').format(i=layer)}.{kind}", part.t() if name[0] == "*" and kind == "weight" else part)
+        for name, part in zip(theirs, tensor.split(rows))
+    ]
 
 
-def _row_sizes(ours: str, config: TransformerConfig) -> list[int]:
-    return list(config.qkv_sizes) if ".qkv." in ours else [config.intermediate_size] * 2
+def modules_of(ours: str, layer: nn.Linear, config: TransformerConfig) -> dict[str, int]:
+    """The Hugging Face modules that the rows of our linear layer `ours` are, in order, and how many each has."""
+    family = _FAMILIES[_to_hf(config, layer.weight.dtype, scalar_head=False)["model_type"]]
+    parts = _parts(f"{ours}.weight", layer.weight, config, family)
+    rows = [layer.out_features] if len(parts) == 1 else [len(part) for _, part in parts]
+    return {name.removesuffix(".weight"): size for (name, _), size in zip(parts, rows)}
 
 
-def _canonical(name: str, config: TransformerConfig) -> str:
-    """A tensor's name with the prefix that base-model checkpoints (GPT2Model, LlamaModel) leave out."""
-    prefix = {"gpt2": "transformer.", "llama": "model."}[_family(config)]
-    return name if name.startswith((prefix, "lm_head.", "score.")) else prefix + name
-
-
-def _derived(name: str, config: TransformerConfig) -> bool:
-    """Whether a checkpoint's tensor says nothing new: a buffer, or a second copy of the tied embedding."""
-    return name.endswith(_DERIVED) or (name == "lm_head.weight" and config.tie_embeddings)
-
-
-class _Tensors:
-    """Tensor name -> tensor over one or several safetensors files, each read when asked for."""
-
-    def __init__(self, files: dict):
-        self.files = files  # name -> open file
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def get(self, name: str, transposed: bool) -> Tensor:
-        tensor = self.files[name].get_tensor(name)
-        return tensor.t().contiguous() if transposed else tensor
-
-
-@contextlib.contextmanager
-def _open_tensors(path: Path) -> Iterator[_Tensors]:
-    safetensors = require("safetensors", "train")
+def _find_tensors(path: Path, family: _Family) -> dict[str, StoredTensor]:
+    """Every tensor of a folder under its full name: base models (GPT2Model, LlamaModel) leave out the prefix."""
+    prefix = family.modules["trunk.norm"][0].split(".")[0] + "."
     index = path / "model.safetensors.index.json"
+    weight_map = {}
     if index.is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
-    elif (path / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        pickles = [file.name for file in path.glob("*.bin")]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: no weight_map")
+    elif not (path / "model.safetensors").is_file():
+        pickles = [file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind)]
         reason = f"; {pickles[0]} is a pickle, which can run code on loading: convert it first" if pickles else ""
         raise FileNotFoundError(f"{path}: no model.safetensors{reason}")
-    with contextlib.ExitStack() as stack:
-        owner = {}
-        for file in files:
-            try:
-                opened = stack.enter_context(safetensors.safe_open(path / file, framework="pt"))
-            except (OSError, safetensors.SafetensorError) as error:
-                raise ValueError(f"{path / file}: cannot be read: {error}") from None
-            owner |= dict.fromkeys(opened.keys(), opened)
-        yield _Tensors(owner)
+    headers, found = {}, {}
+    for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
+        if Path(file).name != file or not (path / file).is_file():
+            raise FileNotFoundError(f"{path / file}: no such file in the folder, but {index.name} names it")
+        headers[file] = stored_tensors(path / file)
+        for name, tensor in headers[file].items():
+            name = name if name.startswith((prefix, "lm_head.", "score.")) else prefix + name
+            if name in found:
+                raise ValueError(f"{path}: tensor {name!r} is there twice, in {found[name].file.name} and in {file}")
+            found[name] = tensor
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise ValueError(f"{path / file}: no tensor {name!r}, but {index.name} says so")
+    return found

@@ -1,7 +1,8 @@
-"""One decoder-only transformer whose config spans GPT-2 and Llama, with a KV cache.
+"""One decoder-only transformer whose config spans GPT-2, Llama, Mistral, Qwen2 and Qwen3, with a KV cache.
 
 GPT-2: learned positions, LayerNorm, GELU, biases (Radford et al. 2019). Llama: rotary positions, RMSNorm, SwiGLU,
-grouped key/value heads (Touvron et al. 2023). Left out: everything about files (hub.py) and sampling (generation.py).
+grouped key/value heads (Touvron et al. 2023). Mistral adds a sliding window, Qwen2 biases of q, k, v, Qwen3 norms of
+q and k in their place. Left out: everything about files (hub.py) and sampling (generation.py).
 
 Dropout follows `module.train()`; the trainers keep models in eval mode unless their config asks for it.
 """
@@ -10,114 +11,76 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes and switches of a Transformer; the defaults make a small Llama."""
-
-    vocab_size: int
-    hidden_size: int = 64  # D
-    num_layers: int = 2
-    num_heads: int = 4  # H
-    num_kv_heads: int | None = None  # None: as many as num_heads
-    head_dim: int | None = None  # K; None: hidden_size / num_heads
-    intermediate_size: int | None = None  # width of the MLP; None: 4 * hidden_size
-    max_positions: int = 512  # longest sequence, prompt and response together
-    positions: str = "rope"  # "rope" | "learned"
-    rope_theta: float = 10000.0
-    norm: str = "rmsnorm"  # "rmsnorm" | "layernorm"
-    norm_eps: float = 1e-5
-    activation: str = "silu"  # "silu" | "gelu" | "gelu_tanh"
-    gated_mlp: bool = True  # down(act(gate(x)) * up(x)) instead of down(act(up(x)))
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    tie_embeddings: bool = True  # the output head is the embedding
-    dropout: float = 0.0  # probability, active in train mode only
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()  # every id that ends a response
-    pad_id: int | None = None
-
-    def __post_init__(self):
-        fill = object.__setattr__
-        if self.head_dim is None:
-            if self.num_heads < 1 or self.hidden_size % self.num_heads:
-                raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
-            fill(self, "head_dim", self.hidden_size // self.num_heads)
-        if self.num_kv_heads is None:
-            fill(self, "num_kv_heads", self.num_heads)
-        if self.intermediate_size is None:
-            fill(self, "intermediate_size", 4 * self.hidden_size)
-        for name, allowed in (
-            ("positions", ("rope", "learned")),
-            ("norm", ("rmsnorm", "layernorm")),
-            ("activation", tuple(ACTIVATIONS)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
-
-    @property
-    def qkv_sizes(self) -> tuple[int, int, int]:
-        return (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim)
+from rlhf_core.models.config import ACTIVATIONS, TransformerConfig
+from rlhf_core.models.hub import Pretrained
+from rlhf_core.models.rope import rope_tables
+from rlhf_core.ops.decode_attention import decode_attention
+from rlhf_core.ops.rms_norm import rms_norm
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in one allocation for max_length tokens of every layer."""
+    """Keys and values of `batch_size` sequences of at most `max_length` tokens, in one allocation for all layers.
+
+    Row n holds lengths[n] tokens, at 0, 1, ...; what lies beyond is garbage that nobody reads.
+    """
 
     def __init__(self, config: TransformerConfig, batch_size: int, max_length: int, like: Tensor):
         shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)  # (L, B, Hkv, S, K)
-        self.length = 0
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)  # (L, N, Hkv, S, K)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, Hkv, T, K) after the tokens seen so far; return all of that layer, (B, Hkv, length + T, K)."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k, v (B, Hkv, T, K) as the first T tokens; each of the B in N / B rows."""
+        for store, x in ((self.keys, k), (self.values, v)):
+            store[layer].unflatten(0, (len(x), -1))[:, :, :, : x.shape[2]] = x[:, None]
 
 
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        self.qkv = nn.Linear(config.hidden_size, sum(config.qkv_sizes), bias=config.attention_bias)
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.qkv = nn.Linear(config.hidden_size, sum(config.qkv_sizes), bias=config.qkv_bias)
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2))
 
-    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        B, T, _ = x.shape
-        parts = self.qkv(x).split(self.config.qkv_sizes, dim=-1)
-        q, k, v = (part.view(B, T, -1, self.config.head_dim).transpose(1, 2) for part in parts)  # (B, H, T, K)
+    def forward(
+        self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, layer: int, read: Tensor | None
+    ) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in self._project(x))  # (B, H, T, K)
         if rope is not None:
             q, k = _rotate(q, *rope), _rotate(k, *rope)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            cache.fill(layer, k, v)
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            dropout_p=self.config.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
+            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            is_causal=mask is None,
             enable_gqa=self.config.num_kv_heads < self.config.num_heads,
         )  # (B, H, T, K)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+        return self.out(_only(y.transpose(1, 2).flatten(2), read))
+
+    def decode(self, x: Tensor, rope, cache: KVCache, layer: int, slots: Tensor) -> Tensor:
+        """x (B, D): the next token of the rows `slots` of the cache, against those before it."""
+        store = cache.keys[layer], cache.values[layer], cache.lengths
+        y = decode_attention(*self._project(x), *store, slots, rope=rope, window=self.config.sliding_window)
+        return self.out(y.flatten(1))  # (B, H, K) -> (B, D)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) -> q (..., H, K), k and v (..., Hkv, K)."""
+        heads, kv = self.qkv(x).unflatten(-1, (-1, self.config.head_dim)), self.config.num_kv_heads
+        q, k, v = heads.split((self.config.num_heads, kv, kv), dim=-2)
+        return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
 
 
 class MLP(nn.Module):
@@ -142,13 +105,25 @@ class Block(nn.Module):
         self.norm2, self.mlp = _norm(config), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.dropout(self.attn(self.norm1(x), rope, mask, cache, layer))
+    def forward(self, x: Tensor, *context) -> Tensor:
+        """(B, T, D) to the same, or (M, D) where `read` is not None; context as for `Attention.forward`, read last."""
+        x = _only(x, context[-1]) + self.dropout(self.attn(self.norm1(x), *context))
         return x + self.dropout(self.mlp(self.norm2(x)))
+
+    def decode(self, x: Tensor, *context) -> Tensor:
+        """(B, D); context as for `Attention.decode`."""
+        x = x + self.attn.decode(_normed(self.norm1, x), *context)
+        return x + self.mlp(_normed(self.norm2, x))
 
 
 class Trunk(nn.Module):
-    """Everything below the head: token ids to hidden states."""
+    """Everything below the head: token ids to hidden states.
+
+    With `checkpointing` a block keeps only its input for the backward and computes the rest again (Chen et al. 2016).
+    """
+
+    checkpointing = False
+    _tables = None
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -171,44 +146,112 @@ class Trunk(nn.Module):
             for linear in (module.attn.out, module.mlp.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * self.config.num_layers))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, T, D) after the last norm.
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        visible: Tensor | None = None,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, D) after the last norm, or (M, D) of the tokens at `read`.
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, S) bool, True = real token, over the cached tokens and these, S = cache.length + T.
-                None means that every token is real, or that padding is on the right: a causal model's real
-                tokens never see it, and positions count from the left all the same.
-            cache: filled by this call; input_ids then holds the new tokens only.
+            attention_mask: (B, T) bool, True = real token; positions count the real tokens. None means that every
+                token is real, or that padding is on the right: a causal model's real tokens never see it.
+            positions, visible: (B, T) int64 and (B, T, T) bool in place of attention_mask, for rows that hold several
+                sequences: where each token stands in its own, and which tokens (last axis) it sees, itself included.
+            read: (M,) int64, those of the B * T tokens that are wanted: of the others the last block computes keys and
+                values only, which spares most of it where few are.
         """
-        T = input_ids.shape[1]
-        seen = 0 if cache is None else cache.length
-        S = seen + T
-        if self.config.max_positions < S:
-            raise ValueError(f"sequence of {S} tokens is longer than the model's {self.config.max_positions} positions")
-        if attention_mask is None:
-            positions = torch.arange(seen, S, device=input_ids.device)  # (T,)
+        T, device = input_ids.shape[1], input_ids.device
+        mask = None
+        if visible is not None:
+            mask = visible
+        elif attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}, not {tuple(input_ids.shape)}"
+                )
+            positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)  # (B, T)
+            # A padding token sees itself: a softmax over nothing would be NaN, and NaN spreads through 0 * NaN.
+            mask = _causal(T, device) & attention_mask[:, None, :] | torch.eye(T, dtype=torch.bool, device=device)
         else:
-            if attention_mask.shape != (len(input_ids), S):
-                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, not {(len(input_ids), S)}")
-            positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)[:, seen:]  # (B, T)
-        mask = _visible(attention_mask, T, S, input_ids.device)
+            positions = torch.arange(T, device=device)[None]  # (1, T)
+        return self._run(input_ids, positions, mask, read, packed=visible is not None)
 
+    def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states (B, D) of the last token of each of B prompts; fills the empty cache, N / B rows with each.
+
+        input_ids: (B, P), padded on the right. lengths: (B,) int64, their real tokens, at least 1.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        B, P = input_ids.shape
+        last = torch.arange(B, device=input_ids.device) * P + lengths - 1
+        x = self._run(input_ids, positions, None, last, cache)
+        cache.lengths[:] = lengths.repeat_interleave(len(cache.lengths) // len(lengths))
+        return x
+
+    def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
+        """Hidden states (B, D) of one more token (B,) for the rows `slots` (B,) of the cache, which takes it up."""
+        x = self.embed(token_ids)  # (B, D)
+        rope = None
+        if self.config.positions == "learned":
+            x = x + self.position(cache.lengths[slots])
+        else:
+            rope = self._rope_tables(cache.keys.shape[3], x.device)
+        for layer, block in enumerate(self.blocks):
+            x = block.decode(x, rope, cache, layer, slots)
+        cache.lengths[slots] += 1
+        return _normed(self.norm, x)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        read: Tensor | None,
+        cache: KVCache | None = None,
+        packed: bool = False,
+    ) -> Tensor:
+        """mask (B, T, T): what each token sees; None: itself and all before it. Only a packed row may be longer than a
+        sequence."""
+        T, window, limit = input_ids.shape[1], self.config.sliding_window, self.config.max_positions
+        if limit < T and not packed:
+            raise ValueError(f"sequence of {T} tokens is longer than the model's {limit} positions")
+        if window is not None and window < T:
+            mask = _causal(T, input_ids.device) if mask is None else mask
+            mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
         x = self.embed(input_ids)  # (B, T, D)
+        if mask is not None:  # added to the scores: once here, not in every layer
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)[:, None]  # (B, 1, T, T)
         rope = None
         if self.config.positions == "learned":
             x = x + self.position(positions)
         else:
-            rope = _rope(positions, self.config, x.dtype)
+            cos, sin = (table[positions][:, None].to(x.dtype) for table in self._rope_tables(min(T, limit), x.device))
+            rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, 1, T, K)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer)
-        if cache is not None:
-            cache.length = S
+            context = rope, mask, cache, layer, read if layer == len(self.blocks) - 1 else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *context, use_reentrant=False)
+            else:
+                x = block(x, *context)
         return self.norm(x)
 
+    def _rope_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin (S, K/2) float32 of at least `length` positions, kept for the next call."""
+        tables = self._tables
+        if tables is None or len(tables[0]) < length or tables[0].device != device:
+            size = min(self.config.max_positions, 1 << (length - 1).bit_length())
+            tables = self._tables = [table.to(device) for table in rope_tables(self.config, size)]
+        return tables
 
-class Transformer(nn.Module):
+
+class Transformer(Pretrained, nn.Module):
     """A causal language model: trunk + output head, the embedding itself where `tie_embeddings`."""
 
     def __init__(self, config: TransformerConfig):
@@ -227,26 +270,13 @@ class Transformer(nn.Module):
         """(V, D): logits = hidden @ head_weight.T."""
         return self.trunk.embed.weight if self.config.tie_embeddings else self.lm_head.weight
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **packing: Tensor) -> Tensor:
         """Logits (B, T, V); arguments as for `Trunk.forward`."""
-        return self.logits(self.trunk(input_ids, attention_mask, cache))
+        return self.logits(self.trunk(input_ids, attention_mask, **packing))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         return F.linear(hidden, self.head_weight)
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Transformer:
-        """Read a folder in the Hugging Face layout: config.json and *.safetensors. Errors: see `hub.load`."""
-        from rlhf_core.models import hub
-
-        return hub.load(cls, path, dtype)
-
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors in the Hugging Face layout."""
-        from rlhf_core.models import hub
-
-        hub.save(self, path)
 
 
 @contextlib.contextmanager
@@ -266,28 +296,20 @@ def _norm(config: TransformerConfig) -> nn.Module:
     return {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm](config.hidden_size, eps=config.norm_eps)
 
 
-def _visible(attention_mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor | None:
-    """Which of S keys each of the last T tokens sees, (B, 1, T, S) or (T, S); None where plain causality says it."""
-    if attention_mask is None and T in (1, S):
-        return None
-    keys = torch.arange(S, device=device)
-    queries = keys[S - T :, None]  # (T, 1)
-    visible = keys <= queries
-    if attention_mask is None:
-        return visible
-    # A padding token sees itself: a softmax over nothing would be NaN, and NaN spreads through 0 * NaN.
-    return (visible & attention_mask[:, None, None, :]) | (keys == queries)
+def _only(x: Tensor, read: Tensor | None) -> Tensor:
+    """x (B, T, D), or of its B * T tokens those at read, (M, D)."""
+    return x if read is None else x.flatten(0, 1).index_select(0, read)
 
 
-def _rope(positions: Tensor, config: TransformerConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (1 or B, 1, T, K) of the rotary embedding (Su et al. 2021), Llama's half-split order."""
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
-    angles = positions[..., None] / config.rope_theta**exponent  # (..., T, K/2)
-    angles = torch.cat((angles, angles), dim=-1)
-    angles = angles[None, None] if positions.ndim == 1 else angles[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x) for the rows of a decoding step."""
+    return rms_norm(x, norm.weight, norm.eps) if type(norm) is nn.RMSNorm else norm(x)
+
+
+def _causal(T: int, device: torch.device) -> Tensor:
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    """Rotary positions (Su et al. 2021) in Llama's order: element i of x (..., K) is paired with i + K/2."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

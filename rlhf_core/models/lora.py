@@ -1,0 +1,348 @@
+"""Low-rank adapters (Hu et al. 2021): y = W x + (alpha / rank) B A dropout(x), W frozen; their files in PEFT's layout.
+
+An adapter belongs to a module under its Hugging Face name ("q_proj"), which may be some rows of one of ours (attn.qkv).
+Without its adapters a model computes what it did before it got them, to the last bit: the reference policy costs no
+second copy. Left out: DoRA, biases that train, ranks that differ between modules, adapters of embedding or output head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_core.files import model_folder, read_json, write_json
+from rlhf_core.models import hub
+from rlhf_core.models.safetensors import DTYPES, stored_tensors, write_tensors
+from rlhf_core.models.transformer import Transformer
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_ALL = "all-linear"  # PEFT's word for every linear layer but the output head
+_SCORE = "base_model.model.score."
+# adapter_config.json: fields with few right values, and fields that may hold anything. Any other must be off (false,
+# null, empty), as it asks for something that is left out here.
+_ALLOWED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
+_FREE = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save", "base_model_name_or_path"),
+    *("task_type", "revision", "peft_version", "auto_mapping", "inference_mode", "fan_in_fan_out", "loftq_config"),
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What adapters to add.
+
+    rank, alpha: B A has this rank and is scaled by alpha / rank, with `rslora` by alpha / sqrt(rank) (Kalajdzievski
+        2023).
+    dropout: of the adapters' input, in train mode, so with the trainers' option `dropout`.
+    target_modules: Hugging Face names, or ends of them ("q_proj", "mlp.c_proj"); "all-linear": every linear layer of
+        the blocks; another string is a regular expression for the whole name.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = _ALL
+    rslora: bool = False
+    base: str | None = None
+
+    def __post_init__(self):
+        if not (isinstance(self.rank, int) and self.rank > 0):
+            raise ValueError(f"rank must be a whole number > 0, got {self.rank!r}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be > 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not self.target_modules:
+            raise ValueError("target_modules is empty")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class Adapter(nn.Module):
+    """x (..., in) -> scale * B A dropout(x) (..., out): 0 at first, as B is; A as nn.Linear is initialised."""
+
+    def __init__(self, in_features: int, out_features: int, config: LoRAConfig, like: Tensor):
+        super().__init__()
+        self.config = config
+        dtype = torch.promote_types(like.dtype, torch.float32)  # beside 16-bit weights it trains in float32
+        self.lora_A = nn.Parameter(torch.empty(config.rank, in_features, dtype=dtype, device=like.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank, dtype=dtype, device=like.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.config.dropout, self.training).to(self.lora_A.dtype)
+        return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.config.scale
+
+    def product(self) -> Tensor:
+        """What it adds to W, (out, in)."""
+        return self.lora_B @ self.lora_A * self.config.scale
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer, its weight and bias under their names, and adapters, each on its rows of the output."""
+
+    def __init__(self, linear: nn.Linear, sizes: dict[str, int]):
+        """sizes: the Hugging Face modules that the layer's rows are, in order, and how many each has."""
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias, self.sizes = linear.weight, linear.bias, sizes
+        self.adapters = nn.ModuleDict()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not self.adapters:
+            return y
+        parts = [
+            part + self.adapters[name](x) if name in self.adapters else part
+            for name, part in zip(self.sizes, y.split(list(self.sizes.values()), dim=-1))
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(y.dtype)
+
+
+def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
+    """Give a Transformer, RewardModel or ValueModel adapters that change nothing yet. They train, and a scalar head;
+    nothing else does.
+
+    Raises ValueError for a target that the model does not have, naming those that it has.
+    """
+    if has_adapters(model):
+        raise ValueError("the model has adapters already; merge_adapters folds them into its weights")
+    targets = _targets(model, config.target_modules)
+    for ours, linear, sizes in _linears(model):
+        if targets & sizes.keys():
+            layer = LoRALinear(linear, {_last(name): size for name, size in sizes.items()})
+            for name in (name for name in sizes if name in targets):
+                layer.adapters[_last(name)] = Adapter(layer.in_features, sizes[name], config, layer.weight)
+            model.set_submodule(ours, layer.train(model.training))
+    freeze_base(model)
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Let adapters and a scalar head train, and nothing else."""
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter) or name == "score":
+            module.requires_grad_(True)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether `add_adapters` or `load_adapters` gave it some; also while they are off."""
+    return any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def adapter_config(model: nn.Module) -> LoRAConfig:
+    """The LoRAConfig of a model's adapters; ValueError where it has none."""
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            return module.config
+    raise ValueError("the model has no adapters")
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module, instead: Sequence[nn.ModuleDict] | None = None) -> Iterator[None]:
+    """Inside, the model computes without its adapters, or with those that `frozen_adapters` kept.
+
+    Raises ValueError where the model has none: then it would be its own reference.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    if not layers:
+        raise ValueError("the model has no adapters to switch off")
+    own = [layer.adapters for layer in layers]
+    try:
+        for layer, adapters in zip(layers, instead or [nn.ModuleDict()] * len(layers)):
+            layer.adapters = adapters
+        yield
+    finally:
+        for layer, adapters in zip(layers, own):
+            layer.adapters = adapters
+
+
+def frozen_adapters(model: nn.Module) -> list[nn.ModuleDict] | None:
+    """The adapters as they are now, for `adapters_off`; None where they change nothing, as new ones."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    if not any(adapter.lora_B.any() for layer in layers for adapter in layer.adapters.values()):
+        return None
+    return [copy.deepcopy(layer.adapters).requires_grad_(False).eval() for layer in layers]
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Fold the adapters into the weights, which then train again: a plain model, equal up to rounding.
+
+    Raises ValueError where there are none.
+    """
+    adapter_config(model)
+    for ours, layer in list(model.named_modules()):
+        if isinstance(layer, LoRALinear):
+            for name, rows in zip(layer.sizes, layer.weight.split(list(layer.sizes.values()))):
+                if name in layer.adapters:
+                    rows += layer.adapters[name].product()
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear.weight, linear.bias = layer.weight, layer.bias
+            model.set_submodule(ours, linear.train(layer.training))
+    model.requires_grad_(True)
+
+
+def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write adapters, and a scalar head, in PEFT's layout: adapter_model.safetensors and, last, adapter_config.json."""
+    config, path = adapter_config(model), Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    write_tensors(path / WEIGHTS_FILE, _tensors(model))
+    targets, scalar = config.target_modules, hasattr(model, "score")
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
+        "base_model_name_or_path": config.base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "use_rslora": config.rslora,
+        "modules_to_save": ["score"] if scalar else None,
+        "fan_in_fan_out": model.config.positions == "learned",  # GPT-2 stores its matrices transposed
+        "bias": "none",
+        "inference_mode": True,
+    }
+    write_json(path / CONFIG_FILE, fields)
+
+
+@torch.no_grad()
+def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
+    """Give a model the adapters, and the scalar head, of a folder in PEFT's layout; what trains is as after
+    `add_adapters`.
+
+    Raises FileNotFoundError for a missing file, ValueError for a field that asks for what is left out here, and for
+    tensors that are missing, unknown or of another shape, naming them; the model is then as it was.
+    """
+    config, file = read_adapter_config(path), Path(path) / WEIGHTS_FILE
+    if not file.is_file():
+        pickle = file.with_suffix(".bin")
+        reason = f"; {pickle.name} is a pickle, which can run code on loading: convert it" if pickle.is_file() else ""
+        raise FileNotFoundError(f"{file}: no such file{reason}")
+    found = stored_tensors(file)
+    targets = _targets(model, config.target_modules)
+    shapes = {name: tuple(parameter.shape) for name, parameter in _head(model).items()}
+    if shapes and f"{_SCORE}bias" in found:
+        shapes[f"{_SCORE}bias"] = (1,)
+    for _, linear, sizes in _linears(model):
+        for name in (name for name in sizes if name in targets):
+            shapes |= zip(_names(name), ((config.rank, linear.in_features), (sizes[name], config.rank)))
+    for name, shape in shapes.items():
+        if name not in found:
+            raise ValueError(f"{file}: no tensor {name!r}")
+        if found[name].shape != shape or found[name].dtype not in DTYPES:
+            got = f"{found[name].dtype} {found[name].shape}"
+            raise ValueError(f"{file}: {name!r} is {got}; with r={config.rank} this model takes floats {shape}")
+    unknown = sorted(found.keys() - shapes.keys())
+    if unknown:
+        raise ValueError(f"{file}: {len(unknown)} tensors that this model has no place for, e.g. {unknown[0]!r}")
+    if f"{_SCORE}bias" in shapes:
+        model.score.bias = nn.Parameter(model.score.weight.new_zeros(1))
+    add_adapters(model, config)
+    for name, parameter in _tensors(model).items():
+        found[name].copy_to(parameter)
+
+
+def is_adapter(source: str | os.PathLike) -> bool:
+    """Whether a folder holds adapters in place of a model."""
+    return (Path(source) / CONFIG_FILE).is_file()
+
+
+def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
+    """LoRAConfig of a folder's adapter_config.json; ValueError naming the field that is not supported."""
+    file = Path(path) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    fields = read_json(file)
+    for name, value in fields.items():
+        allowed = _ALLOWED.get(name)
+        if value not in allowed if allowed else value and name not in _FREE:
+            raise ValueError(f"{file}: {name}={value!r} is not supported{f', only {allowed}' if allowed else ''}")
+    others = set(fields.get("modules_to_save") or ()) - {"score", "classifier"}  # PEFT lists both, whichever is there
+    if others:
+        raise ValueError(f"{file}: modules_to_save with {min(others)!r} is not supported, only 'score'")
+    missing = [name for name in ("peft_type", "r", "lora_alpha", "target_modules") if name not in fields]
+    if missing:
+        raise ValueError(f"{file}: field {missing[0]!r} is missing")
+    return LoRAConfig(
+        rank=fields["r"],
+        alpha=fields["lora_alpha"],
+        dropout=fields.get("lora_dropout", 0.0),
+        target_modules=fields["target_modules"],
+        rslora=fields.get("use_rslora", False),
+        base=fields.get("base_model_name_or_path"),
+    )
+
+
+def load_with_base(cls: type[nn.Module], path: str | os.PathLike, dtype: torch.dtype) -> nn.Module:
+    """A `cls` from an adapter folder: the model that its adapter_config.json names as base, with the adapters."""
+    file, base = Path(path) / CONFIG_FILE, read_adapter_config(path).base
+    if base is None:
+        raise ValueError(f"{file}: base_model_name_or_path is missing; load that model, then the adapters into it")
+    base = model_folder(base)
+    architectures = read_json(base / "config.json").get("architectures") or ()
+    has_head = any("SequenceClassification" in name for name in architectures)
+    model = hub.load(cls if has_head else Transformer, base, dtype)
+    if not isinstance(model, cls):
+        model = cls.from_model(model, share_trunk=True)  # with a fresh head, which is about to be read
+    load_adapters(model, path)
+    return model.eval()
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, dict[str, int]]]:
+    """Name and linear layer of the blocks, and the Hugging Face modules that its rows are, with how many each has."""
+    for ours, module in model.named_modules():
+        if ours.startswith("trunk.blocks.") and isinstance(module, nn.Linear):
+            yield ours, module, hub.modules_of(ours, module, model.config)
+
+
+def _targets(model: nn.Module, wanted: str | Sequence[str]) -> set[str]:
+    """Full Hugging Face names of the modules that target_modules means."""
+    names = [name for _, _, sizes in _linears(model) for name in sizes]
+    if wanted == _ALL:
+        return set(names)
+    if isinstance(wanted, str):
+        found = {wanted: {name for name in names if re.fullmatch(wanted, name)}}
+    else:
+        found = {end: {name for name in names if f".{name}".endswith(f".{end}")} for end in wanted}
+    for target, hits in found.items():
+        if not hits:
+            there = ", ".join(sorted(set(map(_last, names))))
+            raise ValueError(f"target_modules: the model has no module {target!r} to adapt, only {there}")
+    return set.union(*found.values())
+
+
+def _tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's adapters and scalar head by their names in PEFT's files."""
+    tensors = _head(model)
+    for _, layer, sizes in _linears(model):
+        for name in sizes if isinstance(layer, LoRALinear) else ():
+            if _last(name) in layer.adapters:
+                adapter = layer.adapters[_last(name)]
+                tensors |= zip(_names(name), (adapter.lora_A, adapter.lora_B))
+    return tensors
+
+
+def _head(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A scalar head, where there is one, by the names in PEFT's files."""
+    return {_SCORE + kind: p for kind, p in model.score.named_parameters()} if hasattr(model, "score") else {}
+
+
+def _names(module: str) -> list[str]:
+    return [f"base_model.model.{module}.lora_{letter}.weight" for letter in "AB"]
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]

@@ -1,0 +1,68 @@
+"""Rotary tables are those of `transformers` to the last bit, for every way to scale them."""
+
+import copy
+
+import pytest
+import torch
+
+from rlhf_core.models import TransformerConfig
+from rlhf_core.models.rope import rope_frequencies, rope_tables
+
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+SCALINGS = {
+    "plain": {},
+    "linear": dict(rope_type="linear", factor=2.5),
+    "dynamic": dict(rope_type="dynamic", factor=4.0),
+    "llama 3.1": dict(rope_type="llama3", **LLAMA3),
+    "llama 3.2": dict(rope_type="llama3", **(LLAMA3 | dict(factor=32.0))),
+    "llama3 with the whole context": dict(rope_type="llama3", factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0),
+    "qwen2.5 yarn": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768),
+    "yarn with its whole context": dict(rope_type="yarn", factor=1.0),
+    "yarn attention": dict(rope_type="yarn", factor=4.0, attention_factor=0.7, original_max_position_embeddings=8192),
+    "yarn bounds": dict(
+        rope_type="yarn", factor=8.0, beta_fast=16, beta_slow=2, truncate=False, original_max_position_embeddings=4096
+    ),
+    "yarn mscale": dict(
+        rope_type="yarn", factor=40, mscale=0.7, mscale_all_dim=1.0, original_max_position_embeddings=4096
+    ),
+    "yarn of a narrow band": dict(rope_type="yarn", factor=4.0, beta_fast=1.0001, original_max_position_embeddings=6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("head_dim, theta", [(128, 500000.0), (64, 10000.0), (6, 1e6)])
+def test_frequencies_and_tables_are_theirs_bit_for_bit(scaling, head_dim, theta, transformers):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    sizes = dict(vocab_size=8, hidden_size=2 * head_dim, num_hidden_layers=1, num_attention_heads=2)
+    parameters = dict(rope_theta=theta, **copy.deepcopy(SCALINGS[scaling]))
+    theirs = LlamaRotaryEmbedding(
+        transformers.LlamaConfig(**sizes, max_position_embeddings=131072, rope_parameters=parameters)
+    )
+    options = dict(rope_theta=theta, rope_scaling=SCALINGS[scaling] or None)
+    ours = TransformerConfig(8, 2 * head_dim, num_heads=2, max_positions=131072, **options)
+    frequencies, magnitude = rope_frequencies(ours)
+    assert torch.equal(frequencies, theirs.inv_freq) and magnitude == theirs.attention_scaling
+    places = torch.tensor([0, 1, 2, 1000, 77777, 131071])
+    want = theirs(torch.zeros(1), places[None])
+    for table, wide in zip(rope_tables(ours, 131072), want):
+        assert torch.equal(table[places], wide[0, :, : head_dim // 2])
+
+
+@pytest.mark.parametrize(
+    "scaling, message",
+    [
+        (dict(factor=2.0), "rope scaling None is not supported, only"),
+        (
+            dict(rope_type="longrope", factor=2.0),
+            "rope scaling 'longrope' is not supported, only default, linear",
+        ),
+        (dict(rope_type="linear"), "'linear' needs a number 'factor', got None"),
+        (dict(rope_type="linear", factor="2"), "'linear' needs a number 'factor', got '2'"),
+        (dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0), "'llama3' needs a number 'high_freq_factor'"),
+        (dict(rope_type="yarn", factor=8.0, partial_rotary_factor=0.5), "'yarn' has no option 'partial_rotary_factor'"),
+    ],
+)
+def test_a_scaling_that_is_not_what_it_says_is_refused(scaling, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(8, rope_scaling=scaling)
