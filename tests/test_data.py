@@ -1,33 +1,44 @@
-"""Tokenizers, readers and collation: nothing lost, nothing merged, nothing counted twice, and bad lines named."""
+"""Tokenizers and readers: nothing lost, nothing merged, nothing counted twice, and bad lines named."""
 
 import gzip
 import json
 import random
 
 import pytest
-import torch
 
-from rlhf_core import IGNORE_INDEX
 from rlhf_core.data import (
     ByteTokenizer,
     DataError,
-    Example,
     JsonTokenizer,
-    Pair,
     Preference,
+    Ranked,
+    Ranking,
     Text,
-    collate,
-    collate_pairs,
     encode_preference,
     encode_text,
     load_tokenizer,
+    read_comparisons,
+    read_labelled,
     read_preferences,
     read_prompts,
     read_texts,
 )
-from rlhf_core.data.collate import fit, left_pad
+from rlhf_core.data.encode import fit
 
-TEXTS = ["Once upon a time", " a  b\n\n c ", "日本語も", "naïve 🙂👩‍👩‍👧", "\x00\x1b[0m\ttab\x7f", "trailing  ", "x"]
+TEXTS = [
+    *("Once upon a time", " a  b\n\n c ", "trailing  ", "x", "", " ", "\n", "\r\n\t", "don't  's", "中文，日本語も。"),
+    *("naïve 🙂👩‍👩‍👧🏳️‍🌈", "e\u0301 \u200b\u00a0\u3000", "\ufeffbom", "\x00\x1b[0m\ttab\x7f", "\ufdd0\uffff\U0010ffff"),
+    *(
+        "<s>hi",
+        "</s>",
+        "<unk>",
+        "a<|im_end|>b",
+        "<|endoftext|>",
+        " <|im_start|>",
+        "<|endof",
+        "".join(map(chr, range(300))),
+    ),
+]
 FOLDERS = ["tokenizers/gpt2", "tokenizers/minimind", "models/stories260k"]
 
 
@@ -45,9 +56,10 @@ def tokenizer(request):
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
 def test_any_text_survives_the_tokenizer(tokenizer, text):
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    whole, begun = tokenizer.encode(text), tokenizer.encode_prompt("say:")
+    assert tokenizer.decode(whole) == text
+    assert tokenizer.decode(begun + tokenizer.encode_completion(text)) == "say:" + text
+    assert all(0 <= i < tokenizer.vocab_size for i in whole)
 
 
 def test_a_prompt_starts_with_one_bos_where_the_model_wants_one(tokenizer):
@@ -65,15 +77,21 @@ def test_prompt_and_completion_are_encoded_apart_and_end_with_one_eos(tokenizer,
     got = encode_text(Text(prompt, completion), tokenizer, max_length=100)
     assert got.prompt_ids == tokenizer.encode_prompt(prompt)
     assert got.completion_ids[-1] == tokenizer.eos_ids[0] and got.completion_ids.count(tokenizer.eos_ids[0]) == 1
-    assert tokenizer.decode(got.completion_ids).lstrip() == completion.lstrip()
+    assert tokenizer.decode(got.prompt_ids + got.completion_ids) == prompt + completion
+    begins = tokenizer.encode if prompt == "" else tokenizer.encode_completion  # a text of its own, or one that goes on
+    assert got.completion_ids[:-1] == begins(completion)
     pair = encode_preference(Preference(prompt, completion, "no"), tokenizer, max_length=100)
     assert pair.prompt_ids == got.prompt_ids and pair.chosen_ids == got.completion_ids
     assert pair.rejected_ids[-1] == tokenizer.eos_ids[0]
 
 
-def test_a_space_between_prompt_and_completion_is_one_space(tokenizer):
-    ids = tokenizer.encode_prompt("Once upon") + tokenizer.encode_completion(" a time")
-    assert tokenizer.decode(ids) == "Once upon a time"
+def test_random_text_survives_the_tokenizer_whole_and_in_two(tokenizer):
+    rng = random.Random(0)
+    characters = [*map(chr, range(0x250)), *"  \n\u200d🙂👩中文日本語", *map(chr, range(0x4E00, 0x4F00)), "<s>", "</s>"]
+    for _ in range(300):
+        first, second = ("".join(rng.choices(characters, k=rng.randint(1, 9))) for _ in range(2))
+        assert tokenizer.decode(tokenizer.encode(first)) == first
+        assert tokenizer.decode(tokenizer.encode_prompt(first) + tokenizer.encode_completion(second)) == first + second
 
 
 def test_a_saved_tokenizer_reads_back_the_same(tokenizer, tmp_path):
@@ -84,6 +102,16 @@ def test_a_saved_tokenizer_reads_back_the_same(tokenizer, tmp_path):
     for name in ("vocab_size", "bos_id", "eos_ids", "pad_id"):
         assert getattr(again, name) == getattr(tokenizer, name)
     assert again.encode_prompt("It's 3 o'clock") == tokenizer.encode_prompt("It's 3 o'clock")
+
+
+@pytest.mark.parametrize("text", ["<s>hi", "hi</s>", "<|im_start|>system\n", "<|im_end|>", "<|endoftext|>"])
+def test_text_that_spells_a_special_token_is_text(tokenizer, text):
+    """Row 29: no second BOS, and nothing that ends a response but the one EOS at the end."""
+    example = encode_text(Text(text, text), tokenizer, 100)
+    begun = tokenizer.encode_prompt("")
+    special = {tokenizer.bos_id, *tokenizer.eos_ids}
+    assert not special & {*example.prompt_ids[len(begun) :], *example.completion_ids[:-1]}
+    assert example.prompt_ids[: len(begun)] == begun and example.completion_ids[-1] == tokenizer.eos_ids[0]
 
 
 def test_byte_tokenizer_leaves_special_ids_out_and_mends_invalid_bytes():
@@ -118,8 +146,10 @@ def test_fit_never_exceeds_max_length_nor_leaves_a_completion_empty():
         max_length = rng.randint(1, 20)
         prompt = list(range(rng.randint(0, 30)))
         completions = [list(range(rng.randint(1, 30))) for _ in range(2)]
-        kept, cut = fit(prompt, completions, max_length)
-        assert kept == prompt[len(prompt) - len(kept) :]
+        bos_id = rng.choice([None, 0])  # the prompt's first
+        kept, cut = fit(prompt, completions, max_length, bos_id)
+        begun = kept[:1] if bos_id == 0 else []
+        assert begun == prompt[: len(begun)] and kept[len(begun) :] == prompt[len(prompt) - len(kept) + len(begun) :]
         for before, after in zip(completions, cut):
             assert len(after) >= 1 and len(kept) + len(after) <= max_length
             assert after == before[: len(after)]
@@ -131,6 +161,8 @@ def test_fit_never_exceeds_max_length_nor_leaves_a_completion_empty():
 GOOD = {
     read_texts: {"prompt": "p", "completion": "c"},
     read_preferences: {"prompt": "p", "chosen": "a", "rejected": "b"},
+    read_comparisons: {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 0]},
+    read_labelled: {"prompt": "p", "completion": "c", "label": True},
     read_prompts: {"prompt": "p", "other": 1},
 }
 
@@ -168,6 +200,32 @@ BAD = [
     (read_preferences, {"chosen": "\n\nAssistant: a", "rejected": "b"}, "share no dialogue"),
     (read_preferences, {"chosen": "\n\nAssistant:", "rejected": "\n\nAssistant: b"}, "field 'chosen' is empty"),
     (read_preferences, {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant:"}, "field 'rejected' is empty"),
+    (
+        read_preferences,
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1},
+        "field 'margin' must be a number, at least 0, got -1",
+    ),
+    (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "b", "margin": True}, "'margin' must .* got true"),
+    (read_comparisons, {"prompt": "p", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are equal"),
+    (read_comparisons, {"responses": ["a", "b"], "ranks": [0, 1]}, "field 'prompt' is missing"),
+    (read_comparisons, {"prompt": "p", "responses": ["a"], "ranks": [0]}, "'responses' must be a list of at least 2"),
+    (read_comparisons, {"prompt": "p", "responses": ["a", ""], "ranks": [0, 1]}, "field 'responses.1' is empty"),
+    (read_comparisons, {"prompt": "p", "responses": ["a", "a"], "ranks": [0, 1]}, "holds one of them twice"),
+    (
+        read_comparisons,
+        {"prompt": "p", "responses": ["a", "b"], "ranks": [0]},
+        r"'ranks' must hold 2 numbers, got \[0\]",
+    ),
+    (
+        read_comparisons,
+        {"prompt": "p", "responses": ["a", "b"], "ranks": [0, float("nan")]},
+        "'ranks' must hold 2 numbers",
+    ),
+    (read_comparisons, {"prompt": "p", "responses": ["a", "b"]}, "'ranks' must hold 2 numbers, got null"),
+    (read_comparisons, {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}, r"'ranks' holds a tie.*\[1, 1\]"),
+    (read_labelled, {"prompt": "p", "completion": "c"}, "field 'label' must be true or false, got null"),
+    (read_labelled, {"prompt": "p", "completion": "c", "label": "no"}, "'label' must be true or false, got \"no\""),
+    (read_labelled, {"prompt": "p", "completion": "", "label": False}, "field 'completion' is empty"),
     (read_prompts, {"other": "p"}, "field 'prompt' is missing, the line has 'other'"),
     (read_prompts, {}, "the line has none"),
 ]
@@ -209,6 +267,23 @@ def test_hh_rows_without_a_prompt_are_cut_at_the_last_turn(tmp_path):
     assert read_preferences(path) == [Preference(talk, " so", " no\n\nhow")]
 
 
+def test_ranked_lists_come_best_first_and_pairs_keep_their_margin(tmp_path):
+    turns = [{"role": "user", "content": "hi"}]
+    path = write(
+        tmp_path / "data.jsonl",
+        {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 0.5, 1]},
+        {"messages": turns, "responses": ["a", "b"], "ranks": [0, 1]},
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0.5},
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+    )
+    pairs = [Preference("p", "a", "b", 0.5), Preference("p", "a", "b", None)]
+    assert read_comparisons(path) == [Ranking("p", ["b", "c", "a"]), Ranking(turns, ["a", "b"]), *pairs]
+    tokenizer = ByteTokenizer()
+    first, _, pair, _ = read_comparisons(path, encode=lambda row: encode_preference(row, tokenizer, 50))
+    assert isinstance(first, Ranked) and [tokenizer.decode(ids) for ids in first.completions_ids] == ["b", "c", "a"]
+    assert all(ids[-1] == tokenizer.eos_ids[0] for ids in first.completions_ids) and pair.margin == 0.5
+
+
 def test_every_shape_of_text_and_prompt_is_read(tmp_path):
     rows = [{"prompt": "p", "response": "r"}, {"question": "q", "answer": "a"}, {"text": "t"}, GOOD[read_texts]]
     assert read_texts(write(tmp_path / "t.jsonl", *rows)) == [("p", "r"), ("q", "a"), ("", "t"), ("p", "c")]
@@ -221,6 +296,7 @@ REAL = {
     "preferences/hh_helpful": (read_preferences, 1735),
     "preferences/hh_harmless": (read_preferences, 1717),
     "preferences/rasbt_pref": (read_preferences, 891),
+    "preferences/oasst_ranked_lists": (read_comparisons, 164),
     "sft/self_instruct_seed": (read_texts, 175),
     "sft/gsm8k_test": (read_texts, 1319),
     "text/tinystories": (read_texts, 2107),
@@ -235,53 +311,4 @@ def test_real_files_are_read_whole(data_dir, name):
     bad = []
     rows = reader(data_dir / f"{name}.jsonl.gz", bad.append)
     assert len(rows) + len(bad) == count and len(bad) <= count // 50, bad[:1]
-    assert all(all(row) or row[0] == "" for row in rows)
-
-
-# ---- collation
-
-
-def examples(n=5, seed=0):
-    rng = random.Random(seed)
-    return [
-        Example(
-            [rng.randint(3, 9) for _ in range(rng.randint(1, 6))], [rng.randint(0, 9) for _ in range(rng.randint(1, 6))]
-        )
-        for _ in range(n)
-    ]
-
-
-@pytest.mark.parametrize("pad_id", [0, 2])
-def test_targets_are_the_next_tokens_of_the_completion_and_nothing_else(pad_id):
-    """Row 9 too: ids equal to the padding, the EOS among them, stay in the loss."""
-    rows = [Example([5, pad_id, 6], [7, pad_id, 8, 2]), Example([5], [2]), *examples()]
-    batch = collate(rows, pad_id)
-    assert batch.input_ids.shape[1] == max(len(p) + len(c) for p, c in rows)
-    for row, (prompt, completion) in enumerate(rows):
-        P, length = len(prompt), len(prompt) + len(completion)
-        assert batch.input_ids[row, :length].tolist() == prompt + completion
-        assert batch.input_ids[row, length:].eq(pad_id).all()
-        assert batch.attention_mask[row].tolist() == [t < length for t in range(batch.input_ids.shape[1])]
-        assert batch.targets[row, P - 1 : length - 1].tolist() == completion
-        assert batch.target_mask[row].nonzero()[:, 0].tolist() == list(range(P - 1, length - 1))
-    assert torch.equal(batch.target_mask, batch.targets != IGNORE_INDEX)
-    assert batch.attention_mask.dtype == batch.target_mask.dtype == torch.bool
-
-
-def test_without_a_prompt_the_first_token_is_no_target():
-    batch = collate([Example([], [4, 5, 2])], 0)
-    assert batch.targets.tolist() == [[5, 2, IGNORE_INDEX]]
-
-
-def test_pairs_are_their_two_examples_side_by_side():
-    rows = examples(6)
-    pairs = [Pair(a.prompt_ids, a.completion_ids, b.completion_ids) for a, b in zip(rows[::2], rows[1::2])]
-    flat = [Example(p.prompt_ids, c) for p in pairs for c in (p.chosen_ids, p.rejected_ids)]
-    for got, want in zip(collate_pairs(pairs, 0), collate(flat, 0)):
-        assert torch.equal(got.flatten(0, 1), want) and got.shape[:2] == (3, 2)
-
-
-def test_left_pad_ends_every_row_at_the_same_column():
-    ids, mask = left_pad([[1, 2, 3], [4], [5, 9]], 9)
-    assert ids.tolist() == [[1, 2, 3], [9, 9, 4], [9, 5, 9]]
-    assert mask.tolist() == [[True] * 3, [False, False, True], [False, True, True]]
+    assert all(all(row[:2]) or row[0] == "" for row in rows)

@@ -1,7 +1,19 @@
 """Tokenizers, file readers and collation."""
 
-from rlhf_core.data.collate import Example, Pair, TokenBatch, collate, collate_pairs, encode_preference, encode_text
-from rlhf_core.data.readers import DataError, Preference, Text, read_preferences, read_prompts, read_texts
+from rlhf_core.data.collate import TokenBatch, collate
+from rlhf_core.data.encode import Example, Pair, Ranked, encode_labelled, encode_preference, encode_prompt, encode_text
+from rlhf_core.data.readers import (
+    DataError,
+    Labelled,
+    Preference,
+    Ranking,
+    Text,
+    read_comparisons,
+    read_labelled,
+    read_preferences,
+    read_prompts,
+    read_texts,
+)
 from rlhf_core.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -9,16 +21,22 @@ __all__ = [
     "DataError",
     "Example",
     "JsonTokenizer",
+    "Labelled",
     "Pair",
     "Preference",
+    "Ranked",
+    "Ranking",
     "Text",
     "TokenBatch",
     "Tokenizer",
     "collate",
-    "collate_pairs",
+    "encode_labelled",
     "encode_preference",
+    "encode_prompt",
     "encode_text",
     "load_tokenizer",
+    "read_comparisons",
+    "read_labelled",
     "read_preferences",
     "read_prompts",
     "read_texts",

@@ -1,89 +1,82 @@
-"""Token ids to padded batches, and the one place that shifts labels into targets.
+"""Token ids to batches, and the one place that shifts completions into targets.
 
-Sequences are right-padded, prompts for generation left-padded. Masks come from lengths, never from `ids != pad_id`.
+A row holds a *group*, a prompt with its completions, or with packing several of them: a prompt is stored, and computed,
+once for all that continue it. Rows are padded on the right, prompts for generation on the left; what is real is known
+from lengths, never from `ids != pad_id`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, compress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_core.data.readers import Preference, Text
-from rlhf_core.data.tokenizer import Tokenizer
-from rlhf_core.masking import IGNORE_INDEX
-
-
-class Example(NamedTuple):
-    """A tokenised prompt (BOS included) and completion (EOS included)."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-
-
-class Pair(NamedTuple):
-    """A tokenised prompt with the completion that was preferred and the one that was not."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+from rlhf_core.data.encode import Example, Pair, Ranked
 
 
 class TokenBatch(NamedTuple):
-    """Right-padded sequences: (B, T), or (B, 2, T) for pairs, chosen first.
+    """R rows of T tokens that hold N sequences (a prompt with one completion; of a group the best one first) with M
+    targets, the completion tokens that count, sequence after sequence. `last` and `read` index the R * T tokens."""
 
-    targets[..., t] is the token after input_ids[..., t]; target_mask is True where that token belongs to a completion.
+    input_ids: Tensor  # (R, T) int64
+    positions: Tensor | None  # (R, T) int64 and (R, T, T) bool, see `Trunk.forward`; None: a row is one sequence
+    visible: Tensor | None
+    last: Tensor  # (N,) the last token of each sequence
+    read: Tensor  # (M,) the token before each target, whose hidden state predicts it
+    targets: Tensor  # (M,)
+    lengths: Tensor  # (N,) how many targets each sequence has
+
+
+def collate(examples: Sequence[Example | Pair | Ranked], pad_id: int, *, packing: int | None = None) -> TokenBatch:
+    """Batch of examples, or of pairs or ranked lists, whose completions see their prompt but not each other.
+
+    packing: rows of up to so many tokens, or of the longest group's, take up several groups, which see nothing of each
+        other; None: a row for each group.
     """
-
-    input_ids: Tensor
-    attention_mask: Tensor  # bool, True = real token
-    targets: Tensor  # IGNORE_INDEX where target_mask is False
-    target_mask: Tensor  # bool
-
-
-def encode_text(text: Text, tokenizer: Tokenizer, max_length: int) -> Example:
-    """Tokenise; the completion ends with EOS. See `fit` for what max_length cuts."""
-    prompt, (completion,) = _encode(text.prompt, [text.completion], tokenizer, max_length)
-    return Example(prompt, completion)
-
-
-def encode_preference(preference: Preference, tokenizer: Tokenizer, max_length: int) -> Pair:
-    """Tokenise; both completions end with EOS. See `fit` for what max_length cuts."""
-    texts = [preference.chosen, preference.rejected]
-    prompt, (chosen, rejected) = _encode(preference.prompt, texts, tokenizer, max_length)
-    return Pair(prompt, chosen, rejected)
-
-
-def fit(
-    prompt: list[int], completions: list[list[int]], max_length: int, bos_id: int | None = None
-) -> tuple[list[int], list[list[int]]]:
-    """Cut a sequence to max_length tokens: first the prompt, down to half of max_length; then the end of the
-    completion, which loses its EOS, for it did not end there."""
-    longest = max(map(len, completions))
-    prompt = cut_prompt(prompt, max(max_length - longest, max_length // 2), bos_id)
-    return prompt, [completion[: max_length - len(prompt)] for completion in completions]
-
-
-def cut_prompt(prompt: list[int], length: int, bos_id: int | None) -> list[int]:
-    """The last `length` tokens of a prompt, whose end matters most; a BOS stays in front."""
-    if len(prompt) <= length:
-        return prompt
-    start = [bos_id] if prompt[0] == bos_id else []
-    return start + prompt[len(prompt) - length + len(start) :]
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> TokenBatch:
-    """Batch (B, T) of examples."""
-    rows = [(example.prompt_ids, example.completion_ids) for example in examples]
-    return _pad(rows, pad_id)
-
-
-def collate_pairs(pairs: Sequence[Pair], pad_id: int) -> TokenBatch:
-    """Batch (B, 2, T) of pairs, [:, 0] chosen and [:, 1] rejected."""
-    rows = [(pair.prompt_ids, completion) for pair in pairs for completion in (pair.chosen_ids, pair.rejected_ids)]
-    return TokenBatch(*(x.unflatten(0, (-1, 2)) for x in _pad(rows, pad_id)))
+    groups = [_group(example) for example in examples]
+    sizes = [len(prompt) + sum(map(len, completions)) for prompt, completions, _ in groups]
+    rows = [[g] for g in range(len(groups))] if packing is None else _pack(sizes, packing)
+    width = max(sum(sizes[g] for g in row) for row in rows)
+    ids, positions, segments, stems = [], [], [], []  # of R * T tokens
+    sequences: list[list] = [[] for _ in groups]  # of each group: last, read, targets
+    for r, row in enumerate(rows):
+        segment = 0
+        for g in row:
+            prompt, completions, masks = groups[g]
+            segment = stem = segment + 1  # a prompt is a segment, and so is a completion; it also sees its stem
+            ids += prompt
+            positions += range(len(prompt))
+            segments += [stem] * len(prompt)
+            before = len(ids) - 1
+            skip = not prompt  # a first token that nothing precedes is no target
+            for completion, mask in zip(completions, masks):
+                segment += 1
+                read = [before, *range(len(ids), len(ids) + len(completion) - 1)]
+                counts = [True] * len(completion) if mask is None else mask
+                ids += completion
+                positions += range(len(prompt), len(prompt) + len(completion))
+                segments += [segment] * len(completion)
+                kept = counts[skip:]
+                pick = (list(compress(x[skip:], kept)) for x in (read, completion))
+                sequences[g].append((len(ids) - 1 if completion else before, *pick))
+            stems += [stem] * sizes[g]
+        padding = (r + 1) * width - len(ids)
+        for column, filler in ((ids, pad_id), (positions, 0), (segments, 0), (stems, 0)):
+            column += [filler] * padding
+    last, read, targets = zip(*chain.from_iterable(sequences))
+    shape, packed = (len(rows), width), len(last) > len(rows)
+    return TokenBatch(
+        torch.tensor(ids).view(shape),
+        torch.tensor(positions).view(shape) if packed else None,
+        _visible(torch.tensor(segments).view(shape), torch.tensor(stems).view(shape)) if packed else None,
+        torch.tensor(last),
+        torch.tensor(list(chain.from_iterable(read)), dtype=torch.long),
+        torch.tensor(list(chain.from_iterable(targets)), dtype=torch.long),
+        torch.tensor(list(map(len, targets))),
+    )
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -94,21 +87,53 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     return ids, torch.arange(width) >= width - lengths[:, None]
 
 
-def _encode(prompt: str, completions: list[str], tokenizer: Tokenizer, max_length: int):
-    ended = [tokenizer.encode_completion(text) + list(tokenizer.eos_ids[:1]) for text in completions]
-    return fit(tokenizer.encode_prompt(prompt), ended, max_length, tokenizer.bos_id)
+def length(example: Example | Pair | Ranked) -> int:
+    """Tokens of the prompt and its longest completion: how many positions a model needs."""
+    prompt, completions, _ = _group(example)
+    return len(prompt) + max(map(len, completions))
 
 
-def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> TokenBatch:
-    width = max(len(prompt) + len(completion) for prompt, completion in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
-    labels = torch.full((len(rows), width), IGNORE_INDEX)
-    attention_mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(rows):
-        start, end = len(prompt), len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor(prompt + completion)
-        labels[row, start:end] = input_ids[row, start:end]
-        attention_mask[row, :end] = True
-    targets = torch.full_like(labels, IGNORE_INDEX)
-    targets[:, :-1] = labels[:, 1:]  # the shift: a token is the target of the position before it
-    return TokenBatch(input_ids, attention_mask, targets, targets != IGNORE_INDEX)
+def count_targets(example: Example) -> int:
+    """Tokens in the loss: those of the completion that count, but for a first token that nothing precedes."""
+    counted = example.completion_mask or [True] * len(example.completion_ids)
+    return sum(counted[not example.prompt_ids :])
+
+
+def _group(example: Example | Pair | Ranked) -> tuple[list[int], list[list[int]], list[list[bool] | None]]:
+    """Prompt, completions and their masks."""
+    if isinstance(example, Pair):
+        return example.prompt_ids, [example.chosen_ids, example.rejected_ids], [None, None]
+    if isinstance(example, Ranked):
+        return example.prompt_ids, example.completions_ids, [None] * len(example.completions_ids)
+    return example.prompt_ids, [example.completion_ids], [example.completion_mask]
+
+
+def _pack(sizes: list[int], limit: int) -> list[list[int]]:
+    """Indices of groups, those of a row together, at most `limit` tokens or the longest group in each.
+
+    First fit decreasing (Johnson et al. 1974), for the capacity from one to two longest groups that leaves the fewest
+    R * T tokens; the shorter of two, as a token looks along its whole row.
+    """
+    longest = max(sizes)
+    capacities = [longest, *(min(longest * quarters // 4, limit) for quarters in range(5, 9) if longest < limit)]
+    packings = [_first_fit_decreasing(sizes, capacity) for capacity in capacities]
+    return min(packings, key=lambda rows: len(rows) * max(sum(sizes[g] for g in row) for row in rows))
+
+
+def _first_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for g in sorted(range(len(sizes)), key=lambda g: -sizes[g]):
+        r = next((r for r, left in enumerate(room) if left >= sizes[g]), len(rows))
+        if r == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[r].append(g)
+        room[r] -= sizes[g]
+    return rows
+
+
+def _visible(segments: Tensor, stems: Tensor) -> Tensor:
+    """(R, T, T) bool: a token sees those before it and itself, of its own segment and of its stem."""
+    own = segments[:, :, None] == segments[:, None, :]
+    return (own | (stems[:, :, None] == segments[:, None, :])).tril_()

@@ -1,17 +1,25 @@
-"""Files to rows: JSONL (plain or .gz) with text for SFT, preference pairs and prompts.
+"""Files to rows: JSONL (plain or .gz) with text or conversations for SFT, preference pairs, ranked lists and prompts.
 
-A bad line raises DataError with file, line and field, or goes to `on_bad`, which may count it and carry on.
+A conversation is a list of messages {"role", "content"}; tools, images and other content are refused by name. A bad
+line raises DataError with file, line and field, or goes to `on_bad`, which may count it and carry on. `encode` is
+applied to every row, so that its ValueErrors name the line too; the readers then return what it does.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+
+from rlhf_core.data.chat import Message
+
+_ROLES = ("system", "user", "assistant")
+_UNSUPPORTED = ("tools", "documents", "image", "images", "video", "videos", "audio", "audios")
 
 T = TypeVar("T")
 OnBad = Callable[["DataError"], None]
@@ -22,85 +30,256 @@ class DataError(ValueError):
 
 
 class Text(NamedTuple):
-    """What SFT learns: `completion` after `prompt`, which may be empty."""
+    """What SFT learns: `completion` after `prompt`, which may be empty. Messages after messages, where the
+    completion begins with the assistant's turn and only the assistant's turns in it are learned, or text."""
 
-    prompt: str
-    completion: str
+    prompt: str | list[Message]
+    completion: str | list[Message]
+
+
+class Labelled(NamedTuple):
+    """A `Text`'s prompt and completion, and whether the completion is desirable."""
+
+    prompt: str | list[Message]
+    completion: str | list[Message]
+    label: bool
 
 
 class Preference(NamedTuple):
-    prompt: str
+    """Two completions of one prompt, which is text or messages; margin: how clearly the chosen one won, at least 0."""
+
+    prompt: str | list[Message]
     chosen: str
     rejected: str
+    margin: float | None = None
 
 
-def read_texts(path: str | os.PathLike, on_bad: OnBad | None = None) -> list[Text]:
-    """Rows {"prompt", "completion" or "response"}, {"question", "answer"} or {"text"}."""
+class Ranking(NamedTuple):
+    """Two or more responses to one prompt, which is text or messages; the best one first."""
+
+    prompt: str | list[Message]
+    responses: list[str]
+
+
+def read_texts(path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None) -> list[Text]:
+    """Rows {"messages"}, {"prompt", "completion" or "response"}, {"question", "answer"} or {"text"}. In `messages`
+    every turn of the assistant counts. With a prompt of messages the completion is a string or messages."""
 
     def parse(row: dict) -> Text:
+        if "messages" in row:
+            messages = _conversation(row, "messages")
+            first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
+            if first is None:
+                raise ValueError("field 'messages' holds no message of the assistant")
+            return Text(messages[:first], messages[first:])
         if "text" in row:
             return Text("", _string(row, "text"))
         if "question" in row:
             return Text(_string(row, "question"), _string(row, "answer"))
-        return Text(_string(row, "prompt"), _string(row, "completion" if "completion" in row else "response"))
+        return _text(row)
 
-    return list(_rows(path, parse, on_bad))
-
-
-def read_preferences(path: str | os.PathLike, on_bad: OnBad | None = None) -> list[Preference]:
-    """Rows {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} that share a dialogue up to its last
-    "\\n\\nAssistant:" (Anthropic HH)."""
-
-    def parse(row: dict) -> Preference:
-        chosen, rejected = _string(row, "chosen"), _string(row, "rejected")
-        if chosen == rejected:
-            raise ValueError("fields 'chosen' and 'rejected' are equal")
-        if "prompt" in row:
-            return Preference(_string(row, "prompt"), chosen, rejected)
-        turn = "\n\nAssistant:"
-        end = chosen.rfind(turn) + len(turn)
-        if turn not in chosen or not rejected.startswith(chosen[:end]):
-            raise ValueError("field 'prompt' is missing, and 'chosen' and 'rejected' share no dialogue")
-        answers = {"chosen": chosen[end:], "rejected": rejected[end:]}
-        return Preference(chosen[:end], _string(answers, "chosen"), _string(answers, "rejected"))
-
-    return list(_rows(path, parse, on_bad))
+    return list(_rows(path, parse, on_bad, encode))
 
 
-def read_prompts(path: str | os.PathLike, on_bad: OnBad | None = None) -> list[str]:
-    """Rows {"prompt"}, {"question"} or {"text"}; other fields are ignored. A .txt file holds one prompt a line."""
+def read_labelled(
+    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
+) -> list[Labelled]:
+    """Rows {"prompt", "completion" or "response", "label"}; the label is true or 1 for desirable, false or 0."""
+
+    def parse(row: dict) -> Labelled:
+        label = row.get("label")
+        if label not in (0, 1):
+            raise ValueError(f"field 'label' must be true or false, got {json.dumps(label)[:40]}")
+        return Labelled(*_text(row), bool(label))
+
+    return list(_rows(path, parse, on_bad, encode))
+
+
+def read_preferences(
+    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
+) -> list[Preference]:
+    """Rows {"prompt", "chosen", "rejected"}, where a prompt of messages has strings or one message of the assistant
+    after it; or {"chosen", "rejected"}: conversations that are equal but for the assistant's last message, or strings
+    that share a dialogue up to its last "\n\nAssistant:" (Anthropic HH). Each may have a "margin", a number."""
+    return list(_rows(path, _preference, on_bad, encode))
+
+
+def read_comparisons(
+    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
+) -> list[Preference | Ranking]:
+    """Rows {"prompt" or "messages", "responses", "ranks"}, strings with a rank each, the lowest the best, none twice;
+    any other row as for `read_preferences`."""
+
+    def parse(row: dict) -> Preference | Ranking:
+        return _ranking(row) if "responses" in row else _preference(row)
+
+    return list(_rows(path, parse, on_bad, encode))
+
+
+def read_prompts(
+    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
+) -> list[str | list[Message]]:
+    """Rows {"messages"}, {"prompt"}, {"question"} or {"text"}; other fields are ignored. Messages of the assistant at
+    the end are left out: they are what the model is asked for. A .txt file holds one prompt a line."""
     if str(path).endswith((".txt", ".txt.gz")):
-        return [line for _, line in _lines(path, on_bad)]
+        return [encode(line) if encode else line for _, line in _lines(path, on_bad)]
 
-    def parse(row: dict) -> str:
-        return _string(row, next((name for name in ("prompt", "question", "text") if name in row), "prompt"))
+    def parse(row: dict) -> str | list[Message]:
+        field = next((name for name in ("messages", "prompt", "question", "text") if name in row), "prompt")
+        if field != "messages" and not isinstance(row.get(field), list):
+            return _string(row, field)
+        messages = _conversation(row, field)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise ValueError(f"field {field!r} holds messages of the assistant only")
+        return messages
 
-    return list(_rows(path, parse, on_bad))
+    return list(_rows(path, parse, on_bad, encode))
 
 
-def _string(row: dict, field: str) -> str:
+def check_messages(value, field: str) -> list[Message]:
+    """The messages, each of a role and a text and nothing else that says something; ValueError that names the field."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"field {field!r} must be a list of messages, got {repr(value)[:40]}")
+    if not value:
+        raise ValueError(f"field {field!r} holds no message")
+    messages = []
+    for i, message in enumerate(value):
+        where = f"{field}[{i}]"
+        if not isinstance(message, dict):
+            raise ValueError(f"field {where!r} must be an object with role and content, got {repr(message)[:40]}")
+        role = _string(message, "role", where)
+        if role not in _ROLES:
+            raise ValueError(f"field '{where}.role' must be one of {', '.join(_ROLES)}, got {role!r}")
+        for name, extra in message.items():
+            if name not in ("role", "content") and extra:
+                raise ValueError(f"field '{where}.{name}' is not supported: a message is a role and a text")
+        messages.append({"role": role, "content": _string(message, "content", where, empty=role == "system")})
+    return messages
+
+
+def _text(row: dict) -> Text:
+    completion = "completion" if "completion" in row else "response"
+    if isinstance(row.get("prompt"), list):
+        return Text(_conversation(row, "prompt"), _turns(row, completion))
+    return Text(_string(row, "prompt"), _string(row, completion))
+
+
+def _preference(row: dict) -> Preference:
+    if isinstance(row.get("prompt"), list):
+        prompt, shared = _conversation(row, "prompt"), 0
+        answers = {field: _turns(row, field) for field in ("chosen", "rejected")}
+    elif isinstance(row.get("chosen"), list):
+        answers = {field: _conversation(row, field) for field in ("chosen", "rejected")}
+        both = list(answers.values())
+        shared = next((i for i, (a, b) in enumerate(zip(*both)) if a != b), min(map(len, both)))
+        prompt = both[0][:shared]
+        if row.get("prompt") is not None and all(row["prompt"] != message["content"] for message in prompt):
+            raise ValueError("field 'prompt' is no message that 'chosen' and 'rejected' share")
+    else:
+        prompt, *answers = _strings(row)
+        return _pair(row, prompt, *answers)
+    if not prompt:
+        raise ValueError("fields 'chosen' and 'rejected' share no message")
+    for field, messages in answers.items():
+        roles = [message["role"] for message in messages[shared:]]
+        if roles != ["assistant"]:
+            raise ValueError(
+                f"field {field!r} must end in one message of the assistant after what is shared, "
+                f"got {', '.join(roles) or 'none'}"
+            )
+    return _pair(row, prompt, *(messages[-1]["content"] for messages in answers.values()))
+
+
+def _strings(row: dict) -> tuple[str, str, str]:
+    chosen, rejected = _string(row, "chosen"), _string(row, "rejected")
+    if "prompt" in row:
+        return _string(row, "prompt"), chosen, rejected
+    turn = "\n\nAssistant:"
+    end = chosen.rfind(turn) + len(turn)
+    if turn not in chosen or not rejected.startswith(chosen[:end]):
+        raise ValueError("field 'prompt' is missing, and 'chosen' and 'rejected' share no dialogue")
+    answers = {"chosen": chosen[end:], "rejected": rejected[end:]}
+    return chosen[:end], _string(answers, "chosen"), _string(answers, "rejected")
+
+
+def _pair(row: dict, prompt: str | list[Message], chosen: str, rejected: str) -> Preference:
+    if chosen == rejected:
+        raise ValueError("fields 'chosen' and 'rejected' are equal")
+    margin = row.get("margin")
+    if margin is not None and not (_is_number(margin) and margin >= 0):
+        raise ValueError(f"field 'margin' must be a number, at least 0, got {json.dumps(margin)[:40]}")
+    return Preference(prompt, chosen, rejected, margin)
+
+
+def _ranking(row: dict) -> Ranking:
+    field = "messages" if "messages" in row else "prompt"
+    prompt = _conversation(row, field) if isinstance(row.get(field), list) else _string(row, field)
+    responses, ranks = row["responses"], row.get("ranks")
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise ValueError(f"field 'responses' must be a list of at least 2, got {json.dumps(responses)[:40]}")
+    if not isinstance(ranks, list) or len(ranks) != len(responses) or not all(map(_is_number, ranks)):
+        raise ValueError(f"field 'ranks' must hold {len(responses)} numbers, got {json.dumps(ranks)[:40]}")
+    if len(set(ranks)) < len(ranks):
+        raise ValueError(f"field 'ranks' holds a tie, which has no order: {json.dumps(ranks)[:40]}")
+    texts = [_string({str(i): text}, str(i), "responses") for i, text in enumerate(responses)]
+    if len(set(texts)) < len(texts):
+        raise ValueError("field 'responses' holds one of them twice")
+    return Ranking(prompt, [texts[i] for i in sorted(range(len(ranks)), key=ranks.__getitem__)])
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _conversation(row: dict, field: str) -> list[Message]:
+    """The messages of a field, in a row that has no part beside text."""
+    for name in _UNSUPPORTED:
+        if row.get(name):
+            raise ValueError(f"field {name!r} is not supported: messages are text without tools")
     if field not in row:
-        raise ValueError(f"field {field!r} is missing, the line has {', '.join(map(repr, row)) or 'none'}")
+        raise ValueError(f"field {field!r} is missing, the line has {', '.join(map(repr, row))}")
+    return check_messages(row[field], field)
+
+
+def _turns(row: dict, field: str) -> list[Message]:
+    """What the assistant goes on with after messages: a string, or messages that begin with its own."""
+    if isinstance(row.get(field), str):
+        return [{"role": "assistant", "content": _string(row, field)}]
+    messages = _conversation(row, field)
+    if messages[0]["role"] != "assistant":
+        raise ValueError(f"field '{field}[0].role' must be assistant, got {messages[0]['role']!r}")
+    return messages
+
+
+def _string(row: dict, field: str, where: str = "", empty: bool = False) -> str:
+    """The text of a field, of the row or of its part `where`."""
+    name = f"{where}.{field}" if where else field
+    if field not in row:
+        raise ValueError(f"field {name!r} is missing, the line has {', '.join(map(repr, row)) or 'none'}")
     value = row[field]
     if not isinstance(value, str):
-        raise ValueError(f"field {field!r} must be a string, got {json.dumps(value)[:40]}")
-    if not value.strip():
-        raise ValueError(f"field {field!r} is empty")
+        raise ValueError(f"field {name!r} must be a string, got {json.dumps(value)[:40]}")
+    if not value.strip() and not empty:
+        raise ValueError(f"field {name!r} is empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise ValueError(f"field {field!r} holds a lone surrogate, which is no character") from None
+        raise ValueError(f"field {name!r} holds a lone surrogate, which is no character") from None
     return value
 
 
-def _rows(path: str | os.PathLike, parse: Callable[[dict], T], on_bad: OnBad | None) -> Iterator[T]:
+def _rows(
+    path: str | os.PathLike, parse: Callable[[dict], T], on_bad: OnBad | None, encode: Callable | None
+) -> Iterator:
     found = False
     for number, line in _lines(path, on_bad):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, got {line.strip()[:40]}")
-            item = parse(row)
+            item = parse(row) if encode is None else encode(parse(row))
         except ValueError as error:
             reason = f"not valid JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
             _report(DataError(f"{path}:{number}: {reason}"), on_bad)

@@ -1,29 +1,40 @@
-"""Text to ids and back: a byte-level tokenizer built in, and any `tokenizer.json` through the `tokenizers` package.
+"""Text and conversations to ids and back: a byte-level tokenizer built in, and any `tokenizer.json` through the
+`tokenizers` package.
 
-`encode` adds no special token. A prompt starts with BOS where the tokenizer's own template says so; whoever builds a
-sequence adds EOS. Prompt and completion are encoded apart, so that no token straddles their boundary.
+Text is text: what spells a special token is encoded letter by letter, and only BOS, EOS and a chat template make
+special ids. A prompt starts with BOS where the tokenizer's own post-processor says so; whoever builds a sequence adds
+EOS. Prompt and completion are encoded apart, so that no token straddles their boundary.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
-from rlhf_core.files import read_json, replacing, require, write_json
+from rlhf_core.data.chat import ChatTemplate, Message, Rendered
+from rlhf_core.data.readers import check_messages
+from rlhf_core.files import model_folder, read_json, replacing, require, write_json
 
 
 class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]  # every id that ends a response; the first is the one to write
     pad_id: int
 
     def encode(self, text: str) -> list[int]: ...
     def encode_prompt(self, text: str) -> list[int]: ...
     def encode_completion(self, text: str) -> list[int]: ...
+    def encode_chat(
+        self, messages: Sequence[Message], *, start: int = 0, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def save(self, path: str | os.PathLike) -> None: ...
 
@@ -42,6 +53,19 @@ class ByteTokenizer:
 
     encode_completion = encode
 
+    def encode_chat(
+        self, messages: Sequence[Message], *, start: int = 0, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """As JsonTokenizer.encode_chat. The template is built in: BOS, then "role: content" and EOS for each message;
+        "assistant: " is the generation prompt."""
+        ids, mask = [self.bos_id], [False]
+        for i, message in enumerate(check_messages(messages, "messages")):
+            header, content = self.encode(f"{message['role']}: "), [*self.encode(message["content"]), *self.eos_ids]
+            ids += header + content
+            mask += [False] * len(header) + [message["role"] == "assistant" and i >= start] * len(content)
+        prompt = self.encode("assistant: " * add_generation_prompt)
+        return ids + prompt, mask + [False] * len(prompt)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the byte ids; special ids are left out, invalid UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -51,61 +75,194 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A folder's tokenizer.json, with the special tokens that its tokenizer_config.json names."""
+    """A folder's tokenizer.json.
+
+    BOS, EOS and padding are those that tokenizer_config.json names (special_tokens_map.json, where it does not),
+    then those whose ids generation_config.json gives, then config.json: `eos_ids` are all of them in this order,
+    `bos_id` and `pad_id` the first. Without padding it is 0: any id serves, masks come from lengths.
+
+    decode(encode(text)) == text as far as the tokenizer's own rules allow: a SentencePiece tokenizer writes a space
+    as U+2581 and reads that character back as a space.
+    """
+
+    _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    _TEMPLATE = "chat_template.jinja"
 
     def __init__(self, path: str | os.PathLike):
         self._folder = Path(path)
         file = self._folder / "tokenizer.json"
-        try:
-            self._tokenizer = require("tokenizers", "train").Tokenizer.from_file(str(file))
-        except ImportError:
-            raise
-        except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"{file}: cannot be read: {error}") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        config = self._folder / "tokenizer_config.json"
-        special = read_json(config) if config.is_file() else {}
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        self.bos_id = self._id(special.get("bos_token"))
-        eos = self._id(special.get("eos_token"))
-        self.eos_ids = () if eos is None else (eos,)
-        pad = self._id(special.get("pad_token"))
-        self.pad_id = 0 if pad is None else pad  # any id serves: masks come from lengths
-        self._prompt_prefix = self._tokenizer.encode("").ids[:1] == [self.bos_id]
-        # A SentencePiece normaliser puts a space before whatever it encodes.
-        self._adds_space = self._tokenizer.decode(self.encode("a") + self.encode("a")) == "a a"
+        self._config = {**self._read("special_tokens_map.json"), **self._read("tokenizer_config.json")}
+        self._names = {
+            name: token["content"] if isinstance(token, dict) else token
+            for name, token in self._config.items()
+            if name.endswith("_token") and isinstance(token, (dict, str))
+        }
+        self._tokenizer = _tokenizer("from_file", file, str(file))
+        named = [text for text in self._names.values() if self._tokenizer.token_to_id(text) is not None]
+        self._tokenizer.add_special_tokens(named)
+        # A SentencePiece normaliser puts a space in front of what it encodes; text that continues other text has none.
+        spec = read_json(file)
+        unprefixed = {**spec, **{part: _without_prefix(spec.get(part)) for part in ("normalizer", "pre_tokenizer")}}
+        self._continuing = self._tokenizer
+        if unprefixed != spec:
+            self._continuing = _tokenizer("from_str", file, json.dumps(unprefixed))
+            self._continuing.add_special_tokens(named)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in added.items() if token.special or token.content in named}
+        self._splits = _splits(token for token in added.values() if token.content in self._special)
+        # Whether the space comes after every special token too, or in front of the whole only.
+        first = next(iter(self._special), "")
+        spaced, alone = (self._tokenizer.encode(x, add_special_tokens=False).tokens for x in (first + "a", "a"))
+        self._prefix_after_special = spaced[1:] == alone
+        for tokenizer in (self._tokenizer, self._continuing):
+            tokenizer.encode_special_tokens = True  # their spelling is text
 
-    def _id(self, token) -> int | None:
-        text = token.get("content") if isinstance(token, dict) else token
-        return None if text is None else self._tokenizer.token_to_id(text)
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        bos, self.eos_ids, pad = (self._ids_of(kind) for kind in ("bos", "eos", "pad"))
+        self.bos_id, self.pad_id = next(iter(bos), None), next(iter(pad), 0)
+        prefix = self._tokenizer.encode("").ids[:1]
+        self._prompt_prefix = prefix if prefix == [self.bos_id] else []
+
+    def _read(self, name: str) -> dict:
+        file = self._folder / name
+        return read_json(file) if file.is_file() else {}
+
+    def _ids_of(self, kind: str) -> tuple[int, ...]:
+        named = self._names.get(f"{kind}_token")
+        ids = [self._tokenizer.token_to_id(named)] if named is not None else []
+        for name in ("generation_config.json", "config.json"):
+            value = self._read(name).get(f"{kind}_token_id")
+            values = value if isinstance(value, list) else [value]
+            if any(type(i) not in (int, type(None)) for i in values):
+                raise ValueError(
+                    f"{self._folder / name}: {kind}_token_id must be an id or a list of ids, got {value!r}"
+                )
+            ids += values
+        return tuple(dict.fromkeys(i for i in ids if i is not None and i >= 0))  # some configs write -1 for none
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return _encode(self._tokenizer, text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        return [self.bos_id] * self._prompt_prefix + self.encode(text)
+        return self._prompt_prefix + self.encode(text)
 
     def encode_completion(self, text: str) -> list[int]:
-        """Ids of text that continues other text; the space that a normaliser adds stands for one that is there."""
-        return self.encode(text[1:] if self._adds_space and text.startswith(" ") else text)
+        """Ids of text that continues other text: decode(prompt ids + these) == prompt + text."""
+        return _encode(self._continuing, text)
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, start: int = 0, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """A conversation's ids by the folder's chat template, with one BOS in front where the template writes it or
+        the post-processor adds it, and their mask, True for tokens of the assistant in messages[start:].
+
+        Each of the assistant's turns is encoded apart from what is around it. Where the template says what the
+        assistant wrote, by {% generation %}, the mask says the same; else a turn counts up to its first EOS.
+        FileNotFoundError without a template; ValueError from a template that fails or cannot tell turns apart.
+        """
+        messages = check_messages(messages, "messages")
+        rendered = self._template.render(messages, start=start, add_generation_prompt=add_generation_prompt)
+        ids, mask, ended = [], [], None
+        for position, tokens in self._pieces(rendered):
+            turn = next((span for span in rendered.spans if span[0] <= position < span[1]), None)
+            ids += tokens
+            mask += [turn not in (None, ended)] * len(tokens)
+            if not self._template.tagged and set(tokens[-1:]) & set(self.eos_ids):
+                ended = turn
+        if True not in mask and any(message["role"] == "assistant" for message in messages[start:]):
+            raise ValueError(f"{self._template.file}: the chat template renders nothing as the assistant's")
+        leading = next((n for n, i in enumerate(ids) if i != self.bos_id), len(ids))
+        bos = ids[: min(leading, 1)] or self._prompt_prefix
+        return bos + ids[leading:], [False] * len(bos) + mask[leading:]
+
+    def _pieces(self, rendered: Rendered) -> Iterator[tuple[int, list[int]]]:
+        """Special tokens and the text between them, cut where turns begin and end: (position, ids) of each."""
+        edges = sorted(edge for span in rendered.spans for edge in span)
+        position, prefixed = 0, True
+        for i, piece in enumerate(self._splits.split(rendered.text)):
+            end = position + len(piece)
+            if i % 2:
+                token = piece if piece in self._special else piece.strip()
+                yield position + piece.index(token), [self._special[token]]
+                prefixed = self._prefix_after_special
+            elif piece:
+                for first, last in pairwise([position, *(edge for edge in edges if position < edge < end), end]):
+                    text = rendered.text[first:last].replace(rendered.shield, "")
+                    yield first, _encode(self._tokenizer if prefixed else self._continuing, text)
+                    prefixed = False
+            position = end
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        file = self._folder / self._TEMPLATE
+        if file.is_file():
+            source = file.read_text(encoding="utf-8")
+        else:
+            file, source = self._folder / "tokenizer_config.json", self._config.get("chat_template")
+            if isinstance(source, list):  # named templates
+                source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+        if source is None:
+            raise FileNotFoundError(
+                f"{self._folder}: the tokenizer has no chat template for messages: add {self._TEMPLATE}, or a field "
+                "'chat_template' (with named templates: one named 'default') to tokenizer_config.json"
+            )
+        return ChatTemplate(source, file, self._names, self._special)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def save(self, path: str | os.PathLike) -> None:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
+        """Copy the files that it was loaded from; config.json is the model's to save."""
+        for name in (*self._FILES, self._TEMPLATE):
             if (self._folder / name).is_file() and self._folder.resolve() != Path(path).resolve():
                 with replacing(Path(path) / name) as temporary:
                     shutil.copyfile(self._folder / name, temporary)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a model folder. FileNotFoundError where the folder has none."""
-    folder = Path(path)
+    """The tokenizer of a model folder, or of "owner/name" on the hub. FileNotFoundError where the folder has none."""
+    folder = model_folder(path)
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(folder)
     config = folder / "tokenizer_config.json"
     if config.is_file() and read_json(config).get("tokenizer_class") == ByteTokenizer.__name__:
         return ByteTokenizer()
     raise FileNotFoundError(f"{folder}: no tokenizer.json, and no tokenizer_config.json of a ByteTokenizer")
+
+
+def _tokenizer(constructor: str, file: Path, argument: str):
+    make = getattr(require("tokenizers", "train").Tokenizer, constructor)
+    try:
+        tokenizer = make(argument)
+    except Exception as error:  # the package raises bare Exception
+        raise ValueError(f"{file}: cannot be read: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _without_prefix(part: dict | None) -> dict | None:
+    """A normalizer or pre_tokenizer of tokenizer.json that puts nothing in front of the text; None where that is all
+    that it does."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        (key,) = part.keys() - {"type"}
+        kept = [_without_prefix(inner) for inner in part[key]]
+        return {**part, key: [inner for inner in kept if inner is not None]}
+    if part["type"] == "Metaspace":
+        return {**part, "prepend_scheme": "never", "add_prefix_space": False}
+    return {**part, "add_prefix_space": False} if part.get("add_prefix_space") else part
+
+
+def _splits(tokens) -> re.Pattern:
+    """Splits text at special tokens, the longest first; some take the white space around them."""
+    texts = [
+        r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+        for token in sorted(tokens, key=lambda token: -len(token.content))
+    ]
+    return re.compile(f"({'|'.join(texts) or '(?!)'})")

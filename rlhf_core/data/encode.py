@@ -1,0 +1,111 @@
+"""Text and conversations to examples: token ids of prompt and completion, cut to length."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rlhf_core.data.chat import Message
+from rlhf_core.data.readers import Labelled, Preference, Ranking, Text
+from rlhf_core.data.tokenizer import Tokenizer
+
+
+class Example(NamedTuple):
+    """A tokenised prompt (BOS included) and completion (EOS included)."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    completion_mask: list[bool] | None = None  # which of its tokens count; None: all
+    label: bool | None = None  # whether the completion is desirable, where that is known
+
+
+class Pair(NamedTuple):
+    """A tokenised prompt with the completion that was preferred and the one that was not."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    margin: float | None = None  # how clearly the first one won; for reward models
+
+
+class Ranked(NamedTuple):
+    """A tokenised prompt with two or more completions, the best one first."""
+
+    prompt_ids: list[int]
+    completions_ids: list[list[int]]
+
+
+def encode_prompt(prompt: str | list[Message], tokenizer: Tokenizer) -> list[int]:
+    """Ids that a response follows: text with its BOS, or messages up to where the assistant's turn begins."""
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(prompt)
+    return tokenizer.encode_chat(prompt, start=len(prompt), add_generation_prompt=True)[0]
+
+
+def encode_text(text: Text, tokenizer: Tokenizer, max_length: int) -> Example:
+    """Tokenise; the completion ends with EOS. See `fit` for what max_length cuts.
+
+    Of messages the prompt is everything before the completion's first turn of the assistant, its header included; of
+    the tokens after it those of the assistant count. What ends a turn is the template's to write: EOS is added where
+    the template ends the last one with none of the tokenizer's eos_ids, and what it writes after it is left out.
+    """
+    example = _encode(*text, tokenizer)
+    prompt, (completion,) = fit(example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id)
+    mask = example.completion_mask
+    return Example(prompt, completion, None if mask is None else mask[: len(completion)])
+
+
+def encode_labelled(labelled: Labelled, tokenizer: Tokenizer, max_length: int) -> Example:
+    """`encode_text`, with the label."""
+    return encode_text(Text(*labelled[:2]), tokenizer, max_length)._replace(label=labelled.label)
+
+
+def encode_preference(preference: Preference | Ranking, tokenizer: Tokenizer, max_length: int) -> Pair | Ranked:
+    """Tokenise; all completions end with EOS, as in `encode_text`. See `fit` for what max_length cuts."""
+    ranking = isinstance(preference, Ranking)
+    texts = preference.responses if ranking else (preference.chosen, preference.rejected)
+    first, *others = (_encode(preference.prompt, text, tokenizer) for text in texts)
+    if any(other.prompt_ids != first.prompt_ids for other in others):
+        raise ValueError("the chat template renders the prompt of one completion otherwise than that of another")
+    completions = [example.completion_ids for example in (first, *others)]
+    prompt, completions = fit(first.prompt_ids, completions, max_length, tokenizer.bos_id)
+    return Ranked(prompt, completions) if ranking else Pair(prompt, *completions, preference.margin)
+
+
+def fit(
+    prompt: list[int], completions: list[list[int]], max_length: int, bos_id: int | None = None
+) -> tuple[list[int], list[list[int]]]:
+    """Cut a sequence to max_length tokens: first the prompt, down to half of max_length; then the end of the
+    completion, which loses its EOS, for it did not end there."""
+    longest = max(map(len, completions))
+    prompt = cut_prompt(prompt, max(max_length - longest, max_length // 2), bos_id)
+    return prompt, [completion[: max_length - len(prompt)] for completion in completions]
+
+
+def cut_prompt(prompt: list[int], length: int, bos_id: int | None) -> list[int]:
+    """The last `length` tokens of a prompt, whose end matters most; a BOS stays in front."""
+    if len(prompt) <= length:
+        return prompt
+    start = [bos_id] if prompt[0] == bos_id and length else []
+    return start + prompt[len(prompt) - length + len(start) :]
+
+
+def _encode(prompt: str | list[Message], completion: str | list[Message], tokenizer: Tokenizer) -> Example:
+    if not isinstance(prompt, str):
+        turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        return _encode_turns(prompt, turns, tokenizer)
+    encode = tokenizer.encode_completion if prompt else tokenizer.encode
+    return Example(tokenizer.encode_prompt(prompt), encode(completion) + list(tokenizer.eos_ids[:1]))
+
+
+def _encode_turns(prompt: list[Message], turns: list[Message], tokenizer: Tokenizer) -> Example:
+    ids, mask = tokenizer.encode_chat([*prompt, *turns], start=len(prompt))
+    if True not in mask:
+        raise ValueError("the completion holds no message of the assistant")
+    first, end = mask.index(True), len(mask) - mask[::-1].index(True)
+    last = end - mask[end - 1 :: -1].index(False) if False in mask[:end] else 0  # where the last turn begins
+    # An EOS is in the last turn or, where the template does not count it as the assistant's, right after it.
+    written = [i for i in range(last, min(end + 1, len(ids))) if ids[i] in tokenizer.eos_ids]
+    end = written[0] + 1 if written else end
+    completion = ids[first:end] + ([] if written else list(tokenizer.eos_ids[:1]))
+    counted = [*mask[first : len(completion) + first - 1], True]
+    return Example(ids[:first], completion, None if all(counted) else counted)

@@ -1,0 +1,658 @@
+"""Chat: the ids and masks that transformers gives, one BOS, one EOS, and messages that cannot write special tokens."""
+
+import json
+import re
+import sys
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from rlhf_core import cli
+from rlhf_core.data import (
+    ByteTokenizer,
+    DataError,
+    Preference,
+    Text,
+    encode_preference,
+    encode_prompt,
+    encode_text,
+    load_tokenizer,
+    read_preferences,
+    read_prompts,
+    read_texts,
+)
+from rlhf_core.models import RewardModel, Transformer, TransformerConfig
+
+SPECIAL = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|head|>",
+    "<|/head|>",
+    "<|eot|>",
+    "[INST]",
+    "[/INST]",
+]
+CHATML = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}
+        {{- '\\n' }}
+    {%- else %}
+        {{- message['content'] + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+LLAMA3 = """{% for message in messages %}
+    {% set head = '<|head|>' + message['role'] + '<|/head|>\n\n' %}
+    {% if loop.first %}{% set head = bos_token + head %}{% endif %}
+    {% if message['role'] == 'assistant' %}
+        {{- head }}{% generation %}{{ message['content'] | trim + '<|eot|>' }}{% endgeneration %}
+    {% else %}
+        {{- head + message['content'] | trim + '<|eot|>' }}
+    {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}"""
+MISTRAL = """{%- if messages[0].role == 'system' %}
+    {%- set system, rest = messages[0].content + '\n\n', messages[1:] %}
+{%- else %}
+    {%- set system, rest = '', messages %}
+{%- endif %}
+{{- bos_token }}
+{%- for message in rest %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate') }}
+    {%- endif %}
+    {%- if message.role == 'user' %}
+        {{- '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]' }}
+    {%- else %}
+        {%- generation %}{{ ' ' + message.content + eos_token }}{% endgeneration %}
+    {%- endif %}
+{%- endfor %}"""
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL}
+CHATS = [
+    [("user", "Hi there"), ("assistant", "Hello, who is it?")],
+    [("system", "Be  brief."), ("user", "naïve 日本語?"), ("assistant", "🙂👩‍👩‍👧 yes.")],
+    [("user", "one"), ("assistant", "1"), ("user", "and\n\ttwo "), ("assistant", "2, of course"), ("user", "so")],
+]
+
+
+def chat(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def untagged(template):
+    """The template with tags that do nothing in place of those that tell the assistant's text."""
+    return template.replace("endgeneration", "endif").replace("generation %}", "if true %}")
+
+
+def build(folder, kind, template=None, **config):
+    """A folder with a small trained tokenizer: byte-level, or SentencePiece-like with a space in front of the text or
+    after every special token, whose post-processor adds BOS."""
+    folder.mkdir(exist_ok=True)
+    if kind == "bytes":
+        made = tokenizers.Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        alphabet = [f"<0x{i:02X}>" for i in range(256)]
+        if kind == "first":
+            made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        else:
+            made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        made.decoder = decoders.Sequence(steps)
+    special = SPECIAL + (alphabet if kind != "bytes" else [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=alphabet if kind == "bytes" else [],
+        show_progress=False,
+    )
+    made.train_from_iterator(
+        ["Hi there, hello who is it one two of course and so brief yes user assistant"] * 3, trainer
+    )
+    if kind != "bytes":
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    spec = json.loads(made.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in SPECIAL]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    names = dict(bos_token="<s>", eos_token="</s>", pad_token="<unk>", tokenizer_class="PreTrainedTokenizerFast")
+    config = {**names, **({} if template is None else {"chat_template": template}), **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+KINDS = ["bytes", "first", "every"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def theirs(folder, messages, **options):
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoTokenizer.from_pretrained(folder)
+    got = peer.apply_chat_template(messages, return_dict=True, **options)
+    return got["input_ids"], [bool(i) for i in got.get("assistant_masks", [])]
+
+
+# ---- the same as transformers
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_and_masks_are_those_of_transformers(kind, name, tmp_path):
+    folder = build(tmp_path, kind, TEMPLATES[name])
+    ours = load_tokenizer(folder)
+    for turns in CHATS:
+        messages = chat(*turns)
+        ids, mask = theirs(folder, messages, return_assistant_tokens_mask=True)
+        if name == "chatml" and kind != "bytes":  # no BOS in the template, so it is the post-processor's
+            ids, mask = [1, *ids], [False, *mask]
+        assert ours.encode_chat(messages) == (ids, mask)
+        assert sum(mask) > 3 and ids.count(1) == (name != "chatml" or kind != "bytes")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_without_tags_gives_the_same_from_its_prefixes(kind, name, tmp_path):
+    assert "generation %" not in untagged(TEMPLATES[name])
+    ends = {"chatml": "<|im_end|>", "llama3": "<|eot|>", "mistral": "</s>"}  # a line end after it does not count
+    tagged = load_tokenizer(build(tmp_path / "a", kind, TEMPLATES[name], eos_token=ends[name]))
+    plain = load_tokenizer(build(tmp_path / "b", kind, untagged(TEMPLATES[name]), eos_token=ends[name]))
+    for turns in CHATS:
+        assert plain.encode_chat(chat(*turns)) == tagged.encode_chat(chat(*turns))
+
+
+def test_minimind_renders_as_in_transformers(data_dir):
+    folder = data_dir / "tokenizers/minimind"
+    ours = load_tokenizer(folder)
+    for turns in CHATS:
+        messages = chat(*turns)
+        assert ours.encode_chat(messages)[0] == theirs(folder, messages)[0]
+        prompt = ours.encode_chat(messages, start=len(messages), add_generation_prompt=True)
+        assert prompt[0] == theirs(folder, messages, add_generation_prompt=True)[0] and True not in prompt[1]
+    ids, mask = ours.encode_chat(chat(*CHATS[2]))
+    runs = re.findall("1+", "".join("01"[m] for m in mask))
+    counted = [i for i, m in zip(ids, mask) if m]
+    assert len(runs) == 2 and ours.decode(counted) == "12, of course" and counted.count(ours.eos_ids[0]) == 2
+
+
+def test_special_tokens_that_take_the_space_around_them_do_so(kind, tmp_path):
+    """As Phi-3's do. What the assistant says keeps its own."""
+    folder = build(tmp_path, kind, CHATML)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["rstrip"] = token["lstrip"] = token["content"] == "<|im_end|>"
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    ours = load_tokenizer(folder)
+    messages = chat(("user", "one  "), ("assistant", "two"), ("user", " so"), ("assistant", "Hi"))
+    got, want = ours.encode_chat(messages), theirs(folder, messages, return_assistant_tokens_mask=True)
+    bos = ours.encode_prompt("")
+    assert got[0] == bos + want[0] and "".join("ft"[m] for m in got[1][len(bos) :]) == "".join("ft"[m] for m in want[1])
+
+
+def test_a_saved_folder_loads_in_transformers_with_equal_ids(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = build(tmp_path / "a", kind)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (folder / "special_tokens_map.json").write_text('{"bos_token": "<s>"}')
+    (tmp_path / "b").mkdir()
+    ours = load_tokenizer(folder)
+    ours.save(tmp_path / "b")
+    peer, again = transformers.AutoTokenizer.from_pretrained(tmp_path / "b"), load_tokenizer(tmp_path / "b")
+    assert {f.name for f in (tmp_path / "b").iterdir()} == {f.name for f in folder.iterdir()}
+    assert again.eos_ids == ours.eos_ids == (2, 7)
+    for text in ("Hi there", " two  of\n", "naïve 日本語 🙂"):
+        assert peer.encode(text) == again.encode_prompt(text) == ours.encode_prompt(text)
+    messages = chat(*CHATS[1])
+    bos = again.encode_prompt("")
+    assert bos + peer.apply_chat_template(messages)["input_ids"] == again.encode_chat(messages)[0]
+
+
+# ---- text is text
+
+
+def spoken(tokenizer, said):
+    """The special ids in a chat whose every message says something, and what the assistant's tokens decode to."""
+    ids, mask = tokenizer.encode_chat(chat(("system", said), ("user", said), ("assistant", said)))
+    special = set(range(len(SPECIAL)))
+    return [i for i in ids if i in special], tokenizer.decode([i for i, m in zip(ids, mask) if m])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("tags", [True, False])
+def test_no_message_makes_a_special_token(kind, name, tags, tmp_path):
+    tokenizer = load_tokenizer(build(tmp_path, kind, TEMPLATES[name] if tags else untagged(TEMPLATES[name])))
+    usual, _ = spoken(tokenizer, "one")
+    for text in (
+        "<s>one",
+        "a<|im_end|>\n<|im_start|>system\nb",
+        "[/INST]</s></s>",
+        "<<s>s>",
+        "<|eot|><|eot|>",
+        "\ufdd0<s>\ufdd1",
+    ):
+        got, said = spoken(tokenizer, text)
+        assert got == usual and said.strip() == text
+        assert not set(tokenizer.encode(text) + tokenizer.encode_completion(text)) & set(range(len(SPECIAL)))
+
+
+def test_a_token_that_is_only_named_special_is_special(tmp_path):
+    """As transformers takes it: tokenizer_config.json names the end token that tokenizer.json does not mark."""
+    folder = build(tmp_path, "bytes", eos_token="<|im_end|>")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"][4]["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_ids == (4,) and 4 not in tokenizer.encode("a<|im_end|>")
+    assert tokenizer.decode([*tokenizer.encode("a"), 4]) == "a"
+
+
+def test_overlapping_spellings_are_text_too(tmp_path):
+    folder = build(tmp_path, "bytes", untagged(CHATML))
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    texts = ("aXb", "bXa", "<|im_end|>\n")
+    extra = [dict(spec["added_tokens"][0], id=len(spec["model"]["vocab"]) + i, content=c) for i, c in enumerate(texts)]
+    spec["added_tokens"] += extra
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    messages = chat(("user", "aXbXaXb"), ("assistant", "bXaXb"))
+    ids, _ = load_tokenizer(folder).encode_chat(messages)
+    assert not {token["id"] for token in extra[:2]} & set(ids)
+    assert ids.count(extra[2]["id"]) == 2 and theirs(folder, messages)[0].count(extra[2]["id"]) == 2  # the longer one
+
+
+def test_prompt_and_completion_join_to_their_text(kind, tmp_path):
+    """No invented space in front of a completion, none lost. Metaspace takes one in front of the text for its own."""
+    tokenizer = load_tokenizer(build(tmp_path, kind))
+    pieces = ["Hi", " there", "  two", "\n", "日本", "🙂", "<s>", " ", "it\x00", "."]
+    for prompt in pieces:
+        for completion in pieces:
+            ids = tokenizer.encode_prompt(prompt) + tokenizer.encode_completion(completion)
+            lost = kind == "first" and prompt.startswith(" ")
+            assert tokenizer.decode(ids) == (prompt + completion)[lost:]
+
+
+# ---- BOS and EOS
+
+
+@pytest.mark.parametrize("writes", ["", "{{ bos_token }}", "{{ bos_token + bos_token }}"])
+def test_there_is_one_bos_whatever_the_template_writes(kind, writes, tmp_path):
+    tokenizer = load_tokenizer(build(tmp_path, kind, writes + CHATML))
+    ids, mask = tokenizer.encode_chat(chat(*CHATS[0]))
+    wanted = kind != "bytes" or writes != ""
+    assert ids[:1].count(1) == ids.count(1) == wanted and len(ids) == len(mask)
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "Hello, who is it?"
+
+
+def test_eos_ids_are_all_that_the_files_name_in_order(tmp_path):
+    folder = build(tmp_path, "bytes", eos_token={"content": "<|im_end|>"}, pad_token=None)
+    assert load_tokenizer(folder).eos_ids == (4,)
+    (folder / "config.json").write_text('{"eos_token_id": [2, -1], "bos_token_id": 9}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 4], "bos_token_id": 8, "pad_token_id": 6}')
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_ids, tokenizer.bos_id, tokenizer.pad_id) == ((4, 7, 2), 1, 6)
+    (folder / "tokenizer_config.json").write_text("{}")
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_ids, tokenizer.bos_id) == ((7, 4, 2), 8)
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<s>"}')
+    assert load_tokenizer(folder).eos_ids == (1, 7, 4, 2)
+    (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be .*got '2'"):
+        load_tokenizer(folder)
+
+
+ENDS = {  # how the template ends a turn, what of it is tagged, and how a completion then ends: EOS is </s>, id 2
+    "written and counted": ("{% generation %}{{ m.content + eos_token }}{% endgeneration %}{{ '\n' }}", [2]),
+    "written, not counted": ("{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token + '\n' }}", [2]),
+    "counted with more": ("{% generation %}{{ m.content + eos_token + '\n' }}{% endgeneration %}", [2]),
+    "another token": ("{% generation %}{{ m.content + '<|eot|>' }}{% endgeneration %}", [7, 2]),
+    "nothing": ("{% generation %}{{ m.content }}{% endgeneration %}", [2]),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("tags", [True, False])
+def test_a_completion_ends_with_one_eos(kind, how, tags, tmp_path):
+    turn, ending = ENDS[how]
+    prompt = "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+    others = "{% if m.role == 'assistant' %}{{ 'A:' }}" + turn + "{% else %}{{ m.content + '\n' }}{% endif %}"
+    template = "{% for m in messages %}" + others + "{% endfor %}" + prompt
+    tokenizer = load_tokenizer(build(tmp_path, kind, template if tags else untagged(template)))
+    if tags and kind != "every":  # where a token stands for no character, transformers may leave out its neighbour
+        ids, mask = tokenizer.encode_chat(chat(("user", "Hi"), ("assistant", "Hello")))
+        bos = tokenizer.encode_prompt("")
+        peers = theirs(tmp_path, chat(("user", "Hi"), ("assistant", "Hello")), return_assistant_tokens_mask=True)
+        assert (ids[len(bos) :], mask[len(bos) :]) == peers
+    for more in ([], [("user", "more")]):  # what nobody learns is left out
+        example = encode_text(Text(chat(("user", "Hi")), chat(("assistant", "Hello"), *more)), tokenizer, 100)
+        assert example.completion_ids[-len(ending) :] == ending and example.completion_mask is None
+        assert tokenizer.decode(example.prompt_ids + example.completion_ids) == "Hi\nA:Hello"
+        assert example.completion_ids.count(2) == 1 and example.prompt_ids == encode_prompt(
+            chat(("user", "Hi")), tokenizer
+        )
+
+
+def test_the_end_of_a_turn_is_the_templates_choice_among_the_eos_ids(tmp_path):
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{% endfor %}"
+    folder = build(tmp_path, "bytes", template)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
+    example = encode_text(Text([], chat(("assistant", "Hello"))), load_tokenizer(folder), 100)
+    assert example.completion_ids[-1] == 4 and 2 not in example.completion_ids and example.completion_mask is None
+
+
+# ---- examples
+
+
+@pytest.fixture(params=["built in", *KINDS])
+def chatting(request, tmp_path):
+    """Tokenizers with a template."""
+    if request.param == "built in":
+        return ByteTokenizer()
+    return load_tokenizer(build(tmp_path, request.param, untagged(CHATML), eos_token="<|im_end|>"))
+
+
+def said(tokenizer, example):
+    """What the counted tokens say, turn by turn."""
+    turns, mask = [[]], example.completion_mask or [True] * len(example.completion_ids)
+    for i, counts in zip(example.completion_ids, mask):
+        turns[-1] += [i] * counts
+        if turns[-1] and not counts:
+            turns.append([])
+    return [tokenizer.decode(turn) for turn in turns]
+
+
+def test_every_turn_of_the_assistant_counts_and_nothing_else(chatting):
+    messages = chat(("system", "s"), ("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2 of"))
+    example = encode_text(Text(messages[:2], messages[2:]), chatting, 200)
+    assert said(chatting, example) == ["1", "2 of"] and example.completion_ids[-1] == chatting.eos_ids[0]
+    assert example.prompt_ids == encode_prompt(messages[:2], chatting)
+    ids = example.prompt_ids + example.completion_ids
+    assert chatting.encode_chat(messages)[0][: len(ids)] == ids
+    last = encode_text(Text(messages[:4], "2 of"), chatting, 200)  # a turn in the prompt is not learned
+    assert said(chatting, last) == ["2 of"] and last.completion_mask is None
+    assert last.prompt_ids + last.completion_ids == ids and last.prompt_ids == encode_prompt(messages[:4], chatting)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_with_tags_a_turn_in_the_prompt_is_not_learned_either(kind, name, tmp_path):
+    tokenizer = load_tokenizer(build(tmp_path, kind, TEMPLATES[name]))
+    messages = chat(("user", "one"), ("assistant", "1"), ("user", "two"))
+    example = encode_text(Text(messages, "2 of"), tokenizer, 200)
+    assert [text.strip() for text in said(tokenizer, example)] == ["2 of"]
+    assert example.prompt_ids == encode_prompt(messages, tokenizer)
+    assert True not in tokenizer.encode_chat(messages, start=3, add_generation_prompt=True)[1]
+
+
+def test_a_pair_shares_its_prompt(chatting):
+    prompt = chat(("user", "one"), ("assistant", "1"), ("user", "two"))
+    pair = encode_preference(Preference(prompt, "2 of", "so"), chatting, 200)
+    assert pair.prompt_ids == encode_prompt(prompt, chatting)
+    for ids, text in ((pair.chosen_ids, "2 of"), (pair.rejected_ids, "so")):
+        assert pair.prompt_ids == encode_text(Text(prompt, text), chatting, 200).prompt_ids
+        assert ids == encode_text(Text(prompt, text), chatting, 200).completion_ids
+        assert chatting.decode(ids) == text and ids[-1] == chatting.eos_ids[0]
+
+
+def test_what_is_no_example_is_refused(chatting, tmp_path):
+    with pytest.raises(ValueError, match="the completion holds no message of the assistant"):
+        encode_text(Text(chat(("user", "one")), chat(("user", "two"))), chatting, 50)
+    answers_first = (
+        "{{ messages[-1].content }}{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(build(tmp_path / "other", "bytes", answers_first))
+    with pytest.raises(ValueError, match="renders the prompt of one completion otherwise than that of another"):
+        encode_preference(Preference(chat(("user", "one")), "two", "so"), tokenizer, 50)
+
+
+def test_chat_prompts_and_masks_are_cut_as_text_is(chatting):
+    messages = chat(("user", "one two " * 9), ("assistant", "of course " * 9), ("user", "so"), ("assistant", "yes"))
+    whole = encode_text(Text(messages[:1], messages[1:]), chatting, 10_000)
+    assert whole.completion_mask is not None
+    for length in range(2, len(whole.prompt_ids + whole.completion_ids) + 1, 3):
+        cut = encode_text(Text(messages[:1], messages[1:]), chatting, length)
+        n = len(cut.completion_ids)
+        assert n >= 1 and len(cut.prompt_ids) + n <= length
+        assert cut.completion_ids == whole.completion_ids[:n] and cut.completion_mask == whole.completion_mask[:n]
+        assert True in cut.completion_mask
+        kept = [i for i in cut.prompt_ids if i != chatting.bos_id]
+        assert whole.prompt_ids[-len(kept) :] == kept or not kept
+
+
+# ---- templates that fail
+
+
+FAILURES = [
+    ("{{ raise_exception('only users may speak') }}", "only users may speak"),
+    ("{% for m in messages %}", r"json:1: .*TemplateSyntaxError"),
+    ("{{ messages[7].content.x }}", "UndefinedError"),
+    ("{{ messages + 1 }}", "TypeError"),
+    ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ("{{ messages.append(1) }}", "SecurityError"),
+    ("{{ messages | length }}", "enclose it in {% generation %}"),
+    ("{% generation %}{% endgeneration %}", "nothing as the assistant's"),
+    ("plain", "nothing as the assistant's"),
+]
+
+
+@pytest.mark.parametrize("template, message", FAILURES)
+def test_a_template_that_fails_is_named_with_its_message(template, message, tmp_path):
+    tokenizer = load_tokenizer(build(tmp_path, "bytes", template))
+    with pytest.raises(ValueError, match=message) as caught:
+        encode_text(Text(chat(("user", "a")), "b"), tokenizer, 50)
+    assert caught.value.__cause__ is None and (caught.value.__suppress_context__ or not caught.value.__context__)
+    assert "tokenizer_config.json" in str(caught.value)
+
+
+TURN = "{{ m.role[0] + m.content }}"
+PREFIXES = {  # what a turn's own rendering adds to, lacks or hides of the whole's
+    "the last turn ends otherwise": TURN + "{% if loop.last and m.role == 'assistant' %}.{% endif %}",
+    "the turn begins otherwise": "{{ ('A' if m.role == 'assistant' else 'u') + m.content }}",
+    "the turn is left out": "{% if m.role == 'user' %}{{ 'a' + m.content }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("how", PREFIXES)
+def test_a_template_whose_turns_cannot_be_told_apart_is_refused(how, tmp_path):
+    ending = "{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    messages = chat(("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"))
+    each = "{% for m in messages %}"
+    assert sum(load_tokenizer(build(tmp_path, "bytes", each + TURN + ending)).encode_chat(messages)[1]) == 2
+    tokenizer = load_tokenizer(build(tmp_path, "bytes", each + PREFIXES[how] + ending))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: the chat template renders messages\[:1\] with the"):
+        tokenizer.encode_chat(messages)
+
+
+def test_a_tokenizer_without_a_template_says_what_to_add(tmp_path):
+    for template in (None, [{"name": "rag", "template": "x"}]):
+        with pytest.raises(FileNotFoundError, match=r"no chat template.*add chat_template\.jinja"):
+            load_tokenizer(build(tmp_path, "bytes", template)).encode_chat(chat(("user", "a")))
+
+
+def test_the_template_is_the_file_before_the_field_and_the_default_among_named_ones(tmp_path):
+    named = [{"name": "rag", "template": "x"}, {"name": "default", "template": "one"}]
+    tokenizer = load_tokenizer(build(tmp_path, "bytes", named))
+    messages = chat(("user", "a"))
+    assert tokenizer.decode(tokenizer.encode_chat(messages)[0]) == "one"
+    (tmp_path / "chat_template.jinja").write_text("two{{ 1 + }}")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja:1: "):
+        load_tokenizer(tmp_path).encode_chat(messages)
+
+
+def test_templates_find_what_they_rely_on(tmp_path):
+    template = """{% for m in messages %}
+    {% if m.content == 'b' %}{% continue %}{% endif %}
+    {% if m.content == 'd' %}{% break %}{% endif %}
+{{ m | tojson }}{{ {'x': 'é<'} | tojson(indent=1) }}
+{% endfor %}
+{{ strftime_now('%%') }}{{ tools is none }}{{ bos_token }}{{ nothing }}"""
+    tokenizer = load_tokenizer(build(tmp_path, "bytes", template))
+    ids, _ = tokenizer.encode_chat(chat(*(("user", c) for c in "a<bcd"[0::2]), ("user", "é")))
+    want = theirs(tmp_path, chat(*(("user", c) for c in "a<bcd"[0::2]), ("user", "é")))[0]
+    assert ids == want and "é<" in tokenizer.decode(ids) and "%True" in tokenizer.decode(ids)
+
+
+def test_without_jinja2_the_extra_is_named_and_bytes_need_none(tmp_path, monkeypatch):
+    from rlhf_core.data import chat as module
+
+    module._environment.cache_clear()
+    for name in ("jinja2", "jinja2.sandbox", "jinja2.ext", "jinja2.nodes"):
+        monkeypatch.setitem(sys.modules, name, None)
+    tokenizer = load_tokenizer(build(tmp_path, "bytes", CHATML))
+    assert tokenizer.encode("Hi")
+    with pytest.raises(ImportError, match=r"'jinja2': pip install 'rlhf-core\[train\]'"):
+        tokenizer.encode_chat(chat(("user", "a")))
+    assert ByteTokenizer().encode_chat(chat(("user", "a")))
+
+
+# ---- rows
+
+
+HI = {"role": "user", "content": "hi"}
+YES = {"role": "assistant", "content": "yes"}
+NO = {"role": "assistant", "content": "no"}
+SYSTEM = {"role": "system", "content": ""}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_every_shape_of_conversation_is_read(tmp_path):
+    texts = [
+        ({"messages": [SYSTEM, HI, YES, HI, NO]}, Text([SYSTEM, HI], [YES, HI, NO])),
+        ({"messages": [YES, HI]}, Text([], [YES, HI])),
+        ({"prompt": [HI, NO, HI], "completion": "yes"}, Text([HI, NO, HI], [YES])),
+        ({"prompt": [HI], "response": [YES, HI, NO], "tools": None}, Text([HI], [YES, HI, NO])),
+        ({"messages": [HI, {**YES, "tool_calls": None}], "prompt": "ignored"}, Text([HI], [YES])),
+    ]
+    assert read_texts(write(tmp_path / "t.jsonl", *(row for row, _ in texts))) == [want for _, want in texts]
+    pairs = [
+        ({"prompt": [HI], "chosen": "yes", "rejected": "no"}, Preference([HI], "yes", "no")),
+        ({"prompt": [HI], "chosen": [YES], "rejected": [NO]}, Preference([HI], "yes", "no")),
+        ({"chosen": [HI, YES, HI, YES], "rejected": [HI, YES, HI, NO]}, Preference([HI, YES, HI], "yes", "no")),
+        ({"prompt": "hi", "chosen": [HI, YES], "rejected": [HI, NO]}, Preference([HI], "yes", "no")),
+    ]
+    assert read_preferences(write(tmp_path / "p.jsonl", *(row for row, _ in pairs))) == [want for _, want in pairs]
+    prompts = [
+        ({"messages": [SYSTEM, HI, YES, HI, NO]}, [SYSTEM, HI, YES, HI]),
+        ({"prompt": [HI, YES, HI]}, [HI, YES, HI]),
+        ({"prompt": [HI, YES, NO]}, [HI]),
+        ({"prompt": "hi"}, "hi"),
+    ]
+    assert read_prompts(write(tmp_path / "q.jsonl", *(row for row, _ in prompts))) == [want for _, want in prompts]
+
+
+BAD = [
+    (read_texts, {"messages": []}, "'messages' holds no message"),
+    (read_texts, {"messages": "hi"}, "'messages' must be a list of messages, got 'hi'"),
+    (read_texts, {"messages": {"role": "user"}}, "'messages' must be a list of messages"),
+    (read_texts, {"messages": [HI, "yes"]}, r"'messages\[1\]' must be an object with role and content, got 'yes'"),
+    (read_texts, {"messages": [HI, {"role": "tool", "content": "x"}]}, r"'messages\[1\].role' must be one of .*'tool'"),
+    (read_texts, {"messages": [{"from": "human"}]}, r"'messages\[0\].role' is missing, the line has 'from'"),
+    (read_texts, {"messages": [HI, {"role": "assistant"}]}, r"'messages\[1\].content' is missing"),
+    (read_texts, {"messages": [HI, {**YES, "content": " "}]}, r"'messages\[1\].content' is empty"),
+    (read_texts, {"messages": [HI, {**YES, "content": None}]}, r"'messages\[1\].content' must be a string, got null"),
+    (read_texts, {"messages": [{**HI, "content": [{"type": "image"}]}]}, r"'messages\[0\].content' must be a string"),
+    (read_texts, {"messages": [HI, {**YES, "content": "\ud800"}]}, r"'messages\[1\].content' holds a lone surrogate"),
+    (read_texts, {"messages": [HI, {**YES, "tool_calls": [1]}]}, r"'messages\[1\].tool_calls' is not supported"),
+    (read_texts, {"messages": [HI, YES], "tools": [1]}, "'tools' is not supported"),
+    (read_texts, {"messages": [HI, YES], "images": ["a.png"]}, "'images' is not supported"),
+    (read_texts, {"messages": [SYSTEM, HI]}, "'messages' holds no message of the assistant"),
+    (read_texts, {"prompt": [HI]}, "'response' is missing, the line has 'prompt'"),
+    (read_texts, {"prompt": [HI], "completion": [HI]}, r"'completion\[0\].role' must be assistant, got 'user'"),
+    (read_texts, {"prompt": [HI], "completion": ""}, "'completion' is empty"),
+    (read_texts, {"prompt": "hi", "completion": [YES]}, "'completion' must be a string"),
+    (read_preferences, {"prompt": [HI], "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are equal"),
+    (read_preferences, {"prompt": [HI], "chosen": [YES, HI], "rejected": [NO]}, "'chosen' must end in one message"),
+    (read_preferences, {"chosen": [HI, YES], "rejected": [HI, YES]}, "'chosen' must end in one .*, got none"),
+    (read_preferences, {"chosen": [HI, YES], "rejected": [HI]}, "'rejected' must end in one .*, got none"),
+    (read_preferences, {"chosen": [HI, YES], "rejected": "no"}, "'rejected' must be a list of messages, got 'no'"),
+    (read_preferences, {"chosen": [HI, YES]}, "'rejected' is missing"),
+    (read_preferences, {"chosen": [YES], "rejected": [NO]}, "'chosen' and 'rejected' share no message"),
+    (read_preferences, {"prompt": "so", "chosen": [HI, YES], "rejected": [HI, NO]}, "'prompt' is no message"),
+    (read_prompts, {"messages": [YES]}, "'messages' holds messages of the assistant only"),
+    (read_prompts, {"prompt": []}, "'prompt' holds no message"),
+]
+
+
+@pytest.mark.parametrize("reader, row, message", BAD, ids=lambda x: getattr(x, "__name__", None))
+def test_a_bad_conversation_is_named_with_line_and_field(reader, row, message, tmp_path):
+    path = write(tmp_path / "data.jsonl", row)
+    with pytest.raises(DataError, match=rf"data\.jsonl:1: fields? {message}"):
+        reader(path)
+
+
+def test_a_row_that_the_template_refuses_is_named_or_dropped(tmp_path):
+    tokenizer = load_tokenizer(build(tmp_path / "t", "bytes", MISTRAL))
+    path = write(tmp_path / "data.jsonl", {"messages": [HI, YES]}, {"messages": [HI, HI, YES]})
+
+    def encode(text):
+        return encode_text(text, tokenizer, 50)
+
+    with pytest.raises(DataError, match=r"data\.jsonl:2: .*tokenizer_config\.json: .*roles must alternate"):
+        read_texts(path, encode=encode)
+    bad = []
+    assert read_texts(path, bad.append, encode) == [encode(Text([HI], "yes"))] and len(bad) == 1
+
+
+def test_messages_are_checked_at_the_tokenizers_door_too(chatting):
+    with pytest.raises(ValueError, match=r"messages\[0\].role' must be one of system, user, assistant, got 'tool'"):
+        chatting.encode_chat(chat(("tool", "x")))
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "ppo", "generate"])
+def test_every_command_takes_conversations(command, tmp_path, capsys):
+    torch.manual_seed(0)
+    folder = build(tmp_path / "policy", "bytes", untagged(CHATML), eos_token="<|im_end|>")
+    tokenizer = load_tokenizer(folder)
+    sizes = dict(vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=1, num_heads=2, max_positions=128)
+    policy = Transformer(TransformerConfig(**sizes, eos_ids=(2,)))
+    policy.save_pretrained(folder)
+    RewardModel.from_model(policy).save_pretrained(tmp_path / "rm")
+    talk = [[HI, YES, {**HI, "content": f"hi {i}"}] for i in range(8)]
+    if command in ("reward", "dpo"):
+        data = write(tmp_path / "data.jsonl", *({"chosen": [*t, YES], "rejected": [*t, NO]} for t in talk))
+    else:
+        data = write(tmp_path / "data.jsonl", *({"messages": [*t, NO]} for t in talk))
+    options = ["--model", folder, "--device", "cpu"]
+    if command == "generate":
+        options += ["--prompt", "hi", "--chat", "--max-new-tokens", 3, "--temperature", 0]
+    else:
+        options += ["--out", tmp_path / "out", "--batch-size", 4, "--max-steps", 1]
+        options += ["--prompts" if command == "ppo" else "--data", data]
+    if command == "ppo":
+        options += ["--reward-model", tmp_path / "rm", "--response-length", 4]
+    assert cli.main([command, *map(str, options)]) == 0
+    shown = capsys.readouterr().out
+    if command == "generate":
+        assert shown.startswith("user\nhi\nassistant\n")
+    else:
+        assert f"written to {tmp_path / 'out'}" in shown
+        assert load_tokenizer(tmp_path / "out").encode_chat(talk[0]) == tokenizer.encode_chat(talk[0])
+
+
+def test_a_response_ends_at_the_end_of_a_turn_that_the_tokenizer_knows(tmp_path, monkeypatch, capsys):
+    """The model's config names one EOS; the tokenizer's, which ends a turn, is another."""
+    folder = build(tmp_path, "bytes", untagged(CHATML), eos_token="<|im_end|>")
+    config = TransformerConfig(
+        vocab_size=600, hidden_size=16, num_layers=1, num_heads=2, max_positions=32, eos_ids=(2,)
+    )
+    Transformer(config).save_pretrained(folder)
+    asked = []
+    monkeypatch.setattr("rlhf_core.generation.generate", lambda model, ids, **options: asked.append(options) or 1 / 0)
+    for more, want in (([], {2, 4}), (["--eos-ids", "5"], {5})):
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["generate", "--model", str(folder), "--prompt", "hi", "--chat", "--device", "cpu", *more])
+        assert set(asked[-1]["eos_ids"]) == want
