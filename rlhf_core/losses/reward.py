@@ -1,13 +1,45 @@
-"""Losses of reward models: Bradley-Terry (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)."""
+"""Losses of reward models, from pairs and from ranked lists. Unreduced; of scores (B,) only differences count."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """Negative log-likelihood (B,) that the chosen response wins: -log sigmoid(chosen - rejected), scores (B,)."""
-    return -F.logsigmoid(chosen_scores - rejected_scores)
+def bradley_terry_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    *,
+    margin: Tensor | float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """-log sigmoid(chosen - rejected - margin) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1).
+
+    margin: (B,) or one for all, how clearly the chosen one won (Touvron et al. 2023, eq. 2).
+    label_smoothing: share of labels taken to be the wrong way round (Wang et al. 2024), in [0, 0.5).
+    """
+    margins = chosen_scores - rejected_scores - margin
+    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+
+
+def margin_ranking_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, margin: Tensor | float = 1.0) -> Tensor:
+    """max(0, margin - (chosen - rejected)): nothing more once the chosen one leads by the margin, (B,) or one."""
+    return F.relu(margin - (chosen_scores - rejected_scores))
+
+
+def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """(chosen + rejected)^2, which holds a pair's mean score near 0 (Eisenstein et al. 2023)."""
+    return (chosen_scores + rejected_scores) ** 2
+
+
+def plackett_luce_loss(scores: Tensor, mask: Tensor) -> Tensor:
+    """Negative log-likelihood (B,) of ranked lists (Plackett 1975; Luce 1959): each item wins against all behind it.
+
+    scores: (B, K), the best item first. mask: (B, K) bool, True = there is an item; False only at a list's end.
+    Two items are Bradley-Terry; one, or none, give 0.
+    """
+    scores = scores.masked_fill(~mask, -torch.inf)
+    rest = scores.flip(-1).logcumsumexp(dim=-1).flip(-1)  # log sum exp over this item and those behind it
+    return (rest.masked_fill(~mask, 0) - scores.masked_fill(~mask, 0)).sum(dim=-1)
 
 
 def preferred(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:

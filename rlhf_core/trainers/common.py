@@ -1,11 +1,14 @@
 """What the trainers share: config fields, metrics, the optimiser step with exact accumulation, the loop, the log.
 
-Left out so far: mixed precision, several devices, resuming.
+Left out so far: several devices.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import itertools
 import json
 import math
 import os
@@ -20,8 +23,13 @@ import torch
 from torch import Tensor, nn
 
 import rlhf_core
-from rlhf_core.data import Tokenizer
+from rlhf_core.data import Example, Pair, Ranked, TokenBatch, Tokenizer, collate
+from rlhf_core.data.collate import length
 from rlhf_core.files import write_json
+from rlhf_core.models import eval_mode
+from rlhf_core.models.lora import adapters_off, frozen_adapters, has_adapters
+from rlhf_core.models.transformer import Trunk
+from rlhf_core.trainers import checkpoint
 
 Tensors = TypeVar("Tensors", bound=NamedTuple)
 
@@ -48,6 +56,10 @@ class TrainConfig:
     dropout: bool = option(False, "train with the dropout of the model's config")
     log_every: int = option(10, "steps between printed lines where there is no progress bar")
     eval_every: int | None = option(None, "steps between evaluations; None: only at the end")
+    save_every: int | None = option(None, "steps between checkpoints, and one at the end; None: only where interrupted")
+    precision: str = option("float32", "of the forward: float32 or bfloat16; weights and log-probs stay float32")
+    activation_checkpointing: bool = option(False, "keep a block's input alone and compute the rest again: less memory")
+    freeze_layers: int = option(0, "from 1: the embedding and this many of the lowest blocks stay as they are")
     seed: int = option(0, "of data order and sampling")
 
     def __post_init__(self):
@@ -55,11 +67,15 @@ class TrainConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("micro_batch_size", "max_steps", "eval_every"):
+        for name in ("micro_batch_size", "max_steps", "eval_every", "save_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr_schedule not in ("linear", "constant"):
-            raise ValueError(f"lr_schedule must be 'linear' or 'constant', got {self.lr_schedule!r}")
+        for name, allowed in (("lr_schedule", ("linear", "constant")), ("precision", ("float32", "bfloat16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        for name in ("warmup_steps", "weight_decay", "adam_eps", "freeze_layers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 class Metrics:
@@ -109,7 +125,7 @@ class Trainer:
         out: str | os.PathLike | None = None,
     ):
         """
-        model: trained in place.
+        model: trained in place; what freeze_layers freezes takes no gradient afterwards either.
         examples, eval_examples: what `step` and `losses` take in batches.
         tokenizer: saved with the model; PPO also decodes with it.
         out: folder for metrics.jsonl, train_config.json and the model; None writes nothing.
@@ -119,16 +135,87 @@ class Trainer:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.examples, self.eval_examples = examples, eval_examples
         self.out = None if out is None else Path(out)
+        if config.eval_every is not None and not len(eval_examples):
+            raise ValueError("eval_every has no effect without evaluation examples")
+        if config.save_every is not None and out is None:
+            raise ValueError("save_every has no effect without out")
         self.device = next(model.parameters()).device
         self.pad_id = model.config.pad_id or 0
         self.steps_done = 0
+        for name, rows in (("example", examples), ("evaluation example", eval_examples)):
+            self._check_lengths(name, rows)
+        for trained in self.trained_models():
+            self._prepare(trained)
         self.optimizer = torch.optim.AdamW(
-            self.trained_parameters(), lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay
+            self.trained_parameters(), lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
         )
-        model.train(config.dropout)
+
+    def trained_models(self) -> list[nn.Module]:
+        return [self.model]
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [p for model in self.trained_models() for p in model.parameters() if p.requires_grad]
+        return list(dict.fromkeys(parameters))  # once, where two models are on one trunk
+
+    def _check_lengths(self, name: str, examples: Sequence) -> None:
+        limit = self.model.config.max_positions
+        for i, example in enumerate(examples):
+            if isinstance(example, Example | Pair | Ranked) and length(example) > limit:  # PPO's prompts are cut
+                raise ValueError(f"{name} {i} has {length(example)} tokens, the model {limit} positions")
+
+    def _prepare(self, model: nn.Module) -> None:
+        """Dropout, checkpointing and frozen layers as the config says."""
+        trunk, layers = model.trunk, self.config.freeze_layers
+        if layers > len(trunk.blocks):
+            raise ValueError(f"freeze_layers is {layers}, the model has {len(trunk.blocks)} blocks")
+        model.train(self.config.dropout)
+        trunk.checkpointing = self.config.activation_checkpointing
+        if layers:
+            for frozen in (trunk.embed, getattr(trunk, "position", None), *trunk.blocks[:layers]):
+                if frozen is not None:
+                    frozen.requires_grad_(False)
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward, as `precision` says; not of its backward.
+
+        One for each forward: within it a weight's bfloat16 copy is made once, and one that was made without gradient
+        would cut a later forward off from its weights.
+        """
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def token_batches(self, batch: list, *, packing: int | None = None) -> Iterator[TokenBatch]:
+        """The micro-batches of examples or pairs, on the model's device; packing as for `collate`."""
+        size = self.config.micro_batch_size or len(batch)
+        for start in range(0, len(batch), size):
+            yield to_device(collate(batch[start : start + size], self.pad_id, packing=packing), self.device)
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """Of the data and of what does not train: see `checkpoint.digests`."""
+        return checkpoint.digests(self)
+
+    def settings(self) -> dict:
+        """What a run depends on beside its config, for its checkpoint."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside weights and the optimizer's state: generators, counters."""
+        state = {"generator": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["generator_cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+        torch.set_rng_state(state["generator"])
+        if self.device.type == "cuda" and "generator_cuda" in state:
+            torch.cuda.set_rng_state(state["generator_cuda"], self.device)
+
+    def resume(self) -> None:
+        """Move to the step of the checkpoint in `out`, from where `train` goes on; errors as for `checkpoint.load`."""
+        if self.out is None:
+            raise ValueError("there is no out to go on from")
+        checkpoint.load(self)
 
     @property
     def total_steps(self) -> int:
@@ -146,20 +233,44 @@ class Trainer:
     def step(self, batch: list) -> dict[str, float]:
         """One optimiser step on a batch of examples; returns its metrics."""
         metrics = Metrics()
-        grad_norm = self.optimize(self.losses(batch, metrics))
+        try:
+            grad_norm = self.optimize(self.losses(batch, metrics))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; {self._blame(batch)}") from None
         return metrics.means() | {"grad_norm": grad_norm, "lr": self.optimizer.param_groups[0]["lr"]}
+
+    @torch.no_grad()
+    def _blame(self, batch: list) -> str:
+        """Which of the batch's examples have no finite loss on their own, in words."""
+        bad = []
+        for row in batch:
+            with contextlib.suppress(ValueError):  # a loss that needs several rows
+                if not all(loss.isfinite() for loss in self.losses([row], Metrics())):
+                    bad.append(next(i for i, example in enumerate(self.examples) if example is row))
+        if len(bad) == len(batch):
+            return "no row has a finite loss, so look at the weights: a smaller lr or max_grad_norm, a longer warmup"
+        if bad:
+            return f"the loss of example {bad[0]} alone is not finite, one of {len(bad)} such in {len(batch)} rows"
+        return "every row's loss alone is finite: a smaller lr, or precision float32"
 
     def optimize(self, losses: Iterator[Tensor]) -> float:
         """Add up the gradients of the losses, clip them, step; returns the norm before clipping.
 
-        FloatingPointError, and untouched weights, where the gradient is not finite.
+        FloatingPointError, and untouched weights, where loss or gradient are not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        total_loss = 0.0
         for loss in losses:
             loss.backward()
-        grad_norm = float(nn.utils.clip_grad_norm_(self.trained_parameters(), self.config.max_grad_norm))
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"step {self.steps_done + 1}: the gradient's norm is {grad_norm}; nothing updated")
+            total_loss += loss.detach()
+        parameters = self.trained_parameters()
+        total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grad_norm = float(total_norm)
+        for name, value in (("gradient's norm", grad_norm), ("loss", float(total_loss))):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the {name} is {value}; nothing updated")
+        if grad_norm > self.config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, total_norm)
         self.optimizer.step()
         return grad_norm
 
@@ -175,24 +286,42 @@ class Trainer:
         return {f"eval_{name}": value for name, value in metrics.means().items()}
 
     def train(self) -> list[dict[str, float]]:
-        """Run all steps, log each, save the model to `out`; returns every step's metrics."""
-        history = []
-        with RunLog(self) as log:
-            for batch in self.batches():
-                if self.steps_done == self.total_steps:
-                    break
+        """Run all steps that are left, log each, save the model to `out`; returns every step's metrics.
+
+        Where there is an `out`, Ctrl-C waits for the end of the step and leaves a checkpoint; a second one does not.
+        FloatingPointError with the step where the run has diverged, its state in `out`/checkpoint-error.
+        """
+        with RunLog(self) as log, checkpoint.interrupts_wait(self.out is not None) as interrupted:
+            history = log.history
+            for batch in itertools.islice(self.batches(), self.steps_done, self.total_steps):
                 self._set_lr()
-                metrics = self.step(batch)
+                try:
+                    metrics = self.step(batch)
+                except FloatingPointError as error:
+                    seen = f"; the state is in {checkpoint.save(self, checkpoint.ERROR_NAME)}" if self.out else ""
+                    raise FloatingPointError(f"step {self.steps_done + 1}: {error}{seen}") from error
                 self.steps_done += 1
                 last = self.steps_done == self.total_steps
                 due = last or (self.config.eval_every and self.steps_done % self.config.eval_every == 0)
                 if due and len(self.eval_examples):
                     metrics |= self.evaluate()
+                if last:
+                    metrics |= self.finish()
                 history.append({"step": self.steps_done, **metrics})
                 log.write(history[-1])
+                stop, every = interrupted() and not last, self.config.save_every
+                if stop or (every and (last or self.steps_done % every == 0)):
+                    log.sync()
+                    path = checkpoint.save(self)
+                if stop:
+                    raise KeyboardInterrupt(f"step {self.steps_done} is in {path}, to go on from")
         if self.out is not None:
             self.save(self.out)
         return history
+
+    def finish(self) -> dict[str, float]:
+        """What is left to do after the last step, before the model is saved; returns its metrics."""
+        return {}
 
     def save(self, path: Path) -> None:
         """Write the model, and the tokenizer where there is one, in the Hugging Face layout."""
@@ -216,6 +345,7 @@ class RunLog:
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.file, self.bar = trainer, None, None
+        self.history: list[dict[str, float]] = []  # of the steps done before
         self.started = time.monotonic()
 
     def __enter__(self) -> RunLog:
@@ -225,15 +355,36 @@ class RunLog:
             versions = {"rlhf_core": rlhf_core.__version__, "torch": torch.__version__}
             run = {"algorithm": trainer.algorithm, **asdict(trainer.config), "versions": versions}
             write_json(trainer.out / "train_config.json", run)
-            self.file = open(trainer.out / "metrics.jsonl", "w", encoding="utf-8")
+            self.file = open(trainer.out / "metrics.jsonl", "a+", encoding="utf-8")
+            self._keep_steps_done()
         if sys.stderr.isatty():
             try:
                 from tqdm import tqdm
 
-                self.bar = tqdm(total=trainer.total_steps, desc=trainer.algorithm, file=sys.stderr)
+                steps = dict(initial=trainer.steps_done, total=trainer.total_steps)
+                self.bar = tqdm(desc=trainer.algorithm, file=sys.stderr, **steps)
             except ImportError:  # plain lines say the same
                 pass
         return self
+
+    def _keep_steps_done(self) -> None:
+        """Cut the lines of later steps, and a checkpoint where none is done: both are of a run before."""
+        trainer = self.trainer
+        if not trainer.steps_done:
+            (trainer.out / checkpoint.NAME).unlink(missing_ok=True)
+        self.file.seek(0)
+        for step in range(1, trainer.steps_done + 1):
+            line = self.file.readline()
+            if not line.endswith("\n"):
+                raise ValueError(
+                    f"{self.file.name}: ends before step {step}, the checkpoint is of {trainer.steps_done}"
+                )
+            self.history.append(json.loads(line))
+        self.file.truncate(self.file.tell())
+
+    def sync(self) -> None:
+        """The lines so far to the disk, as a checkpoint goes there that counts on them."""
+        os.fsync(self.file.fileno())
 
     def write(self, metrics: dict[str, float]) -> None:
         """Log one step."""
@@ -272,10 +423,43 @@ def micro_batches(size: int | None, *tensors: Any) -> Iterator[tuple]:
 
 
 def to_device(batch: Tensors, device: torch.device) -> Tensors:
-    """A NamedTuple of tensors on `device`."""
-    return type(batch)(*(x.to(device) for x in batch))
+    """A NamedTuple of tensors, or None, on `device`."""
+    return type(batch)(*(x if x is None else x.to(device) for x in batch))
+
+
+def read_hidden(trunk: Trunk, tokens: TokenBatch, where: Tensor) -> Tensor:
+    """Hidden states (len(where), D) at those of the batch's R * T tokens."""
+    return trunk(tokens.input_ids, positions=tokens.positions, visible=tokens.visible, read=where)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose parameters take no gradient: a reference policy."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+class Reference:
+    """What a policy is compared with: the model given; else the policy as it is now.
+
+    Where the policy has adapters that is the policy itself with them as they are now, off if they are new, and no
+    second copy of its weights; else it is a frozen copy.
+    """
+
+    def __init__(self, model: nn.Module, given: nn.Module | None = None):
+        if given is model:
+            raise ValueError(
+                "the reference is the policy itself, which moves; leave it out for the policy as it is now"
+            )
+        self.adapters, self.switch = None, given is None and has_adapters(model)
+        if self.switch:
+            moving = [n for n, p in model.named_parameters() if p.requires_grad and ".adapters." not in n]
+            if moving:
+                raise ValueError(f"the policy is no reference without its adapters while {moving[0]} trains; freeze it")
+            self.adapters = frozen_adapters(model)
+        self.model = model if self.switch else frozen_copy(model) if given is None else given
+
+    @contextlib.contextmanager
+    def policy(self) -> Iterator[nn.Module]:
+        """The reference, for forwards without gradient and without dropout."""
+        off = adapters_off(self.model, self.adapters) if self.switch else contextlib.nullcontext()
+        with eval_mode(self.model), off, torch.no_grad():
+            yield self.model

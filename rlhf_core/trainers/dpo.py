@@ -1,4 +1,4 @@
-"""Direct preference optimisation: the policy against a frozen reference on pairs, no reward model, no sampling."""
+"""From preferences directly: the policy learns from pairs, no reward model, no sampling. DPO's family, SimPO, ORPO."""
 
 from __future__ import annotations
 
@@ -8,29 +8,74 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_core.data import Pair, TokenBatch, collate_pairs
-from rlhf_core.losses import dpo_loss, preferred
+from rlhf_core.data import Pair, TokenBatch
+from rlhf_core.losses import (
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    length_desensitized,
+    orpo_loss,
+    preferred,
+    robust_dpo_loss,
+    simpo_loss,
+)
 from rlhf_core.models import Transformer
 from rlhf_core.ops import linear_token_logprobs_and_entropy
-from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, frozen_copy, micro_batches, option, to_device
+from rlhf_core.trainers.common import Metrics, Reference, TrainConfig, Trainer, option, read_hidden
+
+LOSSES = ("dpo", "robust", "ipo", "hinge", "simpo", "orpo")
 
 
 @dataclass(frozen=True)
 class DPOConfig(TrainConfig):
+    """An option that has no effect on the loss is refused unless it has its default."""
+
     lr: float = option(1e-6, "peak learning rate of AdamW")
-    beta: float = option(0.1, "strength of the implicit KL penalty, > 0")
+    loss: str = option("dpo", "dpo, robust, ipo, hinge (SLiC), or without reference simpo, orpo: see losses/preference")
+    beta: float = option(0.1, "strength of the implicit KL penalty, > 0; simpo: scale of the reward, there 2 to 10")
+    label_smoothing: float = option(0.0, "dpo (then cDPO), robust: share of labels taken to be wrong, in [0, 0.5)")
+    average: bool = option(False, "log-probs averaged over a completion's tokens, not summed; simpo and orpo need it")
+    reference_free: bool = option(False, "compare with no reference: its log-probs are all alike")
+    ld_alpha: float = option(1.0, "LD-DPO: weight of tokens beyond the pair's shorter completion, in [0, 1]; 1: all")
+    gamma: float = option(0.0, "simpo: reward by which the chosen completion should win, at least 0")
+    orpo_lambda: float = option(0.1, "orpo: weight of the odds-ratio term beside the cross-entropy of the chosen, > 0")
+    sft_coef: float = option(0.0, "weight of the chosen completion's mean cross-entropy, added to the loss")
     max_length: int = option(1024, "tokens of prompt and completion together; what is longer is cut")
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"beta must be > 0, got {self.beta}")
+        loss, without_reference = self.loss, self.loss in ("simpo", "orpo")
+        for name, valid, wanted in (
+            ("loss", loss in LOSSES, f"one of {', '.join(LOSSES)}"),
+            ("beta", self.beta > 0, "> 0"),
+            ("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)"),
+            ("ld_alpha", 0 <= self.ld_alpha <= 1, "in [0, 1]"),
+            ("gamma", self.gamma >= 0, "at least 0"),
+            ("orpo_lambda", self.orpo_lambda > 0, "> 0"),
+            ("sft_coef", self.sft_coef >= 0, "at least 0"),
+            ("average", self.average or not without_reference, f"set for loss {loss!r}"),
+            ("label_smoothing", self.label_smoothing or loss != "robust", "> 0 for loss 'robust', else it is 'dpo'"),
+            ("ld_alpha", self.ld_alpha == 1 or not self.average, "1 where log-probs are averaged"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        for name, effective in (
+            ("beta", loss != "orpo"),
+            ("label_smoothing", loss in ("dpo", "robust")),
+            ("reference_free", not without_reference),
+            ("gamma", loss == "simpo"),
+            ("orpo_lambda", loss == "orpo"),
+            ("sft_coef", loss != "orpo"),
+        ):
+            if not effective and getattr(self, name) != getattr(DPOConfig, name):
+                raise ValueError(f"{name} has no effect on loss {loss!r}, got {getattr(self, name)!r}")
 
 
 class DPOTrainer(Trainer):
-    """model: Transformer; examples: `Pair`s; reference: the model as it is now, unless given.
+    """model: Transformer; examples: `Pair`s; reference: see `Reference`, none is held where the loss needs none.
 
-    Metrics: loss, rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}, entropy.
+    Metrics: loss, rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected} as the loss takes them (summed,
+    averaged or weighted), entropy.
     """
 
     algorithm = "dpo"
@@ -40,32 +85,82 @@ class DPOTrainer(Trainer):
         self, model: Transformer, examples, config: DPOConfig, *, reference: Transformer | None = None, **options
     ):
         super().__init__(model, examples, config, **options)
-        self.reference = frozen_copy(model if reference is None else reference)
+        without = config.reference_free or config.loss in ("simpo", "orpo")
+        if without and reference is not None:
+            raise ValueError(f"a reference has no effect: loss {config.loss!r} is without one")
+        self.reference = None if without else Reference(model, reference)
 
     def losses(self, batch: list[Pair], metrics: Metrics) -> Iterator[Tensor]:
-        pairs = to_device(collate_pairs(batch, self.pad_id), self.device)  # (B, 2, T)
-        for (part,) in micro_batches(self.config.micro_batch_size, pairs):
-            part = TokenBatch(*(x.flatten(0, 1) for x in part))  # (2B, T), chosen and rejected alternate
-            logprobs, entropy = completion_logprobs(self.model, part)
-            with torch.no_grad():
-                ref_logprobs, _ = completion_logprobs(self.reference, part)
-            chosen_logps, rejected_logps = logprobs.sum(dim=1).view(-1, 2).unbind(dim=1)  # (B,)
-            ref_chosen_logps, ref_rejected_logps = ref_logprobs.sum(dim=1).view(-1, 2).unbind(dim=1)
-            loss, stats = dpo_loss(
-                chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=self.config.beta
-            )
+        for tokens in self.token_batches(batch, packing=self.config.max_length):
+            lengths = tokens.lengths.view(-1, 2)  # (B, 2)
+            ref_logps = torch.zeros(lengths.shape, device=lengths.device)
+            if self.reference is not None:
+                with self.reference.policy() as reference, self.autocast():
+                    ref_logprobs, _ = target_logprobs(reference, tokens)  # (M,)
+                ref_logps = self.logps(ref_logprobs, lengths)
+
+            def loss_of(logprobs, pairs, lengths=lengths, ref_logps=ref_logps):
+                return self.pair_losses(logprobs, lengths[pairs], ref_logps[pairs])[0].sum() / len(batch)
+
+            with self.autocast():
+                logprobs, entropy = target_logprobs(self.model, tokens, loss_of=loss_of, sizes=lengths.sum(dim=1))
+            loss, logps, rewards = self.pair_losses(logprobs, lengths, ref_logps)
             metrics.add("loss", loss)
-            metrics.add("rewards/chosen", stats.chosen_rewards)
-            metrics.add("rewards/rejected", stats.rejected_rewards)
-            metrics.add("rewards/accuracies", preferred(stats.chosen_rewards, stats.rejected_rewards))
-            metrics.add("rewards/margins", stats.chosen_rewards - stats.rejected_rewards)
-            metrics.add("logps/chosen", chosen_logps)
-            metrics.add("logps/rejected", rejected_logps)
-            metrics.add("entropy", entropy, part.target_mask)
+            metrics.add("rewards/chosen", rewards[:, 0])
+            metrics.add("rewards/rejected", rewards[:, 1])
+            metrics.add("rewards/accuracies", preferred(*rewards.unbind(dim=1)))
+            metrics.add("rewards/margins", rewards[:, 0] - rewards[:, 1])
+            metrics.add("logps/chosen", logps[:, 0])
+            metrics.add("logps/rejected", logps[:, 1])
+            metrics.add("entropy", entropy)
             yield loss.sum() / len(batch)
 
+    def pair_losses(self, logprobs: Tensor, lengths: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (B,), log-probs (B, 2) and implicit rewards (B, 2) from the targets' log-probs (M,)."""
+        config, logps = self.config, self.logps(logprobs, lengths)
+        log_ratios = logps - ref_logps
+        pair, beta, smoothing = log_ratios.unbind(dim=1), config.beta, config.label_smoothing
+        if config.loss == "dpo":
+            loss = dpo_loss(*pair, beta=beta, label_smoothing=smoothing)
+        elif config.loss == "robust":
+            loss = robust_dpo_loss(*pair, beta=beta, label_smoothing=smoothing)
+        elif config.loss == "ipo":
+            loss = ipo_loss(*pair, beta=beta)
+        elif config.loss == "hinge":
+            loss = hinge_loss(*pair, beta=beta)
+        elif config.loss == "simpo":
+            loss = simpo_loss(*pair, beta=beta, gamma=config.gamma)
+        else:
+            loss, beta = config.orpo_lambda * orpo_loss(*pair) - logps[:, 0], 1.0  # eq. 6
+        if config.sft_coef:
+            loss = loss - config.sft_coef * sequence_means(logprobs, lengths)[:, 0]
+        return loss, logps, beta * log_ratios
 
-def completion_logprobs(model: Transformer, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy (B, T) of the targets, 0 where they do not count."""
-    hidden = model.trunk(tokens.input_ids)  # padding is on the right, where no real token looks
-    return linear_token_logprobs_and_entropy(hidden, model.head_weight, tokens.targets, mask=tokens.target_mask)
+    def logps(self, logprobs: Tensor, lengths: Tensor) -> Tensor:
+        """A number (B, 2) for each completion from the log-probs (M,) of its tokens."""
+        if self.config.average:
+            return sequence_means(logprobs, lengths)
+        if self.config.ld_alpha == 1:
+            return sequence_sums(logprobs, lengths)
+        mask = torch.arange(lengths.max(), device=lengths.device) < lengths.flatten()[:, None]  # (2 B, T)
+        rows = logprobs.double().new_zeros(mask.shape).masked_scatter(mask, logprobs.double())
+        public = lengths.amin(dim=1).repeat_interleave(2)
+        weighted = length_desensitized(rows, mask, public, alpha=self.config.ld_alpha)
+        return weighted.to(logprobs.dtype).view(lengths.shape)
+
+
+def target_logprobs(model: Transformer, tokens: TokenBatch, **options) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy (M,) of the targets; options as for `linear_token_logprobs_and_entropy`."""
+    hidden = read_hidden(model.trunk, tokens, tokens.read)  # (M, D)
+    return linear_token_logprobs_and_entropy(hidden, model.head_weight, tokens.targets, **options)
+
+
+def sequence_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums (B, K) of the runs of `lengths` (B, K) values, in float64 and always in the same order."""
+    sums = torch.segment_reduce(values.double(), "sum", lengths=lengths.flatten(), unsafe=True)
+    return sums.to(values.dtype).view(lengths.shape)
+
+
+def sequence_means(values: Tensor, lengths: Tensor) -> Tensor:
+    """Means (B, K) of the same runs, 0 of an empty one."""
+    return sequence_sums(values, lengths) / lengths.clamp_min(1)

@@ -7,6 +7,7 @@ Left out so far: adaptive KL coefficient, reward whitening, entropy bonus.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.data import Example, Tokenizer, collate
-from rlhf_core.data.collate import cut_prompt
+from rlhf_core.data import Example, Tokenizer
+from rlhf_core.data.encode import cut_prompt
 from rlhf_core.masking import AGGREGATIONS, last_token_index, loss_weights, masked_moments
 from rlhf_core.models import RewardModel, Transformer, ValueModel
 from rlhf_core.ops import kl_estimate, ppo_advantages, ppo_loss
 from rlhf_core.ops.kl import ESTIMATORS
-from rlhf_core.rollout import Rollout, response_logprobs, response_values, sample
-from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, frozen_copy, micro_batches, option, rows
+from rlhf_core.rollout import Rollout, response_hidden, response_logprobs, response_values, sample
+from rlhf_core.trainers.common import Metrics, Reference, TrainConfig, Trainer, micro_batches, option, read_hidden, rows
+
+MAX_FIRST_ERROR = {"float32": 1e-3, "bfloat16": 0.05}  # of the first minibatch's ratio: its padding rounds otherwise
+DIVERGED = "the weights have diverged (a smaller lr, fewer ppo_epochs) or overflow in bfloat16"
 
 Reward = RewardModel | Callable[[list, list], Sequence[float]]
 
@@ -42,6 +46,7 @@ class PPOConfig(TrainConfig):
     clip_range: float = option(0.2, "half-width of the ratio's interval")
     value_clip_range: float = option(0.2, "how far a value may move from its old one")
     vf_coef: float = option(0.1, "weight of the value loss")
+    critic: str = option("separate", "a model of its own, or head: on the policy's trunk, which then learns both")
     gamma: float = option(1.0, "discount, in [0, 1]")
     lam: float = option(0.95, "GAE's lambda, in [0, 1]")
     aggregation: str = option("token_mean", "of the losses: token_mean or sequence_mean")
@@ -55,7 +60,18 @@ class PPOConfig(TrainConfig):
         for name in ("temperature", "ppo_epochs", "response_length", "clip_range", "value_clip_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name, allowed in (("kl_estimator", ESTIMATORS), ("aggregation", AGGREGATIONS)):
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("kl_coef", "vf_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.minibatch_size is not None and not 0 < self.minibatch_size <= self.batch_size:
+            raise ValueError(
+                f"minibatch_size must be from 1 to batch_size {self.batch_size}, got {self.minibatch_size}"
+            )
+        choices = (("kl_estimator", ESTIMATORS), ("aggregation", AGGREGATIONS), ("critic", ("separate", "head")))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
@@ -74,8 +90,11 @@ class PPOTrainer(Trainer):
 
     reward: a RewardModel, or a callable (prompts, responses) -> scores that gets lists of strings where there is a
         tokenizer (special tokens left out), lists of token ids otherwise, and returns a finite number for each.
-    reference: the policy as it is now, unless given. critic: starts from the reward model where that is one, else
-        from the policy's trunk.
+    reference: see `Reference`.
+    critic: unless given, with critic="separate" a copy of the reward model where that is one, else of the policy's
+        trunk with a fresh head; with critic="head" a fresh head on the policy's trunk. Then one forward gives log-probs
+        and values, and the value loss, weighed by vf_coef, moves the trunk too. With adapters on the policy all of PPO
+        holds its weights once.
     eos_ids: every token that ends a response; None takes the policy's own.
     """
 
@@ -95,11 +114,16 @@ class PPOTrainer(Trainer):
         tokenizer: Tokenizer | None = None,
         out: str | os.PathLike | None = None,
     ):
-        if critic is None:
+        if critic is None and config.critic == "head":
+            critic = ValueModel.from_model(model, share_trunk=True)
+        elif critic is None:
             critic = ValueModel.from_model(reward if isinstance(reward, RewardModel) else model)
-        self.critic = critic.train(config.dropout)
+        self.critic, self.one_trunk = critic, critic.trunk is model.trunk
+        if self.one_trunk != (config.critic == "head"):
+            trunk = "the policy's trunk" if self.one_trunk else "a trunk of its own"
+            raise ValueError(f"critic={config.critic!r}, but the critic given is on {trunk}")
         super().__init__(model, examples, config, tokenizer=tokenizer, out=out)
-        self.reference = frozen_copy(model if reference is None else reference)
+        self.reference = Reference(model, reference)
         self.reward = reward.eval() if isinstance(reward, nn.Module) else reward
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
@@ -109,8 +133,21 @@ class PPOTrainer(Trainer):
             raise ValueError(f"response_length {config.response_length} leaves no prompt of {positions} positions")
         self.episodes, self.started = 0, time.monotonic()  # eps: episodes a second
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        return [p for module in (self.model, self.critic) for p in module.parameters() if p.requires_grad]
+    def trained_models(self) -> list[nn.Module]:
+        return [self.model, self.critic]
+
+    def settings(self) -> dict:
+        return {"eos_ids": self.eos_ids}
+
+    def state(self) -> dict[str, Tensor]:
+        seconds = torch.tensor(time.monotonic() - self.started, dtype=torch.float64)
+        counters = {"episodes": torch.tensor(self.episodes), "seconds": seconds}
+        return super().state() | counters | {"sampling": self.generator.get_state()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
+        self.generator.set_state(state["sampling"])
+        self.episodes, self.started = int(state["episodes"]), time.monotonic() - float(state["seconds"])
 
     def step(self, batch: list[list[int]]) -> dict[str, float]:
         """One rollout of a response to every prompt, and the optimiser steps on it."""
@@ -145,13 +182,16 @@ class PPOTrainer(Trainer):
             gamma=config.gamma,
             lam=config.lam,
         )
+        self.check(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, values=old_values, kl=kl)
 
         # 5. Several passes of clipped updates over the same rollout, in minibatches.
         experience = Experience(old_logprobs, old_values, advantages, returns)
         minibatch_size = config.minibatch_size or -(-config.batch_size // 4)
-        for _ in range(config.ppo_epochs):
-            for index in torch.randperm(len(batch), generator=self.generator, device=self.device).split(minibatch_size):
-                self.optimize(self.minibatch_losses(rows(rollout, index), rows(experience, index), metrics))
+        for epoch in range(config.ppo_epochs):
+            order = torch.randperm(len(batch), generator=self.generator, device=self.device)
+            for i, index in enumerate(order.split(minibatch_size)):
+                losses = self.minibatch_losses(rows(rollout, index), rows(experience, index), metrics)
+                self.optimize(losses if epoch or i else self.checked(losses, metrics))
 
         # 6. Report.
         self.episodes += len(batch)
@@ -173,13 +213,45 @@ class PPOTrainer(Trainer):
         report["val/num_eos_tokens"] = int(self.ended(rollout).sum())
         return report | {"episode": self.episodes, "eps": self.episodes / (time.monotonic() - self.started)}
 
+    def check(self, **columns: Tensor) -> None:
+        """FloatingPointError naming column, row and token where one (B, R) holds what it never may."""
+        for (name, x), bad in zip(columns.items(), torch.stack([~x.isfinite() for x in columns.values()]).cpu()):
+            if bad.any():
+                row, token = bad.nonzero()[0].tolist()
+                raise FloatingPointError(f"{name} is {x[row, token]} at row {row}, token {token}: {DIVERGED}")
+        if self.config.kl_estimator != "k1" and (columns["kl"] < 0).any():
+            row, token = (columns["kl"] < 0).nonzero()[0].tolist()
+            value = columns["kl"][row, token]
+            raise FloatingPointError(f"{self.config.kl_estimator} is {value} < 0 at row {row}, token {token}")
+
+    def checked(self, losses: Iterator[Tensor], metrics: Metrics) -> Iterator[Tensor]:
+        """The losses of a rollout's first minibatch; then, before it updates anything, the policy must still be the one
+        that the old log-probs are of: ratio 1 up to rounding. With dropout it is not."""
+        yield from losses
+        means = metrics.means()
+        error = max(abs(means["val/ratio"] - 1), means["policy/approxkl_avg"])
+        if error > MAX_FIRST_ERROR[self.config.precision] and not self.config.dropout:
+            raise FloatingPointError(
+                f"the first minibatch has ratio {means['val/ratio']:.6g} and approximate KL "
+                f"{means['policy/approxkl_avg']:.3g}, not 1 and 0; nothing updated. Likely causes: the policy is in "
+                "train mode, or moved between rollout and update, or its forward depends on the other rows of a batch"
+            )
+
     def minibatch_losses(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> Iterator[Tensor]:
         """The PPO loss of each micro-batch; the parts add up to the minibatch's loss."""
         config = self.config
         weights = loss_weights(rollout.response_mask, config.aggregation)  # (B, R)
+        clipping = dict(clip_range=config.clip_range, value_clip_range=config.value_clip_range)
         for part, old, w in micro_batches(config.micro_batch_size, rollout, experience, weights):
-            logprobs, entropy = response_logprobs(self.model, part, config.temperature)
-            values = response_values(self.critic, part)
+            counted = [x[part.response_mask][None] for x in (*old, w)]  # (1, M)
+
+            def policy_loss_of(logprobs, tokens, counted=counted):
+                old_logprobs, old_values, advantages, returns, weights = (x[:, tokens] for x in counted)
+                data = logprobs[None], old_logprobs, advantages, old_values, old_values, returns
+                mask = torch.ones_like(weights, dtype=torch.bool)
+                return ppo_loss(*data, mask, vf_coef=0.0, weights=weights, **clipping)[0]
+
+            logprobs, entropy, values = self.forward(part, policy_loss_of)
             loss, stats = ppo_loss(
                 logprobs,
                 old.old_logprobs,
@@ -188,11 +260,10 @@ class PPOTrainer(Trainer):
                 old.old_values,
                 old.returns,
                 part.response_mask,
-                clip_range=config.clip_range,
-                value_clip_range=config.value_clip_range,
                 vf_coef=config.vf_coef,
                 entropy=entropy.detach(),
                 weights=w,
+                **clipping,
             )
             for name, mean in {
                 "loss/policy_avg": stats.policy_loss,
@@ -207,6 +278,14 @@ class PPOTrainer(Trainer):
                 metrics.add_mean(name, mean, stats.count)
             yield loss
 
+    def forward(self, rollout: Rollout, loss_of: Callable | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, entropy and values of the response tokens, all (B, R); loss_of as for `response_logprobs`."""
+        with self.autocast():
+            hidden = response_hidden(self.model.trunk, rollout)
+            logprobs, entropy = response_logprobs(self.model, rollout, self.config.temperature, hidden, loss_of)
+            values = response_values(self.critic, rollout, hidden if self.one_trunk else None)
+        return logprobs, entropy, values
+
     @torch.no_grad()
     def predict(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """old_logprobs, ref_logprobs, values and entropy, all (B, R).
@@ -216,9 +295,10 @@ class PPOTrainer(Trainer):
         """
         parts = []
         for (part,) in micro_batches(self.config.micro_batch_size, rollout):
-            old_logprobs, entropy = response_logprobs(self.model, part, self.config.temperature)
-            ref_logprobs, _ = response_logprobs(self.reference, part, self.config.temperature)
-            parts.append((old_logprobs, ref_logprobs, response_values(self.critic, part), entropy))
+            old_logprobs, entropy, values = self.forward(part)
+            with self.reference.policy() as reference, self.autocast():
+                ref_logprobs, _ = response_logprobs(reference, part, self.config.temperature)
+            parts.append((old_logprobs, ref_logprobs, values, entropy))
         return tuple(torch.cat(columns) for columns in zip(*parts))
 
     @torch.no_grad()
@@ -226,9 +306,9 @@ class PPOTrainer(Trainer):
         """Scores (B,) of the responses, the missing-EOS penalty taken off."""
         prompts, responses = rollout.prompts(), rollout.responses()
         if isinstance(self.reward, RewardModel):
-            tokens = collate([Example(p, r) for p, r in zip(prompts, responses)], self.pad_id)
-            parts = micro_batches(self.config.micro_batch_size, tokens.input_ids, tokens.attention_mask)
-            scores = torch.cat([self.reward(ids.to(self.device), seen.to(self.device)) for ids, seen in parts])
+            examples = [Example(p, r) for p, r in zip(prompts, responses)]
+            parts = self.token_batches(examples)
+            scores = torch.cat([self.reward.read(read_hidden(self.reward.trunk, part, part.last)) for part in parts])
         else:
             scores = self._call_reward(prompts, responses)
         bad = (~scores.isfinite()).nonzero()
@@ -241,11 +321,24 @@ class PPOTrainer(Trainer):
         return scores
 
     def _call_reward(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-        scores = self.reward(self._readable(prompts), self._readable(responses))
+        prompts, responses = self._readable(prompts), self._readable(responses)
+        try:
+            scores = self.reward(prompts, responses)
+        except Exception as error:
+            raise RuntimeError(f"the reward raised {error!r}; {self._raises_on(prompts, responses)}") from error
         scores = torch.as_tensor(scores, dtype=torch.float32, device=self.device)
         if scores.shape != (len(prompts),):
             raise ValueError(f"the reward returned shape {tuple(scores.shape)} for {len(prompts)} responses")
         return scores
+
+    def _raises_on(self, prompts: list, responses: list) -> str:
+        """The first row on which the reward raises when it is called with that one alone, in words."""
+        for row, (prompt, response) in enumerate(zip(prompts, responses)):
+            try:
+                self.reward([prompt], [response])
+            except Exception:
+                return f"so it does on row {row} alone: prompt {prompt!r}, response {response!r}"
+        return f"on all {len(prompts)} rows at once, on no row alone"
 
     def _readable(self, rows: list[list[int]]) -> list:
         """The strings of token ids where there is a tokenizer, else the ids."""

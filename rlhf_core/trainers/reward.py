@@ -1,37 +1,143 @@
-"""Reward model from preference pairs: Bradley-Terry, both completions in one forward."""
+"""Reward model from preference pairs (Bradley-Terry or hinge) or ranked lists (Plackett-Luce): all completions of a
+prompt in one forward, behind it. At the end its scores are normalised, and looked at for a bias to long completions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from rlhf_core.data import Pair, collate_pairs
-from rlhf_core.losses import bradley_terry_loss, preferred
-from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, micro_batches, option, to_device
+from rlhf_core.data import Pair, Ranked, TokenBatch
+from rlhf_core.losses import bradley_terry_loss, centering_loss, margin_ranking_loss, plackett_luce_loss, preferred
+from rlhf_core.models import RewardModel, eval_mode
+from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, option, read_hidden
+
+LOSSES = ("bradley_terry", "margin_ranking")
 
 
 @dataclass(frozen=True)
 class RewardConfig(TrainConfig):
     lr: float = option(1e-4, "peak learning rate of AdamW")
+    loss: str = option("bradley_terry", "bradley_terry (of ranked lists: Plackett-Luce) or margin_ranking (hinge)")
+    label_smoothing: float = option(0.0, "bradley_terry: share of labels taken to be wrong, in [0, 0.5)")
+    centering_coef: float = option(0.0, "weight of a pair's squared sum of scores, added to the loss")
     max_length: int = option(1024, "tokens of prompt and completion together; what is longer is cut")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, valid, wanted in (
+            ("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
+            ("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)"),
+            ("centering_coef", self.centering_coef >= 0, "at least 0"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        if self.label_smoothing and self.loss != "bradley_terry":
+            raise ValueError(f"label_smoothing has no effect on loss {self.loss!r}, got {self.label_smoothing}")
 
 
 class RewardTrainer(Trainer):
-    """model: RewardModel; examples: `Pair`s. Metrics: loss, accuracy (a tie is one half), margin, mean_reward."""
+    """model: RewardModel; examples: `Pair`s, whose margin is 0 (margin_ranking: 1) where they have none, or `Ranked`s.
+
+    Metrics: loss, mean_reward; of all pairs, a ranked list being several: accuracy (a tie is one half), margin. Those
+    of the last step also tell score_mean and score_std over the training data, as which 0 and 1 count from then on,
+    and the `length_bias` on the evaluation examples, or, without these, on the training data.
+    """
 
     algorithm = "reward"
     main_metric = "accuracy"
 
-    def losses(self, batch: list[Pair], metrics: Metrics) -> Iterator[Tensor]:
-        pairs = to_device(collate_pairs(batch, self.pad_id), self.device)  # (B, 2, T)
-        for (part,) in micro_batches(self.config.micro_batch_size, pairs):
-            scores = self.model(part.input_ids.flatten(0, 1), part.attention_mask.flatten(0, 1)).view(-1, 2)  # (B, 2)
-            chosen, rejected = scores.unbind(dim=1)
-            loss = bradley_terry_loss(chosen, rejected)
+    def __init__(self, model: RewardModel, examples, config: RewardConfig, **options):
+        super().__init__(model, examples, config, **options)
+        kinds = {type(row) for row in (*examples, *self.eval_examples)}
+        if len(kinds) > 1:
+            raise ValueError("there are pairs and ranked lists; train and evaluate on one of them")
+        for name in ("loss", "label_smoothing", "centering_coef"):
+            if Ranked in kinds and getattr(config, name) != getattr(RewardConfig, name):
+                raise ValueError(f"{name} has no effect on ranked lists, got {getattr(config, name)!r}")
+
+    def losses(self, batch: list[Pair] | list[Ranked], metrics: Metrics) -> Iterator[Tensor]:
+        size = self.config.micro_batch_size or len(batch)
+        parts = (batch[start : start + size] for start in range(0, len(batch), size))
+        for part, tokens in zip(parts, self.token_batches(batch, packing=self.config.max_length)):
+            scores = self.scores(tokens)  # (N,)
+            if isinstance(part[0], Ranked):
+                counts = torch.tensor([len(completions(example)) for example in part], device=scores.device)
+                mask = torch.arange(counts.amax(), device=scores.device) < counts[:, None]  # (B, K)
+                scores = torch.zeros(mask.shape, device=scores.device).masked_scatter(mask, scores)
+                loss = plackett_luce_loss(scores, mask)
+            else:
+                scores = scores.view(-1, 2)
+                mask = torch.ones_like(scores, dtype=torch.bool)
+                loss = self.pair_losses(scores, [example.margin for example in part])
+            better, worse = torch.triu_indices(*(scores.shape[1:] * 2), 1, device=scores.device)
+            both = mask[:, better] & mask[:, worse]  # (B, K (K - 1) / 2)
             metrics.add("loss", loss)
-            metrics.add("accuracy", preferred(chosen, rejected))
-            metrics.add("margin", chosen - rejected)
-            metrics.add("mean_reward", scores)
+            metrics.add("accuracy", preferred(scores[:, better], scores[:, worse]), both)
+            metrics.add("margin", scores[:, better] - scores[:, worse], both)
+            metrics.add("mean_reward", scores, mask)
             yield loss.sum() / len(batch)
+
+    def pair_losses(self, scores: Tensor, margins: list[float | None]) -> Tensor:
+        """Losses (B,) of chosen and rejected (B, 2)."""
+        config = self.config
+        default = 0.0 if config.loss == "bradley_terry" else 1.0
+        margin = scores.new_tensor([default if margin is None else margin for margin in margins])
+        if config.loss == "bradley_terry":
+            smoothing = config.label_smoothing
+            loss = bradley_terry_loss(*scores.unbind(dim=1), margin=margin, label_smoothing=smoothing)
+        else:
+            loss = margin_ranking_loss(*scores.unbind(dim=1), margin=margin)
+        if config.centering_coef:
+            loss = loss + config.centering_coef * centering_loss(*scores.unbind(dim=1))
+        return loss
+
+    def scores(self, tokens: TokenBatch) -> Tensor:
+        """One (N,) for each sequence."""
+        with self.autocast():
+            return self.model.read(read_hidden(self.model.trunk, tokens, tokens.last))
+
+    def finish(self) -> dict[str, float]:
+        """Normalise the scores to mean 0 and standard deviation 1 over the training data."""
+        scores = self.scores_of(self.examples)
+        mean, std = scores.mean().item(), scores.std(correction=0).item()
+        self.model.normalize(mean, std or 1.0)
+        held_out = len(self.eval_examples)
+        examples = self.eval_examples if held_out else self.examples
+        scores = self.scores_of(examples) if held_out else (scores - mean) / (std or 1.0)
+        return {"score_mean": mean, "score_std": std, **length_bias(examples, scores)}
+
+    @torch.no_grad()
+    def scores_of(self, examples: list[Pair] | list[Ranked]) -> Tensor:
+        """Scores (N,) in float64, on the CPU, of every completion."""
+        size, scores = self.config.batch_size, []
+        with eval_mode(self.model):
+            for start in range(0, len(examples), size):
+                for tokens in self.token_batches(examples[start : start + size], packing=self.config.max_length):
+                    scores.append(self.scores(tokens))
+        return torch.cat(scores).double().cpu()
+
+
+def length_bias(examples: list[Pair] | list[Ranked], scores: Tensor) -> dict[str, float]:
+    """Whether length passes for quality: the correlation of score (N,) and length (tokens, EOS included) of every
+    completion, and the accuracy in pairs whose better completion is the shorter one. What is undefined is left out."""
+    lengths = [len(ids) for example in examples for ids in completions(example)]
+    pairs, first = [], 0
+    for example in examples:
+        end = first + len(completions(example))
+        pairs += [(i, j) for i in range(first, end) for j in range(i + 1, end) if lengths[i] < lengths[j]]
+        first = end
+    report, both = {}, torch.stack([scores, torch.tensor(lengths, dtype=scores.dtype)])
+    if both.std(dim=1, correction=0).all():
+        report["length_correlation"] = torch.corrcoef(both)[0, 1].item()
+    if pairs:
+        better, worse = torch.tensor(pairs).unbind(dim=1)
+        report["accuracy_where_shorter_won"] = preferred(scores[better], scores[worse]).mean().item()
+    return report
+
+
+def completions(example: Pair | Ranked) -> list[list[int]]:
+    """Of a prompt, the best one first."""
+    return example.completions_ids if isinstance(example, Ranked) else [example.chosen_ids, example.rejected_ids]

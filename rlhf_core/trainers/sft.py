@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlhf_core.data import Example, collate
-from rlhf_core.masking import loss_weights
-from rlhf_core.ops import token_logprobs_and_entropy
-from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, micro_batches, option, to_device
+from rlhf_core.data import Example
+from rlhf_core.data.collate import count_targets
+from rlhf_core.ops import linear_token_statistics
+from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, option, read_hidden
 
 
 @dataclass(frozen=True)
 class SFTConfig(TrainConfig):
     lr: float = option(2e-5, "peak learning rate of AdamW")
     max_length: int = option(1024, "tokens of prompt and completion together; what is longer is cut")
+    packing: bool = option(False, "several sequences in a row of at most max_length: less padding, the same loss")
 
 
 class SFTTrainer(Trainer):
@@ -26,19 +27,22 @@ class SFTTrainer(Trainer):
     main_metric = "loss"
 
     def losses(self, batch: list[Example], metrics: Metrics) -> Iterator[Tensor]:
-        tokens = to_device(collate(batch, self.pad_id), self.device)
-        weights = loss_weights(tokens.target_mask)  # (B, T)
-        for part, w in micro_batches(self.config.micro_batch_size, tokens, weights):
-            hidden = self.model.trunk(part.input_ids)  # (B, T, D); padding is on the right, where no real token looks
-            logits = self.model.logits(hidden[part.target_mask])  # (N, V): whole, as the accuracy looks at them too
-            targets = part.targets[part.target_mask]  # (N,)
-            metrics.add("mean_token_accuracy", logits.detach().argmax(dim=-1) == targets)
-            logprobs, entropy = token_logprobs_and_entropy(logits, targets, inplace_backward=True)
+        num_tokens = max(sum(map(count_targets, batch)), 1)
+
+        def loss_of(logprobs, rows=slice(None)):
+            return -logprobs.sum() / num_tokens
+
+        packing = self.config.max_length if self.config.packing else None
+        for tokens in self.token_batches(batch, packing=packing):
+            with self.autocast():
+                hidden = read_hidden(self.model.trunk, tokens, tokens.read)  # (M, D)
+                logprobs, entropy, likeliest = linear_token_statistics(
+                    hidden, self.model.head_weight, tokens.targets, loss_of=loss_of
+                )
+            metrics.add("mean_token_accuracy", likeliest)
             metrics.add("loss", -logprobs)
             metrics.add("entropy", entropy)
-            yield -(logprobs * w[part.target_mask]).sum()
+            yield loss_of(logprobs)
 
     def step(self, batch: list[Example]) -> dict[str, float]:
-        # A first token with nothing before it is no target.
-        num_tokens = sum(len(completion) - (not prompt) for prompt, completion in batch)
-        return super().step(batch) | {"num_tokens": num_tokens}
+        return super().step(batch) | {"num_tokens": sum(map(count_targets, batch))}

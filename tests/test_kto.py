@@ -1,0 +1,120 @@
+"""KTO through its trainer: the paper's loss, with a KL that does not depend on how a batch is divided."""
+
+import math
+
+import pytest
+import torch
+from test_trainers import accumulated, snapshot, tiny
+from torch.testing import assert_close
+
+from rlhf_core.data import ByteTokenizer, Example, Labelled, encode_labelled, read_labelled
+from rlhf_core.models.lora import LoRAConfig, add_adapters
+from rlhf_core.ops import linear_logprobs
+from rlhf_core.trainers import KTOConfig, KTOTrainer
+
+
+def rows(n=7, seed=0):
+    """Desirable is what holds a 5, undesirable what holds a 6."""
+    torch.manual_seed(seed)
+    made = []
+    for i in range(n):
+        prompt, before = (torch.randint(7, 12, (k % 4 + 1,)).tolist() for k in (i, i + 2))
+        made.append(Example(prompt, [*before, 5 if i % 3 else 6, 2], label=i % 3 > 0))
+    return made
+
+
+def make(model=None, reference=None, examples=None, **config):
+    config = KTOConfig(**(dict(batch_size=7, lr=1e-3, beta=0.5) | config))
+    return KTOTrainer(tiny() if model is None else model, examples or rows(), config, reference=reference)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
+def test_loss_and_gradients_are_those_of_the_paper_whatever_the_micro_batches(micro_batch_size, monkeypatch):
+    """Eq. 8, of rows apart; and the logits of a step are computed once."""
+    batch, reference = rows(), tiny(seed=1)
+    weights = dict(desirable_weight=1.5, undesirable_weight=0.7)
+    trainer = make(reference=reference, micro_batch_size=micro_batch_size, **weights)
+
+    def log_ratio(prompt, completion):
+        logps = []
+        for model in (trainer.model, reference):
+            log_p = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logps.append(log_p[torch.arange(len(completion)), completion].sum())
+        return logps[0] - logps[1].detach()
+
+    others = [log_ratio(row.prompt_ids, batch[(i + 1) % 7].completion_ids).item() for i, row in enumerate(batch)]
+    kl = sum(others) / 7
+    assert kl > 0.05  # else the clamp would hide it
+    terms = []
+    for row in batch:
+        gain = 0.5 * (log_ratio(row.prompt_ids, row.completion_ids) - kl)
+        terms.append(1.5 * (1 - gain.sigmoid()) if row.label else 0.7 * (1 - (-gain).sigmoid()))
+    want = torch.stack(terms).mean()
+    gradients = torch.autograd.grad(want, trainer.trained_parameters())
+    monkeypatch.setattr(linear_logprobs, "_backward", lambda *args: pytest.fail("computed again"))
+    total, metrics, got = accumulated(trainer, batch)
+    assert total == pytest.approx(want.item(), abs=2e-6) and metrics["kl"] == pytest.approx(kl, abs=1e-5)
+    assert_close(got, list(gradients), rtol=1e-4, atol=2e-6)
+
+
+def test_where_policy_and_reference_agree_every_value_is_one_half():
+    """Row 27, with adapters as without: no copy, no KL."""
+    for adapted in (False, True):
+        model = tiny()
+        if adapted:
+            add_adapters(model, LoRAConfig())
+        metrics = make(model).step(rows())
+        assert metrics["loss"] == 0.5 and metrics["kl"] == 0 and metrics["rewards/accuracies"] == 0.5
+
+
+def test_the_kl_is_never_negative_and_of_one_row_zero():
+    trainers = [make(tiny(seed=a), tiny(seed=b)) for a, b in ((0, 1), (1, 0))]
+    logs = [trainer.kl(rows()).item() for trainer in trainers]
+    assert min(logs) >= 0 and max(logs) > 0 and trainers[0].kl(rows(1)) == 0
+
+
+def test_the_kl_is_without_dropout():
+    trainer = make(tiny(dropout=0.3), dropout=True)
+    assert not any(trainer.kl(rows(seed=seed)) for seed in range(12))
+
+
+def test_a_prompt_and_a_completion_of_other_rows_are_cut_to_the_models_positions():
+    long = [Example([7] * 20, [5] * 10 + [2], label=True), Example([8] * 2, [6] * 28 + [2], label=False)]
+    assert math.isfinite(make(examples=long, batch_size=2).train()[-1]["loss"])
+
+
+def test_kto_learns_what_is_desirable_and_leaves_the_reference_alone():
+    trainer = make(examples=rows(60), epochs=4, lr=3e-3, batch_size=20)
+    before = snapshot(trainer.reference.model)
+    last = trainer.train()[-1]
+    assert last["rewards/desirable"] > last["rewards/undesirable"] + 0.3 and last["rewards/accuracies"] > 0.8
+    assert_close(snapshot(trainer.reference.model), before, rtol=0, atol=0)
+
+
+def test_labels_come_from_the_file(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "p", "completion": "c", "label": true}\n{"prompt": "p", "response": "d", "label": 0}\n')
+    assert read_labelled(path) == [Labelled("p", "c", True), Labelled("p", "d", False)]
+    encoded = read_labelled(path, encode=lambda row: encode_labelled(row, ByteTokenizer(), 20))
+    assert [example.label for example in encoded] == [True, False]
+    assert ByteTokenizer().decode(encoded[1].completion_ids) == "d"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(beta=0), "beta must be > 0, got 0"),
+        (dict(desirable_weight=0), "desirable_weight must be > 0, got 0"),
+        (dict(undesirable_weight=-1), "undesirable_weight must be > 0, got -1"),
+        (dict(batch_size=1), "batch_size must be at least 2, got 1"),
+    ],
+    ids=str,
+)
+def test_an_option_out_of_range_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        KTOConfig(**options)
+
+
+def test_an_example_without_a_label_is_named():
+    with pytest.raises(ValueError, match="example 1 has no label"):
+        make(examples=[rows()[0], Example([7], [5, 2])])
