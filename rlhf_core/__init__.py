@@ -9,13 +9,16 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    "rlhf_core.data": ["ByteTokenizer", "Preference", "Text", "encode_preference", "encode_text", "load_tokenizer"],
+    "rlhf_core.data": [
+        *("ByteTokenizer", "Preference", "Text", "encode_preference", "encode_prompt", "encode_text", "load_tokenizer"),
+    ],
     "rlhf_core.generation": ["generate"],
     "rlhf_core.masking": ["IGNORE_INDEX", "last_token_index", "loss_weights", "masked_mean", "whiten"],
     "rlhf_core.models": ["RewardModel", "Transformer", "TransformerConfig", "ValueModel"],
     "rlhf_core.ops": [
-        *("token_logprobs", "token_logprobs_and_entropy", "linear_token_logprobs", "linear_token_logprobs_and_entropy"),
-        *("full_kl", "kl_estimate", "gae", "ppo_advantages", "ppo_loss"),
+        *("token_logprobs", "token_logprobs_and_entropy"),
+        *("linear_token_logprobs", "linear_token_logprobs_and_entropy", "linear_token_statistics"),
+        *("full_kl", "kl_estimate", "gae", "ppo_advantages", "ppo_loss", "decode_attention", "sample_tokens"),
     ],
     "rlhf_core.rollout": ["Rollout"],
     "rlhf_core.trainers": [

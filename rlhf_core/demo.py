@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_core.data import ByteTokenizer, Pair, Text, Tokenizer, encode_text, load_tokenizer, read_texts
-from rlhf_core.data.collate import Example
+from rlhf_core.data import ByteTokenizer, Example, Pair, Text, Tokenizer, encode_text, load_tokenizer, read_texts
 from rlhf_core.evaluation import Evaluation, evaluate_policy, win_rate
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig
 from rlhf_core.rollout import sample
@@ -137,7 +136,7 @@ def replies_task(seed: int) -> Task:
         label_noise=0.03,
         sft=SFTConfig(lr=3e-3, batch_size=64, epochs=4, warmup_steps=20, seed=seed),
         reward=RewardConfig(lr=1e-3, batch_size=64, epochs=3, warmup_steps=10, seed=seed),
-        ppo=PPOConfig(lr=3e-4, max_steps=50, kl_coef=0.15, temperature=1.0, response_length=48, seed=seed),
+        ppo=PPOConfig(lr=3e-4, max_steps=50, kl_coef=0.055, temperature=1.0, response_length=48, seed=seed),
         dpo=DPOConfig(lr=1e-4, batch_size=64, beta=0.5, seed=seed),
     )
 
@@ -171,7 +170,7 @@ def stories_task(data: Path, seed: int) -> Task:
         label_noise=0.0,
         sft=None,
         reward=RewardConfig(lr=5e-4, batch_size=64, epochs=3, seed=seed),
-        ppo=PPOConfig(lr=1e-4, max_steps=50, kl_coef=0.1, temperature=1.0, response_length=64, seed=seed),
+        ppo=PPOConfig(lr=1e-4, max_steps=50, kl_coef=0.06, temperature=1.0, response_length=64, seed=seed),
         dpo=DPOConfig(lr=1e-4, batch_size=64, seed=seed),
     )
 
@@ -250,13 +249,16 @@ def labelled_pairs(task: Task, policy: Transformer, seed: int) -> tuple[list[Pai
     for start in range(0, len(task.prompts), 128):
         prompts = task.prompts[start : start + 128]
         texts = [task.tokenizer.decode(prompt) for prompt in prompts]
-        responses, scores = [], []
-        for _ in range(2):
-            rollout = sample(
-                policy, prompts, max_new_tokens=task.response_length, eos_ids=task.eos_ids, generator=generator
-            )
-            responses.append(rollout.responses())
-            scores.append(task.gold(texts, [task.tokenizer.decode(ids) for ids in responses[-1]]))
+        rollout = sample(
+            policy,
+            prompts,
+            max_new_tokens=task.response_length,
+            num_samples=2,
+            eos_ids=task.eos_ids,
+            generator=generator,
+        )
+        responses = [rollout.responses()[sample::2] for sample in range(2)]
+        scores = [task.gold(texts, [task.tokenizer.decode(ids) for ids in part]) for part in responses]
         for prompt, first, second, first_score, second_score in zip(prompts, *responses, *scores):
             if first_score == second_score:
                 continue

@@ -1,6 +1,7 @@
 """The command line: each command from files to files, and errors in one line that names what is wrong."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,9 @@ import torch
 from rlhf_core import backends, cli
 from rlhf_core.data import ByteTokenizer
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig
+from rlhf_core.models.lora import has_adapters
+from rlhf_core.trainers import PPOTrainer
+from rlhf_core.trainers.common import Trainer
 
 TEXTS = [{"prompt": f"{i} + 1 = ", "completion": str(i + 1)} for i in range(10)]
 PAIRS = [{"prompt": f"say {i}", "chosen": " yes", "rejected": " no way"} for i in range(10)]
@@ -68,6 +72,21 @@ def test_generate_goes_on_from_every_prompt(folders, capsys):
     assert len(capsys.readouterr().out) < len(greedy)
 
 
+def test_every_option_of_generate_reaches_the_sampler(folders, capsys):
+    def shown(*more):
+        arguments = ("--prompt", "one", "two", "--max-new-tokens", 12, "--temperature", 1.5)
+        assert run("generate", "--model", folders / "policy", *arguments, *more) == 0
+        return capsys.readouterr().out
+
+    plain = shown()
+    assert shown("--num-samples", 2).count("one") > plain.count("one") == 1
+    for more in (["--min-p", 0.99], ["--repetition-penalty", 1e4], ["--top-p", 0.1]):
+        assert shown(*more) != plain == shown()
+    ends = ("--eos-ids", *range(64, 259))
+    assert len(shown(*ends, "--min-new-tokens", 12)) > len(shown(*ends))
+    assert len(shown("--stop", *map(chr, range(33, 127)))) < len(plain)
+
+
 @pytest.mark.parametrize("command, rows", [("sft", TEXTS), ("reward", PAIRS), ("dpo", PAIRS)])
 def test_a_trainer_goes_from_files_to_a_model(command, rows, folders, tmp_path, capsys):
     data, out = write(tmp_path / "data.jsonl", rows), tmp_path / "out"
@@ -83,10 +102,116 @@ def test_a_trainer_goes_from_files_to_a_model(command, rows, folders, tmp_path, 
     assert (out / "tokenizer_config.json").is_file()
 
 
+def test_a_reward_model_learns_from_ranked_lists_and_from_pairs_with_margins(folders, tmp_path, capsys):
+    ranked = [{"prompt": f"say {i}", "responses": ["no", "yes", "so"], "ranks": [2, 0, 1]} for i in range(10)]
+    pairs = [row | {"margin": 0.5} for row in PAIRS]
+    for name, data in (("lists", ranked), ("pairs", pairs)):
+        assert train("reward", folders, write(tmp_path / f"{name}.jsonl", data), tmp_path / name) == 0
+        shown = capsys.readouterr().out
+        assert "9 to train on, 1 held out" in shown and "length_correlation" in shown and "score_std" in shown
+    assert train("reward", folders, tmp_path / "lists.jsonl", tmp_path / "no", "--centering-coef", 0.1) == 2
+    assert "centering_coef has no effect on ranked lists, got 0.1" in capsys.readouterr().err
+
+
+def test_kto_goes_from_labels_to_a_model(folders, tmp_path, capsys):
+    rows = [{"prompt": f"say {i}", "response": " yes" if i % 2 else " no", "label": i % 2 == 1} for i in range(10)]
+    out = tmp_path / "out"
+    options = ["--lr", 0.01, "--eval-fraction", 0.2, "--undesirable-weight", 2]
+    assert train("kto", folders, write(tmp_path / "data.jsonl", rows), out, *options) == 0
+    shown = capsys.readouterr().out
+    assert "8 to train on, 2 held out" in shown and "rewards/undesirable" in shown and "eval_loss" in shown
+    assert json.loads((out / "train_config.json").read_text())["undesirable_weight"] == 2
+    Transformer.from_pretrained(out)
+
+
+def test_dpo_takes_its_loss_and_refuses_what_has_no_effect(folders, tmp_path, capsys):
+    data, out = write(tmp_path / "pairs.jsonl", PAIRS), tmp_path / "out"
+    options = ["--loss", "simpo", "--average", "--beta", 2, "--gamma", 0.5]
+    assert train("dpo", folders, data, out, *options) == 0
+    config = json.loads((out / "train_config.json").read_text())
+    assert config["loss"] == "simpo" and config["average"] and config["gamma"] == 0.5
+    assert train("dpo", folders, data, tmp_path / "no", "--gamma", 0.5) == 2
+    assert "gamma has no effect on loss 'dpo', got 0.5" in capsys.readouterr().err
+
+
 def test_eval_data_is_evaluated_and_nothing_held_out(folders, tmp_path, capsys):
     data, other = write(tmp_path / "a.jsonl", TEXTS), write(tmp_path / "b.jsonl", TEXTS[:3])
     assert train("sft", folders, data, tmp_path / "out", "--eval-data", other) == 0
     assert "10 to train on, 3 held out" in capsys.readouterr().out
+
+
+def test_lora_trains_adapters_that_the_next_command_reads_and_merge_folds(folders, tmp_path, capsys):
+    """SFT, then DPO of its adapters; a reward model; PPO on one trunk: every folder reads back."""
+    texts, pairs = write(tmp_path / "texts.jsonl", TEXTS), write(tmp_path / "pairs.jsonl", PAIRS)
+    prompts = write(tmp_path / "prompts.jsonl", PAIRS)
+    lora = ["--lora-rank", 2, "--lora-alpha", 4, "--lora-targets", "q_proj", "down_proj", "--lr", 0.05]
+    sft, dpo, rm, ppo = (tmp_path / name for name in ("sft", "dpo", "rm", "ppo"))
+    assert train("sft", folders, texts, sft, *lora) == 0
+    config = json.loads((sft / "adapter_config.json").read_text())
+    assert config["r"] == 2 and config["lora_alpha"] == 4 and config["target_modules"] == ["q_proj", "down_proj"]
+    assert config["base_model_name_or_path"] == str(folders / "policy") and not (sft / "config.json").exists()
+    assert run("dpo", "--model", sft, "--data", pairs, "--out", dpo, *SMALL, "--lr", 0.05) == 0
+    assert train("reward", folders, pairs, rm, *lora) == 0
+    more = ["--response-length", 4, "--critic", "head"]
+    arguments = ["--model", dpo, "--reward-model", rm, "--prompts", prompts, "--out", ppo, *SMALL, *more]
+    assert run("ppo", *arguments) == 0
+    base = Transformer.from_pretrained(folders / "policy")
+    for folder, cls in ((sft, Transformer), (dpo, Transformer), (rm, RewardModel), (ppo, Transformer)):
+        model = cls.from_pretrained(folder)
+        assert torch.equal(model.trunk.blocks[0].attn.qkv.weight, base.trunk.blocks[0].attn.qkv.weight)
+        assert model.trunk.blocks[0].attn.qkv.adapters["q_proj"].lora_B.any()
+        assert run("merge", "--model", folder, "--out", tmp_path / "merged", "--overwrite") == 0
+        merged, ids = cls.from_pretrained(tmp_path / "merged"), torch.arange(3, 9)[None]
+        assert not has_adapters(merged)
+        torch.testing.assert_close(merged.trunk(ids), model.trunk(ids), rtol=0, atol=1e-5)
+    assert (ppo / "critic" / "adapter_config.json").exists()
+    assert run("generate", "--model", ppo, "--prompt", "a", "--max-new-tokens", 3) == 0
+    assert run("merge", "--model", folders / "policy", "--out", tmp_path / "no") == 2
+    assert "no adapters to merge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "ppo"])
+def test_an_interrupted_run_goes_on_with_resume(command, folders, tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the first of two steps; what there is to resume, and from which model, is checked."""
+    data = write(tmp_path / "data.jsonl", TEXTS if command == "sft" else PAIRS)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    more = ["--response-length", 4, "--reward-model", folders / "reward"] if command == "ppo" else []
+
+    def command_line(out, *options, model="policy"):
+        data_option = "--prompts" if command == "ppo" else "--data"
+        return run(command, "--model", folders / model, data_option, data, "--out", out, *SMALL, *more, *options)
+
+    assert command_line(whole, "--lr", 0.05) == 0
+    assert command_line(out, "--lr", 0.05, "--resume") == 2 and "no checkpoint to go on from" in capsys.readouterr().err
+    owner = PPOTrainer if command == "ppo" else Trainer
+    step = owner.step
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "step", lambda *args: signal.raise_signal(signal.SIGINT) or step(*args))
+        assert command_line(out, "--lr", 0.05) == 130
+    assert f"interrupted, step 1 is in {out / 'checkpoint'}, to go on from with --resume" in capsys.readouterr().err
+    assert command_line(out, "--lr", 0.1, "--resume") == 2 and "with lr=0.05, not 0.1" in capsys.readouterr().err
+    if command == "dpo":
+        assert command_line(out, "--lr", 0.05, "--resume", model=whole) == 2  # not the original policy
+        assert "the frozen weights of that run were others" in capsys.readouterr().err
+    assert command_line(out, "--lr", 0.05, "--resume") == 0
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(SystemExit):
+        command_line(out, "--resume", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--lora-alpha", 4], "--lora-... have no effect without --lora-rank"),
+        (["--lora-rank", 2, "--lora-dropout", 0.1], "--lora-dropout has no effect without --dropout"),
+        (["--lora-rank", 2, "--lora-targets", "query"], "no module 'query' to adapt, only down_proj, gate_proj"),
+        (["--lora-rank", 0], "rank must be a whole number > 0, got 0"),
+    ],
+)
+def test_a_lora_option_that_does_nothing_is_refused(options, message, folders, tmp_path, capsys):
+    assert train("sft", folders, write(tmp_path / "data.jsonl", TEXTS), tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, rows", [("p.jsonl", TEXTS), ("p.txt", ["one", "two", "three", "four"])])

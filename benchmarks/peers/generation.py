@@ -1,0 +1,190 @@
+"""Generation against transformers' `generate`: the same weights, prompts, sampling and number of tokens, in turns.
+
+    OMP_NUM_THREADS=2 python -P -m rlhf_core.benchmarks.peers.generation --json generation.json
+
+Theirs is the best of three: their default cache, a static one, and a static one under torch.compile. What dropping
+ended rows is worth is ours against ours: ids at random that hold 1/16 of the tokens end a row, a quarter of the way on
+average; or nothing does, up to the longest of the same responses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from rlhf_core.generation import generate
+from rlhf_core.models import Transformer
+from rlhf_core.rollout import response_logprobs, sample
+
+PROMPT, RESPONSE, VOCAB = 16, 64, {"gpt2": 50257, "llama": 32000}
+BATCH = {"stories260k": 64, "gpt2": 16, "llama": 8}
+BARS = {"stories260k": 4.0, "gpt2": 3.0, "llama": 1.5}
+DROPPING_BAR = 2.0
+LOGPROB_TOLERANCE = 5e-5
+
+
+def theirs_and_ours(name: str, data: Path | None, **sizes):
+    """The model in both libraries; sizes override the configuration's."""
+    torch.manual_seed(0)
+    if name == "gpt2":
+        config = dict(vocab_size=VOCAB[name], n_embd=256, n_layer=4, n_head=4, n_positions=256) | sizes
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
+    elif name == "llama":
+        config = dict(vocab_size=VOCAB[name], hidden_size=512, num_hidden_layers=8, num_attention_heads=8)
+        config |= dict(num_key_value_heads=4, intermediate_size=1376, max_position_embeddings=256) | sizes
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    else:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(data / "models" / name)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return theirs.eval(), Transformer.from_pretrained(folder).eval()
+
+
+def generators(theirs, prompts: Tensor, tokens: int) -> dict[str, Callable[[], Tensor]]:
+    """Their ways to sample exactly `tokens` a row from softmax(logits)."""
+
+    def run(**options):
+        options |= dict(do_sample=True, top_k=0, top_p=1.0, min_new_tokens=tokens, max_new_tokens=tokens)
+        return theirs.generate(prompts, attention_mask=torch.ones_like(prompts), pad_token_id=0, **options)
+
+    def compiled():
+        eager = theirs.forward
+        try:
+            theirs.forward = graph
+            return run(cache_implementation="static")
+        finally:
+            theirs.forward = eager
+
+    graph = torch.compile(theirs.forward)
+    return {"default": run, "static": lambda: run(cache_implementation="static"), "static, compiled": compiled}
+
+
+def in_turns(variants: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every round of each, after one that is not counted; another one goes first in every round."""
+    names, seconds = list(variants), {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            variants[name]()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def check(ours: Transformer, theirs, prompts: Tensor, tokens: int) -> None:
+    """AssertionError where log-probs differ from a training forward, or greedy responses from theirs."""
+    rollout = sample(ours, prompts.tolist(), max_new_tokens=tokens, eos_ids=())
+    with torch.no_grad():
+        apart = float((response_logprobs(ours, rollout)[0] - rollout.logprobs).abs().max())
+        logits = theirs(rollout.input_ids).logits[:, prompts.shape[1] - 1 : -1]
+    assert apart < LOGPROB_TOLERANCE, f"log-probs are {apart:.1e} from those of a training forward"
+    expected = logits.log_softmax(-1).gather(-1, rollout.response_ids[..., None])[..., 0]
+    assert (expected - rollout.logprobs).abs().max() < LOGPROB_TOLERANCE
+
+
+def ends(response_ids: Tensor) -> tuple[int, ...]:
+    """Ids, drawn at random, that hold 1/16 of the response's tokens."""
+    counts, chosen, held = response_ids.flatten().bincount(), [], 0
+    for token in torch.randperm(len(counts), generator=torch.Generator().manual_seed(0)).tolist():
+        if held + int(counts[token]) <= response_ids.numel() / 16:
+            chosen, held = [*chosen, token], held + int(counts[token])
+    return tuple(chosen)
+
+
+def measure(name: str, data: Path | None, batch: int, tokens: int, rounds: int, **sizes) -> dict:
+    theirs, ours = theirs_and_ours(name, data, **sizes)
+    prompts = torch.randint(3, 500, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+    check(ours, theirs, prompts, tokens)
+    seeds, failed, ways = torch.arange(batch), {}, generators(theirs, prompts, tokens)
+    for way in list(ways):
+        try:
+            ways[way]()
+        except Exception as error:  # a peer that fails is named
+            failed[way] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            del ways[way]
+    ways["ours"] = lambda: generate(ours, prompts, max_new_tokens=tokens, eos_ids=(), seeds=seeds)
+    seconds = in_turns(ways, rounds)
+    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    best = min((way for way in medians if way != "ours"), key=medians.get)
+
+    whole = ways["ours"]()
+    stops = ends(whole.response_ids)
+    lengths = generate(ours, prompts, max_new_tokens=tokens, eos_ids=stops, seeds=seeds).response_mask.sum(dim=1)
+    longest = int(lengths.max())
+    dropping = in_turns(
+        {
+            "dropped": lambda: generate(ours, prompts, max_new_tokens=tokens, eos_ids=stops, seeds=seeds),
+            "kept": lambda: generate(ours, prompts, max_new_tokens=longest, eos_ids=(), seeds=seeds),
+        },
+        rounds,
+    )
+    return {
+        "model": name,
+        "batch": batch,
+        "tokens": tokens,
+        "seconds": seconds | dropping,
+        "failed": failed,
+        "best": best,
+        "ratio": medians[best] / medians["ours"],
+        "mean_length": float(lengths.float().mean()),
+        "dropping_ratio": statistics.median(dropping["kept"]) / statistics.median(dropping["dropped"]),
+    }
+
+
+HEAD = [
+    "| model, rows x tokens | ours, ms a step | theirs, best of | ratio | bar | dropping ended rows | bar |",
+    "|---|---|---|---|---|---|---|",
+]
+
+
+def row(result: dict) -> str:
+    def ms(way: str) -> str:
+        return f"{statistics.median(result['seconds'][way]) / result['tokens'] * 1e3:.2f}"
+
+    def met(ratio: float, bar: float) -> str:
+        return f"{bar:g} {'met' if ratio >= bar else 'missed'}"
+
+    others = [way for way in result["seconds"] if way not in ("ours", "dropped", "kept", result["best"])]
+    theirs = f"{ms(result['best'])} {result['best']}" + "".join(f"; {ms(way)} {way}" for way in others)
+    theirs += "".join(f"; {way} failed" for way in result["failed"])
+    ratio, dropping = result["ratio"], result["dropping_ratio"]
+    return (
+        f"| {result['model']}, {result['batch']} x {result['tokens']} | {ms('ours')} | {theirs} | {ratio:.2f} "
+        f"| {met(ratio, BARS[result['model']])} | {dropping:.2f} at {result['mean_length']:.0f} tokens on average "
+        f"| {met(dropping, DROPPING_BAR)} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rlhf_core.benchmarks.peers.generation", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=BATCH, default=list(BATCH))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="holds models/stories260k")
+    parser.add_argument("--rounds", type=int, default=7, help="timed, after one that warms up")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    results = []
+    print("\n".join(HEAD))
+    for name in arguments.models:
+        results.append(measure(name, arguments.data, BATCH[name], RESPONSE, arguments.rounds))
+        print(row(results[-1]), flush=True)
+        for way, error in results[-1]["failed"].items():
+            print(f"\n{name}: {way}: {error}\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Our side: the trainers as anybody calls them, with the task's order of examples."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+import rlhf_core.trainers.ppo
+from rlhf_core import (
+    DPOConfig,
+    DPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardModel,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+    Transformer,
+    ValueModel,
+)
+from rlhf_core.benchmarks.peers.task import Task, Turn
+from rlhf_core.data import Example, Pair
+
+
+def train(task: Task, turn: Turn) -> None:
+    trainer = globals()[f"_{task.method}"](task)
+    step, batches = trainer.step, list(trainer_batches(task, trainer.examples))
+    trainer.batches = lambda: iter(batches)  # in the order given, where the trainer draws its own
+
+    def timed_step(batch):
+        metrics = step(batch)
+        turn(metrics["loss"] if "loss" in metrics else metrics["loss/policy_avg"])
+        return metrics
+
+    trainer.step = timed_step
+    turn(math.nan)
+    trainer.train()
+
+
+def trainer_batches(task: Task, examples: list):
+    for start in range(0, len(examples), task.batch_size):
+        yield examples[start : start + task.batch_size]
+
+
+def options(task: Task) -> dict:
+    """Fields of TrainConfig; PPO's are `ppo_options`."""
+    return dict(
+        lr=task.lr,
+        lr_schedule="constant",
+        batch_size=task.batch_size,
+        adam_eps=task.adam_eps,
+        max_grad_norm=1e9 if task.method == "ppo" else task.max_grad_norm,
+        max_steps=task.steps,
+        log_every=task.steps + 1,
+        seed=task.seed,
+    )
+
+
+def ppo_options(task: Task) -> dict:
+    return options(task) | dict(
+        minibatch_size=task.batch_size // task.minibatches,
+        ppo_epochs=task.ppo_epochs,
+        response_length=task.completion_length,
+        temperature=task.temperature,
+        kl_coef=task.kl_coef,
+        kl_estimator="k1",
+        clip_range=task.clip_range,
+        value_clip_range=task.value_clip_range,
+        vf_coef=task.vf_coef,
+        gamma=task.gamma,
+        lam=task.lam,
+    )
+
+
+def _sft(task):
+    examples = [Example(row.prompt, row.chosen) for row in task.examples()]
+    # Packed rows change no loss here. On a CPU TRL's would let a sequence see its neighbours.
+    config = SFTConfig(packing=True, **options(task))
+    return SFTTrainer(Transformer.from_pretrained(task.policy), examples, config)
+
+
+def _pairs(task):
+    return [Pair(row.prompt, row.chosen, row.rejected) for row in task.examples()]
+
+
+def _dpo(task):
+    config = DPOConfig(beta=task.beta, **options(task))
+    return DPOTrainer(Transformer.from_pretrained(task.policy), _pairs(task), config)
+
+
+def _reward(task):
+    return RewardTrainer(RewardModel.from_pretrained(task.reward), _pairs(task), RewardConfig(**options(task)))
+
+
+def _ppo(task):
+    reward = RewardModel.from_pretrained(task.reward)
+    prompts = [row.prompt for row in task.examples()]
+    given = [row.chosen for row in task.batches()[0]]
+    sample = rlhf_core.trainers.ppo.sample
+
+    def given_responses_first(model, *args, **kwargs):
+        """The task's responses in the place of those sampled, once."""
+        rollout = sample(model, *args, **kwargs)
+        rlhf_core.trainers.ppo.sample = sample
+        rollout = rollout._replace(response_ids=torch.tensor(given))
+        with torch.no_grad():
+            logprobs, _ = rlhf_core.trainers.ppo.response_logprobs(model, rollout, task.temperature)
+        return rollout._replace(logprobs=logprobs)
+
+    rlhf_core.trainers.ppo.sample = given_responses_first
+    return PPOTrainer(
+        Transformer.from_pretrained(task.policy),
+        prompts,
+        PPOConfig(**ppo_options(task)),
+        reward=reward,
+        critic=ValueModel.from_model(reward),
+        eos_ids=(),
+    )

@@ -1,0 +1,218 @@
+"""TRL's side: SFT, DPO and reward by its current trainers, PPO by the one that it had until 1.12.
+
+Everything that costs time and is no part of the method is off: bfloat16 (emulated on most CPUs), gradient
+checkpointing, saving, evaluation, reports, progress bars, sample generations. The optimiser is transformers' default,
+fused AdamW. The data comes tokenized.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rlhf_core.benchmarks.peers.task import Task, Turn
+
+
+def train(task: Task, turn: Turn) -> None:
+    {"sft": _sft, "dpo": _dpo, "reward": _reward, "ppo": _ppo}[task.method](task, turn)
+
+
+def options(task: Task) -> dict:
+    """Of transformers' TrainingArguments as TRL extends them."""
+    return dict(
+        output_dir=task.folder,
+        learning_rate=task.lr,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=task.batch_size,
+        gradient_accumulation_steps=1,
+        max_steps=task.steps,
+        adam_beta1=task.betas[0],
+        adam_beta2=task.betas[1],
+        adam_epsilon=task.adam_eps,
+        weight_decay=0.0,
+        max_grad_norm=task.max_grad_norm,
+        seed=task.seed,
+        # what is off
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def method_options(task: Task) -> dict:
+    """Of SFTConfig, DPOConfig or RewardConfig beside `options`."""
+    most = task.prompt_length + task.completion_length
+    extra = {"sft": {"completion_only_loss": True, "packing": False}, "dpo": {"beta": task.beta}, "reward": {}}
+    return dict(max_length=most, train_sampling_strategy="sequential") | extra[task.method]
+
+
+def ppo_options(task: Task) -> dict:
+    """Of PPOConfig beside `options`. With one micro-batch a minibatch, each is one optimiser step, as elsewhere."""
+    return dict(
+        total_episodes=task.steps * task.batch_size,
+        num_mini_batches=task.minibatches,
+        num_ppo_epochs=task.ppo_epochs,
+        local_rollout_forward_batch_size=task.batch_size,
+        num_sample_generations=0,
+        response_length=task.completion_length,
+        stop_token=None,
+        temperature=task.temperature,
+        missing_eos_penalty=None,
+        whiten_rewards=False,
+        kl_coef=task.kl_coef,
+        kl_estimator="k1",
+        cliprange=task.clip_range,
+        cliprange_value=task.value_clip_range,
+        vf_coef=task.vf_coef,
+        gamma=task.gamma,
+        lam=task.lam,
+    )
+
+
+def _policy(task):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(task.policy, dtype=torch.float32)
+
+
+def _scorer(task):
+    import transformers
+
+    kind = transformers.AutoModelForSequenceClassification
+    return kind.from_pretrained(task.reward, dtype=torch.float32, num_labels=1)
+
+
+def _tokenizer(task):
+    """Some tokenizer of that many tokens: the trainers want one, and the data needs none."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(task.vocab_size)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=str(task.pad_id), eos_token=str(task.pad_id - 1))
+
+
+def _turns(turn: Turn, loss) -> object:
+    """A callback that takes turns around steps."""
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            turn(math.nan)
+
+        def on_step_end(self, *args, **kwargs):
+            turn(loss())
+
+    return Turns()
+
+
+def _train(trainer, turn):
+    losses = []
+    training_step = trainer.training_step
+
+    def kept(*args, **kwargs):
+        losses.append(training_step(*args, **kwargs))
+        return losses[-1]
+
+    trainer.training_step = kept
+    trainer.add_callback(_turns(turn, lambda: losses[-1].item()))
+    trainer.train()
+
+
+def _sft(task, turn):
+    import trl
+    from datasets import Dataset
+
+    rows = task.examples()
+    columns = {
+        "input_ids": [row.prompt + row.chosen for row in rows],
+        "completion_mask": [[0] * len(row.prompt) + [1] * len(row.chosen) for row in rows],
+    }
+    config = trl.SFTConfig(**options(task), **method_options(task))
+    data = Dataset.from_dict(columns)
+    _train(trl.SFTTrainer(_policy(task), config, train_dataset=data, processing_class=_tokenizer(task)), turn)
+
+
+def _dpo(task, turn):
+    import trl
+    from datasets import Dataset
+
+    rows = task.examples()
+    columns = {
+        "prompt_ids": [row.prompt for row in rows],
+        "chosen_ids": [row.chosen for row in rows],
+        "rejected_ids": [row.rejected for row in rows],
+    }
+    config = trl.DPOConfig(**options(task), **method_options(task))
+    data = Dataset.from_dict(columns)
+
+    class Trainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *args):
+            return dataset  # is tokenized, which this trainer does not look for
+
+    _train(Trainer(_policy(task), _policy(task), config, train_dataset=data, processing_class=_tokenizer(task)), turn)
+
+
+def _reward(task, turn):
+    import trl
+    from datasets import Dataset
+
+    rows = task.examples()
+    columns = {
+        "chosen_ids": [row.prompt + row.chosen for row in rows],
+        "rejected_ids": [row.prompt + row.rejected for row in rows],
+    }
+    config = trl.RewardConfig(**options(task), **method_options(task))
+    data = Dataset.from_dict(columns)
+    _train(trl.RewardTrainer(_scorer(task), config, train_dataset=data, processing_class=_tokenizer(task)), turn)
+
+
+def _ppo(task, turn):
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    rows = task.batches()[0]  # the loader shuffles; a batch of all of its rows is the same batch in another order
+    generation = ppo_trainer.batch_generation
+    given = {tuple(row.prompt): row.chosen for row in rows}
+
+    def given_responses_first(model, queries, batch_size, pad_id, config):
+        """The task's responses in the place of those sampled, once."""
+        generation(model, queries, batch_size, pad_id, config)
+        ppo_trainer.batch_generation = generation
+        prompts = [tuple(x for x in query if x != pad_id) for query in queries.tolist()]
+        ids = torch.cat((queries, torch.tensor([given[prompt] for prompt in prompts])), dim=1)
+        logits = ppo_trainer.forward(model, ids, pad_id).logits[:, queries.shape[1] - 1 : -1]
+        return ids, logits / config.temperature
+
+    def collate(rows):
+        """Padded on the left."""
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = [[task.pad_id] * (width - len(row["input_ids"])) + row["input_ids"] for row in rows]
+        return {"input_ids": torch.tensor(ids)}
+
+    metrics = {}
+
+    class Trainer(PPOTrainer):
+        def log(self, logs, *args, **kwargs):
+            metrics.update(logs)
+
+    ppo_trainer.batch_generation = given_responses_first
+    trainer = Trainer(
+        args=PPOConfig(**options(task), **ppo_options(task)),
+        processing_class=_tokenizer(task),
+        model=_policy(task),
+        ref_model=_policy(task),
+        reward_model=_scorer(task),
+        value_model=_scorer(task),
+        train_dataset=Dataset.from_dict({"input_ids": [row.prompt for row in rows]}),
+        data_collator=collate,
+    )
+    trainer.add_callback(_turns(turn, lambda: metrics["loss/policy_avg"]))
+    trainer.train()
