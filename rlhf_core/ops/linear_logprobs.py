@@ -393,7 +393,8 @@ def linear_token_logprobs_and_entropy(
         It is called in the forward, with the log-probs (n,) of some counted rows and a slice that says which of the
         counted ones they are, and gives the part of the loss that they will make up; its gradient is taken then and
         there. Where backward is asked for another one after all, it computes that from scratch: a loss_of that does not
-        fit is slow, not wrong. Some rows' logits then exist over the whole vocabulary: 30 MB, or a group's.
+        fit is slow, not wrong. Some rows' logits then exist over the whole vocabulary: 30 MB, or a group's. On CUDA
+        forward and backward wait for the device once more, to look at sizes and to compare the gradients.
     sizes: (G,) int64, how many counted rows each group has, in order; loss_of then gets whole groups and a slice of the
         groups. None: every row is a group.
 
