@@ -26,7 +26,7 @@ lint: $(STAMP)
 
 # csrc/ under gcc's sanitizers, in a copy of the package: memory and arithmetic, then races. Without OpenMP, whose
 # synchronisation ThreadSanitizer does not see: parallel_for takes std::thread.
-SANITIZED_OPS := cpp logprobs linear_logprobs kl gae policy_loss decode_attention sampling
+SANITIZED_OPS := cpp logprobs linear_logprobs kl gae policy_loss decode_attention sampling packed_decode
 SANITIZED_TESTS := $(foreach op,$(SANITIZED_OPS),tests/test_$(op).py)
 
 define sanitized

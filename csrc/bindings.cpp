@@ -178,14 +178,15 @@ PYBIND11_MODULE(_C, m) {
   }, release);
   m.def("ppo_loss_fwd", [](Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor values, Tensor old_values,
                            Tensor returns, Tensor entropy, Tensor mask, Tensor weights, bool sequence_mean,
-                           double clip_range, std::optional<double> value_clip_range, double vf_coef,
-                           double entropy_coef, std::optional<double> dual_clip, Tensor loss, Tensor scale,
-                           Tensor stats, Tensor dlogprobs, Tensor dvalues, Tensor dentropy, int threads) {
+                           double clip_low, double clip_high, std::optional<double> value_clip_range,
+                           double vf_coef, double entropy_coef, std::optional<double> dual_clip, Tensor loss,
+                           Tensor scale, Tensor stats, Tensor dlogprobs, Tensor dvalues, Tensor dentropy, int threads) {
     PpoLossArgs a = {};
     a.B = logprobs.shape[0], a.T = logprobs.shape[1];
     a.logprobs = logprobs, a.old_logprobs = old_logprobs, a.advantages = advantages, a.entropy = entropy;
     a.values = values, a.old_values = old_values, a.returns = returns, a.mask = mask, a.weights = weights;
-    a.sequence_mean = sequence_mean, a.clip_range = clip_range, a.vf_coef = vf_coef, a.entropy_coef = entropy_coef;
+    a.sequence_mean = sequence_mean, a.clip_low = clip_low, a.clip_high = clip_high;
+    a.vf_coef = vf_coef, a.entropy_coef = entropy_coef;
     a.value_clip_range = value_clip_range.value_or(INFINITY), a.dual_clip = dual_clip.value_or(INFINITY);
     a.loss = loss, a.scale = scale, a.stats = stats;
     a.dlogprobs = dlogprobs, a.dvalues = dvalues, a.dentropy = dentropy;
@@ -201,6 +202,21 @@ PYBIND11_MODULE(_C, m) {
     a.q = {q, q.strides[0]}, a.k = {k, k.strides[0]}, a.v = {v, v.strides[0]};
     a.keys = keys, a.values = values, a.lengths = lengths, a.slots = slots, a.cos = cos, a.sin = sin, a.out = out;
     decode_attention_fwd(a, threads);
+  }, release);
+  m.def("packed_decode_fwd", [](Tensor tokens, Tensor counts, Tensor embedding, Tensor weights, Tensor keys, Tensor values,
+                                Tensor lengths, Tensor slots, Tensor cos, Tensor sin, std::optional<int64_t> window,
+                                int64_t heads, int64_t intermediate, bool qk_norm, double eps, Tensor logits,
+                                int threads) {
+    PackedDecodeArgs a = {};
+    a.attention.B = tokens.shape[0], a.T = tokens.ndim == 2 ? tokens.shape[1] : 1, a.attention.H = heads, a.layers = keys.shape[0];
+    a.attention.N = keys.shape[1], a.attention.Hkv = keys.shape[2], a.attention.S = keys.shape[3];
+    a.attention.K = keys.shape[4], a.attention.window = window.value_or(a.attention.S);
+    a.attention.keys = keys, a.attention.values = values, a.attention.lengths = a.lengths = lengths;
+    a.attention.slots = slots, a.attention.cos = cos, a.attention.sin = sin;
+    a.V = embedding.shape[0], a.D = embedding.shape[1], a.I = intermediate;
+    a.qk_norm = qk_norm, a.eps = static_cast<float>(eps);
+    a.tokens = tokens, a.counts = counts, a.embedding = embedding, a.weights = weights, a.logits = logits;
+    packed_decode_fwd(a, weights.size(), threads);
   }, release);
   m.def("rms_norm_fwd", [](Tensor x, Tensor weight, double eps, Tensor out, int threads) {
     RmsNormArgs a = {};

@@ -213,7 +213,7 @@ void decode_attention(const DecodeAttentionArgs& a, int64_t begin, int64_t end) 
   const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(K)));
 
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t b = unit / a.Hkv, kv = unit % a.Hkv, slot = a.slots[b], n = a.lengths[slot];
+    const int64_t b = unit / a.Hkv, kv = unit % a.Hkv, slot = a.slots[b], n = a.positions[b];
     const float *cos = a.cos ? a.cos + n * (K / 2) : nullptr, *sin = a.cos ? a.sin + n * (K / 2) : nullptr;
     E* const keys = reinterpret_cast<E*>(a.keys) + (slot * a.Hkv + kv) * a.S * K;
     E* const values = reinterpret_cast<E*>(a.values) + (slot * a.Hkv + kv) * a.S * K;

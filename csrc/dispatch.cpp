@@ -140,10 +140,10 @@ void check_targets(const LogprobsArgs& a) {
     }
 }
 
-// How many keys all rows together see.
-int64_t check_slots(const DecodeAttentionArgs& a) {
+// Where each row's new token goes.
+std::vector<int64_t> positions_of(const DecodeAttentionArgs& a) {
   std::vector<bool> taken(a.N);
-  int64_t keys = 0;
+  std::vector<int64_t> positions(a.B);
   for (int64_t b = 0; b < a.B; ++b) {
     const int64_t slot = a.slots[b];
     const bool inside = slot >= 0 && slot < a.N;
@@ -155,9 +155,9 @@ int64_t check_slots(const DecodeAttentionArgs& a) {
                                                  : " has length " + std::to_string(n) +
                                                        ", no room for another token in " + std::to_string(a.S)));
     taken[slot] = true;
-    keys += std::min(n + 1, a.window);
+    positions[b] = n;
   }
-  return keys;
+  return positions;
 }
 
 }  // namespace
@@ -221,13 +221,41 @@ void ppo_loss_fwd(PpoLossArgs a, int threads) {
   a.stats[kCount] = static_cast<float>(sums[kCount]);
 }
 
-void decode_attention_fwd(const DecodeAttentionArgs& a, int threads) {
-  const int64_t keys = check_slots(a), per_unit = keys / std::max<int64_t>(a.B, 1) * a.K * (1 + a.H / a.Hkv);
+void decode_attention_fwd(DecodeAttentionArgs a, int threads) {
+  const std::vector<int64_t> positions = positions_of(a);
+  a.positions = positions.data();
+  int64_t keys = 0;  // that all rows together see
+  for (int64_t n : positions) keys += std::min(n + 1, a.window);
+  const int64_t per_unit = keys / std::max<int64_t>(a.B, 1) * a.K * (1 + a.H / a.Hkv);
   run(chosen().table->decode_attention[a.cache_dtype], a, a.B * a.Hkv, row_grain(per_unit), threads);
 }
 
 void rms_norm_fwd(const RmsNormArgs& a, int threads) {
   run(chosen().table->rms_norm[a.dtype], a, a.B, row_grain(a.D), threads);
+}
+
+void packed_decode_fwd(const PackedDecodeArgs& args, int64_t size, int threads) {
+  const int64_t B = args.attention.B, T = args.T;
+  const std::vector<int64_t> positions = positions_of(args.attention);
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t count = args.count(b);
+    if (count < 1 || count > T || positions[b] + count > args.attention.S)
+      throw std::invalid_argument("row " + std::to_string(b) + ": " + std::to_string(count) + " of " +
+                                  std::to_string(T) + " tokens behind " + std::to_string(positions[b]) +
+                                  " in a cache of " + std::to_string(args.attention.S));
+    for (int64_t t = b * T; t < b * T + count; ++t)
+      if (args.tokens[t] < 0 || args.tokens[t] >= args.V)
+        throw std::invalid_argument("row " + std::to_string(b) + ": token " + std::to_string(args.tokens[t]) +
+                                    " is outside [0, " + std::to_string(args.V) + ")");
+  }
+  // More rows than the work alone asks for: each time the weights are read anew.
+  const int64_t grain = std::max(row_grain(size * T / 8), std::min(kDecodeRows, (B + threads - 1) / threads));
+  parallel_for(B, grain, threads, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[args.scratch_size()]);
+    PackedDecodeArgs a = args;
+    a.scratch = scratch.get();
+    chosen().table->packed_decode(a, begin, end);
+  });
 }
 
 void sample_tokens_fwd(const SamplingArgs& args, int threads) {

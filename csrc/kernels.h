@@ -1,6 +1,7 @@
 // What the bindings may call: plain structs of pointers and element strides. Knows neither torch nor pybind11.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -95,7 +96,7 @@ struct PpoLossArgs {
   const float *values, *old_values, *returns, *entropy, *weights;  // null where not given
   const bool* mask;
   bool sequence_mean;
-  double clip_range;
+  double clip_low, clip_high;
   float value_clip_range, vf_coef, entropy_coef, dual_clip;  // infinite ranges do not clip
   float *loss, *scale, *stats;            // (), (), (kCount + 1)
   float *dlogprobs, *dvalues, *dentropy;  // of loss / scale
@@ -109,6 +110,7 @@ struct DecodeAttentionArgs {
   struct Heads { char* data; int64_t stride; } q, k, v;  // (B, H or Hkv, K); stride, of the rows, counts elements
   char *keys, *values;                                   // (N, Hkv, S, K)
   const int64_t *lengths, *slots;                        // (N,), (B,)
+  const int64_t* positions;                              // (B,), where the new tokens go; set by decode_attention_fwd
   const float *cos, *sin;                                // (positions, K / 2); null: no rotation
   char* out;                                             // (B, H, K)
   char* head(const Heads& x, int64_t b, int64_t h) const {
@@ -123,6 +125,23 @@ struct RmsNormArgs {
   const char* weight;
   float eps;
   char* out;  // contiguous
+};
+
+constexpr int64_t kPanel = 32;       // outputs of a linear layer whose packed weights lie side by side
+constexpr int64_t kDecodeRows = 32;  // that go through packed_decode together
+
+struct PackedDecodeArgs {
+  DecodeAttentionArgs attention;  // keys and values of the first layer, before those of the others; no q, k, v, out
+  int64_t layers, T, D, I, V;
+  bool qk_norm;
+  float eps;
+  const int64_t *tokens, *counts;    // (B, T), of which a row's first counts[b] are real; null: all
+  int64_t* lengths;                  // (N,)
+  const float *embedding, *weights;  // (V, D); see packed_decode.py
+  float *logits, *scratch;           // (B, V); (scratch_size(),), set by packed_decode_fwd for each thread
+  int64_t count(int64_t b) const { return counts ? counts[b] : T; }
+  int64_t wide() const { return std::max((attention.H + 2 * attention.Hkv) * attention.K, 2 * I + kPanel); }
+  int64_t scratch_size() const { return kDecodeRows * (D + std::max(D, attention.H * attention.K) + wide()); }
 };
 
 struct SamplingArgs {
@@ -153,6 +172,7 @@ struct Table {
   Kernel<PpoLossArgs> ppo_loss;  // works on chunks of rows
   Kernel<DecodeAttentionArgs> decode_attention[kDtypes];  // by cache_dtype; works on key/value heads of rows
   Kernel<RmsNormArgs> rms_norm[kDtypes];
+  Kernel<PackedDecodeArgs> packed_decode;
   Kernel<SamplingArgs> sample_tokens[kDtypes];
 };
 
@@ -167,8 +187,9 @@ void gae_fwd(const GaeArgs& args, int threads);
 void gae_bwd(const GaeArgs& args, int threads);
 void ppo_advantages_fwd(AdvantagesArgs args, bool whiten, int threads);
 void ppo_loss_fwd(PpoLossArgs args, int threads);
-void decode_attention_fwd(const DecodeAttentionArgs& args, int threads);
+void decode_attention_fwd(DecodeAttentionArgs args, int threads);
 void rms_norm_fwd(const RmsNormArgs& args, int threads);
+void packed_decode_fwd(const PackedDecodeArgs& args, int64_t size, int threads);  // size: of all weights
 void sample_tokens_fwd(const SamplingArgs& args, int threads);
 
 std::string isa();                          // the one in use

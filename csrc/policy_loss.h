@@ -23,7 +23,7 @@ SIMD void ppo_step(const PpoLossArgs& a, int64_t i, int64_t n, float row_weight,
   const F log_ratio = load_counted(counted, a.logprobs + i, n) - load_counted(counted, a.old_logprobs + i, n);
   const F advantage = load_counted(counted, a.advantages + i, n);
   const F held = clamp(log_ratio, splat(-kMaxLogRatio), splat(kMaxLogRatio)), ratio = exp(held);
-  const F near_ratio = clamp(ratio, splat(float(1 - a.clip_range)), splat(float(1 + a.clip_range)));
+  const F near_ratio = clamp(ratio, splat(float(1 - a.clip_low)), splat(float(1 + a.clip_high)));
   const F unclipped = -advantage * ratio, clipped = -advantage * near_ratio, bound = -advantage * a.dual_clip;
   const F worse = select(clipped > unclipped, clipped, unclipped);
   const I bounded = (advantage < 0.f) & (bound < worse), flows = (held == log_ratio) & ~bounded;

@@ -12,6 +12,8 @@
 #include "decode_attention.h"
 #include "rms_norm.h"
 
+#include "packed_decode.h"
+
 const Table table = {
     {logprobs_fwd<float>, logprobs_fwd<BF16>, logprobs_fwd<F16>},
     {logprobs_bwd<float>, logprobs_bwd<BF16>, logprobs_bwd<F16>},
@@ -26,6 +28,7 @@ const Table table = {
     ppo_loss,
     {decode_attention<float>, decode_attention<BF16>, decode_attention<F16>},
     {rms_norm<float>, rms_norm<BF16>, rms_norm<F16>},
+    packed_decode,
     {sample_tokens<float>, sample_tokens<BF16>, sample_tokens<F16>},
 };
 

@@ -155,7 +155,8 @@ def ppo_loss_fwd(
     mask: Tensor,
     weights: Tensor | None,
     sequence_mean: bool,
-    clip_range: float,
+    clip_low: float,
+    clip_high: float,
     value_clip_range: float | None,
     vf_coef: float,
     entropy_coef: float,
@@ -179,7 +180,7 @@ def ppo_loss_fwd(
         ppo_loss_fwd_kernel[(num_programs,)](
             logprobs, old_logprobs, advantages, values, old_values, returns, entropy, mask.view(torch.uint8),
             weights, loss, scale, stats, dlogprobs, dvalues, dentropy, sums, counter(logprobs),
-            B * T, length, 1 - clip_range, 1 + clip_range, value_clip_range, vf_coef, entropy_coef, dual_clip,
+            B * T, length, 1 - clip_low, 1 + clip_high, value_clip_range, vf_coef, entropy_coef, dual_clip,
             SEQUENCE_MEAN=by_row, BLOCK=BLOCK,
         )  # fmt: skip
     return loss, scale, stats, dlogprobs, dvalues, dentropy

@@ -139,8 +139,8 @@ operator(
 operator(
     "ppo_loss_fwd",
     "Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? values, Tensor? old_values, Tensor? returns, "
-    "Tensor? entropy, Tensor mask, Tensor? weights, bool sequence_mean, float clip_range, float? value_clip_range, "
-    "float vf_coef, float entropy_coef, float? dual_clip",
+    "Tensor? entropy, Tensor mask, Tensor? weights, bool sequence_mean, float clip_low, float clip_high, "
+    "float? value_clip_range, float vf_coef, float entropy_coef, float? dual_clip",
     lambda logprobs, old, advantages, values, old_values, returns, entropy, *rest: (
         logprobs.new_empty(()),
         logprobs.new_empty(()),

@@ -165,7 +165,8 @@ def ppo_loss_fwd(
     mask: Tensor,
     weights: Tensor | None,
     sequence_mean: bool,
-    clip_range: float,
+    clip_low: float,
+    clip_high: float,
     value_clip_range: float | None,
     vf_coef: float,
     entropy_coef: float,
@@ -176,7 +177,7 @@ def ppo_loss_fwd(
     outputs += [None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy)]
     _C.ppo_loss_fwd(
         logprobs, old_logprobs, advantages, values, old_values, returns, entropy, mask, weights,
-        sequence_mean, clip_range, value_clip_range, vf_coef, entropy_coef, dual_clip,
+        sequence_mean, clip_low, clip_high, value_clip_range, vf_coef, entropy_coef, dual_clip,
         *outputs, torch.get_num_threads(),
     )  # fmt: skip
     return tuple(outputs)
@@ -203,10 +204,37 @@ def decode_attention_fwd(
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(B, D) contiguous, of x's dtype. The only launcher without a Triton counterpart: torch's own is fused there."""
+    """(B, D) contiguous, of x's dtype. Without a Triton counterpart: torch's own is fused there."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _C.rms_norm_fwd(x, weight, eps, out, torch.get_num_threads())
     return out
+
+
+def packed_decode_fwd(
+    tokens: Tensor,
+    counts: Tensor | None,
+    embedding: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    window: int | None,
+    heads: int,
+    intermediate: int,
+    qk_norm: bool,
+    eps: float,
+) -> Tensor:
+    """Logits (B, V) of the last of each row's `counts` of T tokens, or of its one token (B,); they are in keys and
+    values (L, N, Hkv, S, K) and counted in lengths. ValueError for a token out of range, a slot that has no room."""
+    logits = embedding.new_empty(len(tokens), len(embedding))
+    _C.packed_decode_fwd(
+        tokens, counts, embedding, weights, keys, values, lengths, slots, cos, sin, window, heads, intermediate,
+        qk_norm, eps, logits, torch.get_num_threads(),
+    )  # fmt: skip
+    return logits
 
 
 def sample_tokens_fwd(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rlhf_core.data import Tokenizer
 from rlhf_core.models import KVCache, Transformer, eval_mode
+from rlhf_core.models.packed_decode import PackedModel, packed
 from rlhf_core.ops import token_logprobs
 from rlhf_core.ops.sampling import sample_tokens
 
@@ -116,11 +117,11 @@ def generate(
     elif seeds.shape != (B * n,):
         raise ValueError(f"seeds have shape {tuple(seeds.shape)}, but there are {B} prompts x {n} samples")
 
-    with eval_mode(model), _packed_weights(model):
+    with eval_mode(model), _packed_weights(model) as runs:
         cache = KVCache(config, B * n, P + max_new_tokens, model.head_weight)
-        logits = model.logits(model.trunk.prefill(prompt_ids, prompt_lengths, cache))  # (B, V)
+        logits = runs.prefill(prompt_ids, prompt_lengths, cache)  # (B, V)
         step = DecodeStep(
-            model,
+            runs,
             cache,
             prompt_ids.repeat_interleave(n, dim=0),
             seeds.to(device),
@@ -146,7 +147,7 @@ class DecodeStep:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | PackedModel,
         cache: KVCache,
         prompt_ids: Tensor,
         seeds: Tensor,
@@ -168,12 +169,10 @@ class DecodeStep:
         self.response_ids = self.ids[:, P:]
         self.logprobs = prompt_ids.new_zeros(N, max_new_tokens, dtype=torch.float32)
         self.full_logprobs = self.logprobs if plain and not self.altered else torch.zeros_like(self.logprobs)
-        # Of the rows that are left: where they are in what is above, their last token, how many they have drawn.
-        self.slots = torch.arange(N, device=seeds.device)
-        self.seeds, self.last, self.counters = seeds, torch.zeros_like(seeds), torch.zeros_like(seeds)
+        self._go_on_with(torch.stack((torch.arange(N, device=seeds.device), seeds, seeds * 0, seeds * 0)))
 
     def __call__(self) -> None:
-        self.draw(self.model.logits(self.model.trunk.decode(self.last, self.cache, self.slots)))
+        self.draw(self.model.decode(self.last, self.cache, self.slots))
 
     def draw(self, logits: Tensor) -> None:
         """The next token of every row from its logits (B, V)."""
@@ -201,10 +200,12 @@ class DecodeStep:
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only, of those that are left."""
-        index = torch.tensor(rows, device=self.slots.device)
-        self.slots, self.seeds, self.last, self.counters = (
-            x[index] for x in (self.slots, self.seeds, self.last, self.counters)
-        )
+        self._go_on_with(self.rows.index_select(1, torch.tensor(rows, device=self.rows.device)))
+
+    def _go_on_with(self, rows: Tensor) -> None:
+        """rows (4, B): where they are in what is above, their seeds, last tokens, and how many they have drawn."""
+        self.rows = rows
+        self.slots, self.seeds, self.last, self.counters = rows.unbind()
 
     def result(self, lengths: Tensor, pad_id: int) -> Generation:
         """lengths: (N,) of the responses."""
@@ -228,7 +229,8 @@ def _run(step: DecodeStep, stops: _Stops, max_new_tokens: int) -> list[int]:
         if stops and (drawn % every == 0 or drawn == max_new_tokens):
             tails = step.response_ids[:, max(0, checked + 1 - stops.width) : drawn][step.slots].tolist()
             for slot, tail in zip(left, tails):
-                lengths[slot] = lengths[slot] or stops.end(tail, drawn, drawn - checked)
+                if stops.strings or not stops.eos_ids.isdisjoint(tail):  # most steps end few rows
+                    lengths[slot] = lengths[slot] or stops.end(tail, drawn, drawn - checked)
             checked = drawn
             going = [row for row, slot in enumerate(left) if not lengths[slot]]
             if not going:
@@ -290,26 +292,32 @@ class _Stops:
 
 
 @contextlib.contextmanager
-def _packed_weights(model: Transformer) -> Iterator[None]:
-    """On CPU linear layers, and the head, work on copies of their float32 weights in oneDNN's own layout.
+def _packed_weights(model: Transformer) -> Iterator[Transformer | PackedModel]:
+    """What runs in its place: a small model packed whole; else itself, where on a CPU its linear layers, and the head,
+    work on copies of their float32 weights in oneDNN's own layout.
 
     A few rows then cost about one read of the weights, which `F.linear` takes several times as long for.
     """
-    packed = []
+    if small := packed(model):
+        yield small
+        return
+    layers = []
     if model.head_weight.is_cpu and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        models = [module for module in model.modules() if isinstance(module, Transformer)]  # it, or those it is made of
         layers = [
             (module, "forward", module.weight, module.bias)
-            for module in model.trunk.modules()
+            for language_model in models
+            for module in language_model.trunk.modules()
             if type(module) is nn.Linear
         ]
-        layers.append((model, "logits", model.head_weight, None))
-        packed = [layer for layer in layers if layer[2].dtype == torch.float32 and layer[2].numel() >= PACKED_FROM]
+        layers += [(language_model, "logits", language_model.head_weight, None) for language_model in models]
+        layers = [layer for layer in layers if layer[2].dtype == torch.float32 and layer[2].numel() >= PACKED_FROM]
     try:
-        for owner, method, weight, bias in packed:
+        for owner, method, weight, bias in layers:
             setattr(owner, method, _packed_linear(weight, bias))
-        yield
+        yield model
     finally:
-        for owner, method, _, _ in packed:
+        for owner, method, _, _ in layers:
             owner.__dict__.pop(method, None)  # the class's own is behind it
 
 

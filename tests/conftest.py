@@ -5,6 +5,7 @@ Without a GPU the Triton kernels run in Triton's interpreter, which must be chos
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background begins without
 os.environ.pop("RLHF_CORE_BACKEND", None)  # the tests name the backend they mean
 
 # (relative, absolute) error allowed on top of the error that the float32 reference itself makes.
@@ -26,13 +28,20 @@ TOLERANCES = {
 
 
 def assert_as_accurate(got, reference, truth, kind="value"):
-    """|got - truth| <= |reference - truth| + tolerance, with NaN and infinities exactly where the truth has them."""
+    """|got - truth| <= |reference - truth| + tolerance, with NaN and infinities exactly where the truth has them.
+
+    The reference is itself within a percent of the truth: a wrong one would allow every backend to be as wrong.
+    """
     got, reference, truth = got.double(), reference.double(), truth.double()
     special = ~truth.isfinite()
     torch.testing.assert_close(got[special], truth[special], rtol=0, atol=0, equal_nan=True)
     relative, absolute = TOLERANCES[kind]
     got, reference, truth = got[~special], reference[~special], truth[~special]
-    excess = (got - truth).abs() - (reference - truth).abs().nan_to_num() - absolute - relative * truth.abs()
+    error = (reference - truth).abs()
+    assert (error <= 1e-4 + 0.01 * truth.abs()).all(), (
+        f"the reference is off by {error.nan_to_num(torch.inf).max():.2g}"
+    )
+    excess = (got - truth).abs() - error - absolute - relative * truth.abs()
     assert not (excess > 0).any() and not got.isnan().any(), f"{excess.max():.2g} beyond the tolerance"
 
 

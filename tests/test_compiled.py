@@ -41,7 +41,7 @@ def inputs(name):
         "ppo_loss": (
             tokens[:1],
             (*tokens[1:6], mask),
-            dict(clip_range=0.2, value_clip_range=0.2, vf_coef=0.1, entropy=tokens[6], entropy_coef=0.01),
+            dict(clip_range=(0.2, 0.3), value_clip_range=0.2, vf_coef=0.1, entropy=tokens[6], entropy_coef=0.01),
         ),
         "decode_attention": (
             (),

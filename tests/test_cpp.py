@@ -103,7 +103,7 @@ def test_best_isa_is_the_default():
 def test_other_isas_match_float64(isa):
     files = [
         str(Path(__file__).with_name(f"test_{name}.py"))
-        for name in ("cpp", "kl", "gae", "policy_loss", "decode_attention", "sampling", "rms_norm")
+        for name in ("cpp", "kl", "gae", "policy_loss", "decode_attention", "sampling", "rms_norm", "packed_decode")
     ]
     code = f"""
 import pytest, rlhf_core.cpp
@@ -137,7 +137,7 @@ def test_exponential_is_within_one_unit_in_the_last_place():
     x[0, 0] = 0
     zero, mask = torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)
     # The gradient of PPO's loss at advantage -1, nothing clipped, is the ratio exp(x).
-    loss = (x, zero, zero - 1, None, None, None, None, mask, zero + 1, False, 1e9, None, 0.0, 0.0, None)
+    loss = (x, zero, zero - 1, None, None, None, None, mask, zero + 1, False, 1.0, math.inf, None, 0.0, 0.0, None)
     ratio, expected = cpp.ppo_loss_fwd(*loss)[3], x.double().exp()
     ulp = torch.nextafter(expected.float(), torch.tensor(math.inf)) - expected.float()
     assert ((ratio.double() - expected).abs() / ulp).max() < 1.02

@@ -263,7 +263,10 @@ def fuzz_ppo_loss(draw, backend):
     leaves = [laid_out(draw, x) for x in (logprobs, old_values + step / 4, entropy)]
     old_logprobs, old_values, returns = (laid_out(draw, x) for x in (old_logprobs, old_values, returns))
     mask, weights = masks(draw, shape), draw(st.sampled_from([None, laid_out(draw, torch.rand(shape))]))
-    settings = dict(clip_range=draw(st.sampled_from([0.2, 0.9, 5.0])), vf_coef=draw(st.sampled_from([0.0, 0.5])))
+    settings = dict(
+        clip_range=draw(st.sampled_from([0.2, 5.0, (0.2, 0.9), (1.0, math.inf)])),
+        vf_coef=draw(st.sampled_from([0.0, 0.5])),
+    )
     settings |= dict(value_clip_range=draw(st.sampled_from([None, 0.25])), entropy_coef=0.1, weights=weights)
     settings |= dict(dual_clip=draw(st.sampled_from([None, 3.0])))
     settings |= dict(aggregation=draw(st.sampled_from(["token_mean", "sequence_mean"])))

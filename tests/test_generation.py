@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from rlhf_core import generation
 from rlhf_core.data.collate import left_pad
-from rlhf_core.generation import generate
+from rlhf_core.generation import DecodeStep, generate
 from rlhf_core.models import Transformer, TransformerConfig
 from rlhf_core.models.transformer import Trunk
 from rlhf_core.rollout import response_logprobs, sample
@@ -217,7 +217,7 @@ def test_a_seed_gives_the_same_numbers_and_another_others():
 
 
 def test_samples_of_a_prompt_share_one_pass_over_it(monkeypatch):
-    model, calls = tiny(), []
+    model, calls = tiny("gpt2"), []
     prefill = Trunk.prefill
     monkeypatch.setattr(Trunk, "prefill", lambda self, ids, *rest: calls.append(ids.shape) or prefill(self, ids, *rest))
     ids, mask = left_pad(PROMPTS, 0)
@@ -242,20 +242,20 @@ def test_what_the_cache_holds_beyond_a_row_is_never_read(monkeypatch):
 def test_a_row_that_has_ended_leaves_the_batch_and_the_others_alone(options, every, monkeypatch):
     """The model runs on as many rows as tokens are made; some more where they are looked at every few steps."""
     monkeypatch.setitem(generation.STEPS_PER_CHECK, "cpu", every)
-    model, sizes, decode = tiny(), [], Trunk.decode
-    monkeypatch.setattr(Trunk, "decode", lambda self, *args: sizes.append(len(args[0])) or decode(self, *args))
+    model, sizes, draw = tiny(), [], DecodeStep.draw
+    monkeypatch.setattr(DecodeStep, "draw", lambda self, logits: sizes.append(len(logits)) or draw(self, logits))
     seeds, ids = torch.arange(40), torch.tensor([PROMPTS[0]] * 40)
     whole = generate(model, ids, max_new_tokens=14, eos_ids=(), seeds=seeds, **options)
-    assert sizes == [40] * 13
+    assert sizes == [40] * 14
     sizes.clear()
     got = generate(model, ids, max_new_tokens=14, eos_ids=(2, 3), seeds=seeds, **options)
     lengths = got.response_mask.sum(dim=1)
     assert len(lengths.unique()) > 4
-    made = int((lengths - 1).sum())  # the last token of a row is not read by the model
+    made = int(lengths.sum())
     if every == 1:
         assert sum(sizes) == made
     else:  # rows leave when half of them have ended
-        assert made < sum(sizes) < 40 * 13 and 1 < len(set(sizes)) < 5
+        assert made < sum(sizes) < 40 * 14 and 1 < len(set(sizes)) < 5
         assert all(a == b or 2 * b <= a for a, b in itertools.pairwise(sizes))
     for row, length in enumerate(lengths):
         response = whole.response_ids[row].tolist()
@@ -398,11 +398,11 @@ def test_the_last_position_is_usable():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_is_off_while_sampling_and_the_mode_comes_back(training, monkeypatch):
-    model = tiny(dropout=0.5).train(training)
+    model = tiny("gpt2", dropout=0.5).train(training)
     ids = torch.tensor([PROMPTS[0]])
     got = generate(model, ids, max_new_tokens=6, temperature=0)
     assert model.training == training and model.trunk.blocks[0].training == training
-    assert got.response_ids[0].tolist() == greedy_loop(tiny(), PROMPTS[0], 6)
+    assert got.response_ids[0].tolist() == greedy_loop(tiny("gpt2"), PROMPTS[0], 6)
     monkeypatch.setattr(type(model), "logits", lambda self, hidden: 1 / 0)
     model.train(training)
     with pytest.raises(ZeroDivisionError):

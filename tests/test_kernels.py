@@ -268,7 +268,7 @@ def test_every_token_is_loaded_and_stored_once(monkeypatch):
     grads = kernels.kl_estimate_bwd(x[2], x[0], x[1], mask, "k3")
     assert [meter.bytes("loads", t) for t in x[:3]] == [every] * 3
     assert [meter.bytes("stores", t) for t in grads] == [every] * 2
-    *_, dlogprobs, dvalues, dentropy = kernels.ppo_loss_fwd(*x, mask, None, False, 0.2, 0.2, 0.5, 0.01, 2.0)
+    *_, dlogprobs, dvalues, dentropy = kernels.ppo_loss_fwd(*x, mask, None, False, 0.2, 0.3, 0.2, 0.5, 0.01, 2.0)
     assert [meter.bytes("loads", t) for t in x] == [counted] * 7
     assert [meter.bytes("stores", t) for t in (dlogprobs, dvalues, dentropy)] == [every] * 3
 
@@ -316,8 +316,9 @@ def call_every_launcher(kernels, V=300, dtype=torch.float32, B=2, T=17, number=0
         out += kernels.gae_fwd(y[0], y[1], m, number, 0.9, last, cu)
         out += kernels.gae_bwd(y[0], y[1], m, number, 0.9, True, cu)
         out += kernels.ppo_advantages_fwd(last, *y[:3], m, number, "k3", 0.9, number, True, cu)
+    numbers = (*[number] * 5, 1 + number)
     for weights, sequence_mean in ((None, False), (None, True), (x[7], False)):
-        out += kernels.ppo_loss_fwd(*x[:7], mask, weights, sequence_mean, number, number, number, number, 1 + number)
+        out += kernels.ppo_loss_fwd(*x[:7], mask, weights, sequence_mean, *numbers)
     heads, cache = torch.randn(3, B, 2, 64).to(dtype), torch.randn(2, B + 1, 1, T + 1, 64).to(dtype)
     for rope in ((None, None), torch.randn(2, T + 1, 32).unbind()):
         slots, lengths = torch.arange(B).flip(0) + 1, torch.arange(B + 1) % (T + 1)

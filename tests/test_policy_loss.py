@@ -56,6 +56,8 @@ CASES = {
     "dual clip": {"dual_clip": 1.5},
     "values unclipped": {"value_clip_range": None},
     "wide clip": {"clip_range": 0.9, "value_clip_range": 4.0},
+    "clip higher": {"clip_range": (0.1, 0.4)},
+    "above alone": {"clip_range": (math.inf, 0.2)},
 }
 
 
@@ -80,7 +82,8 @@ def by_hand(x, clip_range, value_clip_range, vf_coef, entropy_coef, dual_clip):
     """(policy, value, loss, approx_kl, clipped, value_clipped, dual_clipped) of one token, Python floats."""
     ratio = math.exp(x["logprobs"] - x["old_logprobs"])
     unclipped = -x["advantages"] * ratio
-    clipped = -x["advantages"] * min(max(ratio, 1 - clip_range), 1 + clip_range)
+    low, high = clip_range
+    clipped = -x["advantages"] * min(max(ratio, 1 - low), 1 + high)
     policy = max(unclipped, clipped)
     bounded = x["advantages"] < 0 and policy > -x["advantages"] * dual_clip
     policy = -x["advantages"] * dual_clip if bounded else policy
@@ -93,7 +96,7 @@ def by_hand(x, clip_range, value_clip_range, vf_coef, entropy_coef, dual_clip):
 
 def test_the_loss_is_that_of_a_loop_by_hand(backend):
     inputs = batch(4, 9)
-    settings = SETTINGS | {"entropy_coef": 0.1, "dual_clip": 1.3}
+    settings = SETTINGS | {"clip_range": (0.2, 0.1), "entropy_coef": 0.1, "dual_clip": 1.3}
     got, _ = run(inputs, backend, **settings)
     tokens = [{k: x[b, t].item() for k, x in inputs.items()} for b in range(4) for t in range(9)]
     tokens = [x for x in tokens if x["response_mask"]]
@@ -161,9 +164,27 @@ def test_a_value_beyond_its_range_passes_gradient_only_where_clipping_makes_it_b
     assert stats["value_clip_frac"] == 0.25
 
 
-def test_with_an_infinite_clip_range_it_is_the_policy_gradient(backend):
+@pytest.mark.parametrize("log_ratio", [-0.3, -0.15, 0.35, 0.45])
+def test_below_and_above_one_the_ratio_is_clipped_at_bounds_of_their_own(backend, log_ratio):
+    inputs = batch(1, 1, keep=1.0) | {"weights": None}
+    inputs["advantages"].fill_(math.copysign(1, log_ratio))  # the sign for which a ratio beyond its bound is clipped
+    inputs["logprobs"] = inputs["old_logprobs"] + log_ratio
+    for low, high, clipped in ((0.2, 0.5, not -0.2 < math.expm1(log_ratio) < 0.5), (0.1, 0.3, True)):
+        stats, gradients = run(inputs, backend, clip_range=(low, high))
+        assert stats["clip_frac"] == clipped and (gradients["logprobs"] == 0).all() == clipped
+
+
+@pytest.mark.parametrize("number", [0.2, 0.9, 5.0])
+def test_two_equal_bounds_are_a_number_bit_for_bit(backend, number):
+    inputs = batch(3, 19)
+    for x, y in zip(run(inputs, backend, clip_range=(number, number)), run(inputs, backend, clip_range=number)):
+        assert all(torch.equal(x[name], y[name]) for name in y)
+
+
+@pytest.mark.parametrize("clip_range", [math.inf, (1.0, math.inf)], ids=str)
+def test_with_an_infinite_clip_range_it_is_the_policy_gradient(backend, clip_range):
     inputs = batch(3, 19) | {"weights": None}
-    stats, gradients = run(inputs, backend, clip_range=1e9)
+    stats, gradients = run(inputs, backend, clip_range=clip_range)
     ratio = (inputs["logprobs"] - inputs["old_logprobs"]).exp()
     weights = loss_weights(inputs["response_mask"])
     torch.testing.assert_close(gradients["logprobs"], -inputs["advantages"] * ratio * weights, rtol=1e-5, atol=1e-7)
@@ -323,6 +344,8 @@ def test_bad_input_raises_with_the_offending_value(backend):
         ({"entropy": None, "entropy_coef": 0.1}, ValueError, r"0\.1"),
         ({"clip_range": 0.0}, ValueError, r"0\.0"),
         ({"clip_range": math.nan}, ValueError, "nan"),
+        ({"clip_range": (0.2, -0.5)}, ValueError, r"-0\.5"),
+        ({"clip_range": (0.2, 0.3, 0.4)}, ValueError, r"0\.4"),
         ({"value_clip_range": -1.0}, ValueError, r"-1\.0"),
         ({"dual_clip": 1.0}, ValueError, r"1\.0"),
         ({"aggregation": "mean"}, ValueError, "'mean'"),

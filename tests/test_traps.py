@@ -167,7 +167,8 @@ def test_numbers_that_change_under_torch_compile_leave_results_float32():
         advantages, _ = rlhf_core.gae(*tokens[:2], mask, gamma=number / 10, lam=number / 9)
         loss, _ = rlhf_core.ppo_loss(
             logprobs, tokens[2], advantages, None, None, None, mask, entropy=entropy,
-            clip_range=number, value_clip_range=None, vf_coef=0.0, entropy_coef=number, dual_clip=1 + number,
+            clip_range=(number, 2 * number), value_clip_range=None, vf_coef=0.0, entropy_coef=number,
+            dual_clip=1 + number,
         )  # fmt: skip
         return number * loss + (number * kl).sum()
 

@@ -185,6 +185,13 @@ def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = t
     return model.requires_grad_(True).eval()
 
 
+def has_scalar_head(source: str | os.PathLike) -> bool:
+    """Whether config.json in the folder or hub repository is of a sequence classifier, such as a reward model."""
+    file = model_folder(source) / "config.json"
+    architectures = read_json(file).get("architectures") or () if file.is_file() else ()
+    return any("SequenceClassification" in name for name in architectures)
+
+
 def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write model.safetensors (or shards and their index) and config.json into folder `path`.
 

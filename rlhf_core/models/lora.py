@@ -110,6 +110,14 @@ class LoRALinear(nn.Linear):
         ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(y.dtype)
 
+    def product(self) -> Tensor:
+        """What its adapters add to the weight, (out, in)."""
+        parts = [
+            self.adapters[name].product() if name in self.adapters else self.weight.new_zeros(size, self.in_features)
+            for name, size in self.sizes.items()
+        ]
+        return torch.cat(parts)
+
 
 def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
     """Give a Transformer, RewardModel or ValueModel adapters that change nothing yet. They train, and a scalar head;
@@ -186,9 +194,7 @@ def merge_adapters(model: nn.Module) -> None:
     adapter_config(model)
     for ours, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
-            for name, rows in zip(layer.sizes, layer.weight.split(list(layer.sizes.values()))):
-                if name in layer.adapters:
-                    rows += layer.adapters[name].product()
+            layer.weight += layer.product()
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             linear.weight, linear.bias = layer.weight, layer.bias
             model.set_submodule(ours, linear.train(layer.training))
@@ -260,6 +266,13 @@ def is_adapter(source: str | os.PathLike) -> bool:
     return (Path(source) / CONFIG_FILE).is_file()
 
 
+def is_reward_model(source: str | os.PathLike) -> bool:
+    """Whether a folder or hub repository holds a reward model, or adapters that make one."""
+    if is_adapter(source):
+        return read_json(Path(source) / CONFIG_FILE).get("task_type") == "SEQ_CLS"
+    return hub.has_scalar_head(source)
+
+
 def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
     """LoRAConfig of a folder's adapter_config.json; ValueError naming the field that is not supported."""
     file = Path(path) / CONFIG_FILE
@@ -292,9 +305,7 @@ def load_with_base(cls: type[nn.Module], path: str | os.PathLike, dtype: torch.d
     if base is None:
         raise ValueError(f"{file}: base_model_name_or_path is missing; load that model, then the adapters into it")
     base = model_folder(base)
-    architectures = read_json(base / "config.json").get("architectures") or ()
-    has_head = any("SequenceClassification" in name for name in architectures)
-    model = hub.load(cls if has_head else Transformer, base, dtype)
+    model = hub.load(cls if hub.has_scalar_head(base) else Transformer, base, dtype)
     if not isinstance(model, cls):
         model = cls.from_model(model, share_trunk=True)  # with a fresh head, which is about to be read
     load_adapters(model, path)

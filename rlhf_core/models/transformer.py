@@ -274,6 +274,14 @@ class Transformer(Pretrained, nn.Module):
         """Logits (B, T, V); arguments as for `Trunk.forward`."""
         return self.logits(self.trunk(input_ids, attention_mask, **packing))
 
+    def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, V); arguments as for `Trunk.prefill`."""
+        return self.logits(self.trunk.prefill(input_ids, lengths, cache))
+
+    def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
+        """Logits (B, V); arguments as for `Trunk.decode`."""
+        return self.logits(self.trunk.decode(token_ids, cache, slots))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         return F.linear(hidden, self.head_weight)

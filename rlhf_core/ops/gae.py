@@ -136,13 +136,15 @@ def ppo_advantages(
     gamma: float = 1.0,
     lam: float = 0.95,
     whiten: bool = True,
+    kl: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Advantages:
     """Advantages and returns of PPO for language models, in one pass: `ppo_advantages_unfused` says of what.
 
     Args:
-        scores: (B,) of the sequences; that of a sequence without a counted token is dropped.
+        scores: (B,) of the sequences; that of a sequence without a counted token is dropped. Or (B, T), what each
+            token of the rows earns, which takes the unfused form.
         logprobs, ref_logprobs, values: (B, T) floats, or (N,) packed; masked positions may hold anything.
         response_mask: (B, T) or (N,) bool, True where a token counts, the EOS included.
         kl_coef: weight of the KL penalty in the rewards.
@@ -150,6 +152,7 @@ def ppo_advantages(
         gamma, lam: discount and GAE's lambda, both in [0, 1].
         whiten: give the advantages mean 0 and variance 1 over all counted tokens. Where these are a shard of a larger
             batch, leave it off and whiten with the moments of all, `masking.Moments`.
+        kl: (B, T), such as `full_kl`'s, in place of the estimate; takes the unfused form.
         cu_seqlens: (B + 1,) integers for packed input, see `gae`.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
 
@@ -159,15 +162,20 @@ def ppo_advantages(
     Raises:
         ValueError or TypeError with the offending values.
     """
-    tokens = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
+    of_tokens = {"scores": scores} if scores.ndim == 2 else {}
+    tokens = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, **of_tokens}
+    if kl is not None:
+        tokens["kl"] = kl
     num_sequences, cu_seqlens = _check(tokens, response_mask, gamma, lam, cu_seqlens)
     check_float("scores", scores)
-    _check_per_sequence("scores", scores, num_sequences, logprobs)
+    if not of_tokens:
+        _check_per_sequence("scores", scores, num_sequences, logprobs)
     check_estimator(kl_estimator)
     inputs = at_least_float32(scores, logprobs, ref_logprobs, values)
     impl = backends.resolve(backend, inputs[0])
-    if impl is None or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
-        settings = (kl_coef, kl_estimator, gamma, lam, whiten, cu_seqlens, backend)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if impl is None or needs_grad or of_tokens or kl is not None:
+        settings = (kl_coef, kl_estimator, gamma, lam, whiten, kl, cu_seqlens, backend)
         return ppo_advantages_unfused(*inputs, response_mask, *settings)
     inputs = (x.contiguous() for x in (*inputs, response_mask))
     settings = (float(kl_coef), kl_estimator, float(gamma), float(lam), whiten, cu_seqlens)
@@ -185,18 +193,25 @@ def ppo_advantages_unfused(
     gamma: float,
     lam: float,
     whitened: bool,
+    kl: Tensor | None,
     cu_seqlens: Tensor | None,
     backend: str | None,
 ) -> Advantages:
     """The lines that `ppo_advantages` replaces: its reference, and the way a gradient takes."""
     if cu_seqlens is not None:
         rows = (unpack(x, cu_seqlens) for x in (logprobs, ref_logprobs, values, mask))
-        settings = (kl_coef, kl_estimator, gamma, lam, whitened, None, backend)
+        kl = None if kl is None else unpack(kl, cu_seqlens)
+        settings = (kl_coef, kl_estimator, gamma, lam, whitened, kl, None, backend)
         return Advantages(*(pack(x, cu_seqlens, len(mask)) for x in ppo_advantages_unfused(scores, *rows, *settings)))
-    kl = kl_estimate(logprobs, ref_logprobs, estimator=kl_estimator, mask=mask, backend=backend)
-    score = torch.where(mask.any(dim=1), scores, 0)[:, None]  # (B, 1)
+    if kl is None:
+        kl = kl_estimate(logprobs, ref_logprobs, estimator=kl_estimator, mask=mask, backend=backend)
+    else:
+        kl = kl.to(logprobs.dtype).masked_fill(~mask, 0)
     rewards = -kl_coef * kl
-    if rewards.numel():
+    if scores.ndim == 2:
+        rewards = rewards + scores.masked_fill(~mask, 0)
+    elif rewards.numel():
+        score = torch.where(mask.any(dim=1), scores, 0)[:, None]  # (B, 1)
         rewards = rewards.scatter_add(1, last_token_index(mask)[:, None], score)
     advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, backend=backend)
     return Advantages(whiten(advantages, mask) if whitened else advantages, returns, rewards, kl)

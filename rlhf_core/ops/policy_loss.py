@@ -2,8 +2,8 @@
 
 For every counted token, with ratio = exp(logprobs - old_logprobs) and A its advantage:
 
-    policy = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range))                            eq. 7, negated
-    policy = min(policy, -A dual_clip) where A < 0                                        Ye et al. 2020, eq. 5
+    policy = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))                               eq. 7, negated
+    policy = min(policy, -A dual_clip) where A < 0                                           Ye et al. 2020, eq. 5
     near   = clip(values, old_values - value_clip_range, old_values + value_clip_range)      openai/baselines ppo2
     value  = max((values - returns)^2, (near - returns)^2) / 2
     loss   = sum of weights * (policy + vf_coef value - entropy_coef entropy)                                  eq. 9
@@ -50,7 +50,8 @@ def ppo_loss_reference(
     mask: Tensor,
     weights: Tensor | None,
     sequence_mean: bool,
-    clip_range: float,
+    clip_low: float,
+    clip_high: float,
     value_clip_range: float | None,
     vf_coef: float,
     entropy_coef: float,
@@ -62,7 +63,7 @@ def ppo_loss_reference(
     zero = logprobs.new_zeros(())
     log_ratio, A, w = (x.masked_fill(~mask, 0) for x in (logprobs - old_logprobs, advantages, weights))
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    unclipped, clipped = -A * ratio, -A * ratio.clamp(1 - clip_range, 1 + clip_range)
+    unclipped, clipped = -A * ratio, -A * ratio.clamp(1 - clip_low, 1 + clip_high)
     policy = torch.maximum(unclipped, clipped)  # on a tie, ratio 1 for one, both halves of the gradient flow
     dual_clipped = torch.zeros_like(mask)
     if dual_clip is not None:
@@ -116,7 +117,7 @@ def ppo_loss(
     returns: Tensor | None,
     response_mask: Tensor,
     *,
-    clip_range: float,
+    clip_range: float | tuple[float, float],
     value_clip_range: float | None,
     vf_coef: float,
     entropy: Tensor | None = None,
@@ -135,7 +136,8 @@ def ppo_loss(
         advantages: (B, R).
         values, old_values, returns: (B, R); all None for a loss without a critic.
         response_mask: (B, R) bool, True where a token counts; elsewhere inputs may hold anything.
-        clip_range: half-width of the ratio's interval around 1, > 0.
+        clip_range: (low, high), each > 0: the ratio's interval is [1 - low, 1 + high]; a number is both. A low of 1 or
+            more, or a high of infinity, does not bind; a high above low is clip-higher (Yu et al. 2025, section 3.1).
         value_clip_range: how far a value may move from its old one before that stops paying, > 0; None: no bound.
         vf_coef: weight of the value loss.
         entropy: (B, R), for the bonus and the statistics.
@@ -164,7 +166,8 @@ def ppo_loss(
         raise ValueError("values, old_values and returns must be given together, or all be None")
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"entropy_coef {entropy_coef} needs the entropy")
-    if not clip_range > 0 or not (value_clip_range is None or value_clip_range > 0):
+    bounds = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    if len(bounds) != 2 or not all(x > 0 for x in bounds) or not (value_clip_range is None or value_clip_range > 0):
         raise ValueError(f"clip ranges must be > 0, got {clip_range} and {value_clip_range}")
     if not (dual_clip is None or dual_clip > 1):
         raise ValueError(f"dual_clip must be > 1, got {dual_clip}")
@@ -175,7 +178,7 @@ def ppo_loss(
     tensors |= dict(zip(given, at_least_float32(*(tensors[name] for name in given))))
     *tensors, weights = tensors.values()
     args = (*tensors, response_mask, weights, aggregation == "sequence_mean")
-    args += (clip_range, value_clip_range, vf_coef, entropy_coef, dual_clip)
+    args += (*bounds, value_clip_range, vf_coef, entropy_coef, dual_clip)
     impl = backends.resolve(backend, tensors[0])
     if impl is None:
         loss, stats = ppo_loss_reference(*args)

@@ -18,6 +18,7 @@ import math
 from numbers import Integral, Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,8 +69,8 @@ def sample_tokens_reference(
 def truncation_threshold(
     z: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> Tensor:
-    """(B, 1): kept are the logits z (B, V) that reach it."""
-    ordered = z.sort(dim=-1, descending=True).values
+    """(B, 1): kept are the logits z (B, V), float32 or float64, that reach it."""
+    ordered = _descending(z)
     threshold = ordered[:, -1:]
     if top_k is not None:
         threshold = ordered[:, top_k - 1 : top_k]
@@ -81,6 +82,13 @@ def truncation_threshold(
     if min_p is not None:
         threshold = torch.maximum(threshold, ordered[:, :1] + temperature * math.log(min_p))
     return threshold
+
+
+def _descending(z: Tensor) -> Tensor:
+    """Every row sorted, the largest first: on a CPU by numpy, many times faster than torch, which sorts indices too."""
+    if z.is_cpu and not torch.compiler.is_compiling():
+        return torch.from_numpy(np.sort(z.detach().numpy(), axis=-1)).flip(-1)
+    return z.sort(dim=-1, descending=True).values
 
 
 def uniform(seeds: Tensor, counters: Tensor) -> Tensor:

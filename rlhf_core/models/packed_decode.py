@@ -1,0 +1,96 @@
+"""A small model's prompts and decoding steps as one call each: a copy of its weights in the order C++ reads them.
+
+Where all weights lie in a core's cache, the hundred small operations of `Transformer.decode` cost more than their
+arithmetic. Adapters are folded into the copy. `Transformer` is the definition, and runs itself what is left out here:
+models on GPUs, in 16 bits, with hooks, under autocast, of more than `MOST_WEIGHTS`, with learned positions, LayerNorm
+or a plain MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_core import backends
+from rlhf_core.models.lora import Adapter, LoRALinear
+from rlhf_core.models.transformer import MLP, Attention, Block, KVCache, Transformer, Trunk
+
+PANEL = 32  # kPanel in csrc/kernels.h
+MOST_WEIGHTS = 2**22  # each thread reads all of them; with more, threads that share every layer's out come level
+PARTS = {Transformer, Trunk, Block, Attention, MLP, nn.ModuleList, nn.Linear, nn.RMSNorm, nn.Embedding, nn.Dropout}
+PARTS |= {LoRALinear, Adapter, nn.ModuleDict}
+
+
+def packed(model: Transformer) -> PackedModel | None:
+    """A model that fits, with its weights as they are now; None for any other."""
+    launch = getattr(backends.resolve(None, model.head_weight), "packed_decode_fwd", None)
+    return None if launch is None or not _fits(model) else PackedModel(model, launch)
+
+
+class PackedModel:
+    """`prefill` and `decode` of a Transformer up to rounding. A row's bits do not depend on the other rows."""
+
+    def __init__(self, model: Transformer, launch: Callable[..., Tensor]):
+        config = model.config
+        self.launch, self.embedding, self.weights = launch, model.trunk.embed.weight.contiguous(), _weights(model)
+        self.rope_tables, self.window = model.trunk._rope_tables, config.sliding_window
+        self.sizes = config.num_heads, config.intermediate_size, config.qk_norm, config.norm_eps
+
+    def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
+        samples = len(cache.lengths) // len(input_ids)
+        logits = self._run(input_ids, lengths, cache, torch.arange(0, len(cache.lengths), samples))
+        if samples > 1:
+            for store in (cache.keys, cache.values):
+                rows = store[:, :, :, : input_ids.shape[1]].unflatten(1, (-1, samples))  # (L, B, N / B, Hkv, P, K)
+                rows[:, :, 1:] = rows[:, :, :1]
+            cache.lengths[:] = lengths.repeat_interleave(samples)
+        return logits
+
+    def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
+        return self._run(token_ids, None, cache, slots)
+
+    def _run(self, token_ids: Tensor, counts: Tensor | None, cache: KVCache, slots: Tensor) -> Tensor:
+        rope = self.rope_tables(cache.keys.shape[3], slots.device)
+        return self.launch(
+            token_ids.contiguous(), counts, self.embedding, self.weights, cache.keys, cache.values, cache.lengths,
+            slots.contiguous(), *rope, self.window, *self.sizes,
+        )  # fmt: skip
+
+
+def _fits(model: Transformer) -> bool:
+    config, modules, weights = model.config, list(model.modules()), [*model.parameters(), *model.buffers()]
+    return (
+        (config.positions, config.norm, config.activation, config.gated_mlp) == ("rope", "rmsnorm", "silu", True)
+        and sum(x.numel() for x in weights) <= MOST_WEIGHTS
+        and all(x.dtype == torch.float32 for x in weights)
+        and all(type(x) in PARTS and not x._forward_hooks and not x._forward_pre_hooks for x in modules)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+@torch.no_grad()
+def _weights(model: Transformer) -> Tensor:
+    parts = []
+    for block in model.trunk.blocks:
+        attention, mlp = block.attn, block.mlp
+        parts += [block.norm1.weight, _linear(attention.qkv)]
+        if model.config.qk_norm:
+            parts += [attention.q_norm.weight, attention.k_norm.weight]
+        parts += [_linear(attention.out), block.norm2.weight, _linear(mlp.up), _linear(mlp.down)]
+    parts += [model.trunk.norm.weight, _panels(model.head_weight, None)]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _linear(layer: nn.Linear) -> Tensor:
+    return _panels(layer.weight + layer.product() if isinstance(layer, LoRALinear) else layer.weight, layer.bias)
+
+
+def _panels(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(out, in) to (out / PANEL, 1 + in, PANEL), zeros behind the last output: each panel's bias, then its weights."""
+    rows = F.pad(weight, (1, 0, 0, -len(weight) % PANEL))
+    if bias is not None:
+        rows[: len(bias), 0] = bias
+    return rows.unflatten(0, (-1, PANEL)).transpose(1, 2)

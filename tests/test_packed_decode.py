@@ -1,0 +1,232 @@
+"""A packed decoding step, judged against Transformer.decode in float64; and which models it leaves to that."""
+
+import copy
+
+import pytest
+import torch
+
+from rlhf_core import backends, generation
+from rlhf_core.models import KVCache, Transformer, TransformerConfig
+from rlhf_core.models import packed_decode as module
+from rlhf_core.models.lagging import lagging_copy
+from rlhf_core.models.lora import LoRAConfig, adapters_off, add_adapters
+from rlhf_core.models.packed_decode import packed
+
+pytestmark = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+S = 40
+KINDS = {
+    "llama": dict(num_kv_heads=2),
+    "as many heads": dict(tie_embeddings=False),
+    "qwen2": dict(qkv_bias=True, num_kv_heads=1),
+    "qwen3": dict(qk_norm=True, head_dim=6),
+    "mistral": dict(sliding_window=7, num_kv_heads=2),
+    "biases": dict(qkv_bias=True, out_bias=True, mlp_bias=True, num_layers=1),
+    "odd sizes": dict(hidden_size=10, num_heads=1, num_kv_heads=1, intermediate_size=17, vocab_size=1),
+    "narrow and wide": dict(hidden_size=4, num_heads=2, head_dim=34, num_kv_heads=1, intermediate_size=70),
+    "scaled positions": dict(rope_theta=100.0, rope_scaling={"rope_type": "linear", "factor": 2.0}),
+}
+
+
+@torch.no_grad()
+def make(**options):
+    sizes = dict(vocab_size=67, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=44, max_positions=2 * S)
+    model = Transformer(TransformerConfig(**(sizes | options))).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def filled(model, lengths):
+    """A cache that holds so many tokens of each row, and NaN behind them."""
+    cache = KVCache(model.config, len(lengths), S, model.head_weight)
+    cache.lengths[:] = torch.tensor(lengths)
+    held = (torch.arange(S) < cache.lengths[:, None])[:, None, :, None]
+    for store in (cache.keys, cache.values):
+        store.copy_(torch.randn_like(store).where(held, torch.nan))
+    return cache
+
+
+def rows(model, lengths):
+    return torch.randint(model.config.vocab_size, (len(lengths),)), filled(model, lengths)
+
+
+def check(got, reference, truth):
+    """Several layers in, where an element's own error is luck: the largest, within thrice the reference's."""
+    assert torch.equal(got.isnan(), truth.isnan())
+    error, theirs = ((x.double() - truth).nan_to_num().abs().max() for x in (got, reference))
+    assert error <= 3 * theirs + 2e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("B", [1, 2, 7, 45])
+def test_steps_are_as_accurate_as_those_of_the_modules(backend, kind, B):
+    model = make(**KINDS[kind])
+    exact = copy.deepcopy(model).double()
+    ids, cache = rows(model, [3 * n % 30 for n in range(B + 1)])
+    slots = torch.randperm(B + 1)[:B]
+    theirs, truth = copy.deepcopy(cache), copy.deepcopy(cache)
+    truth.keys, truth.values = truth.keys.double(), truth.values.double()
+    decode = packed(model).decode
+    for _ in range(3):
+        got = decode(ids[:B], cache, slots)
+        reference, want = model.decode(ids[:B], theirs, slots), exact.decode(ids[:B], truth, slots)
+        check(got, reference, want)
+        assert torch.equal(cache.lengths, truth.lengths)
+        for name in ("keys", "values"):
+            check(*(getattr(x, name) for x in (cache, theirs, truth)))
+        ids[:B] = want.argmax(dim=-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_prompts_are_as_accurate_as_those_of_the_modules(backend, kind, samples):
+    """Of lengths within, of and beyond a block of rows, several in one, and padding that is no token."""
+    model = make(**KINDS[kind])
+    exact = copy.deepcopy(model).double()
+    lengths = torch.tensor([1, 2, 37, 32, 30, 5, 33, 1])
+    ids = torch.randint(model.config.vocab_size, (8, 37))
+    mine, theirs, truth = (filled(model, [0] * 8 * samples) for _ in range(3))
+    truth.keys, truth.values = truth.keys.double(), truth.values.double()
+    reference, want = model.prefill(ids, lengths, theirs), exact.prefill(ids, lengths, truth)
+    beyond = torch.arange(37) >= lengths[:, None]
+    got = packed(model).prefill(ids.masked_fill(beyond, -7), lengths, mine)
+    check(got, reference, want)
+    assert torch.equal(mine.lengths, truth.lengths)
+    held = (torch.arange(S) < truth.lengths[:, None])[:, None, :, None]
+    for name in ("keys", "values"):
+        assert getattr(mine, name).masked_fill(held, torch.nan).isnan().all()
+        check(*(getattr(x, name).where(held, 0) for x in (mine, theirs, truth)))
+
+
+@torch.no_grad()
+def test_a_prompt_has_the_bits_of_its_tokens_one_by_one(backend):
+    model, ids = make(qk_norm=True, sliding_window=9), torch.randint(67, (3, 37))
+    at_once, stepwise = (filled(model, [0] * 3) for _ in range(2))
+    got = packed(model).prefill(ids, torch.full((3,), 37), at_once)
+    for token_ids in ids.T:
+        want = packed(model).decode(token_ids, stepwise, torch.arange(3))
+    assert torch.equal(got, want) and torch.equal(at_once.lengths, stepwise.lengths)
+    assert torch.equal(at_once.keys.nan_to_num(), stepwise.keys.nan_to_num())
+
+
+@torch.no_grad()
+def test_a_row_is_the_same_bit_for_bit_in_any_batch_and_on_any_number_of_threads(backend):
+    model, B = make(), 77
+    ids, cache = rows(model, [n % 30 for n in range(B)])
+    decode, slots, before = packed(model).decode, torch.arange(B), torch.get_num_threads()
+    together = copy.deepcopy(cache)
+    torch.set_num_threads(2)
+    want = decode(ids, together, slots)
+    torch.set_num_threads(1)
+    alone = copy.deepcopy(cache)
+    got = torch.cat([decode(ids[part], alone, slots[part]) for part in slots.split((1, 2, 3, 5, 40, 26))])
+    torch.set_num_threads(before)
+    assert torch.equal(got, want) and torch.equal(alone.lengths, together.lengths)
+    assert torch.equal(alone.keys.nan_to_num(), together.keys.nan_to_num())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", ["all-linear", ("v_proj", "gate_proj")], ids=str)
+def test_adapters_are_folded_in_and_off_means_off(backend, targets):
+    model = make(qkv_bias=True)
+    ids, cache = rows(model, [5] * 6)
+    slots, untouched = torch.arange(6), packed(model).decode(ids, copy.deepcopy(cache), torch.arange(6))
+    add_adapters(model, LoRAConfig(rank=2, target_modules=targets))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    with adapters_off(model):
+        assert torch.equal(packed(model).decode(ids, copy.deepcopy(cache), slots), untouched)
+    exact, truth = copy.deepcopy(model).double(), copy.deepcopy(cache)
+    truth.keys, truth.values = truth.keys.double(), truth.values.double()
+    reference, want = model.decode(ids, copy.deepcopy(cache), slots), exact.decode(ids, truth, slots)
+    assert (want - untouched).abs().max() > 0.1
+    check(packed(model).decode(ids, cache, slots), reference, want)
+
+
+@torch.no_grad()
+def test_strides_do_not_matter(backend):
+    model, slots = make(), torch.arange(10)
+    ids, cache = rows(model, [5] * 10)
+    strided, again = copy.deepcopy(model), copy.deepcopy(cache)
+    for parameter in strided.parameters():
+        parameter.data = parameter.data[..., None].transpose(0, -1).contiguous().transpose(0, -1)[..., 0]
+    want = packed(model).decode(ids[::2].clone(), cache, slots[::2].clone())
+    assert torch.equal(packed(strided).decode(ids[::2], again, slots[::2]), want)
+
+
+@torch.no_grad()
+def test_a_row_that_is_not_finite_stays_alone(backend):
+    model = make()
+    ids, cache = rows(model, [4] * 9)
+    cache.values[1, 5, :, 2] = torch.nan
+    got = packed(model).decode(ids, cache, torch.arange(9))
+    assert got.isnan().any(dim=1).tolist() == [row == 5 for row in range(9)]
+
+
+@torch.no_grad()
+def test_a_wrong_token_or_slot_is_named_and_nothing_written(backend):
+    model = make()
+    cache = filled(model, [3, S, 5])
+    decode, before = packed(model).decode, copy.deepcopy(cache)
+    for tokens, slots, message in (
+        ([1, 67], [0, 2], r"row 1: token 67 is outside \[0, 67\)"),
+        ([-1, 1], [0, 2], r"row 0: token -1 is"),
+        ([1, 1], [0, 3], r"row 1: slot 3 is outside \[0, 3\)"),
+        ([1, 1], [2, 2], "row 1: slot 2 is an earlier row's"),
+        ([1, 1], [0, 1], f"row 1: slot 1 has length {S}, no room for another token in {S}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode(torch.tensor(tokens), cache, torch.tensor(slots))
+    for counts, message in (
+        ([2, 0], "row 1: 0 of 2 tokens behind 5 in"),
+        ([3, 1], "row 0: 3 of 2"),
+        ([2, 36], "36 of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed(model)._run(torch.ones(2, 2).long(), torch.tensor(counts), cache, torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match=f"row 0: 36 of 36 tokens behind 5 in a cache of {S}"):
+        packed(model)._run(torch.ones(1, 36).long(), None, cache, torch.tensor([2]))
+    assert torch.equal(cache.lengths, before.lengths)
+    assert torch.equal(cache.keys.nan_to_num(), before.keys.nan_to_num())
+    packed(model)._run(torch.ones(1, 35).long(), None, cache, torch.tensor([2]))  # the last place is usable
+    assert cache.lengths.tolist() == [3, S, S]
+
+
+def test_what_it_does_not_compute_is_left_to_the_modules(backend, monkeypatch):
+    assert packed(make()) and packed(make(**KINDS["qwen3"])) and packed(lagging_copy(make()))
+    for options in (
+        dict(positions="learned"), dict(norm="layernorm"), dict(activation="gelu"), dict(gated_mlp=False)
+    ):  # fmt: skip
+        assert packed(make(**options)) is None
+    hooked, early = make(), make()
+    hooked.trunk.blocks[0].mlp.register_forward_hook(lambda *_: None)
+    early.trunk.embed.register_forward_pre_hook(lambda *_: None)
+    wide, lagging = make().double(), lagging_copy(make().bfloat16())  # the weights of a lagging copy are buffers
+    mine = type("Mine", (Transformer,), {})(make().config)
+    for model in (hooked, early, wide, lagging, make().bfloat16(), mine):
+        assert packed(model) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed(make()) is None
+    size = sum(x.numel() for x in make().parameters())
+    monkeypatch.setattr(module, "MOST_WEIGHTS", size)
+    assert packed(make())
+    monkeypatch.setattr(module, "MOST_WEIGHTS", size - 1)
+    assert packed(make()) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(backends, "DEFAULT", "reference")
+    assert packed(make()) is None
+
+
+def test_generate_takes_it_and_gives_what_the_modules_give(backend, monkeypatch):
+    model, ids = make(), torch.randint(67, (20, 5))
+    options = dict(max_new_tokens=30, eos_ids=(1, 2, 3, 4), seeds=torch.arange(20))
+    monkeypatch.setattr(generation, "packed", lambda model: None)
+    want = generation.generate(model, ids, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(Transformer, "decode", None)
+    got = generation.generate(model, ids, **options)
+    assert torch.equal(got.response_ids, want.response_ids)
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=2e-5)
