@@ -56,6 +56,7 @@ setup(
         "rlhf_core.benchmarks",
         "rlhf_core.benchmarks.peers",
         "rlhf_core.data",
+        "rlhf_core.integrations",
         "rlhf_core.kernels",
         "rlhf_core.losses",
         "rlhf_core.models",

@@ -1,11 +1,12 @@
-"""`rlhf-core sft|reward|ppo|dpo|kto|merge|generate|bench|demo|info`: arguments in, the library's functions called,
-errors without a traceback. A trainer's options are the fields of its config."""
+"""`rlhf-core sft|reward|ppo|dpo|...|best-of-n|merge|generate|bench|demo|info`: arguments in, the library's functions
+called, errors without a traceback. A trainer's options are the fields of its config."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -17,6 +18,44 @@ from pathlib import Path
 import rlhf_core
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError, ImportError)
+
+TEXTS = "JSONL[.gz] with messages, prompt and completion (or response), question and answer, or text"
+LABELLED = "JSONL[.gz] with prompt, completion (or response) and label"
+SCORED = "JSONL[.gz] with prompt, completion (or response) and reward, a number"
+PAIRS = "JSONL[.gz] with prompt, chosen and rejected, or chosen and rejected conversations"
+LISTS = f"{PAIRS}, and a margin; or prompt (or messages), responses and their ranks; or prompt, steps and labels"
+
+# Methods by command: <name>Trainer with <name>Config, or in rounds a function with <name>Config.
+ON_DATA = {  # name, what --data is, its reader and encoder, help
+    "sft": ("SFT", TEXTS, "read_texts", "encode_text", "supervised fine-tuning"),
+    "reward": (
+        "Reward",
+        LISTS,
+        "read_comparisons",
+        "encode_preference",
+        "a reward model, from preferences",
+    ),
+    "dpo": ("DPO", PAIRS, "read_preferences", "encode_preference", "direct preference optimisation"),
+    "kto": ("KTO", LABELLED, "read_labelled", "encode_labelled", "KTO: no pairs needed"),
+    "ilql": (
+        "ILQL",
+        SCORED,
+        "read_scored",
+        "encode_scored",
+        "ILQL: offline RL on text with rewards",
+    ),
+}
+ON_PROMPTS = {  # name, help
+    "ppo": ("PPO", "PPO against a reward model"),
+    "a2c": ("A2C", "A2C: PPO with one pass over each rollout, and no clip"),
+    "nlpo": ("NLPO", "NLPO: PPO that may write only what a lagging copy holds likely"),
+    "grpo": ("Group", "without a critic: GRPO, RLOO, REINFORCE++, ReMax by --advantage"),
+    "online-dpo": ("OnlineDPO", "DPO on its own samples, which a reward model labels"),
+}
+IN_ROUNDS = {  # name, function, help
+    "iterated-dpo": ("IteratedDPO", "iterated_dpo", "the same in rounds of sampling and DPO"),
+    "rft": ("RFT", "rft", "rejection sampling: SFT on the best of the policy's own samples, in rounds"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,46 +88,32 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    from rlhf_core.trainers import DPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig
+    from rlhf_core import trainers
+    from rlhf_core.trainers.on_policy import OnPolicyConfig
 
-    texts = "JSONL[.gz] with messages, prompt and completion (or response), question and answer, or text"
-    pairs = "JSONL[.gz] with prompt, chosen and rejected, or chosen and rejected conversations"
-    lists = f"{pairs}, and a margin; or prompt (or messages), responses and their ranks"
-    for name, run, config, data, help in (
-        ("sft", _sft, SFTConfig, texts, "supervised fine-tuning"),
-        ("reward", _reward, RewardConfig, lists, "train a reward model on preference pairs or ranked lists"),
-        ("dpo", _dpo, DPOConfig, pairs, "direct preference optimisation"),
-        ("kto", _kto, KTOConfig, "JSONL[.gz] with prompt, completion (or response) and label", "KTO: no pairs needed"),
-        ("ppo", _ppo, PPOConfig, None, "PPO against a reward model"),
-    ):
-        sub = command(name, run, help)
-        sub.add_argument("--model", required=True, type=Path, help="model folder in the Hugging Face layout")
-        if data is None:
-            sub.add_argument("--reward-model", required=True, type=Path, help="folder that `rlhf-core reward` wrote")
-            sub.add_argument(
-                "--prompts", required=True, type=Path, help="JSONL[.gz] with prompt or messages, or .txt, one a line"
-            )
-            sub.add_argument(
-                "--eos-ids", type=int, nargs="+", help="token ids that end a response; default: model's and tokenizer's"
-            )
-        else:
-            sub.add_argument("--data", required=True, type=Path, help=data)
-            sub.add_argument("--eval-data", type=Path, help="evaluate on this file")
-            sub.add_argument("--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out")
-        sub.add_argument("--out", required=True, type=Path, help="folder for the model, its config and metrics.jsonl")
-        there = sub.add_mutually_exclusive_group()
-        there.add_argument("--overwrite", action="store_true", help="write into --out even if it is not empty")
-        there.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out; same --model")
-        sub.add_argument("--skip-bad", action="store_true", help="drop bad lines and count them instead of stopping")
-        sub.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-        lora = sub.add_argument_group(
-            "LoRA", "--out then holds adapters in PEFT's layout, and names --model as their base"
-        )
-        lora.add_argument("--lora-rank", type=int, help="train adapters of this rank; the weights stay as they are")
-        lora.add_argument("--lora-alpha", type=float, help="they are scaled by this / rank; default: 16")
-        lora.add_argument("--lora-dropout", type=float, help="of their input; needs --dropout; default: 0")
-        lora.add_argument("--lora-targets", nargs="+", metavar="MODULE", help="such as q_proj v_proj; default: all")
-        _add_config(sub, config)
+    for run, methods in ((_train_on_data, ON_DATA), (_train_on_prompts, ON_PROMPTS), (_train_in_rounds, IN_ROUNDS)):
+        for name, (kind, *parts, help) in methods.items():
+            sub, config = command(name, run, help), getattr(trainers, f"{kind}Config")
+            sub.add_argument("--model", required=True, type=Path, help="model folder in the Hugging Face layout")
+            if methods is ON_DATA:
+                sub.add_argument("--data", required=True, type=Path, help=parts[0])
+                sub.add_argument("--eval-data", type=Path, help="evaluate on this file")
+                sub.add_argument("--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out")
+            else:
+                _add_prompts_and_reward(sub)
+            if issubclass(config, OnPolicyConfig):
+                sub.add_argument("--ptx-data", type=Path, help=f"for --ptx-coef: {TEXTS}")
+            _add_run(sub)
+            _add_config(sub, config)
+
+    sub = command("best-of-n", _best_of_n, "sample, keep each prompt's response that a reward model likes best")
+    sub.add_argument("--model", required=True, type=Path, help="model folder in the Hugging Face layout")
+    _add_prompts_and_reward(sub)
+    sub.add_argument("--out", required=True, type=Path, help="JSONL file for prompt, completion and score")
+    sub.add_argument("--overwrite", action="store_true", help="replace --out")
+    sub.add_argument("--skip-bad", action="store_true", help="drop bad lines and count them instead of stopping")
+    sub.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
+    _add_config(sub, trainers.SamplingConfig)
 
     sub = command("merge", _merge, "fold the adapters of a folder into the weights of their base: a plain model")
     sub.add_argument("--model", required=True, type=Path, help="folder of adapters")
@@ -101,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--chat", action="store_true", help="each prompt is what a user says, in the model's chat template"
     )
+    sub.add_argument("--beta", type=float, help="ILQL: weight of the values; default: that of its training; 0: none")
     sub.add_argument("--num-samples", type=int, default=1, help="responses to each prompt")
     sub.add_argument("--max-new-tokens", type=int, default=64, help="longest response")
     sub.add_argument("--min-new-tokens", type=int, default=0, help="shortest response")
@@ -132,6 +158,38 @@ def _parser() -> argparse.ArgumentParser:
 
     command("info", _info, "versions, backends with reasons, CPU features")
     return parser
+
+
+def _add_run(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", required=True, type=Path, help="folder for the model, its config and metrics.jsonl")
+    there = sub.add_mutually_exclusive_group()
+    there.add_argument("--overwrite", action="store_true", help="write into --out even if it is not empty")
+    there.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out; same --model")
+    sub.add_argument("--skip-bad", action="store_true", help="drop bad lines and count them instead of stopping")
+    sub.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    lora = sub.add_argument_group("LoRA", "--out then holds adapters in PEFT's layout, and names --model as their base")
+    lora.add_argument("--lora-rank", type=int, help="train adapters of this rank; the weights stay as they are")
+    lora.add_argument("--lora-alpha", type=float, help="they are scaled by this / rank; default: 16")
+    lora.add_argument("--lora-dropout", type=float, help="of their input; needs --dropout; default: 0")
+    lora.add_argument("--lora-targets", nargs="+", metavar="MODULE", help="such as q_proj v_proj; default: all")
+
+
+def _add_prompts_and_reward(sub: argparse.ArgumentParser) -> None:
+    from rlhf_core.models.heads import AGGREGATES
+
+    sub.add_argument(
+        "--reward-model", required=True, type=Path, nargs="+", help="folders that `rlhf-core reward` wrote"
+    )
+    several = sub.add_mutually_exclusive_group()
+    several.add_argument("--reward-weights", type=float, nargs="+", help="of several: their weighted sum")
+    several.add_argument("--reward-ensemble", choices=AGGREGATES, help="of several: default mean")
+    sub.add_argument("--reward-coef", type=float, help="ensemble uncertainty: weight of the variance taken off")
+    sub.add_argument(
+        "--prompts", required=True, type=Path, help="JSONL[.gz] with prompt or messages, or .txt, one a line"
+    )
+    sub.add_argument(
+        "--eos-ids", type=int, nargs="+", help="token ids that end a response; default: model's and tokenizer's"
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser, config: type) -> None:
@@ -176,21 +234,27 @@ def _device(arguments: argparse.Namespace):
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def _train_on_file(arguments: argparse.Namespace, config_type: type, reader, encode, model_type, trainer_type) -> None:
-    """What sft, reward, dpo and kto share: file -> examples, model -> trainer, train, print the last metrics."""
+def _train_on_data(arguments: argparse.Namespace) -> None:
+    """File -> examples, model -> trainer, train, print the last metrics."""
     import torch
 
-    from rlhf_core.data import load_tokenizer
-    from rlhf_core.models import RewardModel, Transformer
+    from rlhf_core import data, trainers
+    from rlhf_core.models import ILQLModel, RewardModel, Transformer
+    from rlhf_core.models.lora import is_reward_model
 
-    config = _config(config_type, arguments)
+    kind, _, reader, encoder, _ = ON_DATA[arguments.command]
+    reader, encode = getattr(data, reader), getattr(data, encoder)
+    config = _config(getattr(trainers, f"{kind}Config"), arguments)
     _fresh_out(arguments)
     torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(arguments.model)
-    model = Transformer.from_pretrained(arguments.model)
-    if model_type is RewardModel:
+    tokenizer = data.load_tokenizer(arguments.model)
+    further = kind == "Reward" and is_reward_model(arguments.model)
+    model = (RewardModel if further else Transformer).from_pretrained(arguments.model)
+    if kind == "Reward" and not further:
         model = RewardModel.from_model(model)
     _add_adapters(model, arguments)
+    if kind == "ILQL":
+        model = ILQLModel(model)
     max_length = min(config.max_length, model.config.max_positions)
 
     def load(path: Path) -> list:
@@ -205,7 +269,7 @@ def _train_on_file(arguments: argparse.Namespace, config_type: type, reader, enc
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
         count = int(len(examples) * arguments.eval_fraction)
         held_out, examples = [examples[i] for i in order[:count]], [examples[i] for i in order[count:]]
-    trainer = trainer_type(
+    trainer = getattr(trainers, f"{kind}Trainer")(
         model.to(_device(arguments)),
         examples,
         config,
@@ -240,67 +304,92 @@ def _print_result(metrics: dict[str, float], out: Path, note: str) -> None:
     print(f"{note}; written to {out}")
 
 
-def _sft(arguments: argparse.Namespace) -> None:
-    from rlhf_core.data import encode_text, read_texts
-    from rlhf_core.models import Transformer
-    from rlhf_core.trainers import SFTConfig, SFTTrainer
-
-    _train_on_file(arguments, SFTConfig, read_texts, encode_text, Transformer, SFTTrainer)
-
-
-def _reward(arguments: argparse.Namespace) -> None:
-    from rlhf_core.data import encode_preference, read_comparisons
-    from rlhf_core.models import RewardModel
-    from rlhf_core.trainers import RewardConfig, RewardTrainer
-
-    _train_on_file(arguments, RewardConfig, read_comparisons, encode_preference, RewardModel, RewardTrainer)
-
-
-def _dpo(arguments: argparse.Namespace) -> None:
-    from rlhf_core.data import encode_preference, read_preferences
-    from rlhf_core.models import Transformer
-    from rlhf_core.trainers import DPOConfig, DPOTrainer
-
-    _train_on_file(arguments, DPOConfig, read_preferences, encode_preference, Transformer, DPOTrainer)
-
-
-def _kto(arguments: argparse.Namespace) -> None:
-    from rlhf_core.data import encode_labelled, read_labelled
-    from rlhf_core.models import Transformer
-    from rlhf_core.trainers import KTOConfig, KTOTrainer
-
-    _train_on_file(arguments, KTOConfig, read_labelled, encode_labelled, Transformer, KTOTrainer)
-
-
 def _eos_ids(arguments: argparse.Namespace, model, tokenizer) -> tuple[int, ...]:
     return tuple(arguments.eos_ids or dict.fromkeys((*model.config.eos_ids, *tokenizer.eos_ids)))
 
 
-def _ppo(arguments: argparse.Namespace) -> None:
+def _reward_of(arguments: argparse.Namespace, device):
+    """What the --reward options name, as a `Scorer` takes it."""
+    from rlhf_core.models import load_reward
+
+    weights, folders = arguments.reward_weights, arguments.reward_model
+    if weights is None:
+        return load_reward(folders, arguments.reward_ensemble, arguments.reward_coef).to(device)
+    if len(weights) != len(folders):
+        raise ValueError(f"--reward-weights are {len(weights)} for {len(folders)} reward models")
+    return [(load_reward([folder]).to(device), weight) for folder, weight in zip(folders, weights)]
+
+
+def _prompted(arguments: argparse.Namespace, config) -> tuple:
+    """What the methods that sample take: the model, rows of a prompt as read and as ids, and options."""
     import torch
 
     from rlhf_core.data import encode_prompt, load_tokenizer, read_prompts
-    from rlhf_core.models import RewardModel, Transformer
-    from rlhf_core.trainers import PPOConfig, PPOTrainer
+    from rlhf_core.models import Transformer
 
-    config = _config(PPOConfig, arguments)
-    _fresh_out(arguments)
     torch.manual_seed(config.seed)
     tokenizer, device = load_tokenizer(arguments.model), _device(arguments)
     model = Transformer.from_pretrained(arguments.model).to(device)
+    rows = _read(read_prompts, arguments.prompts, arguments, lambda prompt: (prompt, encode_prompt(prompt, tokenizer)))
+    eos_ids = _eos_ids(arguments, model, tokenizer)
+    return model, rows, dict(reward=_reward_of(arguments, device), eos_ids=eos_ids, tokenizer=tokenizer)
+
+
+def _train_on_prompts(arguments: argparse.Namespace) -> None:
+    """Prompts and a reward to a trainer, train, print the last metrics."""
+    from rlhf_core import trainers
+    from rlhf_core.data import encode_text, read_texts
+
+    kind, _ = ON_PROMPTS[arguments.command]
+    config = _config(getattr(trainers, f"{kind}Config"), arguments)
+    _fresh_out(arguments)
+    model, rows, options = _prompted(arguments, config)
     _add_adapters(model, arguments)
-    trainer = PPOTrainer(
-        model,
-        _read(read_prompts, arguments.prompts, arguments, lambda prompt: encode_prompt(prompt, tokenizer)),
-        config,
-        reward=RewardModel.from_pretrained(arguments.reward_model).to(device),
-        eos_ids=_eos_ids(arguments, model, tokenizer),
-        tokenizer=tokenizer,
-        out=arguments.out,
-    )
+    if getattr(arguments, "ptx_data", None) is not None:
+        limit, tokenizer = model.config.max_positions, options["tokenizer"]
+        encode = lambda text: encode_text(text, tokenizer, limit)  # noqa: E731
+        options["ptx_examples"] = _read(read_texts, arguments.ptx_data, arguments, encode)
+    trainer_type = getattr(trainers, f"{kind}Trainer")
+    trainer = trainer_type(model, [ids for _, ids in rows], config, out=arguments.out, **options)
     if arguments.resume:
         trainer.resume()
-    _print_result(trainer.train()[-1], arguments.out, f"{len(trainer.examples)} prompts")
+    _print_result(trainer.train()[-1], arguments.out, f"{len(rows)} prompts")
+
+
+def _train_in_rounds(arguments: argparse.Namespace) -> None:
+    """The same for a function that trains in rounds."""
+    from rlhf_core import trainers
+
+    kind, method, _ = IN_ROUNDS[arguments.command]
+    config = _config(getattr(trainers, f"{kind}Config"), arguments)
+    _fresh_out(arguments)
+    model, rows, options = _prompted(arguments, config)
+    _add_adapters(model, arguments)
+    folder = dict(out=arguments.out, resume=arguments.resume)
+    history = getattr(trainers, method)(model, [ids for _, ids in rows], config, **folder, **options)
+    _print_result(history[-1], arguments.out, f"{len(rows)} prompts")
+
+
+def _best_of_n(arguments: argparse.Namespace) -> None:
+    from rlhf_core.evaluation import best_of_n_kl
+    from rlhf_core.files import replacing
+    from rlhf_core.trainers import SamplingConfig, best_of_n
+
+    config, out = _config(SamplingConfig, arguments), arguments.out
+    if out.exists() and not arguments.overwrite:
+        raise FileExistsError(f"{out} is there; choose another --out or pass --overwrite")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model, rows, options = _prompted(arguments, config)
+    found = best_of_n(model, [ids for _, ids in rows], config, **options)
+    best, scores = found.best()
+    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for (prompt, _), ids, score in zip(rows, best, scores.tolist()):
+            row = {"prompt": prompt, "completion": options["tokenizer"].decode(ids), "score": score}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(
+        f"mean score {found.scores.mean():.6g}, of the best of {config.num_samples} {scores.mean():.6g}, at most "
+        f"{best_of_n_kl(config.num_samples):.3g} nats from the policy; {len(rows)} prompts; written to {out}"
+    )
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -327,11 +416,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     from rlhf_core.data import encode_prompt, load_tokenizer
     from rlhf_core.data.collate import left_pad
     from rlhf_core.generation import generate
-    from rlhf_core.models import Transformer
+    from rlhf_core.models import ILQLModel, Transformer
+    from rlhf_core.models.ilql import has_values
 
     device = _device(arguments)
     tokenizer = load_tokenizer(arguments.model)
-    model = Transformer.from_pretrained(arguments.model).to(device)
+    valued = has_values(arguments.model)
+    model = (ILQLModel if valued else Transformer).from_pretrained(arguments.model).to(device)
+    if arguments.beta is not None:
+        if not valued:
+            raise ValueError(f"--beta has no effect: {arguments.model} is no folder that `rlhf-core ilql` wrote")
+        model.beta = arguments.beta
     prompts = arguments.prompt
     if arguments.chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]

@@ -182,41 +182,14 @@ def run(task: Task, out: Path, seed: int) -> str:
     """Train everything into subfolders of `out`; returns the report, also written to out/report.txt."""
     started = time.monotonic()
     lines = []
-
-    def evaluate(policy: Transformer) -> Evaluation:
-        return evaluate_policy(
-            policy,
-            base,
-            task.eval_prompts,
-            task.gold,
-            task.tokenizer,
-            max_new_tokens=task.response_length,
-            eos_ids=task.eos_ids,
-            seed=seed + 1,
-        )
-
-    base = task.policy
-    if task.sft is not None:
-        history = SFTTrainer(base, task.sft_examples, task.sft, tokenizer=task.tokenizer, out=out / "sft").train()
+    base, history = supervised(task, out)
+    if history:
         lines.append(f"SFT loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} nats a token")
-    base = frozen_copy(base)
-
     pairs, disagreement = labelled_pairs(task, base, seed)
-    held_out = len(pairs) // 8
-    train_pairs, eval_pairs = pairs[held_out:], pairs[:held_out]
-    torch.manual_seed(seed)
-    reward_model = RewardModel.from_model(base)
-    trainer = RewardTrainer(
-        reward_model,
-        train_pairs,
-        task.reward,
-        eval_examples=eval_pairs,
-        tokenizer=task.tokenizer,
-        out=out / "reward",
-    )
-    accuracy = trainer.train()[-1]["eval_accuracy"]
+    train_pairs, eval_pairs = split(pairs)
+    reward_model, report = fitted_reward_model(task, base, train_pairs, eval_pairs, seed, out)
     lines.append(
-        f"reward model: accuracy {accuracy:.3f} on {len(eval_pairs)} held-out pairs "
+        f"reward model: accuracy {report['eval_accuracy']:.3f} on {len(eval_pairs)} held-out pairs "
         f"({len(train_pairs)} to train on, {disagreement:.1%} labelled against gold)"
     )
 
@@ -233,11 +206,21 @@ def run(task: Task, out: Path, seed: int) -> str:
     ).train()
     DPOTrainer(dpo_policy, train_pairs, task.dpo, reference=base, tokenizer=task.tokenizer, out=out / "dpo").train()
 
-    results = {"SFT": evaluate(base), "PPO": evaluate(ppo_policy), "DPO": evaluate(dpo_policy)}
+    policies = {"SFT": base, "PPO": ppo_policy, "DPO": dpo_policy}
+    results = {name: evaluated(task, base, policy, seed) for name, policy in policies.items()}
     lines += [*table(results), "", *samples(task, results), "", f"{time.monotonic() - started:.0f} s"]
     report = "\n".join(lines)
     (out / "report.txt").write_text(report + "\n", encoding="utf-8")
     return report
+
+
+def supervised(task: Task, out: Path | None = None) -> tuple[Transformer, list[dict[str, float]]]:
+    """The policy that all else starts from, frozen, and the metrics of its training; none where it is pretrained."""
+    history = []
+    if task.sft is not None:
+        folder = out and out / "sft"
+        history = SFTTrainer(task.policy, task.sft_examples, task.sft, tokenizer=task.tokenizer, out=folder).train()
+    return frozen_copy(task.policy), history
 
 
 def labelled_pairs(task: Task, policy: Transformer, seed: int) -> tuple[list[Pair], float]:
@@ -267,6 +250,27 @@ def labelled_pairs(task: Task, policy: Transformer, seed: int) -> tuple[list[Pai
             chosen, rejected = (first, second) if (first_score > second_score) != flip else (second, first)
             pairs.append(Pair(prompt, chosen, rejected))
     return pairs, wrong / len(pairs)
+
+
+def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """To train on, and the eighth that is held out."""
+    return pairs[len(pairs) // 8 :], pairs[: len(pairs) // 8]
+
+
+def fitted_reward_model(
+    task: Task, base: Transformer, pairs: list[Pair], held_out: list[Pair], seed: int, out: Path | None = None
+) -> tuple[RewardModel, dict[str, float]]:
+    """The reward model that the pairs teach, and the metrics of its last step."""
+    torch.manual_seed(seed)
+    reward_model = RewardModel.from_model(base)
+    options = dict(eval_examples=held_out, tokenizer=task.tokenizer, out=out and out / "reward")
+    return reward_model, RewardTrainer(reward_model, pairs, task.reward, **options).train()[-1]
+
+
+def evaluated(task: Task, base: Transformer, policy: Transformer, seed: int) -> Evaluation:
+    """A policy's responses to the held-out prompts, by gold, and its KL to the base."""
+    options = dict(max_new_tokens=task.response_length, eos_ids=task.eos_ids, seed=seed + 1)
+    return evaluate_policy(policy, base, task.eval_prompts, task.gold, task.tokenizer, **options)
 
 
 def table(results: dict[str, Evaluation]) -> list[str]:

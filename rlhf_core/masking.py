@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_core.checks import check_mask
 
-AGGREGATIONS = ("token_mean", "sequence_mean")  # see loss_weights
+AGGREGATIONS = ("token_mean", "sequence_mean")  # see loss_weights, which knows one more
 IGNORE_INDEX = -100  # a label that is no target; the value that Hugging Face collators use
 
 
@@ -61,11 +61,12 @@ def last_token_index(mask: Tensor) -> Tensor:
     return (positions * mask).amax(dim=-1)
 
 
-def loss_weights(mask: Tensor, aggregation: str = "token_mean") -> Tensor:
+def loss_weights(mask: Tensor, aggregation: str = "token_mean", *, length: float | None = None) -> Tensor:
     """Weights (B, T) that turn a per-token loss into a scalar: (loss * weights).sum().
 
     token_mean     every counted token of the batch weighs the same
     sequence_mean  every row weighs the same, its tokens share that weight
+    sequence_sum   every counted token weighs 1 / length, a constant, in the mean over the rows (Liu et al. 2025)
 
     Weights of a whole minibatch, sliced together with it, make gradient accumulation exact: the micro-batch sums
     add up to the minibatch's loss whatever the split and the lengths.
@@ -76,4 +77,8 @@ def loss_weights(mask: Tensor, aggregation: str = "token_mean") -> Tensor:
     if aggregation == "sequence_mean":
         lengths = weights.sum(dim=-1, keepdim=True)
         return weights / lengths.clamp_min(1) / (lengths > 0).sum().clamp_min(1)
-    raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
+    if aggregation == "sequence_sum" and length is not None:
+        return weights / length / mask.any(dim=-1).sum().clamp_min(1)
+    if aggregation == "sequence_sum":
+        raise ValueError("aggregation 'sequence_sum' needs the length that its sums are divided by")
+    raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, sequence_sum, got {aggregation!r}")

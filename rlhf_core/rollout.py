@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_core.data.collate import left_pad
 from rlhf_core.generation import generate
 from rlhf_core.models import Transformer, ValueModel
 from rlhf_core.models.transformer import Trunk
-from rlhf_core.ops import linear_token_logprobs_and_entropy
+from rlhf_core.ops import full_kl, linear_token_logprobs_and_entropy
+
+FULL_KL_LOGITS = 2**22  # of each model at a time: 16 MB
 
 
 class Rollout(NamedTuple):
@@ -130,16 +133,40 @@ def response_logprobs(
     logprobs, entropy = linear_token_logprobs_and_entropy(
         hidden, model.head_weight, rollout.response_ids[mask], temperature=temperature, loss_of=loss_of
     )
-    return _scatter(logprobs, mask), _scatter(entropy, mask)
+    return scatter(logprobs, mask), scatter(entropy, mask)
+
+
+def response_full_kl(
+    model: Transformer,
+    reference: Transformer,
+    rollout: Rollout,
+    temperature: float,
+    hidden: Tensor,
+    ref_hidden: Tensor,
+) -> Tensor:
+    """Exact KL(model || reference) (B, R) over the vocabulary at every response token, with gradient to the model.
+
+    hidden, ref_hidden: what `response_hidden` gives for the two trunks. Logits exist for some tokens at a time, and are
+    computed again for the backward.
+    """
+
+    def kl_of(h: Tensor, r: Tensor) -> Tensor:
+        return full_kl(model.logits(h), reference.logits(r), temperature=temperature)
+
+    size = max(1, FULL_KL_LOGITS // model.config.vocab_size)
+    parts = []
+    for h, r in zip(hidden.split(size), ref_hidden.split(size)):
+        parts.append(checkpoint(kl_of, h, r, use_reentrant=False) if torch.is_grad_enabled() else kl_of(h, r))
+    return scatter(torch.cat(parts), rollout.response_mask)
 
 
 def response_values(critic: ValueModel, rollout: Rollout, hidden: Tensor | None = None) -> Tensor:
     """Values (B, R) of the states before the response tokens, 0 where the mask is False, with gradient; hidden as for
     `response_logprobs`."""
     hidden = response_hidden(critic.trunk, rollout) if hidden is None else hidden
-    return _scatter(critic.read(hidden), rollout.response_mask)
+    return scatter(critic.read(hidden), rollout.response_mask)
 
 
-def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+def scatter(values: Tensor, mask: Tensor) -> Tensor:
     """Values (N,) to the N True places of a mask (B, R), 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -23,6 +23,7 @@ from rlhf_core.data import (
     read_prompts,
     read_texts,
 )
+from rlhf_core.data.collate import collate
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig
 
 SPECIAL = [
@@ -401,6 +402,19 @@ def test_a_pair_shares_its_prompt(chatting):
         assert chatting.decode(ids) == text and ids[-1] == chatting.eos_ids[0]
 
 
+@pytest.mark.parametrize("max_length", [200, 30])
+def test_of_a_pairs_turns_those_of_the_assistant_count(chatting, max_length):
+    prompt, more = chat(("user", "one")), chat(("assistant", "1"), ("user", "two"), ("assistant", "2 of"))
+    pair = encode_preference(Preference(prompt, more, "so"), chatting, max_length)
+    long, short = (encode_text(Text(prompt, turns), chatting, max_length) for turns in (more, "so"))
+    assert (pair.prompt_ids, pair.chosen_ids, pair.masks[0]) == long[:3]
+    assert (pair.rejected_ids, pair.masks[1]) == short[1:3] and False in pair.masks[0]
+    batch = collate([pair], 0)
+    assert batch.lengths.tolist() == [sum(pair.masks[0]), len(pair.rejected_ids)]
+    counted = [token for token, counts in zip(pair.chosen_ids, pair.masks[0]) if counts]
+    assert batch.targets.tolist() == counted + pair.rejected_ids
+
+
 def test_what_is_no_example_is_refused(chatting, tmp_path):
     with pytest.raises(ValueError, match="the completion holds no message of the assistant"):
         encode_text(Text(chat(("user", "one")), chat(("user", "two"))), chatting, 50)
@@ -540,6 +554,8 @@ def test_every_shape_of_conversation_is_read(tmp_path):
         ({"prompt": [HI], "chosen": [YES], "rejected": [NO]}, Preference([HI], "yes", "no")),
         ({"chosen": [HI, YES, HI, YES], "rejected": [HI, YES, HI, NO]}, Preference([HI, YES, HI], "yes", "no")),
         ({"prompt": "hi", "chosen": [HI, YES], "rejected": [HI, NO]}, Preference([HI], "yes", "no")),
+        ({"prompt": [HI], "chosen": [YES, HI, NO], "rejected": [NO]}, Preference([HI], [YES, HI, NO], "no")),
+        ({"chosen": [HI, NO], "rejected": [HI, YES, HI, NO]}, Preference([HI], "no", [YES, HI, NO])),
     ]
     assert read_preferences(write(tmp_path / "p.jsonl", *(row for row, _ in pairs))) == [want for _, want in pairs]
     prompts = [
@@ -572,9 +588,14 @@ BAD = [
     (read_texts, {"prompt": [HI], "completion": ""}, "'completion' is empty"),
     (read_texts, {"prompt": "hi", "completion": [YES]}, "'completion' must be a string"),
     (read_preferences, {"prompt": [HI], "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are equal"),
-    (read_preferences, {"prompt": [HI], "chosen": [YES, HI], "rejected": [NO]}, "'chosen' must end in one message"),
-    (read_preferences, {"chosen": [HI, YES], "rejected": [HI, YES]}, "'chosen' must end in one .*, got none"),
-    (read_preferences, {"chosen": [HI, YES], "rejected": [HI]}, "'rejected' must end in one .*, got none"),
+    (
+        read_preferences,
+        {"prompt": [HI], "chosen": [YES, HI], "rejected": [NO]},
+        "'chosen' must go on, .* assistant, user",
+    ),
+    (read_preferences, {"chosen": [HI, YES], "rejected": [HI, YES]}, "'chosen' must go on, .*, got none"),
+    (read_preferences, {"chosen": [HI, YES], "rejected": [HI]}, "'rejected' must go on, .*, got none"),
+    (read_preferences, {"chosen": [HI, SYSTEM, YES], "rejected": [HI, NO]}, "'chosen' must go on, .*, got system"),
     (read_preferences, {"chosen": [HI, YES], "rejected": "no"}, "'rejected' must be a list of messages, got 'no'"),
     (read_preferences, {"chosen": [HI, YES]}, "'rejected' is missing"),
     (read_preferences, {"chosen": [YES], "rejected": [NO]}, "'chosen' and 'rejected' share no message"),

@@ -134,6 +134,26 @@ def test_dpo_takes_its_loss_and_refuses_what_has_no_effect(folders, tmp_path, ca
     assert "gamma has no effect on loss 'dpo', got 0.5" in capsys.readouterr().err
 
 
+def test_dpo_reads_the_log_probs_of_the_reference_that_an_earlier_run_wrote(folders, tmp_path, capsys):
+    data, file = write(tmp_path / "pairs.jsonl", PAIRS), tmp_path / "cache" / "logprobs"
+    for out, more in (("first", []), ("second", ["--seed", 1, "--beta", 0.2])):
+        assert train("dpo", folders, data, tmp_path / out, "--reference-logprobs", file, *more) == 0
+    assert train("dpo", folders, data, tmp_path / "no", "--reference-logprobs", file, "--precision", "bfloat16") == 2
+    assert f"{file}: made with another precision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command, rows", [("sft", TEXTS), ("reward", PAIRS), ("dpo", PAIRS)])
+def test_what_is_evaluated_is_encoded_like_what_is_trained_on(command, rows, folders, tmp_path):
+    """Row 32: on the same file, cut to the same length, with the same weights: the same loss."""
+    data = write(tmp_path / "data.jsonl", rows)
+    options = ["--eval-data", data, "--lr", 1e-30, "--batch-size", 10, "--max-steps", 1, "--max-length", 9]
+    assert train(command, folders, data, tmp_path / "out", *options) == 0
+    (line,) = map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+    evaluated = {name: value for name, value in line.items() if name.startswith("eval_")}
+    assert "eval_loss" in evaluated and evaluated["eval_loss"] != 0
+    assert evaluated == pytest.approx({name: line[name.removeprefix("eval_")] for name in evaluated}, abs=1e-5)
+
+
 def test_eval_data_is_evaluated_and_nothing_held_out(folders, tmp_path, capsys):
     data, other = write(tmp_path / "a.jsonl", TEXTS), write(tmp_path / "b.jsonl", TEXTS[:3])
     assert train("sft", folders, data, tmp_path / "out", "--eval-data", other) == 0
@@ -226,6 +246,77 @@ def test_ppo_goes_from_prompts_to_a_policy_and_a_critic(name, rows, folders, tmp
     assert json.loads((out / "train_config.json").read_text())["missing_eos_penalty"] == 1
     assert Transformer.from_pretrained(out) and (out / "critic" / "model.safetensors").is_file()
     assert run("generate", "--model", out, "--prompt", "hi", "--max-new-tokens", 2) == 0
+
+
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("a2c", []),
+        ("grpo", ["--num-samples", 2]),
+        ("grpo", ["--num-samples", 2, "--advantage", "rloo", "--kl-coef", 0.1, "--kl-estimator", "full"]),
+        ("ppo", ["--reward-ensemble", "worst"]),
+        ("ppo", ["--reward-weights", 1, -0.5, "--kl-target", 3, "--whiten-scores", "running"]),
+        ("ppo", ["--process-rewards", "--reward-weights", 1, 1]),
+        ("ppo", ["--ptx-coef", 0.5]),
+    ],
+)
+def test_methods_that_sample_take_several_rewards_and_texts(command, options, folders, tmp_path):
+    prompts, out = (
+        write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("one", "two", "three", "four")]),
+        tmp_path / "out",
+    )
+    models = ["--model", folders / "policy", "--reward-model", folders / "reward"]
+    models += [folders / "reward"] * any("--reward" in str(option) for option in options)
+    models += ["--ptx-data", write(tmp_path / "texts.jsonl", TEXTS)] * ("--ptx-coef" in options)
+    assert run(command, *models, "--prompts", prompts, "--out", out, *SMALL, "--response-length", 4, *options) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines and ("loss/ptx" in lines[0]) == ("--ptx-coef" in options)
+    Transformer.from_pretrained(out)
+
+
+def test_a_weight_for_each_reward_model(folders, tmp_path, capsys):
+    models = ["--model", folders / "policy", "--reward-model", folders / "reward", "--reward-weights", 1, 2]
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
+    assert run("ppo", *models, "--prompts", prompts, "--out", tmp_path / "out", *SMALL) == 2
+    assert "--reward-weights are 2 for 1 reward models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["online-dpo", "iterated-dpo", "rft"])
+def test_methods_that_choose_among_samples_go_from_prompts_to_a_policy(command, folders, tmp_path, capsys):
+    prompts, out = write(tmp_path / "prompts.jsonl", TEXTS), tmp_path / "out"
+    models = ["--model", folders / "policy", "--reward-model", folders / "reward"]
+    options = ["--response-length", 4, "--num-samples", 3, "--lr", 0.01, *SMALL]
+    arguments = [command, *models, "--prompts", prompts, "--out", out, *options]
+    assert run(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "objective/scores" in shown and f"10 prompts; written to {out}" in shown
+    config = json.loads((out / "train_config.json").read_text())
+    assert config["algorithm"] == command.replace("-", "_") and config["num_samples"] == 3
+    model, before = (Transformer.from_pretrained(folder) for folder in (out, folders / "policy"))
+    assert not torch.equal(model.trunk.embed.weight, before.trunk.embed.weight)
+    assert run("generate", "--model", out, "--prompt", "hi", "--max-new-tokens", 2) == 0
+    if command != "online-dpo":
+        weights = (out / "model.safetensors").read_bytes()
+        assert run(*arguments) == 2 and "is not empty" in capsys.readouterr().err
+        assert run(*arguments, "--rounds", 4, "--resume") == 0
+        assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+        assert (out / "model.safetensors").read_bytes() != weights
+
+
+def test_best_of_n_writes_rows_that_sft_reads(folders, tmp_path, capsys):
+    prompts, out = write(tmp_path / "prompts.jsonl", [TEXTS[0], {"prompt": "é"}]), tmp_path / "new" / "best.jsonl"
+    models = ["--model", folders / "policy", "--reward-model", folders / "reward"]
+    arguments = ["best-of-n", *models, "--prompts", prompts, "--out", out, "--response-length", 4, "--device", "cpu"]
+    scores = {}
+    for n in (1, 8):
+        assert run(*arguments, "--num-samples", n, "--overwrite") == 0
+        found = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["prompt"] for row in found] == ["0 + 1 = ", "é"]
+        scores[n] = sum(row["score"] for row in found)
+        assert f"of the best of {n} {scores[n] / 2:.6g}" in capsys.readouterr().out
+    assert scores[8] > scores[1] and list(out.parent.iterdir()) == [out]
+    assert run(*arguments) == 2 and f"{out} is there" in capsys.readouterr().err
+    assert train("sft", folders, out, tmp_path / "sft", "--eval-fraction", 0) == 0
 
 
 # ---- what does not

@@ -17,12 +17,12 @@ FLOORS = [
     {"ops", "models", "data"},
     {"losses"},
     {"generation", "rollout"},
-    {"trainers", "evaluation"},
+    {"trainers", "evaluation", "integrations"},
     {"", "demo", "benchmarks"},  # "" is rlhf_core/__init__.py
     {"cli"},
 ]
 NEIGHBOURS = {  # on one floor, and one is made of the other
-    *(("masking", "checks"), ("rollout", "generation"), ("models", "ops")),
+    *(("masking", "checks"), ("rollout", "generation"), ("models", "ops"), ("trainers", "evaluation")),
     *(("backends", "compiled"), ("checks", "backends")),
 }
 ONLY_IN = {"triton": "kernels", "argparse": "cli"}

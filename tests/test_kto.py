@@ -45,15 +45,17 @@ def test_loss_and_gradients_are_those_of_the_paper_whatever_the_micro_batches(mi
     others = [log_ratio(row.prompt_ids, batch[(i + 1) % 7].completion_ids).item() for i, row in enumerate(batch)]
     kl = sum(others) / 7
     assert kl > 0.05  # else the clamp would hide it
-    terms = []
+    terms, hits = [], []
     for row in batch:
         gain = 0.5 * (log_ratio(row.prompt_ids, row.completion_ids) - kl)
+        hits.append((gain.item() > 0) == row.label)
         terms.append(1.5 * (1 - gain.sigmoid()) if row.label else 0.7 * (1 - (-gain).sigmoid()))
     want = torch.stack(terms).mean()
     gradients = torch.autograd.grad(want, trainer.trained_parameters())
     monkeypatch.setattr(linear_logprobs, "_backward", lambda *args: pytest.fail("computed again"))
     total, metrics, got = accumulated(trainer, batch)
     assert total == pytest.approx(want.item(), abs=2e-6) and metrics["kl"] == pytest.approx(kl, abs=1e-5)
+    assert metrics["rewards/accuracies"] == pytest.approx(sum(hits) / 7)
     assert_close(got, list(gradients), rtol=1e-4, atol=2e-6)
 
 
@@ -118,3 +120,5 @@ def test_an_option_out_of_range_is_refused(options, message):
 def test_an_example_without_a_label_is_named():
     with pytest.raises(ValueError, match="example 1 has no label"):
         make(examples=[rows()[0], Example([7], [5, 2])])
+    with pytest.raises(ValueError, match="example 1 has no label"):
+        KTOTrainer(tiny(), rows(1), KTOConfig(batch_size=2), eval_examples=[Example([7], [5, 2])])

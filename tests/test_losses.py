@@ -22,6 +22,8 @@ from rlhf_core.losses import (
     robust_dpo_loss,
     simpo_loss,
 )
+from rlhf_core.losses.kl import kl_loss
+from rlhf_core.ops import full_kl, kl_estimate
 
 NAN = float("nan")
 
@@ -124,7 +126,7 @@ def test_a_margin_may_differ_by_pair():
     chosen, rejected = leaves(CHOSEN, REJECTED)
     margin = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
     for loss in (bradley_terry_loss, margin_ranking_loss):
-        each = [loss(c, r, margin=m) for c, r, m in zip(chosen, rejected, margin.tolist())]
+        each = [loss(c - m, r, margin=0.0) for c, r, m in zip(chosen, rejected, margin.tolist())]
         assert_close(loss(chosen, rejected, margin=margin), torch.stack(each))
 
 
@@ -211,3 +213,43 @@ def test_plackett_luce_ignores_what_is_behind_a_lists_end():
     assert_close(loss, torch.stack((whole[0], torch.tensor(0.0), torch.tensor(0.0))))
     (gradient,) = torch.autograd.grad(loss.sum(), scores)
     assert gradient.isfinite().all() and not gradient[~mask].any()
+
+
+# ---- the KL in the loss
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["on-policy", "after updates"])
+def test_the_kl_in_the_loss_has_the_gradient_of_the_exact_kl(moved):
+    """Row 18: on a vocabulary of 7 the mean over samples is a sum, weighed by the policy that sampled."""
+    torch.manual_seed(0)
+    logits, ref_logits = torch.randn(7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    old = (logits + 0.5 * torch.randn(7, dtype=torch.float64) * moved).log_softmax(0)
+    logits.requires_grad_()
+    exact = full_kl(logits[None], ref_logits[None])[0]
+    (slope,) = torch.autograd.grad(exact, logits)
+
+    def mean_over_samples(loss_of):
+        columns = (x[None] for x in (logits.log_softmax(0), old, ref_logits.log_softmax(0)))
+        mean = (old.exp() * loss_of(*columns, torch.ones(1, 7, dtype=torch.bool))[0]).sum()
+        return mean.detach(), *torch.autograd.grad(mean, logits)
+
+    for estimator in ("k1", "k3"):
+        value, gradient = mean_over_samples(lambda *x, e=estimator: kl_loss(*x, estimator=e))
+        assert_close(value, exact.detach())
+        assert_close(gradient, slope)
+    _, gradient = mean_over_samples(lambda *x: kl_loss(*x, estimator="k2"))
+    assert torch.allclose(gradient, slope) != moved  # as its docstring says
+    for estimator in ("k1", "k3"):  # differentiated as it stands, it has not
+        _, naive = mean_over_samples(lambda lp, _, ref, mask, e=estimator: kl_estimate(lp, ref, estimator=e, mask=mask))
+        assert (naive - slope).norm() > 0.1 * slope.norm()
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_kl_in_the_loss_stays_finite_far_out_and_what_is_masked_adds_nothing(estimator):
+    logprobs = torch.tensor([[-100.0, -0.1, -3.0, math.nan]], requires_grad=True)
+    old, ref = torch.tensor([[-0.1, -200.0, -3.0, math.inf]]), torch.tensor([[-0.1, -100.0, -3.0, math.nan]])
+    mask = torch.tensor([[True, True, True, False]])
+    loss = kl_loss(logprobs, old, ref, mask, estimator=estimator)
+    loss.sum().backward()
+    assert loss.isfinite().all() and logprobs.grad.isfinite().all()
+    assert loss[0, 2:].tolist() == [0, 0] and logprobs.grad[0, 3] == 0

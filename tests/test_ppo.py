@@ -16,7 +16,8 @@ from rlhf_core.ops import linear_logprobs
 from rlhf_core.rollout import Rollout, sample
 from rlhf_core.trainers import PPOConfig, PPOTrainer
 from rlhf_core.trainers.common import Metrics
-from rlhf_core.trainers.ppo import Experience, explained_variance
+from rlhf_core.trainers.on_policy import Experience
+from rlhf_core.trainers.ppo import explained_variance
 
 PROMPTS = [[5, 3, 7, 4], [8, 1], [6], [9, 9, 1], [4, 4], [3], [7, 8, 9], [1, 5]]
 NAN = float("nan")
@@ -67,10 +68,11 @@ def rollout_of(trainer, **options):
 
 def experience_of(trainer, rollout):
     """As after some updates: the policy has moved, so that ratios differ and some clip."""
-    old_logprobs, _, old_values, _ = trainer.predict(rollout)
+    columns = trainer.predict(rollout)
     noise = torch.Generator().manual_seed(2)
-    columns = [torch.randn(old_values.shape, generator=noise) for _ in range(4)]
-    return Experience(old_logprobs + columns[0] * 0.2, old_values + columns[1] * 0.2, *columns[2:])
+    logprobs, values, advantages, returns = (torch.randn(columns["values"].shape, generator=noise) for _ in range(4))
+    old = Experience(columns["logprobs"] + logprobs * 0.2, advantages, columns["ref_logprobs"])
+    return old._replace(old_values=columns["values"] + values * 0.2, returns=returns)
 
 
 def gradients(trainer, rollout, experience):
@@ -115,9 +117,9 @@ def test_values_do_not_depend_on_the_temperature_and_log_probs_do():
     cold, hot = make(temperature=0.5), make(temperature=2.0)
     rollout = rollout_of(cold)
     a, b = cold.predict(rollout), hot.predict(rollout)
-    assert torch.equal(a[2], b[2])
-    assert not torch.isclose(a[0], b[0])[rollout.response_mask].any()
-    assert (a[3] < b[3])[rollout.response_mask].all()  # colder, less entropy
+    assert torch.equal(a["values"], b["values"])
+    assert not torch.isclose(a["logprobs"], b["logprobs"])[rollout.response_mask].any()
+    assert (a["entropy"] < b["entropy"])[rollout.response_mask].all()  # colder, less entropy
 
 
 # ---- padding and micro-batches
@@ -164,7 +166,7 @@ def test_with_a_wide_clip_range_it_is_the_policy_gradient(aggregation):
     """Row 33: at ratio 1 the gradient is that of -A * log p, one row at a time, without padding."""
     trainer = make(aggregation=aggregation, clip_range=1e6, vf_coef=0.0)
     rollout = rollout_of(trainer)
-    experience = experience_of(trainer, rollout)._replace(old_logprobs=trainer.predict(rollout)[0])
+    experience = experience_of(trainer, rollout)._replace(old_logprobs=trainer.predict(rollout)["logprobs"])
     _, _, got = gradients(trainer, rollout, experience)
     trainer.optimizer.zero_grad()
     lengths = rollout.response_mask.sum(dim=1).tolist()
@@ -497,9 +499,17 @@ def test_a_reward_model_whose_score_is_no_number_trains_nothing():
     assert_close((snapshot(trainer.model), snapshot(trainer.critic)), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("scores, shape", [([1.0] * 7, r"\(7,\)"), ([[1.0]] * 8, r"\(8, 1\)"), (1.0, r"\(\)")])
-def test_scores_of_another_number_are_refused(scores, shape):
-    with pytest.raises(ValueError, match=f"shape {shape} for 8 responses"):
+@pytest.mark.parametrize(
+    "scores, message",
+    [
+        ([1.0] * 7, "7 rows for 8 responses"),
+        ([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]] * 8, r"reward of row 0 has shape \(7,\), for \d tokens"),
+        (1.0, "the reward returned 1.0: 'float' object is not iterable"),
+        (["good"] * 8, r"the reward returned \['good'"),
+    ],
+)
+def test_scores_of_another_number_are_refused(scores, message):
+    with pytest.raises(ValueError, match=message):
         make(reward=lambda prompts, responses: scores).step(PROMPTS)
 
 

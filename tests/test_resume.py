@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from rlhf_core.data import Example, Pair
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig
@@ -22,6 +23,8 @@ from rlhf_core.models.safetensors import read_tensors
 from rlhf_core.trainers import (
     DPOConfig,
     DPOTrainer,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
     PPOConfig,
     PPOTrainer,
     RewardConfig,
@@ -38,8 +41,14 @@ TRAINERS = {
     "reward": (RewardTrainer, RewardConfig),
     "dpo": (DPOTrainer, DPOConfig),
     "ppo": (PPOTrainer, PPOConfig),
+    "online": (OnlineDPOTrainer, OnlineDPOConfig),
 }
-KINDS = ["sft", "reward", "dpo", "dpo-lora", "ppo", "ppo-head", "ppo-lora"]
+KINDS = ["sft", "reward", "dpo", "dpo-lora", "ppo", "ppo-head", "ppo-lora", "ppo-steered", "online", "online-lora"]
+VARIANTS = {  # of a config
+    "head": dict(critic="head"),
+    "steered": dict(kl_target=0.5, kl_horizon=50, entropy_coef=0.01, entropy_target=2.0, whiten_scores="running",
+                    reference_ema=0.9),
+}  # fmt: skip
 PPO = dict(minibatch_size=2, ppo_epochs=2, response_length=5)
 
 
@@ -62,9 +71,10 @@ def build(kind, out=None, seed=0, examples=None, others=None, alpha=16.0, **conf
     if variant == "lora":
         add_adapters(model, LoRAConfig(rank=2, alpha=alpha, dropout=0.1))
     settings = dict(batch_size=4, epochs=2, lr=1e-2, dropout=True)
-    if kind == "ppo":
+    if kind in ("ppo", "online"):
         others = dict(reward=tiny(RewardModel, seed=1)) | others
-        settings |= PPO | (dict(critic="head") if variant == "head" else {})
+        settings |= PPO if kind == "ppo" else dict(response_length=5)
+        settings |= VARIANTS.get(variant, {})
         examples = [pair.prompt_ids for pair in PAIRS] if examples is None else examples
     elif examples is None:
         examples = EXAMPLES if kind == "sft" else PAIRS
@@ -134,6 +144,18 @@ def test_a_run_that_goes_on_in_a_new_process_is_the_run_that_never_stopped(kind,
         assert not (whole / file).exists() or (whole / file).read_bytes() == (cut / file).read_bytes()
 
 
+def test_a_finished_reward_model_is_the_same_when_its_run_is_resumed(tmp_path):
+    """Its scores are normalised at the end, by a bias that the head had not when the run began."""
+    done = build("reward", tmp_path, save_every=2)
+    done.train()
+    again = build("reward", tmp_path, save_every=2)
+    again.resume()
+    assert again.train() == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    ids = torch.tensor([[7, 5, 2]])
+    for model in (again.model, RewardModel.from_pretrained(tmp_path)):
+        assert_close(model.eval()(ids, ids > 0), done.model.eval()(ids, ids > 0), rtol=0, atol=0)
+
+
 def test_a_finished_run_goes_on_where_max_steps_grows(tmp_path):
     options = dict(lr_schedule="constant")
     whole = build("sft", **options)
@@ -193,6 +215,8 @@ def test_a_new_run_in_the_same_folder_removes_the_checkpoint_of_the_old_one(tmp_
         ("dpo-lora", dict(alpha=8.0), "with lora="),
         ("ppo", dict(others=dict(reward=tiny(RewardModel, seed=2))), "the frozen weights of that run were others"),
         ("ppo", dict(others=dict(eos_ids=(2, 3))), r"with eos_ids=\[2\], not \[2, 3\]"),
+        ("online", dict(others=dict(reward=tiny(RewardModel, seed=2))), "the frozen weights of that run were others"),
+        ("online", dict(others=dict(eos_ids=(2, 3))), r"with eos_ids=\[2\], not \[2, 3\]"),
     ],
     ids=str,
 )
@@ -255,7 +279,7 @@ def test_an_option_without_effect_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no out to go on from"):
         build("sft").resume()
     for options, message in (
-        (dict(minibatch_size=5), "minibatch_size must be from 1 to batch_size 4, got 5"),
+        (dict(minibatch_size=5), "minibatch_size must be from 1 to 4, got 5"),
         (dict(gamma=1.5), r"gamma must be in \[0, 1\], got 1.5"),
         (dict(kl_coef=math.nan), "kl_coef must be at least 0, got nan"),
     ):
@@ -329,16 +353,15 @@ def ppo(**options):
     return build("ppo", **(dict(dropout=False, minibatch_size=4, ppo_epochs=1) | options))
 
 
-@pytest.mark.parametrize("name, column", [("old_logprobs", 0), ("ref_logprobs", 1), ("values", 2)])
-def test_what_a_model_says_that_is_no_number_is_named_and_trains_nothing(name, column, monkeypatch):
-    trainer, predict = ppo(), PPOTrainer.predict
+@pytest.mark.parametrize("name", ["logprobs", "ref_logprobs", "values", "entropy", "kl"])
+def test_what_a_model_says_that_is_no_number_is_named_and_trains_nothing(name, monkeypatch):
+    trainer, check = ppo(), PPOTrainer.check
 
-    def broken(self, rollout):
-        columns = predict(self, rollout)
-        columns[column][1, 0] = math.nan
-        return columns
+    def broken(self, columns):
+        columns[name][1, 0] = math.nan
+        check(self, columns)
 
-    monkeypatch.setattr(PPOTrainer, "predict", broken)
+    monkeypatch.setattr(PPOTrainer, "check", broken)
     before = snapshot(trainer)
     with pytest.raises(FloatingPointError, match=f"step 1: {name} is nan at row 1, token 0"):
         trainer.train()
@@ -349,8 +372,8 @@ def test_an_estimate_of_kl_below_zero_is_named():
     trainer = ppo(kl_estimator="k3")
     kl = torch.tensor([[0.0, 1.0], [0.5, -0.1]])
     with pytest.raises(FloatingPointError, match=r"k3 is -0\.1\d* < 0 at row 1, token 1"):
-        trainer.check(kl=kl)
-    ppo(kl_estimator="k1").check(kl=kl)
+        trainer.check({"kl": kl})
+    ppo(kl_estimator="k1").check({"kl": kl})
 
 
 @pytest.mark.parametrize("dropout", [False, True])

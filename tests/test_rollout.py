@@ -1,4 +1,4 @@
-"""Rollouts: where log-probs and values are read, what padding changes (nothing), and evaluation of a policy."""
+"""Rollouts: where log-probs and values are read, and what padding changes: nothing."""
 
 import warnings
 
@@ -7,8 +7,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_core.data import ByteTokenizer, Example, collate
-from rlhf_core.evaluation import evaluate_policy, win_rate
+from rlhf_core.data import Example, collate
 from rlhf_core.models import Transformer, TransformerConfig, ValueModel
 from rlhf_core.rollout import Rollout, _warn_of_truncation, response_logprobs, response_values, sample
 from rlhf_core.trainers.dpo import target_logprobs
@@ -136,50 +135,6 @@ def test_a_truncated_rollout_warns_once_and_records_what_it_was_sampled_from(opt
     assert_close(plain.logprobs, response_logprobs(tiny(), plain)[0].detach(), rtol=0, atol=1e-5)
     full = response_logprobs(tiny(), rollout)[0].detach()
     assert (rollout.logprobs >= full - 1e-5).all() and (rollout.logprobs - full).max() > 0.1
-
-
-# ---- evaluation
-
-
-def scores_of(prompts, responses):
-    return [float(len(response)) for response in responses]
-
-
-def evaluated(policy, reference, **options):
-    prompts = [[257, *b"hello"], [257, *b"ok"], [257]]
-    options = dict(max_new_tokens=5) | options
-    return evaluate_policy(policy, reference, prompts, scores_of, ByteTokenizer(), **options)
-
-
-def test_evaluation_gives_a_score_and_a_kl_for_every_prompt():
-    policy, other = (tiny(vocab_size=259, eos_ids=(258,), seed=seed) for seed in (0, 1))
-    same = evaluated(policy, policy)
-    assert len(same.responses) == len(same.scores) == len(same.kl) == 3
-    assert same.scores.tolist() == scores_of([], same.responses)
-    assert_close(same.kl, torch.zeros(3), rtol=0, atol=1e-5)
-    assert evaluated(policy, other).kl.mean() > 1
-    assert evaluated(policy, other, seed=0).responses == same.responses != evaluated(policy, other, seed=1).responses
-
-
-def test_evaluation_leaves_dropout_out_whatever_the_mode():
-    policy, reference = (tiny(vocab_size=259, dropout=0.5) for _ in range(2))
-    want = evaluated(policy, reference)
-    got = evaluated(policy.train(), reference.train())
-    assert_close(got.kl, want.kl, rtol=0, atol=1e-5)
-    assert policy.training and reference.training
-
-
-def test_evaluation_does_not_depend_on_the_batch_size():
-    """Row 32; every prompt has a seed of its own."""
-    policy, reference = (tiny(vocab_size=259, seed=seed) for seed in (0, 1))
-    a, b = (evaluated(policy, reference, batch_size=size) for size in (1, 3))
-    assert a.responses == b.responses
-    assert_close(a.scores, b.scores)
-    assert_close(a.kl, b.kl, rtol=1e-4, atol=1e-4)
-
-
-def test_a_tie_is_half_a_win():
-    assert win_rate(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, -1.0])) == 0.625
 
 
 class Largest(TorchDispatchMode):

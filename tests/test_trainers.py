@@ -174,11 +174,14 @@ def test_the_prompt_of_a_pair_is_computed_once(kind):
         spy(model.trunk, seen)
     trainer.step(batch)
     assert len(seen) == 2 and len(set(seen)) == 1
-    assert seen[0].numel() < 0.8 * sum(len(p) + len(c) + len(p) + len(r) for p, c, r, _ in batch)
+    assert seen[0].numel() < 0.8 * sum(len(p) + len(c) + len(p) + len(r) for p, c, r, *_ in batch)
 
 
-@kinds
-def test_no_step_holds_the_logits_of_all_targets(kind, monkeypatch):
+REGULARIZED = ("sft", dict(label_smoothing=0.1, z_coef=0.01))
+
+
+@pytest.mark.parametrize("kind, options", [*((kind, {}) for kind in KINDS), REGULARIZED])
+def test_no_step_holds_the_logits_of_all_targets(kind, options, monkeypatch):
     """Nor of half of them: the largest tensor of a step is smaller."""
     monkeypatch.setattr(linear_logprobs, "CPU_WHOLE", 30 * 9000)
 
@@ -193,18 +196,18 @@ def test_no_step_holds_the_logits_of_all_targets(kind, monkeypatch):
             return out
 
     vocab_size, batch = 9000, rows(kind, 32)
-    trainer = make(kind, tiny(KINDS[kind][2], vocab_size=vocab_size))
+    trainer = make(kind, tiny(KINDS[kind][2], vocab_size=vocab_size), **options)
     targets = sum(len(completion) for row in batch for completion in row[1 : 2 if kind == "sft" else 3])
     with Largest() as largest:
         trainer.step(batch)
     assert 16 * vocab_size <= largest.numel < targets * vocab_size / 2
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind, options", [("sft", {}), ("dpo", {}), REGULARIZED])
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
-def test_the_logits_are_computed_once_a_step(kind, micro_batch_size, monkeypatch):
+def test_the_logits_are_computed_once_a_step(kind, options, micro_batch_size, monkeypatch):
     """The loss that the head is told of beforehand is the one that comes: nothing is left for backward to compute."""
-    trainer = make(kind, micro_batch_size=micro_batch_size, **({"packing": True} if kind == "sft" else {}))
+    trainer = make(kind, micro_batch_size=micro_batch_size, **({"packing": True} if kind == "sft" else {}), **options)
     monkeypatch.setattr(linear_logprobs, "_backward", lambda *args: pytest.fail("computed again"))
     trainer.step(rows(kind))
 
@@ -237,7 +240,7 @@ def test_reward_metrics_are_those_of_the_pairs_one_by_one():
     def score(ids):
         return trainer.model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)).item()
 
-    scores = torch.tensor([[score(p + c), score(p + r)] for p, c, r, _ in batch])
+    scores = torch.tensor([[score(p + c), score(p + r)] for p, c, r, *_ in batch])
     margin = scores[:, 0] - scores[:, 1]
     want = dict(
         accuracy=(margin > 0).float().mean(), margin=margin.mean(), mean_reward=scores.mean(),
@@ -301,7 +304,7 @@ def test_ranked_lists_are_learned_by_each_item_against_all_behind_it(micro_batch
 
 def test_ranked_lists_of_two_are_pairs():
     pairs = rows("reward")
-    twos = [Ranked(p, [c, r]) for p, c, r, _ in pairs]
+    twos = [Ranked(p, [c, r]) for p, c, r, *_ in pairs]
     got, want = accumulated(make("reward", examples=twos), twos), accumulated(make("reward"), pairs)
     assert_close(got, want, rtol=1e-5, atol=1e-6)
 
@@ -366,12 +369,13 @@ def test_a_normalised_reward_model_goes_on_as_critic_and_trains_again(tmp_path):
     assert "score.bias" in snapshot(model)
 
 
-def test_scores_that_are_all_alike_are_only_centred():
+def test_scores_that_are_alike_up_to_rounding_are_only_centred():
     model = tiny(RewardModel)
-    model.score.weight.data.zero_()
-    examples = [Pair([7], [5, 2], [5, 2])] * 2
-    last = make("reward", model, examples, lr=1e-30).train()[-1]
-    assert last["score_std"] == 0 and scored(model, [7, 5, 2]) == 0 and "length_correlation" not in last
+    model.normalize(-100.0, 1.0)  # a bias of 100, beside which the head's own part rounds
+    model.score.weight.data.fill_(1e-6)
+    last = make("reward", model, [Pair([7], [5, 2], [6, 2])] * 2, lr=1e-30).train()[-1]
+    assert last["score_std"] == 0 and last["score_mean"] == pytest.approx(100)
+    assert abs(scored(model, [7, 5, 2])) < 1e-4 and "length_correlation" not in last
 
 
 def test_length_bias_is_told_of_what_was_held_out():
@@ -408,6 +412,27 @@ def test_a_reward_option_out_of_range_or_without_effect_is_refused(options, exam
         make("reward", examples=examples, **options)
 
 
+def test_tokens_of_a_pair_that_do_not_count_are_context_alone():
+    """As in conversations of several turns: what the user says between the assistant's turns."""
+    pair, mask = Pair([7, 8], [9, 10, 5, 2], [6, 2], None, [[True, False, False, True], None]), [1.0, 0, 0, 1.0]
+    reference = tiny(seed=1)
+    trainer = make("dpo", examples=[pair], others=dict(reference=reference), beta=0.3)
+
+    def logp(model, ids, weights):
+        log_p = model(torch.tensor([pair.prompt_ids + ids]))[0, 1:-1].log_softmax(-1)
+        return log_p[torch.arange(len(ids)), ids] @ torch.tensor(weights)
+
+    ratios = [
+        logp(trainer.model, ids, weights) - logp(reference, ids, weights).detach()
+        for ids, weights in ((pair.chosen_ids, mask), (pair.rejected_ids, [1.0, 1.0]))
+    ]
+    want = softplus(-0.3 * (ratios[0] - ratios[1]))
+    gradients = torch.autograd.grad(want, trainer.trained_parameters())
+    loss, _, got = accumulated(trainer, [pair])
+    assert loss == pytest.approx(want.item(), rel=1e-5)
+    assert_close(got, list(gradients), rtol=1e-4, atol=1e-6)
+
+
 def test_dpo_metrics_are_those_of_the_pairs_one_by_one():
     reference, batch = tiny(seed=1), rows("dpo")
     trainer = make("dpo", others=dict(reference=reference), beta=0.3)
@@ -418,7 +443,7 @@ def test_dpo_metrics_are_those_of_the_pairs_one_by_one():
         return log_p[torch.arange(len(completion)), completion].sum().item()
 
     logp = torch.tensor(
-        [[[logps(m, p, x) for x in (c, r)] for p, c, r, _ in batch] for m in (trainer.model, reference)]
+        [[[logps(m, p, x) for x in (c, r)] for p, c, r, *_ in batch] for m in (trainer.model, reference)]
     )
     reward = 0.3 * (logp[0] - logp[1])  # (B, 2)
     margin = reward[:, 0] - reward[:, 1]
@@ -476,19 +501,21 @@ def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(na
             return tokens.mean(), tokens.mean()
         return tokens[:shared].sum() + options.get("ld_alpha", 1) * tokens[shared:].sum(), tokens.mean()
 
-    terms = []
-    for prompt, *completions, _ in batch:
+    terms, chosen = [], []
+    for prompt, *completions, _, _ in batch:
         shared, ratios, means = min(map(len, completions)), [], []
         for ids in completions:
             policy, mean = logp(trainer.model, ids, prompt, shared)
             ratios.append(policy - (0 if without else logp(others["reference"], ids, prompt, shared)[0].detach()))
             means.append(mean)
         terms.append(definition(*ratios, means[0]))
+        chosen.append((1.0 if options.get("loss") == "orpo" else 0.5) * ratios[0].item())
     want = torch.stack(terms).mean()
     gradients = torch.autograd.grad(want, trainer.trained_parameters())
     monkeypatch.setattr(linear_logprobs, "_backward", lambda *args: pytest.fail("computed again"))
     total, metrics, got = accumulated(trainer, batch)
     assert total == pytest.approx(want.item(), rel=2e-6) == metrics["loss"]
+    assert metrics["rewards/chosen"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-4)
     assert_close(got, list(gradients), rtol=1e-4, atol=2e-6)
 
 

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-import rlhf_core.trainers.ppo
 from rlhf_core import (
     DPOConfig,
     DPOTrainer,
@@ -22,6 +21,7 @@ from rlhf_core import (
 )
 from rlhf_core.benchmarks.peers.task import Task, Turn
 from rlhf_core.data import Example, Pair
+from rlhf_core.rollout import response_logprobs
 
 
 def train(task: Task, turn: Turn) -> None:
@@ -98,19 +98,7 @@ def _ppo(task):
     reward = RewardModel.from_pretrained(task.reward)
     prompts = [row.prompt for row in task.examples()]
     given = [row.chosen for row in task.batches()[0]]
-    sample = rlhf_core.trainers.ppo.sample
-
-    def given_responses_first(model, *args, **kwargs):
-        """The task's responses in the place of those sampled, once."""
-        rollout = sample(model, *args, **kwargs)
-        rlhf_core.trainers.ppo.sample = sample
-        rollout = rollout._replace(response_ids=torch.tensor(given))
-        with torch.no_grad():
-            logprobs, _ = rlhf_core.trainers.ppo.response_logprobs(model, rollout, task.temperature)
-        return rollout._replace(logprobs=logprobs)
-
-    rlhf_core.trainers.ppo.sample = given_responses_first
-    return PPOTrainer(
+    trainer = PPOTrainer(
         Transformer.from_pretrained(task.policy),
         prompts,
         PPOConfig(**ppo_options(task)),
@@ -118,3 +106,15 @@ def _ppo(task):
         critic=ValueModel.from_model(reward),
         eos_ids=(),
     )
+    sample = trainer.sample
+
+    def given_responses_first(batch):
+        """The task's responses in the place of those sampled, once."""
+        trainer.sample = sample
+        rollout = sample(batch)._replace(response_ids=torch.tensor(given))
+        with torch.no_grad():
+            logprobs, _ = response_logprobs(trainer.model, rollout, task.temperature)
+        return rollout._replace(logprobs=logprobs)
+
+    trainer.sample = given_responses_first
+    return trainer

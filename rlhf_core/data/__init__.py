@@ -1,17 +1,32 @@
 """Tokenizers, file readers and collation."""
 
 from rlhf_core.data.collate import TokenBatch, collate
-from rlhf_core.data.encode import Example, Pair, Ranked, encode_labelled, encode_preference, encode_prompt, encode_text
+from rlhf_core.data.encode import (
+    Example,
+    Pair,
+    Ranked,
+    Steps,
+    encode_labelled,
+    encode_preference,
+    encode_prompt,
+    encode_scored,
+    encode_solution,
+    encode_text,
+    step_ends,
+)
 from rlhf_core.data.readers import (
     DataError,
     Labelled,
     Preference,
     Ranking,
+    Scored,
+    Solution,
     Text,
     read_comparisons,
     read_labelled,
     read_preferences,
     read_prompts,
+    read_scored,
     read_texts,
 )
 from rlhf_core.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
@@ -26,6 +41,9 @@ __all__ = [
     "Preference",
     "Ranked",
     "Ranking",
+    "Scored",
+    "Solution",
+    "Steps",
     "Text",
     "TokenBatch",
     "Tokenizer",
@@ -33,11 +51,15 @@ __all__ = [
     "encode_labelled",
     "encode_preference",
     "encode_prompt",
+    "encode_scored",
+    "encode_solution",
     "encode_text",
     "load_tokenizer",
     "read_comparisons",
     "read_labelled",
     "read_preferences",
     "read_prompts",
+    "read_scored",
     "read_texts",
+    "step_ends",
 ]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_core.data.encode import Example, Pair, Ranked
+from rlhf_core.data.encode import Example, Pair, Ranked, Steps
 
 
 class TokenBatch(NamedTuple):
@@ -30,7 +30,9 @@ class TokenBatch(NamedTuple):
     lengths: Tensor  # (N,) how many targets each sequence has
 
 
-def collate(examples: Sequence[Example | Pair | Ranked], pad_id: int, *, packing: int | None = None) -> TokenBatch:
+def collate(
+    examples: Sequence[Example | Pair | Ranked | Steps], pad_id: int, *, packing: int | None = None
+) -> TokenBatch:
     """Batch of examples, or of pairs or ranked lists, whose completions see their prompt but not each other.
 
     packing: rows of up to so many tokens, or of the longest group's, take up several groups, which see nothing of each
@@ -87,7 +89,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     return ids, torch.arange(width) >= width - lengths[:, None]
 
 
-def length(example: Example | Pair | Ranked) -> int:
+def length(example: Example | Pair | Ranked | Steps) -> int:
     """Tokens of the prompt and its longest completion: how many positions a model needs."""
     prompt, completions, _ = _group(example)
     return len(prompt) + max(map(len, completions))
@@ -99,10 +101,10 @@ def count_targets(example: Example) -> int:
     return sum(counted[not example.prompt_ids :])
 
 
-def _group(example: Example | Pair | Ranked) -> tuple[list[int], list[list[int]], list[list[bool] | None]]:
+def _group(example: Example | Pair | Ranked | Steps) -> tuple[list[int], list[list[int]], list[list[bool] | None]]:
     """Prompt, completions and their masks."""
     if isinstance(example, Pair):
-        return example.prompt_ids, [example.chosen_ids, example.rejected_ids], [None, None]
+        return example.prompt_ids, [example.chosen_ids, example.rejected_ids], example.masks or [None, None]
     if isinstance(example, Ranked):
         return example.prompt_ids, example.completions_ids, [None] * len(example.completions_ids)
     return example.prompt_ids, [example.completion_ids], [example.completion_mask]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rlhf_core.data.chat import Message
-from rlhf_core.data.readers import Labelled, Preference, Ranking, Text
+from rlhf_core.data.readers import Labelled, Preference, Ranking, Scored, Solution, Text
 from rlhf_core.data.tokenizer import Tokenizer
 
 
@@ -16,6 +16,7 @@ class Example(NamedTuple):
     completion_ids: list[int]
     completion_mask: list[bool] | None = None  # which of its tokens count; None: all
     label: bool | None = None  # whether the completion is desirable, where that is known
+    reward: float | None = None  # of the completion, which arrives after its last token, where that is known
 
 
 class Pair(NamedTuple):
@@ -25,6 +26,7 @@ class Pair(NamedTuple):
     chosen_ids: list[int]
     rejected_ids: list[int]
     margin: float | None = None  # how clearly the first one won; for reward models
+    masks: list[list[bool] | None] | None = None  # which tokens of each count; None: all
 
 
 class Ranked(NamedTuple):
@@ -32,6 +34,15 @@ class Ranked(NamedTuple):
 
     prompt_ids: list[int]
     completions_ids: list[list[int]]
+
+
+class Steps(NamedTuple):
+    """A tokenised prompt and solution, whose mask is True at the last token of each step; the labels of these."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    completion_mask: list[bool]
+    labels: list[float]
 
 
 def encode_prompt(prompt: str | list[Message], tokenizer: Tokenizer) -> list[int]:
@@ -59,16 +70,50 @@ def encode_labelled(labelled: Labelled, tokenizer: Tokenizer, max_length: int) -
     return encode_text(Text(*labelled[:2]), tokenizer, max_length)._replace(label=labelled.label)
 
 
-def encode_preference(preference: Preference | Ranking, tokenizer: Tokenizer, max_length: int) -> Pair | Ranked:
-    """Tokenise; all completions end with EOS, as in `encode_text`. See `fit` for what max_length cuts."""
+def encode_scored(scored: Scored, tokenizer: Tokenizer, max_length: int) -> Example:
+    """`encode_text`, with the reward."""
+    return encode_text(Text(*scored[:2]), tokenizer, max_length)._replace(reward=scored.reward)
+
+
+def encode_preference(
+    preference: Preference | Ranking | Solution, tokenizer: Tokenizer, max_length: int
+) -> Pair | Ranked | Steps:
+    """Tokenise; all completions end with EOS, as in `encode_text`. See `fit` for what max_length cuts. A solution goes
+    through `encode_solution`."""
+    if isinstance(preference, Solution):
+        return encode_solution(preference, tokenizer, max_length)
     ranking = isinstance(preference, Ranking)
     texts = preference.responses if ranking else (preference.chosen, preference.rejected)
     first, *others = (_encode(preference.prompt, text, tokenizer) for text in texts)
     if any(other.prompt_ids != first.prompt_ids for other in others):
         raise ValueError("the chat template renders the prompt of one completion otherwise than that of another")
+    masks = [example.completion_mask for example in (first, *others)]
     completions = [example.completion_ids for example in (first, *others)]
     prompt, completions = fit(first.prompt_ids, completions, max_length, tokenizer.bos_id)
-    return Ranked(prompt, completions) if ranking else Pair(prompt, *completions, preference.margin)
+    if ranking:
+        return Ranked(prompt, completions)
+    masks = [None if mask is None else mask[: len(ids)] for mask, ids in zip(masks, completions)]
+    return Pair(prompt, *completions, preference.margin, masks if any(masks) else None)
+
+
+def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -> Steps:
+    """Tokenise the steps, a newline between two, as `encode_text` does. See `fit` for what max_length cuts: the steps
+    that end beyond it do not count. ValueError where none is left, or where the tokens have other steps."""
+    example = _encode(solution.prompt, "\n".join(solution.steps), tokenizer)
+    ends = step_ends(example.completion_ids, tokenizer)
+    if sum(ends) != len(solution.labels):
+        raise ValueError(f"{len(solution.labels)} steps, but tokenised they end in {sum(ends)} places")
+    prompt, (completion,) = fit(example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id)
+    mask = ends[: len(completion)]
+    if not any(mask):
+        raise ValueError(f"no step ends within {max_length} tokens")
+    return Steps(prompt, completion, mask, solution.labels[: sum(mask)])
+
+
+def step_ends(ids: list[int], tokenizer: Tokenizer) -> list[bool]:
+    """Of each token of a completion, whether a step ends with it: it holds a newline, or is the last one."""
+    ending = {i: "\n" in tokenizer.decode([i]) for i in set(ids)}
+    return [ending[i] for i in ids[:-1]] + [True] * bool(ids)
 
 
 def fit(

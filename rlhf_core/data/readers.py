@@ -1,4 +1,5 @@
-"""Files to rows: JSONL (plain or .gz) with text or conversations for SFT, preference pairs, ranked lists and prompts.
+"""Files to rows: JSONL (plain or .gz) with text or conversations for SFT, preference pairs, ranked lists, solutions in
+steps, and prompts.
 
 A conversation is a list of messages {"role", "content"}; tools, images and other content are refused by name. A bad
 line raises DataError with file, line and field, or goes to `on_bad`, which may count it and carry on. `encode` is
@@ -45,12 +46,21 @@ class Labelled(NamedTuple):
     label: bool
 
 
-class Preference(NamedTuple):
-    """Two completions of one prompt, which is text or messages; margin: how clearly the chosen one won, at least 0."""
+class Scored(NamedTuple):
+    """A `Text`'s prompt and completion, and the completion's reward."""
 
     prompt: str | list[Message]
-    chosen: str
-    rejected: str
+    completion: str | list[Message]
+    reward: float
+
+
+class Preference(NamedTuple):
+    """Two completions of one prompt, which is text or messages; after messages they may be messages, too, of which the
+    assistant's are compared. margin: how clearly the chosen one won, at least 0."""
+
+    prompt: str | list[Message]
+    chosen: str | list[Message]
+    rejected: str | list[Message]
     margin: float | None = None
 
 
@@ -59,6 +69,15 @@ class Ranking(NamedTuple):
 
     prompt: str | list[Message]
     responses: list[str]
+
+
+class Solution(NamedTuple):
+    """A prompt, which is text or messages, the steps that solve it, without newlines inside, and of each of them how
+    likely it is right: 1, 0, or between."""
+
+    prompt: str | list[Message]
+    steps: list[str]
+    labels: list[float]
 
 
 def read_texts(path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None) -> list[Text]:
@@ -95,22 +114,37 @@ def read_labelled(
     return list(_rows(path, parse, on_bad, encode))
 
 
+def read_scored(path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None) -> list[Scored]:
+    """Rows {"prompt", "completion" or "response", "reward"}; the reward is a finite number."""
+
+    def parse(row: dict) -> Scored:
+        reward = row.get("reward")
+        if not _is_number(reward):
+            raise ValueError(f"field 'reward' must be a finite number, got {json.dumps(reward)[:40]}")
+        return Scored(*_text(row), float(reward))
+
+    return list(_rows(path, parse, on_bad, encode))
+
+
 def read_preferences(
     path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
 ) -> list[Preference]:
-    """Rows {"prompt", "chosen", "rejected"}, where a prompt of messages has strings or one message of the assistant
-    after it; or {"chosen", "rejected"}: conversations that are equal but for the assistant's last message, or strings
-    that share a dialogue up to its last "\n\nAssistant:" (Anthropic HH). Each may have a "margin", a number."""
+    """Rows {"prompt", "chosen", "rejected"}, where a prompt of messages has strings or messages after it; or {"chosen",
+    "rejected"}: conversations that share their beginning, after which the assistant goes on, and ends, or strings that
+    share a dialogue up to its last "\n\nAssistant:" (Anthropic HH). Each may have a "margin", a number."""
     return list(_rows(path, _preference, on_bad, encode))
 
 
 def read_comparisons(
     path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
-) -> list[Preference | Ranking]:
+) -> list[Preference | Ranking | Solution]:
     """Rows {"prompt" or "messages", "responses", "ranks"}, strings with a rank each, the lowest the best, none twice;
-    any other row as for `read_preferences`."""
+    {"prompt" or "messages", "steps" or "completions", "labels"}, strings with true or false each, or a number from 0
+    to 1; any other row as for `read_preferences`."""
 
-    def parse(row: dict) -> Preference | Ranking:
+    def parse(row: dict) -> Preference | Ranking | Solution:
+        if "labels" in row:
+            return _solution(row)
         return _ranking(row) if "responses" in row else _preference(row)
 
     return list(_rows(path, parse, on_bad, encode))
@@ -184,12 +218,13 @@ def _preference(row: dict) -> Preference:
         raise ValueError("fields 'chosen' and 'rejected' share no message")
     for field, messages in answers.items():
         roles = [message["role"] for message in messages[shared:]]
-        if roles != ["assistant"]:
+        if not roles or {roles[0], roles[-1]} != {"assistant"}:
             raise ValueError(
-                f"field {field!r} must end in one message of the assistant after what is shared, "
+                f"field {field!r} must go on, and end, with messages of the assistant after what is shared, "
                 f"got {', '.join(roles) or 'none'}"
             )
-    return _pair(row, prompt, *(messages[-1]["content"] for messages in answers.values()))
+    turns = [messages[shared:] for messages in answers.values()]
+    return _pair(row, prompt, *(x[0]["content"] if len(x) == 1 else x for x in turns))
 
 
 def _strings(row: dict) -> tuple[str, str, str]:
@@ -204,7 +239,9 @@ def _strings(row: dict) -> tuple[str, str, str]:
     return chosen[:end], _string(answers, "chosen"), _string(answers, "rejected")
 
 
-def _pair(row: dict, prompt: str | list[Message], chosen: str, rejected: str) -> Preference:
+def _pair(
+    row: dict, prompt: str | list[Message], chosen: str | list[Message], rejected: str | list[Message]
+) -> Preference:
     if chosen == rejected:
         raise ValueError("fields 'chosen' and 'rejected' are equal")
     margin = row.get("margin")
@@ -213,9 +250,27 @@ def _pair(row: dict, prompt: str | list[Message], chosen: str, rejected: str) ->
     return Preference(prompt, chosen, rejected, margin)
 
 
-def _ranking(row: dict) -> Ranking:
+def _prompt(row: dict) -> str | list[Message]:
     field = "messages" if "messages" in row else "prompt"
-    prompt = _conversation(row, field) if isinstance(row.get(field), list) else _string(row, field)
+    return _conversation(row, field) if isinstance(row.get(field), list) else _string(row, field)
+
+
+def _solution(row: dict) -> Solution:
+    field, labels = "completions" if "completions" in row else "steps", row["labels"]
+    if not isinstance(row.get(field), list) or not row[field]:
+        raise ValueError(f"field {field!r} must be a list of steps, got {json.dumps(row.get(field))[:40]}")
+    steps = [_string({str(i): step}, str(i), field).strip("\n") for i, step in enumerate(row[field])]
+    for i, step in enumerate(steps):
+        if "\n" in step:
+            raise ValueError(f"field '{field}.{i}' holds a newline, which ends a step: {step[:40]!r}")
+    valid = isinstance(labels, list) and len(labels) == len(steps)
+    if not valid or not all(isinstance(label, bool) or (_is_number(label) and 0 <= label <= 1) for label in labels):
+        wanted = f"{len(steps)} times true, false or a number from 0 to 1"
+        raise ValueError(f"field 'labels' must hold {wanted}, got {json.dumps(labels)[:40]}")
+    return Solution(_prompt(row), steps, list(map(float, labels)))
+
+
+def _ranking(row: dict) -> Ranking:
     responses, ranks = row["responses"], row.get("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
         raise ValueError(f"field 'responses' must be a list of at least 2, got {json.dumps(responses)[:40]}")
@@ -226,7 +281,7 @@ def _ranking(row: dict) -> Ranking:
     texts = [_string({str(i): text}, str(i), "responses") for i, text in enumerate(responses)]
     if len(set(texts)) < len(texts):
         raise ValueError("field 'responses' holds one of them twice")
-    return Ranking(prompt, [texts[i] for i in sorted(range(len(ranks)), key=ranks.__getitem__)])
+    return Ranking(_prompt(row), [texts[i] for i in sorted(range(len(ranks)), key=ranks.__getitem__)])
 
 
 def _is_number(value) -> bool:

@@ -1,4 +1,5 @@
-"""Losses of reward models, from pairs and from ranked lists. Unreduced; of scores (B,) only differences count."""
+"""Losses of reward models, unreduced: from pairs and ranked lists, where only differences of scores count, and from
+steps that are right or wrong."""
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,15 @@ def plackett_luce_loss(scores: Tensor, mask: Tensor) -> Tensor:
     scores = scores.masked_fill(~mask, -torch.inf)
     rest = scores.flip(-1).logcumsumexp(dim=-1).flip(-1)  # log sum exp over this item and those behind it
     return (rest.masked_fill(~mask, 0) - scores.masked_fill(~mask, 0)).sum(dim=-1)
+
+
+def process_reward_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """-l log sigmoid(score) - (1 - l) log sigmoid(-score), the cross-entropy (M,) of steps (Uesato et al. 2022;
+    Lightman et al. 2023): a score is the log-odds that its step is right.
+
+    labels: (M,) l, 1 for right, 0 for wrong; between them the share of rollouts that end right (Wang et al. 2024).
+    """
+    return -labels * F.logsigmoid(scores) - (1 - labels) * F.logsigmoid(-scores)
 
 
 def preferred(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:

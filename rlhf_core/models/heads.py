@@ -1,8 +1,11 @@
-"""Scalar heads on a trunk: RewardModel scores a sequence, ValueModel every position of it."""
+"""Scalar heads on a trunk: RewardModel scores a sequence or its steps, EnsembleReward is several of them, ValueModel
+values every position."""
 
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +65,75 @@ class RewardModel(_ScalarHead):
         B, T = input_ids.shape
         last = torch.arange(B, device=input_ids.device) * T + last_token_index(attention_mask)
         return self.read(self.trunk(input_ids, attention_mask, read=last))
+
+    def scores(self, tokens) -> Tensor:
+        """Scores (N,) float32 of the sequences of a `data.TokenBatch`."""
+        return self.read(self._hidden(tokens, tokens.last))
+
+    def token_scores(self, tokens) -> Tensor:
+        """Scores (M,) float32 of a `data.TokenBatch` up to each target, which is counted in: of steps, where the mask
+        counts their last tokens. Each prompt has one completion."""
+        return self.read(self._hidden(tokens, tokens.read + 1))
+
+    def _hidden(self, tokens, where: Tensor) -> Tensor:
+        return self.trunk(tokens.input_ids, positions=tokens.positions, visible=tokens.visible, read=where)
+
+
+AGGREGATES = ("mean", "worst", "uncertainty")
+
+
+class EnsembleReward(nn.Module):
+    """Several reward models that score as one (Coste et al. 2023), with the methods of `RewardModel`.
+
+    Of the models' scores `mean` takes the mean, `worst` the least, and `uncertainty` the mean less `coef` times the
+    variance, all per sequence or step. The scores should be on one scale, as training leaves them.
+    """
+
+    def __init__(self, models: Sequence[RewardModel], aggregate: str = "mean", coef: float | None = None):
+        super().__init__()
+        if len(models) < 2:
+            raise ValueError(f"an ensemble has at least 2 reward models, got {len(models)}")
+        sizes = [model.config.vocab_size for model in models]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"reward models of one ensemble read the same token ids; their vocabularies have {sizes}")
+        if aggregate not in AGGREGATES:
+            raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+        if (coef is not None) != (aggregate == "uncertainty"):
+            raise ValueError(f"coef goes with aggregate 'uncertainty' alone, got coef {coef} with {aggregate!r}")
+        if coef is not None and not coef > 0:
+            raise ValueError(f"coef must be > 0, got {coef}")
+        self.models, self.aggregate, self.coef = nn.ModuleList(models), aggregate, coef
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores (B,) as from `RewardModel`."""
+        return self._joined([model(input_ids, attention_mask) for model in self.models])
+
+    def scores(self, tokens) -> Tensor:
+        """Scores (N,) as from `RewardModel`."""
+        return self._joined([model.scores(tokens) for model in self.models])
+
+    def token_scores(self, tokens) -> Tensor:
+        """Scores (M,) as from `RewardModel`."""
+        return self._joined([model.token_scores(tokens) for model in self.models])
+
+    def _joined(self, scores: list[Tensor]) -> Tensor:
+        each = torch.stack(scores)
+        if self.aggregate == "worst":
+            return each.amin(dim=0)
+        mean = each.mean(dim=0)
+        return mean if self.coef is None else mean - self.coef * each.var(dim=0, correction=0)
+
+
+def load_reward(
+    sources: Sequence[str | os.PathLike], aggregate: str | None = None, coef: float | None = None
+) -> RewardModel | EnsembleReward:
+    """The reward model of a folder, or the ensemble of several, by default their mean."""
+    models = [RewardModel.from_pretrained(source) for source in sources]
+    if len(models) > 1:
+        return EnsembleReward(models, aggregate or "mean", coef)
+    if aggregate is not None or coef is not None:
+        raise ValueError(f"an ensemble of one reward model is that model: aggregate {aggregate!r} has no effect")
+    return models[0]
 
 
 class ValueModel(_ScalarHead):

@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     from rlhf_core.trainers.common import Trainer
 
 NAME, ERROR_NAME = "checkpoint", "checkpoint-error"
-FREE = {"epochs", "max_steps", "log_every", "eval_every", "save_every"}  # steps done do not depend on them
+FREE = {
+    "epochs",
+    "max_steps",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "reference_logprobs",
+}  # steps done do not depend on them
 
 
 def save(trainer: Trainer, name: str = NAME) -> Path:
@@ -88,11 +95,16 @@ def load(trainer: Trainer) -> None:
 def digests(trainer: Trainer) -> dict[str, str]:
     """SHA-256 of the examples, and of each weight of trainer, reference and reward model that no step moves."""
     data, weights = hashlib.sha256(), hashlib.sha256()
-    for example in trainer.examples:
+    for example in (*trainer.examples, *getattr(trainer, "ptx_examples", ())):
         data.update(repr(example).encode())
-    held, reference = list(vars(trainer).values()), getattr(trainer, "reference", None)
-    if reference is not None:
+    held, reference, scorer = (
+        list(vars(trainer).values()),
+        *(getattr(trainer, x, None) for x in ("reference", "scorer")),
+    )
+    if reference is not None and not reference.moves:
         held += [reference.model, *(reference.adapters or ())]
+    if scorer is not None:
+        held += scorer.models
     trained = set(map(id, trainer.trained_parameters()))
     for parameter in nn.ModuleList(x for x in held if isinstance(x, nn.Module)).parameters():
         if id(parameter) not in trained:

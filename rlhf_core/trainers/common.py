@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import rlhf_core
-from rlhf_core.data import Example, Pair, Ranked, TokenBatch, Tokenizer, collate
+from rlhf_core.data import Example, Pair, Ranked, Steps, TokenBatch, Tokenizer, collate
 from rlhf_core.data.collate import length
 from rlhf_core.files import write_json
 from rlhf_core.models import eval_mode
@@ -37,6 +37,13 @@ Tensors = TypeVar("Tensors", bound=NamedTuple)
 def option(default: Any, help: str) -> Any:
     """A config field with its meaning, unit and range; the command line shows the same text."""
     return field(default=default, metadata={"help": help})
+
+
+def check_options(config: Any, *rules: tuple[str, Any, str]) -> None:
+    """ValueError for the first rule, a field, whether it is valid and what it must be, that does not hold."""
+    for name, valid, wanted in rules:
+        if not valid:
+            raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,8 @@ class TrainConfig:
         for name in ("micro_batch_size", "max_steps", "eval_every", "save_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if getattr(self, "max_length", 2) < 2:
+            raise ValueError(f"max_length must be at least 2, a token and one to learn, got {self.max_length}")
         for name, allowed in (("lr_schedule", ("linear", "constant")), ("precision", ("float32", "bfloat16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
@@ -90,7 +99,7 @@ class Metrics:
         count = values.numel() if mask is None else mask.sum()
         self._add(name, values.sum() if mask is None else values.masked_fill(~mask, 0).sum(), count)
 
-    def add_mean(self, name: str, mean: Tensor, count: Tensor) -> None:
+    def add_mean(self, name: str, mean: Tensor, count: Tensor | int) -> None:
         """Add `count` values whose mean is known."""
         self._add(name, mean.detach() * count, count)
 
@@ -98,6 +107,11 @@ class Metrics:
         entry = self._sums.setdefault(name, [0, 0])
         entry[0] += total
         entry[1] += count
+
+    def merge(self, other: Metrics) -> None:
+        """Add what the other one holds."""
+        for name, (total, count) in other._sums.items():
+            self._add(name, total, count)
 
     def means(self) -> dict[str, float]:
         return {name: float(total) / max(float(count), 1) for name, (total, count) in self._sums.items()}
@@ -146,9 +160,9 @@ class Trainer:
             self._check_lengths(name, rows)
         for trained in self.trained_models():
             self._prepare(trained)
-        self.optimizer = torch.optim.AdamW(
-            self.trained_parameters(), lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
-        )
+        settings = dict(eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=config.lr, **settings)
+        self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
 
     def trained_models(self) -> list[nn.Module]:
         return [self.model]
@@ -157,10 +171,16 @@ class Trainer:
         parameters = [p for model in self.trained_models() for p in model.parameters() if p.requires_grad]
         return list(dict.fromkeys(parameters))  # once, where two models are on one trunk
 
+    def parameter_groups(self) -> list[dict]:
+        """`trained_parameters` as AdamW takes them, with learning rates of their own where they have one."""
+        return [{"params": self.trained_parameters()}]
+
     def _check_lengths(self, name: str, examples: Sequence) -> None:
         limit = self.model.config.max_positions
         for i, example in enumerate(examples):
-            if isinstance(example, Example | Pair | Ranked) and length(example) > limit:  # PPO's prompts are cut
+            if (
+                isinstance(example, Example | Pair | Ranked | Steps) and length(example) > limit
+            ):  # PPO's prompts are cut
                 raise ValueError(f"{name} {i} has {length(example)} tokens, the model {limit} positions")
 
     def _prepare(self, model: nn.Module) -> None:
@@ -185,9 +205,14 @@ class Trainer:
 
     def token_batches(self, batch: list, *, packing: int | None = None) -> Iterator[TokenBatch]:
         """The micro-batches of examples or pairs, on the model's device; packing as for `collate`."""
+        return (tokens for _, tokens in self.parts(batch, packing=packing))
+
+    def parts(self, batch: list, *, packing: int | None = None) -> Iterator[tuple[list, TokenBatch]]:
+        """The same, each with its examples."""
         size = self.config.micro_batch_size or len(batch)
         for start in range(0, len(batch), size):
-            yield to_device(collate(batch[start : start + size], self.pad_id, packing=packing), self.device)
+            part = batch[start : start + size]
+            yield part, to_device(collate(part, self.pad_id, packing=packing), self.device)
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
@@ -243,14 +268,15 @@ class Trainer:
     def _blame(self, batch: list) -> str:
         """Which of the batch's examples have no finite loss on their own, in words."""
         bad = []
-        for row in batch:
+        for at, row in enumerate(batch):
             with contextlib.suppress(ValueError):  # a loss that needs several rows
                 if not all(loss.isfinite() for loss in self.losses([row], Metrics())):
-                    bad.append(next(i for i, example in enumerate(self.examples) if example is row))
+                    places = (f"example {i}" for i, example in enumerate(self.examples) if example is row)
+                    bad.append(next(places, f"row {at}, {row},"))  # or one that was sampled
         if len(bad) == len(batch):
             return "no row has a finite loss, so look at the weights: a smaller lr or max_grad_norm, a longer warmup"
         if bad:
-            return f"the loss of example {bad[0]} alone is not finite, one of {len(bad)} such in {len(batch)} rows"
+            return f"the loss of {bad[0]} alone is not finite, one of {len(bad)} such in {len(batch)} rows"
         return "every row's loss alone is finite: a smaller lr, or precision float32"
 
     def optimize(self, losses: Iterator[Tensor]) -> float:
@@ -289,7 +315,8 @@ class Trainer:
         """Run all steps that are left, log each, save the model to `out`; returns every step's metrics.
 
         Where there is an `out`, Ctrl-C waits for the end of the step and leaves a checkpoint; a second one does not.
-        FloatingPointError with the step where the run has diverged, its state in `out`/checkpoint-error.
+        Where a step fails, its state is left in `out`/checkpoint-error; FloatingPointError where the run has diverged,
+        ValueError and RuntimeError (a reward's) then name the step.
         """
         with RunLog(self) as log, checkpoint.interrupts_wait(self.out is not None) as interrupted:
             history = log.history
@@ -297,9 +324,11 @@ class Trainer:
                 self._set_lr()
                 try:
                     metrics = self.step(batch)
-                except FloatingPointError as error:
+                except Exception as error:
                     seen = f"; the state is in {checkpoint.save(self, checkpoint.ERROR_NAME)}" if self.out else ""
-                    raise FloatingPointError(f"step {self.steps_done + 1}: {error}{seen}") from error
+                    if type(error) not in (FloatingPointError, ValueError, RuntimeError):
+                        raise
+                    raise type(error)(f"step {self.steps_done + 1}: {error}{seen}") from error
                 self.steps_done += 1
                 last = self.steps_done == self.total_steps
                 due = last or (self.config.eval_every and self.steps_done % self.config.eval_every == 0)
@@ -336,8 +365,8 @@ class Trainer:
         elif self.config.lr_schedule == "linear":
             rest = self.total_steps - self.config.warmup_steps
             factor = (self.total_steps - self.steps_done) / rest
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * factor
+        for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lrs):
+            group["lr"] = peak_lr * factor
 
 
 class RunLog:
@@ -409,8 +438,8 @@ class RunLog:
 
 
 def rows(batch: Tensors, index) -> Tensors:
-    """The rows of every tensor in a NamedTuple of tensors."""
-    return type(batch)(*(x[index] for x in batch))
+    """The rows of every tensor in a NamedTuple of tensors, or None."""
+    return type(batch)(*(x if x is None else x[index] for x in batch))
 
 
 def micro_batches(size: int | None, *tensors: Any) -> Iterator[tuple]:
@@ -441,15 +470,19 @@ class Reference:
     """What a policy is compared with: the model given; else the policy as it is now.
 
     Where the policy has adapters that is the policy itself with them as they are now, off if they are new, and no
-    second copy of its weights; else it is a frozen copy.
+    second copy of its weights; else it is a frozen copy. One that `moves` (whoever holds it moves it) is a copy, too.
     """
 
-    def __init__(self, model: nn.Module, given: nn.Module | None = None):
+    def __init__(self, model: nn.Module, given: nn.Module | None = None, *, moves: bool = False):
         if given is model:
             raise ValueError(
                 "the reference is the policy itself, which moves; leave it out for the policy as it is now"
             )
-        self.adapters, self.switch = None, given is None and has_adapters(model)
+        self.adapters, self.switch, self.moves = None, given is None and has_adapters(model), moves
+        if moves and self.switch:
+            raise ValueError("a reference that is the policy without its adapters cannot follow it")
+        if moves and given is not None:
+            given = frozen_copy(given)
         if self.switch:
             moving = [n for n, p in model.named_parameters() if p.requires_grad and ".adapters." not in n]
             if moving:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,11 +21,25 @@ from rlhf_core.losses import (
     robust_dpo_loss,
     simpo_loss,
 )
-from rlhf_core.models import Transformer
+from rlhf_core.models import Transformer, eval_mode
 from rlhf_core.ops import linear_token_logprobs_and_entropy
-from rlhf_core.trainers.common import Metrics, Reference, TrainConfig, Trainer, option, read_hidden
+from rlhf_core.trainers.common import Metrics, Reference, TrainConfig, Trainer, check_options, option, read_hidden
+from rlhf_core.trainers.reference_logprobs import ReferenceLogprobs
 
-LOSSES = ("dpo", "robust", "ipo", "hinge", "simpo", "orpo")
+# Each loss of the log-ratios of chosen and rejected, and the options that it takes. ORPO has no reference, so that its
+# log-ratios are log-probs: the chosen one's gives the cross-entropy (eq. 6).
+LOSSES = {
+    "dpo": (dpo_loss, ("beta", "label_smoothing")),
+    "robust": (robust_dpo_loss, ("beta", "label_smoothing")),
+    "ipo": (ipo_loss, ("beta",)),
+    "hinge": (hinge_loss, ("beta",)),
+    "simpo": (simpo_loss, ("beta", "gamma")),
+    "orpo": (
+        lambda chosen, rejected, orpo_lambda: orpo_lambda * orpo_loss(chosen, rejected) - chosen,
+        ("orpo_lambda",),
+    ),
+}
+WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,7 @@ class DPOConfig(TrainConfig):
     label_smoothing: float = option(0.0, "dpo (then cDPO), robust: share of labels taken to be wrong, in [0, 0.5)")
     average: bool = option(False, "log-probs averaged over a completion's tokens, not summed; simpo and orpo need it")
     reference_free: bool = option(False, "compare with no reference: its log-probs are all alike")
+    reference_logprobs: str | None = option(None, "file of the reference's log-probs; written where there is none")
     ld_alpha: float = option(1.0, "LD-DPO: weight of tokens beyond the pair's shorter completion, in [0, 1]; 1: all")
     gamma: float = option(0.0, "simpo: reward by which the chosen completion should win, at least 0")
     orpo_lambda: float = option(0.1, "orpo: weight of the odds-ratio term beside the cross-entropy of the chosen, > 0")
@@ -44,8 +61,9 @@ class DPOConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        loss, without_reference = self.loss, self.loss in ("simpo", "orpo")
-        for name, valid, wanted in (
+        loss, without_reference = self.loss, self.loss in WITHOUT_REFERENCE
+        check_options(
+            self,
             ("loss", loss in LOSSES, f"one of {', '.join(LOSSES)}"),
             ("beta", self.beta > 0, "> 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)"),
@@ -56,23 +74,19 @@ class DPOConfig(TrainConfig):
             ("average", self.average or not without_reference, f"set for loss {loss!r}"),
             ("label_smoothing", self.label_smoothing or loss != "robust", "> 0 for loss 'robust', else it is 'dpo'"),
             ("ld_alpha", self.ld_alpha == 1 or not self.average, "1 where log-probs are averaged"),
-        ):
-            if not valid:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
-        for name, effective in (
-            ("beta", loss != "orpo"),
-            ("label_smoothing", loss in ("dpo", "robust")),
-            ("reference_free", not without_reference),
-            ("gamma", loss == "simpo"),
-            ("orpo_lambda", loss == "orpo"),
-            ("sft_coef", loss != "orpo"),
-        ):
-            if not effective and getattr(self, name) != getattr(DPOConfig, name):
+        )
+        idle = {"beta", "label_smoothing", "gamma", "orpo_lambda"} - set(LOSSES[loss][1])
+        idle |= {"reference_free", "reference_logprobs"} if without_reference else set()
+        for name in sorted(idle | ({"sft_coef"} if loss == "orpo" else set())):
+            if getattr(self, name) != getattr(DPOConfig, name):
                 raise ValueError(f"{name} has no effect on loss {loss!r}, got {getattr(self, name)!r}")
+        if self.reference_free and self.reference_logprobs is not None:
+            raise ValueError(f"reference_logprobs has no effect with reference_free, got {self.reference_logprobs!r}")
 
 
 class DPOTrainer(Trainer):
-    """model: Transformer; examples: `Pair`s; reference: see `Reference`, none is held where the loss needs none.
+    """model: Transformer; examples: `Pair`s; reference: see `Reference`. None is held where the loss needs none, nor
+    with `reference_logprobs`, which are of the reference given, else of the policy as it is now.
 
     Metrics: loss, rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected} as the loss takes them (summed,
     averaged or weighted), entropy.
@@ -85,16 +99,46 @@ class DPOTrainer(Trainer):
         self, model: Transformer, examples, config: DPOConfig, *, reference: Transformer | None = None, **options
     ):
         super().__init__(model, examples, config, **options)
-        without = config.reference_free or config.loss in ("simpo", "orpo")
+        if all(isinstance(row, Pair) and row.chosen_ids == row.rejected_ids for row in examples):
+            raise ValueError(f"of none of the {len(examples)} pairs do the completions differ")
+        without = config.reference_free or config.loss in WITHOUT_REFERENCE
         if without and reference is not None:
             raise ValueError(f"a reference has no effect: loss {config.loss!r} is without one")
-        self.reference = None if without else Reference(model, reference)
+        self.reference = self.reference_logprobs = None
+        if config.reference_logprobs is not None:
+            self.reference_logprobs = ReferenceLogprobs(
+                config.reference_logprobs,
+                (*examples, *self.eval_examples),
+                reference or model,
+                config.precision,
+                self._compute_reference_logprobs,
+            )
+        elif not without:
+            self.reference = Reference(model, reference)
+
+    def _compute_reference_logprobs(self, reference: Transformer) -> Iterator[tuple[list[Pair], tuple[Tensor, ...]]]:
+        """In the batches of the first epoch, so that they round as the policy's will."""
+        size = self.config.batch_size
+        first_epoch = itertools.islice(self.batches(), math.ceil(len(self.examples) / size))
+        held_out = (self.eval_examples[start : start + size] for start in range(0, len(self.eval_examples), size))
+        with torch.no_grad(), eval_mode(reference):
+            for batch in itertools.chain(first_epoch, held_out):
+                for part, tokens in self.parts(batch, packing=self.config.max_length):
+                    with self.autocast():
+                        logprobs, _ = target_logprobs(reference, tokens)
+                    yield part, logprobs.split(tokens.lengths.view(-1, 2).sum(dim=1).tolist())
+
+    def settings(self) -> dict:
+        cached = self.reference_logprobs
+        return super().settings() | ({} if cached is None else {"reference": cached.made_of["reference"]})
 
     def losses(self, batch: list[Pair], metrics: Metrics) -> Iterator[Tensor]:
-        for tokens in self.token_batches(batch, packing=self.config.max_length):
+        for part, tokens in self.parts(batch, packing=self.config.max_length):
             lengths = tokens.lengths.view(-1, 2)  # (B, 2)
             ref_logps = torch.zeros(lengths.shape, device=lengths.device)
-            if self.reference is not None:
+            if self.reference_logprobs is not None:
+                ref_logps = self.logps(self.reference_logprobs(part).to(self.device), lengths)
+            elif self.reference is not None:
                 with self.reference.policy() as reference, self.autocast():
                     ref_logprobs, _ = target_logprobs(reference, tokens)  # (M,)
                 ref_logps = self.logps(ref_logprobs, lengths)
@@ -119,22 +163,11 @@ class DPOTrainer(Trainer):
         """Losses (B,), log-probs (B, 2) and implicit rewards (B, 2) from the targets' log-probs (M,)."""
         config, logps = self.config, self.logps(logprobs, lengths)
         log_ratios = logps - ref_logps
-        pair, beta, smoothing = log_ratios.unbind(dim=1), config.beta, config.label_smoothing
-        if config.loss == "dpo":
-            loss = dpo_loss(*pair, beta=beta, label_smoothing=smoothing)
-        elif config.loss == "robust":
-            loss = robust_dpo_loss(*pair, beta=beta, label_smoothing=smoothing)
-        elif config.loss == "ipo":
-            loss = ipo_loss(*pair, beta=beta)
-        elif config.loss == "hinge":
-            loss = hinge_loss(*pair, beta=beta)
-        elif config.loss == "simpo":
-            loss = simpo_loss(*pair, beta=beta, gamma=config.gamma)
-        else:
-            loss, beta = config.orpo_lambda * orpo_loss(*pair) - logps[:, 0], 1.0  # eq. 6
+        loss_of, names = LOSSES[config.loss]
+        loss = loss_of(*log_ratios.unbind(dim=1), **{name: getattr(config, name) for name in names})
         if config.sft_coef:
             loss = loss - config.sft_coef * sequence_means(logprobs, lengths)[:, 0]
-        return loss, logps, beta * log_ratios
+        return loss, logps, (config.beta if "beta" in names else 1.0) * log_ratios
 
     def logps(self, logprobs: Tensor, lengths: Tensor) -> Tensor:
         """A number (B, 2) for each completion from the log-probs (M,) of its tokens."""

@@ -55,9 +55,7 @@ class KTOTrainer(Trainer):
     def losses(self, batch: list[Example], metrics: Metrics) -> Iterator[Tensor]:
         config, kl = self.config, self.kl(batch)
         weights = dict(desirable_weight=config.desirable_weight, undesirable_weight=config.undesirable_weight)
-        size = config.micro_batch_size or len(batch)
-        parts = (batch[start : start + size] for start in range(0, len(batch), size))
-        for part, tokens in zip(parts, self.token_batches(batch, packing=config.max_length)):
+        for part, tokens in self.parts(batch, packing=config.max_length):
             desirable = torch.tensor([example.label for example in part], device=kl.device)  # (B,)
             with self.reference.policy() as reference, self.autocast():
                 ref_logps = sequence_sums(target_logprobs(reference, tokens)[0], tokens.lengths)

@@ -1,5 +1,8 @@
 """Reward model from preference pairs (Bradley-Terry or hinge) or ranked lists (Plackett-Luce): all completions of a
-prompt in one forward, behind it. At the end its scores are normalised, and looked at for a bias to long completions."""
+prompt in one forward, behind it. At the end its scores are normalised, and looked at for a bias to long completions.
+
+From solutions whose steps are right or wrong it learns to score steps (a process reward model). These scores stay as
+they are: their sigmoid is the probability that the step is right."""
 
 from __future__ import annotations
 
@@ -7,14 +10,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlhf_core.data import Pair, Ranked, TokenBatch
-from rlhf_core.losses import bradley_terry_loss, centering_loss, margin_ranking_loss, plackett_luce_loss, preferred
+from rlhf_core.data import Pair, Ranked, Steps, TokenBatch
+from rlhf_core.losses import (
+    bradley_terry_loss,
+    centering_loss,
+    margin_ranking_loss,
+    plackett_luce_loss,
+    preferred,
+    process_reward_loss,
+)
 from rlhf_core.models import RewardModel, eval_mode
-from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, option, read_hidden
+from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, check_options, option
 
+KINDS = {Pair: "pairs", Ranked: "ranked lists", Steps: "solutions in steps"}
 LOSSES = ("bradley_terry", "margin_ranking")
+ALIKE = 1e-5  # scores that vary by less, relative to the largest, vary by rounding: to divide by that would blow it up
 
 
 @dataclass(frozen=True)
@@ -27,23 +39,24 @@ class RewardConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, valid, wanted in (
+        check_options(
+            self,
             ("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)"),
             ("centering_coef", self.centering_coef >= 0, "at least 0"),
-        ):
-            if not valid:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        )
         if self.label_smoothing and self.loss != "bradley_terry":
             raise ValueError(f"label_smoothing has no effect on loss {self.loss!r}, got {self.label_smoothing}")
 
 
 class RewardTrainer(Trainer):
-    """model: RewardModel; examples: `Pair`s, whose margin is 0 (margin_ranking: 1) where they have none, or `Ranked`s.
+    """model: RewardModel; examples: `Pair`s, whose margin is 0 (margin_ranking: 1) where they have none, `Ranked`s,
+    or `Steps`.
 
     Metrics: loss, mean_reward; of all pairs, a ranked list being several: accuracy (a tie is one half), margin. Those
     of the last step also tell score_mean and score_std over the training data, as which 0 and 1 count from then on,
-    and the `length_bias` on the evaluation examples, or, without these, on the training data.
+    and the `length_bias` on the evaluation examples, or, without these, on the training data. Of steps there are
+    accuracy, of a score being above 0 where the label is above one half, and the mean of the labels.
     """
 
     algorithm = "reward"
@@ -51,34 +64,53 @@ class RewardTrainer(Trainer):
 
     def __init__(self, model: RewardModel, examples, config: RewardConfig, **options):
         super().__init__(model, examples, config, **options)
-        kinds = {type(row) for row in (*examples, *self.eval_examples)}
-        if len(kinds) > 1:
-            raise ValueError("there are pairs and ranked lists; train and evaluate on one of them")
+        kind, *others = {type(row) for row in (*examples, *self.eval_examples)}
+        if others:
+            named = " and ".join(sorted(KINDS[x] for x in (kind, *others)))
+            raise ValueError(f"there are {named}; train and evaluate on one of them")
         for name in ("loss", "label_smoothing", "centering_coef"):
-            if Ranked in kinds and getattr(config, name) != getattr(RewardConfig, name):
-                raise ValueError(f"{name} has no effect on ranked lists, got {getattr(config, name)!r}")
+            if kind is not Pair and getattr(config, name) != getattr(RewardConfig, name):
+                raise ValueError(f"{name} has no effect on {KINDS[kind]}, got {getattr(config, name)!r}")
+        self.learns_steps = kind is Steps
+        if not self.learns_steps and all(map(alike, examples)):
+            raise ValueError(f"of none of the {len(examples)} {KINDS[kind]} do the completions differ")
 
-    def losses(self, batch: list[Pair] | list[Ranked], metrics: Metrics) -> Iterator[Tensor]:
-        size = self.config.micro_batch_size or len(batch)
-        parts = (batch[start : start + size] for start in range(0, len(batch), size))
-        for part, tokens in zip(parts, self.token_batches(batch, packing=self.config.max_length)):
-            scores = self.scores(tokens)  # (N,)
-            if isinstance(part[0], Ranked):
-                counts = torch.tensor([len(completions(example)) for example in part], device=scores.device)
-                mask = torch.arange(counts.amax(), device=scores.device) < counts[:, None]  # (B, K)
-                scores = torch.zeros(mask.shape, device=scores.device).masked_scatter(mask, scores)
-                loss = plackett_luce_loss(scores, mask)
-            else:
-                scores = scores.view(-1, 2)
-                mask = torch.ones_like(scores, dtype=torch.bool)
-                loss = self.pair_losses(scores, [example.margin for example in part])
-            better, worse = torch.triu_indices(*(scores.shape[1:] * 2), 1, device=scores.device)
-            both = mask[:, better] & mask[:, worse]  # (B, K (K - 1) / 2)
+    def losses(self, batch: list[Pair] | list[Ranked] | list[Steps], metrics: Metrics) -> Iterator[Tensor]:
+        losses_of = self.step_losses if self.learns_steps else self.order_losses
+        count = sum(len(example.labels) for example in batch) if self.learns_steps else len(batch)
+        for part, tokens in self.parts(batch, packing=self.config.max_length):
+            loss = losses_of(part, tokens, metrics)
             metrics.add("loss", loss)
-            metrics.add("accuracy", preferred(scores[:, better], scores[:, worse]), both)
-            metrics.add("margin", scores[:, better] - scores[:, worse], both)
-            metrics.add("mean_reward", scores, mask)
-            yield loss.sum() / len(batch)
+            yield loss.sum() / count
+
+    def step_losses(self, part: list[Steps], tokens: TokenBatch, metrics: Metrics) -> Tensor:
+        """Losses (M,) of the steps."""
+        with self.autocast():
+            scores = self.model.token_scores(tokens)  # (M,)
+        labels = scores.new_tensor([label for example in part for label in example.labels])
+        metrics.add("accuracy", preferred(scores, -scores).where(labels > 0.5, preferred(-scores, scores)))
+        metrics.add("mean_reward", scores)
+        metrics.add("labels", labels)
+        return process_reward_loss(scores, labels)
+
+    def order_losses(self, part: list[Pair] | list[Ranked], tokens: TokenBatch, metrics: Metrics) -> Tensor:
+        """Losses (B,) of the pairs or lists."""
+        scores = self.scores(tokens)  # (N,)
+        if isinstance(part[0], Ranked):
+            counts = torch.tensor([len(completions(example)) for example in part], device=scores.device)
+            mask = torch.arange(counts.amax(), device=scores.device) < counts[:, None]  # (B, K)
+            scores = torch.zeros(mask.shape, device=scores.device).masked_scatter(mask, scores)
+            loss = plackett_luce_loss(scores, mask)
+        else:
+            scores = scores.view(-1, 2)
+            mask = torch.ones_like(scores, dtype=torch.bool)
+            loss = self.pair_losses(scores, [example.margin for example in part])
+        better, worse = torch.triu_indices(*(scores.shape[1:] * 2), 1, device=scores.device)
+        both = mask[:, better] & mask[:, worse]  # (B, K (K - 1) / 2)
+        metrics.add("accuracy", preferred(scores[:, better], scores[:, worse]), both)
+        metrics.add("margin", scores[:, better] - scores[:, worse], both)
+        metrics.add("mean_reward", scores, mask)
+        return loss
 
     def pair_losses(self, scores: Tensor, margins: list[float | None]) -> Tensor:
         """Losses (B,) of chosen and rejected (B, 2)."""
@@ -97,17 +129,32 @@ class RewardTrainer(Trainer):
     def scores(self, tokens: TokenBatch) -> Tensor:
         """One (N,) for each sequence."""
         with self.autocast():
-            return self.model.read(read_hidden(self.model.trunk, tokens, tokens.last))
+            return self.model.scores(tokens)
 
     def finish(self) -> dict[str, float]:
-        """Normalise the scores to mean 0 and standard deviation 1 over the training data."""
+        """Normalise the scores to mean 0 and standard deviation 1 over the training data; those of steps stay."""
+        if self.learns_steps:
+            return {}
         scores = self.scores_of(self.examples)
         mean, std = scores.mean().item(), scores.std(correction=0).item()
+        if std < ALIKE * scores.abs().max():
+            scores, std = torch.full_like(scores, mean), 0.0
         self.model.normalize(mean, std or 1.0)
         held_out = len(self.eval_examples)
         examples = self.eval_examples if held_out else self.examples
         scores = self.scores_of(examples) if held_out else (scores - mean) / (std or 1.0)
         return {"score_mean": mean, "score_std": std, **length_bias(examples, scores)}
+
+    def state(self) -> dict[str, Tensor]:
+        bias = self.model.score.bias
+        return super().state() | ({} if bias is None else {"score_bias": bias.detach().clone()})
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The bias too that a finished run gave the head, where the model began without one."""
+        super().load_state(state)
+        if "score_bias" in state and self.model.score.bias is None:
+            weight = self.model.score.weight
+            self.model.score.bias = nn.Parameter(state["score_bias"].to(weight), weight.requires_grad)
 
     @torch.no_grad()
     def scores_of(self, examples: list[Pair] | list[Ranked]) -> Tensor:
@@ -141,3 +188,9 @@ def length_bias(examples: list[Pair] | list[Ranked], scores: Tensor) -> dict[str
 def completions(example: Pair | Ranked) -> list[list[int]]:
     """Of a prompt, the best one first."""
     return example.completions_ids if isinstance(example, Ranked) else [example.chosen_ids, example.rejected_ids]
+
+
+def alike(example: Pair | Ranked) -> bool:
+    """Whether there is nothing to tell its completions apart by, say because they were cut."""
+    first, *others = completions(example)
+    return all(other == first for other in others)

@@ -1,0 +1,181 @@
+"""TRL's trainers on our ops: `patch` puts them where TRL computes log-probs and entropies, `unpatch` takes them out.
+
+    from rlhf_core.integrations import trl
+
+    trl.patch()  # or `with trl.patch():`, for a part of the program
+    DPOTrainer(...).train()  # TRL's own
+
+Replaced are the functions named in `_REPLACEMENTS`, in every module of TRL that holds them. What else changes: of
+16-bit logits TRL's log-probs and entropies have 16 bits, ours 32; of tokens that tie for the first place TRL's
+`is_top1` counts the first, ours each. Where an op does not cover what is asked (several targets a row, a soft cap, the
+sum of squared probabilities, a head that DeepSpeed has spread), TRL's own code still runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_core.files import require
+from rlhf_core.ops import linear_token_logprobs, linear_token_statistics, token_logprobs, token_logprobs_and_entropy
+
+VERSIONS = "1.12 and 1.16"  # that this was tried on
+TOLERANCE = 1e-4  # nats, and gradients per unit of the upstream one: of float32 sums in another order
+
+_replaced: list[tuple[Any, Any]] = []  # what TRL's modules held, and what they hold now
+
+
+def patch() -> contextlib.ExitStack:
+    """Put our ops into TRL; where they are in, nothing happens. As a context manager, undo it at the end.
+
+    Before anything is replaced, TRL's functions and ours must agree on random input, in values and gradients.
+
+    Raises ImportError without TRL, RuntimeError where the installed version's functions are missing or others than
+    known, naming what differs.
+    """
+    undo = contextlib.ExitStack()
+    if _replaced:
+        return undo
+    utils = require("trl.trainer.utils", "trl")
+    pairs = []
+    for name, replacement in _REPLACEMENTS.items():
+        theirs = getattr(utils, name, None) or getattr(sys.modules.get("trl.kernels"), name, None)
+        if theirs is None and name in _SINCE_1_16:
+            continue
+        ours = replacement(theirs)
+        fault = "is missing" if theirs is None else _difference(name, theirs, ours)
+        if fault:
+            found = f"TRL {require('trl', 'trl').__version__}, known are {VERSIONS}"
+            raise RuntimeError(f"{name} {fault}; nothing is replaced ({found})")
+        pairs.append((theirs, ours))
+    for theirs, ours in pairs:
+        _replace(theirs, ours)
+    _replaced.extend(pairs)
+    undo.callback(unpatch)
+    return undo
+
+
+def unpatch() -> None:
+    """Give TRL its own functions back."""
+    for theirs, ours in _replaced:
+        _replace(ours, theirs)
+    _replaced.clear()
+
+
+def _replace(old: Any, new: Any) -> None:
+    """In every module of TRL: a trainer's `from ..utils import f` is a name of its own."""
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "trl":
+            for attribute, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, attribute, new)
+
+
+def _selective_log_softmax(theirs: Callable) -> Callable:
+    def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
+        if index.ndim == logits.ndim:
+            given = {} if temperature == 1.0 and row_mask is None else dict(temperature=temperature, row_mask=row_mask)
+            return theirs(logits, index, **given)
+        return token_logprobs(logits, index, temperature=temperature, mask=_bool(row_mask))
+
+    return selective_log_softmax
+
+
+def _entropy_from_logits(theirs: Callable) -> Callable:
+    def entropy_from_logits(logits, chunk_size=128):
+        return token_logprobs_and_entropy(logits, logits.new_zeros(logits.shape[:-1], dtype=torch.int64))[1]
+
+    return entropy_from_logits
+
+
+def _selective_log_softmax_and_entropy(theirs: Callable) -> Callable:
+    def selective_log_softmax_and_entropy(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
+        mask = _bool(row_mask)
+        logprobs, entropy = token_logprobs_and_entropy(logits, index, temperature=temperature, mask=mask)
+        return logprobs, entropy if entropy_requires_grad else entropy.detach()
+
+    return selective_log_softmax_and_entropy
+
+
+def _chunked_log_prob_function(theirs: type[torch.autograd.Function]) -> type:
+    class ChunkedLogProbFunction:
+        """What TRL calls `apply` of, with hidden (N, D), weight (V, D), bias (V,) or None, targets (N,)."""
+
+        @staticmethod
+        def apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None,
+                  logit_scale=1.0, outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")):  # fmt: skip
+            covered = final_logit_softcapping is None and logit_scale > 0 and "log_sum_sq_probs" not in outputs
+            if not covered or hasattr(weight, "ds_id"):
+                settings = temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+                return theirs.apply(hidden, weight, bias, targets, *settings)
+            temperature, dtype = temperature / logit_scale, hidden.dtype
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            entropy = mean = top = None
+            if "entropy" in outputs or "is_top1" in outputs:
+                found = linear_token_statistics(hidden, weight, targets, bias=bias, temperature=temperature)
+                logprobs = found.logprobs
+                entropy = found.entropy if "entropy" in outputs else None
+                top = found.likeliest if "is_top1" in outputs else None
+            else:
+                logprobs = linear_token_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
+            if "mean_logits" in outputs:  # the mean of the products is the product with the mean
+                with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+                    mean = hidden.float() @ weight.mean(dim=0, dtype=torch.float32)
+                    mean = (mean if bias is None else mean + bias.float().mean()) / temperature
+            return logprobs, entropy, None, mean, top
+
+    return ChunkedLogProbFunction
+
+
+_SINCE_1_16 = {
+    "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
+    "ChunkedLogProbFunction": _chunked_log_prob_function,
+}
+_REPLACEMENTS = {
+    "selective_log_softmax": _selective_log_softmax,
+    "entropy_from_logits": _entropy_from_logits,
+} | _SINCE_1_16
+
+
+def _bool(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask != 0
+
+
+def _difference(name: str, theirs: Any, ours: Any) -> str:
+    """In what the two differ, in words; nothing where they do not."""
+    takes = list(inspect.signature(getattr(theirs, "forward", theirs)).parameters)
+    takes = [parameter for parameter in takes if parameter != "ctx"]
+    known = list(inspect.signature(getattr(ours, "apply", ours)).parameters)
+    if takes != known[: len(takes)]:
+        return f"takes {', '.join(takes)}, not {', '.join(known)}"
+    for what, expected, found in zip(("value", "gradient"), _tried(name, theirs), _tried(name, ours)):
+        error = max(float((a.float() - b.float()).detach().abs().max()) for a, b in zip(expected, found, strict=True))
+        if not error <= TOLERANCE:
+            return f"gives another {what} than our op, by {error:.2g}"
+    return ""
+
+
+@torch.enable_grad()
+def _tried(name: str, function: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The function's results on random input, and the gradients of the floating ones weighed at random."""
+    generator = torch.Generator().manual_seed(0)
+    logits, hidden, weight, bias = (
+        torch.randn(shape, generator=generator).requires_grad_() for shape in ((2, 5, 37), (10, 8), (37, 8), (37,))
+    )
+    targets = torch.randint(37, (2, 5), generator=generator)
+    if name == "ChunkedLogProbFunction":
+        outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
+        results = function.apply(hidden, weight, bias, targets.flatten(), 0.7, 16, None, 0.5, outputs)
+        leaves = [hidden, weight, bias]
+    else:
+        results = function(logits) if name == "entropy_from_logits" else function(logits, targets)
+        leaves = [logits]
+    results = [x for x in ((results,) if isinstance(results, Tensor) else results) if x is not None]
+    total = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in results if x.requires_grad)
+    return results, list(torch.autograd.grad(total, leaves))
