@@ -54,6 +54,7 @@ setup(
     packages=[
         "rlhf_core",
         "rlhf_core.benchmarks",
+        "rlhf_core.benchmarks.learning",
         "rlhf_core.benchmarks.peers",
         "rlhf_core.data",
         "rlhf_core.integrations",

@@ -1,0 +1,132 @@
+"""What all methods of a task and seed start from, made once and kept in a folder: policy, pairs, reward model; and what
+a method's policy is then worth."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from rlhf_core import rollout
+from rlhf_core.data import Pair
+from rlhf_core.demo import (
+    Task,
+    evaluated,
+    fitted_reward_model,
+    labelled_pairs,
+    replies_task,
+    split,
+    stories_task,
+    supervised,
+)
+from rlhf_core.evaluation import Evaluation, win_rate
+from rlhf_core.files import read_json, write_json
+from rlhf_core.models import RewardModel, Transformer
+from rlhf_core.trainers import Scorer
+
+TASKS = ("replies", "stories")
+
+
+@dataclass
+class Setup:
+    """Of one task and seed. Policies made by `policy` count what is sampled and learned while `counting`."""
+
+    task: Task
+    seed: int
+    base: Transformer  # frozen: every method's reference
+    pairs: list[Pair]  # to train on
+    reward_model: RewardModel
+    sft_scores: Tensor  # (N,), gold of the base on task.eval_prompts
+    tokens: dict[str, int] = field(default_factory=lambda: {"sampled": 0, "trained": 0})
+
+    @property
+    def shared(self) -> dict:
+        """What trainers that sample take."""
+        return dict(eos_ids=self.task.eos_ids, tokenizer=self.task.tokenizer)
+
+    def policy(self) -> Transformer:
+        """A copy of the base to train."""
+        policy = copy.deepcopy(self.base).requires_grad_(True)
+
+        def count(trunk, arguments, options, hidden):
+            if torch.is_grad_enabled() and trunk is policy.trunk:  # not a copy, whose hook is the same
+                self.tokens["trained"] += len(options["read"])
+
+        policy.trunk.register_forward_hook(count, with_kwargs=True)
+        return policy
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[dict[str, int]]:
+        """Response tokens sampled within, of any policy, and trained: of whose log-probs a gradient is taken."""
+        self.tokens.update(sampled=0, trained=0)
+        generate = rollout.generate
+
+        def counted(*arguments, **options):
+            response = generate(*arguments, **options)
+            self.tokens["sampled"] += int(response.response_mask.sum())
+            return response
+
+        with mock.patch.object(rollout, "generate", counted):
+            yield self.tokens
+
+    def scores(self, prompts: list, responses: list, reward_model: RewardModel | None = None) -> Tensor:
+        """(N,) of a reward model, by default the shared one, whose scores have mean 0 and deviation 1 on the pairs."""
+        return Scorer(reward_model or self.reward_model, pad_id=self.base.config.pad_id or 0, batch_size=128)(
+            prompts, responses
+        )
+
+    def evaluate(self, policy: Transformer) -> Evaluation:
+        return evaluated(self.task, self.base, policy, self.seed)
+
+
+def prepare(name: str, data: Path | None, seed: int, folder: Path) -> Setup:
+    """Make what the methods share, or read it from the folder where it is complete."""
+    task = replies_task(seed) if name == "replies" else stories_task(data, seed)
+    done = folder / "sft.json"
+    if not done.exists():
+        base, _ = supervised(task)
+        pairs, _ = labelled_pairs(task, base, seed)
+        reward_model, report = fitted_reward_model(task, base, *split(pairs), seed)
+        base.save_pretrained(folder / "base")
+        reward_model.save_pretrained(folder / "reward")
+        write_json(folder / "pairs.json", split(pairs)[0])
+        scores = evaluated(task, base, base, seed).scores.tolist()
+        write_json(done, {"scores": scores, "reward_model_accuracy": report["eval_accuracy"]})
+    base = Transformer.from_pretrained(folder / "base").eval().requires_grad_(False)
+    reward_model = RewardModel.from_pretrained(folder / "reward").eval().requires_grad_(False)
+    pairs = [Pair(*row) for row in read_json(folder / "pairs.json")]
+    return Setup(task, seed, base, pairs, reward_model, torch.tensor(read_json(done)["scores"]))
+
+
+def measure(setup: Setup, method: Callable, settings: dict) -> dict:
+    """Run a method and say what came of it, in plain numbers."""
+    torch.manual_seed(setup.seed)
+    started = time.process_time()
+    with setup.counting() as tokens:
+        found = method(setup, **settings)
+    seconds, tokens = time.process_time() - started, dict(tokens)
+    if not isinstance(found, Evaluation):
+        found = setup.evaluate(found)
+    prompts = setup.task.eval_prompts
+    different = {tuple(prompt): [] for prompt in prompts}
+    for prompt, score in zip(prompts, found.scores.tolist()):
+        different[tuple(prompt)].append(score)
+    means = torch.tensor([sum(scores) / len(scores) for scores in different.values()])
+    return {
+        "gold": found.scores.mean().item(),
+        "gold_sd": found.scores.std().item(),
+        "gold_error": (means.std() / len(means) ** 0.5).item(),  # of the prompts' means
+        "reward": setup.scores(prompts, found.response_ids).mean().item(),
+        "kl": found.kl.mean().item(),
+        "win_rate": win_rate(found.scores, setup.sft_scores),
+        "length": found.lengths.float().mean().item(),
+        **tokens,
+        "seconds": seconds,
+    }
