@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from rlhf_core.benchmarks.learning.setup import Setup
 from rlhf_core.data import Example
@@ -80,12 +81,13 @@ def ilql(setup: Setup, **settings) -> ILQLModel:
 # ---- from the reward model
 
 
-def on_policy(trainer: type, config: type) -> Callable[..., Transformer]:
-    def train(setup: Setup, **settings) -> Transformer:
+def on_policy(trainer: type, config: type) -> Callable[..., nn.Module]:
+    def train(setup: Setup, **settings) -> nn.Module:
         policy, fixed = setup.policy(), dict(temperature=1.0, response_length=setup.task.response_length)
         options = dict(reward=setup.reward_model, reference=setup.base, **setup.shared)
-        trainer(policy, setup.task.prompts, config(seed=setup.seed, **fixed, **settings), **options).train()
-        return policy
+        trained = trainer(policy, setup.task.prompts, config(seed=setup.seed, **fixed, **settings), **options)
+        trained.train()
+        return trained.sampled  # the policy; NLPO's within its mask
 
     return train
 
