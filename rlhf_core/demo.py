@@ -281,7 +281,8 @@ def table(results: dict[str, Evaluation]) -> list[str]:
         mean, deviation = float(result.scores.mean()), float(result.scores.std())
         error = deviation / len(result.scores) ** 0.5
         wins = "" if result is first else f"{win_rate(result.scores, first.scores):20.3f}"
-        lines.append(f"{name:<6} {mean:12.3f} ± {error:.3f} {deviation:9.3f} {float(result.kl.mean()):14.2f} {wins}")
+        kl = round(float(result.kl.mean()), 2) + 0.0  # not -0.00
+        lines.append(f"{name:<6} {mean:12.3f} ± {error:.3f} {deviation:9.3f} {kl:14.2f} {wins}")
     return lines
 
 
