@@ -27,6 +27,7 @@ def test_the_kl_in_the_loss_adds_its_gradient_and_leaves_the_reward_alone(estima
         make(kl_in="loss", kl_estimator=estimator, kl_coef=kl_coef, others=dict(reference=reference), vf_coef=0.0)
         for kl_coef in (0.0, 0.5, 1.0)
     ]
+    trainers[0].full_kl = lambda *arguments: pytest.fail("computed for a weight of 0")
     rollout = rollout_of(trainers[0])
     old = experience_of(make(others=dict(reference=reference)), rollout)
     none, half, whole = (gradients(trainer, rollout, old)[2][:-1] for trainer in trainers)

@@ -380,7 +380,7 @@ class OnPolicyTrainer(Trainer):
 
     @property
     def full_kl_in_loss(self) -> bool:
-        return self.config.kl_in == "loss" and self.config.kl_estimator == "full"
+        return self.config.kl_in == "loss" and self.config.kl_estimator == "full" and self.kl_coef.value > 0
 
     @property
     def token_by_token(self) -> bool:
