@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     from rlhf_core import trainers
-    from rlhf_core.trainers.on_policy import OnPolicyConfig
+    from rlhf_core.trainers.config import OnPolicyConfig
 
     for run, methods in ((_train_on_data, ON_DATA), (_train_on_prompts, ON_PROMPTS), (_train_in_rounds, IN_ROUNDS)):
         for name, (kind, *parts, help) in methods.items():

@@ -32,7 +32,7 @@ from rlhf_core.trainers import (
     SFTConfig,
     SFTTrainer,
 )
-from rlhf_core.trainers.common import frozen_copy
+from rlhf_core.trainers.reference import frozen_copy
 
 # ---- the embedded task
 

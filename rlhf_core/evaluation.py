@@ -1,4 +1,5 @@
-"""What a policy's responses are worth: gold scores, KL to a reference, win rate, Elo; what the n of best-of-n buys."""
+"""What a policy's responses are worth: gold scores, KL to a reference, win rate, Elo; what the n of best-of-n buys. And
+whether a reward model takes length for quality."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_core.data import Tokenizer
+from rlhf_core.data import Pair, Ranked, Tokenizer
 from rlhf_core.losses import preferred
 from rlhf_core.models import Transformer, eval_mode
 from rlhf_core.ops import kl_estimate
@@ -70,6 +71,24 @@ def evaluate_policy(
 def win_rate(scores: Tensor, other: Tensor) -> float:
     """Share of rows (N,) where `scores` is higher than `other`; a tie is one half."""
     return float(preferred(scores, other).mean())
+
+
+def length_bias(examples: list[Pair] | list[Ranked], scores: Tensor) -> dict[str, float]:
+    """Whether length passes for quality: the correlation of score (N,) and length (tokens, EOS included) of every
+    completion, and the accuracy in pairs whose better completion is the shorter one. What is undefined is left out."""
+    lengths = [len(ids) for example in examples for ids in example.completions_ids]
+    pairs, first = [], 0
+    for example in examples:
+        end = first + len(example.completions_ids)
+        pairs += [(i, j) for i in range(first, end) for j in range(i + 1, end) if lengths[i] < lengths[j]]
+        first = end
+    report, both = {}, torch.stack([scores, torch.tensor(lengths, dtype=scores.dtype)])
+    if both.std(dim=1, correction=0).all():
+        report["length_correlation"] = torch.corrcoef(both)[0, 1].item()
+    if pairs:
+        better, worse = torch.tensor(pairs).unbind(dim=1)
+        report["accuracy_where_shorter_won"] = preferred(scores[better], scores[worse]).mean().item()
+    return report
 
 
 def elo(wins: Tensor, *, prior: float = 0.0) -> Tensor:

@@ -42,6 +42,12 @@ def masked_moments(x: Tensor, mask: Tensor) -> Moments:
     return Moments(mask.sum(), mean, ((x - mean).masked_fill(~mask, 0) ** 2).sum())
 
 
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over the counted tokens; 0 where the returns do not vary."""
+    residual, total = masked_moments(returns - values, mask), masked_moments(returns, mask)
+    return float(1 - residual.m2 / total.m2) if total.m2 > 0 else 0.0
+
+
 def whiten(x: Tensor, mask: Tensor, *, moments: Moments | None = None, eps: float = 1e-8) -> Tensor:
     """Shift and scale x to mean 0 and (population) variance 1 over the True positions of mask; 0 elsewhere.
 

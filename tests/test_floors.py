@@ -96,7 +96,7 @@ def test_every_part_of_the_package_has_a_floor():
         ("import triton", "rlhf_core.ops.kl"),
         ("import argparse", "rlhf_core.demo"),
         ("from rlhf_core import _C", "rlhf_core.backends"),
-        ("from rlhf_core.trainers.common import option", "rlhf_core.losses.policy"),
+        ("from rlhf_core.trainers.config import option", "rlhf_core.losses.policy"),
         ("from rlhf_core.models import RewardModel", "rlhf_core.ops.gae"),
         ("def f():\n    from rlhf_core.cli import main", "rlhf_core.trainers.sft"),
         ("from rlhf_core import masking", "rlhf_core.kernels.gae"),

@@ -163,7 +163,7 @@ def test_a_run_writes_the_policy_and_its_name(tmp_path):
         (dict(advantage="ppo"), "advantage must be one of grpo, rloo, reinforce_pp, remax, got 'ppo'"),
         (dict(num_samples=1), "num_samples must be at least 2 for grpo, got 1"),
         (dict(advantage="remax", num_samples=0), "num_samples must be at least 1 for remax, got 0"),
-        (dict(advantage="rloo", normalize=False), "normalize must be True for rloo, undivided, got False"),
+        (dict(advantage="rloo", normalize=False), "normalize has no effect on rloo"),
         (dict(ratio="word"), "ratio must be one of token, sequence, got 'word'"),
         (dict(advantage="remax", whiten_scores="batch"), "whiten_scores must be none for remax"),
         (dict(batch_size=2, num_samples=3, minibatch_size=7), "minibatch_size must be from 1 to 6, got 7"),

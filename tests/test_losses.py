@@ -14,7 +14,7 @@ from rlhf_core.losses import (
     hinge_loss,
     ipo_loss,
     kto_loss,
-    length_desensitized,
+    length_desensitized_weights,
     margin_ranking_loss,
     orpo_loss,
     plackett_luce_loss,
@@ -130,23 +130,23 @@ def test_a_margin_may_differ_by_pair():
         assert_close(loss(chosen, rejected, margin=margin), torch.stack(each))
 
 
-def test_orpo_is_the_log_sigmoid_of_the_odds_ratio():
+def test_orpo_is_the_cross_entropy_and_the_log_sigmoid_of_the_odds_ratio():
     chosen, rejected = leaves([-0.3, -1.5], [-0.9, -0.2])
-    loss = orpo_loss(chosen, rejected)
+    loss = orpo_loss(chosen, rejected, orpo_lambda=0.4)
 
     def odds(logp):
         return math.exp(logp) / (1 - math.exp(logp))
 
     ratios = [odds(c) / odds(r) for c, r in zip(chosen.tolist(), rejected.tolist())]
-    assert_close(loss.tolist(), [-math.log(ratio / (1 + ratio)) for ratio in ratios])
+    assert_close(loss.tolist(), [-c - 0.4 * math.log(r / (1 + r)) for c, r in zip(chosen.tolist(), ratios)])
     loss.sum().backward()
     slope = [1 / (1 + ratio) / (1 - math.exp(c)) for ratio, c in zip(ratios, chosen.tolist())]  # of log odds: 1 / (1-p)
-    assert_close(chosen.grad.tolist(), [-s for s in slope])
+    assert_close(chosen.grad.tolist(), [-1 - 0.4 * s for s in slope])
 
 
 def test_orpo_stays_finite_where_a_completion_is_certain():
     chosen, rejected = leaves([0.0, -1.0], [-1.0, 0.0])
-    loss = orpo_loss(chosen, rejected)
+    loss = orpo_loss(chosen, rejected, orpo_lambda=1.0)
     loss.sum().backward()
     assert all(x.isfinite().all() for x in (loss, chosen.grad, rejected.grad))
 
@@ -181,12 +181,9 @@ def test_kto_weighs_gains_and_losses_against_the_reference_point():
 
 
 def test_length_desensitized_weighs_what_only_the_longer_completion_has():
-    logprobs = torch.tensor([[NAN, -1.0, -2.0, -3.0, -4.0], [NAN, -1.0, -2.0, NAN, NAN]])
-    mask = torch.tensor([[False, True, True, True, True], [False, True, True, False, False]])
-    shorter = torch.tensor([2, 2])
-    assert length_desensitized(logprobs, mask, shorter, alpha=0.25).tolist() == [-4.75, -3.0]
-    assert length_desensitized(logprobs, mask, shorter, alpha=1.0).tolist() == [-10.0, -3.0]
-    assert length_desensitized(logprobs, mask, shorter, alpha=0.0).tolist() == [-3.0, -3.0]
+    lengths = torch.tensor([[4, 2], [0, 1], [3, 3]])
+    expected = [1, 1, 0.25, 0.25, 1, 1, 0.25, *[1] * 6]
+    assert length_desensitized_weights(lengths, alpha=0.25).tolist() == expected
 
 
 # ---- ranked lists

@@ -115,7 +115,10 @@ def test_labels_come_from_a_reward_or_from_a_judge():
             (dict(temperature=0), "temperature must be > 0, got 0"),
             (dict(beta=0), "beta must be > 0, got 0"),
             (dict(gamma=1.0), "gamma has no effect on loss 'dpo'"),
-            (dict(reference_logprobs="file"), "reference_logprobs are of given pairs, not of samples, got 'file'"),
+            (
+                dict(reference_logprobs="file"),
+                "reference_logprobs has no effect on samples, being of given pairs, got 'file'",
+            ),
         ):
             with pytest.raises(ValueError, match=message):
                 config(**options)
@@ -160,9 +163,9 @@ def test_a_round_is_compared_with_its_own_start_or_with_the_first_policy():
         history, _ = iterated(rounds=3, max_steps=1, reference_policy=reference_policy)
         off = [abs(line["loss"] - math.log(2)) > 1e-6 for line in history]
         assert off == [False, moved, moved]
-    with pytest.raises(ValueError, match="reference_policy must be 'round' or 'first', got 'last'"):
+    with pytest.raises(ValueError, match="reference_policy must be one of round, first, got 'last'"):
         IteratedDPOConfig(reference_policy="last")
-    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rounds must be > 0, got 0"):
         IteratedDPOConfig(rounds=0)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_core import ppo_advantages, whiten
+from rlhf_core.masking import explained_variance
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig, ValueModel
 from rlhf_core.models.lora import LoRAConfig, adapters_off, add_adapters
 from rlhf_core.models.transformer import Trunk
@@ -17,7 +18,6 @@ from rlhf_core.rollout import Rollout, sample
 from rlhf_core.trainers import PPOConfig, PPOTrainer
 from rlhf_core.trainers.common import Metrics
 from rlhf_core.trainers.on_policy import Experience
-from rlhf_core.trainers.ppo import explained_variance
 
 PROMPTS = [[5, 3, 7, 4], [8, 1], [6], [9, 9, 1], [4, 4], [3], [7, 8, 9], [1, 5]]
 NAN = float("nan")

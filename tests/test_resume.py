@@ -271,7 +271,7 @@ def test_an_option_without_effect_is_refused(tmp_path):
     for options, message in (
         (dict(save_every=1), "save_every has no effect without out"),
         (dict(eval_every=1), "eval_every has no effect without evaluation examples"),
-        (dict(save_every=0), "save_every must be at least 1, got 0"),
+        (dict(save_every=0), "save_every must be > 0, got 0"),
         (dict(warmup_steps=-1), "warmup_steps must be at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):

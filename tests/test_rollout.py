@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rlhf_core.data import Example, collate
 from rlhf_core.models import Transformer, TransformerConfig, ValueModel
 from rlhf_core.rollout import Rollout, _warn_of_truncation, response_logprobs, response_values, sample
-from rlhf_core.trainers.dpo import target_logprobs
+from rlhf_core.trainers.completions import target_logprobs
 
 GPT2 = dict(
     positions="learned",

@@ -14,7 +14,7 @@ from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.ops import linear_logprobs
 from rlhf_core.trainers import SFTConfig, SFTTrainer
 from rlhf_core.trainers.common import Metrics
-from rlhf_core.trainers.sft import completion_loss
+from rlhf_core.trainers.completions import completion_loss
 
 OPTIONS = [dict(label_smoothing=0.1), dict(z_coef=0.03), dict(label_smoothing=0.3, z_coef=0.01)]
 options = pytest.mark.parametrize("options", OPTIONS, ids=[" ".join(option) for option in OPTIONS])

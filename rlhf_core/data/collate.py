@@ -104,7 +104,7 @@ def count_targets(example: Example) -> int:
 def _group(example: Example | Pair | Ranked | Steps) -> tuple[list[int], list[list[int]], list[list[bool] | None]]:
     """Prompt, completions and their masks."""
     if isinstance(example, Pair):
-        return example.prompt_ids, [example.chosen_ids, example.rejected_ids], example.masks or [None, None]
+        return example.prompt_ids, example.completions_ids, example.masks or [None, None]
     if isinstance(example, Ranked):
         return example.prompt_ids, example.completions_ids, [None] * len(example.completions_ids)
     return example.prompt_ids, [example.completion_ids], [example.completion_mask]

@@ -28,6 +28,11 @@ class Pair(NamedTuple):
     margin: float | None = None  # how clearly the first one won; for reward models
     masks: list[list[bool] | None] | None = None  # which tokens of each count; None: all
 
+    @property
+    def completions_ids(self) -> list[list[int]]:
+        """Both, the better one first."""
+        return [self.chosen_ids, self.rejected_ids]
+
 
 class Ranked(NamedTuple):
     """A tokenised prompt with two or more completions, the best one first."""

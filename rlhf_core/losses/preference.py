@@ -2,7 +2,7 @@
 
 All work on one number a completion, (B,) in nats: `log_ratios` = logps - ref_logps, where logps are the log-probs of
 its tokens, summed or, where a loss says so, averaged. What the loss does not see is the caller's choice: without a
-reference log_ratios = logps; length-normalised DPO (Lambert et al. 2024) averages; `length_desensitized` weighs tokens.
+reference log_ratios = logps; length-normalised DPO (Lambert et al. 2024) averages; `length_desensitized_weights`.
 The implicit reward of a completion is beta * log_ratio. All losses are per pair (KTO: per completion), unreduced.
 """
 
@@ -56,8 +56,8 @@ def simpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, *, beta: float, gam
     return -F.logsigmoid(beta * (chosen_logps - rejected_logps) - gamma)
 
 
-def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
-    """ORPO's odds-ratio term (Hong et al. 2024, eq. 7), to be weighed and added to the chosen one's cross-entropy.
+def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, *, orpo_lambda: float) -> Tensor:
+    """ORPO (Hong et al. 2024, eq. 6): the chosen one's cross-entropy and, weighed, the odds-ratio term (eq. 7).
 
     No reference; log-probs averaged over the completion's tokens, below 0.
     """
@@ -66,7 +66,7 @@ def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
         logps = logps.clamp_max(-1e-7)
         return logps - torch.log(-torch.expm1(logps))
 
-    return -F.logsigmoid(log_odds(chosen_logps) - log_odds(rejected_logps))
+    return -chosen_logps - orpo_lambda * F.logsigmoid(log_odds(chosen_logps) - log_odds(rejected_logps))
 
 
 def kto_loss(
@@ -89,12 +89,12 @@ def kto_loss(
     return weights * (1 - value)
 
 
-def length_desensitized(logprobs: Tensor, mask: Tensor, public_length: Tensor, *, alpha: float) -> Tensor:
-    """logps (B,) for LD-DPO (Liu et al. 2024): tokens beyond the length that both completions of a pair reach
-    weigh alpha, in [0, 1]; 1 is plain DPO.
+def length_desensitized_weights(lengths: Tensor, *, alpha: float) -> Tensor:
+    """Weights (M,) of the tokens of pairs for LD-DPO (Liu et al. 2024): those beyond the length of the pair's shorter
+    completion weigh alpha, in [0, 1]; 1 is plain DPO.
 
-    logprobs, mask: (B, T), mask True = counts. public_length: (B,), the shorter completion's counted tokens.
+    lengths: (B, 2), tokens of each completion, M together.
     """
-    position = mask.cumsum(dim=1)  # 1 for the first counted token
-    weights = torch.where(position <= public_length[:, None], 1.0, alpha)
-    return (logprobs * weights).masked_fill(~mask, 0).sum(dim=1)
+    public = lengths.amin(dim=1, keepdim=True).expand_as(lengths)
+    runs = torch.stack([public, lengths - public], dim=-1).flatten()  # shared tokens, then those beyond, in turns
+    return lengths.new_tensor([1.0, alpha], dtype=torch.float32).repeat(lengths.numel()).repeat_interleave(runs)

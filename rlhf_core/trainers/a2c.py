@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rlhf_core.trainers.common import option
+from rlhf_core.trainers.config import option
 from rlhf_core.trainers.ppo import PPOConfig, PPOTrainer
 
 

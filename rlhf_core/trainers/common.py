@@ -1,4 +1,4 @@
-"""What the trainers share: config fields, metrics, the optimiser step with exact accumulation, the loop, the log.
+"""What the trainers share: metrics, the optimiser step with exact accumulation, the loop.
 
 Left out so far: several devices.
 """
@@ -6,85 +6,24 @@ Left out so far: several devices.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import itertools
-import json
 import math
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-import rlhf_core
 from rlhf_core.data import Example, Pair, Ranked, Steps, TokenBatch, Tokenizer, collate
 from rlhf_core.data.collate import length
-from rlhf_core.files import write_json
-from rlhf_core.models import eval_mode
-from rlhf_core.models.lora import adapters_off, frozen_adapters, has_adapters
-from rlhf_core.models.transformer import Trunk
 from rlhf_core.trainers import checkpoint
+from rlhf_core.trainers.config import TrainConfig
+from rlhf_core.trainers.run_log import RunLog
 
 Tensors = TypeVar("Tensors", bound=NamedTuple)
-
-
-def option(default: Any, help: str) -> Any:
-    """A config field with its meaning, unit and range; the command line shows the same text."""
-    return field(default=default, metadata={"help": help})
-
-
-def check_options(config: Any, *rules: tuple[str, Any, str]) -> None:
-    """ValueError for the first rule, a field, whether it is valid and what it must be, that does not hold."""
-    for name, valid, wanted in rules:
-        if not valid:
-            raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)!r}")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Fields of every trainer."""
-
-    lr: float = option(1e-5, "peak learning rate of AdamW")
-    lr_schedule: str = option("linear", "linear (down to 0) or constant")
-    warmup_steps: int = option(0, "steps over which lr rises from 0")
-    batch_size: int = option(16, "rows (pairs, prompts) an optimiser step sees; PPO: a rollout")
-    micro_batch_size: int | None = option(None, "rows of one forward and backward; None: all at once")
-    epochs: int = option(1, "passes over the data")
-    max_steps: int | None = option(None, "stop after this many steps; None: when the epochs are over")
-    max_grad_norm: float = option(1.0, "clip the gradient's global norm to this")
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
-    adam_eps: float = option(1e-8, "AdamW's epsilon")
-    dropout: bool = option(False, "train with the dropout of the model's config")
-    log_every: int = option(10, "steps between printed lines where there is no progress bar")
-    eval_every: int | None = option(None, "steps between evaluations; None: only at the end")
-    save_every: int | None = option(None, "steps between checkpoints, and one at the end; None: only where interrupted")
-    precision: str = option("float32", "of the forward: float32 or bfloat16; weights and log-probs stay float32")
-    activation_checkpointing: bool = option(False, "keep a block's input alone and compute the rest again: less memory")
-    freeze_layers: int = option(0, "from 1: the embedding and this many of the lowest blocks stay as they are")
-    seed: int = option(0, "of data order and sampling")
-
-    def __post_init__(self):
-        positive = ("lr", "batch_size", "epochs", "max_grad_norm", "log_every")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("micro_batch_size", "max_steps", "eval_every", "save_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if getattr(self, "max_length", 2) < 2:
-            raise ValueError(f"max_length must be at least 2, a token and one to learn, got {self.max_length}")
-        for name, allowed in (("lr_schedule", ("linear", "constant")), ("precision", ("float32", "bfloat16"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
-        for name in ("warmup_steps", "weight_decay", "adam_eps", "freeze_layers"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 class Metrics:
@@ -315,30 +254,15 @@ class Trainer:
         """Run all steps that are left, log each, save the model to `out`; returns every step's metrics.
 
         Where there is an `out`, Ctrl-C waits for the end of the step and leaves a checkpoint; a second one does not.
-        Where a step fails, its state is left in `out`/checkpoint-error; FloatingPointError where the run has diverged,
-        ValueError and RuntimeError (a reward's) then name the step.
+        Errors: see `advance`.
         """
         with RunLog(self) as log, checkpoint.interrupts_wait(self.out is not None) as interrupted:
             history = log.history
             for batch in itertools.islice(self.batches(), self.steps_done, self.total_steps):
-                self._set_lr()
-                try:
-                    metrics = self.step(batch)
-                except Exception as error:
-                    seen = f"; the state is in {checkpoint.save(self, checkpoint.ERROR_NAME)}" if self.out else ""
-                    if type(error) not in (FloatingPointError, ValueError, RuntimeError):
-                        raise
-                    raise type(error)(f"step {self.steps_done + 1}: {error}{seen}") from error
-                self.steps_done += 1
-                last = self.steps_done == self.total_steps
-                due = last or (self.config.eval_every and self.steps_done % self.config.eval_every == 0)
-                if due and len(self.eval_examples):
-                    metrics |= self.evaluate()
-                if last:
-                    metrics |= self.finish()
-                history.append({"step": self.steps_done, **metrics})
+                history.append(self.advance(batch))
                 log.write(history[-1])
-                stop, every = interrupted() and not last, self.config.save_every
+                last, every = self.steps_done == self.total_steps, self.config.save_every
+                stop = interrupted() and not last
                 if stop or (every and (last or self.steps_done % every == 0)):
                     log.sync()
                     path = checkpoint.save(self)
@@ -347,6 +271,26 @@ class Trainer:
         if self.out is not None:
             self.save(self.out)
         return history
+
+    def advance(self, batch: list) -> dict[str, float]:
+        """A step and what is due after it, evaluation or `finish`; returns their metrics.
+
+        Where it fails, its state is left in `out`/checkpoint-error; FloatingPointError where the run has diverged,
+        ValueError and RuntimeError (a reward's) then name the step.
+        """
+        step, every, last = self.steps_done + 1, self.config.eval_every, self.steps_done + 1 == self.total_steps
+        self._set_lr()
+        try:
+            metrics = {"step": step, **self.step(batch)}
+            self.steps_done = step
+            if len(self.eval_examples) and (last or (every and step % every == 0)):
+                metrics |= self.evaluate()
+            return metrics | self.finish() if last else metrics
+        except Exception as error:
+            seen = f"; the state is in {checkpoint.save(self, checkpoint.ERROR_NAME)}" if self.out else ""
+            if type(error) not in (FloatingPointError, ValueError, RuntimeError):
+                raise
+            raise type(error)(f"step {step}: {error}{seen}") from error
 
     def finish(self) -> dict[str, float]:
         """What is left to do after the last step, before the model is saved; returns its metrics."""
@@ -369,74 +313,6 @@ class Trainer:
             group["lr"] = peak_lr * factor
 
 
-class RunLog:
-    """metrics.jsonl and train_config.json in `out`, and a progress bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.file, self.bar = trainer, None, None
-        self.history: list[dict[str, float]] = []  # of the steps done before
-        self.started = time.monotonic()
-
-    def __enter__(self) -> RunLog:
-        trainer = self.trainer
-        if trainer.out is not None:
-            trainer.out.mkdir(parents=True, exist_ok=True)
-            versions = {"rlhf_core": rlhf_core.__version__, "torch": torch.__version__}
-            run = {"algorithm": trainer.algorithm, **asdict(trainer.config), "versions": versions}
-            write_json(trainer.out / "train_config.json", run)
-            self.file = open(trainer.out / "metrics.jsonl", "a+", encoding="utf-8")
-            self._keep_steps_done()
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-
-                steps = dict(initial=trainer.steps_done, total=trainer.total_steps)
-                self.bar = tqdm(desc=trainer.algorithm, file=sys.stderr, **steps)
-            except ImportError:  # plain lines say the same
-                pass
-        return self
-
-    def _keep_steps_done(self) -> None:
-        """Cut the lines of later steps, and a checkpoint where none is done: both are of a run before."""
-        trainer = self.trainer
-        if not trainer.steps_done:
-            (trainer.out / checkpoint.NAME).unlink(missing_ok=True)
-        self.file.seek(0)
-        for step in range(1, trainer.steps_done + 1):
-            line = self.file.readline()
-            if not line.endswith("\n"):
-                raise ValueError(
-                    f"{self.file.name}: ends before step {step}, the checkpoint is of {trainer.steps_done}"
-                )
-            self.history.append(json.loads(line))
-        self.file.truncate(self.file.tell())
-
-    def sync(self) -> None:
-        """The lines so far to the disk, as a checkpoint goes there that counts on them."""
-        os.fsync(self.file.fileno())
-
-    def write(self, metrics: dict[str, float]) -> None:
-        """Log one step."""
-        trainer, step = self.trainer, metrics["step"]
-        if self.file is not None:
-            self.file.write(json.dumps(metrics) + "\n")
-            self.file.flush()
-        shown = {n: v for n, v in metrics.items() if n == trainer.main_metric or n.startswith("eval_")}
-        text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-        if self.bar is not None:
-            self.bar.set_postfix_str(text)
-            self.bar.update()
-        elif step == 1 or step % trainer.config.log_every == 0 or step == trainer.total_steps:
-            seconds = time.monotonic() - self.started
-            print(f"{trainer.algorithm} {step}/{trainer.total_steps}  {text}  {seconds:.0f} s", file=sys.stderr)
-
-    def __exit__(self, *exception) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        if self.file is not None:
-            self.file.close()
-
-
 def rows(batch: Tensors, index) -> Tensors:
     """The rows of every tensor in a NamedTuple of tensors, or None."""
     return type(batch)(*(x if x is None else x[index] for x in batch))
@@ -454,45 +330,3 @@ def micro_batches(size: int | None, *tensors: Any) -> Iterator[tuple]:
 def to_device(batch: Tensors, device: torch.device) -> Tensors:
     """A NamedTuple of tensors, or None, on `device`."""
     return type(batch)(*(x if x is None else x.to(device) for x in batch))
-
-
-def read_hidden(trunk: Trunk, tokens: TokenBatch, where: Tensor) -> Tensor:
-    """Hidden states (len(where), D) at those of the batch's R * T tokens."""
-    return trunk(tokens.input_ids, positions=tokens.positions, visible=tokens.visible, read=where)
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose parameters take no gradient: a reference policy."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-class Reference:
-    """What a policy is compared with: the model given; else the policy as it is now.
-
-    Where the policy has adapters that is the policy itself with them as they are now, off if they are new, and no
-    second copy of its weights; else it is a frozen copy. One that `moves` (whoever holds it moves it) is a copy, too.
-    """
-
-    def __init__(self, model: nn.Module, given: nn.Module | None = None, *, moves: bool = False):
-        if given is model:
-            raise ValueError(
-                "the reference is the policy itself, which moves; leave it out for the policy as it is now"
-            )
-        self.adapters, self.switch, self.moves = None, given is None and has_adapters(model), moves
-        if moves and self.switch:
-            raise ValueError("a reference that is the policy without its adapters cannot follow it")
-        if moves and given is not None:
-            given = frozen_copy(given)
-        if self.switch:
-            moving = [n for n, p in model.named_parameters() if p.requires_grad and ".adapters." not in n]
-            if moving:
-                raise ValueError(f"the policy is no reference without its adapters while {moving[0]} trains; freeze it")
-            self.adapters = frozen_adapters(model)
-        self.model = model if self.switch else frozen_copy(model) if given is None else given
-
-    @contextlib.contextmanager
-    def policy(self) -> Iterator[nn.Module]:
-        """The reference, for forwards without gradient and without dropout."""
-        off = adapters_off(self.model, self.adapters) if self.switch else contextlib.nullcontext()
-        with eval_mode(self.model), off, torch.no_grad():
-            yield self.model

@@ -10,34 +10,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_core.data import Pair, TokenBatch
+from rlhf_core.data import Pair
 from rlhf_core.losses import (
     dpo_loss,
     hinge_loss,
     ipo_loss,
-    length_desensitized,
+    length_desensitized_weights,
     orpo_loss,
     preferred,
     robust_dpo_loss,
     simpo_loss,
 )
 from rlhf_core.models import Transformer, eval_mode
-from rlhf_core.ops import linear_token_logprobs_and_entropy
-from rlhf_core.trainers.common import Metrics, Reference, TrainConfig, Trainer, check_options, option, read_hidden
-from rlhf_core.trainers.reference_logprobs import ReferenceLogprobs
+from rlhf_core.trainers.common import Metrics, Trainer
+from rlhf_core.trainers.completions import sequence_means, sequence_sums, target_logprobs
+from rlhf_core.trainers.config import TrainConfig, option
+from rlhf_core.trainers.reference import Reference, ReferenceLogprobs
 
-# Each loss of the log-ratios of chosen and rejected, and the options that it takes. ORPO has no reference, so that its
-# log-ratios are log-probs: the chosen one's gives the cross-entropy (eq. 6).
+# Each loss of the log-ratios of chosen and rejected, and the options that it takes.
 LOSSES = {
     "dpo": (dpo_loss, ("beta", "label_smoothing")),
     "robust": (robust_dpo_loss, ("beta", "label_smoothing")),
     "ipo": (ipo_loss, ("beta",)),
     "hinge": (hinge_loss, ("beta",)),
     "simpo": (simpo_loss, ("beta", "gamma")),
-    "orpo": (
-        lambda chosen, rejected, orpo_lambda: orpo_lambda * orpo_loss(chosen, rejected) - chosen,
-        ("orpo_lambda",),
-    ),
+    "orpo": (orpo_loss, ("orpo_lambda",)),
 }
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
@@ -61,27 +58,25 @@ class DPOConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_positive("beta", "orpo_lambda")
+        self.check_choices(loss=tuple(LOSSES))
         loss, without_reference = self.loss, self.loss in WITHOUT_REFERENCE
-        check_options(
-            self,
-            ("loss", loss in LOSSES, f"one of {', '.join(LOSSES)}"),
-            ("beta", self.beta > 0, "> 0"),
+        self.check(
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)"),
             ("ld_alpha", 0 <= self.ld_alpha <= 1, "in [0, 1]"),
             ("gamma", self.gamma >= 0, "at least 0"),
-            ("orpo_lambda", self.orpo_lambda > 0, "> 0"),
             ("sft_coef", self.sft_coef >= 0, "at least 0"),
             ("average", self.average or not without_reference, f"set for loss {loss!r}"),
             ("label_smoothing", self.label_smoothing or loss != "robust", "> 0 for loss 'robust', else it is 'dpo'"),
-            ("ld_alpha", self.ld_alpha == 1 or not self.average, "1 where log-probs are averaged"),
         )
         idle = {"beta", "label_smoothing", "gamma", "orpo_lambda"} - set(LOSSES[loss][1])
         idle |= {"reference_free", "reference_logprobs"} if without_reference else set()
-        for name in sorted(idle | ({"sft_coef"} if loss == "orpo" else set())):
-            if getattr(self, name) != getattr(DPOConfig, name):
-                raise ValueError(f"{name} has no effect on loss {loss!r}, got {getattr(self, name)!r}")
-        if self.reference_free and self.reference_logprobs is not None:
-            raise ValueError(f"reference_logprobs has no effect with reference_free, got {self.reference_logprobs!r}")
+        idle |= {"sft_coef"} if loss == "orpo" else set()
+        self.check_effective(
+            *((name, False, f"on loss {loss!r}") for name in sorted(idle)),
+            ("ld_alpha", not self.average, "where log-probs are averaged"),
+            ("reference_logprobs", not self.reference_free, "with reference_free"),
+        )
 
 
 class DPOTrainer(Trainer):
@@ -173,27 +168,6 @@ class DPOTrainer(Trainer):
         """A number (B, 2) for each completion from the log-probs (M,) of its tokens."""
         if self.config.average:
             return sequence_means(logprobs, lengths)
-        if self.config.ld_alpha == 1:
-            return sequence_sums(logprobs, lengths)
-        mask = torch.arange(lengths.max(), device=lengths.device) < lengths.flatten()[:, None]  # (2 B, T)
-        rows = logprobs.double().new_zeros(mask.shape).masked_scatter(mask, logprobs.double())
-        public = lengths.amin(dim=1).repeat_interleave(2)
-        weighted = length_desensitized(rows, mask, public, alpha=self.config.ld_alpha)
-        return weighted.to(logprobs.dtype).view(lengths.shape)
-
-
-def target_logprobs(model: Transformer, tokens: TokenBatch, **options) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy (M,) of the targets; options as for `linear_token_logprobs_and_entropy`."""
-    hidden = read_hidden(model.trunk, tokens, tokens.read)  # (M, D)
-    return linear_token_logprobs_and_entropy(hidden, model.head_weight, tokens.targets, **options)
-
-
-def sequence_sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums (B, K) of the runs of `lengths` (B, K) values, in float64 and always in the same order."""
-    sums = torch.segment_reduce(values.double(), "sum", lengths=lengths.flatten(), unsafe=True)
-    return sums.to(values.dtype).view(lengths.shape)
-
-
-def sequence_means(values: Tensor, lengths: Tensor) -> Tensor:
-    """Means (B, K) of the same runs, 0 of an empty one."""
-    return sequence_sums(values, lengths) / lengths.clamp_min(1)
+        if self.config.ld_alpha < 1:
+            logprobs = logprobs * length_desensitized_weights(lengths, alpha=self.config.ld_alpha)
+        return sequence_sums(logprobs, lengths)

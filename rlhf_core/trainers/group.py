@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlhf_core.losses.advantages import grpo_advantages, reinforce_pp_advantages, remax_advantages, rloo_advantages
-from rlhf_core.trainers.common import Metrics, check_options, option
-from rlhf_core.trainers.on_policy import Experience, OnPolicyConfig, OnPolicyTrainer, scores_of
+from rlhf_core.trainers.common import Metrics
+from rlhf_core.trainers.config import OnPolicyConfig, option
+from rlhf_core.trainers.on_policy import Experience, OnPolicyTrainer, scores_of
 
 ADVANTAGES = ("grpo", "rloo", "reinforce_pp", "remax")
 
@@ -37,21 +38,14 @@ class GroupConfig(OnPolicyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in (("advantage", ADVANTAGES), ("ratio", ("token", "sequence"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.check_choices(advantage=ADVANTAGES, ratio=("token", "sequence"))
         least = 2 if self.advantage in ("grpo", "rloo") else 1
         alone = self.advantage != "remax" or self.whiten_scores == "none"
-        check_options(
-            self,
+        self.check(
             ("num_samples", self.num_samples >= least, f"at least {least} for {self.advantage}"),
-            (
-                "normalize",
-                self.normalize or self.advantage == "grpo",
-                f"True for {self.advantage}, undivided",
-            ),
             ("whiten_scores", alone, "none for remax, whose greedy responses it would scale otherwise"),
         )
+        self.check_effective(("normalize", self.advantage == "grpo", f"on {self.advantage}, undivided as it is"))
 
     @property
     def rollout_size(self) -> int:

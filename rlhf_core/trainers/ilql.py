@@ -17,7 +17,9 @@ from rlhf_core.losses import cloning_loss, expectile_loss, q_loss, transitions
 from rlhf_core.models import ILQLModel
 from rlhf_core.models.lagging import follow, weights
 from rlhf_core.ops import linear_token_logprobs, linear_token_logprobs_and_entropy
-from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, check_options, option, read_hidden
+from rlhf_core.trainers.common import Metrics, Trainer
+from rlhf_core.trainers.completions import read_hidden
+from rlhf_core.trainers.config import TrainConfig, option
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,16 @@ class ILQLConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_options(
-            self,
+        self.check(
             ("gamma", 0 <= self.gamma <= 1, "in [0, 1]"),
             ("expectile", 0 < self.expectile < 1, "in (0, 1)"),
             ("cql_coef", self.cql_coef >= 0, "at least 0"),
             ("bc_coef", self.bc_coef >= 0, "at least 0"),
             ("bc_beta", self.bc_beta >= 0, "at least 0"),
-            ("bc_beta", self.bc_coef or not self.bc_beta, "0 where bc_coef is, without effect"),
             ("target_rate", 0 < self.target_rate <= 1, "in (0, 1]"),
             ("beta", self.beta >= 0, "at least 0"),
         )
+        self.check_effective(("bc_beta", self.bc_coef, "without bc_coef > 0"))
 
 
 class ILQLTrainer(Trainer):

@@ -19,8 +19,9 @@ from rlhf_core.data import Pair, Tokenizer
 from rlhf_core.evaluation import elo
 from rlhf_core.files import read_json, write_json
 from rlhf_core.models import RewardModel, Transformer
-from rlhf_core.trainers.common import frozen_copy
+from rlhf_core.trainers.config import Options
 from rlhf_core.trainers.ppo import PPOConfig, PPOTrainer
+from rlhf_core.trainers.reference import frozen_copy
 from rlhf_core.trainers.reward import RewardConfig, RewardTrainer
 from rlhf_core.trainers.rounds import goes_on, run_rounds
 from rlhf_core.trainers.selection import Candidates, Judge, SamplingConfig, candidates, judged, scorer_of
@@ -29,7 +30,7 @@ SAMPLES = "samples.json"  # of a round, in its folder: what the next ones need
 
 
 @dataclass(frozen=True)
-class IteratedRLHFConfig:
+class IteratedRLHFConfig(Options):
     """The seeds of sampling, reward and ppo have no say: each round has its own."""
 
     rounds: int = 3
@@ -39,8 +40,7 @@ class IteratedRLHFConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        self.check_positive("rounds")
         if self.sampling.num_samples < 2:
             raise ValueError(f"sampling.num_samples must be at least 2 for a pair, got {self.sampling.num_samples}")
 

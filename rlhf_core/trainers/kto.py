@@ -12,8 +12,10 @@ from rlhf_core.data import Example
 from rlhf_core.data.encode import fit
 from rlhf_core.losses import kto_loss, preferred
 from rlhf_core.models import Transformer, eval_mode
-from rlhf_core.trainers.common import Metrics, Reference, TrainConfig, Trainer, option
-from rlhf_core.trainers.dpo import sequence_sums, target_logprobs
+from rlhf_core.trainers.common import Metrics, Trainer
+from rlhf_core.trainers.completions import sequence_sums, target_logprobs
+from rlhf_core.trainers.config import TrainConfig, option
+from rlhf_core.trainers.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,7 @@ class KTOConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("beta", "desirable_weight", "undesirable_weight"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        self.check_positive("beta", "desirable_weight", "undesirable_weight")
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2, got {self.batch_size}: the KL needs other prompts")
 

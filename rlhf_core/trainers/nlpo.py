@@ -20,7 +20,7 @@ from rlhf_core.models.lagging import follow, lagging_copy, weights
 from rlhf_core.ops import token_logprobs_and_entropy
 from rlhf_core.ops.sampling import truncation_threshold
 from rlhf_core.rollout import Rollout, response_hidden, scatter
-from rlhf_core.trainers.common import check_options, option
+from rlhf_core.trainers.config import option
 from rlhf_core.trainers.ppo import PPOConfig, PPOTrainer
 
 LOGITS_AT_ONCE = 2**22  # of each of the two models: 16 MB
@@ -33,8 +33,7 @@ class NLPOConfig(PPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_options(
-            self,
+        self.check(
             ("mask_top_p", 0 < self.mask_top_p <= 1, "in (0, 1]"),
             ("mask_every", self.mask_every >= 1, "at least 1"),
             ("kl_estimator", self.kl_estimator != "full", "one of sampled tokens, as NLPO cuts the vocabulary"),

@@ -6,11 +6,9 @@ follow a target, and the clipped policy update with everything that may be added
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
@@ -25,112 +23,16 @@ from rlhf_core.losses.kl import kl_loss
 from rlhf_core.masking import Moments, last_token_index, loss_weights, masked_mean, masked_moments
 from rlhf_core.models import Transformer
 from rlhf_core.ops import kl_estimate, ppo_loss
-from rlhf_core.ops.kl import ESTIMATORS
 from rlhf_core.ops.policy_loss import PPOLossStats
 from rlhf_core.rollout import Rollout, response_full_kl, response_hidden, response_logprobs, sample
-from rlhf_core.trainers.common import (
-    Metrics,
-    Reference,
-    TrainConfig,
-    Trainer,
-    check_options,
-    micro_batches,
-    option,
-    rows,
-)
+from rlhf_core.trainers.common import Metrics, Trainer, micro_batches, rows
+from rlhf_core.trainers.completions import completion_loss
+from rlhf_core.trainers.config import OnPolicyConfig
+from rlhf_core.trainers.reference import Reference
 from rlhf_core.trainers.scoring import Reward, Scorer
-from rlhf_core.trainers.sft import completion_loss
 
 MAX_FIRST_ERROR = {"float32": 1e-3, "bfloat16": 0.05}  # of the first minibatch's ratio: its padding rounds otherwise
 DIVERGED = "the weights have diverged (a smaller lr, fewer ppo_epochs) or overflow in bfloat16"
-
-
-@dataclass(frozen=True)
-class OnPolicyConfig(TrainConfig):
-    """An option that could have no effect beside the others is refused."""
-
-    batch_size: int = option(64, "prompts of a rollout")
-    minibatch_size: int | None = option(None, "responses an optimiser step sees; None: a quarter of the rollout's")
-    ppo_epochs: int = option(4, "passes over each rollout")
-    response_length: int = option(53, "longest response, tokens")
-    max_prompt_length: int = option(
-        512, "tokens of a prompt, and no more than the model has room for; a longer one loses its start"
-    )
-    temperature: float = option(0.7, "of sampling, and so of every log-prob, entropy and KL, > 0")
-
-    kl_coef: float = option(0.05, "weight of the KL to the reference")
-    kl_in: str = option("reward", "where the KL counts: reward, or loss, there with the KL's own gradient")
-    kl_estimator: str = option("k1", "k1, k2, k3, abs, or full: exact over the vocabulary; abs not in the loss")
-    kl_target: float | None = option(None, "nats a response that kl_coef is steered to; None: it stays as it is")
-    kl_horizon: int = option(10000, "responses over which an adaptive kl_coef moves")
-    reference_ema: float | None = option(None, "the reference follows the policy, keeping this share of itself a step")
-
-    clip_range: float = option(0.2, "how far below 1 the ratio pays, and above unless clip_range_high says otherwise")
-    clip_range_high: float | None = option(None, "how far above 1 the ratio pays (clip-higher); None: clip_range")
-    dual_clip: float | None = option(None, "bound on a token's loss where the advantage is negative, in |A|, > 1")
-    entropy_coef: float = option(0.0, "weight of the entropy bonus; its start where there is an entropy_target")
-    entropy_target: float | None = option(None, "nats a token that entropy_coef is steered to; None: it stays")
-    max_approx_kl: float | None = option(None, "stop the passes over a rollout when a minibatch's KL to it is larger")
-    ptx_coef: float = option(0.0, "PPO-ptx: weight of the cross-entropy of ptx examples, as many as a minibatch has")
-    importance_cap: float | None = option(
-        None, "truncated importance sampling: a token weighs trained / sampled, at most this"
-    )
-    aggregation: str = option("token_mean", "of the losses: token_mean, sequence_mean, sequence_sum / response_length")
-
-    process_rewards: bool = option(
-        False, "the reward models score steps: each one's end earns the log of its probability"
-    )
-    missing_eos_penalty: float | None = option(None, "taken off the score of a response without an end token")
-    length_penalty: float = option(0.0, "taken off the score for each token of the response")
-    whiten_scores: str = option("none", "divide rewards by the scores' deviation: none, of the batch, or running")
-    whiten_mean: bool = option(False, "whiten_scores also takes the scores' mean off")
-    score_clip: float | None = option(None, "rewards are clipped to +- this, after whitening")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("temperature", "ppo_epochs", "response_length", "clip_range", "clip_range_high", "max_approx_kl",
-                     "kl_target", "kl_horizon", "entropy_target", "importance_cap", "score_clip"):  # fmt: skip
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("kl_coef", "entropy_coef", "ptx_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name, allowed in (
-            ("kl_in", ("reward", "loss")),
-            ("kl_estimator", (*ESTIMATORS, "full")),
-            ("aggregation", ("token_mean", "sequence_mean", "sequence_sum")),
-            ("whiten_scores", ("none", "batch", "running")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, effective, needed in (
-            ("kl_target", self.kl_coef > 0, "kl_coef > 0 to start from"),
-            ("kl_horizon", self.kl_target or self.entropy_target, "kl_target or entropy_target"),
-            ("reference_ema", self.kl_coef > 0, "kl_coef > 0"),
-            ("clip_range_high", self.clip_range < math.inf, "a finite clip_range"),
-            ("entropy_target", self.entropy_coef > 0, "entropy_coef > 0 to start from"),
-            ("whiten_mean", self.whiten_scores != "none", "whiten_scores"),
-        ):
-            if getattr(self, name) != getattr(OnPolicyConfig, name) and not effective:
-                raise ValueError(f"{name} has no effect without {needed}, got {getattr(self, name)!r}")
-        size, in_loss = self.minibatch_size, self.kl_in == "loss"
-        check_options(
-            self,
-            ("kl_estimator", not in_loss or self.kl_estimator != "abs", "one whose gradient is the KL's in the loss"),
-            ("dual_clip", self.dual_clip is None or self.dual_clip > 1, "> 1"),
-            ("reference_ema", self.reference_ema is None or 0 < self.reference_ema < 1, "in (0, 1)"),
-            ("minibatch_size", size is None or 0 < size <= self.rollout_size, f"from 1 to {self.rollout_size}"),
-        )
-
-    @property
-    def rollout_size(self) -> int:
-        """Responses of a step."""
-        return self.batch_size
-
-    @property
-    def update_size(self) -> int:
-        """Responses of an optimiser step."""
-        return self.minibatch_size or -(-self.rollout_size // 4)
 
 
 class Experience(NamedTuple):

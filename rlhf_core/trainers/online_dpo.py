@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rlhf_core.data import Tokenizer
 from rlhf_core.models import Transformer
-from rlhf_core.trainers.common import frozen_copy, option
+from rlhf_core.trainers.config import option
 from rlhf_core.trainers.dpo import DPOConfig, DPOTrainer
+from rlhf_core.trainers.reference import frozen_copy
 from rlhf_core.trainers.rounds import goes_on, run_rounds
 from rlhf_core.trainers.scoring import Reward
 from rlhf_core.trainers.selection import Candidates, Judge, SamplingConfig, candidates, scorer_of
@@ -32,10 +33,8 @@ class OnlineDPOConfig(DPOConfig, SamplingConfig):
     def __post_init__(self):
         super().__post_init__()
         SamplingConfig.__post_init__(self)
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples must be at least 2 for a pair, got {self.num_samples}")
-        if self.reference_logprobs is not None:
-            raise ValueError(f"reference_logprobs are of given pairs, not of samples, got {self.reference_logprobs!r}")
+        self.check(("num_samples", self.num_samples >= 2, "at least 2 for a pair"))
+        self.check_effective(("reference_logprobs", False, "on samples, being of given pairs"))
 
 
 class OnlineDPOTrainer(DPOTrainer):
@@ -100,10 +99,8 @@ class IteratedDPOConfig(OnlineDPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
-        if self.reference_policy not in ("round", "first"):
-            raise ValueError(f"reference_policy must be 'round' or 'first', got {self.reference_policy!r}")
+        self.check_positive("rounds")
+        self.check_choices(reference_policy=("round", "first"))
 
 
 def iterated_dpo(

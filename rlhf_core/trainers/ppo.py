@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.masking import masked_moments
+from rlhf_core.masking import explained_variance
 from rlhf_core.models import RewardModel, Transformer, ValueModel
 from rlhf_core.ops import ppo_advantages
 from rlhf_core.ops.policy_loss import PPOLossStats
 from rlhf_core.rollout import Rollout, response_values
-from rlhf_core.trainers.common import Metrics, check_options, option
-from rlhf_core.trainers.on_policy import Experience, OnPolicyConfig, OnPolicyTrainer
+from rlhf_core.trainers.common import Metrics
+from rlhf_core.trainers.config import OnPolicyConfig, option
+from rlhf_core.trainers.on_policy import Experience, OnPolicyTrainer
 from rlhf_core.trainers.scoring import Reward
 
 
@@ -38,24 +39,19 @@ class PPOConfig(OnPolicyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_options(
-            self,
-            ("value_clip_range", self.value_clip_range > 0, "> 0"),
-            ("critic_lr", self.critic_lr is None or self.critic_lr > 0, "> 0"),
+        self.check_positive("value_clip_range", "critic_lr")
+        self.check_choices(critic=("separate", "head"), critic_init=("reward", "policy"))
+        self.check(
             ("gamma", 0 <= self.gamma <= 1, "in [0, 1]"),
             ("lam", 0 <= self.lam <= 1, "in [0, 1]"),
             ("vf_coef", 0 <= self.vf_coef < math.inf, "at least 0"),
             ("critic_warmup_steps", self.critic_warmup_steps >= 0, "at least 0"),
-            ("critic", self.critic in ("separate", "head"), "one of separate, head"),
-            ("critic_init", self.critic_init in ("reward", "policy"), "one of reward, policy"),
         )
-        for name, effective, needed in (
-            ("critic_init", self.critic == "separate", "a separate critic"),
-            ("critic_lr", self.vf_coef, "vf_coef > 0"),
-            ("critic_warmup_steps", self.vf_coef, "vf_coef > 0"),
-        ):
-            if getattr(self, name) != getattr(PPOConfig, name) and not effective:
-                raise ValueError(f"{name} has no effect without {needed}, got {getattr(self, name)!r}")
+        self.check_effective(
+            ("critic_init", self.critic == "separate", "without a separate critic"),
+            ("critic_lr", self.vf_coef, "without vf_coef > 0"),
+            ("critic_warmup_steps", self.vf_coef, "without vf_coef > 0"),
+        )
 
 
 class PPOTrainer(OnPolicyTrainer):
@@ -98,10 +94,8 @@ class PPOTrainer(OnPolicyTrainer):
     def parameter_groups(self) -> list[dict]:
         if self.config.critic_lr is None:
             return super().parameter_groups()
-        of_policy = set(self.model.parameters())
-        policy, critic = [], []
-        for parameter in self.trained_parameters():
-            (policy if parameter in of_policy else critic).append(parameter)
+        of_policy, parameters = set(self.model.parameters()), self.trained_parameters()
+        policy, critic = ([p for p in parameters if (p in of_policy) == of] for of in (True, False))
         return [{"params": policy}, {"params": critic, "lr": self.config.critic_lr}]
 
     def step(self, batch: list[list[int]]) -> dict[str, float]:
@@ -160,9 +154,3 @@ class PPOTrainer(OnPolicyTrainer):
         """The policy in `path`, the critic in its subfolder `critic`."""
         super().save(path)
         self.critic.save_pretrained(path / "critic")
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the counted tokens; 0 where the returns do not vary."""
-    residual, total = masked_moments(returns - values, mask), masked_moments(returns, mask)
-    return float(1 - residual.m2 / total.m2) if total.m2 > 0 else 0.0

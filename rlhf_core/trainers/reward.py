@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.data import Pair, Ranked, Steps, TokenBatch
+from rlhf_core.evaluation import length_bias
 from rlhf_core.losses import (
     bradley_terry_loss,
     centering_loss,
@@ -22,10 +23,11 @@ from rlhf_core.losses import (
     process_reward_loss,
 )
 from rlhf_core.models import RewardModel, eval_mode
-from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, check_options, option
+from rlhf_core.trainers.common import Metrics, Trainer
+from rlhf_core.trainers.config import TrainConfig, option
 
 KINDS = {Pair: "pairs", Ranked: "ranked lists", Steps: "solutions in steps"}
-LOSSES = ("bradley_terry", "margin_ranking")
+LOSSES = {"bradley_terry": (bradley_terry_loss, 0.0), "margin_ranking": (margin_ranking_loss, 1.0)}  # usual margin
 ALIKE = 1e-5  # scores that vary by less, relative to the largest, vary by rounding: to divide by that would blow it up
 
 
@@ -39,14 +41,12 @@ class RewardConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_options(
-            self,
-            ("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
+        self.check_choices(loss=tuple(LOSSES))
+        self.check(
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)"),
             ("centering_coef", self.centering_coef >= 0, "at least 0"),
         )
-        if self.label_smoothing and self.loss != "bradley_terry":
-            raise ValueError(f"label_smoothing has no effect on loss {self.loss!r}, got {self.label_smoothing}")
+        self.check_effective(("label_smoothing", self.loss == "bradley_terry", f"on loss {self.loss!r}"))
 
 
 class RewardTrainer(Trainer):
@@ -68,11 +68,10 @@ class RewardTrainer(Trainer):
         if others:
             named = " and ".join(sorted(KINDS[x] for x in (kind, *others)))
             raise ValueError(f"there are {named}; train and evaluate on one of them")
-        for name in ("loss", "label_smoothing", "centering_coef"):
-            if kind is not Pair and getattr(config, name) != getattr(RewardConfig, name):
-                raise ValueError(f"{name} has no effect on {KINDS[kind]}, got {getattr(config, name)!r}")
+        of_pairs = ("loss", "label_smoothing", "centering_coef")
+        config.check_effective(*((name, kind is Pair, f"on {KINDS[kind]}") for name in of_pairs))
         self.learns_steps = kind is Steps
-        if not self.learns_steps and all(map(alike, examples)):
+        if kind is not Steps and all(ids == row.completions_ids[0] for row in examples for ids in row.completions_ids):
             raise ValueError(f"of none of the {len(examples)} {KINDS[kind]} do the completions differ")
 
     def losses(self, batch: list[Pair] | list[Ranked] | list[Steps], metrics: Metrics) -> Iterator[Tensor]:
@@ -96,15 +95,13 @@ class RewardTrainer(Trainer):
     def order_losses(self, part: list[Pair] | list[Ranked], tokens: TokenBatch, metrics: Metrics) -> Tensor:
         """Losses (B,) of the pairs or lists."""
         scores = self.scores(tokens)  # (N,)
+        counts = torch.tensor([len(example.completions_ids) for example in part], device=scores.device)
+        mask = torch.arange(counts.amax(), device=scores.device) < counts[:, None]  # (B, K)
+        scores = scores.new_zeros(mask.shape).masked_scatter(mask, scores)
         if isinstance(part[0], Ranked):
-            counts = torch.tensor([len(completions(example)) for example in part], device=scores.device)
-            mask = torch.arange(counts.amax(), device=scores.device) < counts[:, None]  # (B, K)
-            scores = torch.zeros(mask.shape, device=scores.device).masked_scatter(mask, scores)
             loss = plackett_luce_loss(scores, mask)
         else:
-            scores = scores.view(-1, 2)
-            mask = torch.ones_like(scores, dtype=torch.bool)
-            loss = self.pair_losses(scores, [example.margin for example in part])
+            loss = self.pair_losses(*scores.unbind(dim=1), [example.margin for example in part])
         better, worse = torch.triu_indices(*(scores.shape[1:] * 2), 1, device=scores.device)
         both = mask[:, better] & mask[:, worse]  # (B, K (K - 1) / 2)
         metrics.add("accuracy", preferred(scores[:, better], scores[:, worse]), both)
@@ -112,19 +109,13 @@ class RewardTrainer(Trainer):
         metrics.add("mean_reward", scores, mask)
         return loss
 
-    def pair_losses(self, scores: Tensor, margins: list[float | None]) -> Tensor:
-        """Losses (B,) of chosen and rejected (B, 2)."""
-        config = self.config
-        default = 0.0 if config.loss == "bradley_terry" else 1.0
-        margin = scores.new_tensor([default if margin is None else margin for margin in margins])
-        if config.loss == "bradley_terry":
-            smoothing = config.label_smoothing
-            loss = bradley_terry_loss(*scores.unbind(dim=1), margin=margin, label_smoothing=smoothing)
-        else:
-            loss = margin_ranking_loss(*scores.unbind(dim=1), margin=margin)
-        if config.centering_coef:
-            loss = loss + config.centering_coef * centering_loss(*scores.unbind(dim=1))
-        return loss
+    def pair_losses(self, chosen: Tensor, rejected: Tensor, margins: list[float | None]) -> Tensor:
+        """Losses (B,) of scores (B,)."""
+        config, (loss_of, usual) = self.config, LOSSES[self.config.loss]
+        margin = chosen.new_tensor([usual if margin is None else margin for margin in margins])
+        smoothing = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
+        loss = loss_of(chosen, rejected, margin=margin, **smoothing)
+        return loss + config.centering_coef * centering_loss(chosen, rejected) if config.centering_coef else loss
 
     def scores(self, tokens: TokenBatch) -> Tensor:
         """One (N,) for each sequence."""
@@ -165,32 +156,3 @@ class RewardTrainer(Trainer):
                 for tokens in self.token_batches(examples[start : start + size], packing=self.config.max_length):
                     scores.append(self.scores(tokens))
         return torch.cat(scores).double().cpu()
-
-
-def length_bias(examples: list[Pair] | list[Ranked], scores: Tensor) -> dict[str, float]:
-    """Whether length passes for quality: the correlation of score (N,) and length (tokens, EOS included) of every
-    completion, and the accuracy in pairs whose better completion is the shorter one. What is undefined is left out."""
-    lengths = [len(ids) for example in examples for ids in completions(example)]
-    pairs, first = [], 0
-    for example in examples:
-        end = first + len(completions(example))
-        pairs += [(i, j) for i in range(first, end) for j in range(i + 1, end) if lengths[i] < lengths[j]]
-        first = end
-    report, both = {}, torch.stack([scores, torch.tensor(lengths, dtype=scores.dtype)])
-    if both.std(dim=1, correction=0).all():
-        report["length_correlation"] = torch.corrcoef(both)[0, 1].item()
-    if pairs:
-        better, worse = torch.tensor(pairs).unbind(dim=1)
-        report["accuracy_where_shorter_won"] = preferred(scores[better], scores[worse]).mean().item()
-    return report
-
-
-def completions(example: Pair | Ranked) -> list[list[int]]:
-    """Of a prompt, the best one first."""
-    return example.completions_ids if isinstance(example, Ranked) else [example.chosen_ids, example.rejected_ids]
-
-
-def alike(example: Pair | Ranked) -> bool:
-    """Whether there is nothing to tell its completions apart by, say because they were cut."""
-    first, *others = completions(example)
-    return all(other == first for other in others)

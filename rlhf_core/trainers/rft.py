@@ -13,7 +13,7 @@ import torch
 
 from rlhf_core.data import Example, Tokenizer
 from rlhf_core.models import Transformer
-from rlhf_core.trainers.common import option
+from rlhf_core.trainers.config import option
 from rlhf_core.trainers.rounds import goes_on, run_rounds
 from rlhf_core.trainers.scoring import Reward
 from rlhf_core.trainers.selection import Candidates, SamplingConfig, candidates, scorer_of
@@ -32,8 +32,7 @@ class RFTConfig(SFTConfig, SamplingConfig):
     def __post_init__(self):
         super().__post_init__()
         SamplingConfig.__post_init__(self)
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        self.check_positive("rounds")
 
 
 def rft(

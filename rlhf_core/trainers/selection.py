@@ -13,14 +13,14 @@ from rlhf_core.data import Pair, Tokenizer
 from rlhf_core.data.encode import cut_prompt
 from rlhf_core.models import Transformer
 from rlhf_core.rollout import sample
-from rlhf_core.trainers.common import check_options, option
+from rlhf_core.trainers.config import Options, option
 from rlhf_core.trainers.scoring import Reward, Scorer, raises_on
 
 Judge = Callable[[list, list, list], Sequence[float]]
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Options):
     """How candidates are sampled; a trainer's config takes it up behind its own fields, which win."""
 
     num_samples: int = option(16, "responses to each prompt")
@@ -31,13 +31,7 @@ class SamplingConfig:
     seed: int = option(0, "of sampling")
 
     def __post_init__(self):
-        check_options(
-            self,
-            ("num_samples", self.num_samples >= 1, "at least 1"),
-            ("response_length", self.response_length >= 1, "at least 1"),
-            ("temperature", self.temperature > 0, "> 0"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-        )
+        self.check_positive("num_samples", "response_length", "temperature", "batch_size")
 
 
 class Candidates(NamedTuple):

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import embedding
 
-from rlhf_core.data import Example, TokenBatch
+from rlhf_core.data import Example
 from rlhf_core.data.collate import count_targets
-from rlhf_core.losses import regularized_cross_entropy
 from rlhf_core.models import Transformer
-from rlhf_core.ops import linear_token_statistics
-from rlhf_core.trainers.common import Metrics, TrainConfig, Trainer, check_options, option, read_hidden
+from rlhf_core.trainers.common import Metrics, Trainer
+from rlhf_core.trainers.completions import completion_loss
+from rlhf_core.trainers.config import TrainConfig, option
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_options(
-            self,
+        self.check(
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
             ("z_coef", self.z_coef >= 0, "at least 0"),
         )
@@ -70,42 +68,6 @@ class SFTTrainer(Trainer):
 
     def step(self, batch: list[Example]) -> dict[str, float]:
         return super().step(batch) | {"num_tokens": sum(map(count_targets, batch))}
-
-
-def completion_loss(
-    model: Transformer,
-    tokens: TokenBatch,
-    num_tokens: int,
-    metrics: Metrics | None = None,
-    *,
-    label_smoothing: float = 0.0,
-    z_coef: float = 0.0,
-) -> Tensor:
-    """The loss () of a micro-batch: the sum over its targets, divided by the `num_tokens` of the whole batch; to be
-    called under `Trainer.autocast`. The weights are those of `regularized_cross_entropy`."""
-    hidden, weight = read_hidden(model.trunk, tokens, tokens.read), model.head_weight  # (M, D), (V, D)
-    regularized = label_smoothing or z_coef
-    if regularized:  # neither the mean of the logits nor the logit of the target takes the other logits
-        target_logits = (hidden * embedding(tokens.targets, weight)).sum(dim=-1)
-        mean_logits = (hidden * weight.mean(dim=0)).sum(dim=-1)
-
-    def losses(logprobs, rows=slice(None)):
-        if not regularized:
-            return -logprobs
-        weights = dict(label_smoothing=label_smoothing, z_coef=z_coef)
-        return regularized_cross_entropy(logprobs, target_logits[rows], mean_logits[rows], **weights)
-
-    def loss_of(logprobs, rows=slice(None)):
-        return losses(logprobs, rows).sum() / max(num_tokens, 1)
-
-    logprobs, entropy, likeliest = linear_token_statistics(hidden, weight, tokens.targets, loss_of=loss_of)
-    if metrics is not None:
-        metrics.add("loss", losses(logprobs))
-        metrics.add("mean_token_accuracy", likeliest)
-        metrics.add("entropy", entropy)
-        if regularized:
-            metrics.add("nll", -logprobs)
-    return loss_of(logprobs)
 
 
 def whole(example: Example) -> Example:

@@ -1,23 +1,64 @@
-"""The log-probs of a reference policy in a file: computed once for a data set, after which no run holds a reference.
+"""What a policy is compared with: a frozen copy, itself without its adapters, or log-probs in a file.
 
-They are those of single tokens, so that every loss makes its own of them: sums, means, weights. With them go the digest
-of every example, by which they are found in any order or split, and what they were made of. KTO cannot have them: its
-KL is of prompts with the completions of others, which change with the batch.
+Those in a file are computed once for a data set, after which no run holds a reference. They are those of single tokens,
+so that every loss makes its own of them: sums, means, weights. With them go the digest of every example, by which they
+are found in any order or split, and what they were made of. KTO cannot have them: its KL is of prompts with the
+completions of others, which change with the batch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.models.lora import frozen_adapters
+from rlhf_core.models import eval_mode
+from rlhf_core.models.lora import adapters_off, frozen_adapters, has_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose parameters take no gradient: a reference policy."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+class Reference:
+    """What a policy is compared with: the model given; else the policy as it is now.
+
+    Where the policy has adapters that is the policy itself with them as they are now, off if they are new, and no
+    second copy of its weights; else it is a frozen copy. One that `moves` (whoever holds it moves it) is a copy, too.
+    """
+
+    def __init__(self, model: nn.Module, given: nn.Module | None = None, *, moves: bool = False):
+        if given is model:
+            raise ValueError(
+                "the reference is the policy itself, which moves; leave it out for the policy as it is now"
+            )
+        self.adapters, self.switch, self.moves = None, given is None and has_adapters(model), moves
+        if moves and self.switch:
+            raise ValueError("a reference that is the policy without its adapters cannot follow it")
+        if moves and given is not None:
+            given = frozen_copy(given)
+        if self.switch:
+            moving = [n for n, p in model.named_parameters() if p.requires_grad and ".adapters." not in n]
+            if moving:
+                raise ValueError(f"the policy is no reference without its adapters while {moving[0]} trains; freeze it")
+            self.adapters = frozen_adapters(model)
+        self.model = model if self.switch else frozen_copy(model) if given is None else given
+
+    @contextlib.contextmanager
+    def policy(self) -> Iterator[nn.Module]:
+        """The reference, for forwards without gradient and without dropout."""
+        off = adapters_off(self.model, self.adapters) if self.switch else contextlib.nullcontext()
+        with eval_mode(self.model), off, torch.no_grad():
+            yield self.model
 
 
 class ReferenceLogprobs:
