@@ -75,6 +75,25 @@ def test_the_kl_is_never_negative_and_of_one_row_zero():
     assert min(logs) >= 0 and max(logs) > 0 and trainers[0].kl(rows(1)) == 0
 
 
+def test_the_kl_counts_what_counts_of_the_others_completion_also_where_it_is_cut():
+    """As if the masked tokens, which differ, were the prompt's."""
+    whole = [Example([7, 8], [9, 10, 5, 2], label=True), Example([11], [8, 6, 9, 2], label=False)]
+    masked = [row._replace(completion_mask=[False, True, True, False]) for row in whole]
+    for max_length in (1024, 4):  # cut: two tokens of each are left
+        trainer = make(tiny(), tiny(seed=1), whole, batch_size=2)
+        object.__setattr__(trainer.config, "max_length", max_length)
+        total = 0.0
+        for row, other in zip(masked, reversed(masked)):
+            prompt = row.prompt_ids
+            completion = other.completion_ids[: max_length - len(prompt)]
+            for model, sign in ((trainer.model, 1), (trainer.reference.model, -1)):
+                log_p = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+                counted = zip(log_p, completion, other.completion_mask)
+                total += sign * sum(x[token].item() for x, token, counts in counted if counts)
+        assert trainer.kl(masked).item() == pytest.approx(max(total / 2, 0), abs=1e-5)
+        assert trainer.kl(masked) != trainer.kl(whole)
+
+
 def test_the_kl_is_without_dropout():
     trainer = make(tiny(dropout=0.3), dropout=True)
     assert not any(trainer.kl(rows(seed=seed)) for seed in range(12))

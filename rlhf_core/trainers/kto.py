@@ -37,7 +37,8 @@ class KTOTrainer(Trainer):
     """model: Transformer; examples: `Example`s with a label; reference: see `Reference`.
 
     Metrics: loss, rewards/{desirable,undesirable}, rewards/accuracies (whether a completion's reward is on the right
-    side of the KL), kl, logps, entropy.
+    side of the KL), kl, logps, entropy. The KL is of a batch's own rows, so loss and accuracies depend on batch_size, also
+    in evaluation.
     """
 
     algorithm = "kto"
@@ -86,9 +87,11 @@ class KTOTrainer(Trainer):
         if len(batch) == 1:
             return torch.zeros((), device=self.device)
         limit, bos_id = min(self.config.max_length, self.model.config.max_positions), self.model.config.bos_id
-        crossed = zip(batch, batch[1:] + batch[:1])
-        fitted = [fit(row.prompt_ids, [other.completion_ids], limit, bos_id) for row, other in crossed]
-        mismatched = [Example(prompt, completion) for prompt, (completion,) in fitted]
+        mismatched = []
+        for row, other in zip(batch, batch[1:] + batch[:1]):
+            prompt, (completion,) = fit(row.prompt_ids, [other.completion_ids], limit, bos_id)
+            mask = other.completion_mask
+            mismatched.append(Example(prompt, completion, None if mask is None else mask[: len(completion)]))
         total = torch.zeros((), device=self.device)
         for tokens in self.token_batches(mismatched, packing=self.config.max_length):
             with eval_mode(self.model), self.autocast():
