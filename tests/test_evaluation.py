@@ -102,6 +102,28 @@ def test_ratings_expect_the_wins_that_each_player_had():
     assert_close(elo(wins.fill_diagonal_(99)), truth, rtol=1e-9, atol=1e-7)
 
 
+@pytest.mark.parametrize("upset", [0, 1])
+def test_ratings_are_found_however_long_the_ladder(upset):
+    """150 players, each of whom beats the one below a million to one, and perhaps the lowest one once the highest."""
+    wins = torch.zeros(150, 150, dtype=torch.float64)
+    wins.diagonal(-1).fill_(1e6)
+    wins.diagonal(1).fill_(1)
+    wins[0, -1] = upset
+    odds = (1e6 - upset) / (1 + upset)  # the slopes of all games around the circle are alike
+    want = torch.arange(150, dtype=torch.float64) * 400 * math.log10(odds)
+    assert_close(elo(wins), want, rtol=1e-12, atol=1e-7)
+
+
+def test_a_player_alone_has_the_rating_0():
+    assert elo([[0]]).tolist() == elo([[3]]).tolist() == [0]
+
+
+def test_ratings_that_are_not_found_are_not_told(monkeypatch):
+    monkeypatch.setattr(torch.linalg, "solve", lambda _, slope: torch.arange(2.0, dtype=torch.float64))
+    with pytest.raises(ValueError, match="no likeliest ratings found in 1000 steps, the last one of 1"):
+        elo(torch.ones(2, 2))
+
+
 def test_players_who_beat_each_other_in_a_long_circle_are_alike():
     wins = torch.eye(40).roll(1, dims=1)
     assert_close(elo(wins), torch.zeros(40, dtype=torch.float64), rtol=0, atol=1e-9)
