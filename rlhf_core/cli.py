@@ -315,6 +315,8 @@ def _reward_of(arguments: argparse.Namespace, device):
     weights, folders = arguments.reward_weights, arguments.reward_model
     if weights is None:
         return load_reward(folders, arguments.reward_ensemble, arguments.reward_coef).to(device)
+    if arguments.reward_coef is not None:
+        raise ValueError(f"--reward-coef {arguments.reward_coef} has no effect with --reward-weights")
     if len(weights) != len(folders):
         raise ValueError(f"--reward-weights are {len(weights)} for {len(folders)} reward models")
     return [(load_reward([folder]).to(device), weight) for folder, weight in zip(folders, weights)]

@@ -279,6 +279,9 @@ def test_a_weight_for_each_reward_model(folders, tmp_path, capsys):
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
     assert run("ppo", *models, "--prompts", prompts, "--out", tmp_path / "out", *SMALL) == 2
     assert "--reward-weights are 2 for 1 reward models" in capsys.readouterr().err
+    models[-2:] = [1, "--reward-coef", 0.5]
+    assert run("ppo", *models, "--prompts", prompts, "--out", tmp_path / "out", *SMALL) == 2
+    assert "--reward-coef 0.5 has no effect with --reward-weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["online-dpo", "iterated-dpo", "rft"])

@@ -79,6 +79,8 @@ def test_reward_models_are_loaded_from_one_folder_or_several(tmp_path):
     assert_close(alone(load_reward(folders, "worst"), ids)[0], each.min(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="'worst' has no effect"):
         load_reward(folders[:1], "worst")
+    with pytest.raises(ValueError, match=r"coef 0\.5 has no effect"):
+        load_reward(folders[:1], coef=0.5)
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,9 @@ def load_reward(
     models = [RewardModel.from_pretrained(source) for source in sources]
     if len(models) > 1:
         return EnsembleReward(models, aggregate or "mean", coef)
-    if aggregate is not None or coef is not None:
-        raise ValueError(f"an ensemble of one reward model is that model: aggregate {aggregate!r} has no effect")
+    for name, value in (("aggregate", aggregate), ("coef", coef)):
+        if value is not None:
+            raise ValueError(f"an ensemble of one reward model is that model: {name} {value!r} has no effect")
     return models[0]
 
 
