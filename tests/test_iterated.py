@@ -158,6 +158,17 @@ def test_the_judge_reads_strings_where_there_is_a_tokenizer_and_nothing_is_rated
     assert asked == [{"ab", "c"}] and "elo" not in line and "wins" not in line
 
 
+def test_a_judge_who_prefers_what_it_reads_first_rates_all_policies_alike():
+    history, _ = run(judge=lambda prompts, first, second: [1.0] * len(prompts))
+    assert [line["wins"] for line in history] == [[8.0], [8.0, 8.0]]
+    assert history[-1]["elo"] == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+def test_a_run_without_prompts_is_refused():
+    with pytest.raises(ValueError, match="there are no prompts"):
+        run(prompts=[])
+
+
 def test_ratings_are_the_elo_of_the_table_of_wins():
     table = torch.tensor([[0, 2, 1.0], [8, 0, 4.5], [9, 5.5, 0]])
     assert torch.equal(ratings([[8], [9, 5.5]], 10), elo(table, prior=1))

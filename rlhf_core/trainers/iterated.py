@@ -61,7 +61,8 @@ def iterated_rlhf(
     """Train the model in place by rounds of reward model and PPO; returns the metrics of each round.
 
     judge, eos_ids, tokenizer: as for `OnlineDPOTrainer`. pairs: of before, in every round's mixture.
-    eval_prompts: each policy answers them once, and the judge compares it with every policy before it.
+    eval_prompts: each policy answers them once, and the judge compares it with every policy before it, in both orders,
+        so that one who prefers what it reads first favours neither: round K asks it for 2 K answers a prompt.
     out: folder for the model, metrics.jsonl with a line a round and, in round-1, round-2, ..., that round's policy,
         reward model, pairs and answers. resume: go on from there after the last whole round.
 
@@ -82,6 +83,11 @@ def iterated_rlhf(
             return []
         found = sampled(eval_prompts, lambda _, responses: torch.zeros(len(responses)), config.seed, 1)
         return [responses[0] for responses in found.responses]
+
+    def wins_of(new: list[list[int]], old: list[list[int]]) -> float:
+        """Of the policy that gave the new answers against that of the old ones."""
+        first, last = (judged(judge, eval_prompts, *both, tokenizer=tokenizer) for both in ((new, old), (old, new)))
+        return ((first + 1 - last) / 2).sum().item()
 
     known, answers = list(pairs), [answer()]  # all pairs so far; the answers of each policy so far
 
@@ -107,8 +113,7 @@ def iterated_rlhf(
         if folder is not None:
             write_json(folder / SAMPLES, {"pairs": new, "answers": answers[-1]})
         if len(eval_prompts):
-            against = [judged(judge, eval_prompts, answers[-1], old, tokenizer=tokenizer) for old in answers[:-1]]
-            report["wins"] = [won.sum().item() for won in against]
+            report["wins"] = [wins_of(answers[-1], old) for old in answers[:-1]]
             report["elo"] = ratings([*(line["wins"] for line in history), report["wins"]], len(eval_prompts)).tolist()
         return report
 
