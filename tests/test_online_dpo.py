@@ -124,6 +124,13 @@ def test_labels_come_from_a_reward_or_from_a_judge():
                 config(**options)
 
 
+@pytest.mark.parametrize("options", [dict(reference_free=True), dict(loss="orpo", beta=0.1, average=True)])
+def test_the_first_policy_is_no_reference_where_there_is_none(options):
+    IteratedDPOConfig(**options)
+    with pytest.raises(ValueError, match="reference_policy has no effect where there is no reference, got 'first'"):
+        IteratedDPOConfig(**options, reference_policy="first")
+
+
 def test_a_sample_without_a_finite_loss_is_shown():
     trainer = online()
     losses = trainer.losses

@@ -104,6 +104,11 @@ def test_best_of_n_scores_as_the_curve_of_other_samples_foretells():
     assert curve[15] > curve[0] + 1
 
 
+def test_sampling_for_no_prompts_is_refused():
+    with pytest.raises(ValueError, match="there are no prompts to sample responses to"):
+        sampled([])
+
+
 # ---- judges
 
 
@@ -138,6 +143,14 @@ def test_a_judge_reads_strings_where_there_is_a_tokenizer():
     tokenizer = ByteTokenizer()
     rows = [tokenizer.encode_prompt("ab")], [[*b"c", *tokenizer.eos_ids]], [list(b"d")]
     assert judged(judge, *rows, tokenizer=tokenizer).tolist() == [1]
+
+
+def test_a_judge_needs_two_responses_to_compare():
+    with pytest.raises(ValueError, match="num_samples must be at least 2 for a judge to compare, got 1"):
+        JudgeScorer(longer, 1)
+    for nothing in (lambda: JudgeScorer(longer, 2)([], []), lambda: judged(longer, [], [], [])):
+        with pytest.raises(ValueError, match="there are no responses to judge"):
+            nothing()
 
 
 def test_a_judge_that_raises_is_named_with_the_row():

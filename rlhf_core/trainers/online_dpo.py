@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf_core.data import Tokenizer
 from rlhf_core.models import Transformer
 from rlhf_core.trainers.config import option
-from rlhf_core.trainers.dpo import DPOConfig, DPOTrainer
+from rlhf_core.trainers.dpo import WITHOUT_REFERENCE, DPOConfig, DPOTrainer
 from rlhf_core.trainers.reference import frozen_copy
 from rlhf_core.trainers.rounds import goes_on, run_rounds
 from rlhf_core.trainers.scoring import Reward
@@ -101,6 +101,8 @@ class IteratedDPOConfig(OnlineDPOConfig):
         super().__post_init__()
         self.check_positive("rounds")
         self.check_choices(reference_policy=("round", "first"))
+        without = self.reference_free or self.loss in WITHOUT_REFERENCE
+        self.check_effective(("reference_policy", not without, "where there is no reference"))
 
 
 def iterated_dpo(

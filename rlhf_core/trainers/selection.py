@@ -93,6 +93,8 @@ def candidates(
     n, R, limit = config.num_samples, config.response_length, min(config.max_length, model.config.max_positions)
     if limit <= R:
         raise ValueError(f"response_length {R} leaves no prompt of {limit} tokens")
+    if not len(prompts):
+        raise ValueError("there are no prompts to sample responses to")
     prompts = [cut_prompt(list(prompt), limit - R, model.config.bos_id) for prompt in prompts]
     seeds = torch.randint(2**63 - 1, (len(prompts), n), generator=generator)
     responses, scores = [], []
@@ -138,6 +140,8 @@ class JudgeScorer:
     models = ()  # that it holds, see `Scorer`
 
     def __init__(self, judge: Judge, num_samples: int, tokenizer: Tokenizer | None = None):
+        if num_samples < 2:
+            raise ValueError(f"num_samples must be at least 2 for a judge to compare, got {num_samples}")
         self.judge, self.num_samples, self.tokenizer = judge, num_samples, tokenizer
 
     def __call__(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
@@ -161,6 +165,8 @@ def judged(
     there is a tokenizer, else token ids. ValueError with row, prompt and responses where one is no probability,
     RuntimeError where it raises."""
     rows = list(zip(prompts, first, second))
+    if not rows:
+        raise ValueError("there are no responses to judge")
     if tokenizer is not None:
         rows = [tuple(tokenizer.decode(ids) for ids in row) for row in rows]
     columns = [list(column) for column in zip(*rows)]
