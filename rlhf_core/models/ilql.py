@@ -80,8 +80,6 @@ class ILQLModel(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.v(hidden.to(self.v[0].weight.dtype))[..., 0].float()
 
-    prefill, decode = Transformer.prefill, Transformer.decode  # of this model's trunk and logits
-
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V): the language model's + beta (min target_q - V)."""
         q = torch.minimum(*(head(hidden) for head in self.target_q))
