@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,45 @@ def test_a_finished_reward_model_is_the_same_when_its_run_is_resumed(tmp_path):
         assert_close(model.eval()(ids, ids > 0), done.model.eval()(ids, ids > 0), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("started", ["from a policy", "from a reward model"])
+def test_a_finished_reward_run_goes_on_with_the_scores_as_they_were_learned(started, tmp_path):
+    """So it is the run that never stopped, whether the head began with a bias or without one."""
+    build("reward", tmp_path / "first").train()
+
+    def reward(out, epochs):
+        model = RewardModel.from_pretrained(tmp_path / "first") if "reward" in started else tiny(RewardModel)
+        settings = dict(batch_size=4, epochs=epochs, lr=1e-2, dropout=True, lr_schedule="constant")
+        torch.manual_seed(3)
+        config = RewardConfig(**settings, save_every=out and 1)
+        return RewardTrainer(model, PAIRS, config, out=out and tmp_path / out)
+
+    whole = reward(None, 3)
+    want = whole.train()
+    reward("out", 1).train()
+    longer = reward("out", 3)
+    longer.resume()
+    got = longer.train()
+    assert got[3:] == want[3:] and equal(snapshot(longer), snapshot(whole))
+    scores = longer.scores_of(PAIRS)
+    assert abs(scores.mean()) < 1e-4 and abs(scores.std(correction=0) - 1) < 1e-4
+    longer.train()  # nothing is left to do, and nothing is normalised again
+    assert equal(snapshot(longer), snapshot(whole))
+
+
+def test_a_run_that_goes_on_under_another_linear_schedule_is_told(tmp_path):
+    build("sft", tmp_path, save_every=1, max_steps=2).train()
+    longer = build("sft", tmp_path)
+    with pytest.warns(UserWarning, match="its 2 steps had .* a linear schedule over 2 steps, .* over 6"):
+        longer.resume()
+    assert longer.steps_done == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build("sft", tmp_path, max_steps=2).resume()  # the same
+        for out, options in (("flat", dict(lr_schedule="constant")), ("rising", dict(warmup_steps=2))):
+            build("sft", tmp_path / out, save_every=1, max_steps=2, **options).train()
+            build("sft", tmp_path / out, **options).resume()  # these steps were as they would be now
+
+
 def test_a_finished_run_goes_on_where_max_steps_grows(tmp_path):
     options = dict(lr_schedule="constant")
     whole = build("sft", **options)
@@ -184,9 +224,10 @@ def test_checkpoints_come_when_due_and_at_the_end(save_every, want, tmp_path, mo
 
 
 def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(tmp_path, monkeypatch):
-    build("sft", tmp_path, save_every=2, max_steps=2).train()
+    options = dict(save_every=2, lr_schedule="constant")
+    build("sft", tmp_path, max_steps=2, **options).train()
     before = (tmp_path / "checkpoint").read_bytes()
-    trainer = build("sft", tmp_path, save_every=2)
+    trainer = build("sft", tmp_path, **options)
     trainer.resume()
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):

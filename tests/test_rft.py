@@ -149,6 +149,8 @@ def test_a_new_run_in_the_same_folder_takes_nothing_from_the_old_one(tmp_path):
     [
         (dict(lr=0.1), r"of a run with lr=0\.01, not 0\.1"),
         (dict(num_samples=2), "with num_samples=4, not 2"),
+        (dict(epochs=7), r"with epochs=\d, not 7"),
+        (dict(max_steps=7), "with max_steps=None, not 7"),
         (dict(rounds=1), "2 rounds are done, this run ends at 1"),
         (dict(prompts=PROMPTS[1:]), "with digest="),
         (dict(eos_ids=(2, 3)), "with digest="),

@@ -14,6 +14,7 @@ import json
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -29,21 +30,16 @@ if TYPE_CHECKING:
     from rlhf_core.trainers.common import Trainer
 
 NAME, ERROR_NAME = "checkpoint", "checkpoint-error"
-FREE = {
-    "epochs",
-    "max_steps",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "reference_logprobs",
-}  # steps done do not depend on them
+FREE = {"log_every", "eval_every", "save_every", "reference_logprobs"}  # steps done do not depend on them
+LENGTH = {"epochs", "max_steps"}  # nor on these, but that a linear schedule falls over all steps of the run: a warning
 
 
 def save(trainer: Trainer, name: str = NAME) -> Path:
     """Write the trainer's state to the file `name` in its `out`, which replaces the one before once it is whole."""
     path = trainer.out / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    run = {"steps_done": trainer.steps_done, "settings": _settings(trainer), "digests": trainer.digests}
+    steps = {"steps_done": trainer.steps_done, "total_steps": trainer.total_steps}
+    run = {**steps, "settings": _settings(trainer), "digests": trainer.digests}
     tensors = trainer.state()
     for name, parameter in _parameters(trainer).items():
         tensors |= {f"{kind}:{name}": x for kind, x in trainer.optimizer.state[parameter].items()}
@@ -56,7 +52,8 @@ def load(trainer: Trainer) -> None:
     """Move a trainer that is built as at first to the state in its `out`.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged or of another run, saying in what they
-    differ; the trainer is then as it was. Of the config, what is in FREE may change.
+    differ; the trainer is then as it was. Of the config, what is in FREE and LENGTH may change; a warning says where
+    this run would have given the steps that are done other learning rates.
     """
     path = trainer.out / NAME
     if not path.is_file():
@@ -67,7 +64,7 @@ def load(trainer: Trainer) -> None:
     run, settings = json.loads(header["run"]), _settings(trainer)
     for name in run["settings"] | settings:
         then, now = run["settings"].get(name), settings.get(name)
-        if then != now and name not in FREE:
+        if then != now and name not in FREE | LENGTH:
             raise ValueError(f"{path}: of a run with {name}={then!r}, not {now!r}")
     for name, digest in trainer.digests.items():
         if digest != run["digests"][name]:
@@ -90,6 +87,13 @@ def load(trainer: Trainer) -> None:
             kept = torch.empty_like(like, dtype=value.dtype, device=parameter.device).copy_(value)
             trainer.optimizer.state[parameter][kind] = kept
     trainer.steps_done = run["steps_done"]
+    falls = trainer.config.lr_schedule == "linear" and trainer.steps_done > trainer.config.warmup_steps
+    if falls and trainer.total_steps != run["total_steps"]:
+        warnings.warn(
+            f"{path}: its {trainer.steps_done} steps had the learning rates of a linear schedule over "
+            f"{run['total_steps']} steps, those that follow have one over {trainer.total_steps}",
+            stacklevel=3,
+        )
 
 
 def digests(trainer: Trainer) -> dict[str, str]:

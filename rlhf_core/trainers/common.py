@@ -94,7 +94,7 @@ class Trainer:
             raise ValueError("save_every has no effect without out")
         self.device = next(model.parameters()).device
         self.pad_id = model.config.pad_id or 0
-        self.steps_done = 0
+        self.steps_done, self.finished = 0, False
         for name, rows in (("example", examples), ("evaluation example", eval_examples)):
             self._check_lengths(name, rows)
         for trained in self.trained_models():
@@ -268,12 +268,15 @@ class Trainer:
                     path = checkpoint.save(self)
                 if stop:
                     raise KeyboardInterrupt(f"step {self.steps_done} is in {path}, to go on from")
+        if not self.finished:
+            self.finish(history[-1])
+            self.finished = True
         if self.out is not None:
             self.save(self.out)
         return history
 
     def advance(self, batch: list) -> dict[str, float]:
-        """A step and what is due after it, evaluation or `finish`; returns their metrics.
+        """A step and what is due after it, evaluation or `last_metrics`; returns their metrics.
 
         Where it fails, its state is left in `out`/checkpoint-error; FloatingPointError where the run has diverged,
         ValueError and RuntimeError (a reward's) then name the step.
@@ -285,16 +288,20 @@ class Trainer:
             self.steps_done = step
             if len(self.eval_examples) and (last or (every and step % every == 0)):
                 metrics |= self.evaluate()
-            return metrics | self.finish() if last else metrics
+            return metrics | self.last_metrics() if last else metrics
         except Exception as error:
             seen = f"; the state is in {checkpoint.save(self, checkpoint.ERROR_NAME)}" if self.out else ""
             if type(error) not in (FloatingPointError, ValueError, RuntimeError):
                 raise
             raise type(error)(f"step {step}: {error}{seen}") from error
 
-    def finish(self) -> dict[str, float]:
-        """What is left to do after the last step, before the model is saved; returns its metrics."""
+    def last_metrics(self) -> dict[str, float]:
+        """What only the last step tells."""
         return {}
+
+    def finish(self, last: dict[str, float]) -> None:
+        """What is left to do to the model before it is saved, from the last step's metrics. A checkpoint is of before,
+        so that a run may go on from its end."""
 
     def save(self, path: Path) -> None:
         """Write the model, and the tokenizer where there is one, in the Hugging Face layout."""

@@ -37,8 +37,8 @@ class KTOTrainer(Trainer):
     """model: Transformer; examples: `Example`s with a label; reference: see `Reference`.
 
     Metrics: loss, rewards/{desirable,undesirable}, rewards/accuracies (whether a completion's reward is on the right
-    side of the KL), kl, logps, entropy. The KL is of a batch's own rows, so loss and accuracies depend on batch_size, also
-    in evaluation.
+    side of the KL), kl, logps, entropy. The KL is of a batch's own rows: loss and accuracies, of evaluation too, depend
+    on batch_size.
     """
 
     algorithm = "kto"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_core.data import Pair, Ranked, Steps, TokenBatch
 from rlhf_core.evaluation import length_bias
@@ -122,30 +122,21 @@ class RewardTrainer(Trainer):
         with self.autocast():
             return self.model.scores(tokens)
 
-    def finish(self) -> dict[str, float]:
-        """Normalise the scores to mean 0 and standard deviation 1 over the training data; those of steps stay."""
+    def last_metrics(self) -> dict[str, float]:
         if self.learns_steps:
             return {}
         scores = self.scores_of(self.examples)
         mean, std = scores.mean().item(), scores.std(correction=0).item()
         if std < ALIKE * scores.abs().max():
             scores, std = torch.full_like(scores, mean), 0.0
-        self.model.normalize(mean, std or 1.0)
-        held_out = len(self.eval_examples)
-        examples = self.eval_examples if held_out else self.examples
-        scores = self.scores_of(examples) if held_out else (scores - mean) / (std or 1.0)
+        examples = self.eval_examples or self.examples
+        scores = self.scores_of(examples) if examples is self.eval_examples else scores
         return {"score_mean": mean, "score_std": std, **length_bias(examples, scores)}
 
-    def state(self) -> dict[str, Tensor]:
-        bias = self.model.score.bias
-        return super().state() | ({} if bias is None else {"score_bias": bias.detach().clone()})
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """The bias too that a finished run gave the head, where the model began without one."""
-        super().load_state(state)
-        if "score_bias" in state and self.model.score.bias is None:
-            weight = self.model.score.weight
-            self.model.score.bias = nn.Parameter(state["score_bias"].to(weight), weight.requires_grad)
+    def finish(self, last: dict[str, float]) -> None:
+        """Normalise the scores to mean 0 and standard deviation 1 over the training data; those of steps stay."""
+        if not self.learns_steps:
+            self.model.normalize(last["score_mean"], last["score_std"] or 1.0)
 
     @torch.no_grad()
     def scores_of(self, examples: list[Pair] | list[Ranked]) -> Tensor:
