@@ -240,6 +240,7 @@ def _train_on_data(arguments: argparse.Namespace) -> None:
 
     from rlhf_core import data, trainers
     from rlhf_core.models import ILQLModel, RewardModel, Transformer
+    from rlhf_core.models.ilql import has_values
     from rlhf_core.models.lora import is_reward_model
 
     kind, _, reader, encoder, _ = ON_DATA[arguments.command]
@@ -248,13 +249,14 @@ def _train_on_data(arguments: argparse.Namespace) -> None:
     _fresh_out(arguments)
     torch.manual_seed(config.seed)
     tokenizer = data.load_tokenizer(arguments.model)
-    further = kind == "Reward" and is_reward_model(arguments.model)
-    model = (RewardModel if further else Transformer).from_pretrained(arguments.model)
-    if kind == "Reward" and not further:
-        model = RewardModel.from_model(model)
-    _add_adapters(model, arguments)
-    if kind == "ILQL":
-        model = ILQLModel(model)
+    if kind == "Reward" and is_reward_model(arguments.model):  # what has heads goes on with them
+        model = RewardModel.from_pretrained(arguments.model)
+    elif kind == "ILQL" and has_values(arguments.model):
+        model = ILQLModel.from_pretrained(arguments.model)
+    else:
+        model = Transformer.from_pretrained(arguments.model)
+        model = {"Reward": RewardModel.from_model, "ILQL": ILQLModel}.get(kind, lambda plain: plain)(model)
+    _add_adapters(getattr(model, "lm", model), arguments)
     max_length = min(config.max_length, model.config.max_positions)
 
     def load(path: Path) -> list:
@@ -397,14 +399,16 @@ def _best_of_n(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from rlhf_core.data import load_tokenizer
     from rlhf_core.files import read_json
-    from rlhf_core.models import RewardModel, Transformer
+    from rlhf_core.models import ILQLModel, RewardModel, Transformer
+    from rlhf_core.models.ilql import has_values
     from rlhf_core.models.lora import CONFIG_FILE, merge_adapters
 
     _fresh_out(arguments)
     tokenizer, file = load_tokenizer(arguments.model), arguments.model / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, so there are no adapters to merge")
-    model_type = RewardModel if read_json(file).get("task_type") == "SEQ_CLS" else Transformer
+    model_type = ILQLModel if has_values(arguments.model) else Transformer
+    model_type = RewardModel if read_json(file).get("task_type") == "SEQ_CLS" else model_type
     model = model_type.from_pretrained(arguments.model)
     merge_adapters(model)
     model.save_pretrained(arguments.out)

@@ -14,7 +14,8 @@ from rlhf_core.generation import generate
 from rlhf_core.losses import cloning_loss, expectile_loss, q_loss, transitions
 from rlhf_core.models import ILQLModel, RewardModel, Transformer, TransformerConfig
 from rlhf_core.models.ilql import HEADS_FILE
-from rlhf_core.models.lora import LoRAConfig, add_adapters
+from rlhf_core.models.lora import LoRAConfig, add_adapters, has_adapters
+from rlhf_core.models.safetensors import read_tensors
 from rlhf_core.trainers import ILQLConfig, ILQLTrainer
 
 
@@ -295,16 +296,47 @@ def test_what_is_no_finite_number_is_no_reward(reward, tmp_path):
         read_scored(write(tmp_path / "data.jsonl", lines))
 
 
-def test_the_command_line_goes_from_rewards_to_text(tmp_path, capsys):
+def on_the_command_line(tmp_path, out, *more, model=None):
+    """The folders of a plain model and of what `rlhf-core ilql` makes of it, or of another one."""
     torch.manual_seed(0)
-    tokenizer, base, out = ByteTokenizer(), tmp_path / "base", tmp_path / "out"
+    tokenizer, base, out = ByteTokenizer(), tmp_path / "base", tmp_path / out
     sizes = dict(vocab_size=259, hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
     Transformer(TransformerConfig(**sizes, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)).save_pretrained(base)
     tokenizer.save(base)
     data = [{"prompt": f"say {i}", "completion": "yes" if i % 2 else "no", "reward": i % 2} for i in range(10)]
     options = ["--batch-size", 4, "--max-steps", 3, "--device", "cpu", "--lr", 0.01, "--target-rate", 1, "--beta", 3]
-    command = ("ilql", "--model", base, "--data", write(tmp_path / "data.jsonl", data), "--out", out)
-    assert run(*command, "--lora-rank", 2, *options) == 0
+    command = ("ilql", "--model", model or base, "--data", write(tmp_path / "data.jsonl", data), "--out", out)
+    assert run(*command, *options, *more) == 0
+    return base, out
+
+
+def heads(folder):
+    _, tensors = read_tensors(folder / HEADS_FILE)
+    return tensors
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora-rank", 2)])
+def test_the_command_goes_on_with_the_heads_that_it_trained(lora, tmp_path):
+    _, first = on_the_command_line(tmp_path, "first")
+    _, second = on_the_command_line(tmp_path, "second", "--lr", 1e-12, *lora, model=first)
+    assert heads(first)["v.2.weight"].any()
+    assert_close(heads(second), heads(first), rtol=0, atol=1e-9)
+    _, third = on_the_command_line(tmp_path, "third", "--lr", 1e-12, model=second)
+    assert_close(heads(third), heads(first), rtol=0, atol=1e-9)
+
+
+def test_merged_adapters_keep_the_heads(tmp_path):
+    _, out = on_the_command_line(tmp_path, "out", "--lora-rank", 2)
+    assert run("merge", "--model", out, "--out", tmp_path / "merged") == 0
+    merged, model = (ILQLModel.from_pretrained(folder) for folder in (tmp_path / "merged", out))
+    assert not has_adapters(merged) and has_adapters(model) and merged.beta == 3
+    hidden = merged.trunk(torch.tensor([[65, 66, 67]]))
+    assert_close(hidden, model.trunk(torch.tensor([[65, 66, 67]])), rtol=0, atol=1e-5)
+    assert torch.equal(merged.logits(hidden), model.logits(hidden))
+
+
+def test_the_command_line_goes_from_rewards_to_text(tmp_path, capsys):
+    base, out = on_the_command_line(tmp_path, "out", "--lora-rank", 2)
     assert "eval_loss/cql" in capsys.readouterr().out
 
     def shown(model, *more):

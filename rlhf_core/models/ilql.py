@@ -1,7 +1,8 @@
 """A language model that knows what its tokens are worth: Q and V heads on its trunk (Snell et al. 2022).
 
 `generate` samples from what the values make of its logits. Its folder is that of the language model, in the Hugging
-Face layout, and one more file with the heads. Left out: value heads on a trunk of their own.
+Face layout, and one more file with the heads, which `rlhf-core ilql`, `generate` and `merge` read; to whatever else
+reads it, as `best-of-n`, `ppo` or `sft`, it is the language model alone. Left out: value heads on a trunk of their own.
 """
 
 from __future__ import annotations
