@@ -143,6 +143,23 @@ def test_a_step_ends_where_its_newline_is_and_the_last_one_with_the_completion(k
     assert pieces == [step.strip() for step in steps]
 
 
+@pytest.mark.parametrize(
+    "text, steps",
+    [("ab\ncd\0", "001001"), ("ab\n\0", "0010"), ("ab\n\ncd", "001000"), (" \nab\0", "00001"), ("ab", "00"), ("", "")],
+)
+def test_a_step_is_a_line_that_is_not_blank_and_has_an_end(text, steps):
+    """\0 is the EOS."""
+    ids = [258 if letter == "\0" else ord(letter) for letter in text]
+    assert step_ends(ids, ByteTokenizer()) == [end == "1" for end in steps]
+
+
+def test_without_eos_ids_the_last_step_ends_with_the_completion():
+    tokenizer = ByteTokenizer()
+    tokenizer.eos_ids = ()
+    row = encode_preference(Solution("p:", ["ab", "cd"], [1.0, 0.0]), tokenizer, 64)
+    assert row.completion_mask == [False, False, True, False, True]
+
+
 def test_steps_that_end_beyond_max_length_do_not_count():
     solution = Solution("p:", ["ab", "cd", "ef"], [1.0, 0.0, 1.0])  # 3 of the prompt, then 3 bytes a step, EOS for one
     encoded = [encode_preference(solution, ByteTokenizer(), length) for length in (12, 11, 8)]

@@ -56,20 +56,25 @@ def test_several_rewards_add_up_by_their_weights_also_those_of_tokens():
 class Lines(Letters):
     """Token 6 is the end of a line."""
 
+    eos_ids = (2, 3)
+
     def decode(self, ids):
         return "".join("\n" if i == 6 else super(Lines, self).decode([i]) for i in ids)
 
 
 def test_the_end_of_a_step_earns_the_log_of_its_probability():
-    """So a response's score is the log of the probability that all of its steps are right."""
-    reward = model()
-    rewards = Scorer(reward, tokenizer=Lines(), of_steps=True).rewards_of(PROMPTS, RESPONSES)
-    want = torch.zeros(3, 4)
-    for row, step in ((0, 1), (1, 1), (1, 3), (2, 0)):  # a newline, or the last token
-        ids = torch.tensor([PROMPTS[row] + RESPONSES[row][: step + 1]])
+    """So a response's score is the log of the probability that all of its steps are right. What training has not shown,
+    an end behind a newline, a blank line, or a step that was cut, earns nothing."""
+    reward, responses = model(), [[5, 2], [5, 6, 5, 2], [3], [5, 6, 2], [5, 6, 5], [6, 7, 6, 6, 8, 3], [9]]
+    prompts = (PROMPTS * 3)[:7]
+    scorer = Scorer(reward, tokenizer=Lines(), of_steps=True)
+    want = torch.zeros(7, 6)
+    for row, step in ((0, 1), (1, 1), (1, 3), (3, 1), (4, 1), (5, 2), (5, 5)):
+        ids = torch.tensor([prompts[row] + responses[row][: step + 1]])
         want[row, step] = F.logsigmoid(reward(ids, torch.ones_like(ids, dtype=torch.bool)))[0].detach()
-    assert_close(rewards, want)
-    assert (want <= 0).all() and (want < 0).sum() == 4
+    assert_close(scorer.rewards_of(prompts, responses), want)
+    assert (want <= 0).all() and (want < 0).sum() == 7
+    assert scorer.rewards_of([[4], [5]], [[5, 7], [3]]).tolist() == [[0, 0], [0, 0]]
 
 
 def test_a_callable_is_told_the_texts_or_the_ids():

@@ -102,8 +102,9 @@ def encode_preference(
 
 
 def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -> Steps:
-    """Tokenise the steps, a newline between two, as `encode_text` does. See `fit` for what max_length cuts: the steps
-    that end beyond it do not count. ValueError where none is left, or where the tokens have other steps."""
+    """Tokenise the steps, a newline between two, as `encode_text` does; where they end, says `step_ends`. See `fit` for
+    what max_length cuts: the steps that end beyond it do not count. ValueError where none is left, or where the tokens
+    have other steps."""
     example = _encode(solution.prompt, "\n".join(solution.steps), tokenizer)
     ends = step_ends(example.completion_ids, tokenizer)
     if sum(ends) != len(solution.labels):
@@ -116,9 +117,21 @@ def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -
 
 
 def step_ends(ids: list[int], tokenizer: Tokenizer) -> list[bool]:
-    """Of each token of a completion, whether a step ends with it: it holds a newline, or is the last one."""
-    ending = {i: "\n" in tokenizer.decode([i]) for i in set(ids)}
-    return [ending[i] for i in ids[:-1]] + [True] * bool(ids)
+    """Of each token of a completion, whether a step ends with it, where reward models learn of steps and score them.
+
+    A step is a line that is not blank. It ends with the token that holds its newline, the last one also with one of the
+    tokenizer's eos_ids: neither an EOS behind a newline nor what was cut before its end is a step. Where the tokenizer
+    has no eos_ids nothing tells what was cut, and the last token is an end.
+    """
+    last = set(tokenizer.eos_ids)
+    texts, ends, line = {i: "" if i in last else tokenizer.decode([i]) for i in set(ids)}, [], ""
+    for at, i in enumerate(ids, 1):
+        before, newline, after = texts[i].partition("\n")
+        line += before
+        over = newline or i in last or (not last and at == len(ids))
+        ends.append(bool(over and line.strip()))
+        line = after.rpartition("\n")[2] if over else line
+    return ends
 
 
 def fit(

@@ -129,9 +129,9 @@ class RewardTrainer(Trainer):
         mean, std = scores.mean().item(), scores.std(correction=0).item()
         if std < ALIKE * scores.abs().max():
             scores, std = torch.full_like(scores, mean), 0.0
-        examples = self.eval_examples or self.examples
-        scores = self.scores_of(examples) if examples is self.eval_examples else scores
-        return {"score_mean": mean, "score_std": std, **length_bias(examples, scores)}
+        held_out = self.eval_examples
+        bias = length_bias(held_out, self.scores_of(held_out)) if len(held_out) else length_bias(self.examples, scores)
+        return {"score_mean": mean, "score_std": std, **bias}
 
     def finish(self, last: dict[str, float]) -> None:
         """Normalise the scores to mean 0 and standard deviation 1 over the training data; those of steps stay."""

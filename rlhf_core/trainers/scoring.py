@@ -39,7 +39,8 @@ class Scorer:
             which add up.
         batch_size: rows of a reward model's forward; None: all at once. device: of the rewards.
         of_steps: the reward models are process reward models: what the end of a step earns is the log of the
-            probability that the step is right, and so a response's score that of all of them being right.
+            probability that the step is right, and so a response's score that of all of them being right;
+            what `step_ends` calls no step earns nothing.
         """
         self.rewards = list(reward) if isinstance(reward, list | tuple) else [(reward, 1.0)]
         if not self.rewards:
