@@ -177,9 +177,15 @@ def test_a_setting_out_of_range_is_refused_by_name(name, value):
         ILQLConfig(**{name: value})
 
 
-def test_an_example_without_a_reward_is_refused_by_number():
-    with pytest.raises(ValueError, match="example 1 has no reward"):
-        make(examples=[rows()[0], Example([3], [4, 2])])
+@pytest.mark.parametrize("reward", [None, math.nan, -math.inf])
+def test_an_example_without_a_finite_reward_is_refused_by_number(reward):
+    with pytest.raises(ValueError, match=f"example 1 has reward {reward}, no finite number"):
+        make(examples=[rows()[0], Example([3], [4, 2], reward=reward)])
+
+
+def test_a_model_without_values_is_refused():
+    with pytest.raises(TypeError, match="ilql trains a model of type ILQLModel, got Transformer"):
+        make(tiny())
 
 
 def test_it_learns_to_write_better_than_the_data():

@@ -136,8 +136,16 @@ def test_an_option_out_of_range_is_refused(options, message):
         KTOConfig(**options)
 
 
-def test_an_example_without_a_label_is_named():
-    with pytest.raises(ValueError, match="example 1 has no label"):
-        make(examples=[rows()[0], Example([7], [5, 2])])
-    with pytest.raises(ValueError, match="example 1 has no label"):
-        KTOTrainer(tiny(), rows(1), KTOConfig(batch_size=2), eval_examples=[Example([7], [5, 2])])
+@pytest.mark.parametrize("label", [None, 2, "no", math.nan])
+def test_an_example_whose_label_is_no_truth_value_is_named(label):
+    bad = Example([7], [5, 2], label=label)
+    with pytest.raises(ValueError, match=f"^example 1 has label {label!r}, not True or False"):
+        make(examples=[rows()[0], bad])
+    with pytest.raises(ValueError, match=r"^evaluation example 0 has label"):
+        KTOTrainer(tiny(), rows(1), KTOConfig(batch_size=2), eval_examples=[bad])
+
+
+def test_labels_0_and_1_are_false_and_true():
+    numbers = [row._replace(label=int(row.label)) for row in rows()]
+    want, got = (accumulated(make(reference=tiny(seed=1)), batch) for batch in (rows(), numbers))
+    assert_close(got, want, rtol=0, atol=0)

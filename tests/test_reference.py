@@ -164,6 +164,43 @@ def test_a_damaged_file_is_refused(tmp_path):
         make(file)
 
 
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("lengths", lambda x: x.index_add(0, torch.tensor([0, 1]), torch.tensor([1, 1]))),
+        ("lengths", lambda x: x.index_add(0, torch.tensor([0, 1]), torch.tensor([100, -100]))),
+        ("lengths", lambda x: x[:-1]),
+        ("keys", lambda x: x[:-1]),
+        ("keys", lambda x: x[:, :-1]),
+        ("logprobs", lambda x: x[:-1]),
+        ("logprobs", lambda x: x[:, None]),
+    ],
+)
+def test_a_file_whose_parts_do_not_fit_together_is_refused(name, change, tmp_path):
+    make(tmp_path / "logprobs")
+    header, tensors = read_tensors(tmp_path / "logprobs")
+    header = {key: value for key, value in header.items() if key == "made_of"}
+    write_tensors(tmp_path / "logprobs", tensors | {name: change(tensors[name]).contiguous()}, header)
+    with pytest.raises(ValueError, match=r"logprobs: damaged: keys of shape .*, log-probs of shape"):
+        make(tmp_path / "logprobs")
+
+
+def test_an_example_is_known_by_its_tokens_and_which_of_them_count(tmp_path, monkeypatch):
+    batch = pairs()
+    want = make(tmp_path / "logprobs", examples=batch).train()
+    monkeypatch.setattr(dpo_module.DPOTrainer, "_compute_reference_logprobs", lambda *_: pytest.fail("computed"))
+    for same in (
+        [pair._replace(margin=float(i)) for i, pair in enumerate(batch)],
+        [Pair(*(tuple(ids) for ids in pair[:3])) for pair in batch],
+        [pair._replace(masks=[None, [True] * len(pair.rejected_ids)]) for pair in batch],
+    ):
+        got = make(tmp_path / "logprobs", examples=same).train()
+        assert [line["loss"] for line in got] == [line["loss"] for line in want]
+    masked = batch[0]._replace(masks=[None, [False] * len(batch[0].rejected_ids)])
+    with pytest.raises(ValueError, match="made of other examples, without example 0"):
+        make(tmp_path / "logprobs", examples=[masked, *batch[1:]])
+
+
 def test_a_run_that_was_stopped_goes_on_from_the_file(tmp_path):
     """Row 31: also from a copy of it; not where run and file are of another model, though nothing of it is held."""
     options = dict(epochs=2, lr_schedule="constant")

@@ -11,7 +11,8 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_core.data import ByteTokenizer, Example, Pair, Ranked
+from rlhf_core.data import ByteTokenizer, Example, Pair, Ranked, Steps
+from rlhf_core.data.collate import length
 from rlhf_core.evaluation import length_bias
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig, ValueModel
 from rlhf_core.models.lora import LoRAConfig, add_adapters
@@ -73,6 +74,47 @@ def accumulated(trainer, batch):
         loss.backward()
         total += loss.item()
     return total, metrics.means(), [p.grad.clone() for p in trainer.trained_parameters()]
+
+
+# ---- what is trained on
+
+
+@pytest.mark.parametrize(
+    "kind, bad, message",
+    [
+        ("sft", Pair([7], [5], [6]), "is of type Pair, sft takes Example"),
+        ("sft", [7, 8], "is of type list, sft takes Example"),
+        ("dpo", Ranked([7], [[5], [6]]), "is of type Ranked, dpo takes Pair"),
+        ("reward", Example([7], [5]), "is of type Example, reward takes Pair or Ranked or Steps"),
+        ("sft", Example([7], [5, 2], [True]), "has a mask of 1 for 2 tokens"),
+        ("dpo", Pair([7], [5, 2], [6], masks=[None, [True, True]]), "has a mask of 2 for 1 tokens"),
+        ("reward", Steps([7], [5, 2], [True, True], [1.0]), "has 1 labels for 2 steps"),
+        ("reward", Steps([7], [5, 2], [True, True], [1.0, 1.5]), r"has label 1\.5, not in \[0, 1\]"),
+        ("reward", Steps([7], [5, 2], [True, True], [NAN, 1.0]), r"has label nan, not in \[0, 1\]"),
+    ],
+)  # fmt: skip
+def test_an_example_that_cannot_be_trained_on_is_named(kind, bad, message):
+    with pytest.raises(ValueError, match=f"^example 8 {message}"):
+        make(kind, examples=[*rows(kind), bad])
+    with pytest.raises(ValueError, match=f"^evaluation example 0 {message}"):
+        make(kind, others=dict(eval_examples=[bad]))
+
+
+@kinds
+def test_an_example_longer_than_max_length_is_refused_not_cut(kind):
+    """What is too long for the model, too; an example as long as either is not."""
+    model, (row,) = tiny(KINDS[kind][2], max_positions=16), rows(kind, 1)
+    for max_length, message in ((12, "max_length is 12; the encoders of .* cut"), (64, "the model 16 positions")):
+        room = min(max_length, 16) - length(row._replace(prompt_ids=[]))
+        fits, long = (row._replace(prompt_ids=[7] * n) for n in (room, room + 1))
+        make(kind, model, [fits], max_length=max_length)
+        with pytest.raises(ValueError, match=f"^example 1 has {min(max_length, 16) + 1} tokens, {message}"):
+            make(kind, model, [fits, long], max_length=max_length)
+
+
+def test_a_reward_model_is_what_learns_rewards():
+    with pytest.raises(TypeError, match="reward trains a model of type RewardModel, got Transformer"):
+        make("reward", tiny())
 
 
 # ---- accumulation and metrics

@@ -38,7 +38,7 @@ def collate(
     packing: rows of up to so many tokens, or of the longest group's, take up several groups, which see nothing of each
         other; None: a row for each group.
     """
-    groups = [_group(example) for example in examples]
+    groups = [as_group(example) for example in examples]
     sizes = [len(prompt) + sum(map(len, completions)) for prompt, completions, _ in groups]
     rows = [[g] for g in range(len(groups))] if packing is None else _pack(sizes, packing)
     width = max(sum(sizes[g] for g in row) for row in rows)
@@ -91,7 +91,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 def length(example: Example | Pair | Ranked | Steps) -> int:
     """Tokens of the prompt and its longest completion: how many positions a model needs."""
-    prompt, completions, _ = _group(example)
+    prompt, completions, _ = as_group(example)
     return len(prompt) + max(map(len, completions))
 
 
@@ -101,8 +101,8 @@ def count_targets(example: Example) -> int:
     return sum(counted[not example.prompt_ids :])
 
 
-def _group(example: Example | Pair | Ranked | Steps) -> tuple[list[int], list[list[int]], list[list[bool] | None]]:
-    """Prompt, completions and their masks."""
+def as_group(example: Example | Pair | Ranked | Steps) -> tuple[list[int], list[list[int]], list[list[bool] | None]]:
+    """Prompt, completions and their masks; None: all of its tokens count."""
     if isinstance(example, Pair):
         return example.prompt_ids, example.completions_ids, example.masks or [None, None]
     if isinstance(example, Ranked):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.data import Example, Pair, Ranked, Steps, TokenBatch, Tokenizer, collate
-from rlhf_core.data.collate import length
+from rlhf_core.data.collate import as_group, length
 from rlhf_core.trainers import checkpoint
 from rlhf_core.trainers.config import TrainConfig
 from rlhf_core.trainers.run_log import RunLog
@@ -65,6 +65,8 @@ class Trainer:
 
     algorithm: str
     main_metric: str  # what the progress bar shows
+    model_type: type[nn.Module] = nn.Module
+    kinds: tuple[type, ...] = ()  # of examples that it takes; none: prompts
     losses: Callable[[list, Metrics], Iterator[Tensor]]
 
     def __init__(
@@ -83,6 +85,9 @@ class Trainer:
         tokenizer: saved with the model; PPO also decodes with it.
         out: folder for metrics.jsonl, train_config.json and the model; None writes nothing.
         """
+        if not isinstance(model, self.model_type):
+            wanted = self.model_type.__name__
+            raise TypeError(f"{self.algorithm} trains a model of type {wanted}, got {type(model).__name__}")
         if not len(examples):
             raise ValueError("there are no examples to train on")
         self.model, self.config, self.tokenizer = model, config, tokenizer
@@ -96,6 +101,7 @@ class Trainer:
         self.pad_id = model.config.pad_id or 0
         self.steps_done, self.finished = 0, False
         for name, rows in (("example", examples), ("evaluation example", eval_examples)):
+            self._check_kinds(name, rows)
             self._check_lengths(name, rows)
         for trained in self.trained_models():
             self._prepare(trained)
@@ -116,11 +122,32 @@ class Trainer:
 
     def _check_lengths(self, name: str, examples: Sequence) -> None:
         limit = self.model.config.max_positions
+        longest = getattr(self.config, "max_length", limit)
         for i, example in enumerate(examples):
-            if (
-                isinstance(example, Example | Pair | Ranked | Steps) and length(example) > limit
-            ):  # PPO's prompts are cut
+            if not isinstance(example, Example | Pair | Ranked | Steps):  # a prompt, which is cut
+                continue
+            if length(example) > longest:
+                said = f"max_length is {longest}; the encoders of rlhf_core.data cut"
+                raise ValueError(f"{name} {i} has {length(example)} tokens, {said}")
+            if length(example) > limit:
                 raise ValueError(f"{name} {i} has {length(example)} tokens, the model {limit} positions")
+
+    def _check_kinds(self, name: str, examples: Sequence) -> None:
+        for i, example in enumerate(examples):
+            fault = self.fault(example) if self.kinds else None
+            if fault is not None:
+                raise ValueError(f"{name} {i} {fault}")
+
+    def fault(self, example) -> str | None:
+        """Why an example cannot be trained on, in words."""
+        if not isinstance(example, self.kinds):
+            wanted = " or ".join(kind.__name__ for kind in self.kinds)
+            return f"is of type {type(example).__name__}, {self.algorithm} takes {wanted}"
+        _, completions, masks = as_group(example)
+        for ids, mask in zip(completions, masks, strict=True):
+            if mask is not None and len(mask) != len(ids):
+                return f"has a mask of {len(mask)} for {len(ids)} tokens"
+        return None
 
     def _prepare(self, model: nn.Module) -> None:
         """Dropout, checkpointing and frozen layers as the config says."""

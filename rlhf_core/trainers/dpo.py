@@ -89,12 +89,13 @@ class DPOTrainer(Trainer):
 
     algorithm = "dpo"
     main_metric = "rewards/accuracies"
+    kinds = (Pair,)
 
     def __init__(
         self, model: Transformer, examples, config: DPOConfig, *, reference: Transformer | None = None, **options
     ):
         super().__init__(model, examples, config, **options)
-        if all(isinstance(row, Pair) and row.chosen_ids == row.rejected_ids for row in examples):
+        if self.kinds and all(row.chosen_ids == row.rejected_ids for row in examples):
             raise ValueError(f"of none of the {len(examples)} pairs do the completions differ")
         without = config.reference_free or config.loss in WITHOUT_REFERENCE
         if without and reference is not None:

@@ -5,6 +5,7 @@ The language model learns to write as the data does, its heads what that is wort
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,13 +60,18 @@ class ILQLTrainer(Trainer):
 
     algorithm = "ilql"
     main_metric = "loss"
+    model_type = ILQLModel
+    kinds = (Example,)
 
     def __init__(self, model: ILQLModel, examples, config: ILQLConfig, **options):
         super().__init__(model, examples, config, **options)
-        for i, example in enumerate((*examples, *self.eval_examples)):
-            if example.reward is None:
-                raise ValueError(f"example {i} has no reward")
         model.beta = config.beta
+
+    def fault(self, example) -> str | None:
+        fault = super().fault(example)
+        if fault is None and (example.reward is None or not math.isfinite(example.reward)):
+            return f"has reward {example.reward!r}, no finite number"
+        return fault
 
     def losses(self, batch: list[Example], metrics: Metrics) -> Iterator[Tensor]:
         config, model, num_tokens = self.config, self.model, max(sum(map(count_targets, batch)), 1)

@@ -43,21 +43,25 @@ class KTOTrainer(Trainer):
 
     algorithm = "kto"
     main_metric = "rewards/accuracies"
+    kinds = (Example,)
 
     def __init__(
         self, model: Transformer, examples, config: KTOConfig, *, reference: Transformer | None = None, **options
     ):
         super().__init__(model, examples, config, **options)
-        for i, example in enumerate((*examples, *self.eval_examples)):
-            if example.label is None:
-                raise ValueError(f"example {i} has no label")
         self.reference = Reference(model, reference)
+
+    def fault(self, example) -> str | None:
+        fault = super().fault(example)
+        if fault is None and example.label not in (True, False):
+            return f"has label {example.label!r}, not True or False"
+        return fault
 
     def losses(self, batch: list[Example], metrics: Metrics) -> Iterator[Tensor]:
         config, kl = self.config, self.kl(batch)
         weights = dict(desirable_weight=config.desirable_weight, undesirable_weight=config.undesirable_weight)
         for part, tokens in self.parts(batch, packing=config.max_length):
-            desirable = torch.tensor([example.label for example in part], device=kl.device)  # (B,)
+            desirable = torch.tensor([bool(example.label) for example in part], device=kl.device)  # (B,)
             with self.reference.policy() as reference, self.autocast():
                 ref_logps = sequence_sums(target_logprobs(reference, tokens)[0], tokens.lengths)
 

@@ -50,6 +50,7 @@ class OnlineDPOTrainer(DPOTrainer):
 
     algorithm = "online_dpo"
     main_metric = "objective/scores"
+    kinds = ()
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.data.collate import as_group
 from rlhf_core.models import eval_mode
 from rlhf_core.models.lora import adapters_off, frozen_adapters, has_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
@@ -116,9 +117,17 @@ def _read(path: Path, made_of: dict[str, str]) -> dict[bytes, Tensor]:
     for name, then in json.loads(header["made_of"]).items():
         if then != made_of[name]:
             raise ValueError(f"{path}: made with another {name}, {then:.12}, not {made_of[name]:.12}; remove the file")
-    parts = tensors["logprobs"].split(tensors["lengths"].tolist())
-    return dict(zip(map(bytes, tensors["keys"].tolist()), parts, strict=True))
+    keys, lengths, logprobs = (tensors[name] for name in ("keys", "lengths", "logprobs"))
+    whole = lengths.ge(0).all() and lengths.sum() == logprobs.numel() and logprobs.ndim == lengths.ndim == 1
+    if not whole or keys.shape != (len(lengths), hashlib.sha256().digest_size):
+        shapes = f"keys of shape {tuple(keys.shape)}, {len(lengths)} lengths of {int(lengths.sum())} in all"
+        raise ValueError(f"{path}: damaged: {shapes}, log-probs of shape {tuple(logprobs.shape)}")
+    return dict(zip(map(bytes, keys.tolist()), logprobs.split(lengths.tolist()), strict=True))
 
 
 def _key(example) -> bytes:
-    return hashlib.sha256(repr(example).encode()).digest()
+    """Of the tokens and which of them count, as all that log-probs depend on."""
+    prompt, completions, masks = as_group(example)
+    masks = ([True] * len(ids) if mask is None else mask for ids, mask in zip(completions, masks))
+    rows = [[int(x) for x in row] for row in (prompt, *completions, *masks)]
+    return hashlib.sha256(repr(rows).encode()).digest()

@@ -41,6 +41,7 @@ class SFTTrainer(Trainer):
 
     algorithm = "sft"
     main_metric = "loss"
+    kinds = (Example,)
 
     def __init__(
         self,
