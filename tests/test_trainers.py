@@ -88,6 +88,7 @@ def accumulated(trainer, batch):
         ("reward", Example([7], [5]), "is of type Example, reward takes Pair or Ranked or Steps"),
         ("sft", Example([7], [5, 2], [True]), "has a mask of 1 for 2 tokens"),
         ("dpo", Pair([7], [5, 2], [6], masks=[None, [True, True]]), "has a mask of 2 for 1 tokens"),
+        ("reward", Pair([7], [5, 2], [6], masks=[None]), "has 1 masks for 2 completions"),
         ("reward", Steps([7], [5, 2], [True, True], [1.0]), "has 1 labels for 2 steps"),
         ("reward", Steps([7], [5, 2], [True, True], [1.0, 1.5]), r"has label 1\.5, not in \[0, 1\]"),
         ("reward", Steps([7], [5, 2], [True, True], [NAN, 1.0]), r"has label nan, not in \[0, 1\]"),

@@ -101,6 +101,22 @@ def count_targets(example: Example) -> int:
     return sum(counted[not example.prompt_ids :])
 
 
+def misfit(example: Example | Pair | Ranked | Steps) -> str | None:
+    """What in an example does not fit together, in words."""
+    _, completions, masks = as_group(example)
+    if len(masks) != len(completions):
+        return f"has {len(masks)} masks for {len(completions)} completions"
+    for ids, mask in zip(completions, masks):
+        if mask is not None and len(mask) != len(ids):
+            return f"has a mask of {len(mask)} for {len(ids)} tokens"
+    if not isinstance(example, Steps):
+        return None
+    if len(example.labels) != count_targets(example):
+        return f"has {len(example.labels)} labels for {count_targets(example)} steps"
+    wrong = [label for label in example.labels if not 0 <= label <= 1]
+    return f"has label {wrong[0]!r}, not in [0, 1]" if wrong else None
+
+
 def as_group(example: Example | Pair | Ranked | Steps) -> tuple[list[int], list[list[int]], list[list[bool] | None]]:
     """Prompt, completions and their masks; None: all of its tokens count."""
     if isinstance(example, Pair):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.data import Example, Pair, Ranked, Steps, TokenBatch, Tokenizer, collate
-from rlhf_core.data.collate import as_group, length
+from rlhf_core.data.collate import length, misfit
 from rlhf_core.trainers import checkpoint
 from rlhf_core.trainers.config import TrainConfig
 from rlhf_core.trainers.run_log import RunLog
@@ -143,11 +143,7 @@ class Trainer:
         if not isinstance(example, self.kinds):
             wanted = " or ".join(kind.__name__ for kind in self.kinds)
             return f"is of type {type(example).__name__}, {self.algorithm} takes {wanted}"
-        _, completions, masks = as_group(example)
-        for ids, mask in zip(completions, masks, strict=True):
-            if mask is not None and len(mask) != len(ids):
-                return f"has a mask of {len(mask)} for {len(ids)} tokens"
-        return None
+        return misfit(example)
 
     def _prepare(self, model: nn.Module) -> None:
         """Dropout, checkpointing and frozen layers as the config says."""

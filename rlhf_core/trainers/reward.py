@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rlhf_core.data import Pair, Ranked, Steps, TokenBatch
-from rlhf_core.data.collate import count_targets
 from rlhf_core.evaluation import length_bias
 from rlhf_core.losses import (
     bradley_terry_loss,
@@ -76,16 +75,6 @@ class RewardTrainer(Trainer):
         self.learns_steps = kind is Steps
         if kind is not Steps and all(ids == row.completions_ids[0] for row in examples for ids in row.completions_ids):
             raise ValueError(f"of none of the {len(examples)} {KINDS[kind]} do the completions differ")
-
-    def fault(self, example) -> str | None:
-        fault = super().fault(example)
-        if fault is None and isinstance(example, Steps):
-            ends, wrong = count_targets(example), [label for label in example.labels if not 0 <= label <= 1]
-            if len(example.labels) != ends:
-                return f"has {len(example.labels)} labels for {ends} steps"
-            if wrong:
-                return f"has label {wrong[0]!r}, not in [0, 1]"
-        return fault
 
     def losses(self, batch: list[Pair] | list[Ranked] | list[Steps], metrics: Metrics) -> Iterator[Tensor]:
         losses_of = self.step_losses if self.learns_steps else self.order_losses
