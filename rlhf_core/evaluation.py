@@ -124,8 +124,8 @@ def elo(wins: Tensor, *, prior: float = 0.0) -> Tensor:
         slope = (wins * expected.T - wins.T * expected).sum(dim=1)
         curvature = games * expected * expected.T
         step = torch.linalg.solve(curvature.sum(dim=1).diag() - curvature + curvature.mean(), slope)
-        change, size = float(((step[:, None] - step).abs() * (games > 0)).max()), 1.0  # of who have played each other
-        # Where it is at most 1 a step always climbs: the third derivative of log sigmoid is at most its second.
+        change, size = float(step.max() - step.min()), 1.0
+        # A step of at most 1 always climbs: the third derivative of log sigmoid is at most its second.
         while size * change > 1 and likelihood(strengths + size * step) < likelihood(strengths):
             size /= 2
         strengths += size * step

@@ -153,6 +153,17 @@ def test_a_step_is_a_line_that_is_not_blank_and_has_an_end(text, steps):
     assert step_ends(ids, ByteTokenizer()) == [end == "1" for end in steps]
 
 
+def test_a_token_may_hold_the_end_of_one_step_and_the_start_of_the_next_and_an_end_is_no_text():
+    class Words:
+        words, eos_ids = ("a", "\n", "\nb", " \n\n", "<end>"), (4,)
+
+        def decode(self, ids):
+            return "".join(self.words[i] for i in ids)
+
+    for ids, steps in (([0, 2, 4], "011"), ([0, 1, 4], "010"), ([0, 2, 3, 4], "0110"), ([4], "0")):
+        assert step_ends(ids, Words()) == [end == "1" for end in steps]
+
+
 def test_without_eos_ids_the_last_step_ends_with_the_completion():
     tokenizer = ByteTokenizer()
     tokenizer.eos_ids = ()
