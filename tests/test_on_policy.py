@@ -459,6 +459,8 @@ def test_what_the_arguments_contradict_is_refused():
         make(process_rewards=True)
     with pytest.raises(ValueError, match="a reference that follows the policy must have its shape"):
         make(reference_ema=0.9, others=dict(reference=tiny(hidden_size=8)))
+    with pytest.raises(ValueError, match="critic_warmup_steps 1 is all of the 1 steps"):
+        make(critic_warmup_steps=1)
     from test_ppo import adapted
 
     with pytest.raises(ValueError, match="cannot follow it"):

@@ -888,3 +888,8 @@ def test_dpo_on_adapters_holds_its_weights_once_and_starts_at_log_two(monkeypatc
     assert trainer.step(rows("dpo"))["loss"] < math.log(2) - 1e-3
     moved = {name for name, weight in snapshot(model).items() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if "lora_" in name}
+
+
+def test_dropout_of_models_that_have_none_is_refused():
+    with pytest.raises(ValueError, match="dropout has no effect: no model's config has any"):
+        make("sft", dropout=True)

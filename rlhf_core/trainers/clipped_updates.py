@@ -62,6 +62,9 @@ class ClippedUpdates(Trainer):
     ptx_examples: Sequence[Example]
     generator: torch.Generator
 
+    value_clip_range, vf_coef = None, 0.0  # without a critic
+    policy_rests = False  # in a critic's warm-up
+
     def forward(self, rollout: Rollout, loss_of: Callable | None = None) -> dict[str, Tensor]:
         """logprobs and entropy (B, R) of the response tokens, and the hidden states they were read from; loss_of as for
         `response_logprobs`."""
@@ -169,8 +172,6 @@ class ClippedUpdates(Trainer):
     def kl_in_loss(self) -> bool:
         return self.config.kl_in == "loss" and self.kl_coef.value > 0 and not self.policy_rests
 
-    policy_rests = False  # in a critic's warm-up
-
     @property
     def token_by_token(self) -> bool:
         """Whether the loss falls apart into tokens and sees of the policy their log-probs alone."""
@@ -215,8 +216,6 @@ class ClippedUpdates(Trainer):
             kl = kl if old.importance is None else kl * old.importance
             loss = loss + self.kl_coef.value * (kl * weights).sum()
         return loss, stats
-
-    value_clip_range, vf_coef = None, 0.0  # without a critic
 
     def ratio_logprobs(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
         """The log-probs whose ratio to the old ones is clipped."""

@@ -87,6 +87,8 @@ class PPOTrainer(OnPolicyTrainer):
             trunk = "the policy's trunk" if self.one_trunk else "a trunk of its own"
             raise ValueError(f"critic={config.critic!r}, but the critic given is on {trunk}")
         super().__init__(model, examples, config, reward=reward, **options)
+        if self.total_steps <= config.critic_warmup_steps > 0:
+            raise ValueError(f"critic_warmup_steps {config.critic_warmup_steps} is all of the {self.total_steps} steps")
         self.vf_coef = config.vf_coef
         self.value_clip_range = None if config.value_clip_range == math.inf else config.value_clip_range
 
