@@ -83,6 +83,15 @@ def test_the_kl_in_the_reward_is_part_of_the_comparison(advantage):
     assert report["kl"] == pytest.approx(kl.sum().item() / rollout.response_mask.sum().item(), rel=1e-4)
 
 
+def test_without_a_weight_for_the_kl_no_reference_is_held_unless_it_is_given():
+    """And what is learned is the same."""
+    without, given = make(), make(others=dict(reference=tiny(seed=1)))
+    assert without.reference is None
+    reports = [trainer.step(PROMPTS) for trainer in (without, given)]
+    assert not {"kl", "objective/kl"} & reports[0].keys() and reports[1]["kl"] != 0 != reports[1]["objective/kl"]
+    assert_close(without.model.state_dict(), given.model.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum"])
 def test_the_gradient_is_reinforces_at_ratio_one(aggregation):
     """-A log p of every token, by the weights that the aggregation gives; no critic and no clip in it."""

@@ -56,7 +56,7 @@ class ClippedUpdates(Trainer):
     """A trainer whose `step` calls `update`; it has, beside model and optimizer, what follows."""
 
     config: OnPolicyConfig
-    reference: Reference
+    reference: Reference | None
     kl_coef: Coefficient
     entropy_coef: Coefficient
     ptx_examples: Sequence[Example]

@@ -116,11 +116,11 @@ class GroupTrainer(OnPolicyTrainer):
                 "advantages are 0: harder or easier prompts, a finer reward or a higher temperature would help",
                 stacklevel=2,
             )
-        return {
+        kl = {"kl": report["objective/kl"] / report["response_length"]} if "objective/kl" in report else {}
+        return kl | {
             "reward": report["objective/scores"],
             "reward_std": scores.std(dim=1).mean().item() if scores.shape[1] > 1 else 0.0,
             "frac_reward_zero_std": alike,
-            "kl": report["objective/kl"] / report["response_length"],
             "clip_ratio": report["policy/clipfrac_avg"],
             "completions/mean_length": report["response_length"],
         }

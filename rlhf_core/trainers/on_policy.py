@@ -32,7 +32,8 @@ class OnPolicyTrainer(ClippedUpdates):
     """model: the policy; examples: prompts as lists of token ids.
 
     reward: what `Scorer` takes: a RewardModel, a callable (prompts, responses) -> rewards, or several with weights.
-    reference: see `Reference`; with reference_ema a copy of it moves.
+    reference: see `Reference`; with reference_ema a copy of it moves. With kl_coef 0 none is held, and no KL reported,
+        unless it is given.
     eos_ids: every token that ends a response; None takes the policy's own.
     ptx_examples: `Example`s whose likelihood is held up on the way (Ouyang et al. 2022, eq. 2), with ptx_coef.
     """
@@ -53,7 +54,8 @@ class OnPolicyTrainer(ClippedUpdates):
         out: str | os.PathLike | None = None,
     ):
         super().__init__(model, examples, config, tokenizer=tokenizer, out=out)
-        self.reference = Reference(model, reference, moves=config.reference_ema is not None)
+        needed = config.kl_coef > 0 or reference is not None
+        self.reference = Reference(model, reference, moves=config.reference_ema is not None) if needed else None
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         if bool(config.ptx_coef) != bool(ptx_examples):
             raise ValueError(f"ptx_coef {config.ptx_coef} goes with ptx_examples, there are {len(ptx_examples)}")
@@ -126,29 +128,33 @@ class OnPolicyTrainer(ClippedUpdates):
 
     @torch.no_grad()
     def predict(self, rollout: Rollout) -> dict[str, Tensor]:
-        """logprobs, ref_logprobs, entropy and kl, all (B, R), and what a subclass's `forward` gives beside them.
+        """logprobs, ref_logprobs, entropy and kl, all (B, R), and what a subclass's `forward` gives beside them; without
+        a reference the log-probs twice, and a KL of 0.
 
         The old log-probs are computed by the training forward, not taken from sampling, so that the ratio of the first
         minibatch is 1 even where a fast decoder rounds differently; `val/rollout_mismatch` reports the difference.
         """
-        estimator = self.config.estimator
-        parts, full = [], estimator == "full" and self.config.kl_in == "reward"
+        parts = []
         for (part,) in micro_batches(self.config.micro_batch_size, rollout):
             found = self.forward(part)
-            hidden = found.pop("hidden")
-            with self.reference.policy() as reference, self.autocast():
-                ref_hidden = response_hidden(reference.trunk, part)
-                ref_logprobs, _ = response_logprobs(reference, part, self.config.temperature, ref_hidden)
-                if full:
-                    heads = self.model, reference
-                    kl = response_full_kl(*heads, part, self.config.temperature, hidden, ref_hidden)
-            if not full:
-                of_samples = "k3" if estimator == "full" else estimator
-                kl = kl_estimate(found["logprobs"], ref_logprobs, estimator=of_samples, mask=part.response_mask)
+            ref_logprobs, kl = self.compare(part, found["logprobs"], found.pop("hidden"))
             parts.append(found | {"ref_logprobs": ref_logprobs, "kl": kl})
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         self.check(columns)
         return columns
+
+    def compare(self, rollout: Rollout, logprobs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The reference's log-probs and the policy's KL to it, (B, R)."""
+        if self.reference is None:
+            return logprobs, torch.zeros_like(logprobs)
+        estimator, temperature = self.config.estimator, self.config.temperature
+        with self.reference.policy() as reference, self.autocast():
+            ref_hidden = response_hidden(reference.trunk, rollout)
+            ref_logprobs, _ = response_logprobs(reference, rollout, temperature, ref_hidden)
+            if estimator == "full" and self.config.kl_in == "reward":
+                return ref_logprobs, response_full_kl(self.model, reference, rollout, temperature, hidden, ref_hidden)
+        estimator = "k3" if estimator == "full" else estimator
+        return ref_logprobs, kl_estimate(logprobs, ref_logprobs, estimator=estimator, mask=rollout.response_mask)
 
     def ended(self, rollout: Rollout) -> Tensor:
         """(B,) bool: whether the last counted token is one of the stop set."""
@@ -176,6 +182,8 @@ class OnPolicyTrainer(ClippedUpdates):
         }.items():
             metrics.add(name, values)
         report = metrics.means()
+        if self.reference is None:
+            del report["objective/kl"]
         report["val/ratio_var"] = report.pop("ratio_squared") - report["val/ratio"] ** 2
         mismatch = (columns["logprobs"] - rollout.logprobs).where(mask, 0).abs()
         report["val/rollout_mismatch"] = float(mismatch.max())
@@ -183,7 +191,7 @@ class OnPolicyTrainer(ClippedUpdates):
         report["val/num_eos_tokens"] = int(self.ended(rollout).sum())
         report |= {"objective/kl_coef": self.kl_coef.value, "policy/entropy_coef": self.entropy_coef.value}
         if not self.policy_rests:
-            self.kl_coef.update(report["objective/kl"], n)
+            self.kl_coef.update(report.get("objective/kl", 0.0), n)
             self.entropy_coef.update(float(masked_mean(columns["entropy"], mask)), n)
         self._move_reference()
         self.episodes += n
@@ -193,7 +201,7 @@ class OnPolicyTrainer(ClippedUpdates):
     @torch.no_grad()
     def _move_reference(self) -> None:
         """A step of the exponential moving average, where the reference is one."""
-        if self.reference.moves:
+        if self.config.reference_ema is not None:
             for slow, fast in zip(self.reference.model.parameters(), self.model.parameters()):
                 slow.lerp_(fast, 1 - self.config.reference_ema)
 
@@ -210,7 +218,7 @@ class OnPolicyTrainer(ClippedUpdates):
             "sampling": self.generator.get_state(),
             "score_moments": torch.stack([x.double() for x in self.score_moments]),
         }
-        if self.reference.moves:
+        if self.config.reference_ema is not None:
             state |= {f"reference:{name}": x for name, x in self.reference.model.state_dict().items()}
         return state
 
@@ -220,7 +228,7 @@ class OnPolicyTrainer(ClippedUpdates):
         self.episodes, self.started = int(state["episodes"]), time.monotonic() - float(state["seconds"])
         self.kl_coef.value, self.entropy_coef.value = float(state["kl_coef"]), float(state["entropy_coef"])
         self.score_moments = Moments(*state["score_moments"].to(self.device))
-        if self.reference.moves:
+        if self.config.reference_ema is not None:
             weights = {name: state[f"reference:{name}"] for name in self.reference.model.state_dict()}
             self.reference.model.load_state_dict(weights)
 
