@@ -128,7 +128,7 @@ class OnPolicyTrainer(ClippedUpdates):
 
     @torch.no_grad()
     def predict(self, rollout: Rollout) -> dict[str, Tensor]:
-        """logprobs, ref_logprobs, entropy and kl, all (B, R), and what a subclass's `forward` gives beside them; without
+        """logprobs, ref_logprobs, entropy and kl, all (B, R), and what a subclass adds in `forward`; without
         a reference the log-probs twice, and a KL of 0.
 
         The old log-probs are computed by the training forward, not taken from sampling, so that the ratio of the first
