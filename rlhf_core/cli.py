@@ -19,6 +19,7 @@ import rlhf_core
 
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError, ImportError)
 
+MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hub"
 TEXTS = "JSONL[.gz] with messages, prompt and completion (or response), question and answer, or text"
 LABELLED = "JSONL[.gz] with prompt, completion (or response) and label"
 SCORED = "JSONL[.gz] with prompt, completion (or response) and reward, a number"
@@ -78,13 +79,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a default where it says something that the help does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        nothing = action.default in (None, ()) and "None" not in action.help
+        if nothing or action.default is False or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlhf-core", description="Reinforcement learning from human feedback.")
     parser.add_argument("--version", action="version", version=rlhf_core.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=help, formatter_class=_Help)
         sub.set_defaults(run=run)
         return sub
 
@@ -94,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     for run, methods in ((_train_on_data, ON_DATA), (_train_on_prompts, ON_PROMPTS), (_train_in_rounds, IN_ROUNDS)):
         for name, (kind, *parts, help) in methods.items():
             sub, config = command(name, run, help), getattr(trainers, f"{kind}Config")
-            sub.add_argument("--model", required=True, type=Path, help="model folder in the Hugging Face layout")
+            sub.add_argument("--model", required=True, type=Path, help=MODEL)
             if methods is ON_DATA:
                 sub.add_argument("--data", required=True, type=Path, help=parts[0])
                 sub.add_argument("--eval-data", type=Path, help="evaluate on this file")
@@ -104,10 +115,10 @@ def _parser() -> argparse.ArgumentParser:
             if issubclass(config, OnPolicyConfig):
                 sub.add_argument("--ptx-data", type=Path, help=f"for --ptx-coef: {TEXTS}")
             _add_run(sub)
-            _add_config(sub, config)
+            _add_config(sub, config, without=() if methods is ON_DATA else ("eval_every",))  # which takes examples
 
     sub = command("best-of-n", _best_of_n, "sample, keep each prompt's response that a reward model likes best")
-    sub.add_argument("--model", required=True, type=Path, help="model folder in the Hugging Face layout")
+    sub.add_argument("--model", required=True, type=Path, help=MODEL)
     _add_prompts_and_reward(sub)
     sub.add_argument("--out", required=True, type=Path, help="JSONL file for prompt, completion and score")
     sub.add_argument("--overwrite", action="store_true", help="replace --out")
@@ -121,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="write into --out even if it is not empty")
 
     sub = command("generate", _generate, "sample from a model")
-    sub.add_argument("--model", required=True, type=Path, help="model folder in the Hugging Face layout")
+    sub.add_argument("--model", required=True, type=Path, help=MODEL)
     sub.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     sub.add_argument(
         "--chat", action="store_true", help="each prompt is what a user says, in the model's chat template"
@@ -139,13 +150,13 @@ def _parser() -> argparse.ArgumentParser:
         "--eos-ids", type=int, nargs="+", help="token ids that end a response; default: model's and tokenizer's"
     )
     sub.add_argument("--stop", nargs="+", default=(), metavar="STRING", help="strings that end a response, and stay in")
-    sub.add_argument("--seed", type=int, default=0, help="of sampling")
+    sub.add_argument("--seed", type=_seed, default=0, help="of sampling")
     sub.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
 
     sub = command("demo", _demo, "SFT, reward model, PPO and DPO on a task whose gold score is known")
     sub.add_argument("--real", type=Path, metavar="DIR", help="use the story model and data in DIR")
     sub.add_argument("--out", type=Path, help="folder for everything; default: runs/demo or runs/demo-real")
-    sub.add_argument("--seed", type=int, default=0, help="of everything")
+    sub.add_argument("--seed", type=_seed, default=0, help="of everything")
 
     from rlhf_core.benchmarks import OPS
 
@@ -185,28 +196,43 @@ def _add_prompts_and_reward(sub: argparse.ArgumentParser) -> None:
     several.add_argument("--reward-ensemble", choices=AGGREGATES, help="of several: default mean")
     sub.add_argument("--reward-coef", type=float, help="ensemble uncertainty: weight of the variance taken off")
     sub.add_argument(
-        "--prompts", required=True, type=Path, help="JSONL[.gz] with prompt or messages, or .txt, one a line"
+        "--prompts",
+        required=True,
+        type=Path,
+        help="JSONL[.gz] with messages, prompt, question or text, or .txt, one a line",
     )
     sub.add_argument(
         "--eos-ids", type=int, nargs="+", help="token ids that end a response; default: model's and tokenizer's"
     )
 
 
-def _add_config(parser: argparse.ArgumentParser, config: type) -> None:
+def _add_config(parser: argparse.ArgumentParser, config: type, without: Sequence[str] = ()) -> None:
     """One option for each field of a config dataclass, its default and its help."""
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):  # X | None
             kind = typing.get_args(kind)[0]
-        options = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": field.name.upper()}
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"), default=field.default, help=field.metadata["help"], **options
-        )
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+        else:
+            options = {"type": _seed if field.name == "seed" else kind, "metavar": field.name.upper()}
+        if field.name not in without:
+            parser.add_argument(
+                "--" + field.name.replace("_", "-"), default=field.default, help=field.metadata["help"], **options
+            )
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not -(2**63) <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 64 bits, got {text}")
+    return seed
 
 
 def _config(config: type, arguments: argparse.Namespace):
-    return config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)})
+    given = vars(arguments)
+    return config(**{field.name: given[field.name] for field in dataclasses.fields(config) if field.name in given})
 
 
 def _read(reader, path: Path, arguments: argparse.Namespace, encode) -> list:

@@ -410,6 +410,41 @@ def test_every_option_of_a_trainer_says_what_it_is(capsys):
         assert raised.value.code == 0 and option in shown and text in shown
 
 
+def help_of(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        run(command, "--help")
+    assert raised.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo", "kto", "generate"])
+def test_a_default_is_stated_once_and_only_where_it_says_something(command, capsys):
+    for text in help_of(command, capsys).split("options:")[1].split(" --")[1:]:
+        assert text.count("default:") <= 1 and "(default: False)" not in text
+        assert "None:" in text or "(default: None)" not in text
+
+
+@pytest.mark.parametrize("command", [*cli.ON_DATA, *cli.ON_PROMPTS, *cli.IN_ROUNDS])
+def test_evaluation_on_the_way_is_offered_where_there_are_examples_for_it(command, capsys):
+    assert ("--eval-every" in help_of(command, capsys)) == (command in cli.ON_DATA)
+
+
+def test_an_option_that_is_on_can_be_turned_off(folders, tmp_path):
+    prompts, out = write(tmp_path / "p.txt", ["one", "two"]), tmp_path / "out"
+    models = ["--model", folders / "policy", "--reward-model", folders / "reward"]
+    options = ["--no-normalize", "--num-samples", 2, "--response-length", 4]
+    assert run("grpo", *models, "--prompts", prompts, "--out", out, *SMALL, *options) == 0
+    assert json.loads((out / "train_config.json").read_text())["normalize"] is False
+
+
+@pytest.mark.parametrize("command", ["sft", "generate"])
+def test_a_seed_beyond_64_bits_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        run(command, "--seed", 2**63)
+    assert raised.value.code == 2
+    assert f"argument --seed: must be a whole number of 64 bits, got {2**63}" in capsys.readouterr().err
+
+
 def test_as_a_program_an_error_is_one_line_and_status_two(tmp_path):
     command = [sys.executable, "-m", "rlhf_core.cli", "generate", "--model", str(tmp_path), "--prompt", "x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
