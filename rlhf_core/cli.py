@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import rlhf_core
 
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError, ImportError)
+USER_ERRORS = (ValueError, OSError, ImportError)
 
 MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hub"
 TEXTS = "JSONL[.gz] with messages, prompt and completion (or response), question and answer, or text"
@@ -61,21 +62,25 @@ IN_ROUNDS = {  # name, function, help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a run that diverged, 2 for bad input, 130 for an interrupt."""
-    arguments = _parser().parse_args(argv)
+    name = "rlhf-core"
     try:
+        arguments = _parser().parse_args(argv)
+        name = f"{name} {arguments.command}"
         arguments.run(arguments)
-    except USER_ERRORS as error:
-        print(f"rlhf-core {arguments.command}: error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"rlhf-core {arguments.command}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        kept = f"{interrupt} with --resume" if str(interrupt) else "the model was not saved"
-        print(f"rlhf-core {arguments.command}: interrupted, {kept}", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except USER_ERRORS as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        kept = f", {interrupt} with --resume" if str(interrupt) else ""
+        if not kept and name.split()[-1] in (*ON_DATA, *ON_PROMPTS, *IN_ROUNDS):
+            kept = ", the model was not saved"
+        print(f"{name}: interrupted{kept}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -244,10 +249,13 @@ def _read(reader, path: Path, arguments: argparse.Namespace, encode) -> list:
 
 
 def _fresh_out(arguments: argparse.Namespace) -> None:
+    from rlhf_core.files import check_writable
+
     out = arguments.out
     resume = getattr(arguments, "resume", False)  # of the trainers
     if out.is_dir() and any(out.iterdir()) and not (arguments.overwrite or resume):
         raise FileExistsError(f"{out} is not empty; choose another --out or pass --overwrite")
+    check_writable(out)
 
 
 def _device(arguments: argparse.Namespace):
@@ -255,7 +263,9 @@ def _device(arguments: argparse.Namespace):
 
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # "meta" holds nothing
+        return probe.device
     except (RuntimeError, AssertionError) as error:  # no such device, or one that this torch is built without
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
@@ -398,16 +408,19 @@ def _train_in_rounds(arguments: argparse.Namespace) -> None:
 
 def _best_of_n(arguments: argparse.Namespace) -> None:
     from rlhf_core.evaluation import best_of_n_kl
-    from rlhf_core.files import replacing
+    from rlhf_core.files import check_writable, replacing
     from rlhf_core.trainers import SamplingConfig, best_of_n
 
     config, out = _config(SamplingConfig, arguments), arguments.out
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder, not a file")
     if out.exists() and not arguments.overwrite:
         raise FileExistsError(f"{out} is there; choose another --out or pass --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out.parent)
     model, rows, options = _prompted(arguments, config)
     found = best_of_n(model, [ids for _, ids in rows], config, **options)
     best, scores = found.best()
+    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for (prompt, _), ids, score in zip(rows, best, scores.tolist()):
             row = {"prompt": prompt, "completion": options["tokenizer"].decode(ids), "score": score}
@@ -425,6 +438,8 @@ def _merge(arguments: argparse.Namespace) -> None:
     from rlhf_core.models.lora import CONFIG_FILE, merge_adapters
 
     _fresh_out(arguments)
+    if arguments.out.resolve() == arguments.model.resolve():
+        raise ValueError(f"--out {arguments.out} is --model: the adapters would be lost")
     tokenizer, file = load_tokenizer(arguments.model), arguments.model / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, so there are no adapters to merge")
@@ -452,6 +467,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.beta is not None:
         if not valued:
             raise ValueError(f"--beta has no effect: {arguments.model} is no folder that `rlhf-core ilql` wrote")
+        if not 0 <= arguments.beta < math.inf:
+            raise ValueError(f"--beta must be a finite number, at least 0, got {arguments.beta}")
         model.beta = arguments.beta
     prompts = arguments.prompt
     if arguments.chat:
@@ -481,9 +498,11 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from rlhf_core import demo
+    from rlhf_core.files import check_writable
 
     real = arguments.real is not None
     out = arguments.out or Path("runs") / ("demo-real" if real else "demo")
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     task = demo.stories_task(arguments.real, arguments.seed) if real else demo.replies_task(arguments.seed)
     print(demo.run(task, out, arguments.seed))
