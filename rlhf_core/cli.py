@@ -22,8 +22,8 @@ USER_ERRORS = (ValueError, OSError, ImportError)
 
 MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hub"
 TEXTS = "JSONL[.gz] with messages, prompt and completion (or response), question and answer, or text"
-LABELLED = "JSONL[.gz] with prompt, completion (or response) and label"
-SCORED = "JSONL[.gz] with prompt, completion (or response) and reward, a number"
+LABELLED = "JSONL[.gz] with prompt and completion (or response), or messages, and label"
+SCORED = "JSONL[.gz] with prompt and completion (or response), or messages, and reward, a number"
 PAIRS = "JSONL[.gz] with prompt, chosen and rejected, or chosen and rejected conversations"
 LISTS = f"{PAIRS}, and a margin; or prompt (or messages), responses and their ranks; or prompt, steps and labels"
 

@@ -40,14 +40,19 @@ def write_json(path: str | os.PathLike, value) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike) -> dict:
-    """The JSON object in a file; ValueError naming file and line where it is malformed."""
+def read_json(path: str | os.PathLike):
+    """The JSON value in a file; ValueError naming file and line where it is malformed."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}") from None
+
+
+def read_object(path: str | os.PathLike) -> dict:
+    """The same of a file that holds an object; ValueError where it holds another value."""
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {json.dumps(value)[:40]}")
     return value

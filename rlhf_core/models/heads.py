@@ -4,6 +4,7 @@ values every position."""
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 
@@ -97,11 +98,13 @@ class EnsembleReward(nn.Module):
         if len(set(sizes)) > 1:
             raise ValueError(f"reward models of one ensemble read the same token ids; their vocabularies have {sizes}")
         if aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
-        if (coef is not None) != (aggregate == "uncertainty"):
-            raise ValueError(f"coef goes with aggregate 'uncertainty' alone, got coef {coef} with {aggregate!r}")
-        if coef is not None and not coef > 0:
-            raise ValueError(f"coef must be > 0, got {coef}")
+            raise ValueError(f"the ensemble must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+        if aggregate == "uncertainty" and coef is None:
+            raise ValueError("the ensemble 'uncertainty' needs a coefficient, the weight of the variance")
+        if aggregate != "uncertainty" and coef is not None:
+            raise ValueError(f"the coefficient {coef} has no effect: it goes with the ensemble 'uncertainty' alone")
+        if coef is not None and not 0 < coef < math.inf:
+            raise ValueError(f"the coefficient must be a finite number > 0, got {coef}")
         self.models, self.aggregate, self.coef = nn.ModuleList(models), aggregate, coef
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -131,8 +134,9 @@ def load_reward(
     models = [RewardModel.from_pretrained(source) for source in sources]
     if len(models) > 1:
         return EnsembleReward(models, aggregate or "mean", coef)
-    if aggregate is not None or coef is not None:
-        raise ValueError(f"an ensemble of one reward model is that model: aggregate {aggregate!r} has no effect")
+    for name, value in (("ensemble", aggregate), ("coefficient", coef)):
+        if value is not None:
+            raise ValueError(f"there is one reward model alone, so the {name} {value!r} has no effect")
     return models[0]
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.files import model_folder, read_json, replacing, write_json
+from rlhf_core.files import model_folder, read_object, replacing, write_json
 from rlhf_core.models.config import TransformerConfig
 from rlhf_core.models.safetensors import StoredTensor, stored_tensors, write_tensors
 
@@ -155,6 +155,8 @@ def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = t
     stored = _find_tensors(path, family)
     if hasattr(model, "score") and "score.bias" in stored:  # of normalised scores; transformers reads the rest
         model.score.bias = nn.Parameter(torch.empty(1, device="meta"))
+    if "score.weight" in stored and not hasattr(model, "score"):
+        raise ValueError(f"{path}: a reward model, not a language model")
     used = set()
     for ours, parameter in model.state_dict().items():
         for name, part in _parts(ours, parameter, config, family):
@@ -188,7 +190,7 @@ def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = t
 def has_scalar_head(source: str | os.PathLike) -> bool:
     """Whether config.json in the folder or hub repository is of a sequence classifier, such as a reward model."""
     file = model_folder(source) / "config.json"
-    architectures = read_json(file).get("architectures") or () if file.is_file() else ()
+    architectures = read_object(file).get("architectures") or () if file.is_file() else ()
     return any("SequenceClassification" in name for name in architectures)
 
 
@@ -216,7 +218,8 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_S
     with contextlib.ExitStack() as renamed_last_to_first:
         write_json(renamed_last_to_first.enter_context(replacing(path / "config.json")), hf)
         # Of an earlier save, which a reader might prefer.
-        stale = [*path.glob("model*.safetensors"), *([index] if len(shards) == 1 else []), path / "adapter_config.json"]
+        adapters = [path / "adapter_config.json", path / "adapter_model.safetensors"]
+        stale = [*path.glob("model*.safetensors"), *([index] if len(shards) == 1 else []), *adapters]
         for old in stale:
             if old.name not in weight_map.values():
                 renamed_last_to_first.callback(old.unlink, missing_ok=True)
@@ -234,9 +237,9 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; --model and from_pretrained take a Hugging Face model folder")
-    hf = read_json(file)
+    hf = read_object(file)
     generation = Path(path) / "generation_config.json"  # which may name more ids that end a response
-    more = _ids(read_json(generation).get("eos_token_id")) if generation.is_file() else []
+    more = _ids(read_object(generation).get("eos_token_id")) if generation.is_file() else []
     hf["eos_token_id"] = list(dict.fromkeys([*_ids(hf.get("eos_token_id")), *more]))
     try:
         return _from_hf(hf)
@@ -354,7 +357,7 @@ def _find_tensors(path: Path, family: _Family) -> dict[str, StoredTensor]:
     index = path / "model.safetensors.index.json"
     weight_map = {}
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: no weight_map")
     elif not (path / "model.safetensors").is_file():
