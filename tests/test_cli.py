@@ -25,14 +25,16 @@ SMALL = ["--batch-size", "4", "--max-steps", "2", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A policy and a reward model, tiny, with a byte tokenizer."""
+    """A policy, a reward model and one that scores steps, tiny, with a byte tokenizer."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")
     tokenizer = ByteTokenizer()
     sizes = dict(vocab_size=259, hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
     ids = dict(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
     policy = Transformer(TransformerConfig(**sizes, **ids))
-    for model, name in ((policy, "policy"), (RewardModel.from_model(policy), "reward")):
+    reward, process = (RewardModel.from_model(policy) for _ in range(2))
+    process.of_steps = True
+    for model, name in ((policy, "policy"), (reward, "reward"), (process, "process")):
         model.save_pretrained(root / name)
         tokenizer.save(root / name)
     return root
@@ -268,8 +270,9 @@ def test_methods_that_sample_take_several_rewards_and_texts(command, options, fo
         write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("one", "two", "three", "four")]),
         tmp_path / "out",
     )
-    models = ["--model", folders / "policy", "--reward-model", folders / "reward"]
-    models += [folders / "reward"] * any("--reward" in str(option) for option in options)
+    reward = folders / ("process" if "--process-rewards" in options else "reward")
+    models = ["--model", folders / "policy", "--reward-model", reward]
+    models += [reward] * any("--reward" in str(option) for option in options)
     models += ["--ptx-data", write(tmp_path / "texts.jsonl", TEXTS)] * ("--ptx-coef" in options)
     assert run(command, *models, "--prompts", prompts, "--out", out, *SMALL, "--response-length", 4, *options) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -299,6 +299,17 @@ def test_normalised_scores_are_stored_and_transformers_reads_them_but_for_their_
     torch.testing.assert_close(theirs - 0.5 / 0.25, model(ids, mask))
 
 
+def test_a_folder_says_that_its_scores_are_of_steps_and_transformers_reads_it(tmp_path, transformers):
+    model = RewardModel.from_model(tiny(pad_id=0))
+    for of_steps in (True, False):
+        model.of_steps = of_steps
+        model.save_pretrained(tmp_path)
+        assert RewardModel.from_pretrained(tmp_path).of_steps is of_steps
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        ids = torch.tensor([[7, 8, 9]])
+        torch.testing.assert_close(theirs(ids).logits[:, 0], model(ids, torch.ones(1, 3, dtype=torch.bool)))
+
+
 def test_a_language_model_is_no_reward_model_and_the_other_way_round(tmp_path):
     tiny().save_pretrained(tmp_path / "policy")
     RewardModel.from_model(tiny()).save_pretrained(tmp_path / "reward")

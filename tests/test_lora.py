@@ -266,6 +266,18 @@ def test_adapters_saved_over_a_model_with_values_are_without_these(tmp_path):
     assert not has_values(tmp_path / "out")
 
 
+@pytest.mark.parametrize("of_steps", [True, False])
+def test_adapters_say_whether_their_scores_are_of_steps_whatever_their_base_does(of_steps, tmp_path):
+    for base in (tiny(), RewardModel.from_model(tiny())):
+        base.of_steps = not of_steps
+        base.save_pretrained(tmp_path / "base")
+        reward = RewardModel.from_model(base)
+        add_adapters(reward, LoRAConfig(rank=2, base=str(tmp_path / "base")))
+        reward.of_steps = of_steps
+        reward.save_pretrained(tmp_path / "out")
+        assert RewardModel.from_pretrained(tmp_path / "out").of_steps is of_steps
+
+
 def test_adapters_of_a_reward_model_are_no_policy(tmp_path):
     tiny().save_pretrained(tmp_path / "base")
     reward = RewardModel.from_model(tiny())

@@ -109,6 +109,7 @@ _FAMILIES = {
 }
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that some checkpoints carry
+_OF_STEPS = "rlhf_core_of_steps"  # ours, of a RewardModel
 # Fields that change no logit: of the files, of training, of sampling. Others that are set are refused by name.
 _SAYS_NOTHING = {
     "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "name_or_path",
@@ -117,7 +118,7 @@ _SAYS_NOTHING = {
     "id2label", "label2id", "num_labels", "_num_labels", "task_specific_params", "do_sample", "temperature", "top_k",
     "top_p", "num_beams", "repetition_penalty", "min_length", "max_length", "max_new_tokens", "summary_type",
     "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "is_llama_config",
-    "transformers.js_config", "unsloth_fixed", "unsloth_version",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version", _OF_STEPS,
 }  # fmt: skip
 
 
@@ -183,6 +184,8 @@ def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = t
         for first, rows in head.pieces():
             if not torch.equal(rows.to(dtype), state["trunk.embed.weight"][first : first + len(rows)]):
                 raise ValueError(f"{head.file}: lm_head.weight is not the embedding, but config.json ties them")
+    if hasattr(model, "of_steps"):
+        model.of_steps = bool(read_object(path / "config.json").get(_OF_STEPS))
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).eval()
 
@@ -201,6 +204,7 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_S
     """
     path, config = Path(path), model.config
     hf = _to_hf(config, next(model.parameters()).dtype, scalar_head=hasattr(model, "score"))
+    hf |= {_OF_STEPS: True} if getattr(model, "of_steps", False) else {}
     family = _FAMILIES[hf["model_type"]]
     tensors = {name: part for ours, p in model.state_dict().items() for name, part in _parts(ours, p, config, family)}
     shards, room = [[]], max_shard_bytes

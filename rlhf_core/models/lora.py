@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import os
 import re
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from rlhf_core.files import model_folder, read_object, write_json
 from rlhf_core.models import hub
 from rlhf_core.models.ilql import HEADS_FILE
-from rlhf_core.models.safetensors import DTYPES, stored_tensors, write_tensors
+from rlhf_core.models.safetensors import DTYPES, stored_tensors, stored_texts, write_tensors
 from rlhf_core.models.transformer import Transformer
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -207,7 +208,8 @@ def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
     config, path = adapter_config(model), Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / HEADS_FILE).unlink(missing_ok=True)  # of an earlier save, which a reader would take for this model's
-    write_tensors(path / WEIGHTS_FILE, _tensors(model))
+    texts = {"of_steps": json.dumps(model.of_steps)} if hasattr(model, "of_steps") else {}
+    write_tensors(path / WEIGHTS_FILE, _tensors(model), texts)
     targets, scalar = config.target_modules, hasattr(model, "score")
     fields = {
         "peft_type": "LORA",
@@ -261,6 +263,8 @@ def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
     add_adapters(model, config)
     for name, parameter in _tensors(model).items():
         found[name].copy_to(parameter)
+    if hasattr(model, "of_steps"):
+        model.of_steps = json.loads(stored_texts(file).get("of_steps", json.dumps(model.of_steps)))
 
 
 def is_adapter(source: str | os.PathLike) -> bool:

@@ -54,6 +54,12 @@ def stored_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
         return {name: StoredTensor(path, name, x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
 
 
+def stored_texts(path: str | os.PathLike) -> dict[str, str]:
+    """The texts in a file by name; ValueError as for `stored_tensors`."""
+    with _open(Path(path)) as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
     """A whole file: the texts and the tensors that `write_tensors` wrote; ValueError as for `stored_tensors`."""
     with _open(Path(path)) as file:

@@ -126,7 +126,9 @@ def scorer_of(
         raise ValueError("give either a reward or a judge")
     if judge is not None:
         return JudgeScorer(judge, config.num_samples, tokenizer)
-    return Scorer(reward, tokenizer=tokenizer, pad_id=model.config.pad_id or 0, batch_size=config.batch_size)
+    scorer = Scorer(reward, tokenizer=tokenizer, pad_id=model.config.pad_id or 0, batch_size=config.batch_size)
+    scorer.check_vocabulary(model)
+    return scorer
 
 
 class JudgeScorer:
