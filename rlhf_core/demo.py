@@ -136,7 +136,7 @@ def replies_task(seed: int) -> Task:
         label_noise=0.03,
         sft=SFTConfig(lr=3e-3, batch_size=64, epochs=4, warmup_steps=20, seed=seed),
         reward=RewardConfig(lr=1e-3, batch_size=64, epochs=3, warmup_steps=10, seed=seed),
-        ppo=PPOConfig(lr=3e-4, max_steps=50, kl_coef=0.055, temperature=1.0, response_length=48, seed=seed),
+        ppo=PPOConfig(lr=1e-4, max_steps=50, kl_coef=0.1, temperature=1.0, response_length=48, seed=seed),
         dpo=DPOConfig(lr=1e-4, batch_size=64, beta=0.5, seed=seed),
     )
 

@@ -151,7 +151,9 @@ def response_full_kl(
     """
 
     def kl_of(h: Tensor, r: Tensor) -> Tensor:
-        return full_kl(model.logits(h), reference.logits(r), temperature=temperature)
+        with torch.no_grad():
+            ref_logits = reference.logits(r)
+        return full_kl(model.logits(h), ref_logits, temperature=temperature)
 
     size = max(1, FULL_KL_LOGITS // model.config.vocab_size)
     parts = []

@@ -12,8 +12,8 @@ from rlhf_core.losses import grpo_advantages, reinforce_pp_advantages, remax_adv
 from rlhf_core.models import Transformer
 from rlhf_core.rollout import sample
 from rlhf_core.trainers import GroupConfig, GroupTrainer
+from rlhf_core.trainers.clipped_updates import Experience
 from rlhf_core.trainers.common import Metrics
-from rlhf_core.trainers.on_policy import Experience
 
 N = 4
 
@@ -48,8 +48,8 @@ def test_every_token_has_its_responses_advantage_over_those_of_the_same_prompt(a
     assert prompts == [prompt for prompt in PROMPTS for _ in range(N)]
     responses = rollout.responses()
     scores = torch.tensor([r.count(5) - 0.1 * len(r) for r in responses]).view(8, N)
-    want = estimate(scores).flatten()[:, None] * rollout.response_mask
-    assert_close(experience.advantages, want)
+    mask = rollout.response_mask.unflatten(0, (8, N))
+    assert_close(experience.advantages, estimate(scores, torch.zeros(mask.shape), mask).flatten(0, 1))
     assert report["reward"] == pytest.approx(scores.mean().item(), abs=1e-5)
     assert report["reward_std"] == pytest.approx(scores.std(dim=1).mean().item(), abs=1e-5)
     alike = (scores == scores[:, :1]).all(dim=1).float().mean().item()
@@ -62,20 +62,34 @@ def test_remax_compares_with_the_greedy_response():
     greedy = sample(trainer.model, PROMPTS, max_new_tokens=6, temperature=0.0)
     scores = torch.tensor(lengths(None, rollout.responses())).view(8, 2)
     baseline = torch.tensor(lengths(None, greedy.responses()))
-    want = remax_advantages(scores, baseline).flatten()[:, None] * rollout.response_mask
-    assert_close(experience.advantages, want)
+    mask = rollout.response_mask.unflatten(0, (8, 2))
+    want = remax_advantages(scores, torch.zeros(mask.shape), mask, greedy_scores=baseline)
+    assert_close(experience.advantages, want.flatten(0, 1))
     assert experience.advantages.any()
 
 
-def test_the_kl_in_the_reward_is_part_of_the_comparison():
-    reference = tiny(seed=1)
-    options = dict(kl_in="reward", kl_coef=0.3, kl_estimator="k1", advantage="rloo", others=dict(reference=reference))
+@pytest.mark.parametrize("advantage", ["rloo", "reinforce_pp"])
+def test_the_kl_in_the_reward_is_part_of_the_comparison(advantage):
+    """Of a response as a whole, or for each token what is still to come."""
+    reference, estimate = tiny(seed=1), {"rloo": rloo_advantages, "reinforce_pp": reinforce_pp_advantages}[advantage]
+    options = dict(kl_in="reward", kl_coef=0.3, advantage=advantage, others=dict(reference=reference))
     trainer, rollout, experience, report = captured(**options)
-    kl = trainer.predict(rollout)["kl"].sum(dim=1).view(8, N)
-    scores = torch.tensor(fives(None, rollout.responses())).view(8, N) - 0.3 * kl
-    assert_close(experience.advantages[:, 0], rloo_advantages(scores).flatten(), rtol=1e-4, atol=1e-5)
-    assert report["objective/non_score_reward"] == pytest.approx(-0.3 * kl.mean().item(), rel=1e-4)
+    assert trainer.config.estimator == "k1"
+    kl = trainer.predict(rollout)["kl"]
+    tokens = (x.unflatten(0, (8, N)) for x in (0.3 * kl, rollout.response_mask))
+    want = estimate(torch.tensor(fives(None, rollout.responses())).view(8, N), *tokens)
+    assert_close(experience.advantages, want.flatten(0, 1), rtol=1e-4, atol=1e-5)
+    assert report["objective/non_score_reward"] == pytest.approx(-0.3 * kl.sum(dim=1).mean().item(), rel=1e-4)
     assert report["kl"] == pytest.approx(kl.sum().item() / rollout.response_mask.sum().item(), rel=1e-4)
+
+
+def test_without_a_weight_for_the_kl_no_reference_is_held_unless_it_is_given():
+    """And what is learned is the same."""
+    without, given = make(), make(others=dict(reference=tiny(seed=1)))
+    assert without.reference is None
+    reports = [trainer.step(PROMPTS) for trainer in (without, given)]
+    assert not {"kl", "objective/kl"} & reports[0].keys() and reports[1]["kl"] != 0 != reports[1]["objective/kl"]
+    assert_close(without.model.state_dict(), given.model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum"])
@@ -100,7 +114,7 @@ def test_the_gradient_is_reinforces_at_ratio_one(aggregation):
 
 def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens():
     """GSPO, eq. 7; a token's gradient is then that of the mean log-prob of its response, clipped as one."""
-    trainer = make(ratio="sequence", aggregation="sequence_mean", clip_range=0.1)
+    trainer = make(ratio="sequence", aggregation="sequence_mean", clip_range=0.1, ppo_epochs=2)
     rollout = rollout_of(trainer)
     mask, columns = rollout.response_mask, trainer.predict(rollout)
     torch.manual_seed(3)
@@ -119,6 +133,8 @@ def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens():
     (-objective).backward()
     assert_close(got, [p.grad for p in trainer.model.parameters()], rtol=1e-4, atol=1e-6)
     assert 0 < metrics.means()["policy/clipfrac_avg"] < 1
+    kl = (log_ratio.exp() - 1 - log_ratio).sum() / mask.sum()  # of tokens
+    assert metrics.means()["policy/approxkl_avg"] == pytest.approx(kl.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce_pp", "remax"])
@@ -141,7 +157,7 @@ def test_the_score_rises(advantage):
 
 def test_groups_that_say_nothing_are_told_of():
     trainer = make(reward=lambda prompts, responses: [1.0] * len(responses))
-    with pytest.warns(UserWarning, match="step 1: in every group all 4 scores are alike"):
+    with pytest.warns(UserWarning, match="step 1: no response scores otherwise than what it is compared with"):
         report = trainer.step(PROMPTS)
     assert report["frac_reward_zero_std"] == 1 and report["grad_norm"] == 0
 
@@ -168,6 +184,9 @@ def test_a_run_writes_the_policy_and_its_name(tmp_path):
         (dict(advantage="remax", whiten_scores="batch"), "whiten_scores must be none for remax"),
         (dict(batch_size=2, num_samples=3, minibatch_size=7), "minibatch_size must be from 1 to 6, got 7"),
         (dict(entropy_coef=math.inf), "entropy_coef must be at least 0, got inf"),
+        (dict(clip_range_high=0.28), "clip_range_high has no effect on the one update of a rollout"),
+        (dict(whiten_scores="batch"), "whiten_scores has no effect on grpo, which divides by a deviation anyway"),
+        (dict(advantage="rloo", whiten_scores="batch", whiten_mean=True), "whiten_mean has no effect on advantages"),
     ],
 )
 def test_an_option_without_effect_or_out_of_range_is_refused(options, message):

@@ -116,6 +116,16 @@ def test_a_failing_step_names_itself_row_and_causes_and_leaves_its_state(failure
         assert torch.equal(tensors["weight:0.trunk.embed.weight"], trainer.model.trunk.embed.weight)
 
 
+def test_an_evaluation_that_fails_leaves_the_state_of_the_step_before_it(tmp_path, monkeypatch):
+    row = Example([1, 2], [3])
+    settings = dict(batch_size=1, max_steps=1, save_every=1)
+    trainer = SFTTrainer(tiny(), [row], SFTConfig(**settings), eval_examples=[row], out=tmp_path)
+    monkeypatch.setattr(trainer, "evaluate", lambda: raising(ValueError("no"))(None))
+    with pytest.raises(ValueError, match=r"step 1: no; the state is in .*checkpoint-error$"):
+        trainer.train()
+    assert json.loads(read_tensors(tmp_path / "checkpoint-error")[0]["run"])["steps_done"] == 1
+
+
 def test_an_error_of_any_other_kind_leaves_the_state_and_stays_what_it_was(tmp_path, monkeypatch):
     class Power(Exception):
         pass

@@ -36,7 +36,7 @@ def run(model=None, rounds=2, reward=None, ppo=None, num_samples=2, seed=0, **op
     config = IteratedRLHFConfig(
         rounds,
         SamplingConfig(num_samples, response_length=5),
-        RewardConfig(**(dict(lr=3e-3, batch_size=32, dropout=True) | (reward or {}))),
+        RewardConfig(**(dict(lr=3e-3, batch_size=32) | (reward or {}))),
         PPOConfig(**(dict(lr=3e-3, batch_size=32, response_length=5, temperature=1.0, kl_coef=0.02) | (ppo or {}))),
         seed,
     )
@@ -120,8 +120,13 @@ def test_what_ends_a_response_ends_samples_rollouts_and_answers(tmp_path):
 
 def test_rounds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
     """Between rounds, and in the middle of a round's PPO, bit by bit."""
-    want, whole = run(rounds=2, ppo=dict(save_every=1), out=tmp_path / "whole")
-    run(rounds=1, ppo=dict(save_every=1), out=tmp_path / "between")
+
+    def saving(out, rounds=2, **options):
+        settings = dict(reward=dict(dropout=True), ppo=dict(save_every=1))
+        return run(tiny(dropout=0.1), rounds, **settings, out=tmp_path / out, **options)
+
+    want, whole = saving("whole")
+    saving("between", rounds=1)
     step, taken = PPOTrainer.step, []
 
     def stopping(self, batch):
@@ -131,17 +136,17 @@ def test_rounds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PPOTrainer, "step", stopping)
-        run(rounds=2, ppo=dict(save_every=1), out=tmp_path / "within")
+        saving("within")
     monkeypatch.setattr(PPOTrainer, "step", lambda self, batch: taken.append(self.steps_done) or step(self, batch))
     for name, steps in (("between", [0, 1]), ("within", [1])):
         taken.clear()
-        got, model = run(rounds=2, ppo=dict(save_every=1), out=tmp_path / name, resume=True)
+        got, model = saving(name, resume=True)
         assert timeless(got) == timeless(want) and same(model, whole) and taken == steps
     for kind, folder in ((Transformer, ""), (Transformer, "round-2"), (RewardModel, "round-2/reward")):
         assert kind.from_pretrained(tmp_path / "within" / folder)
     assert len(json.loads((tmp_path / "within" / "round-1" / "samples.json").read_text())["answers"]) == 16
     with pytest.raises(ValueError, match="with digest="):
-        run(rounds=2, ppo=dict(save_every=1), out=tmp_path / "within", resume=True, pairs=[Pair([7], [5], [6])])
+        saving("within", resume=True, pairs=[Pair([7], [5], [6])])
 
 
 def test_the_judge_reads_strings_where_there_is_a_tokenizer_and_nothing_is_rated_without_prompts_for_it():

@@ -15,7 +15,7 @@ from rlhf_core import (
     linear_token_statistics,
     token_logprobs_and_entropy,
 )
-from rlhf_core.ops import linear_logprobs
+from rlhf_core.ops import linear_logprobs, linear_logprobs_blocks
 
 NAN = float("nan")
 
@@ -40,8 +40,8 @@ def grads(f, *tensors):
 def block(request, monkeypatch):
     """How much of the vocabulary is in memory at once."""
     if request.param:
-        monkeypatch.setattr(linear_logprobs, "CPU_BLOCK", request.param)
-        monkeypatch.setattr(linear_logprobs, "GPU_BLOCK", request.param)
+        monkeypatch.setattr(linear_logprobs_blocks, "CPU_BLOCK", request.param)
+        monkeypatch.setattr(linear_logprobs_blocks, "GPU_BLOCK", request.param)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, None])
@@ -235,7 +235,7 @@ def test_with_a_frozen_head_the_forward_can_say_the_gradient(backend, block):
     impl = backends.resolve(backend, hidden)
     if impl is None:
         pytest.skip("the reference has no launchers")
-    got = linear_logprobs._forward(impl, hidden, weight, b, targets, mask, 0.7, 4, False, False, True)
+    got = linear_logprobs_blocks.forward(impl, hidden, weight, b, targets, mask, 0.7, 4, False, False, True)
     leaf = hidden.double().requires_grad_()
     settings = dict(bias=b.double(), mask=mask, temperature=0.7, backend="reference")
     want = linear_token_logprobs(leaf, weight.double(), targets, **settings)
@@ -272,9 +272,9 @@ def test_a_loss_known_in_advance_gives_the_same_gradients_without_a_second_pass(
 
     expected = step()
     for name in ("CPU_WHOLE", "GPU_WHOLE"):
-        monkeypatch.setattr(linear_logprobs, name, most * len(weight))
+        monkeypatch.setattr(linear_logprobs_blocks, name, most * len(weight))
     if backend != "reference":
-        monkeypatch.setattr(linear_logprobs, "_backward", None)
+        monkeypatch.setattr(linear_logprobs_blocks, "backward", None)
         monkeypatch.setattr(linear_logprobs, "partial", lambda *args: None)
     seen.clear()
     for got, true in zip(step(loss_of=loss, sizes=None if sizes is None else torch.tensor(sizes)), expected):

@@ -14,8 +14,8 @@ from rlhf_core.data import Example
 from rlhf_core.masking import loss_weights, masked_mean
 from rlhf_core.models import RewardModel
 from rlhf_core.trainers import A2CConfig, A2CTrainer, PPOConfig, SFTConfig, SFTTrainer
+from rlhf_core.trainers.clipped_updates import Coefficient
 from rlhf_core.trainers.common import Metrics
-from rlhf_core.trainers.on_policy import Coefficient
 
 # ---- the KL to the reference
 
@@ -24,8 +24,8 @@ from rlhf_core.trainers.on_policy import Coefficient
 def test_the_kl_in_the_loss_adds_its_gradient_and_leaves_the_reward_alone(estimator):
     reference = tiny(seed=1)
     trainers = [
-        make(kl_in="loss", kl_estimator=estimator, kl_coef=kl_coef, others=dict(reference=reference), vf_coef=0.0)
-        for kl_coef in (0.0, 0.5, 1.0)
+        make(**options, others=dict(reference=reference), vf_coef=0.0)
+        for options in (dict(kl_coef=0), *(dict(kl_in="loss", kl_estimator=estimator, kl_coef=c) for c in (0.5, 1.0)))
     ]
     trainers[0].full_kl = lambda *arguments: pytest.fail("computed for a weight of 0")
     rollout = rollout_of(trainers[0])
@@ -44,8 +44,22 @@ def test_the_kl_in_the_loss_adds_its_gradient_and_leaves_the_reward_alone(estima
         assert_close(added[: len(want)], list(want), rtol=1e-3, atol=1e-5)
     report = trainers[2].step(PROMPTS)
     assert report["objective/non_score_reward"] == 0 != report["objective/kl"]
+    assert not any(parameter.grad is not None for parameter in reference.parameters())
 
 
+def test_an_estimator_is_chosen_for_the_place_where_the_kl_counts():
+    assert PPOConfig().estimator == "k1" and PPOConfig(kl_in="loss").estimator == "k3"
+    assert PPOConfig(kl_in="loss", kl_estimator="k2").estimator == "k2"
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "abs", "full"])
+def test_an_estimator_whose_gradient_in_the_reward_is_not_the_kls_warns(estimator):
+    """Row 18."""
+    with pytest.warns(UserWarning, match=f"{estimator} in the reward: its policy gradient is not the KL's"):
+        make(kl_estimator=estimator)
+
+
+@pytest.mark.filterwarnings("ignore:kl_estimator full in the reward")
 def test_the_exact_kl_is_what_the_reward_is_charged():
     reference = tiny(seed=1)
     trainer = make(kl_estimator="full", kl_coef=0.3, micro_batch_size=3, others=dict(reference=reference))
@@ -114,8 +128,12 @@ def test_the_critic_has_its_own_learning_rate():
 
 
 @pytest.mark.parametrize("critic", ["separate", "head"])
-def test_in_its_warm_up_the_critic_alone_learns(critic):
-    trainer = make(prompts=PROMPTS * 3, critic=critic, critic_warmup_steps=2, lr=1e-2, entropy_coef=0.1)
+@pytest.mark.parametrize("estimator", ["k3", "full"])
+def test_in_its_warm_up_the_critic_alone_learns(critic, estimator):
+    """Whatever else is in the loss; nor are the coefficients steered."""
+    losses = dict(entropy_coef=0.1, ptx_coef=0.5, kl_in="loss", kl_estimator=estimator, kl_target=1.0, kl_horizon=8)
+    others = dict(ptx_examples=[Example([1], [2, 3])], reference=tiny(seed=1))
+    trainer = make(prompts=PROMPTS * 3, critic=critic, critic_warmup_steps=2, lr=1e-2, **losses, others=others)
     policies, heads = [snapshot(trainer.model)], [snapshot(trainer.critic)["score.weight"]]
     step = trainer.step
 
@@ -126,7 +144,8 @@ def test_in_its_warm_up_the_critic_alone_learns(critic):
         return metrics
 
     trainer.step = watched
-    trainer.train()
+    history = trainer.train()
+    assert history[2]["objective/kl_coef"] == trainer.config.kl_coef != trainer.kl_coef.value
     assert_close(policies[0], policies[2], rtol=0, atol=0)
     assert not torch.equal(policies[3]["trunk.norm.weight"], policies[2]["trunk.norm.weight"])
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(heads))
@@ -189,21 +208,28 @@ def test_scores_are_whitened_over_the_batch_or_the_run_then_clipped(whiten_mean)
     assert got[0, 0] == 0.5 and got[1, 1] == 0
 
 
-def test_whitening_scores_that_are_alike_gives_numbers():
-    trainer = make(whiten_scores="running", whiten_mean=True, reward=lambda p, r: [3.0] * len(r))
-    assert abs(trainer.step(PROMPTS)["objective/rlhf_reward"]) < 1e-3
+@pytest.mark.parametrize("whiten_scores", ["batch", "running"])
+@pytest.mark.parametrize("whiten_mean", [False, True])
+def test_scores_that_are_alike_are_not_divided_by_their_rounding(whiten_scores, whiten_mean):
+    for score in (0.1, 3.0, 1e6 + 0.1):
+        trainer = make(whiten_scores=whiten_scores, whiten_mean=whiten_mean, reward=lambda p, r, s=score: [s] * len(r))
+        report = trainer.step(PROMPTS)
+        want = 0.0 if whiten_mean else score
+        assert report["objective/rlhf_reward"] == pytest.approx(want, rel=1e-5, abs=1e-2)
 
 
 # ---- the update
 
 
 def test_a_higher_upper_bound_lets_a_good_token_rise_further():
-    trainer = make(clip_range=0.1, clip_range_high=0.5, vf_coef=0.0)
+    trainer = make(clip_range=0.1, clip_range_high=0.5, vf_coef=0.0, ppo_epochs=2)
     rollout = rollout_of(trainer)
     old = experience_of(trainer, rollout)
     higher, same, lower = (
-        gradients(make(clip_range=low, clip_range_high=high, vf_coef=0.0), rollout, old)[1]["policy/clipfrac_avg"]
-        for low, high in ((0.1, 0.5), (0.1, None), (0.5, 0.1))
+        gradients(make(**options, vf_coef=0.0, ppo_epochs=2), rollout, old)[1]["policy/clipfrac_avg"]
+        for options in (
+            dict(clip_range=low, clip_range_high=high) for low, high in ((0.1, 0.5), (0.1, None), (0.5, 0.1))
+        )
     )
     assert higher < same and lower < same and higher != lower
 
@@ -226,7 +252,7 @@ def test_the_entropy_bonus_has_the_entropys_gradient():
         dict(aggregation="sequence_sum"),
         dict(kl_in="loss", kl_estimator="full", kl_coef=0.5),
         dict(kl_in="loss", kl_estimator="k3", kl_coef=0.5, entropy_coef=0.1),
-        dict(dual_clip=1.5, clip_range_high=0.3, aggregation="sequence_mean"),
+        dict(dual_clip=1.5, clip_range_high=0.3, aggregation="sequence_mean", ppo_epochs=2),
     ],
     ids=str,
 )
@@ -278,6 +304,18 @@ def test_truncated_importance_weights_make_up_for_a_sampler_that_differs():
     want = (old.advantages * weight)[mask]
     assert_close(got.advantages[shuffled.response_mask].sort().values, want.sort().values)
     assert weight[mask].max() <= 1.1 < (1 / weight[mask]).max()
+
+
+def test_importance_weights_reach_the_kl_in_the_loss():
+    trainer = make(kl_in="loss", kl_coef=0.5, vf_coef=0.0, importance_cap=2.0, others=dict(reference=tiny(seed=1)))
+    rollout = rollout_of(trainer)
+    old = experience_of(trainer, rollout)._replace(advantages=torch.zeros(rollout.response_mask.shape))
+    once, twice = (
+        gradients(trainer, rollout, old._replace(importance=torch.full_like(old.advantages, weight)))[2]
+        for weight in (1.0, 2.0)
+    )
+    assert_close(twice, [2 * x for x in once], rtol=1e-4, atol=1e-6)
+    assert max(x.abs().max() for x in once) > 1e-3
 
 
 def test_the_mismatch_of_sampling_and_training_is_reported():
@@ -362,7 +400,7 @@ def test_a2c_takes_one_optimiser_step_a_rollout_and_learns():
     "option", [dict(ppo_epochs=2), dict(clip_range=0.2), dict(minibatch_size=4), dict(dual_clip=3.0)]
 )
 def test_a2c_refuses_what_would_make_it_ppo(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))} is .* in A2C"):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} (must be .* in A2C|has no effect on the one update)"):
         A2CConfig(**option)
 
 
@@ -389,6 +427,22 @@ def test_a2c_refuses_what_would_make_it_ppo(option):
         (dict(critic="head", critic_init="policy"), "critic_init has no effect without a separate critic"),
         (dict(critic_warmup_steps=3, vf_coef=0.0), "critic_warmup_steps has no effect without vf_coef > 0"),
         (dict(ptx_coef=-1.0), "ptx_coef must be at least 0, got -1.0"),
+        (dict(kl_target=6.0, kl_horizon=63), "kl_horizon must be at least a rollout's 64 responses, got 63"),
+        (dict(kl_in="loss", kl_coef=0.0), "kl_in has no effect without kl_coef > 0, got 'loss'"),
+        (dict(kl_estimator="k1", kl_coef=0.0), "kl_estimator has no effect without kl_coef > 0, got 'k1'"),
+        (dict(length_penalty=math.nan), "length_penalty must be finite, got nan"),
+        (dict(missing_eos_penalty=math.inf), "missing_eos_penalty must be finite, got inf"),
+        (dict(max_prompt_length=0), "max_prompt_length must be > 0, got 0"),
+        *(
+            (dict(ppo_epochs=1, minibatch_size=64) | option, f"{next(iter(option))} has no effect on the one update")
+            for option in (
+                dict(clip_range=0.3),
+                dict(clip_range_high=0.3),
+                dict(dual_clip=3.0),
+                dict(max_approx_kl=0.1),
+                dict(value_clip_range=0.3),
+            )
+        ),
     ],
 )
 def test_an_option_without_effect_or_out_of_range_is_refused(options, message):
@@ -403,6 +457,10 @@ def test_what_the_arguments_contradict_is_refused():
         make(others=dict(ptx_examples=[Example([1], [2])]))
     with pytest.raises(ValueError, match="rewards of steps need a tokenizer"):
         make(process_rewards=True)
+    with pytest.raises(ValueError, match="a reference that follows the policy must have its shape"):
+        make(reference_ema=0.9, others=dict(reference=tiny(hidden_size=8)))
+    with pytest.raises(ValueError, match="critic_warmup_steps 1 is all of the 1 steps"):
+        make(critic_warmup_steps=1)
     from test_ppo import adapted
 
     with pytest.raises(ValueError, match="cannot follow it"):

@@ -16,8 +16,8 @@ from rlhf_core.models.transformer import Trunk
 from rlhf_core.ops import linear_logprobs
 from rlhf_core.rollout import Rollout, sample
 from rlhf_core.trainers import PPOConfig, PPOTrainer
+from rlhf_core.trainers.clipped_updates import Experience
 from rlhf_core.trainers.common import Metrics
-from rlhf_core.trainers.on_policy import Experience
 
 PROMPTS = [[5, 3, 7, 4], [8, 1], [6], [9, 9, 1], [4, 4], [3], [7, 8, 9], [1, 5]]
 NAN = float("nan")
@@ -144,7 +144,7 @@ def test_padding_columns_change_no_loss_metric_or_gradient(left, right, aggregat
         pad(rollout.logprobs, 0, right, NAN),
     )
     want = gradients(trainer, rollout, experience)
-    got = gradients(trainer, padded, Experience(*(pad(x, 0, right, NAN) for x in experience)))
+    got = gradients(trainer, padded, Experience(*(pad(x, 0, right, NAN) for x in experience[:5])))
     assert want[1]["policy/clipfrac_avg"] > 0 and want[1]["val/clipfrac_avg"] > 0
     assert_close(got, want, rtol=1e-5, atol=1e-6)
 
@@ -164,7 +164,7 @@ def test_micro_batches_add_up_to_the_minibatch(aggregation):
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_with_a_wide_clip_range_it_is_the_policy_gradient(aggregation):
     """Row 33: at ratio 1 the gradient is that of -A * log p, one row at a time, without padding."""
-    trainer = make(aggregation=aggregation, clip_range=1e6, vf_coef=0.0)
+    trainer = make(aggregation=aggregation, clip_range=1e6, vf_coef=0.0, ppo_epochs=2)
     rollout = rollout_of(trainer)
     experience = experience_of(trainer, rollout)._replace(old_logprobs=trainer.predict(rollout)["logprobs"])
     _, _, got = gradients(trainer, rollout, experience)
@@ -537,7 +537,7 @@ def test_the_score_rises():
 
 
 def test_the_kl_penalty_holds_the_policy_back():
-    far, near = (learned(12, lr=1e-2, kl_coef=kl_coef)[-1]["objective/kl"] for kl_coef in (0.0, 5.0))
+    far, near = (learned(12, lr=1e-2, kl_coef=kl_coef)[-1]["objective/kl"] for kl_coef in (1e-9, 5.0))
     assert near < far / 2
 
 

@@ -93,8 +93,7 @@ def test_cached_log_probs_are_the_recomputed_ones_in_any_order(options, micro_ba
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
 def test_the_first_loss_is_log_2_to_the_last_bit(precision, micro_batch_size, tmp_path):
     for _ in range(2):  # that made the file, and that reads it
-        options = dict(precision=precision, micro_batch_size=micro_batch_size, dropout=True)
-        trainer = make(tmp_path / "logprobs", tiny(dropout=0.0), **options)
+        trainer = make(tmp_path / "logprobs", precision=precision, micro_batch_size=micro_batch_size)
         metrics = trainer.step(next(trainer.batches()))
         assert metrics["loss"] == LOG_2 and metrics["rewards/margins"] == 0 == metrics["rewards/chosen"]
 

@@ -37,6 +37,14 @@ def test_an_ensemble_scores_as_its_aggregate_does():
     assert_close(Scorer(EnsembleReward(models))(PROMPTS, RESPONSES), each.mean(dim=0))
 
 
+@pytest.mark.parametrize("rewards", [[len, len], (len, 1.0), [(len, "1")]])
+def test_several_rewards_need_their_weights(rewards):
+    with pytest.raises(ValueError, match=r"several rewards are \(reward, weight\) each, got"):
+        Scorer(rewards)
+    with pytest.raises(ValueError, match="a reward's weight must be finite, got nan"):
+        Scorer([(len, math.nan)])
+
+
 def test_several_rewards_add_up_by_their_weights_also_those_of_tokens():
     def count(prompts, responses):
         return [float(len(response)) for response in responses]

@@ -11,7 +11,7 @@ from rlhf_core.data import Example, collate
 from rlhf_core.losses import regularized_cross_entropy
 from rlhf_core.models import Transformer, TransformerConfig
 from rlhf_core.models.lora import LoRAConfig, add_adapters
-from rlhf_core.ops import linear_logprobs
+from rlhf_core.ops import linear_logprobs_blocks
 from rlhf_core.trainers import SFTConfig, SFTTrainer
 from rlhf_core.trainers.common import Metrics
 from rlhf_core.trainers.completions import completion_loss
@@ -87,7 +87,7 @@ def test_the_regularized_loss_and_its_gradient_are_those_of_the_whole_logits(opt
     "split", [{}, dict(micro_batch_size=2), dict(packing=True), dict(packing=True, micro_batch_size=4)]
 )
 def test_smoothing_and_z_loss_are_exact_under_micro_batches_and_packing(options, tied, split, monkeypatch):
-    monkeypatch.setattr(linear_logprobs, "CPU_WHOLE", 3 * 12)  # three tokens' logits at a time
+    monkeypatch.setattr(linear_logprobs_blocks, "CPU_WHOLE", 3 * 12)  # three tokens' logits at a time
     trainer = make(model=tiny(tie_embeddings=tied), **options, **split)
     loss, gradients, _ = by_definition(tiny(tie_embeddings=tied), rows(), **options)
     got = accumulated(trainer, rows())

@@ -15,7 +15,7 @@ from rlhf_core.data import ByteTokenizer, Example, Pair, Ranked
 from rlhf_core.evaluation import length_bias
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig, ValueModel
 from rlhf_core.models.lora import LoRAConfig, add_adapters
-from rlhf_core.ops import linear_logprobs
+from rlhf_core.ops import linear_logprobs_blocks
 from rlhf_core.trainers import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from rlhf_core.trainers import completions as given
 from rlhf_core.trainers.common import Metrics
@@ -185,7 +185,7 @@ REGULARIZED = ("sft", dict(label_smoothing=0.1, z_coef=0.01))
 @pytest.mark.parametrize("kind, options", [*((kind, {}) for kind in KINDS), REGULARIZED])
 def test_no_step_holds_the_logits_of_all_targets(kind, options, monkeypatch):
     """Nor of half of them: the largest tensor of a step is smaller."""
-    monkeypatch.setattr(linear_logprobs, "CPU_WHOLE", 30 * 9000)
+    monkeypatch.setattr(linear_logprobs_blocks, "CPU_WHOLE", 30 * 9000)
 
     class Largest(TorchDispatchMode):
         numel = 0
@@ -210,7 +210,7 @@ def test_no_step_holds_the_logits_of_all_targets(kind, options, monkeypatch):
 def test_the_logits_are_computed_once_a_step(kind, options, micro_batch_size, monkeypatch):
     """The loss that the head is told of beforehand is the one that comes: nothing is left for backward to compute."""
     trainer = make(kind, micro_batch_size=micro_batch_size, **({"packing": True} if kind == "sft" else {}), **options)
-    monkeypatch.setattr(linear_logprobs, "_backward", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again"))
     trainer.step(rows(kind))
 
 
@@ -514,7 +514,7 @@ def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(na
         chosen.append((1.0 if options.get("loss") == "orpo" else 0.5) * ratios[0].item())
     want = torch.stack(terms).mean()
     gradients = torch.autograd.grad(want, trainer.trained_parameters())
-    monkeypatch.setattr(linear_logprobs, "_backward", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again"))
     total, metrics, got = accumulated(trainer, batch)
     assert total == pytest.approx(want.item(), rel=2e-6) == metrics["loss"]
     assert metrics["rewards/chosen"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-4)
@@ -888,3 +888,8 @@ def test_dpo_on_adapters_holds_its_weights_once_and_starts_at_log_two(monkeypatc
     assert trainer.step(rows("dpo"))["loss"] < math.log(2) - 1e-3
     moved = {name for name, weight in snapshot(model).items() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if "lora_" in name}
+
+
+def test_dropout_of_models_that_have_none_is_refused():
+    with pytest.raises(ValueError, match="dropout has no effect: no model's config has any"):
+        make("sft", dropout=True)

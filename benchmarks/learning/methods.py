@@ -160,7 +160,7 @@ class Method(NamedTuple):
 
 
 # A model of 0.3 M parameters takes learning rates far above the configs' own, which are for billions.
-PPO = dict(max_steps=50), dict(lr=3e-4, kl_coef=0.055), dict(lr=1e-4, kl_coef=0.06)
+PPO = dict(lr=1e-4, max_steps=50), dict(kl_coef=0.1), dict(kl_coef=0.06)
 ONE_UPDATE = dict(lr=1e-3, max_steps=50), dict(kl_coef=0.055), dict(kl_coef=0.06)  # a rollout, where PPO makes 16
 KL_IN_REWARD = dict(kl_in="reward", kl_estimator="k1")
 ONE_SAMPLE = dict(num_samples=1, batch_size=64, **KL_IN_REWARD)

@@ -19,10 +19,8 @@ class A2CConfig(PPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        fixed = dict(ppo_epochs=1, clip_range=math.inf, value_clip_range=math.inf)
-        for name, value in (fixed | dict(minibatch_size=None, dual_clip=None, max_approx_kl=None)).items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} is {value} in A2C, got {getattr(self, name)}; with another it is PPO")
+        for name, value in (("ppo_epochs", 1), ("minibatch_size", None)):
+            self.check((name, getattr(self, name) == value, f"{value} in A2C, with another it is PPO"))
 
     @property
     def update_size(self) -> int:

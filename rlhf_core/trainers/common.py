@@ -99,6 +99,8 @@ class Trainer:
             self._check_lengths(name, rows)
         for trained in self.trained_models():
             self._prepare(trained)
+        if config.dropout and not any(map(has_dropout, self.trained_models())):
+            raise ValueError("dropout has no effect: no model's config has any")
         settings = dict(eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
         self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=config.lr, **settings)
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -311,6 +313,12 @@ class Trainer:
             factor = (self.total_steps - self.steps_done) / rest
         for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lrs):
             group["lr"] = peak_lr * factor
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether its config, or that of its adapters, drops anything in train mode."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return any(getattr(config, name, 0) for config in configs for name in ("dropout", "attention_dropout"))
 
 
 def rows(batch: Tensors, index) -> Tensors:

@@ -32,7 +32,7 @@ class Options:
 
     def check_choices(self, **choices: Sequence[str]) -> None:
         for name, few in choices.items():
-            self.check((name, getattr(self, name) in few, f"one of {', '.join(few)}"))
+            self.check((name, getattr(self, name) in few, f"one of {', '.join(filter(None, few))}"))
 
     def check_effective(self, *rules: tuple[str, Any, str]) -> None:
         """A rule is a field, whether it has an effect, and why not; one without effect must have its default."""
@@ -74,6 +74,9 @@ class TrainConfig(Options):
             raise ValueError(f"max_length must be at least 2, a token and one to learn, got {self.max_length}")
 
 
+ONE_UPDATE = "on the one update of a rollout, at ratio 1, without more ppo_epochs or a smaller minibatch_size"
+
+
 @dataclass(frozen=True)
 class OnPolicyConfig(TrainConfig):
     """An option that could have no effect beside the others is refused."""
@@ -89,7 +92,11 @@ class OnPolicyConfig(TrainConfig):
 
     kl_coef: float = option(0.05, "weight of the KL to the reference")
     kl_in: str = option("reward", "where the KL counts: reward, or loss, there with the KL's own gradient")
-    kl_estimator: str = option("k1", "k1, k2, k3, abs, or full: exact over the vocabulary; abs not in the loss")
+    kl_estimator: str | None = option(
+        None,
+        "k1, k2, k3, abs, or full: exact over the vocabulary; None: k1 in the reward, k3 in the loss. Only k1 has the "
+        "KL's gradient in the reward; in the loss all have but abs, which is refused there",
+    )
     kl_target: float | None = option(None, "nats a response that kl_coef is steered to; None: it stays as it is")
     kl_horizon: int = option(10000, "responses over which an adaptive kl_coef moves")
     reference_ema: float | None = option(None, "the reference follows the policy, keeping this share of itself a step")
@@ -117,33 +124,45 @@ class OnPolicyConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive("temperature", "ppo_epochs", "response_length", "importance_cap", "score_clip")
-        self.check_positive(
-            "clip_range", "clip_range_high", "max_approx_kl", "kl_target", "kl_horizon", "entropy_target"
-        )
+        self.check_positive("temperature", "ppo_epochs", "response_length", "max_prompt_length")
+        self.check_positive("clip_range", "clip_range_high", "max_approx_kl", "importance_cap", "score_clip")
+        self.check_positive("kl_target", "kl_horizon", "entropy_target")
         self.check_choices(
             kl_in=("reward", "loss"),
-            kl_estimator=(*ESTIMATORS, "full"),
+            kl_estimator=(None, *ESTIMATORS, "full"),
             aggregation=("token_mean", "sequence_mean", "sequence_sum"),
             whiten_scores=("none", "batch", "running"),
         )
-        coefficients = ("kl_coef", "entropy_coef", "ptx_coef")
+        coefficients, steered = ("kl_coef", "entropy_coef", "ptx_coef"), self.kl_target or self.entropy_target
         size, with_gradient = self.minibatch_size, self.kl_in == "reward" or self.kl_estimator != "abs"
+        penalty, rollout = self.missing_eos_penalty or 0.0, self.rollout_size
         self.check(
             *((name, 0 <= getattr(self, name) < math.inf, "at least 0") for name in coefficients),
             ("kl_estimator", with_gradient, "one whose gradient is the KL's in the loss"),
             ("dual_clip", self.dual_clip is None or self.dual_clip > 1, "> 1"),
             ("reference_ema", self.reference_ema is None or 0 < self.reference_ema < 1, "in (0, 1)"),
-            ("minibatch_size", size is None or 0 < size <= self.rollout_size, f"from 1 to {self.rollout_size}"),
+            ("minibatch_size", size is None or 0 < size <= rollout, f"from 1 to {rollout}"),
+            ("kl_horizon", not steered or self.kl_horizon >= rollout, f"at least a rollout's {rollout} responses"),
+            ("missing_eos_penalty", math.isfinite(penalty), "finite"),
+            ("length_penalty", math.isfinite(self.length_penalty), "finite"),
         )
         self.check_effective(
             ("kl_target", self.kl_coef > 0, "without kl_coef > 0 to start from"),
-            ("kl_horizon", self.kl_target or self.entropy_target, "without kl_target or entropy_target"),
+            ("kl_horizon", steered, "without kl_target or entropy_target"),
+            ("kl_in", self.kl_coef > 0, "without kl_coef > 0"),
+            ("kl_estimator", self.kl_coef > 0, "without kl_coef > 0"),
             ("reference_ema", self.kl_coef > 0, "without kl_coef > 0"),
             ("clip_range_high", self.clip_range < math.inf, "without a finite clip_range"),
             ("entropy_target", self.entropy_coef > 0, "without entropy_coef > 0 to start from"),
             ("whiten_mean", self.whiten_scores != "none", "without whiten_scores"),
         )
+        bounds = ("clip_range", "clip_range_high", "dual_clip", "max_approx_kl")
+        self.check_effective(*((name, not self.one_update, ONE_UPDATE) for name in bounds))
+
+    @property
+    def estimator(self) -> str:
+        """kl_estimator, or what stands for None."""
+        return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k3")
 
     @property
     def rollout_size(self) -> int:
@@ -154,3 +173,8 @@ class OnPolicyConfig(TrainConfig):
     def update_size(self) -> int:
         """Responses of an optimiser step."""
         return self.minibatch_size or -(-self.rollout_size // 4)
+
+    @property
+    def one_update(self) -> bool:
+        """Whether a rollout is gone through once and at once, so that its ratio is 1 throughout."""
+        return self.ppo_epochs == 1 and self.update_size >= self.rollout_size

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlhf_core.losses.advantages import grpo_advantages, reinforce_pp_advantages, remax_advantages, rloo_advantages
+from rlhf_core.losses.advantages import ESTIMATORS
+from rlhf_core.trainers.clipped_updates import Experience
 from rlhf_core.trainers.common import Metrics
 from rlhf_core.trainers.config import OnPolicyConfig, option
-from rlhf_core.trainers.on_policy import Experience, OnPolicyTrainer, scores_of
-
-ADVANTAGES = ("grpo", "rloo", "reinforce_pp", "remax")
+from rlhf_core.trainers.on_policy import OnPolicyTrainer, scores_of
 
 
 @dataclass(frozen=True)
 class GroupConfig(OnPolicyConfig):
-    """Dr. GRPO (Liu et al. 2025): normalize False, aggregation sequence_sum. DAPO's clip-higher (Yu et al. 2025):
-    clip_range_high 0.28. GSPO (Zheng et al. 2025): ratio sequence, aggregation sequence_mean, clip ranges near 3e-4."""
+    """Dr. GRPO (Liu et al. 2025): normalize False, aggregation sequence_sum. With several updates a rollout, DAPO's
+    clip-higher (Yu et al. 2025): clip_range_high 0.28; GSPO (Zheng et al. 2025): ratio sequence, aggregation
+    sequence_mean, clip ranges near 3e-4."""
 
     lr: float = option(1e-6, "peak learning rate of AdamW")
     batch_size: int = option(8, "prompts of a rollout")
@@ -31,21 +31,26 @@ class GroupConfig(OnPolicyConfig):
     temperature: float = option(1.0, "of sampling, and so of every log-prob, entropy and KL, > 0")
     kl_coef: float = option(0.0, "weight of the KL to the reference")
     kl_in: str = option("loss", "where the KL counts: loss, with the KL's own gradient, or reward, before advantages")
-    kl_estimator: str = option("k3", "k1, k2, k3, abs, or full: exact over the vocabulary; abs not in the loss")
     advantage: str = option("grpo", "grpo, rloo, reinforce_pp or remax: what a response's score is compared with")
     normalize: bool = option(True, "grpo divides by the group's standard deviation")
     ratio: str = option("token", "what is clipped: each token's ratio, or sequence: their geometric mean (GSPO)")
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_choices(advantage=ADVANTAGES, ratio=("token", "sequence"))
+        self.check_choices(advantage=tuple(ESTIMATORS), ratio=("token", "sequence"))
         least = 2 if self.advantage in ("grpo", "rloo") else 1
         alone = self.advantage != "remax" or self.whiten_scores == "none"
         self.check(
             ("num_samples", self.num_samples >= least, f"at least {least} for {self.advantage}"),
             ("whiten_scores", alone, "none for remax, whose greedy responses it would scale otherwise"),
         )
-        self.check_effective(("normalize", self.advantage == "grpo", f"on {self.advantage}, undivided as it is"))
+        divided = self.advantage == "reinforce_pp" or (self.advantage == "grpo" and self.normalize)
+        beside = self.score_clip is not None or (self.kl_in == "reward" and self.kl_coef > 0)
+        self.check_effective(
+            ("normalize", self.advantage == "grpo", f"on {self.advantage}, undivided as it is"),
+            ("whiten_scores", beside or not divided, f"on {self.advantage}, which divides by a deviation anyway"),
+            ("whiten_mean", self.score_clip is not None, "on advantages, which are centred, without score_clip"),
+        )
 
     @property
     def rollout_size(self) -> int:
@@ -81,45 +86,41 @@ class GroupTrainer(OnPolicyTrainer):
         # 3. Log-probs under the policy that sampled and under the reference, before any update.
         columns = self.predict(rollout)  # (P n, R) each
 
-        # 4. A response's advantage over the others, the same for all its tokens.
-        groups = scores_of(shaped).view(len(batch), config.num_samples)
-        if config.kl_in == "reward":
-            groups = groups - self.kl_coef.value * columns["kl"].sum(dim=1).view_as(groups)
-        advantages = self.advantages(groups, batch)[..., None].flatten(0, 1) * mask  # (P n, R)
+        # 4. A response's advantage over the others.
+        groups = len(batch), config.num_samples
+        kl = columns["kl"] * (self.kl_coef.value if config.kl_in == "reward" else 0.0)
+        tokens = (x.unflatten(0, groups) for x in (scores_of(shaped), kl, mask))  # (P, n), (P, n, R) twice
+        advantages = self.advantages(*tokens, batch).flatten(0, 1)  # (P n, R)
 
         # 5. Passes of clipped updates.
         self.update(rollout, Experience(columns["logprobs"], advantages, columns["ref_logprobs"]), metrics)
 
         # 6. Report.
         report = self.report(rollout, columns, scores, shaped, metrics)
-        return report | self.group_report(scores_of(scores).view_as(groups), report)
+        return report | self.group_report(scores_of(scores).view(groups), advantages, report)
 
-    def advantages(self, scores: Tensor, batch: list[list[int]]) -> Tensor:
-        """(P, n) of scores (P, n)."""
-        if self.config.advantage == "grpo":
-            return grpo_advantages(scores, normalize=self.config.normalize)
-        if self.config.advantage == "rloo":
-            return rloo_advantages(scores)
-        if self.config.advantage == "reinforce_pp":
-            return reinforce_pp_advantages(scores)
-        greedy = self.sample(batch, temperature=0.0)
-        greedy_scores = self.shaped(self.score(greedy), greedy.response_mask)
-        return remax_advantages(scores, scores_of(greedy_scores))
+    def advantages(self, scores: Tensor, kl: Tensor, mask: Tensor, batch: list[list[int]]) -> Tensor:
+        """(P, n, R); arguments as in losses/advantages.py."""
+        own = {"normalize": self.config.normalize} if self.config.advantage == "grpo" else {}
+        if self.config.advantage == "remax":
+            greedy = self.sample(batch, temperature=0.0)
+            own["greedy_scores"] = scores_of(self.shaped(self.score(greedy), greedy.response_mask))
+        return ESTIMATORS[self.config.advantage](scores, kl, mask, **own)
 
-    def group_report(self, scores: Tensor, report: dict[str, float]) -> dict[str, float]:
-        """GRPO's metrics by their usual names, of scores (P, n); warns where no group says anything."""
+    def group_report(self, scores: Tensor, advantages: Tensor, report: dict[str, float]) -> dict[str, float]:
+        """GRPO's metrics by their usual names, of scores (P, n); warns where nothing is to be learned."""
         alike = (scores == scores[:, :1]).all(dim=1).float().mean().item()
-        if alike == 1 and self.config.advantage in ("grpo", "rloo"):
+        if not advantages.any():
             warnings.warn(
-                f"step {self.steps_done + 1}: in every group all {scores.shape[1]} scores are alike, so that no "
-                "advantage differs from 0: harder or easier prompts, a finer reward or a higher temperature would help",
+                f"step {self.steps_done + 1}: no response scores otherwise than what it is compared with, so that all "
+                "advantages are 0: harder or easier prompts, a finer reward or a higher temperature would help",
                 stacklevel=2,
             )
-        return {
+        kl = {"kl": report["objective/kl"] / report["response_length"]} if "objective/kl" in report else {}
+        return kl | {
             "reward": report["objective/scores"],
             "reward_std": scores.std(dim=1).mean().item() if scores.shape[1] > 1 else 0.0,
             "frac_reward_zero_std": alike,
-            "kl": report["objective/kl"] / report["response_length"],
             "clip_ratio": report["policy/clipfrac_avg"],
             "completions/mean_length": report["response_length"],
         }

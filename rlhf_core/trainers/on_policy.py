@@ -1,70 +1,39 @@
-"""What PPO and the methods without a critic share: sample, score, compare with the reference, update in minibatches.
+"""What PPO and the methods without a critic share: sample, score, compare with the reference, update, report.
 
-A subclass's `step` puts these parts in the order of its paper. Here are the rewards' shaping, the coefficients that
-follow a target, and the clipped policy update with everything that may be added to its loss.
+A subclass's `step` puts these parts in the order of its paper. Here are sampling and the rewards' shaping; the updates
+are in clipped_updates.py.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
-from typing import NamedTuple
+import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_core.data import Example, Tokenizer
-from rlhf_core.data.collate import count_targets
 from rlhf_core.data.encode import cut_prompt
-from rlhf_core.losses.kl import kl_loss
-from rlhf_core.masking import Moments, last_token_index, loss_weights, masked_mean, masked_moments
+from rlhf_core.masking import Moments, last_token_index, masked_mean, masked_moments
 from rlhf_core.models import Transformer
-from rlhf_core.ops import kl_estimate, ppo_loss
-from rlhf_core.ops.policy_loss import PPOLossStats
+from rlhf_core.ops import kl_estimate
 from rlhf_core.rollout import Rollout, response_full_kl, response_hidden, response_logprobs, sample
-from rlhf_core.trainers.common import Metrics, Trainer, micro_batches, rows
-from rlhf_core.trainers.completions import completion_loss
+from rlhf_core.trainers.clipped_updates import ClippedUpdates, Coefficient
+from rlhf_core.trainers.common import Metrics, micro_batches
 from rlhf_core.trainers.config import OnPolicyConfig
 from rlhf_core.trainers.reference import Reference
 from rlhf_core.trainers.scoring import Reward, Scorer
 
-MAX_FIRST_ERROR = {"float32": 1e-3, "bfloat16": 0.05}  # of the first minibatch's ratio: its padding rounds otherwise
-DIVERGED = "the weights have diverged (a smaller lr, fewer ppo_epochs) or overflow in bfloat16"
 
-
-class Experience(NamedTuple):
-    """What the passes over a rollout read beside it, all (B, R), fixed while the policy moves."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    ref_logprobs: Tensor
-    old_values: Tensor | None = None  # with a critic
-    returns: Tensor | None = None
-
-
-class Coefficient:
-    """A coefficient that is steered so that what it holds down stays at a target (Ziegler et al. 2019, section 2.2).
-
-    value *= 1 + clip(measured / target - 1, +-0.2) * n / horizon, n the responses seen; sign -1 for what it lifts.
-    """
-
-    def __init__(self, value: float, target: float | None, horizon: int, sign: int = 1):
-        self.value, self.target, self.horizon, self.sign = value, target, horizon, sign
-
-    def update(self, measured: float, n: int) -> None:
-        if self.target is not None:
-            error = min(max(measured / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + self.sign * error * n / self.horizon
-
-
-class OnPolicyTrainer(Trainer):
+class OnPolicyTrainer(ClippedUpdates):
     """model: the policy; examples: prompts as lists of token ids.
 
     reward: what `Scorer` takes: a RewardModel, a callable (prompts, responses) -> rewards, or several with weights.
-    reference: see `Reference`; with reference_ema a copy of it moves.
+    reference: see `Reference`; with reference_ema a copy of it moves. With kl_coef 0 none is held, and no KL reported,
+        unless it is given.
     eos_ids: every token that ends a response; None takes the policy's own.
     ptx_examples: `Example`s whose likelihood is held up on the way (Ouyang et al. 2022, eq. 2), with ptx_coef.
     """
@@ -85,7 +54,8 @@ class OnPolicyTrainer(Trainer):
         out: str | os.PathLike | None = None,
     ):
         super().__init__(model, examples, config, tokenizer=tokenizer, out=out)
-        self.reference = Reference(model, reference, moves=config.reference_ema is not None)
+        needed = config.kl_coef > 0 or reference is not None
+        self.reference = Reference(model, reference, moves=config.reference_ema is not None) if needed else None
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         if bool(config.ptx_coef) != bool(ptx_examples):
             raise ValueError(f"ptx_coef {config.ptx_coef} goes with ptx_examples, there are {len(ptx_examples)}")
@@ -105,6 +75,12 @@ class OnPolicyTrainer(Trainer):
         self.prompt_length = min(config.max_prompt_length, positions - config.response_length)
         if self.prompt_length < 1:
             raise ValueError(f"response_length {config.response_length} leaves no prompt of {positions} positions")
+        if config.kl_in == "reward" and config.kl_coef and config.estimator != "k1":
+            warnings.warn(
+                f"kl_estimator {config.estimator} in the reward: its policy gradient is not the KL's and may lead away "
+                "from the reference; k1 has it there, and in the loss k1, k2, k3 and full",
+                stacklevel=2,
+            )
         self.kl_coef = Coefficient(config.kl_coef, config.kl_target, config.kl_horizon)
         self.entropy_coef = Coefficient(config.entropy_coef, config.entropy_target, config.kl_horizon, sign=-1)
         self.score_moments = Moments(*torch.zeros(3, dtype=torch.float64, device=self.device))
@@ -143,7 +119,9 @@ class OnPolicyTrainer(Trainer):
             moments = masked_moments(scores.double(), torch.ones_like(scores, dtype=torch.bool))
             if config.whiten_scores == "running":
                 moments = self.score_moments = self.score_moments.combine(moments)
-            scale = torch.rsqrt(moments.m2 / moments.count + 1e-8).float()
+            variance = moments.m2 / moments.count
+            varies = variance > 1e-10 * (variance + moments.mean**2)  # by more than rounding
+            scale = torch.rsqrt(variance.where(varies, 1)).float()
             rewards = rewards * scale
             if config.whiten_mean:
                 rewards = _add_to_last(rewards, -(moments.mean.float() * scale).expand(len(mask)), mask)
@@ -151,206 +129,38 @@ class OnPolicyTrainer(Trainer):
 
     @torch.no_grad()
     def predict(self, rollout: Rollout) -> dict[str, Tensor]:
-        """logprobs, ref_logprobs, entropy and kl, all (B, R), and what a subclass's `forward` gives beside them.
+        """logprobs, ref_logprobs, entropy and kl, all (B, R), and what a subclass adds in `forward`; without
+        a reference the log-probs twice, and a KL of 0.
 
         The old log-probs are computed by the training forward, not taken from sampling, so that the ratio of the first
         minibatch is 1 even where a fast decoder rounds differently; `val/rollout_mismatch` reports the difference.
         """
-        parts, full = [], self.config.kl_estimator == "full" and self.config.kl_in == "reward"
+        parts = []
         for (part,) in micro_batches(self.config.micro_batch_size, rollout):
             found = self.forward(part)
-            hidden = found.pop("hidden")
-            with self.reference.policy() as reference, self.autocast():
-                ref_hidden = response_hidden(reference.trunk, part)
-                ref_logprobs, _ = response_logprobs(reference, part, self.config.temperature, ref_hidden)
-                if full:
-                    heads = self.model, reference
-                    kl = response_full_kl(*heads, part, self.config.temperature, hidden, ref_hidden)
-            if not full:
-                estimator = "k3" if self.config.kl_estimator == "full" else self.config.kl_estimator
-                kl = kl_estimate(found["logprobs"], ref_logprobs, estimator=estimator, mask=part.response_mask)
+            ref_logprobs, kl = self.compare(part, found["logprobs"], found.pop("hidden"))
             parts.append(found | {"ref_logprobs": ref_logprobs, "kl": kl})
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         self.check(columns)
         return columns
 
-    def forward(self, rollout: Rollout, loss_of: Callable | None = None) -> dict[str, Tensor]:
-        """logprobs and entropy (B, R) of the response tokens, and the hidden states they were read from; loss_of as for
-        `response_logprobs`."""
-        with self.autocast():
-            hidden = response_hidden(self.model.trunk, rollout)
-            logprobs, entropy = self.response_logprobs(rollout, hidden, loss_of)
-        return {"logprobs": logprobs, "entropy": entropy, "hidden": hidden}
-
-    def response_logprobs(
-        self, rollout: Rollout, hidden: Tensor, loss_of: Callable | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy (B, R) under what is sampled from."""
-        return response_logprobs(self.model, rollout, self.config.temperature, hidden, loss_of)
-
-    def check(self, columns: dict[str, Tensor]) -> None:
-        """FloatingPointError naming column, row and token where one (B, R) holds what it never may."""
-        for (name, x), bad in zip(columns.items(), torch.stack([~x.isfinite() for x in columns.values()]).cpu()):
-            if bad.any():
-                row, token = bad.nonzero()[0].tolist()
-                raise FloatingPointError(f"{name} is {x[row, token]} at row {row}, token {token}: {DIVERGED}")
-        kl, estimator = columns.get("kl"), self.config.kl_estimator
-        if kl is not None and estimator != "k1" and (kl < 0).any():
-            row, token = (kl < 0).nonzero()[0].tolist()
-            raise FloatingPointError(
-                f"{estimator} is {kl[row, token]} < 0 at row {row}, token {token}: no log-probs give that, so the op "
-                "is wrong here; try RLHF_CORE_BACKEND=reference, and see `rlhf-core info` for what that replaces"
-            )
+    def compare(self, rollout: Rollout, logprobs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The reference's log-probs and the policy's KL to it, (B, R)."""
+        if self.reference is None:
+            return logprobs, torch.zeros_like(logprobs)
+        estimator, temperature = self.config.estimator, self.config.temperature
+        with self.reference.policy() as reference, self.autocast():
+            ref_hidden = response_hidden(reference.trunk, rollout)
+            ref_logprobs, _ = response_logprobs(reference, rollout, temperature, ref_hidden)
+            if estimator == "full" and self.config.kl_in == "reward":
+                return ref_logprobs, response_full_kl(self.model, reference, rollout, temperature, hidden, ref_hidden)
+        estimator = "k3" if estimator == "full" else estimator
+        return ref_logprobs, kl_estimate(logprobs, ref_logprobs, estimator=estimator, mask=rollout.response_mask)
 
     def ended(self, rollout: Rollout) -> Tensor:
         """(B,) bool: whether the last counted token is one of the stop set."""
         last = rollout.response_ids.gather(1, last_token_index(rollout.response_mask)[:, None])[:, 0]
         return torch.isin(last, torch.tensor(self.eos_ids, device=last.device, dtype=last.dtype))
-
-    # ---- the updates
-
-    def update(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> None:
-        """Passes of clipped updates over the rollout, in minibatches; they end early beyond max_approx_kl."""
-        config, size = self.config, len(rollout.response_ids)
-        if config.importance_cap is not None:
-            log_weight = (experience.old_logprobs - rollout.logprobs).where(rollout.response_mask, 0)
-            weight = log_weight.exp().clamp_max(config.importance_cap)
-            experience = experience._replace(advantages=experience.advantages * weight)
-        for epoch in range(config.ppo_epochs):
-            order = torch.randperm(size, generator=self.generator, device=self.device)
-            for i, index in enumerate(order.split(config.update_size)):
-                seen = Metrics()
-                losses = self.minibatch_losses(rows(rollout, index), rows(experience, index), seen)
-                losses = losses if epoch or i else self.checked(losses, seen)
-                try:
-                    norm = self.optimize(chain(losses, self.ptx_losses(len(index), seen)))
-                except FloatingPointError as error:
-                    with torch.no_grad():
-                        self.check({name: x for name, x in self.forward(rollout).items() if name != "hidden"})
-                    raise FloatingPointError(f"{error}; perhaps {DIVERGED}") from None
-                metrics.merge(seen)
-                metrics.add("grad_norm", torch.tensor(norm))
-                if config.max_approx_kl is not None and seen.means()["policy/approxkl_avg"] > config.max_approx_kl:
-                    return
-
-    def checked(self, losses: Iterator[Tensor], metrics: Metrics) -> Iterator[Tensor]:
-        """The losses of a rollout's first minibatch; then, before it updates anything, the policy must still be the one
-        that the old log-probs are of: ratio 1 up to rounding. With dropout it is not."""
-        yield from losses
-        means = metrics.means()
-        error = max(abs(means["val/ratio"] - 1), means["policy/approxkl_avg"])
-        if error > MAX_FIRST_ERROR[self.config.precision] and not self.config.dropout:
-            raise FloatingPointError(
-                f"the first minibatch has ratio {means['val/ratio']:.6g} and approximate KL "
-                f"{means['policy/approxkl_avg']:.3g}, not 1 and 0; nothing updated. Likely causes: the policy is in "
-                "train mode, or moved between rollout and update, or its forward depends on the other rows of a batch"
-            )
-
-    def minibatch_losses(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> Iterator[Tensor]:
-        """The loss of each micro-batch; the parts add up to the minibatch's loss."""
-        config = self.config
-        weights = loss_weights(rollout.response_mask, config.aggregation, length=config.response_length)  # (B, R)
-        for part, old, w in micro_batches(config.micro_batch_size, rollout, experience, weights):
-            mask = part.response_mask
-            counted = [x[mask][None] for x in (old.old_logprobs, old.advantages, old.ref_logprobs, w)]  # (1, M)
-
-            def loss_of(logprobs, tokens, counted=counted):
-                old_logprobs, advantages, ref_logprobs, weights = (x[:, tokens] for x in counted)
-                mask = torch.ones_like(weights, dtype=torch.bool)
-                old = Experience(old_logprobs, advantages, ref_logprobs)
-                return self.token_loss(logprobs[None], old, mask, weights)[0]
-
-            found = self.forward(part, loss_of if self.token_by_token else None)
-            logprobs, entropy, values = found["logprobs"], found["entropy"], found.get("values")
-            loss, stats = self.token_loss(logprobs, old, mask, w, entropy, values)
-            if self.full_kl_in_loss:
-                loss = loss + self.kl_coef.value * (self.full_kl(part, found["hidden"]) * w).sum()
-            self.add_statistics(metrics, stats)
-            yield loss
-
-    def ptx_losses(self, size: int, metrics: Metrics) -> Iterator[Tensor]:
-        """ptx_coef times the mean cross-entropy of so many ptx examples, drawn with replacement, by micro-batches."""
-        if self.config.ptx_coef:
-            where = dict(generator=self.generator, device=self.device)
-            batch = [self.ptx_examples[i] for i in torch.randint(len(self.ptx_examples), (size,), **where).tolist()]
-            count = sum(map(count_targets, batch))
-            for tokens in self.token_batches(batch):
-                with self.autocast():
-                    loss = completion_loss(self.model, tokens, count)
-                n = len(tokens.targets)
-                metrics.add_mean("loss/ptx", loss * count / n, n)
-                yield self.config.ptx_coef * loss
-
-    @property
-    def full_kl_in_loss(self) -> bool:
-        return self.config.kl_in == "loss" and self.config.kl_estimator == "full" and self.kl_coef.value > 0
-
-    @property
-    def token_by_token(self) -> bool:
-        """Whether the loss falls apart into tokens and sees of the policy their log-probs alone."""
-        return self.entropy_coef.value == 0
-
-    def token_loss(
-        self,
-        logprobs: Tensor,
-        old: Experience,
-        mask: Tensor,
-        weights: Tensor,
-        entropy: Tensor | None = None,
-        values: Tensor | None = None,
-    ) -> tuple[Tensor, PPOLossStats]:
-        """The clipped loss of tokens (B, R), the KL's part in it, and statistics; without entropy not its bonus."""
-        config, entropy_coef = self.config, self.entropy_coef.value if entropy is not None else 0.0
-        high = config.clip_range if config.clip_range_high is None else config.clip_range_high
-        if not entropy_coef and entropy is not None:
-            entropy = entropy.detach()  # for the statistics: else a gradient of zeros would be taken to the logits
-        loss, stats = ppo_loss(
-            self.ratio_logprobs(logprobs, old.old_logprobs, mask),
-            old.old_logprobs,
-            old.advantages,
-            values,
-            None if values is None else old.old_values,
-            None if values is None else old.returns,
-            mask,
-            clip_range=(config.clip_range, high),
-            value_clip_range=self.value_clip_range,
-            vf_coef=self.vf_coef,
-            entropy=entropy,
-            entropy_coef=entropy_coef,
-            dual_clip=config.dual_clip,
-            weights=weights,
-        )
-        if config.kl_in == "loss" and not self.full_kl_in_loss and self.kl_coef.value:
-            kl = kl_loss(logprobs, old.old_logprobs, old.ref_logprobs, mask, estimator=config.kl_estimator)
-            loss = loss + self.kl_coef.value * (kl * weights).sum()
-        return loss, stats
-
-    value_clip_range, vf_coef = None, 0.0  # without a critic
-
-    def ratio_logprobs(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-        """The log-probs whose ratio to the old ones is clipped."""
-        return logprobs
-
-    def full_kl(self, rollout: Rollout, hidden: Tensor) -> Tensor:
-        """Exact KL (B, R) of the response tokens, with gradient to the policy."""
-        with self.reference.policy() as reference, self.autocast():
-            ref_hidden = response_hidden(reference.trunk, rollout)
-        with self.autocast():
-            heads = self.model, self.reference.model
-            return response_full_kl(*heads, rollout, self.config.temperature, hidden, ref_hidden)
-
-    @staticmethod
-    def add_statistics(metrics: Metrics, stats: PPOLossStats) -> None:
-        for name, mean in {
-            "loss/policy_avg": stats.policy_loss,
-            "policy/approxkl_avg": stats.approx_kl,
-            "policy/clipfrac_avg": stats.clip_frac,
-            "policy/entropy_avg": stats.entropy,
-            "policy/dual_clipfrac_avg": stats.dual_clip_frac,
-            "val/ratio": stats.ratio,
-            "ratio_squared": stats.ratio_squared,
-        }.items():
-            metrics.add_mean(name, mean, stats.count)
 
     # ---- after the updates
 
@@ -373,14 +183,17 @@ class OnPolicyTrainer(Trainer):
         }.items():
             metrics.add(name, values)
         report = metrics.means()
+        if self.reference is None:
+            del report["objective/kl"]
         report["val/ratio_var"] = report.pop("ratio_squared") - report["val/ratio"] ** 2
         mismatch = (columns["logprobs"] - rollout.logprobs).where(mask, 0).abs()
         report["val/rollout_mismatch"] = float(mismatch.max())
         report["val/rollout_mismatch_mean"] = float(masked_mean(mismatch, mask))
         report["val/num_eos_tokens"] = int(self.ended(rollout).sum())
         report |= {"objective/kl_coef": self.kl_coef.value, "policy/entropy_coef": self.entropy_coef.value}
-        self.kl_coef.update(report["objective/kl"], n)
-        self.entropy_coef.update(float(masked_mean(columns["entropy"], mask)), n)
+        if not self.policy_rests:
+            self.kl_coef.update(report.get("objective/kl", 0.0), n)
+            self.entropy_coef.update(float(masked_mean(columns["entropy"], mask)), n)
         self._move_reference()
         self.episodes += n
         report |= {"lr": self.optimizer.param_groups[0]["lr"], "episode": self.episodes}
@@ -389,7 +202,7 @@ class OnPolicyTrainer(Trainer):
     @torch.no_grad()
     def _move_reference(self) -> None:
         """A step of the exponential moving average, where the reference is one."""
-        if self.reference.moves:
+        if self.config.reference_ema is not None:
             for slow, fast in zip(self.reference.model.parameters(), self.model.parameters()):
                 slow.lerp_(fast, 1 - self.config.reference_ema)
 
@@ -406,7 +219,7 @@ class OnPolicyTrainer(Trainer):
             "sampling": self.generator.get_state(),
             "score_moments": torch.stack([x.double() for x in self.score_moments]),
         }
-        if self.reference.moves:
+        if self.config.reference_ema is not None:
             state |= {f"reference:{name}": x for name, x in self.reference.model.state_dict().items()}
         return state
 
@@ -416,7 +229,7 @@ class OnPolicyTrainer(Trainer):
         self.episodes, self.started = int(state["episodes"]), time.monotonic() - float(state["seconds"])
         self.kl_coef.value, self.entropy_coef.value = float(state["kl_coef"]), float(state["entropy_coef"])
         self.score_moments = Moments(*state["score_moments"].to(self.device))
-        if self.reference.moves:
+        if self.config.reference_ema is not None:
             weights = {name: state[f"reference:{name}"] for name in self.reference.model.state_dict()}
             self.reference.model.load_state_dict(weights)
 

@@ -19,9 +19,10 @@ from rlhf_core.models import RewardModel, Transformer, ValueModel
 from rlhf_core.ops import ppo_advantages
 from rlhf_core.ops.policy_loss import PPOLossStats
 from rlhf_core.rollout import Rollout, response_values
+from rlhf_core.trainers.clipped_updates import Experience
 from rlhf_core.trainers.common import Metrics
-from rlhf_core.trainers.config import OnPolicyConfig, option
-from rlhf_core.trainers.on_policy import Experience, OnPolicyTrainer
+from rlhf_core.trainers.config import ONE_UPDATE, OnPolicyConfig, option
+from rlhf_core.trainers.on_policy import OnPolicyTrainer
 from rlhf_core.trainers.scoring import Reward
 
 
@@ -48,6 +49,7 @@ class PPOConfig(OnPolicyConfig):
             ("critic_warmup_steps", self.critic_warmup_steps >= 0, "at least 0"),
         )
         self.check_effective(
+            ("value_clip_range", not self.one_update, ONE_UPDATE),
             ("critic_init", self.critic == "separate", "without a separate critic"),
             ("critic_lr", self.vf_coef, "without vf_coef > 0"),
             ("critic_warmup_steps", self.vf_coef, "without vf_coef > 0"),
@@ -85,6 +87,8 @@ class PPOTrainer(OnPolicyTrainer):
             trunk = "the policy's trunk" if self.one_trunk else "a trunk of its own"
             raise ValueError(f"critic={config.critic!r}, but the critic given is on {trunk}")
         super().__init__(model, examples, config, reward=reward, **options)
+        if self.total_steps <= config.critic_warmup_steps > 0:
+            raise ValueError(f"critic_warmup_steps {config.critic_warmup_steps} is all of the {self.total_steps} steps")
         self.vf_coef = config.vf_coef
         self.value_clip_range = None if config.value_clip_range == math.inf else config.value_clip_range
 
@@ -97,6 +101,10 @@ class PPOTrainer(OnPolicyTrainer):
         of_policy, parameters = set(self.model.parameters()), self.trained_parameters()
         policy, critic = ([p for p in parameters if (p in of_policy) == of] for of in (True, False))
         return [{"params": policy}, {"params": critic, "lr": self.config.critic_lr}]
+
+    @property
+    def policy_rests(self) -> bool:
+        return self.steps_done < self.config.critic_warmup_steps
 
     def step(self, batch: list[list[int]]) -> dict[str, float]:
         """One rollout of a response to every prompt, and the optimiser steps on it."""
@@ -122,8 +130,8 @@ class PPOTrainer(OnPolicyTrainer):
             old_values,
             mask,
             kl_coef=self.kl_coef.value if config.kl_in == "reward" else 0.0,
-            kl_estimator="k1" if config.kl_estimator == "full" else config.kl_estimator,
-            kl=columns["kl"] if config.kl_estimator == "full" else None,
+            kl_estimator="k1" if config.estimator == "full" else config.estimator,
+            kl=columns["kl"] if config.estimator == "full" else None,
             gamma=config.gamma,
             lam=config.lam,
         )
@@ -137,8 +145,7 @@ class PPOTrainer(OnPolicyTrainer):
 
     def forward(self, rollout: Rollout, loss_of: Callable | None = None) -> dict[str, Tensor]:
         """And values (B, R). In the critic's warm-up no gradient goes beyond them."""
-        warming = self.steps_done < self.config.critic_warmup_steps
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not warming):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.policy_rests):
             found = super().forward(rollout, loss_of)
         with self.autocast():
             values = response_values(self.critic, rollout, found["hidden"] if self.one_trunk else None)

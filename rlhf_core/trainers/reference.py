@@ -45,6 +45,9 @@ class Reference:
         if moves and self.switch:
             raise ValueError("a reference that is the policy without its adapters cannot follow it")
         if moves and given is not None:
+            of_policy = {name: x.shape for name, x in model.state_dict().items()}
+            if of_policy != {name: x.shape for name, x in given.state_dict().items()}:
+                raise ValueError("a reference that follows the policy must have its shape, and the one given has not")
             given = frozen_copy(given)
         if self.switch:
             moving = [n for n, p in model.named_parameters() if p.requires_grad and ".adapters." not in n]

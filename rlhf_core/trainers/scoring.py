@@ -5,6 +5,7 @@ A reward is one number for a response, which its last token earns, or one for ea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -46,6 +47,11 @@ class Scorer:
         self.rewards = list(reward) if isinstance(reward, list | tuple) else [(reward, 1.0)]
         if not self.rewards:
             raise ValueError("there is no reward")
+        for row in self.rewards:
+            if not isinstance(row, list | tuple) or len(row) != 2 or not isinstance(row[1], float | int):
+                raise ValueError(f"several rewards are (reward, weight) each, got {row!r}")
+            if not math.isfinite(row[1]):
+                raise ValueError(f"a reward's weight must be finite, got {row[1]}")
         self.models = [part.eval() for part, _ in self.rewards if isinstance(part, RewardModel | EnsembleReward)]
         self.tokenizer, self.pad_id, self.batch_size, self.device = tokenizer, pad_id, batch_size, device
         self.of_steps = of_steps
