@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import rlhf_core
 
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, PermissionError, ImportError)
+USER_ERRORS = (ValueError, OSError, ImportError)
 
+MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hub"
 TEXTS = "JSONL[.gz] with messages, prompt and completion (or response), question and answer, or text"
-LABELLED = "JSONL[.gz] with prompt, completion (or response) and label"
-SCORED = "JSONL[.gz] with prompt, completion (or response) and reward, a number"
+LABELLED = "JSONL[.gz] with prompt and completion (or response), or messages, and label"
+SCORED = "JSONL[.gz] with prompt and completion (or response), or messages, and reward, a number"
 PAIRS = "JSONL[.gz] with prompt, chosen and rejected, or chosen and rejected conversations"
 LISTS = f"{PAIRS}, and a margin; or prompt (or messages), responses and their ranks; or prompt, steps and labels"
 
@@ -60,22 +61,36 @@ IN_ROUNDS = {  # name, function, help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a run that diverged, 2 for bad input, 130 for an interrupt."""
-    arguments = _parser().parse_args(argv)
+    name = "rlhf-core"
     try:
+        arguments = _parser().parse_args(argv)
+        name = f"{name} {arguments.command}"
         arguments.run(arguments)
-    except USER_ERRORS as error:
-        print(f"rlhf-core {arguments.command}: error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"rlhf-core {arguments.command}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        kept = f"{interrupt} with --resume" if str(interrupt) else "the model was not saved"
-        print(f"rlhf-core {arguments.command}: interrupted, {kept}", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except USER_ERRORS as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        kept = f", {interrupt} with --resume" if str(interrupt) else ""
+        if not kept and name.split()[-1] in (*ON_DATA, *ON_PROMPTS, *IN_ROUNDS):
+            kept = ", the model was not saved"
+        print(f"{name}: interrupted{kept}", file=sys.stderr)
+        return 130
     return 0
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a default where it says something that the help does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        nothing = action.default in (None, ()) and "None" not in action.help
+        if nothing or action.default is False or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=help, formatter_class=_Help)
         sub.set_defaults(run=run)
         return sub
 
@@ -94,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     for run, methods in ((_train_on_data, ON_DATA), (_train_on_prompts, ON_PROMPTS), (_train_in_rounds, IN_ROUNDS)):
         for name, (kind, *parts, help) in methods.items():
             sub, config = command(name, run, help), getattr(trainers, f"{kind}Config")
-            sub.add_argument("--model", required=True, type=Path, help="model folder in the Hugging Face layout")
+            sub.add_argument("--model", required=True, type=Path, help=MODEL)
             if methods is ON_DATA:
                 sub.add_argument("--data", required=True, type=Path, help=parts[0])
                 sub.add_argument("--eval-data", type=Path, help="evaluate on this file")
@@ -104,10 +119,10 @@ def _parser() -> argparse.ArgumentParser:
             if issubclass(config, OnPolicyConfig):
                 sub.add_argument("--ptx-data", type=Path, help=f"for --ptx-coef: {TEXTS}")
             _add_run(sub)
-            _add_config(sub, config)
+            _add_config(sub, config, without=() if methods is ON_DATA else ("eval_every",))  # which takes examples
 
     sub = command("best-of-n", _best_of_n, "sample, keep each prompt's response that a reward model likes best")
-    sub.add_argument("--model", required=True, type=Path, help="model folder in the Hugging Face layout")
+    sub.add_argument("--model", required=True, type=Path, help=MODEL)
     _add_prompts_and_reward(sub)
     sub.add_argument("--out", required=True, type=Path, help="JSONL file for prompt, completion and score")
     sub.add_argument("--overwrite", action="store_true", help="replace --out")
@@ -121,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="write into --out even if it is not empty")
 
     sub = command("generate", _generate, "sample from a model")
-    sub.add_argument("--model", required=True, type=Path, help="model folder in the Hugging Face layout")
+    sub.add_argument("--model", required=True, type=Path, help=MODEL)
     sub.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     sub.add_argument(
         "--chat", action="store_true", help="each prompt is what a user says, in the model's chat template"
@@ -139,13 +154,13 @@ def _parser() -> argparse.ArgumentParser:
         "--eos-ids", type=int, nargs="+", help="token ids that end a response; default: model's and tokenizer's"
     )
     sub.add_argument("--stop", nargs="+", default=(), metavar="STRING", help="strings that end a response, and stay in")
-    sub.add_argument("--seed", type=int, default=0, help="of sampling")
+    sub.add_argument("--seed", type=_seed, default=0, help="of sampling")
     sub.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
 
     sub = command("demo", _demo, "SFT, reward model, PPO and DPO on a task whose gold score is known")
     sub.add_argument("--real", type=Path, metavar="DIR", help="use the story model and data in DIR")
     sub.add_argument("--out", type=Path, help="folder for everything; default: runs/demo or runs/demo-real")
-    sub.add_argument("--seed", type=int, default=0, help="of everything")
+    sub.add_argument("--seed", type=_seed, default=0, help="of everything")
 
     from rlhf_core.benchmarks import OPS
 
@@ -185,28 +200,43 @@ def _add_prompts_and_reward(sub: argparse.ArgumentParser) -> None:
     several.add_argument("--reward-ensemble", choices=AGGREGATES, help="of several: default mean")
     sub.add_argument("--reward-coef", type=float, help="ensemble uncertainty: weight of the variance taken off")
     sub.add_argument(
-        "--prompts", required=True, type=Path, help="JSONL[.gz] with prompt or messages, or .txt, one a line"
+        "--prompts",
+        required=True,
+        type=Path,
+        help="JSONL[.gz] with messages, prompt, question or text, or .txt, one a line",
     )
     sub.add_argument(
         "--eos-ids", type=int, nargs="+", help="token ids that end a response; default: model's and tokenizer's"
     )
 
 
-def _add_config(parser: argparse.ArgumentParser, config: type) -> None:
+def _add_config(parser: argparse.ArgumentParser, config: type, without: Sequence[str] = ()) -> None:
     """One option for each field of a config dataclass, its default and its help."""
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):  # X | None
             kind = typing.get_args(kind)[0]
-        options = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": field.name.upper()}
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"), default=field.default, help=field.metadata["help"], **options
-        )
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+        else:
+            options = {"type": _seed if field.name == "seed" else kind, "metavar": field.name.upper()}
+        if field.name not in without:
+            parser.add_argument(
+                "--" + field.name.replace("_", "-"), default=field.default, help=field.metadata["help"], **options
+            )
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not -(2**63) <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 64 bits, got {text}")
+    return seed
 
 
 def _config(config: type, arguments: argparse.Namespace):
-    return config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)})
+    given = vars(arguments)
+    return config(**{field.name: given[field.name] for field in dataclasses.fields(config) if field.name in given})
 
 
 def _read(reader, path: Path, arguments: argparse.Namespace, encode) -> list:
@@ -218,10 +248,13 @@ def _read(reader, path: Path, arguments: argparse.Namespace, encode) -> list:
 
 
 def _fresh_out(arguments: argparse.Namespace) -> None:
+    from rlhf_core.files import check_writable
+
     out = arguments.out
     resume = getattr(arguments, "resume", False)  # of the trainers
     if out.is_dir() and any(out.iterdir()) and not (arguments.overwrite or resume):
         raise FileExistsError(f"{out} is not empty; choose another --out or pass --overwrite")
+    check_writable(out)
 
 
 def _device(arguments: argparse.Namespace):
@@ -229,7 +262,9 @@ def _device(arguments: argparse.Namespace):
 
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # "meta" holds nothing
+        return probe.device
     except (RuntimeError, AssertionError) as error:  # no such device, or one that this torch is built without
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
@@ -376,16 +411,19 @@ def _train_in_rounds(arguments: argparse.Namespace) -> None:
 
 def _best_of_n(arguments: argparse.Namespace) -> None:
     from rlhf_core.evaluation import best_of_n_kl
-    from rlhf_core.files import replacing
+    from rlhf_core.files import check_writable, replacing
     from rlhf_core.trainers import SamplingConfig, best_of_n
 
     config, out = _config(SamplingConfig, arguments), arguments.out
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder, not a file")
     if out.exists() and not arguments.overwrite:
         raise FileExistsError(f"{out} is there; choose another --out or pass --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out.parent)
     model, rows, options = _prompted(arguments, config)
     found = best_of_n(model, [ids for _, ids in rows], config, **options)
     best, scores = found.best()
+    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for (prompt, _), ids, score in zip(rows, best, scores.tolist()):
             row = {"prompt": prompt, "completion": options["tokenizer"].decode(ids), "score": score}
@@ -404,6 +442,8 @@ def _merge(arguments: argparse.Namespace) -> None:
     from rlhf_core.models.lora import CONFIG_FILE, merge_adapters
 
     _fresh_out(arguments)
+    if arguments.out.resolve() == arguments.model.resolve():
+        raise ValueError(f"--out {arguments.out} is --model: the adapters would be lost")
     tokenizer, file = load_tokenizer(arguments.model), arguments.model / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, so there are no adapters to merge")
@@ -432,6 +472,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.beta is not None:
         if not valued:
             raise ValueError(f"--beta has no effect: {arguments.model} is no folder that `rlhf-core ilql` wrote")
+        if not 0 <= arguments.beta < math.inf:
+            raise ValueError(f"--beta must be a finite number, at least 0, got {arguments.beta}")
         model.beta = arguments.beta
     prompts = arguments.prompt
     if arguments.chat:
@@ -461,9 +503,11 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from rlhf_core import demo
+    from rlhf_core.files import check_writable
 
     real = arguments.real is not None
     out = arguments.out or Path("runs") / ("demo-real" if real else "demo")
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     task = demo.stories_task(arguments.real, arguments.seed) if real else demo.replies_task(arguments.seed)
     print(demo.run(task, out, arguments.seed))
@@ -480,6 +524,8 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
+    import importlib.metadata
+
     import numpy
     import torch
 

@@ -1,16 +1,19 @@
 """The command line: each command from files to files, and errors in one line that names what is wrong."""
 
+import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 
 from rlhf_core import backends, cli
 from rlhf_core.data import ByteTokenizer
-from rlhf_core.models import RewardModel, Transformer, TransformerConfig
+from rlhf_core.models import ILQLModel, RewardModel, Transformer, TransformerConfig
 from rlhf_core.models.lora import has_adapters
 from rlhf_core.trainers import PPOTrainer
 from rlhf_core.trainers.common import Trainer
@@ -22,14 +25,16 @@ SMALL = ["--batch-size", "4", "--max-steps", "2", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A policy and a reward model, tiny, with a byte tokenizer."""
+    """A policy, a reward model and one that scores steps, tiny, with a byte tokenizer."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")
     tokenizer = ByteTokenizer()
     sizes = dict(vocab_size=259, hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
     ids = dict(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
     policy = Transformer(TransformerConfig(**sizes, **ids))
-    for model, name in ((policy, "policy"), (RewardModel.from_model(policy), "reward")):
+    reward, process = (RewardModel.from_model(policy) for _ in range(2))
+    process.of_steps = True
+    for model, name in ((policy, "policy"), (reward, "reward"), (process, "process")):
         model.save_pretrained(root / name)
         tokenizer.save(root / name)
     return root
@@ -265,8 +270,9 @@ def test_methods_that_sample_take_several_rewards_and_texts(command, options, fo
         write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("one", "two", "three", "four")]),
         tmp_path / "out",
     )
-    models = ["--model", folders / "policy", "--reward-model", folders / "reward"]
-    models += [folders / "reward"] * any("--reward" in str(option) for option in options)
+    reward = folders / ("process" if "--process-rewards" in options else "reward")
+    models = ["--model", folders / "policy", "--reward-model", reward]
+    models += [reward] * any("--reward" in str(option) for option in options)
     models += ["--ptx-data", write(tmp_path / "texts.jsonl", TEXTS)] * ("--ptx-coef" in options)
     assert run(command, *models, "--prompts", prompts, "--out", out, *SMALL, "--response-length", 4, *options) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -389,6 +395,7 @@ def test_a_policy_is_no_reward_model(folders, tmp_path, capsys):
         (["--lr", "0"], "lr must be > 0"),
         (["--eval-fraction", "1"], "--eval-fraction must be in [0, 1), got 1.0"),
         (["--device", "abacus"], "--device abacus: "),
+        (["--device", "meta"], "--device meta: "),
     ],
 )
 def test_an_option_out_of_range_is_named(options, message, folders, tmp_path, capsys):
@@ -411,6 +418,127 @@ def test_every_option_of_a_trainer_says_what_it_is(capsys):
             run(command, "--help")
         shown = " ".join(capsys.readouterr().out.split())
         assert raised.value.code == 0 and option in shown and text in shown
+
+
+def test_a_disk_that_refuses_the_model_is_an_error_in_one_line(folders, tmp_path, capsys, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors, "save_file", full)
+    data, out = write(tmp_path / "data.jsonl", TEXTS), tmp_path / "out"
+    line = fails(capsys, "sft", "--model", folders / "policy", "--data", data, "--out", out, *SMALL)
+    assert f"{out}/.model.safetensors" in line and "not written: I/O error: No space left on device" in line
+
+
+@pytest.mark.parametrize("command", ["sft", "ppo", "rft", "best-of-n", "merge", "demo"])
+def test_an_out_that_cannot_be_written_is_told_before_anything_is_read(command, folders, tmp_path, capsys):
+    file = write(tmp_path / "file", ["in the way"])
+    rewards = ["--reward-model", tmp_path / "absent", "--prompts", tmp_path / "absent"]
+    sources = {"sft": ["--data", tmp_path / "absent"], "merge": [], "demo": ["--real", tmp_path / "absent"]}
+    arguments = [*sources.get(command, rewards), *(["--model", tmp_path / "absent"] if command != "demo" else [])]
+    assert f"{file} is no folder" in fails(capsys, command, *arguments, "--out", file / "new" / "out")
+    assert file.read_text() == "in the way\n"
+
+
+def test_a_disk_that_is_read_only_is_told_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    def refuse(dir):
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    arguments = ["--model", tmp_path / "absent", "--data", tmp_path / "absent", "--out", tmp_path / "new"]
+    assert f"Read-only file system: '{tmp_path}'" in fails(capsys, "sft", *arguments)
+
+
+def test_a_file_in_whose_place_a_folder_stands_is_told_before_anything_is_computed(folders, tmp_path, capsys):
+    prompts, pairs = write(tmp_path / "p.txt", ["one"]), write(tmp_path / "pairs.jsonl", PAIRS)
+    models = ["--model", tmp_path / "absent", "--reward-model", folders / "reward", "--prompts", prompts]
+    line = fails(capsys, "best-of-n", *models, "--out", tmp_path, "--overwrite")
+    assert f"--out {tmp_path} is a folder, not a file" in line
+    options = ["--reference-logprobs", tmp_path, "--data", pairs, "--out", tmp_path / "out", *SMALL]
+    line = fails(capsys, "dpo", "--model", folders / "policy", *options)
+    assert f"reference_logprobs {tmp_path} is a folder, not a file" in line
+
+
+def test_adapters_are_not_merged_into_their_own_folder(folders, tmp_path, capsys):
+    lora, out = ["--lora-rank", 2], tmp_path / "out"
+    assert train("sft", folders, write(tmp_path / "data.jsonl", TEXTS), out, *lora) == 0
+    before = sorted(out.iterdir())
+    again = out.parent / "x" / ".." / "out"
+    (tmp_path / "x").mkdir()
+    assert f"--out {again} is --model" in fails(capsys, "merge", "--model", out, "--out", again, "--overwrite")
+    assert sorted(out.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_file_of_a_model_that_holds_no_object_is_named(name, folders, tmp_path, capsys):
+    shutil.copytree(folders / "policy", tmp_path / "model")
+    (tmp_path / "model" / name).write_text("[1]")
+    line = fails(capsys, "generate", "--model", tmp_path / "model", "--prompt", "x")
+    assert f"{tmp_path / 'model' / name}: must hold a JSON object, got [1]" in line
+
+
+def test_a_model_that_is_not_there_is_told_with_the_form_of_a_hub_id(capsys):
+    line = fails(capsys, "generate", "--model", "nope", "--prompt", "x")
+    assert "nope: no such folder; a repository on the Hugging Face hub reads owner/name" in line
+
+
+@pytest.mark.parametrize("beta", ["-1", "inf", "nan"])
+def test_a_beta_out_of_range_is_refused(beta, folders, tmp_path, capsys):
+    ILQLModel(Transformer.from_pretrained(folders / "policy")).save_pretrained(tmp_path)
+    ByteTokenizer().save(tmp_path)
+    line = fails(capsys, "generate", "--model", tmp_path, "--prompt", "x", "--beta", beta)
+    assert f"--beta must be a finite number, at least 0, got {float(beta)}" in line
+
+
+def test_ctrl_c_tells_of_a_model_only_where_one_is_trained(folders, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_device", interrupt)
+    assert run("generate", "--model", folders / "policy", "--prompt", "x") == 130
+    assert capsys.readouterr().err == "rlhf-core generate: interrupted\n"
+    assert train("sft", folders, write(tmp_path / "data.jsonl", TEXTS), tmp_path / "out") == 130
+    assert capsys.readouterr().err == "rlhf-core sft: interrupted, the model was not saved\n"
+    monkeypatch.setattr(cli, "_parser", interrupt)  # while it imports
+    assert run("info") == 130 and capsys.readouterr().err == "rlhf-core: interrupted\n"
+
+
+def help_of(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        run(command, "--help")
+    assert raised.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo", "kto", "generate"])
+def test_a_default_is_stated_once_and_only_where_it_says_something(command, capsys):
+    for text in help_of(command, capsys).split("options:")[1].split(" --")[1:]:
+        assert text.count("default:") <= 1 and "(default: False)" not in text
+        assert "None:" in text or "(default: None)" not in text
+
+
+@pytest.mark.parametrize("command", [*cli.ON_DATA, *cli.ON_PROMPTS, *cli.IN_ROUNDS])
+def test_evaluation_on_the_way_is_offered_where_there_are_examples_for_it(command, capsys):
+    assert ("--eval-every" in help_of(command, capsys)) == (command in cli.ON_DATA)
+
+
+def test_an_option_that_is_on_can_be_turned_off(folders, tmp_path):
+    prompts, out = write(tmp_path / "p.txt", ["one", "two"]), tmp_path / "out"
+    models = ["--model", folders / "policy", "--reward-model", folders / "reward"]
+    options = ["--no-normalize", "--num-samples", 2, "--response-length", 4]
+    assert run("grpo", *models, "--prompts", prompts, "--out", out, *SMALL, *options) == 0
+    assert json.loads((out / "train_config.json").read_text())["normalize"] is False
+
+
+@pytest.mark.parametrize("command", ["sft", "generate"])
+def test_a_seed_beyond_64_bits_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        run(command, "--seed", 2**63)
+    assert raised.value.code == 2
+    assert f"argument --seed: must be a whole number of 64 bits, got {2**63}" in capsys.readouterr().err
 
 
 def test_as_a_program_an_error_is_one_line_and_status_two(tmp_path):

@@ -21,6 +21,7 @@ from rlhf_core.data import (
     read_labelled,
     read_preferences,
     read_prompts,
+    read_scored,
     read_texts,
 )
 from rlhf_core.data.encode import fit
@@ -249,6 +250,35 @@ def test_a_file_without_a_usable_line_is_refused(reader, tmp_path):
             reader(path, lambda error: None)
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
         reader(tmp_path / "absent.jsonl")
+
+
+def test_lines_of_plain_text_keep_the_same_rules(tmp_path):
+    with pytest.raises(DataError, match=r"empty\.txt: holds no usable line"):
+        read_prompts(write(tmp_path / "empty.txt", "", " "))
+
+    def encode(text):
+        if text == "bad":
+            raise ValueError("too bad")
+        return text.upper()
+
+    path, bad = write(tmp_path / "p.txt", "one", "bad"), []
+    with pytest.raises(DataError, match=r"p\.txt:2: too bad"):
+        read_prompts(path, encode=encode)
+    assert read_prompts(path, bad.append, encode) == ["ONE"] and len(bad) == 1
+
+
+ASKED, ANSWERED = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize("reader, value", [(read_labelled, {"label": True}), (read_scored, {"reward": -0.5})])
+def test_the_last_answer_of_a_conversation_is_what_is_labelled_or_scored(reader, value, tmp_path):
+    messages = [ASKED, ANSWERED, ASKED, ANSWERED]
+    path = write(tmp_path / "data.jsonl", {"messages": messages, **value})
+    assert reader(path) == [(messages[:3], messages[3:], *value.values())]
+    for wrong, got in ((messages[:3], "user, assistant, user"), ([ANSWERED], "assistant")):
+        path = write(tmp_path / "data.jsonl", {"messages": wrong, **value})
+        with pytest.raises(DataError, match=f"must end with the assistant's answer to others, got {got}"):
+            reader(path)
 
 
 def test_a_damaged_gzip_file_is_named(tmp_path):

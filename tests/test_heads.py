@@ -77,10 +77,9 @@ def test_reward_models_are_loaded_from_one_folder_or_several(tmp_path):
     assert_close(alone(load_reward(folders[:1]), ids), each[:1], rtol=0, atol=0)
     assert_close(alone(load_reward(folders), ids)[0], each.mean())
     assert_close(alone(load_reward(folders, "worst"), ids)[0], each.min(), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="'worst' has no effect"):
-        load_reward(folders[:1], "worst")
-    with pytest.raises(ValueError, match=r"coef 0\.5 has no effect"):
-        load_reward(folders[:1], coef=0.5)
+    for options, message in ((dict(aggregate="worst"), "ensemble 'worst'"), (dict(coef=0.5), "coefficient 0.5")):
+        with pytest.raises(ValueError, match=f"one reward model alone, so the {message} has no effect"):
+            load_reward(folders[:1], **options)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +87,13 @@ def test_reward_models_are_loaded_from_one_folder_or_several(tmp_path):
     [
         (1, {}, "at least 2 reward models, got 1"),
         (2, dict(aggregate="best"), "mean, worst, uncertainty, got 'best'"),
-        (2, dict(aggregate="mean", coef=0.5), "coef 0.5 with 'mean'"),
-        (2, dict(aggregate="uncertainty"), "coef None with 'uncertainty'"),
-        (2, dict(aggregate="uncertainty", coef=-1.0), "coef must be > 0, got -1.0"),
+        (
+            2,
+            dict(aggregate="mean", coef=0.5),
+            "the coefficient 0.5 has no effect: it goes with the ensemble 'uncertainty' alone",
+        ),
+        (2, dict(aggregate="uncertainty"), "the ensemble 'uncertainty' needs a coefficient"),
+        (2, dict(aggregate="uncertainty", coef=-1.0), "the coefficient must be a finite number > 0, got -1.0"),
     ],
 )
 def test_an_ensemble_that_is_none_is_refused(models, options, message):

@@ -299,12 +299,23 @@ def test_normalised_scores_are_stored_and_transformers_reads_them_but_for_their_
     torch.testing.assert_close(theirs - 0.5 / 0.25, model(ids, mask))
 
 
+def test_a_folder_says_that_its_scores_are_of_steps_and_transformers_reads_it(tmp_path, transformers):
+    model = RewardModel.from_model(tiny(pad_id=0))
+    for of_steps in (True, False):
+        model.of_steps = of_steps
+        model.save_pretrained(tmp_path)
+        assert RewardModel.from_pretrained(tmp_path).of_steps is of_steps
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        ids = torch.tensor([[7, 8, 9]])
+        torch.testing.assert_close(theirs(ids).logits[:, 0], model(ids, torch.ones(1, 3, dtype=torch.bool)))
+
+
 def test_a_language_model_is_no_reward_model_and_the_other_way_round(tmp_path):
     tiny().save_pretrained(tmp_path / "policy")
     RewardModel.from_model(tiny()).save_pretrained(tmp_path / "reward")
     with pytest.raises(ValueError, match=r"no tensor 'score\.weight' \(a causal language model, not a reward model\)"):
         RewardModel.from_pretrained(tmp_path / "policy")
-    with pytest.raises(ValueError, match=r"Transformer does not know, e\.g\. 'score\.weight'"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'reward'}: a reward model, not a language model"):
         Transformer.from_pretrained(tmp_path / "reward")
     RewardModel.from_model(tiny(tie_embeddings=False)).save_pretrained(tmp_path / "reward")
     edit_tensors(tmp_path / "reward", lambda tensors: tensors.update({"lm_head.weight": torch.ones(20, 16)}))
@@ -449,7 +460,7 @@ def test_a_name_on_the_hub_is_fetched_where_no_folder_has_it(tmp_path, hub_packa
 @pytest.mark.parametrize("path", ["missing", "/missing/folder", "./runs/sft", "../runs/sft", "a/b/c", "runs/"])
 def test_a_path_that_is_no_name_on_the_hub_is_a_missing_folder(path, tmp_path, hub_package, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
+    with pytest.raises(FileNotFoundError, match=f"{path}: no such folder; a repository on the .* hub reads owner/name"):
         Transformer.from_pretrained(path)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_core.generation import generate
-from rlhf_core.models import RewardModel, Transformer, TransformerConfig, ValueModel
+from rlhf_core.models import ILQLModel, RewardModel, Transformer, TransformerConfig, ValueModel
+from rlhf_core.models.ilql import has_values
 from rlhf_core.models.lora import (
     LoRAConfig,
     LoRALinear,
@@ -254,6 +255,36 @@ def test_a_whole_model_saved_over_adapters_is_what_is_read(tmp_path):
     adapted(base=str(tmp_path / "base")).save_pretrained(tmp_path / "out")
     tiny(seed=3).save_pretrained(tmp_path / "out")
     assert torch.equal(Transformer.from_pretrained(tmp_path / "out")(IDS), tiny(seed=3)(IDS))
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_adapters_saved_over_a_model_with_values_are_without_these(tmp_path):
+    tiny().save_pretrained(tmp_path / "base")
+    ILQLModel(adapted(base=str(tmp_path / "base"))).save_pretrained(tmp_path / "out")
+    assert has_values(tmp_path / "out")
+    adapted(base=str(tmp_path / "base")).save_pretrained(tmp_path / "out")
+    assert not has_values(tmp_path / "out")
+
+
+@pytest.mark.parametrize("of_steps", [True, False])
+def test_adapters_say_whether_their_scores_are_of_steps_whatever_their_base_does(of_steps, tmp_path):
+    for base in (tiny(), RewardModel.from_model(tiny())):
+        base.of_steps = not of_steps
+        base.save_pretrained(tmp_path / "base")
+        reward = RewardModel.from_model(base)
+        add_adapters(reward, LoRAConfig(rank=2, base=str(tmp_path / "base")))
+        reward.of_steps = of_steps
+        reward.save_pretrained(tmp_path / "out")
+        assert RewardModel.from_pretrained(tmp_path / "out").of_steps is of_steps
+
+
+def test_adapters_of_a_reward_model_are_no_policy(tmp_path):
+    tiny().save_pretrained(tmp_path / "base")
+    reward = RewardModel.from_model(tiny())
+    add_adapters(reward, LoRAConfig(rank=2, base=str(tmp_path / "base")))
+    reward.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'out'}: adapters of a reward model, not of a language model"):
+        Transformer.from_pretrained(tmp_path / "out")
 
 
 def test_a_file_written_by_hand_is_read(tmp_path):

@@ -380,6 +380,8 @@ def test_a_row_whose_loss_is_no_number_is_named_and_the_state_kept(tmp_path):
     ):
         trainer.train()
     assert equal(snapshot(trainer), before) and (tmp_path / "checkpoint-error").exists()
+    build("sft", tmp_path, examples=EXAMPLES).train()  # which is no more the run that failed
+    assert not (tmp_path / "checkpoint-error").exists()
 
 
 def test_a_loss_that_is_no_number_stops_also_where_the_gradient_is_finite():

@@ -248,7 +248,9 @@ def test_the_command_learns_steps_from_a_file(policy, tmp_path, capsys):
     assert train(tmp_path, policy, STEPS, "rm", "--lr", 0.01, "--epochs", 4) == 0
     shown = capsys.readouterr().out
     assert "9 to train on, 1 held out" in shown and "eval_accuracy" in shown and "score_mean" not in shown
-    RewardModel.from_pretrained(tmp_path / "rm")
+    assert RewardModel.from_pretrained(tmp_path / "rm").of_steps
+    assert train(tmp_path, tmp_path / "rm", PAIRS, "pairs") == 0
+    assert not RewardModel.from_pretrained(tmp_path / "pairs").of_steps
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-rank", 2]])

@@ -8,7 +8,7 @@ import torch
 from rlhf_core.data import Example
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig
 from rlhf_core.models.lora import LoRAConfig, add_adapters
-from rlhf_core.trainers import RFTConfig, SFTTrainer, rft
+from rlhf_core.trainers import IteratedDPOConfig, RFTConfig, SFTTrainer, iterated_dpo, rft
 from rlhf_core.trainers.rft import kept
 from rlhf_core.trainers.selection import Candidates
 
@@ -78,6 +78,31 @@ def test_settings_out_of_range_are_refused(name):
 
 
 # ---- rounds
+
+
+@pytest.mark.parametrize("method, config", [(rft, RFTConfig), (iterated_dpo, IteratedDPOConfig)])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(freeze_layers=9), "freeze_layers is 9, the model has 2 blocks"),
+        (dict(eval_every=2), "eval_every has no effect without evaluation examples"),
+        (dict(response_length=32), "response_length 32 leaves no prompt of 32 tokens"),
+    ],
+    ids=str,
+)
+def test_what_the_trainer_refuses_is_told_before_anything_is_sampled_or_written(
+    method, config, options, message, tmp_path
+):
+    asked = []
+    with pytest.raises(ValueError, match=message):
+        method(
+            tiny(),
+            PROMPTS,
+            config(**{"response_length": 5, **options}),
+            reward=lambda *rows: asked.append(rows),
+            out=tmp_path / "out",
+        )
+    assert not asked and not (tmp_path / "out").exists()
 
 
 def test_every_round_has_a_seed_of_its_own(monkeypatch):

@@ -9,7 +9,7 @@ from test_ppo import Letters, tiny
 from torch.testing import assert_close
 
 from rlhf_core.models import EnsembleReward, RewardModel
-from rlhf_core.trainers import Scorer
+from rlhf_core.trainers import GroupConfig, GroupTrainer, SamplingConfig, Scorer, best_of_n
 
 PROMPTS, RESPONSES = [[4, 5], [6], [7, 8, 9]], [[5, 2], [5, 6, 5, 2], [3]]
 
@@ -74,7 +74,7 @@ def test_the_end_of_a_step_earns_the_log_of_its_probability():
     """So a response's score is the log of the probability that all of its steps are right. What training has not shown,
     an end behind a newline, a blank line, or a step that was cut, earns nothing."""
     reward, responses = model(), [[5, 2], [5, 6, 5, 2], [3], [5, 6, 2], [5, 6, 5], [6, 7, 6, 6, 8, 3], [9]]
-    prompts = (PROMPTS * 3)[:7]
+    prompts, reward.of_steps = (PROMPTS * 3)[:7], True
     scorer = Scorer(reward, tokenizer=Lines(), of_steps=True)
     want = torch.zeros(7, 6)
     for row, step in ((0, 1), (1, 1), (1, 3), (3, 1), (4, 1), (5, 2), (5, 5)):
@@ -140,6 +140,35 @@ def test_a_reward_model_with_a_weight_that_is_no_number_is_named():
     reward.score.weight.data.fill_(math.nan)
     with pytest.raises(ValueError, match=r"the reward of row 0 is nan; prompt \[4, 5\]"):
         Scorer(reward)(PROMPTS, RESPONSES)
+
+
+def test_scores_of_steps_and_of_responses_do_not_stand_for_each_other():
+    process = model(2)
+    process.of_steps = True
+    for reward, of_steps, message in (
+        ([(model(), 1.0), (process, 1.0)], False, "reward model 1 scores steps, so it goes with process_rewards alone"),
+        ([(process, 1.0), (model(), 1.0)], True, "reward model 1 scores responses: process_rewards needs"),
+        (EnsembleReward([process, process]), False, "reward model 0 scores steps"),
+        (RewardModel.from_model(process), False, "reward model 0 scores steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Scorer(reward, tokenizer=Lines(), of_steps=of_steps)
+    with pytest.raises(ValueError, match=r"of the reward models of one ensemble \[1\] score steps, the others"):
+        EnsembleReward([model(), process])
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused():
+    policy = tiny()
+    other = RewardModel.from_model(tiny(vocab_size=policy.config.vocab_size + 1))
+    sizes = f"the policy has {policy.config.vocab_size} tokens, reward model 1 {other.config.vocab_size}: they must"
+    rewards = [(model(), 1.0), (other, 1.0)]
+    with pytest.raises(ValueError, match=sizes):
+        Scorer(rewards).check_vocabulary(policy)
+    with pytest.raises(ValueError, match=sizes):
+        GroupTrainer(policy, PROMPTS, GroupConfig(), reward=rewards)
+    with pytest.raises(ValueError, match="reward model 0"):
+        best_of_n(policy, PROMPTS, SamplingConfig(response_length=4), reward=EnsembleReward([other, other]))
+    Scorer([(model(), 1.0), (lambda prompts, responses: [0.0], 1.0)]).check_vocabulary(policy)
 
 
 def test_steps_are_for_reward_models_with_a_tokenizer():

@@ -103,7 +103,8 @@ def read_texts(path: str | os.PathLike, on_bad: OnBad | None = None, encode: Cal
 def read_labelled(
     path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
 ) -> list[Labelled]:
-    """Rows {"prompt", "completion" or "response", "label"}; the label is true or 1 for desirable, false or 0."""
+    """Rows {"prompt", "completion" or "response", "label"} or {"messages", "label"}, of which the last one is the
+    completion; the label is true or 1 for desirable, false or 0."""
 
     def parse(row: dict) -> Labelled:
         label = row.get("label")
@@ -115,7 +116,8 @@ def read_labelled(
 
 
 def read_scored(path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None) -> list[Scored]:
-    """Rows {"prompt", "completion" or "response", "reward"}; the reward is a finite number."""
+    """Rows {"prompt", "completion" or "response", "reward"} or {"messages", "reward"}, of which the last one is the
+    completion; the reward is a finite number."""
 
     def parse(row: dict) -> Scored:
         reward = row.get("reward")
@@ -156,7 +158,7 @@ def read_prompts(
     """Rows {"messages"}, {"prompt"}, {"question"} or {"text"}; other fields are ignored. Messages of the assistant at
     the end are left out: they are what the model is asked for. A .txt file holds one prompt a line."""
     if str(path).endswith((".txt", ".txt.gz")):
-        return [encode(line) if encode else line for _, line in _lines(path, on_bad)]
+        return list(_rows(path, None, on_bad, encode))
 
     def parse(row: dict) -> str | list[Message]:
         field = next((name for name in ("messages", "prompt", "question", "text") if name in row), "prompt")
@@ -194,6 +196,12 @@ def check_messages(value, field: str) -> list[Message]:
 
 
 def _text(row: dict) -> Text:
+    if "messages" in row:
+        messages = _conversation(row, "messages")
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"field 'messages' must end with the assistant's answer to others, got {roles}")
+        return Text(messages[:-1], messages[-1:])
     completion = "completion" if "completion" in row else "response"
     if isinstance(row.get("prompt"), list):
         return Text(_conversation(row, "prompt"), _turns(row, completion))
@@ -326,15 +334,14 @@ def _string(row: dict, field: str, where: str = "", empty: bool = False) -> str:
 
 
 def _rows(
-    path: str | os.PathLike, parse: Callable[[dict], T], on_bad: OnBad | None, encode: Callable | None
+    path: str | os.PathLike, parse: Callable[[dict], T] | None, on_bad: OnBad | None, encode: Callable | None
 ) -> Iterator:
+    """Every good line, parsed from JSON, or as it is where there is no `parse`."""
     found = False
     for number, line in _lines(path, on_bad):
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"expected a JSON object, got {line.strip()[:40]}")
-            item = parse(row) if encode is None else encode(parse(row))
+            item = line if parse is None else parse(_object(line))
+            item = item if encode is None else encode(item)
         except ValueError as error:
             reason = f"not valid JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
             _report(DataError(f"{path}:{number}: {reason}"), on_bad)
@@ -343,6 +350,13 @@ def _rows(
         yield item
     if not found:
         raise DataError(f"{path}: holds no usable line")
+
+
+def _object(line: str) -> dict:
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {line.strip()[:40]}")
+    return row
 
 
 def _report(bad: DataError, on_bad: OnBad | None) -> None:

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from rlhf_core.data.chat import ChatTemplate, Message, Rendered
 from rlhf_core.data.readers import check_messages
-from rlhf_core.files import model_folder, read_json, replacing, require, write_json
+from rlhf_core.files import model_folder, read_object, replacing, require, write_json
 
 
 class Tokenizer(Protocol):
@@ -101,7 +101,7 @@ class JsonTokenizer:
         named = [text for text in self._names.values() if self._tokenizer.token_to_id(text) is not None]
         self._tokenizer.add_special_tokens(named)
         # A SentencePiece normaliser puts a space in front of what it encodes; text that continues other text has none.
-        spec = read_json(file)
+        spec = read_object(file)
         unprefixed = {**spec, **{part: _without_prefix(spec.get(part)) for part in ("normalizer", "pre_tokenizer")}}
         self._continuing = self._tokenizer
         if unprefixed != spec:
@@ -125,7 +125,7 @@ class JsonTokenizer:
 
     def _read(self, name: str) -> dict:
         file = self._folder / name
-        return read_json(file) if file.is_file() else {}
+        return read_object(file) if file.is_file() else {}
 
     def _ids_of(self, kind: str) -> tuple[int, ...]:
         named = self._names.get(f"{kind}_token")
@@ -225,7 +225,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(folder)
     config = folder / "tokenizer_config.json"
-    if config.is_file() and read_json(config).get("tokenizer_class") == ByteTokenizer.__name__:
+    if config.is_file() and read_object(config).get("tokenizer_class") == ByteTokenizer.__name__:
         return ByteTokenizer()
     raise FileNotFoundError(f"{folder}: no tokenizer.json, and no tokenizer_config.json of a ByteTokenizer")
 

@@ -46,15 +46,6 @@ class TransformerConfig:
     )  # written as one of these, see hub.py; None: the first that fits
 
     def __post_init__(self):
-        fill = object.__setattr__
-        if self.head_dim is None:
-            if self.num_heads < 1 or self.hidden_size % self.num_heads:
-                raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
-            fill(self, "head_dim", self.hidden_size // self.num_heads)
-        if self.num_kv_heads is None:
-            fill(self, "num_kv_heads", self.num_heads)
-        if self.intermediate_size is None:
-            fill(self, "intermediate_size", 4 * self.hidden_size)
         for name, allowed in (
             ("positions", ("rope", "learned")),
             ("norm", ("rmsnorm", "layernorm")),
@@ -62,17 +53,26 @@ class TransformerConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "sliding_window",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
+        may_be_none = ("num_kv_heads", "head_dim", "intermediate_size", "sliding_window")
+        for name in (*sizes, *may_be_none):
+            value = getattr(self, name)
+            if value is None and name in may_be_none:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number > 0, got {value!r}")
+        for name in ("rope_theta", "norm_eps", "dropout", "attention_dropout"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+        fill = object.__setattr__
+        if self.head_dim is None:
+            if self.hidden_size % self.num_heads:
+                raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+            fill(self, "head_dim", self.hidden_size // self.num_heads)
+        if self.num_kv_heads is None:
+            fill(self, "num_kv_heads", self.num_heads)
+        if self.intermediate_size is None:
+            fill(self, "intermediate_size", 4 * self.hidden_size)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.positions == "rope" and self.head_dim % 2:

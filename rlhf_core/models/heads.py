@@ -4,6 +4,7 @@ values every position."""
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 
@@ -39,6 +40,8 @@ class _ScalarHead(Pretrained, nn.Module):
         new.trunk = model.trunk if share_trunk else copy.deepcopy(model.trunk)
         head = copy.deepcopy(model.score) if isinstance(model, _ScalarHead) else _fresh_head(model.config)
         new.score = head.to(new.trunk.embed.weight).requires_grad_(True)
+        if isinstance(model, RewardModel) and isinstance(new, RewardModel):
+            new.of_steps = model.of_steps
         if not share_trunk:
             freeze_base(new) if has_adapters(new) else new.requires_grad_(True)
         return new
@@ -58,7 +61,12 @@ class _ScalarHead(Pretrained, nn.Module):
 
 
 class RewardModel(_ScalarHead):
-    """Trunk + linear head, read at the last real token."""
+    """Trunk + linear head, read at the last real token.
+
+    of_steps: its scores are those of steps (a process reward model), not of responses; its folder says which.
+    """
+
+    of_steps = False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (B,) float32 of sequences (B, T); attention_mask (B, T) bool says where each one ends."""
@@ -96,13 +104,19 @@ class EnsembleReward(nn.Module):
         sizes = [model.config.vocab_size for model in models]
         if len(set(sizes)) > 1:
             raise ValueError(f"reward models of one ensemble read the same token ids; their vocabularies have {sizes}")
+        if len({model.of_steps for model in models}) > 1:
+            of_steps = [i for i, model in enumerate(models) if model.of_steps]
+            raise ValueError(f"of the reward models of one ensemble {of_steps} score steps, the others responses")
         if aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
-        if (coef is not None) != (aggregate == "uncertainty"):
-            raise ValueError(f"coef goes with aggregate 'uncertainty' alone, got coef {coef} with {aggregate!r}")
-        if coef is not None and not coef > 0:
-            raise ValueError(f"coef must be > 0, got {coef}")
+            raise ValueError(f"the ensemble must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+        if aggregate == "uncertainty" and coef is None:
+            raise ValueError("the ensemble 'uncertainty' needs a coefficient, the weight of the variance")
+        if aggregate != "uncertainty" and coef is not None:
+            raise ValueError(f"the coefficient {coef} has no effect: it goes with the ensemble 'uncertainty' alone")
+        if coef is not None and not 0 < coef < math.inf:
+            raise ValueError(f"the coefficient must be a finite number > 0, got {coef}")
         self.models, self.aggregate, self.coef = nn.ModuleList(models), aggregate, coef
+        self.config, self.of_steps = models[0].config, models[0].of_steps
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (B,) as from `RewardModel`."""
@@ -131,9 +145,9 @@ def load_reward(
     models = [RewardModel.from_pretrained(source) for source in sources]
     if len(models) > 1:
         return EnsembleReward(models, aggregate or "mean", coef)
-    for name, value in (("aggregate", aggregate), ("coef", coef)):
+    for name, value in (("ensemble", aggregate), ("coefficient", coef)):
         if value is not None:
-            raise ValueError(f"an ensemble of one reward model is that model: {name} {value!r} has no effect")
+            raise ValueError(f"there is one reward model alone, so the {name} {value!r} has no effect")
     return models[0]
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.files import model_folder, read_json, replacing, write_json
+from rlhf_core.files import model_folder, read_object, replacing, write_json
 from rlhf_core.models.config import TransformerConfig
 from rlhf_core.models.safetensors import StoredTensor, stored_tensors, write_tensors
 
@@ -109,6 +109,7 @@ _FAMILIES = {
 }
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that some checkpoints carry
+_OF_STEPS = "rlhf_core_of_steps"  # ours, of a RewardModel
 # Fields that change no logit: of the files, of training, of sampling. Others that are set are refused by name.
 _SAYS_NOTHING = {
     "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "name_or_path",
@@ -117,7 +118,7 @@ _SAYS_NOTHING = {
     "id2label", "label2id", "num_labels", "_num_labels", "task_specific_params", "do_sample", "temperature", "top_k",
     "top_p", "num_beams", "repetition_penalty", "min_length", "max_length", "max_new_tokens", "summary_type",
     "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "is_llama_config",
-    "transformers.js_config", "unsloth_fixed", "unsloth_version",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version", _OF_STEPS,
 }  # fmt: skip
 
 
@@ -155,6 +156,8 @@ def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = t
     stored = _find_tensors(path, family)
     if hasattr(model, "score") and "score.bias" in stored:  # of normalised scores; transformers reads the rest
         model.score.bias = nn.Parameter(torch.empty(1, device="meta"))
+    if "score.weight" in stored and not hasattr(model, "score"):
+        raise ValueError(f"{path}: a reward model, not a language model")
     used = set()
     for ours, parameter in model.state_dict().items():
         for name, part in _parts(ours, parameter, config, family):
@@ -181,6 +184,8 @@ def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = t
         for first, rows in head.pieces():
             if not torch.equal(rows.to(dtype), state["trunk.embed.weight"][first : first + len(rows)]):
                 raise ValueError(f"{head.file}: lm_head.weight is not the embedding, but config.json ties them")
+    if hasattr(model, "of_steps"):
+        model.of_steps = bool(read_object(path / "config.json").get(_OF_STEPS))
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).eval()
 
@@ -188,7 +193,7 @@ def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = t
 def has_scalar_head(source: str | os.PathLike) -> bool:
     """Whether config.json in the folder or hub repository is of a sequence classifier, such as a reward model."""
     file = model_folder(source) / "config.json"
-    architectures = read_json(file).get("architectures") or () if file.is_file() else ()
+    architectures = read_object(file).get("architectures") or () if file.is_file() else ()
     return any("SequenceClassification" in name for name in architectures)
 
 
@@ -199,6 +204,7 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_S
     """
     path, config = Path(path), model.config
     hf = _to_hf(config, next(model.parameters()).dtype, scalar_head=hasattr(model, "score"))
+    hf |= {_OF_STEPS: True} if getattr(model, "of_steps", False) else {}
     family = _FAMILIES[hf["model_type"]]
     tensors = {name: part for ours, p in model.state_dict().items() for name, part in _parts(ours, p, config, family)}
     shards, room = [[]], max_shard_bytes
@@ -216,7 +222,8 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_S
     with contextlib.ExitStack() as renamed_last_to_first:
         write_json(renamed_last_to_first.enter_context(replacing(path / "config.json")), hf)
         # Of an earlier save, which a reader might prefer.
-        stale = [*path.glob("model*.safetensors"), *([index] if len(shards) == 1 else []), path / "adapter_config.json"]
+        adapters = [path / "adapter_config.json", path / "adapter_model.safetensors"]
+        stale = [*path.glob("model*.safetensors"), *([index] if len(shards) == 1 else []), *adapters]
         for old in stale:
             if old.name not in weight_map.values():
                 renamed_last_to_first.callback(old.unlink, missing_ok=True)
@@ -234,9 +241,9 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; --model and from_pretrained take a Hugging Face model folder")
-    hf = read_json(file)
+    hf = read_object(file)
     generation = Path(path) / "generation_config.json"  # which may name more ids that end a response
-    more = _ids(read_json(generation).get("eos_token_id")) if generation.is_file() else []
+    more = _ids(read_object(generation).get("eos_token_id")) if generation.is_file() else []
     hf["eos_token_id"] = list(dict.fromkeys([*_ids(hf.get("eos_token_id")), *more]))
     try:
         return _from_hf(hf)
@@ -354,7 +361,7 @@ def _find_tensors(path: Path, family: _Family) -> dict[str, StoredTensor]:
     index = path / "model.safetensors.index.json"
     weight_map = {}
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: no weight_map")
     elif not (path / "model.safetensors").is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import os
 import re
@@ -20,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_core.files import model_folder, read_json, write_json
+from rlhf_core.files import model_folder, read_object, write_json
 from rlhf_core.models import hub
-from rlhf_core.models.safetensors import DTYPES, stored_tensors, write_tensors
+from rlhf_core.models.ilql import HEADS_FILE
+from rlhf_core.models.safetensors import DTYPES, stored_tensors, stored_texts, write_tensors
 from rlhf_core.models.transformer import Transformer
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -205,7 +207,9 @@ def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
     """Write adapters, and a scalar head, in PEFT's layout: adapter_model.safetensors and, last, adapter_config.json."""
     config, path = adapter_config(model), Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    write_tensors(path / WEIGHTS_FILE, _tensors(model))
+    (path / HEADS_FILE).unlink(missing_ok=True)  # of an earlier save, which a reader would take for this model's
+    texts = {"of_steps": json.dumps(model.of_steps)} if hasattr(model, "of_steps") else {}
+    write_tensors(path / WEIGHTS_FILE, _tensors(model), texts)
     targets, scalar = config.target_modules, hasattr(model, "score")
     fields = {
         "peft_type": "LORA",
@@ -259,6 +263,8 @@ def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
     add_adapters(model, config)
     for name, parameter in _tensors(model).items():
         found[name].copy_to(parameter)
+    if hasattr(model, "of_steps"):
+        model.of_steps = json.loads(stored_texts(file).get("of_steps", json.dumps(model.of_steps)))
 
 
 def is_adapter(source: str | os.PathLike) -> bool:
@@ -269,7 +275,7 @@ def is_adapter(source: str | os.PathLike) -> bool:
 def is_reward_model(source: str | os.PathLike) -> bool:
     """Whether a folder or hub repository holds a reward model, or adapters that make one."""
     if is_adapter(source):
-        return read_json(Path(source) / CONFIG_FILE).get("task_type") == "SEQ_CLS"
+        return read_object(Path(source) / CONFIG_FILE).get("task_type") == "SEQ_CLS"
     return hub.has_scalar_head(source)
 
 
@@ -278,7 +284,7 @@ def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    fields = read_json(file)
+    fields = read_object(file)
     for name, value in fields.items():
         allowed = _ALLOWED.get(name)
         if value not in allowed if allowed else value and name not in _FREE:
@@ -304,6 +310,8 @@ def load_with_base(cls: type[nn.Module], path: str | os.PathLike, dtype: torch.d
     file, base = Path(path) / CONFIG_FILE, read_adapter_config(path).base
     if base is None:
         raise ValueError(f"{file}: base_model_name_or_path is missing; load that model, then the adapters into it")
+    if is_reward_model(path) and issubclass(cls, Transformer):
+        raise ValueError(f"{path}: adapters of a reward model, not of a language model")
     base = model_folder(base)
     model = hub.load(cls if hub.has_scalar_head(base) else Transformer, base, dtype)
     if not isinstance(model, cls):

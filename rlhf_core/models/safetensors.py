@@ -54,6 +54,12 @@ def stored_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
         return {name: StoredTensor(path, name, x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
 
 
+def stored_texts(path: str | os.PathLike) -> dict[str, str]:
+    """The texts in a file by name; ValueError as for `stored_tensors`."""
+    with _open(Path(path)) as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
     """A whole file: the texts and the tensors that `write_tensors` wrote; ValueError as for `stored_tensors`."""
     with _open(Path(path)) as file:
@@ -62,10 +68,14 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Ten
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], texts: dict[str, str] | None = None) -> None:
     """Write tensors, of any strides and on any device, and named texts into one file, atomically; contiguous tensors
-    are not copied."""
+    are not copied. OSError, naming the file, where the disk refuses."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    package, save_file = require("safetensors", "train"), require("safetensors.torch", "train").save_file
     with replacing(path) as temporary:
-        require("safetensors.torch", "train").save_file(tensors, temporary, metadata={"format": "pt", **(texts or {})})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", **(texts or {})})
+        except package.SafetensorError as error:  # in place of an OSError, such as a full disk
+            raise OSError(f"{path}: not written: {error}") from None
 
 
 def _open(path: Path):

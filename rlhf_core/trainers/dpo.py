@@ -6,11 +6,13 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlhf_core.data import Pair
+from rlhf_core.files import check_writable
 from rlhf_core.losses import (
     dpo_loss,
     hinge_loss,
@@ -102,6 +104,10 @@ class DPOTrainer(Trainer):
             raise ValueError(f"a reference has no effect: loss {config.loss!r} is without one")
         self.reference = self.reference_logprobs = None
         if config.reference_logprobs is not None:
+            file = Path(config.reference_logprobs)
+            if file.is_dir():
+                raise IsADirectoryError(f"reference_logprobs {file} is a folder, not a file")
+            check_writable(file.parent)
             self.reference_logprobs = ReferenceLogprobs(
                 config.reference_logprobs,
                 (*examples, *self.eval_examples),

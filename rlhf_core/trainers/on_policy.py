@@ -69,6 +69,7 @@ class OnPolicyTrainer(ClippedUpdates):
             device=self.device,
             of_steps=config.process_rewards,
         )
+        self.scorer.check_vocabulary(model)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         positions = model.config.max_positions
         self.prompt_length = min(config.max_prompt_length, positions - config.response_length)

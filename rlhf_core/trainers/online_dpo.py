@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_core.data import Tokenizer
+from rlhf_core.data import Pair, Tokenizer
 from rlhf_core.models import Transformer
 from rlhf_core.trainers.config import option
 from rlhf_core.trainers.dpo import WITHOUT_REFERENCE, DPOConfig, DPOTrainer
@@ -125,6 +125,8 @@ def iterated_dpo(
     """
     scorer = scorer_of(model, config, reward=reward, judge=judge, tokenizer=tokenizer)
     first = frozen_copy(model) if config.reference_policy == "first" else None
+    # What it refuses of the options is told before anything is sampled or written.
+    DPOTrainer(model, [Pair([0], [0], [1])], config, reference=first, out=out)
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)

@@ -72,7 +72,7 @@ class RewardTrainer(Trainer):
             raise ValueError(f"there are {named}; train and evaluate on one of them")
         of_pairs = ("loss", "label_smoothing", "centering_coef")
         config.check_effective(*((name, kind is Pair, f"on {KINDS[kind]}") for name in of_pairs))
-        self.learns_steps = kind is Steps
+        self.learns_steps = model.of_steps = kind is Steps
         if kind is not Steps and all(ids == row.completions_ids[0] for row in examples for ids in row.completions_ids):
             raise ValueError(f"of none of the {len(examples)} {KINDS[kind]} do the completions differ")
 

@@ -56,6 +56,8 @@ def rft(
     prompt's best; examples, how many were learned from.
     """
     scorer = scorer_of(model, config, reward=reward, tokenizer=tokenizer)
+    # What it refuses of the options is told before anything is sampled or written.
+    SFTTrainer(model, [Example([0], [0])], config, out=out)
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)

@@ -47,8 +47,10 @@ class RunLog:
         return self
 
     def _keep_steps_done(self) -> None:
-        """Cut the lines of later steps, and a checkpoint where none is done: both are of a run before."""
+        """Cut the lines of later steps, a checkpoint where none is done, and the state of an error: all are of a run
+        before."""
         trainer = self.trainer
+        (trainer.out / checkpoint.ERROR_NAME).unlink(missing_ok=True)
         if not trainer.steps_done:
             (trainer.out / checkpoint.NAME).unlink(missing_ok=True)
         self.file.seek(0)

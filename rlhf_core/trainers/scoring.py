@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_core.data import Example, Tokenizer, collate, step_ends
-from rlhf_core.models import EnsembleReward, RewardModel
+from rlhf_core.models import EnsembleReward, RewardModel, Transformer
 from rlhf_core.trainers.common import to_device
 
 Reward = RewardModel | EnsembleReward | Callable[[list, list], Sequence[float | Sequence[float]]]
@@ -42,6 +42,8 @@ class Scorer:
         of_steps: the reward models are process reward models: what the end of a step earns is the log of the
             probability that the step is right, and so a response's score that of all of them being right;
             what `step_ends` calls no step earns nothing.
+
+        Raises ValueError for a reward model that scores steps where they do not count, or the other way round.
         """
         self.rewards = list(reward) if isinstance(reward, list | tuple) else [(reward, 1.0)]
         if not self.rewards:
@@ -56,6 +58,19 @@ class Scorer:
         self.of_steps = of_steps
         if of_steps and (tokenizer is None or len(self.models) < len(self.rewards)):
             raise ValueError("rewards of steps need a tokenizer, which knows where these end, and reward models alone")
+        for i, model in enumerate(self.models):
+            if model.of_steps and not of_steps:
+                raise ValueError(f"reward model {i} scores steps, so it goes with process_rewards alone")
+            if of_steps and not model.of_steps:
+                raise ValueError(f"reward model {i} scores responses: process_rewards needs those that learned steps")
+
+    def check_vocabulary(self, policy: Transformer) -> None:
+        """Raise ValueError where a reward model cannot read the token ids of a policy."""
+        size = policy.config.vocab_size
+        for i, model in enumerate(self.models):
+            if model.config.vocab_size != size:
+                sizes = f"the policy has {size} tokens, reward model {i} {model.config.vocab_size}"
+                raise ValueError(f"{sizes}: they must share a tokenizer")
 
     def __call__(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Scores (B,) float32: what the tokens of each response earn together."""

@@ -90,12 +90,10 @@ def candidates(
     scorer: (prompts, responses) -> scores (B n,), the responses to a prompt one after the other.
     Every response has a seed of its own, so batch_size changes only rounding.
     """
-    n, R, limit = config.num_samples, config.response_length, min(config.max_length, model.config.max_positions)
-    if limit <= R:
-        raise ValueError(f"response_length {R} leaves no prompt of {limit} tokens")
     if not len(prompts):
         raise ValueError("there are no prompts to sample responses to")
-    prompts = [cut_prompt(list(prompt), limit - R, model.config.bos_id) for prompt in prompts]
+    n, R, room = config.num_samples, config.response_length, _prompt_length(model, config)
+    prompts = [cut_prompt(list(prompt), room, model.config.bos_id) for prompt in prompts]
     seeds = torch.randint(2**63 - 1, (len(prompts), n), generator=generator)
     responses, scores = [], []
     for start in range(0, len(prompts), config.batch_size):
@@ -115,6 +113,14 @@ def candidates(
     return Candidates(prompts, responses, torch.cat(scores))
 
 
+def _prompt_length(model: Transformer, config: SamplingConfig) -> int:
+    """The longest prompt, tokens; ValueError where the response leaves none."""
+    limit, R = min(config.max_length, model.config.max_positions), config.response_length
+    if limit <= R:
+        raise ValueError(f"response_length {R} leaves no prompt of {limit} tokens")
+    return limit - R
+
+
 def scorer_of(
     model: Transformer,
     config: SamplingConfig,
@@ -123,12 +129,16 @@ def scorer_of(
     judge: Judge | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Callable[[list[list[int]], list[list[int]]], Tensor]:
-    """What scores the samples of a model: a reward or a judge, whichever is given."""
+    """What scores the samples of a model: a reward or a judge, whichever is given. ValueError, before anything is
+    sampled, where that does not fit the model, or the config's lengths do not."""
+    _prompt_length(model, config)
     if (reward is None) == (judge is None):
         raise ValueError("give either a reward or a judge")
     if judge is not None:
         return JudgeScorer(judge, config.num_samples, tokenizer)
-    return Scorer(reward, tokenizer=tokenizer, pad_id=model.config.pad_id or 0, batch_size=config.batch_size)
+    scorer = Scorer(reward, tokenizer=tokenizer, pad_id=model.config.pad_id or 0, batch_size=config.batch_size)
+    scorer.check_vocabulary(model)
+    return scorer
 
 
 class JudgeScorer:
