@@ -13,7 +13,7 @@ from rlhf_core.masking import explained_variance
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig, ValueModel
 from rlhf_core.models.lora import LoRAConfig, adapters_off, add_adapters
 from rlhf_core.models.transformer import Trunk
-from rlhf_core.ops import linear_logprobs
+from rlhf_core.ops import linear_logprobs_blocks
 from rlhf_core.rollout import Rollout, sample
 from rlhf_core.trainers import PPOConfig, PPOTrainer
 from rlhf_core.trainers.clipped_updates import Experience
@@ -200,7 +200,7 @@ def test_a_padded_rollout_is_computed_as_far_as_its_longest_row_and_without_a_ma
 def test_the_logits_of_an_update_are_computed_once(critic, aggregation, monkeypatch):
     """The loss that the head is told of beforehand is the one that comes: nothing is left for backward to compute."""
     trainer = make(critic=critic, aggregation=aggregation, micro_batch_size=3, ppo_epochs=4, clip_range=0.01)
-    monkeypatch.setattr(linear_logprobs, "_backward", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again"))
     report = trainer.step(PROMPTS)
     assert 0 < report["policy/clipfrac_avg"] < 1, report
 
