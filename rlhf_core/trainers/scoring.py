@@ -65,10 +65,11 @@ class Scorer:
                 raise ValueError(f"reward model {i} scores responses: process_rewards needs those that learned steps")
 
     def check_vocabulary(self, policy: Transformer) -> None:
-        """Raise ValueError where a reward model cannot read the token ids of a policy."""
+        """Raise ValueError where a reward model cannot read the token ids of a policy. Sizes a hundredth apart may be
+        those of one tokenizer, padded otherwise, as Qwen2.5's are."""
         size = policy.config.vocab_size
         for i, model in enumerate(self.models):
-            if model.config.vocab_size != size:
+            if abs(model.config.vocab_size - size) > 0.01 * size:
                 sizes = f"the policy has {size} tokens, reward model {i} {model.config.vocab_size}"
                 raise ValueError(f"{sizes}: they must share a tokenizer")
 
