@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.data import Example, Pair, Ranked, Steps, TokenBatch, Tokenizer, collate
+from rlhf_core.data import TokenBatch, Tokenizer, collate
 from rlhf_core.data.collate import length, misfit
 from rlhf_core.trainers import checkpoint
 from rlhf_core.trainers.config import TrainConfig
@@ -101,8 +101,7 @@ class Trainer:
         self.pad_id = model.config.pad_id or 0
         self.steps_done, self.finished = 0, False
         for name, rows in (("example", examples), ("evaluation example", eval_examples)):
-            self._check_kinds(name, rows)
-            self._check_lengths(name, rows)
+            self.check_examples(name, rows, self.kinds)
         for trained in self.trained_models():
             self._prepare(trained)
         if config.dropout and not any(map(has_dropout, self.trained_models())):
@@ -122,30 +121,28 @@ class Trainer:
         """`trained_parameters` as AdamW takes them, with learning rates of their own where they have one."""
         return [{"params": self.trained_parameters()}]
 
-    def _check_lengths(self, name: str, examples: Sequence) -> None:
-        limit = self.model.config.max_positions
-        longest = getattr(self.config, "max_length", limit)
-        for i, example in enumerate(examples):
-            if not isinstance(example, Example | Pair | Ranked | Steps):  # a prompt, which is cut
-                continue
-            if length(example) > longest:
-                said = f"max_length is {longest}; the encoders of rlhf_core.data cut"
-                raise ValueError(f"{name} {i} has {length(example)} tokens, {said}")
-            if length(example) > limit:
-                raise ValueError(f"{name} {i} has {length(example)} tokens, the model {limit} positions")
-
-    def _check_kinds(self, name: str, examples: Sequence) -> None:
-        for i, example in enumerate(examples):
-            fault = self.fault(example) if self.kinds else None
-            if fault is not None:
+    def check_examples(self, name: str, examples: Sequence, kinds: tuple[type, ...]) -> None:
+        """ValueError for the first that cannot be trained on; without kinds they are prompts, which are cut."""
+        for i, example in enumerate(examples if kinds else ()):
+            if isinstance(example, kinds):
+                fault = misfit(example) or self._excess(length(example)) or self.fault(example)
+            else:
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                fault = f"is of type {type(example).__name__}, {self.algorithm} takes {wanted}"
+            if fault:
                 raise ValueError(f"{name} {i} {fault}")
 
+    def _excess(self, tokens: int) -> str | None:
+        positions = self.model.config.max_positions
+        if tokens > positions:
+            return f"has {tokens} tokens, the model {positions} positions"
+        if tokens > getattr(self.config, "max_length", positions):
+            return f"has {tokens} tokens, max_length is {self.config.max_length}; the encoders of rlhf_core.data cut"
+        return None
+
     def fault(self, example) -> str | None:
-        """Why an example cannot be trained on, in words."""
-        if not isinstance(example, self.kinds):
-            wanted = " or ".join(kind.__name__ for kind in self.kinds)
-            return f"is of type {type(example).__name__}, {self.algorithm} takes {wanted}"
-        return misfit(example)
+        """What else keeps an example from being trained on, in words."""
+        return None
 
     def _prepare(self, model: nn.Module) -> None:
         """Dropout, checkpointing and frozen layers as the config says."""

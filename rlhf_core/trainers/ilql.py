@@ -68,10 +68,8 @@ class ILQLTrainer(Trainer):
         model.beta = config.beta
 
     def fault(self, example) -> str | None:
-        fault = super().fault(example)
-        if fault is None and (example.reward is None or not math.isfinite(example.reward)):
-            return f"has reward {example.reward!r}, no finite number"
-        return fault
+        finite = example.reward is not None and math.isfinite(example.reward)
+        return None if finite else f"has reward {example.reward!r}, no finite number"
 
     def losses(self, batch: list[Example], metrics: Metrics) -> Iterator[Tensor]:
         config, model, num_tokens = self.config, self.model, max(sum(map(count_targets, batch)), 1)

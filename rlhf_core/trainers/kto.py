@@ -52,10 +52,7 @@ class KTOTrainer(Trainer):
         self.reference = Reference(model, reference)
 
     def fault(self, example) -> str | None:
-        fault = super().fault(example)
-        if fault is None and example.label not in (True, False):
-            return f"has label {example.label!r}, not True or False"
-        return fault
+        return None if example.label in (True, False) else f"has label {example.label!r}, not True or False"
 
     def losses(self, batch: list[Example], metrics: Metrics) -> Iterator[Tensor]:
         config, kl = self.config, self.kl(batch)

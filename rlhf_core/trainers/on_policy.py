@@ -59,7 +59,7 @@ class OnPolicyTrainer(ClippedUpdates):
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         if bool(config.ptx_coef) != bool(ptx_examples):
             raise ValueError(f"ptx_coef {config.ptx_coef} goes with ptx_examples, there are {len(ptx_examples)}")
-        self._check_lengths("ptx example", ptx_examples)
+        self.check_examples("ptx example", ptx_examples, (Example,))
         self.ptx_examples = ptx_examples
         self.scorer = Scorer(
             reward,
