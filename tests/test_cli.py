@@ -11,7 +11,7 @@ import tempfile
 import pytest
 import torch
 
-from rlhf_core import backends, cli
+from rlhf_core import backends, cli, commands
 from rlhf_core.data import ByteTokenizer
 from rlhf_core.models import ILQLModel, RewardModel, Transformer, TransformerConfig
 from rlhf_core.models.lora import has_adapters
@@ -497,7 +497,7 @@ def test_ctrl_c_tells_of_a_model_only_where_one_is_trained(folders, tmp_path, ca
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_device", interrupt)
+    monkeypatch.setattr(commands, "_device", interrupt)
     assert run("generate", "--model", folders / "policy", "--prompt", "x") == 130
     assert capsys.readouterr().err == "rlhf-core generate: interrupted\n"
     assert train("sft", folders, write(tmp_path / "data.jsonl", TEXTS), tmp_path / "out") == 130

@@ -19,10 +19,11 @@ FLOORS = [
     {"generation", "rollout"},
     {"trainers", "evaluation", "integrations"},
     {"", "demo", "benchmarks"},  # "" is rlhf_core/__init__.py
-    {"cli"},
+    {"commands", "cli"},
 ]
 NEIGHBOURS = {  # on one floor, and one is made of the other
     *(("masking", "checks"), ("rollout", "generation"), ("models", "ops"), ("trainers", "evaluation")),
+    ("cli", "commands"),
     *(("backends", "compiled"), ("checks", "backends")),
 }
 ONLY_IN = {"triton": "kernels", "argparse": "cli"}
