@@ -114,7 +114,9 @@ class OnPolicyConfig(TrainConfig):
     aggregation: str = option("token_mean", "of the losses: token_mean, sequence_mean, sequence_sum / response_length")
 
     process_rewards: bool = option(
-        False, "the reward models score steps: each one's end earns the log of its probability"
+        False,
+        "the reward models score steps: each one's end earns the log of its probability, at most 0; a step that is cut "
+        "earns nothing, which missing_eos_penalty can make up for",
     )
     missing_eos_penalty: float | None = option(None, "taken off the score of a response without an end token")
     length_penalty: float = option(0.0, "taken off the score for each token of the response")
