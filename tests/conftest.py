@@ -45,6 +45,12 @@ def assert_as_accurate(got, reference, truth, kind="value"):
     assert not (excess > 0).any() and not got.isnan().any(), f"{excess.max():.2g} beyond the tolerance"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Our own: one that users share may hold half a file of a process that was killed while it compiled."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+
+
 @pytest.fixture(params=["reference", "cpp", "triton"])
 def backend(request, monkeypatch):
     """Each backend's name in turn. Tensors are created where it runs, and uninitialised memory is NaN."""

@@ -98,3 +98,14 @@ def length_desensitized_weights(lengths: Tensor, *, alpha: float) -> Tensor:
     public = lengths.amin(dim=1, keepdim=True).expand_as(lengths)
     runs = torch.stack([public, lengths - public], dim=-1).flatten()  # shared tokens, then those beyond, in turns
     return lengths.new_tensor([1.0, alpha], dtype=torch.float32).repeat(lengths.numel()).repeat_interleave(runs)
+
+
+# By name those of pairs, of the log-ratios of chosen and rejected; their options come by keyword.
+LOSSES = {
+    "dpo": dpo_loss,
+    "robust": robust_dpo_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+    "simpo": simpo_loss,
+    "orpo": orpo_loss,
+}

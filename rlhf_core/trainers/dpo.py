@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlhf_core.data import Pair
-from rlhf_core.files import check_writable
-from rlhf_core.losses import (
-    dpo_loss,
-    hinge_loss,
-    ipo_loss,
-    length_desensitized_weights,
-    orpo_loss,
-    preferred,
-    robust_dpo_loss,
-    simpo_loss,
-)
+from rlhf_core.losses.preference import LOSSES, length_desensitized_weights
+from rlhf_core.losses.reward import preferred
 from rlhf_core.models import Transformer, eval_mode
 from rlhf_core.trainers.common import Metrics, Trainer
 from rlhf_core.trainers.completions import sequence_means, sequence_sums, target_logprobs
 from rlhf_core.trainers.config import TrainConfig, option
 from rlhf_core.trainers.reference import Reference, ReferenceLogprobs
 
-# Each loss of the log-ratios of chosen and rejected, and the options that it takes.
-LOSSES = {
-    "dpo": (dpo_loss, ("beta", "label_smoothing")),
-    "robust": (robust_dpo_loss, ("beta", "label_smoothing")),
-    "ipo": (ipo_loss, ("beta",)),
-    "hinge": (hinge_loss, ("beta",)),
-    "simpo": (simpo_loss, ("beta", "gamma")),
-    "orpo": (orpo_loss, ("orpo_lambda",)),
-}
 WITHOUT_REFERENCE = ("simpo", "orpo")
+
+
+def options_of(loss: str) -> set[str]:
+    """What a loss takes beside log-ratios."""
+    return set(inspect.getfullargspec(LOSSES[loss]).kwonlyargs)
 
 
 @dataclass(frozen=True)
@@ -71,7 +58,7 @@ class DPOConfig(TrainConfig):
             ("average", self.average or not without_reference, f"set for loss {loss!r}"),
             ("label_smoothing", self.label_smoothing or loss != "robust", "> 0 for loss 'robust', else it is 'dpo'"),
         )
-        idle = {"beta", "label_smoothing", "gamma", "orpo_lambda"} - set(LOSSES[loss][1])
+        idle = {"beta", "label_smoothing", "gamma", "orpo_lambda"} - options_of(loss)
         idle |= {"reference_free", "reference_logprobs"} if without_reference else set()
         idle |= {"sft_coef"} if loss == "orpo" else set()
         self.check_effective(
@@ -101,13 +88,10 @@ class DPOTrainer(Trainer):
             raise ValueError(f"of none of the {len(examples)} pairs do the completions differ")
         without = config.reference_free or config.loss in WITHOUT_REFERENCE
         if without and reference is not None:
-            raise ValueError(f"a reference has no effect: loss {config.loss!r} is without one")
+            named = "reference_free" if config.reference_free else f"loss {config.loss!r}"
+            raise ValueError(f"a reference has no effect with {named}")
         self.reference = self.reference_logprobs = None
         if config.reference_logprobs is not None:
-            file = Path(config.reference_logprobs)
-            if file.is_dir():
-                raise IsADirectoryError(f"reference_logprobs {file} is a folder, not a file")
-            check_writable(file.parent)
             self.reference_logprobs = ReferenceLogprobs(
                 config.reference_logprobs,
                 (*examples, *self.eval_examples),
@@ -165,8 +149,8 @@ class DPOTrainer(Trainer):
         """Losses (B,), log-probs (B, 2) and implicit rewards (B, 2) from the targets' log-probs (M,)."""
         config, logps = self.config, self.logps(logprobs, lengths)
         log_ratios = logps - ref_logps
-        loss_of, names = LOSSES[config.loss]
-        loss = loss_of(*log_ratios.unbind(dim=1), **{name: getattr(config, name) for name in names})
+        names = options_of(config.loss)
+        loss = LOSSES[config.loss](*log_ratios.unbind(dim=1), **{name: getattr(config, name) for name in names})
         if config.sft_coef:
             loss = loss - config.sft_coef * sequence_means(logprobs, lengths)[:, 0]
         return loss, logps, (config.beta if "beta" in names else 1.0) * log_ratios

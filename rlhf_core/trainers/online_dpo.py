@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_core.data import Pair, Tokenizer
+from rlhf_core.data import Tokenizer
 from rlhf_core.models import Transformer
+from rlhf_core.trainers.common import Trainer
 from rlhf_core.trainers.config import option
 from rlhf_core.trainers.dpo import WITHOUT_REFERENCE, DPOConfig, DPOTrainer
 from rlhf_core.trainers.reference import frozen_copy
@@ -60,15 +61,13 @@ class OnlineDPOTrainer(DPOTrainer):
         *,
         reward: Reward | Sequence[tuple[Reward, float]] | None = None,
         judge: Judge | None = None,
-        reference: Transformer | None = None,
         eos_ids: Sequence[int] | None = None,
-        tokenizer: Tokenizer | None = None,
-        out: str | os.PathLike | None = None,
+        **options,
     ):
-        super().__init__(model, examples, config, reference=reference, tokenizer=tokenizer, out=out)
+        super().__init__(model, examples, config, **options)
         if judge is not None:
             self.main_metric = super().main_metric  # the mean of a judge's scores is always one half
-        self.scorer = scorer_of(model, config, reward=reward, judge=judge, tokenizer=tokenizer)
+        self.scorer = scorer_of(model, config, reward=reward, judge=judge, tokenizer=self.tokenizer)
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         self.generator = torch.Generator().manual_seed(config.seed)
 
@@ -125,8 +124,7 @@ def iterated_dpo(
     """
     scorer = scorer_of(model, config, reward=reward, judge=judge, tokenizer=tokenizer)
     first = frozen_copy(model) if config.reference_policy == "first" else None
-    # What it refuses of the options is told before anything is sampled or written.
-    DPOTrainer(model, [Pair([0], [0], [1])], config, reference=first, out=out)
+    Trainer(model, prompts, config, out=out)  # refuses what it refuses before anything is sampled or written
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)

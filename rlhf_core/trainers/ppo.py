@@ -7,7 +7,7 @@ A step samples responses, scores them, shapes the reward with the KL to the refe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from rlhf_core.trainers.clipped_updates import Experience
 from rlhf_core.trainers.common import Metrics
 from rlhf_core.trainers.config import ONE_UPDATE, OnPolicyConfig, option
 from rlhf_core.trainers.on_policy import OnPolicyTrainer
-from rlhf_core.trainers.scoring import Reward
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,7 @@ class PPOTrainer(OnPolicyTrainer):
     algorithm = "ppo"
 
     def __init__(
-        self,
-        model: Transformer,
-        examples: Sequence[Sequence[int]],
-        config: PPOConfig,
-        *,
-        reward: Reward | Sequence[tuple[Reward, float]],
-        critic: ValueModel | None = None,
-        **options,
+        self, model: Transformer, examples, config: PPOConfig, *, reward, critic: ValueModel | None = None, **options
     ):
         if critic is None and config.critic == "head":
             critic = ValueModel.from_model(model, share_trunk=True)

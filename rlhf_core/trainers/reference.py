@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.data.collate import as_group
+from rlhf_core.files import check_writable
 from rlhf_core.models import eval_mode
 from rlhf_core.models.lora import adapters_off, frozen_adapters, has_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
@@ -84,9 +85,12 @@ class ReferenceLogprobs:
         Raises ValueError where the file is damaged, was made of another reference or precision, or lacks an example.
         """
         path, self.made_of = Path(path), {"reference": digest_of_model(reference), "precision": precision}
+        if path.is_dir():
+            raise IsADirectoryError(f"reference_logprobs {path} is a folder, not a file")
         if path.is_file():
             self._logprobs = _read(path, self.made_of)
         else:
+            check_writable(path.parent)
             self._logprobs = {
                 _key(example): part.cpu() for batch, parts in compute(reference) for example, part in zip(batch, parts)
             }

@@ -13,6 +13,7 @@ import torch
 
 from rlhf_core.data import Example, Tokenizer
 from rlhf_core.models import Transformer
+from rlhf_core.trainers.common import Trainer
 from rlhf_core.trainers.config import option
 from rlhf_core.trainers.rounds import goes_on, run_rounds
 from rlhf_core.trainers.scoring import Reward
@@ -56,8 +57,7 @@ def rft(
     prompt's best; examples, how many were learned from.
     """
     scorer = scorer_of(model, config, reward=reward, tokenizer=tokenizer)
-    # What it refuses of the options is told before anything is sampled or written.
-    SFTTrainer(model, [Example([0], [0])], config, out=out)
+    Trainer(model, prompts, config, out=out)  # refuses what it refuses before anything is sampled or written
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)
