@@ -59,7 +59,7 @@ IN_ROUNDS = {  # name, function, help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a run that diverged, 2 for bad input, 130 for an interrupt."""
-    name = "rlhf-core"
+    name, arguments = "rlhf-core", argparse.Namespace()
     try:
         arguments = _parser().parse_args(argv)
         name = f"{name} {arguments.command}"
@@ -68,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except USER_ERRORS as error:
         print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not {"reward_function", "judge"} & {name for name, value in vars(arguments).items() if value}:
+            raise
+        print(f"{name}: error: {error}", file=sys.stderr)  # which a function of the user's has raised
         return 2
     except FloatingPointError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
@@ -115,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
                 sub.add_argument("--eval-data", type=Path, help="evaluate on this file")
                 sub.add_argument("--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out")
             else:
-                _add_prompts_and_reward(sub)
+                _add_prompts_and_reward(sub, judged=name in ("online-dpo", "iterated-dpo"))
             if issubclass(config, OnPolicyConfig):
                 sub.add_argument("--ptx-data", type=Path, help=f"for --ptx-coef: {TEXTS}")
             _add_run(sub)
@@ -189,12 +194,22 @@ def _add_run(sub: argparse.ArgumentParser) -> None:
     lora.add_argument("--lora-targets", nargs="+", metavar="MODULE", help="such as q_proj v_proj; default: all")
 
 
-def _add_prompts_and_reward(sub: argparse.ArgumentParser) -> None:
+def _add_prompts_and_reward(sub: argparse.ArgumentParser, judged: bool = False) -> None:
     from rlhf_core.models.heads import AGGREGATES
 
-    sub.add_argument(
-        "--reward-model", required=True, type=Path, nargs="+", help="folders that `rlhf-core reward` wrote"
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--reward-model", type=Path, nargs="+", help="folders that `rlhf-core reward` wrote")
+    source.add_argument(
+        "--reward-function",
+        metavar="FILE.py:NAME",
+        help="a function: lists of prompts and responses, strings, to a number for each response",
     )
+    if judged:
+        source.add_argument(
+            "--judge",
+            metavar="FILE.py:NAME",
+            help="a function: lists of prompts, first and second responses to how probably the first is better",
+        )
     several = sub.add_mutually_exclusive_group()
     several.add_argument("--reward-weights", type=float, nargs="+", help="of several: their weighted sum")
     several.add_argument("--reward-ensemble", choices=AGGREGATES, help="of several: default mean")

@@ -7,6 +7,7 @@ functions, and what these return to folders, files and the terminal.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import platform
@@ -127,18 +128,43 @@ def _eos_ids(arguments, model, tokenizer) -> tuple[int, ...]:
     return tuple(arguments.eos_ids or dict.fromkeys((*model.config.eos_ids, *tokenizer.eos_ids)))
 
 
-def _reward_of(arguments, device):
-    """What the --reward options name, as a `Scorer` takes it."""
+def _reward_of(arguments, device) -> dict:
+    """What the --reward options name, or --judge, as the methods that sample take it."""
     from rlhf_core.models import load_reward
 
     weights, folders = arguments.reward_weights, arguments.reward_model
+    if folders is None:
+        for name in ("reward_weights", "reward_ensemble", "reward_coef"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} has no effect without --reward-model")
+        if arguments.reward_function is not None:
+            return {"reward": _function("--reward-function", arguments.reward_function)}
+        return {"judge": _function("--judge", arguments.judge)}
     if weights is None:
-        return load_reward(folders, arguments.reward_ensemble, arguments.reward_coef).to(device)
+        return {"reward": load_reward(folders, arguments.reward_ensemble, arguments.reward_coef).to(device)}
     if arguments.reward_coef is not None:
         raise ValueError(f"--reward-coef {arguments.reward_coef} has no effect with --reward-weights")
     if len(weights) != len(folders):
         raise ValueError(f"--reward-weights are {len(weights)} for {len(folders)} reward models")
-    return [(load_reward([folder]).to(device), weight) for folder, weight in zip(folders, weights)]
+    return {"reward": [(load_reward([folder]).to(device), weight) for folder, weight in zip(folders, weights)]}
+
+
+def _function(option: str, text: str):
+    """The function that FILE.py:NAME names; the file is executed."""
+    file, _, name = text.rpartition(":")
+    if not file.endswith(".py") or not name:
+        raise ValueError(f"{option} must be FILE.py:NAME, got {text!r}")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{option}: {file} raised {error!r}") from error
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"{option}: {file} has no function {name!r}")
+    return getattr(module, name)
 
 
 def _prompted(arguments, config) -> tuple:
@@ -153,7 +179,7 @@ def _prompted(arguments, config) -> tuple:
     model = Transformer.from_pretrained(arguments.model).to(device)
     rows = _read(read_prompts, arguments.prompts, arguments, lambda prompt: (prompt, encode_prompt(prompt, tokenizer)))
     eos_ids = _eos_ids(arguments, model, tokenizer)
-    return model, rows, dict(reward=_reward_of(arguments, device), eos_ids=eos_ids, tokenizer=tokenizer)
+    return model, rows, dict(eos_ids=eos_ids, tokenizer=tokenizer, **_reward_of(arguments, device))
 
 
 def train_on_prompts(arguments) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,6 +289,65 @@ def test_a_weight_for_each_reward_model(folders, tmp_path, capsys):
     models[-2:] = [1, "--reward-coef", 0.5]
     assert run("ppo", *models, "--prompts", prompts, "--out", tmp_path / "out", *SMALL) == 2
     assert "--reward-coef 0.5 has no effect with --reward-weights" in capsys.readouterr().err
+
+
+FUNCTIONS = """
+def length(prompts, responses):
+    assert all(isinstance(text, str) for text in (*prompts, *responses))
+    return [len(response) for response in responses]
+
+
+def longer(prompts, first, second):
+    return [(len(a) > len(b)) + (len(a) == len(b)) / 2 for a, b in zip(first, second)]
+
+
+def breaks(prompts, responses):
+    raise KeyError("unknown prompt")
+
+
+number = 3
+"""
+
+
+@pytest.mark.parametrize("command", ["ppo", "grpo", "online-dpo", "rft", "best-of-n"])
+def test_a_reward_may_be_a_function_in_a_file(command, folders, tmp_path, capsys):
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("one", "two", "three", "four")])
+    arguments = ["--model", folders / "policy", "--prompts", prompts, "--response-length", 4, *SMALL]
+    if command == "best-of-n":
+        arguments = [x for x in arguments if x not in ("--max-steps", "2")]
+    if command != "ppo":
+        arguments += ["--num-samples", 2]
+    function = ["--reward-function", f"{tmp_path / 'functions.py'}:length"]
+    assert run(command, *arguments, *function, "--out", tmp_path / "out") == 0
+    if command == "online-dpo":
+        judge = ["--judge", f"{tmp_path / 'functions.py'}:longer"]
+        assert run(command, *arguments, *judge, "--out", tmp_path / "judged") == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--reward-function", "functions.py"], "--reward-function must be FILE.py:NAME, got 'functions.py'"),
+        (["--reward-function", "nothing.py:length"], "nothing.py"),
+        (["--reward-function", "functions.py:number"], "functions.py has no function 'number'"),
+        (["--reward-function", "functions.py:other"], "functions.py has no function 'other'"),
+        (["--reward-function", "bad.py:length"], "bad.py raised NameError"),
+        (
+            ["--reward-function", "functions.py:breaks"],
+            "the reward raised KeyError('unknown prompt'); so it does",
+        ),
+        (["--reward-function", "functions.py:length", "--reward-weights", 1], "--reward-weights has no effect without"),
+    ],
+)
+def test_a_function_that_is_not_there_or_raises_is_told_of(options, message, folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("functions.py").write_text(FUNCTIONS)
+    Path("bad.py").write_text("length = width")
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("one", "two", "three", "four")])
+    fixed = ["--model", folders / "policy", "--prompts", prompts, "--response-length", 4, *SMALL, "--num-samples", 2]
+    assert run("grpo", *fixed, *options, "--out", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["online-dpo", "iterated-dpo", "rft"])
