@@ -611,12 +611,12 @@ def test_the_first_loss_of_dpo_is_log_two_to_the_last_bit(micro_batch_size, opti
     assert metrics["rewards/margins"] == 0 and metrics["rewards/accuracies"] == 0.5
 
 
-def test_metrics_weigh_values_not_micro_batches():
+def test_metrics_weigh_values_not_micro_batches_and_those_of_nothing_are_left_out():
     metrics = Metrics()
     metrics.add("a", torch.tensor([1.0, 2.0, 3.0]))
     metrics.add("a", torch.tensor([10.0, NAN]), torch.tensor([True, False]))
     metrics.add("none", torch.tensor([NAN]), torch.tensor([False]))
-    assert metrics.means() == {"a": 4.0, "none": 0.0}
+    assert metrics.means() == {"a": 4.0}
 
 
 # ---- precision, checkpointing, frozen layers

@@ -53,7 +53,8 @@ class Metrics:
             self._add(name, total, count)
 
     def means(self) -> dict[str, float]:
-        return {name: float(total) / max(float(count), 1) for name, (total, count) in self._sums.items()}
+        """Of what has values; a name whose masks were all False is left out."""
+        return {name: float(total) / float(count) for name, (total, count) in self._sums.items() if count}
 
 
 class Trainer:
