@@ -59,7 +59,7 @@ IN_ROUNDS = {  # name, function, help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a run that diverged, 2 for bad input, 130 for an interrupt."""
-    name, arguments = "rlhf-core", argparse.Namespace()
+    name = "rlhf-core"
     try:
         arguments = _parser().parse_args(argv)
         name = f"{name} {arguments.command}"
@@ -70,9 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not {"reward_function", "judge"} & {name for name, value in vars(arguments).items() if value}:
+        from rlhf_core.trainers.common import RewardError
+
+        if not isinstance(error, RewardError):
             raise
-        print(f"{name}: error: {error}", file=sys.stderr)  # which a function of the user's has raised
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"{name}: error: {error}", file=sys.stderr)

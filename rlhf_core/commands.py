@@ -150,12 +150,13 @@ def _reward_of(arguments, device) -> dict:
 
 
 def _function(option: str, text: str):
-    """The function that FILE.py:NAME names; the file is executed."""
+    """The function that FILE.py:NAME names; the file is executed, and may import what lies beside it."""
     file, _, name = text.rpartition(":")
     if not file.endswith(".py") or not name:
         raise ValueError(f"{option} must be FILE.py:NAME, got {text!r}")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"_rlhf_core_{Path(file).stem}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(file).resolve().parent))
     try:
         spec.loader.exec_module(module)
     except OSError:

@@ -292,7 +292,20 @@ def test_a_weight_for_each_reward_model(folders, tmp_path, capsys):
 
 
 FUNCTIONS = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import beside
+
+
+@dataclass
+class Row:
+    text: str
+
+
 def length(prompts, responses):
+    assert beside.here and Row("x").text
     assert all(isinstance(text, str) for text in (*prompts, *responses))
     return [len(response) for response in responses]
 
@@ -312,6 +325,7 @@ number = 3
 @pytest.mark.parametrize("command", ["ppo", "grpo", "online-dpo", "rft", "best-of-n"])
 def test_a_reward_may_be_a_function_in_a_file(command, folders, tmp_path, capsys):
     (tmp_path / "functions.py").write_text(FUNCTIONS)
+    (tmp_path / "beside.py").write_text("here = True")
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("one", "two", "three", "four")])
     arguments = ["--model", folders / "policy", "--prompts", prompts, "--response-length", 4, *SMALL]
     if command == "best-of-n":
@@ -342,7 +356,7 @@ def test_a_reward_may_be_a_function_in_a_file(command, folders, tmp_path, capsys
 )
 def test_a_function_that_is_not_there_or_raises_is_told_of(options, message, folders, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("functions.py").write_text(FUNCTIONS)
+    Path("functions.py").write_text(FUNCTIONS.replace("import beside", "import json as beside; beside.here = True"))
     Path("bad.py").write_text("length = width")
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("one", "two", "three", "four")])
     fixed = ["--model", folders / "policy", "--prompts", prompts, "--response-length", 4, *SMALL, "--num-samples", 2]

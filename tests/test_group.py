@@ -185,6 +185,7 @@ def test_a_run_writes_the_policy_and_its_name(tmp_path):
         (dict(batch_size=2, num_samples=3, minibatch_size=7), "minibatch_size must be from 1 to 6, got 7"),
         (dict(entropy_coef=math.inf), "entropy_coef must be at least 0, got inf"),
         (dict(clip_range_high=0.28), "clip_range_high has no effect on the one update of a rollout"),
+        (dict(ratio="sequence"), "ratio has no effect on the one update of a rollout"),
         (dict(whiten_scores="batch"), "whiten_scores has no effect on grpo, which divides by a deviation anyway"),
         (dict(advantage="rloo", whiten_scores="batch", whiten_mean=True), "whiten_mean has no effect on advantages"),
     ],

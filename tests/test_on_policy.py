@@ -351,6 +351,12 @@ def test_ptx_adds_the_gradient_of_the_cross_entropy(micro_batch_size):
     assert metrics.means()["loss/ptx"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_ptx_examples_without_a_target_leave_their_metric_alone():
+    masked, good = Example([1], [2, 3], [False, False]), Example([1], [2, 3])
+    trainer = make(ptx_coef=0.5, micro_batch_size=1, others=dict(ptx_examples=[masked, good]))
+    assert trainer.step(PROMPTS)["loss/ptx"] > 0
+
+
 def test_ptx_holds_a_text_up_that_the_reward_would_let_go():
     example = Example([7], [9, 2])
 
@@ -416,7 +422,6 @@ def test_a2c_refuses_what_would_make_it_ppo(option):
         (dict(whiten_mean=True), "whiten_mean has no effect without whiten_scores"),
         (dict(reference_ema=0.9, kl_coef=0.0), "reference_ema has no effect without kl_coef > 0"),
         (dict(reference_ema=1.0), r"reference_ema must be in \(0, 1\), got 1.0"),
-        (dict(clip_range_high=0.3, clip_range=math.inf), "clip_range_high has no effect without a finite clip_range"),
         (
             dict(kl_in="loss", kl_estimator="abs"),
             "kl_estimator must be one whose gradient is the KL's in the loss",
@@ -448,6 +453,15 @@ def test_a2c_refuses_what_would_make_it_ppo(option):
 def test_an_option_without_effect_or_out_of_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         PPOConfig(**options)
+
+
+def test_what_bounds_the_ratio_counts_where_dropout_moves_it():
+    one_update = dict(ppo_epochs=1, minibatch_size=64, dropout=True)
+    assert PPOConfig(**one_update, clip_range=0.1, dual_clip=3.0, value_clip_range=0.3).clip_range == 0.1
+    with pytest.raises(ValueError, match="max_approx_kl has no effect"):
+        PPOConfig(**one_update, max_approx_kl=0.1)
+    with pytest.raises(ValueError, match="dropout must be False in A2C"):
+        A2CConfig(dropout=True)
 
 
 def test_what_the_arguments_contradict_is_refused():

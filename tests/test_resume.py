@@ -182,6 +182,16 @@ def test_a_finished_reward_run_goes_on_with_the_scores_as_they_were_learned(star
     assert equal(snapshot(longer), snapshot(whole))
 
 
+def test_a_reward_run_that_goes_on_only_to_end_where_it_was_stopped_is_normalised(tmp_path):
+    run("reward", tmp_path, cut=2)
+    trainer = build("reward", tmp_path, max_steps=2, save_every=2)
+    with pytest.warns(UserWarning, match="linear schedule over 6 steps"):
+        trainer.resume()
+    trainer.train()
+    scores = RewardTrainer(RewardModel.from_pretrained(tmp_path), PAIRS, RewardConfig()).scores_of(PAIRS)
+    assert abs(scores.mean()) < 1e-4 and abs(scores.std(correction=0) - 1) < 1e-4
+
+
 def test_a_run_that_goes_on_under_another_linear_schedule_is_told(tmp_path):
     build("sft", tmp_path, save_every=1, max_steps=2).train()
     longer = build("sft", tmp_path)

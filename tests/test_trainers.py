@@ -936,3 +936,11 @@ def test_dpo_on_adapters_holds_its_weights_once_and_starts_at_log_two(monkeypatc
 def test_dropout_of_models_that_have_none_is_refused():
     with pytest.raises(ValueError, match="dropout has no effect: no model's config has any"):
         make("sft", dropout=True)
+
+
+def test_whole_texts_of_examples_of_another_kind_are_refused_like_all():
+    pair = Pair([5], [6], [7])
+    with pytest.raises(ValueError, match="example 0 is of type Pair, sft takes Example"):
+        SFTTrainer(tiny(), [pair], SFTConfig(whole_text=True))
+    with pytest.raises(ValueError, match="example 1 has no completion"):
+        RewardTrainer(tiny(RewardModel), [Ranked([5], [[6], [7]]), Ranked([5], [])], RewardConfig())

@@ -104,6 +104,8 @@ def count_targets(example: Example) -> int:
 def misfit(example: Example | Pair | Ranked | Steps) -> str | None:
     """What in an example does not fit together, in words."""
     _, completions, masks = as_group(example)
+    if not completions:
+        return "has no completion"
     if len(masks) != len(completions):
         return f"has {len(masks)} masks for {len(completions)} completions"
     for ids, mask in zip(completions, masks):

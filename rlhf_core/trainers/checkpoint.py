@@ -88,7 +88,7 @@ def load(trainer: Trainer) -> None:
             trainer.optimizer.state[parameter][kind] = kept
     trainer.steps_done = run["steps_done"]
     falls = trainer.config.lr_schedule == "linear" and trainer.steps_done > trainer.config.warmup_steps
-    if falls and trainer.total_steps != run["total_steps"]:
+    if falls and trainer.total_steps != run.get("total_steps", trainer.total_steps):
         warnings.warn(
             f"{path}: its {trainer.steps_done} steps had the learning rates of a linear schedule over "
             f"{run['total_steps']} steps, those that follow have one over {trainer.total_steps}",

@@ -161,7 +161,8 @@ class ClippedUpdates(Trainer):
                 with self.autocast():
                     loss = completion_loss(self.model, tokens, count)
                 n = len(tokens.targets)
-                metrics.add_mean("loss/ptx", loss * count / n, n)
+                if n:
+                    metrics.add_mean("loss/ptx", loss * count / n, n)
                 yield self.config.ptx_coef * loss
 
     @property

@@ -26,6 +26,10 @@ from rlhf_core.trainers.run_log import RunLog
 Tensors = TypeVar("Tensors", bound=NamedTuple)
 
 
+class RewardError(RuntimeError):
+    """What a caller's reward or judge has raised, with the row."""
+
+
 class Metrics:
     """Named means, kept as sums and counts until read, so that unequal micro-batches add up exactly."""
 
@@ -124,14 +128,20 @@ class Trainer:
 
     def check_examples(self, name: str, examples: Sequence, kinds: tuple[type, ...]) -> None:
         """ValueError for the first that cannot be trained on; without kinds they are prompts, which are cut."""
-        for i, example in enumerate(examples if kinds else ()):
-            if isinstance(example, kinds):
+        if kinds:
+            self.check_kinds(name, examples, kinds)
+            for i, example in enumerate(examples):
                 fault = misfit(example) or self._excess(length(example)) or self.fault(example)
-            else:
+                if fault:
+                    raise ValueError(f"{name} {i} {fault}")
+
+    def check_kinds(self, name: str, examples: Sequence, kinds: tuple[type, ...]) -> None:
+        """ValueError for the first that is of none of these types."""
+        for i, example in enumerate(examples):
+            if not isinstance(example, kinds):
                 wanted = " or ".join(kind.__name__ for kind in kinds)
-                fault = f"is of type {type(example).__name__}, {self.algorithm} takes {wanted}"
-            if fault:
-                raise ValueError(f"{name} {i} {fault}")
+                found = type(example).__name__
+                raise ValueError(f"{name} {i} is of type {found}, {self.algorithm} takes {wanted}")
 
     def _excess(self, tokens: int) -> str | None:
         positions = self.model.config.max_positions
@@ -302,7 +312,7 @@ class Trainer:
         """A step and what is due after it, evaluation or `last_metrics`; returns their metrics.
 
         Where it fails, its state is left in `out`/checkpoint-error; FloatingPointError where the run has diverged,
-        ValueError and RuntimeError (a reward's) then name the step.
+        ValueError and RewardError then name the step.
         """
         step, every, last = self.steps_done + 1, self.config.eval_every, self.steps_done + 1 == self.total_steps
         self._set_lr()
@@ -314,7 +324,7 @@ class Trainer:
             return metrics | self.last_metrics() if last else metrics
         except Exception as error:
             seen = f"; the state is in {checkpoint.save(self, checkpoint.ERROR_NAME)}" if self.out else ""
-            if type(error) not in (FloatingPointError, ValueError, RuntimeError):
+            if type(error) not in (FloatingPointError, ValueError, RuntimeError, RewardError):
                 raise
             raise type(error)(f"step {step}: {error}{seen}") from error
 

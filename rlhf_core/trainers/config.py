@@ -74,7 +74,7 @@ class TrainConfig(Options):
             raise ValueError(f"max_length must be at least 2, a token and one to learn, got {self.max_length}")
 
 
-ONE_UPDATE = "on the one update of a rollout, at ratio 1, without more ppo_epochs or a smaller minibatch_size"
+ONE_UPDATE = "on the one update of a rollout without more ppo_epochs or a smaller minibatch_size"
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,14 @@ class OnPolicyConfig(TrainConfig):
             ("kl_in", self.kl_coef > 0, "without kl_coef > 0"),
             ("kl_estimator", self.kl_coef > 0, "without kl_coef > 0"),
             ("reference_ema", self.kl_coef > 0, "without kl_coef > 0"),
-            ("clip_range_high", self.clip_range < math.inf, "without a finite clip_range"),
             ("entropy_target", self.entropy_coef > 0, "without entropy_coef > 0 to start from"),
             ("whiten_mean", self.whiten_scores != "none", "without whiten_scores"),
         )
-        bounds = ("clip_range", "clip_range_high", "dual_clip", "max_approx_kl")
-        self.check_effective(*((name, not self.one_update, ONE_UPDATE) for name in bounds))
+        bounds = ("clip_range", "clip_range_high", "dual_clip")
+        self.check_effective(
+            *((name, not self.at_ratio_1, ONE_UPDATE) for name in bounds),
+            ("max_approx_kl", not self.one_update, ONE_UPDATE),
+        )
 
     @property
     def estimator(self) -> str:
@@ -178,5 +180,10 @@ class OnPolicyConfig(TrainConfig):
 
     @property
     def one_update(self) -> bool:
-        """Whether a rollout is gone through once and at once, so that its ratio is 1 throughout."""
+        """Whether a rollout is gone through once and at once."""
         return self.ppo_epochs == 1 and self.update_size >= self.rollout_size
+
+    @property
+    def at_ratio_1(self) -> bool:
+        """Whether the policy is the one that sampled throughout, so that nothing is clipped; not with dropout."""
+        return self.one_update and not self.dropout

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf_core.losses.advantages import ESTIMATORS
 from rlhf_core.trainers.clipped_updates import Experience
 from rlhf_core.trainers.common import Metrics
-from rlhf_core.trainers.config import OnPolicyConfig, option
+from rlhf_core.trainers.config import ONE_UPDATE, OnPolicyConfig, option
 from rlhf_core.trainers.on_policy import OnPolicyTrainer, scores_of
 
 
@@ -46,7 +46,10 @@ class GroupConfig(OnPolicyConfig):
         )
         divided = self.advantage == "reinforce_pp" or (self.advantage == "grpo" and self.normalize)
         beside = self.score_clip is not None or (self.kl_in == "reward" and self.kl_coef > 0)
+        by_token = self.advantage in ("remax", "reinforce_pp") and self.kl_in == "reward" and self.kl_coef > 0
+        by_token = by_token or self.importance_cap is not None  # then a token's advantage is its own
         self.check_effective(
+            ("ratio", by_token or not self.at_ratio_1, ONE_UPDATE),
             ("normalize", self.advantage == "grpo", f"on {self.advantage}, undivided as it is"),
             ("whiten_scores", beside or not divided, f"on {self.advantage}, which divides by a deviation anyway"),
             ("whiten_mean", self.score_clip is not None, "on advantages, which are centred, without score_clip"),

@@ -48,7 +48,7 @@ class PPOConfig(OnPolicyConfig):
             ("critic_warmup_steps", self.critic_warmup_steps >= 0, "at least 0"),
         )
         self.check_effective(
-            ("value_clip_range", not self.one_update, ONE_UPDATE),
+            ("value_clip_range", not self.at_ratio_1, ONE_UPDATE),
             ("critic_init", self.critic == "separate", "without a separate critic"),
             ("critic_lr", self.vf_coef, "without vf_coef > 0"),
             ("critic_warmup_steps", self.vf_coef, "without vf_coef > 0"),

@@ -138,6 +138,7 @@ class RewardTrainer(Trainer):
     def finish(self, last: dict[str, float]) -> None:
         """Normalise the scores to mean 0 and standard deviation 1 over the training data; those of steps stay."""
         if not self.learns_steps:
+            last = last if "score_mean" in last else self.last_metrics()  # of a run that goes on only to end
             self.model.normalize(last["score_mean"], last["score_std"] or 1.0)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_core.data import Example, Tokenizer, collate, step_ends
 from rlhf_core.models import EnsembleReward, RewardModel, Transformer
-from rlhf_core.trainers.common import to_device
+from rlhf_core.trainers.common import RewardError, to_device
 
 Reward = RewardModel | EnsembleReward | Callable[[list, list], Sequence[float | Sequence[float]]]
 
@@ -82,7 +82,7 @@ class Scorer:
     def rewards_of(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Float32 (B,), or (B, R) for rewards of tokens, R those of the longest response; 0 after a response's end.
 
-        Raises ValueError for a reward of another shape or that is not finite, RuntimeError where a callable raises,
+        Raises ValueError for a reward of another shape or that is not finite, RewardError where a callable raises,
         with the row, its prompt and its response.
         """
         total = torch.zeros(len(responses), device=self.device)
@@ -121,7 +121,7 @@ class Scorer:
         try:
             found = reward(*texts)
         except Exception as error:
-            raise RuntimeError(f"the reward raised {error!r}; {raises_on(reward, *texts)}") from error
+            raise RewardError(f"the reward raised {error!r}; {raises_on(reward, *texts)}") from error
         try:
             rows = [torch.as_tensor(row, dtype=torch.float32) for row in found]
         except (TypeError, ValueError) as error:

@@ -13,6 +13,7 @@ from rlhf_core.data import Pair, Tokenizer
 from rlhf_core.data.encode import cut_prompt
 from rlhf_core.models import Transformer
 from rlhf_core.rollout import sample
+from rlhf_core.trainers.common import RewardError
 from rlhf_core.trainers.config import Options, option
 from rlhf_core.trainers.scoring import Reward, Scorer, raises_on
 
@@ -173,7 +174,7 @@ def judged(
 ) -> Tensor:
     """The probabilities (B,) float64 that a judge gives the first response to be the better one; it sees strings where
     there is a tokenizer, else token ids. ValueError with row, prompt and responses where one is no probability,
-    RuntimeError where it raises."""
+    RewardError where it raises."""
     rows = list(zip(prompts, first, second))
     if not rows:
         raise ValueError("there are no responses to judge")
@@ -183,7 +184,7 @@ def judged(
     try:
         wins = torch.as_tensor(judge(*columns), dtype=torch.float64, device="cpu")
     except Exception as error:
-        raise RuntimeError(f"the judge raised {error!r}; {raises_on(judge, *columns)}") from error
+        raise RewardError(f"the judge raised {error!r}; {raises_on(judge, *columns)}") from error
     if wins.shape != (len(rows),):
         raise ValueError(f"the judge returned shape {tuple(wins.shape)} for {len(rows)} pairs of responses")
     for row, p in enumerate(wins.tolist()):

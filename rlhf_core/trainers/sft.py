@@ -53,6 +53,8 @@ class SFTTrainer(Trainer):
         **options,
     ):
         if config.whole_text:
+            for name, rows in (("example", examples), ("evaluation example", eval_examples)):
+                self.check_kinds(name, rows, self.kinds)
             if not any(row.prompt_ids or row.completion_mask for row in examples):
                 raise ValueError("whole_text has no effect: every example is a completion without prompt")
             examples, eval_examples = (list(map(whole, rows)) for rows in (examples, eval_examples))
