@@ -88,19 +88,14 @@ class PPOTrainer(OnPolicyTrainer):
         return [self.model, self.critic]
 
     def parameter_groups(self) -> list[dict]:
-        if self.config.critic_lr is None:
-            return super().parameter_groups()
         of_policy, parameters = set(self.model.parameters()), self.trained_parameters()
         policy, critic = ([p for p in parameters if (p in of_policy) == of] for of in (True, False))
-        return [{"params": policy}, {"params": critic, "lr": self.config.critic_lr}]
-
-    @property
-    def policy_rests(self) -> bool:
-        return self.steps_done < self.config.critic_warmup_steps
+        return [{"params": policy}, {"params": critic, "lr": self.config.critic_lr or self.config.lr}]
 
     def step(self, batch: list[list[int]]) -> dict[str, float]:
         """One rollout of a response to every prompt, and the optimiser steps on it."""
         config, metrics = self.config, Metrics()
+        self.policy_rests = self.steps_done < config.critic_warmup_steps
 
         # 1. Sample a response to every prompt.
         rollout = self.sample(batch)
