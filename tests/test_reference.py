@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from test_trainers import accumulated
 from torch.testing import assert_close
 
 from rlhf_core.data import Pair
@@ -14,7 +15,6 @@ from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
 from rlhf_core.trainers import DPOConfig, DPOTrainer
 from rlhf_core.trainers import dpo as dpo_module
-from rlhf_core.trainers.common import Metrics
 
 LOG_2 = torch.tensor(2.0).log().item()
 
@@ -42,15 +42,6 @@ def make(file, model=None, examples=None, reference=None, eval_examples=(), out=
     config = DPOConfig(**(dict(batch_size=4, lr=1e-2, beta=0.3, reference_logprobs=file and str(file)) | config))
     examples = pairs() if examples is None else examples
     return DPOTrainer(model or tiny(), examples, config, reference=reference, eval_examples=eval_examples, out=out)
-
-
-def accumulated(trainer, batch):
-    metrics, total = Metrics(), 0.0
-    trainer.optimizer.zero_grad()
-    for loss in trainer.losses(batch, metrics):
-        loss.backward()
-        total += loss.item()
-    return total, metrics.means(), [p.grad.clone() for p in trainer.trained_parameters()]
 
 
 def calls(monkeypatch, model):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_trainers import accumulated, tiny
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.testing import assert_close
 
@@ -21,21 +22,10 @@ from rlhf_core.data import (
     step_ends,
 )
 from rlhf_core.losses import process_reward_loss
-from rlhf_core.models import RewardModel, Transformer, TransformerConfig
+from rlhf_core.models import RewardModel, Transformer
 from rlhf_core.trainers import RewardConfig, RewardTrainer
-from rlhf_core.trainers.common import Metrics
 
 FOLDERS = ["tokenizers/gpt2", "tokenizers/minimind", "models/stories260k"]
-
-
-@torch.no_grad()
-def tiny(cls=RewardModel, seed=0, **options):
-    torch.manual_seed(seed)
-    sizes = dict(vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, eos_ids=(2,), pad_id=0)
-    model = cls(TransformerConfig(**(sizes | options)))
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 def solutions():
@@ -51,16 +41,7 @@ def solutions():
 
 def make(examples=None, model=None, eval_examples=(), **config):
     config = RewardConfig(**(dict(batch_size=12, lr=3e-3) | config))
-    return RewardTrainer(model or tiny(), examples or solutions(), config, eval_examples=eval_examples)
-
-
-def accumulated(trainer, batch):
-    metrics, total = Metrics(), 0.0
-    trainer.optimizer.zero_grad()
-    for loss in trainer.losses(batch, metrics):
-        loss.backward()
-        total += loss.item()
-    return total, metrics.means(), [p.grad.clone() for p in trainer.trained_parameters()]
+    return RewardTrainer(model or tiny(RewardModel), examples or solutions(), config, eval_examples=eval_examples)
 
 
 # ---- the loss of steps
@@ -77,7 +58,7 @@ def test_the_process_loss_is_binary_cross_entropy_with_its_closed_form():
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 5])
 def test_the_loss_of_a_batch_is_the_mean_over_its_steps_each_read_where_it_ends(micro_batch_size):
-    batch, model, terms, hits = solutions(), tiny(), [], []
+    batch, model, terms, hits = solutions(), tiny(RewardModel), [], []
     batch = [row._replace(labels=[0.25, *row.labels[1:]]) for row in batch]  # a share, wrong rather than right
     for row in batch:
         ends = [i for i, ending in enumerate(row.completion_mask) if ending]

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from test_trainers import accumulated
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
@@ -13,7 +14,6 @@ from rlhf_core.models import Transformer, TransformerConfig
 from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.ops import linear_logprobs_blocks
 from rlhf_core.trainers import SFTConfig, SFTTrainer
-from rlhf_core.trainers.common import Metrics
 from rlhf_core.trainers.completions import completion_loss
 
 OPTIONS = [dict(label_smoothing=0.1), dict(z_coef=0.03), dict(label_smoothing=0.3, z_coef=0.01)]
@@ -40,15 +40,6 @@ def rows(n=7):
 def make(examples=None, model=None, **config):
     config = SFTConfig(**(dict(batch_size=9, lr=1e-3) | config))
     return SFTTrainer(model or tiny(), rows() if examples is None else examples, config)
-
-
-def accumulated(trainer, batch):
-    metrics, total = Metrics(), 0.0
-    trainer.optimizer.zero_grad()
-    for loss in trainer.losses(batch, metrics):
-        loss.backward()
-        total += loss.item()
-    return total, metrics.means(), [p.grad.clone() for p in trainer.trained_parameters()]
 
 
 def by_definition(model, batch, label_smoothing=0.0, z_coef=0.0):
