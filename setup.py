@@ -17,7 +17,14 @@ from setuptools.command.build_ext import build_ext
 REQUIRED = os.environ.get("RLHF_CORE_REQUIRE_EXT") == "1"
 
 # No -march: dispatch.cpp compiles each ISA for itself. No contraction: it would depend on what gets inlined where.
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+]
 
 
 class BuildExt(build_ext):
@@ -45,8 +52,16 @@ class BuildExt(build_ext):
             return False
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
-            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-            command = [*self.compiler.compiler_cxx, "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
+            source.write_text(
+                "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+            )
+            command = [
+                *self.compiler.compiler_cxx,
+                "-fopenmp",
+                str(source),
+                "-o",
+                str(source.with_suffix("")),
+            ]
             return subprocess.run(command, capture_output=True).returncode == 0
 
 

@@ -19,7 +19,12 @@ SHAPES = {  # rows, query and key/value heads, head dim, cache length, shortest 
     "Llama": (8, 8, 4, 64, 192, 64),
     "long": (4, 32, 8, 128, 2048, 2040),
 }
-BARS = {"stories": {"SDPA": 5}, "GPT-2": {"SDPA": 2}, "Llama": {"SDPA": 2}, "long": {"SDPA": 2, "floor": 1 / 1.3}}
+BARS = {
+    "stories": {"SDPA": 5},
+    "GPT-2": {"SDPA": 2},
+    "Llama": {"SDPA": 2},
+    "long": {"SDPA": 2, "floor": 1 / 1.3},
+}
 
 
 def rotate(x, rope, n):
@@ -42,10 +47,19 @@ def sdpa(q, k, v, keys, values, lengths, slots, rope):
 
 def case(kind: str, dtype: str, shape: tuple[int, ...], device: str, tiny: bool) -> Case:
     B, H, Hkv, K, S, shortest = shape
-    q, k, v = torch.randn(B, H + 2 * Hkv, K, device=device).to(getattr(torch, dtype)).split([H, Hkv, Hkv], dim=1)
+    q, k, v = (
+        torch.randn(B, H + 2 * Hkv, K, device=device)
+        .to(getattr(torch, dtype))
+        .split([H, Hkv, Hkv], dim=1)
+    )
     keys, values = (torch.randn(B, Hkv, S, K, device=device).to(q.dtype) for _ in range(2))
-    lengths, slots = torch.randint(shortest, S, (B,), device=device), torch.randperm(B, device=device)
-    angles = torch.arange(S, device=device)[:, None] / 1e4 ** (torch.arange(0, K, 2, device=device) / K)
+    lengths, slots = (
+        torch.randint(shortest, S, (B,), device=device),
+        torch.randperm(B, device=device),
+    )
+    angles = torch.arange(S, device=device)[:, None] / 1e4 ** (
+        torch.arange(0, K, 2, device=device) / K
+    )
     args = (q, k, v, keys, values, lengths, slots)
     rope = angles.cos(), angles.sin()
 
@@ -55,7 +69,9 @@ def case(kind: str, dtype: str, shape: tuple[int, ...], device: str, tiny: bool)
     def check():
         got, n = ours(), lengths[slots]
         common.assert_close(keys[slots, :, n], rotate(k.double(), rope, n))
-        common.assert_close(got, attend(rotate(q.double(), rope, n), keys.double(), values.double(), slots, n))
+        common.assert_close(
+            got, attend(rotate(q.double(), rope, n), keys.double(), values.double(), slots, n)
+        )
 
     num_bytes = 2 * int((lengths + 1).sum()) * Hkv * K * keys.element_size()
     variants = {OURS: ours, "SDPA": functools.partial(sdpa, *args, rope)}
@@ -63,15 +79,25 @@ def case(kind: str, dtype: str, shape: tuple[int, ...], device: str, tiny: bool)
         variants["compile"] = functools.partial(common.compiled(sdpa), *args, rope)
     variants[common.FLOOR] = common.traffic(num_bytes, device)
     full = device == "cpu" and not tiny
-    return Case(variants, check, bytes=num_bytes, bars=BARS[kind] if full and dtype == "float32" else {}, avx2=full)
+    return Case(
+        variants,
+        check,
+        bytes=num_bytes,
+        bars=BARS[kind] if full and dtype == "float32" else {},
+        avx2=full,
+    )
 
 
 def cases(size: str, device: str) -> dict:
     if size == "sweep":
         return {}
-    shapes = {"short": (3, 4, 2, 8, 20, 0), "odd": (2, 6, 2, 20, 40, 30)} if size == "tiny" else SHAPES
+    shapes = (
+        {"short": (3, 4, 2, 8, 20, 0), "odd": (2, 6, 2, 20, 40, 30)} if size == "tiny" else SHAPES
+    )
     return {
-        f"{kind} {dtype} {shape[:5]}": functools.partial(case, kind, dtype, shape, device, size == "tiny")
+        f"{kind} {dtype} {shape[:5]}": functools.partial(
+            case, kind, dtype, shape, device, size == "tiny"
+        )
         for kind, shape in shapes.items()
         for dtype in ("float32", "bfloat16")
     }

@@ -23,7 +23,9 @@ def loop(rewards, values, mask, advantages):
     """(T, B), numpy or torch; masked steps only ever follow the counted ones, and hold 0."""
     advantage, next_value = 0 * rewards[0], 0 * rewards[0]
     for t in reversed(range(len(rewards))):
-        advantage = (rewards[t] + GAMMA * next_value - values[t] + GAMMA * LAM * advantage) * mask[t]
+        advantage = (rewards[t] + GAMMA * next_value - values[t] + GAMMA * LAM * advantage) * mask[
+            t
+        ]
         next_value = values[t]
         advantages[t] = advantage
     return advantages, advantages + values
@@ -53,7 +55,9 @@ def gae_case(shape: tuple[int, int], device: str, tiny: bool, grows=None) -> Cas
     by_time = [x.t().contiguous() for x in (rewards, values, mask)]
 
     def check():
-        for got, want in zip(ours(), gae(rewards.double(), values.double(), mask, gamma=GAMMA, lam=LAM)):
+        for got, want in zip(
+            ours(), gae(rewards.double(), values.double(), mask, gamma=GAMMA, lam=LAM)
+        ):
             common.assert_close(got, want)
 
     num_bytes = (4 * 4 + 1) * rewards.numel()
@@ -63,13 +67,20 @@ def gae_case(shape: tuple[int, int], device: str, tiny: bool, grows=None) -> Cas
         variants["numpy (T, B)"] = lambda: loop(*arrays, np.empty_like(arrays[0]))
     variants["TRL"] = lambda: trl_loop(rewards, values)
     variants[common.FLOOR] = common.traffic(num_bytes, device)
-    bars = {"torch (T, B)": 20, "numpy (T, B)": 20, "TRL": 100} if device == "cpu" and not (tiny or grows) else {}
+    bars = (
+        {"torch (T, B)": 20, "numpy (T, B)": 20, "TRL": 100}
+        if device == "cpu" and not (tiny or grows)
+        else {}
+    )
     return Case(variants, check, bytes=num_bytes, bars=bars, grows=grows)
 
 
 def ppo_advantages_case(shape: tuple[int, int], device: str, tiny: bool) -> Case:
     logprobs, values, mask = inputs(shape, device)
-    ref_logprobs, scores = logprobs + 0.1 * torch.randn(shape, device=device), torch.randn(shape[0], device=device)
+    ref_logprobs, scores = (
+        logprobs + 0.1 * torch.randn(shape, device=device),
+        torch.randn(shape[0], device=device),
+    )
     last, rows = last_token_index(mask), torch.arange(shape[0], device=device)
 
     def chain(scores, logprobs, ref_logprobs, values):
@@ -87,7 +98,11 @@ def ppo_advantages_case(shape: tuple[int, int], device: str, tiny: bool) -> Case
             common.assert_close(got, want)
 
     num_bytes = (7 * 4 + 1) * values.numel()
-    variants = {OURS: ours, "chain": lambda: chain(*data), common.FLOOR: common.traffic(num_bytes, device)}
+    variants = {
+        OURS: ours,
+        "chain": lambda: chain(*data),
+        common.FLOOR: common.traffic(num_bytes, device),
+    }
     return Case(variants, check, bytes=num_bytes, h200_ms=0.006 if shape == (8, 1024) else None)
 
 
@@ -96,13 +111,25 @@ def cases(size: str, device: str) -> dict:
     if size == "sweep":
         grid = [(64, 2**k) for k in range(5, 13)]
         return {
-            f"gae fwd {shape}": functools.partial(gae_case, shape, device, False, grows=("T, 64 rows", shape[1]))
+            f"gae fwd {shape}": functools.partial(
+                gae_case, shape, device, False, grows=("T, 64 rows", shape[1])
+            )
             for shape in grid
         }
-    shapes = [(3, 70), (2, 1)] if tiny else [(64, 512), (256, 1024)] if device == "cpu" else [(8, 1024), (64, 512)]
-    found = {f"gae fwd {shape}": functools.partial(gae_case, shape, device, tiny) for shape in shapes}
+    shapes = (
+        [(3, 70), (2, 1)]
+        if tiny
+        else [(64, 512), (256, 1024)]
+        if device == "cpu"
+        else [(8, 1024), (64, 512)]
+    )
+    found = {
+        f"gae fwd {shape}": functools.partial(gae_case, shape, device, tiny) for shape in shapes
+    }
     shape = shapes[0]
-    return found | {f"ppo_advantages {shape}": functools.partial(ppo_advantages_case, shape, device, tiny)}
+    return found | {
+        f"ppo_advantages {shape}": functools.partial(ppo_advantages_case, shape, device, tiny)
+    }
 
 
 def test_gae(benchmark, name):

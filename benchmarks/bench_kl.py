@@ -70,7 +70,9 @@ def k3_case(shape: tuple[int, int], device: str, tiny: bool) -> Case:
         "eager": lambda: eager_k3(logprobs, ref_logprobs, mask),
     }
     if not tiny:
-        variants["compile"] = functools.partial(common.compiled(eager_k3), logprobs, ref_logprobs, mask)
+        variants["compile"] = functools.partial(
+            common.compiled(eager_k3), logprobs, ref_logprobs, mask
+        )
     num_bytes = (3 * 4 + 1) * logprobs.numel()
     variants[common.FLOOR] = common.traffic(num_bytes, device)
     return Case(variants, check, bytes=num_bytes)
@@ -81,7 +83,11 @@ def cases(size: str, device: str) -> dict:
         return {}
     tiny = size == "tiny"
     dtypes = ["float32", "bfloat16"]
-    shapes = [(2, 3, 257), (1, 2, 4099)] if tiny else [(8, 128, 50257) if device == "cpu" else (8, 1024, 128256)]
+    shapes = (
+        [(2, 3, 257), (1, 2, 4099)]
+        if tiny
+        else [(8, 128, 50257) if device == "cpu" else (8, 1024, 128256)]
+    )
     found = {
         f"{kind} {dtype} {shape}": functools.partial(full_case, kind, dtype, shape, device, tiny)
         for kind in ("full fwd", "full fwd + bwd")

@@ -17,11 +17,21 @@ H200_MS = {"fwd": 12, "fwd + bwd": 36, "fwd + bwd, frozen head": 24}
 
 
 def plain(hidden, weight, targets):
-    log_p = torch.log_softmax(hidden @ weight.T, -1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    log_p = torch.log_softmax(
+        hidden @ weight.T, -1, dtype=torch.promote_types(hidden.dtype, torch.float32)
+    )
     return log_p.gather(-1, targets[:, None])[:, 0]
 
 
-def case(kind: str, dtype: str, shape: tuple[int, int, int], V: int, counted: float, device: str, tiny: bool) -> Case:
+def case(
+    kind: str,
+    dtype: str,
+    shape: tuple[int, int, int],
+    V: int,
+    counted: float,
+    device: str,
+    tiny: bool,
+) -> Case:
     B, T, D = shape
     hidden = torch.randn(shape, device=device).to(getattr(torch, dtype))
     weight = (torch.randn(V, D, device=device) / D**0.5).to(hidden.dtype)
@@ -34,11 +44,16 @@ def case(kind: str, dtype: str, shape: tuple[int, int, int], V: int, counted: fl
     def wrap(f, hidden, weight, targets, upstream):
         if products == 1:
             return functools.partial(f, hidden, weight, targets)
-        hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_(products == 3)
+        hidden, weight = (
+            hidden.detach().requires_grad_(),
+            weight.detach().requires_grad_(products == 3),
+        )
         leaves = [x for x in (hidden, weight) if x.requires_grad]
         return common.call_and_grad(functools.partial(f, hidden, weight, targets), leaves, upstream)
 
-    ours = wrap(functools.partial(linear_token_logprobs, mask=mask), hidden, weight, targets, upstream)
+    ours = wrap(
+        functools.partial(linear_token_logprobs, mask=mask), hidden, weight, targets, upstream
+    )
 
     def check():
         exact = [x.double() if x.is_floating_point() else x for x in packed]
@@ -64,7 +79,12 @@ def case(kind: str, dtype: str, shape: tuple[int, int, int], V: int, counted: fl
     variants = {OURS: ours, "plain": wrap(plain, *packed, upstream[mask])}
     if not tiny:
         variants["compile"] = wrap(common.compiled(plain), *packed, upstream[mask])
-    if device == "cuda" and (liger := common.peer("liger_kernel.transformers")) and products == 3 and not tiny:
+    if (
+        device == "cuda"
+        and (liger := common.peer("liger_kernel.transformers"))
+        and products == 3
+        and not tiny
+    ):
         loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")
         variants["Liger, one loss"] = wrap(lambda h, w, y: loss(w, h, y), *packed, None)
     variants[common.FLOOR] = floor
@@ -83,12 +103,16 @@ def cases(size: str, device: str) -> dict:
     if size == "sweep":
         return {}
     tiny = size == "tiny"
-    shape, V, counted = ((8, 192, 256), 50257, 1 / 3) if device == "cpu" else ((8, 1024, 4096), 128256, 1.0)
+    shape, V, counted = (
+        ((8, 192, 256), 50257, 1 / 3) if device == "cpu" else ((8, 1024, 4096), 128256, 1.0)
+    )
     if tiny:
         shape, V, counted = (2, 5, 16), 257, 0.6
     dtype = "float32" if device == "cpu" or tiny else "bfloat16"
     return {
-        f"{kind} {dtype} {shape} V {V}": functools.partial(case, kind, dtype, shape, V, counted, device, tiny)
+        f"{kind} {dtype} {shape} V {V}": functools.partial(
+            case, kind, dtype, shape, V, counted, device, tiny
+        )
         for kind in H200_MS
     }
 

@@ -51,7 +51,9 @@ def trl_entropy(logits, targets):
     return trl(logits, targets), torch.cat(entropies).view(targets.shape)
 
 
-def case(kind: str, dtype: str, shape: tuple[int, int, int], device: str, grows=None, tiny=False) -> Case:
+def case(
+    kind: str, dtype: str, shape: tuple[int, int, int], device: str, grows=None, tiny=False
+) -> Case:
     B, T, V = shape
     logits = (2 * torch.randn(shape, device=device)).to(getattr(torch, dtype))
     targets = torch.randint(V, (B, T), device=device)
@@ -81,7 +83,11 @@ def case(kind: str, dtype: str, shape: tuple[int, int, int], device: str, grows=
             common.assert_close(got.flatten(0, 1)[rows], want)
 
     # In place, the next call's logits are this call's gradient; no variant's time depends on the values.
-    measured = functools.partial(token_logprobs, inplace_backward=True) if kind.endswith("in place") else ours
+    measured = (
+        functools.partial(token_logprobs, inplace_backward=True)
+        if kind.endswith("in place")
+        else ours
+    )
     variants = {OURS: wrap(measured, logits.clone() if kind.endswith("in place") else logits)}
     if tiny or not kind.endswith("in place"):
         variants["eager"] = wrap(plain)
@@ -89,10 +95,17 @@ def case(kind: str, dtype: str, shape: tuple[int, int, int], device: str, grows=
         variants["compile"] = wrap(common.compiled(plain))
     if not backward and not grows:
         variants["TRL"] = wrap(theirs)
-    if device == "cuda" and (liger := common.peer("liger_kernel.transformers")) and not with_entropy and not tiny:
+    if (
+        device == "cuda"
+        and (liger := common.peer("liger_kernel.transformers"))
+        and not with_entropy
+        and not tiny
+    ):
         loss = liger.LigerCrossEntropyLoss(reduction="none")
         # It writes its gradient over its own copy of the logits.
-        variants["Liger"] = wrap(lambda z, y: -loss(z.flatten(0, 1), y.flatten()).view(B, T), logits.clone())
+        variants["Liger"] = wrap(
+            lambda z, y: -loss(z.flatten(0, 1), y.flatten()).view(B, T), logits.clone()
+        )
     num_bytes = (3 if backward else 1) * logits.numel() * logits.element_size()
     variants[common.FLOOR] = common.traffic(num_bytes, device)
     full_size = device == "cpu" and not grows and not tiny
@@ -119,7 +132,10 @@ def overhead(device: str) -> Case:
     def check():
         common.assert_close(token_logprobs(logits, targets), eager64(logits.double(), targets)[0])
 
-    variants = {OURS: lambda: token_logprobs(logits, targets), "eager": lambda: eager(logits, targets)}
+    variants = {
+        OURS: lambda: token_logprobs(logits, targets),
+        "eager": lambda: eager(logits, targets),
+    }
     return Case(variants, check, bars={"eager": 1}, latency=True)
 
 
@@ -128,8 +144,15 @@ def cases(size: str, device: str) -> dict:
     dtypes = ["float32", "bfloat16"]
     if size == "sweep":
         rows, V = (64, 32768) if device == "cpu" else (4096, 131072)
-        grid = [(f"V, {dtype}, {rows} rows", dtype, rows, 2**k, 2**k) for dtype in dtypes for k in range(10, 19, 2)]
-        grid += [(f"rows, float32, V = {V}", "float32", n, V, n) for n in (rows // 16, rows // 4, rows, rows * 4)]
+        grid = [
+            (f"V, {dtype}, {rows} rows", dtype, rows, 2**k, 2**k)
+            for dtype in dtypes
+            for k in range(10, 19, 2)
+        ]
+        grid += [
+            (f"rows, float32, V = {V}", "float32", n, V, n)
+            for n in (rows // 16, rows // 4, rows, rows * 4)
+        ]
         return {
             f"fwd + entropy {dtype} ({n}, {v})": functools.partial(
                 case, "fwd + entropy", dtype, (1, n, v), device, grows=(panel, x)
@@ -137,16 +160,26 @@ def cases(size: str, device: str) -> dict:
             for panel, dtype, n, v, x in grid
         }
     if size == "tiny":
-        runs = [(kind, dtype, shape) for kind in kinds for dtype in dtypes for shape in [(2, 3, 257), (1, 2, 4099)]]
+        runs = [
+            (kind, dtype, shape)
+            for kind in kinds
+            for dtype in dtypes
+            for shape in [(2, 3, 257), (1, 2, 4099)]
+        ]
     elif device == "cpu":
         shapes = [(8, 128, 50257), (4, 512, 32000)]
         runs = [(kind, dtype, shape) for shape in shapes for kind in kinds for dtype in dtypes]
     else:
-        runs = [("fwd", "bfloat16", (8, 1024, 151936)), ("fwd + entropy", "bfloat16", (8, 1024, 151936))]
+        runs = [
+            ("fwd", "bfloat16", (8, 1024, 151936)),
+            ("fwd + entropy", "bfloat16", (8, 1024, 151936)),
+        ]
         runs += [(kind, "bfloat16", (8, 1024, 128256)) for kind in kinds]
         runs += [(kind, "float32", (8, 1024, 50257)) for kind in kinds[:3]]
     found = {
-        f"{kind} {dtype} {shape}": functools.partial(case, kind, dtype, shape, device, tiny=size == "tiny")
+        f"{kind} {dtype} {shape}": functools.partial(
+            case, kind, dtype, shape, device, tiny=size == "tiny"
+        )
         for kind, dtype, shape in runs
     }
     return found | {"call overhead (2, 4, 64)": functools.partial(overhead, device)}

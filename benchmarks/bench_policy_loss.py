@@ -17,7 +17,9 @@ CLIP, VALUE_CLIP, VF_COEF = 0.2, 0.2, 0.1
 
 def ours(logprobs, values, old_logprobs, advantages, old_values, returns, mask):
     coefficients = dict(clip_range=CLIP, value_clip_range=VALUE_CLIP, vf_coef=VF_COEF)
-    return ppo_loss(logprobs, old_logprobs, advantages, values, old_values, returns, mask, **coefficients)
+    return ppo_loss(
+        logprobs, old_logprobs, advantages, values, old_values, returns, mask, **coefficients
+    )
 
 
 def chain(logprobs, values, old_logprobs, advantages, old_values, returns, mask):
@@ -35,7 +37,12 @@ def chain(logprobs, values, old_logprobs, advantages, old_values, returns, mask)
     policy_loss = mean(torch.maximum(unclipped, clipped))
     value_loss = mean(torch.maximum(far_error, near_error)) / 2
     with torch.no_grad():
-        stats = [mean(ratio - 1 - log_ratio), mean(clipped > unclipped), mean(near_error > far_error), mean(ratio)]
+        stats = [
+            mean(ratio - 1 - log_ratio),
+            mean(clipped > unclipped),
+            mean(near_error > far_error),
+            mean(ratio),
+        ]
         stats += [mean(ratio**2), count]
     return policy_loss + VF_COEF * value_loss, policy_loss.detach(), value_loss.detach(), *stats
 
@@ -53,7 +60,9 @@ def case(shape: tuple[int, int], device: str, tiny: bool) -> Case:
     def check():
         exact = [x.double() for x in data]
         for got, want in zip(wrap(ours)(), wrap(chain, exact)()):
-            common.assert_close(got * mask.sum(), want * mask.sum())  # gradients of a sum, which are near 1
+            common.assert_close(
+                got * mask.sum(), want * mask.sum()
+            )  # gradients of a sum, which are near 1
         common.assert_close(ours(*data, mask)[0], chain(*exact, mask)[0])
 
     num_bytes = (8 * 4 + 1) * mask.numel()
@@ -62,7 +71,9 @@ def case(shape: tuple[int, int], device: str, tiny: bool) -> Case:
         variants["compile"] = wrap(common.compiled(chain))
     variants[common.FLOOR] = common.traffic(num_bytes, device)
     bars = {"eager": 5, "compile": 2} if device == "cpu" and not tiny else {}
-    return Case(variants, check, bytes=num_bytes, bars=bars, h200_ms=0.03 if shape == (8, 1024) else None)
+    return Case(
+        variants, check, bytes=num_bytes, bars=bars, h200_ms=0.03 if shape == (8, 1024) else None
+    )
 
 
 def cases(size: str, device: str) -> dict:

@@ -15,7 +15,11 @@ from rlhf_core.benchmarks.common import OURS, Case
 from rlhf_core.ops.sampling import sample_tokens_reference
 
 TRUNCATIONS = {"all": {}, "top_k 50": dict(top_k=50), "top_p 0.9": dict(top_p=0.9)}
-BARS = {"all": {"eager": 10, "compile": 3}, "top_k 50": {"eager": 5}, "top_p 0.9": {"eager": 5}}  # on CPU, V > 10^4
+BARS = {
+    "all": {"eager": 10, "compile": 3},
+    "top_k 50": {"eager": 5},
+    "top_p 0.9": {"eager": 5},
+}  # on CPU, V > 10^4
 
 
 def truncated(logits, top_k=None, top_p=None):
@@ -42,17 +46,24 @@ def exponential(logits, **truncation):
     return tokens[:, 0], log_p.gather(-1, tokens)[:, 0]
 
 
-def case(kind: str, dtype: str, shape: tuple[int, int], device: str, grows=None, tiny=False) -> Case:
+def case(
+    kind: str, dtype: str, shape: tuple[int, int], device: str, grows=None, tiny=False
+) -> Case:
     B, V = shape
     logits = (2 * torch.randn(shape, device=device)).to(getattr(torch, dtype))
-    seeds, counters = torch.arange(B, device=device), torch.zeros(B, dtype=torch.int64, device=device)
+    seeds, counters = (
+        torch.arange(B, device=device),
+        torch.zeros(B, dtype=torch.int64, device=device),
+    )
     truncation = TRUNCATIONS[kind]
 
     def check():
         found = sample_tokens(logits, seeds, counters, **truncation)
         rows = common.some_rows(B, 64)
         settings = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None} | truncation
-        tokens, logprobs, _ = sample_tokens_reference(logits[rows].double(), seeds[rows], counters[rows], **settings)
+        tokens, logprobs, _ = sample_tokens_reference(
+            logits[rows].double(), seeds[rows], counters[rows], **settings
+        )
         same = found.tokens[rows] == tokens  # but for a number within rounding of a border
         assert same.sum() >= len(same) - 1, f"{(~same).sum()} of {len(same)} tokens differ"
         common.assert_close(found.logprobs[rows][same], logprobs[same])
@@ -65,7 +76,14 @@ def case(kind: str, dtype: str, shape: tuple[int, int], device: str, grows=None,
     num_bytes = logits.numel() * logits.element_size()
     variants[common.FLOOR] = common.traffic(num_bytes, device)
     full_size = device == "cpu" and not grows and not tiny and V > 10_000
-    return Case(variants, check, bytes=num_bytes, bars=BARS[kind] if full_size else {}, avx2=full_size, grows=grows)
+    return Case(
+        variants,
+        check,
+        bytes=num_bytes,
+        bars=BARS[kind] if full_size else {},
+        avx2=full_size,
+        grows=grows,
+    )
 
 
 def cases(size: str, device: str) -> dict:
@@ -79,9 +97,16 @@ def cases(size: str, device: str) -> dict:
         }
     shapes = [("float32", (3, 257)), ("bfloat16", (2, 4099))]
     if size == "full":
-        shapes = [("float32", (64, 512)), ("float32", (16, 50257)), ("bfloat16", (16, 50257)), ("float32", (8, 32000))]
+        shapes = [
+            ("float32", (64, 512)),
+            ("float32", (16, 50257)),
+            ("bfloat16", (16, 50257)),
+            ("float32", (8, 32000)),
+        ]
     return {
-        f"{kind} {dtype} {shape}": functools.partial(case, kind, dtype, shape, device, tiny=size == "tiny")
+        f"{kind} {dtype} {shape}": functools.partial(
+            case, kind, dtype, shape, device, tiny=size == "tiny"
+        )
         for dtype, shape in shapes
         for kind in TRUNCATIONS
     }

@@ -30,21 +30,31 @@ import torch
 from torch import Tensor
 
 OURS, FLOOR, AVX2, MEMORY = "rlhf_core", "floor", "avx2", "memory"
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # relative, by the dtype stored
+TOLERANCES = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+}  # relative, by the dtype stored
 
 
 @dataclasses.dataclass
 class Case:
-    variants: dict[str, Callable[[], object]]  # OURS, its baselines and FLOOR, the time the hardware needs at least
+    variants: dict[
+        str, Callable[[], object]
+    ]  # OURS, its baselines and FLOOR, the time the hardware needs at least
     check: Callable[[], None]  # AssertionError where ours is wrong
     bytes: int = 0  # that must be moved, or
     flop: int = 0  # that the matrix products take
-    bars: dict[str, float] = dataclasses.field(default_factory=dict)  # name -> least ratio of it to ours
+    bars: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # name -> least ratio of it to ours
     h200_ms: float | None = None  # a target on an H200, derived from published figures of peers
     peak_of: str | None = None  # the baseline whose peak memory is set against ours
     avx2: bool = False  # also with AVX2 code, on a CPU that has AVX-512
     latency: bool = False  # wall time on a GPU too, not the device's own
-    grows: tuple[str, int] | None = None  # the panel of the picture of growth that this case is in, and where
+    grows: tuple[str, int] | None = (
+        None  # the panel of the picture of growth that this case is in, and where
+    )
 
 
 def cases(op: str, size: str, device: str) -> dict[str, Callable[[], Case]]:
@@ -81,7 +91,9 @@ def traffic(num_bytes: int, device: str) -> Callable[[], object]:
     return lambda: ([buffer.sum() for _ in range(times)], buffer[:rest].sum())
 
 
-def call_and_grad(f: Callable, inputs: Iterable[Tensor], upstream: Tensor | None = None) -> Callable[[], object]:
+def call_and_grad(
+    f: Callable, inputs: Iterable[Tensor], upstream: Tensor | None = None
+) -> Callable[[], object]:
     """f() and the gradients of its (first) result with respect to the inputs."""
     inputs = list(inputs)
 
@@ -99,12 +111,16 @@ def compiled(f: Callable) -> Callable:
 
 def peer(module: str):
     """An optional competitor, or None; `missing` tells the reader which ones were not there."""
-    return importlib.import_module(module) if importlib.util.find_spec(module.split(".")[0]) else None
+    return (
+        importlib.import_module(module) if importlib.util.find_spec(module.split(".")[0]) else None
+    )
 
 
 def missing(device: str) -> list[str]:
     wanted = {"liger_kernel": "liger-kernel"} if device == "cuda" else {}
-    return [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
+    return [
+        package for module, package in wanted.items() if importlib.util.find_spec(module) is None
+    ]
 
 
 # ---- timing
@@ -116,7 +132,9 @@ class Twin:
     def __init__(self, environment: Mapping[str, str], *what: str):
         context = multiprocessing.get_context("spawn")  # fork would copy OpenMP's threads half
         self.pipe, other = context.Pipe()
-        process = context.Process(target=_twin, args=(other, torch.get_num_threads(), *what), daemon=True)
+        process = context.Process(
+            target=_twin, args=(other, torch.get_num_threads(), *what), daemon=True
+        )
         before = dict(os.environ)
         os.environ.update(environment)
         try:
@@ -175,9 +193,14 @@ def _cuda_peak(call: Callable) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def quartiles(variants: dict[str, Callable], device: str, latency: bool, rounds: int = 9) -> dict[str, list[float]]:
+def quartiles(
+    variants: dict[str, Callable], device: str, latency: bool, rounds: int = 9
+) -> dict[str, list[float]]:
     """Quartiles of the seconds per call of each variant."""
-    timers = {name: (_device_timer if device == "cuda" and not latency else _timer)(f) for name, f in variants.items()}
+    timers = {
+        name: (_device_timer if device == "cuda" and not latency else _timer)(f)
+        for name, f in variants.items()
+    }
     samples = {name: [] for name in variants}
     for _ in range(rounds):
         for name, timer in timers.items():
@@ -204,7 +227,9 @@ def _timer(call: Callable) -> Callable[[], float]:
 def _device_timer(call: Callable) -> Callable[[], float]:
     """Time between two events on the GPU, from a cold L2. The GPU is kept waiting while the launches are queued, for at
     most 5 ms: a call that takes longer to queue is timed as it arrives."""
-    cache = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+    cache = torch.empty(
+        2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda"
+    )
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(3):  # compiles, allocates
         call()
@@ -240,20 +265,39 @@ def measure(op: str, name: str, case: Case, size: str, device: str) -> dict:
     seconds = {name: median for name, (_, median, _) in times.items()}
     ours, (low, _, high) = seconds[OURS], times[OURS]
     ratios = {name: value / ours for name, value in seconds.items() if name != OURS}
-    if case.avx2 and device == "cpu" and "avx512" in machine(device)["backend"]:  # last: its threads spin
+    if (
+        case.avx2 and device == "cpu" and "avx512" in machine(device)["backend"]
+    ):  # last: its threads spin
         twin = Twin({"RLHF_CORE_CPU_ISA": "avx2"}, op, size, name, OURS)
         pair = quartiles({OURS: variants[OURS], AVX2: twin}, device, case.latency)
         seconds[AVX2], ratios[AVX2] = pair[AVX2][1], pair[AVX2][1] / pair[OURS][1]
-    row = {"op": op, "case": name, "check": "passed", "ms": {k: v * 1e3 for k, v in seconds.items()}}
+    row = {
+        "op": op,
+        "case": name,
+        "check": "passed",
+        "ms": {k: v * 1e3 for k, v in seconds.items()},
+    }
     row |= {"spread": (high - low) / ours, "of floor": ratios.pop(FLOOR, None)}
-    row |= {"GB/s": case.bytes / ours / 1e9} if case.bytes else {"GFLOP/s": case.flop / ours / 1e9} if case.flop else {}
+    row |= (
+        {"GB/s": case.bytes / ours / 1e9}
+        if case.bytes
+        else {"GFLOP/s": case.flop / ours / 1e9}
+        if case.flop
+        else {}
+    )
     if case.peak_of:
-        peaks = {variant: _peak(case, variant, device, op, size, name) for variant in (OURS, case.peak_of)}
+        peaks = {
+            variant: _peak(case, variant, device, op, size, name)
+            for variant in (OURS, case.peak_of)
+        }
         row["peak MB"] = {variant: peak and peak / 1e6 for variant, peak in peaks.items()}
         if all(peaks.values()):
             ratios[MEMORY] = peaks[case.peak_of] / peaks[OURS]
     reached = {**ratios, FLOOR: row["of floor"]}
-    row |= {"ratios": ratios, "bars": [[k, bar, reached[k] >= bar] for k, bar in case.bars.items() if reached.get(k)]}
+    row |= {
+        "ratios": ratios,
+        "bars": [[k, bar, reached[k] >= bar] for k, bar in case.bars.items() if reached.get(k)],
+    }
     if case.h200_ms and "H200" in machine(device)["device"]:
         row["bars"].append(["ms on an H200", case.h200_ms, seconds[OURS] * 1e3 <= case.h200_ms])
     if failed:
@@ -283,7 +327,11 @@ def record(benchmark, op: str, name: str) -> None:
 
 
 def run(
-    ops: Iterable[str], size: str, device: str, json_path: Path | None = None, plot_path: Path | None = None
+    ops: Iterable[str],
+    size: str,
+    device: str,
+    json_path: Path | None = None,
+    plot_path: Path | None = None,
 ) -> int:
     """Print the table of every op, write JSON and a picture where asked. Returns how many cases failed their check."""
     if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
@@ -306,7 +354,9 @@ def run(
             torch._dynamo.reset()
             if json_path is not None:  # after every case: a run that is stopped leaves what it has
                 json_path.parent.mkdir(parents=True, exist_ok=True)
-                json_path.write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n")
+                json_path.write_text(
+                    json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n"
+                )
         if found := [row for row in rows if row["op"] == op]:
             print(f"\n### {op}\n\n{table(found)}", flush=True)
     if plot_path is not None:
@@ -322,10 +372,19 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         cells = [row["case"]]
         if row["check"] == "passed":
-            rate = next((f"{_digits(row[unit])} {unit}" for unit in ("GB/s", "GFLOP/s") if unit in row), "")
-            cells += [_digits(row["ms"][OURS]), f"{row['spread']:.0%}", rate, _digits(row["of floor"])]
+            rate = next(
+                (f"{_digits(row[unit])} {unit}" for unit in ("GB/s", "GFLOP/s") if unit in row), ""
+            )
+            cells += [
+                _digits(row["ms"][OURS]),
+                f"{row['spread']:.0%}",
+                rate,
+                _digits(row["of floor"]),
+            ]
             cells += [_digits(row["ratios"].get(name)) for name in names]
-            notes = [f"{name} {bar:.3g}: {'met' if met else 'MISSED'}" for name, bar, met in row["bars"]]
+            notes = [
+                f"{name} {bar:.3g}: {'met' if met else 'MISSED'}" for name, bar, met in row["bars"]
+            ]
             notes += [f"no {name}: {error}" for name, error in row.get("failed", {}).items()]
             cells.append("; ".join(notes))
         else:
@@ -348,8 +407,12 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
             panels.setdefault(row["grows"][0] if "grows" in row else row["op"], []).append(row)
     columns = min(len(panels), 2 if len(panels) < 5 else 3) if rows and "grows" in rows[0] else 1
     lines = -(-len(panels) // columns)
-    heights = [1.2 + 0.3 * len(panel) for panel in panels.values()] if columns == 1 else [3.4] * lines
-    figure = Figure(figsize=(9 if columns == 1 else 4.2 * columns, sum(heights)), layout="constrained")
+    heights = (
+        [1.2 + 0.3 * len(panel) for panel in panels.values()] if columns == 1 else [3.4] * lines
+    )
+    figure = Figure(
+        figsize=(9 if columns == 1 else 4.2 * columns, sum(heights)), layout="constrained"
+    )
     axes = figure.subplots(lines, columns, squeeze=False, height_ratios=heights).ravel()
     for ax, (name, panel) in zip(axes, panels.items()):
         ax.set_title(name, fontsize=10)
@@ -361,11 +424,14 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
                 elif variant != FLOOR:
                     series.setdefault(variant, []).append((row["ms"][FLOOR] / ms, y))
         for variant, points in series.items():
-            style = {OURS: dict(color="black", zorder=3), FLOOR: dict(color="gray", ls="--", marker="")}.get(
-                variant, {}
-            )
+            style = {
+                OURS: dict(color="black", zorder=3),
+                FLOOR: dict(color="gray", ls="--", marker=""),
+            }.get(variant, {})
             ax.plot(
-                *zip(*points), **{"marker": "o", "ms": 5, "ls": "-" if "grows" in row else "", **style}, label=variant
+                *zip(*points),
+                **{"marker": "o", "ms": 5, "ls": "-" if "grows" in row else "", **style},
+                label=variant,
             )
         ax.set_xscale("log", base=2 if "grows" in row else 10)
         if "grows" in row:
@@ -376,7 +442,9 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
             ax.axvline(1, color="gray", ls="--")
             ax.set_yticks(range(len(panel)), [row["case"] for row in panel], fontsize=8)
             ax.invert_yaxis()
-            ax.set_xlabel("speed as a part of the measured roof (memory traffic or matrix products alone)")
+            ax.set_xlabel(
+                "speed as a part of the measured roof (memory traffic or matrix products alone)"
+            )
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     for ax in axes[len(panels) :]:
@@ -389,7 +457,9 @@ def machine(device: str) -> dict[str, object]:
     """What a figure depends on."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {
-        name: importlib.metadata.version(name) for name in ("numpy", "triton") if importlib.util.find_spec(name)
+        name: importlib.metadata.version(name)
+        for name in ("numpy", "triton")
+        if importlib.util.find_spec(name)
     }
     if device == "cuda":
         return {"device": torch.cuda.get_device_name(), **versions, "cuda": torch.version.cuda}
@@ -397,7 +467,9 @@ def machine(device: str) -> dict[str, object]:
 
     try:
         with open("/proc/cpuinfo") as file:
-            model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+            model = next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         model = platform.processor() or "CPU"
     impl = backends.resolve(None, torch.zeros(1))

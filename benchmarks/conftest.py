@@ -4,4 +4,6 @@ from rlhf_core.benchmarks import common
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize("name", common.cases(metafunc.module.__name__.split("bench_")[-1], "full", common.device()))
+    metafunc.parametrize(
+        "name", common.cases(metafunc.module.__name__.split("bench_")[-1], "full", common.device())
+    )

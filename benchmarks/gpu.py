@@ -36,16 +36,32 @@ def parts(root: Path, size: str, device: str) -> dict[str, Part]:
     """Every part by name, most telling first."""
 
     def python(call: str) -> list[str]:
-        return [sys.executable, "-c", f"import sys; from rlhf_core.benchmarks import gpu; sys.exit(gpu.{call})"]
+        return [
+            sys.executable,
+            "-c",
+            f"import sys; from rlhf_core.benchmarks import gpu; sys.exit(gpu.{call})",
+        ]
 
     def tests(*names: str) -> list[str]:
         files = (str(root / "tests" / f"test_{name}.py") for name in names)
         return [sys.executable, "-m", "pytest", *files, "-k", "triton", "--deselect", AHEAD_OF_TIME]
 
-    found = {"tests": Part(tests(*OPS, "kernels"), 140), "tests of torch.compile": Part(tests("compiled"), 60)}
-    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH')}:/usr/local/cuda/bin")
+    found = {
+        "tests": Part(tests(*OPS, "kernels"), 140),
+        "tests of torch.compile": Part(tests("compiled"), 60),
+    }
+    sanitizer = shutil.which(
+        "compute-sanitizer", path=f"{os.environ.get('PATH')}:/usr/local/cuda/bin"
+    )
     for tool in ("memcheck", "racecheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *python(f"check({device!r})")]
+        command = [
+            sanitizer,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            *python(f"check({device!r})"),
+        ]
         found[tool] = Part(command if sanitizer else [], 45)
     for op, seconds in zip(OPS, (60, 36, 26, 18, 14, 18, 18)):
         found[f"bench {op}"] = Part(python(f"bench({op!r}, {size!r}, {device!r})"), seconds)
@@ -71,21 +87,34 @@ def run(root: Path, results: Path, size: str = "full", device: str = "cuda") -> 
     path = results / f"{re.sub('[^a-z0-9]+', '-', machine['device'].lower()).strip('-')}.json"
     digest = hashlib.sha256()
     for file in sorted(
-        file for pattern in SOURCES for file in root.glob(pattern) if file.suffix in (".py", ".h", ".cpp")
+        file
+        for pattern in SOURCES
+        for file in root.glob(pattern)
+        if file.suffix in (".py", ".h", ".cpp")
     ):
         digest.update(file.read_bytes())
     sources = digest.hexdigest()[:16]
     done = json.loads(path.read_text())["parts"] if path.exists() else {}
-    done = {name: part for name, part in done.items() if part["sources"] == sources and part["status"] != "failed"}
+    done = {
+        name: part
+        for name, part in done.items()
+        if part["sources"] == sources and part["status"] != "failed"
+    }
     results.mkdir(parents=True, exist_ok=True)
     for name, part in parts(root, size, device).items():
         if name not in done:
             print(f"{name} ...", flush=True)
             done[name] = {"sources": sources, **run_part(part)}
             path.write_text(json.dumps({"machine": machine, "parts": done}, indent=1) + "\n")
-        print(f"{name}: {done[name]['status']} ({done[name]['seconds']} s)", *done[name].get("log", ()), sep="\n")
+        print(
+            f"{name}: {done[name]['status']} ({done[name]['seconds']} s)",
+            *done[name].get("log", ()),
+            sep="\n",
+        )
     path.with_suffix(".md").write_text(markdown(machine, done))
-    print(f"\n{path.with_suffix('.md').read_text()}\nwritten to {path} and {path.with_suffix('.md')}")
+    print(
+        f"\n{path.with_suffix('.md').read_text()}\nwritten to {path} and {path.with_suffix('.md')}"
+    )
     return sum(part["status"] == "failed" for part in done.values())
 
 
@@ -102,15 +131,28 @@ def run_part(part: Part) -> dict:
         with open(Path(folder, "log"), "w+") as log:
             try:
                 code = subprocess.run(
-                    part.command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=part.seconds
+                    part.command,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    timeout=part.seconds,
                 ).returncode
             except subprocess.TimeoutExpired:
                 code = f"stopped after {part.seconds} s"
             log.seek(0)
             lines = log.read().splitlines()
-        found = {"status": "passed" if code == 0 else "failed", "seconds": round(time.monotonic() - start)}
-        if code != 0 and "--tool" in part.command and any("Device not supported" in line for line in lines):
-            return found | {"status": "skipped: compute-sanitizer does not support this device here"}
+        found = {
+            "status": "passed" if code == 0 else "failed",
+            "seconds": round(time.monotonic() - start),
+        }
+        if (
+            code != 0
+            and "--tool" in part.command
+            and any("Device not supported" in line for line in lines)
+        ):
+            return found | {
+                "status": "skipped: compute-sanitizer does not support this device here"
+            }
         if code != 0:
             found["log"] = [*lines[-20:], f"exit: {code}"]
         if rows.exists():

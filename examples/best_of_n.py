@@ -10,7 +10,9 @@ from rlhf_core.trainers import SamplingConfig, best_of_n
 
 torch.manual_seed(0)
 tokenizer = ByteTokenizer()
-policy = Transformer(TransformerConfig(tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id))
+policy = Transformer(
+    TransformerConfig(tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+)
 
 
 def vowels(prompts, responses):

@@ -22,8 +22,13 @@ from rlhf_core import (
 
 torch.manual_seed(0)
 tokenizer = ByteTokenizer()
-policy = Transformer(TransformerConfig(tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id))
-rows = [("can you help? ", "gladly!", "no way."), ("are you there? ", "yes, gladly!", "who asks?")] * 32
+policy = Transformer(
+    TransformerConfig(tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+)
+rows = [
+    ("can you help? ", "gladly!", "no way."),
+    ("are you there? ", "yes, gladly!", "who asks?"),
+] * 32
 
 texts = [Text(prompt, answer) for prompt, *answers in rows for answer in answers]
 examples = [encode_text(text, tokenizer, max_length=64) for text in texts]
@@ -32,12 +37,22 @@ SFTTrainer(policy, examples, SFTConfig(lr=3e-3, batch_size=32, epochs=40)).train
 
 def answers():
     ids = torch.tensor([tokenizer.encode_prompt("can you help? ")])
-    found = generate(policy, ids, max_new_tokens=16, num_samples=8, generator=torch.Generator().manual_seed(1))
-    return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(found.response_ids, found.response_mask)]
+    found = generate(
+        policy, ids, max_new_tokens=16, num_samples=8, generator=torch.Generator().manual_seed(1)
+    )
+    return [
+        tokenizer.decode(ids[mask].tolist())
+        for ids, mask in zip(found.response_ids, found.response_mask)
+    ]
 
 
 print("before:", answers())
 pairs = [encode_preference(Preference(*row), tokenizer, max_length=64) for row in rows]
 history = DPOTrainer(policy, pairs, DPOConfig(lr=1e-4, batch_size=16, epochs=8)).train()
 print("after: ", answers())
-print("pairs the right way round:", history[0]["rewards/accuracies"], "->", history[-1]["rewards/accuracies"])
+print(
+    "pairs the right way round:",
+    history[0]["rewards/accuracies"],
+    "->",
+    history[-1]["rewards/accuracies"],
+)

@@ -7,13 +7,23 @@ import random
 
 import torch
 
-from rlhf_core import ByteTokenizer, SFTConfig, SFTTrainer, Text, Transformer, TransformerConfig, encode_text
+from rlhf_core import (
+    ByteTokenizer,
+    SFTConfig,
+    SFTTrainer,
+    Text,
+    Transformer,
+    TransformerConfig,
+    encode_text,
+)
 from rlhf_core.trainers import GroupConfig, GroupTrainer
 
 torch.manual_seed(0)
 random.seed(0)
 tokenizer = ByteTokenizer()
-policy = Transformer(TransformerConfig(tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id))
+policy = Transformer(
+    TransformerConfig(tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+)
 question = "a number that 7 divides: "
 guesses = [Text(question, str(random.randrange(10, 100))) for _ in range(1024)]
 examples = [encode_text(text, tokenizer, max_length=64) for text in guesses]

@@ -9,7 +9,9 @@ from rlhf_core.trainers import IteratedRLHFConfig, SamplingConfig, iterated_rlhf
 
 torch.manual_seed(0)
 tokenizer = ByteTokenizer()
-policy = Transformer(TransformerConfig(tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id))
+policy = Transformer(
+    TransformerConfig(tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+)
 
 
 def judge(prompts, first, second):
@@ -27,4 +29,6 @@ config = IteratedRLHFConfig(
 prompts = [tokenizer.encode_prompt("say something: ")] * 128
 options = dict(judge=judge, eval_prompts=prompts[:64], tokenizer=tokenizer)
 for number, report in enumerate(iterated_rlhf(policy, prompts, config, **options), 1):
-    print(f"round {number}: {report['pairs']} pairs, Elo {report['elo'][-1]:.0f} where the first policy has 0")
+    print(
+        f"round {number}: {report['pairs']} pairs, Elo {report['elo'][-1]:.0f} where the first policy has 0"
+    )

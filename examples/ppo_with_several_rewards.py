@@ -9,22 +9,31 @@ from rlhf_core import ByteTokenizer, PPOConfig, PPOTrainer, Transformer, Transfo
 
 torch.manual_seed(0)
 tokenizer = ByteTokenizer()
-policy = Transformer(TransformerConfig(tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id))
+policy = Transformer(
+    TransformerConfig(tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+)
 
 
 def letters(prompts, responses):
     """A number for each response: here the share of its characters that are lower-case letters."""
-    return [sum(c in "abcdefghijklmnopqrstuvwxyz" for c in text) / max(len(text), 1) for text in responses]
+    return [
+        sum(c in "abcdefghijklmnopqrstuvwxyz" for c in text) / max(len(text), 1)
+        for text in responses
+    ]
 
 
 def brief(prompts, responses):
     return [-len(text) / 12 for text in responses]
 
 
-kl = dict(kl_coef=0.02, kl_target=4.0, kl_horizon=256)  # nats a response; steered over some 256 responses
+kl = dict(
+    kl_coef=0.02, kl_target=4.0, kl_horizon=256
+)  # nats a response; steered over some 256 responses
 config = PPOConfig(lr=3e-3, batch_size=32, epochs=16, response_length=12, temperature=1.0, **kl)
 prompts = [tokenizer.encode_prompt("say something: ")] * 32
-history = PPOTrainer(policy, prompts, config, reward=[(letters, 1.0), (brief, 0.1)], tokenizer=tokenizer).train()
+history = PPOTrainer(
+    policy, prompts, config, reward=[(letters, 1.0), (brief, 0.1)], tokenizer=tokenizer
+).train()
 for step in (history[0], history[-1]):
     print(
         f"score {step['objective/scores']:.3f}, KL {step['objective/kl']:.2f} nats, its weight",

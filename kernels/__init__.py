@@ -4,8 +4,12 @@ Imports torch and triton and nothing else of ours. A launcher checks nothing: th
 have done that. It allocates the outputs and launches one kernel on the tensors' own device.
 """
 
-if __name__ != "rlhf_core.kernels":  # PyPI has an unrelated package named `kernels`, which this folder must not shadow
-    raise ImportError("the folder kernels/ is rlhf_core.kernels; install rlhf_core and import it by that name")
+if (
+    __name__ != "rlhf_core.kernels"
+):  # PyPI has an unrelated package named `kernels`, which this folder must not shadow
+    raise ImportError(
+        "the folder kernels/ is rlhf_core.kernels; install rlhf_core and import it by that name"
+    )
 
 from rlhf_core.kernels.decode_attention import decode_attention_fwd
 from rlhf_core.kernels.gae import gae_bwd, gae_fwd, ppo_advantages_fwd

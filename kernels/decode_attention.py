@@ -23,7 +23,9 @@ def _rotate(row_ptr, x, cos_ptr, sin_ptr, n, inside, K: tl.constexpr, BLOCK_K: t
         angle = n * (K // 2) + tl.where(left, cols, cols - K // 2)
         cos = tl.load(cos_ptr + angle, mask=cols < K, other=0.0)
         sin = tl.load(sin_ptr + angle, mask=cols < K, other=0.0)
-        other = tl.load(row_ptr + tl.where(left, cols + K // 2, cols - K // 2), mask=inside, other=0.0).to(tl.float32)
+        other = tl.load(
+            row_ptr + tl.where(left, cols + K // 2, cols - K // 2), mask=inside, other=0.0
+        ).to(tl.float32)
         x = x * cos + tl.where(left, -other, other) * sin
     return x
 
@@ -45,7 +47,16 @@ def decode_attention_fwd_kernel(
     cols, heads = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_G)
     is_col = cols < K
     k_row, v_row = k_ptr + b * k_stride + h * K, v_ptr + b * v_stride + h * K
-    k = _rotate(k_row, tl.load(k_row + cols, mask=is_col, other=0.0), cos_ptr, sin_ptr, n, is_col, K, BLOCK_K)
+    k = _rotate(
+        k_row,
+        tl.load(k_row + cols, mask=is_col, other=0.0),
+        cos_ptr,
+        sin_ptr,
+        n,
+        is_col,
+        K,
+        BLOCK_K,
+    )
     k = k.to(keys_ptr.dtype.element_ty)
     v = tl.load(v_row + cols, mask=is_col, other=0.0).to(values_ptr.dtype.element_ty)
     base = (slot * Hkv + h) * S * K
@@ -65,7 +76,9 @@ def decode_attention_fwd_kernel(
         at = start + tl.arange(0, BLOCK_S)
         offsets = base + at[:, None] * K + cols[None, :]
         seen = (at < n)[:, None] & is_col[None, :]
-        keys = tl.load(keys_ptr + offsets, mask=seen, other=0.0).to(tl.float32)  # (BLOCK_S, BLOCK_K)
+        keys = tl.load(keys_ptr + offsets, mask=seen, other=0.0).to(
+            tl.float32
+        )  # (BLOCK_S, BLOCK_K)
         values = tl.load(values_ptr + offsets, mask=seen, other=0.0).to(tl.float32)
         scores = tl.sum(q[:, None, :] * keys[None, :, :], 2)
         scores = tl.where((at < n)[None, :], scores, -float("inf"))  # (BLOCK_G, BLOCK_S)

@@ -51,7 +51,18 @@ def _counted(mask_ptr, at, begin, end):
 
 @triton.jit
 def _advantages(
-    r, values_ptr, mask_ptr, at, counted, begin, end, next_value, next_advantage, gamma, lam, BLOCK: tl.constexpr
+    r,
+    values_ptr,
+    mask_ptr,
+    at,
+    counted,
+    begin,
+    end,
+    next_value,
+    next_advantage,
+    gamma,
+    lam,
+    BLOCK: tl.constexpr,
 ):
     """Advantages and returns of a block that runs backwards in time, and the state for the block before it."""
     v = tl.load(values_ptr + at, mask=counted, other=0.0)
@@ -80,7 +91,18 @@ def gae_fwd_kernel(
         counted = _counted(mask_ptr, at, begin, end)
         r = tl.load(rewards_ptr + at, mask=counted, other=0.0)
         advantage, ret, next_value, next_advantage = _advantages(
-            r, values_ptr, mask_ptr, at, counted, begin, end, next_value, next_advantage, gamma, lam, BLOCK
+            r,
+            values_ptr,
+            mask_ptr,
+            at,
+            counted,
+            begin,
+            end,
+            next_value,
+            next_advantage,
+            gamma,
+            lam,
+            BLOCK,
         )
         tl.store(advantages_ptr + at, advantage, mask=at >= first)
         tl.store(returns_ptr + at, ret, mask=at >= first)
@@ -94,7 +116,9 @@ def gae_bwd_kernel(
 ):  # fmt: skip
     row, begin, end, first, stop = _sequence(cu_seqlens_ptr, T)
     before = 0.0  # ddelta of the last counted token before the block
-    for start in range(first, stop + 1, BLOCK):  # `stop` is no token: the state before it is the last counted one's
+    for start in range(
+        first, stop + 1, BLOCK
+    ):  # `stop` is no token: the state before it is the last counted one's
         at = start + tl.arange(0, BLOCK)
         counted = _counted(mask_ptr, at, begin, end)
         precedes = _counted(mask_ptr, at - 1, begin, end)
@@ -138,7 +162,9 @@ def _whiten(advantages_ptr, mask_ptr, cu_seqlens_ptr, moments_ptr, T, BLOCK: tl.
         inside = at < num_programs
         count = tl.load(moments_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
         x = tl.load(moments_ptr + num_programs + at, mask=inside, other=0.0, cache_modifier=".cg")
-        sq = tl.load(moments_ptr + 2 * num_programs + at, mask=inside, other=0.0, cache_modifier=".cg")
+        sq = tl.load(
+            moments_ptr + 2 * num_programs + at, mask=inside, other=0.0, cache_modifier=".cg"
+        )
         n, mean, m2 = _join(n, mean, m2, count, x, sq)
     scale = tl.rsqrt(m2 / tl.maximum(n, 1.0) + 1e-8)
     begin, end = tl.full([], 0, tl.int64), num_programs.to(tl.int64) * T
@@ -165,15 +191,30 @@ def ppo_advantages_fwd_kernel(
     for start in range(first, stop, BLOCK):
         at = stop - 1 - (start - first) - tl.arange(0, BLOCK)
         counted = _counted(mask_ptr, at, begin, end)
-        d = tl.load(logprobs_ptr + at, mask=counted, other=0.0) - tl.load(ref_ptr + at, mask=counted, other=0.0)
+        d = tl.load(logprobs_ptr + at, mask=counted, other=0.0) - tl.load(
+            ref_ptr + at, mask=counted, other=0.0
+        )
         kl = kl_value(d, ESTIMATOR)
         last = tl.max(tl.where(counted, at, -1), 0)
         r = tl.where(counted, tl.where(at == last, score, 0.0) - kl_coef * kl, 0.0)
         score = tl.where(last >= 0, 0.0, score)
         advantage, ret, next_value, next_advantage = _advantages(
-            r, values_ptr, mask_ptr, at, counted, begin, end, next_value, next_advantage, gamma, lam, BLOCK
+            r,
+            values_ptr,
+            mask_ptr,
+            at,
+            counted,
+            begin,
+            end,
+            next_value,
+            next_advantage,
+            gamma,
+            lam,
+            BLOCK,
         )
-        n, mean, m2 = _join(n, mean, m2, counted.to(tl.float32), advantage, tl.zeros([BLOCK], tl.float32))
+        n, mean, m2 = _join(
+            n, mean, m2, counted.to(tl.float32), advantage, tl.zeros([BLOCK], tl.float32)
+        )
         tl.store(advantages_ptr + at, advantage, mask=at >= first)
         tl.store(returns_ptr + at, ret, mask=at >= first)
         tl.store(rewards_ptr + at, r, mask=at >= first)
@@ -225,7 +266,9 @@ def gae_bwd(
     """(drewards, dvalues, dlast_values or None); a sequence of no counted token gives its last value no gradient."""
     B, T = _shape(dadvantages, cu_seqlens)
     drewards, dvalues = _outputs(2, dadvantages, B)
-    dlast_values = torch.empty(B, dtype=torch.float32, device=dadvantages.device) if has_last_values else None
+    dlast_values = (
+        torch.empty(B, dtype=torch.float32, device=dadvantages.device) if has_last_values else None
+    )
     if B:
         with torch.cuda.device_of(dadvantages):
             gae_bwd_kernel[(B,)](
@@ -258,7 +301,9 @@ def ppo_advantages_fwd(
     B, T = _shape(logprobs, cu_seqlens)
     advantages, returns, rewards, kl = _outputs(4, logprobs, B)
     if B and T:
-        moments = torch.empty((3, B), dtype=torch.float32, device=logprobs.device) if whiten else None
+        moments = (
+            torch.empty((3, B), dtype=torch.float32, device=logprobs.device) if whiten else None
+        )
         with torch.cuda.device_of(logprobs):
             ppo_advantages_fwd_kernel[(B,)](
                 scores, logprobs, ref_logprobs, values, mask.view(torch.uint8), cu_seqlens,
@@ -275,7 +320,9 @@ def _shape(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
 
 
 def _outputs(number: int, like: Tensor, num_sequences: int) -> list[Tensor]:
-    make = torch.empty_like if num_sequences else torch.zeros_like  # no sequence, no program to write a 0
+    make = (
+        torch.empty_like if num_sequences else torch.zeros_like
+    )  # no sequence, no program to write a 0
     return [make(like) for _ in range(number)]
 
 

@@ -74,7 +74,9 @@ def _kl_slope(d, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def _load_d(logprobs_ptr, ref_ptr, mask_ptr, at, inside):
-    d = tl.load(logprobs_ptr + at, mask=inside) - tl.load(ref_ptr + at, mask=inside)  # masked ones too, hence wide
+    d = tl.load(logprobs_ptr + at, mask=inside) - tl.load(
+        ref_ptr + at, mask=inside
+    )  # masked ones too, hence wide
     counted = tl.full(d.shape, True, tl.int1)
     if mask_ptr is not None:
         counted = tl.load(mask_ptr + at, mask=inside) != 0
@@ -89,7 +91,15 @@ def _estimate(logprobs_ptr, ref_ptr, mask_ptr, kl_ptr, at, inside, ESTIMATOR: tl
 
 @triton.jit
 def _estimate_grad(
-    dkl_ptr, logprobs_ptr, ref_ptr, mask_ptr, dlogprobs_ptr, dref_ptr, at, inside, ESTIMATOR: tl.constexpr
+    dkl_ptr,
+    logprobs_ptr,
+    ref_ptr,
+    mask_ptr,
+    dlogprobs_ptr,
+    dref_ptr,
+    at,
+    inside,
+    ESTIMATOR: tl.constexpr,
 ):
     d, counted = _load_d(logprobs_ptr, ref_ptr, mask_ptr, at, inside)
     grad = tl.where(counted, tl.load(dkl_ptr + at, mask=inside) * _kl_slope(d, ESTIMATOR), 0.0)
@@ -112,25 +122,51 @@ def kl_estimate_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def kl_estimate_bwd_kernel(
-    dkl_ptr, logprobs_ptr, ref_ptr, mask_ptr, dlogprobs_ptr, dref_ptr, n, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr
+    dkl_ptr,
+    logprobs_ptr,
+    ref_ptr,
+    mask_ptr,
+    dlogprobs_ptr,
+    dref_ptr,
+    n,
+    ESTIMATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:
-        _estimate_grad(dkl_ptr, logprobs_ptr, ref_ptr, mask_ptr, dlogprobs_ptr, dref_ptr, at, None, ESTIMATOR)
+        _estimate_grad(
+            dkl_ptr, logprobs_ptr, ref_ptr, mask_ptr, dlogprobs_ptr, dref_ptr, at, None, ESTIMATOR
+        )
     else:
-        _estimate_grad(dkl_ptr, logprobs_ptr, ref_ptr, mask_ptr, dlogprobs_ptr, dref_ptr, at, at < n, ESTIMATOR)
+        _estimate_grad(
+            dkl_ptr, logprobs_ptr, ref_ptr, mask_ptr, dlogprobs_ptr, dref_ptr, at, at < n, ESTIMATOR
+        )
 
 
 @triton.jit
 def _accumulate(z, zref, m, mref, scale, d, dref, s):
     x, xref = (z.to(tl.float32) - m) * scale, (zref.to(tl.float32) - mref) * scale
     e = tl.exp2(x)
-    s = tl.where(e == 0, s, tl.fma(e, x - xref, s))  # p_j = 0 adds 0, not 0 * inf; a NaN is in d anyway
+    s = tl.where(
+        e == 0, s, tl.fma(e, x - xref, s)
+    )  # p_j = 0 adds 0, not 0 * inf; a NaN is in d anyway
     return d + e, dref + tl.exp2(xref), s
 
 
-@triton.jit(do_not_specialize=["T", "temp_sb", "temp_st", "z_sb", "z_st", "zref_sb", "zref_st", "mask_sb", "mask_st"])
+@triton.jit(
+    do_not_specialize=[
+        "T",
+        "temp_sb",
+        "temp_st",
+        "z_sb",
+        "z_st",
+        "zref_sb",
+        "zref_st",
+        "mask_sb",
+        "mask_st",
+    ]
+)
 def full_kl_fwd_kernel(
     logits_ptr, ref_ptr, mask_ptr, temperature_ptr, kl_ptr, lse_ptr,
     T, V, temperature,
@@ -147,7 +183,9 @@ def full_kl_fwd_kernel(
         counted = tl.load(mask_ptr + b * mask_sb + t * mask_st) != 0
     n = tl.where(counted, V, 0)  # a masked row is an empty one: nothing is read
     whole = n // BLOCK * BLOCK
-    scale = tl.div_rn(LOG2_E, row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st))
+    scale = tl.div_rn(
+        LOG2_E, row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st)
+    )
 
     m, mref, d, dref, s = 0.0, 0.0, 0.0, 0.0, 0.0
     top, top_ref = -float("inf"), -float("inf")
@@ -162,11 +200,17 @@ def full_kl_fwd_kernel(
         d_lanes, dref_lanes, s_lanes = _accumulate(z, zref, m, mref, scale, zeros, zeros, zeros)
         for start in range(BLOCK, whole, BLOCK):
             z, zref = tl.load(row_ptr + start + cols), tl.load(ref_row_ptr + start + cols)
-            d_lanes, dref_lanes, s_lanes = _accumulate(z, zref, m, mref, scale, d_lanes, dref_lanes, s_lanes)
-        for start in range(tl.maximum(whole, BLOCK), n, BLOCK):  # once, where BLOCK does not divide V
+            d_lanes, dref_lanes, s_lanes = _accumulate(
+                z, zref, m, mref, scale, d_lanes, dref_lanes, s_lanes
+            )
+        for start in range(
+            tl.maximum(whole, BLOCK), n, BLOCK
+        ):  # once, where BLOCK does not divide V
             z = tl.load(row_ptr + start + cols, mask=start + cols < n, other=-float("inf"))
             zref = tl.load(ref_row_ptr + start + cols, mask=start + cols < n, other=-float("inf"))
-            d_lanes, dref_lanes, s_lanes = _accumulate(z, zref, m, mref, scale, d_lanes, dref_lanes, s_lanes)
+            d_lanes, dref_lanes, s_lanes = _accumulate(
+                z, zref, m, mref, scale, d_lanes, dref_lanes, s_lanes
+            )
         d, dref, s = tl.sum(d_lanes, 0), tl.sum(dref_lanes, 0), tl.sum(s_lanes, 0)
         trying = (seen < n) & ~((d < D_MAX) & (dref < D_MAX))  # NaN ends here the second time
         if trying:
@@ -185,7 +229,19 @@ def full_kl_fwd_kernel(
 
 @triton.jit
 def _full_kl_grads(
-    row_ptr, ref_row_ptr, drow_ptr, dref_row_ptr, at, inside, m, mref, scale, log2_d, log2_dref, kl2, level
+    row_ptr,
+    ref_row_ptr,
+    drow_ptr,
+    dref_row_ptr,
+    at,
+    inside,
+    m,
+    mref,
+    scale,
+    log2_d,
+    log2_dref,
+    kl2,
+    level,
 ):
     z, zref = tl.load(row_ptr + at, mask=inside), tl.load(ref_row_ptr + at, mask=inside)
     x = (z.to(tl.float32) - m) * scale - log2_d  # log2 p
@@ -228,7 +284,10 @@ def full_kl_bwd_kernel(
         temperature = row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st)
         scale, level = tl.div_rn(LOG2_E, temperature), g * tl.div_rn(1.0, temperature)
         m, mref = tl.load(lse_ptr + 4 * row), tl.load(lse_ptr + 4 * row + 2)
-        log2_d, log2_dref = tl.load(lse_ptr + 4 * row + 1) / LN_2, tl.load(lse_ptr + 4 * row + 3) / LN_2
+        log2_d, log2_dref = (
+            tl.load(lse_ptr + 4 * row + 1) / LN_2,
+            tl.load(lse_ptr + 4 * row + 3) / LN_2,
+        )
         kl2 = tl.load(kl_ptr + row) / LN_2
         cols = tl.arange(0, BLOCK)
         whole = V // BLOCK * BLOCK
@@ -248,7 +307,9 @@ def full_kl_bwd_kernel(
             store_zeros(dref_row_ptr, V, BLOCK)
 
 
-def kl_estimate_fwd(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
+def kl_estimate_fwd(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str
+) -> Tensor:
     """kl, shaped like logprobs; all tensors contiguous, float32 and bool."""
     kl = torch.empty_like(logprobs)
     _launch(kl_estimate_fwd_kernel, (logprobs, ref_logprobs, as_bytes(mask), kl), estimator)
@@ -260,7 +321,11 @@ def kl_estimate_bwd(
 ) -> tuple[Tensor, Tensor]:
     """(dlogprobs, dref_logprobs), the second the negative of the first."""
     dlogprobs, dref_logprobs = torch.empty_like(logprobs), torch.empty_like(logprobs)
-    _launch(kl_estimate_bwd_kernel, (dkl, logprobs, ref_logprobs, as_bytes(mask), dlogprobs, dref_logprobs), estimator)
+    _launch(
+        kl_estimate_bwd_kernel,
+        (dkl, logprobs, ref_logprobs, as_bytes(mask), dlogprobs, dref_logprobs),
+        estimator,
+    )
     return dlogprobs, dref_logprobs
 
 

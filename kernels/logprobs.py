@@ -57,7 +57,17 @@ def _accumulate(z, m, scale, d, s, WITH_ENTROPY: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["T", "temp_sb", "temp_st", "z_sb", "z_st", "targets_sb", "targets_st", "mask_sb", "mask_st"]
+    do_not_specialize=[
+        "T",
+        "temp_sb",
+        "temp_st",
+        "z_sb",
+        "z_st",
+        "targets_sb",
+        "targets_st",
+        "mask_sb",
+        "mask_st",
+    ]
 )
 def token_logprobs_fwd_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr, logprobs_ptr, entropy_ptr, lse_ptr,
@@ -74,7 +84,9 @@ def token_logprobs_fwd_kernel(
         counted = tl.load(mask_ptr + b * mask_sb + t * mask_st) != 0
     n = tl.where(counted, V, 0)  # a masked row is an empty one: nothing is read
     whole = n // BLOCK * BLOCK
-    scale = tl.div_rn(LOG2_E, row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st))
+    scale = tl.div_rn(
+        LOG2_E, row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st)
+    )
 
     m, d, s = 0.0, 0.0, 0.0
     top = -float("inf")
@@ -88,11 +100,15 @@ def token_logprobs_fwd_kernel(
         for start in range(BLOCK, whole, BLOCK):
             z = tl.load(row_ptr + start + cols)
             d_lanes, s_lanes = _accumulate(z, m, scale, d_lanes, s_lanes, WITH_ENTROPY)
-        for start in range(tl.maximum(whole, BLOCK), n, BLOCK):  # once, where BLOCK does not divide V
+        for start in range(
+            tl.maximum(whole, BLOCK), n, BLOCK
+        ):  # once, where BLOCK does not divide V
             z = tl.load(row_ptr + start + cols, mask=start + cols < n, other=-float("inf"))
             d_lanes, s_lanes = _accumulate(z, m, scale, d_lanes, s_lanes, WITH_ENTROPY)
         d, s = tl.sum(d_lanes, 0), tl.sum(s_lanes, 0)
-        trying = (seen < n) & ~(d < D_MAX)  # a NaN in d comes back in the second sum if it is the row's own
+        trying = (seen < n) & ~(
+            d < D_MAX
+        )  # a NaN in d comes back in the second sum if it is the row's own
         if trying:
             top = row_max(row_ptr, n, BLOCK)
         seen = n
@@ -101,7 +117,9 @@ def token_logprobs_fwd_kernel(
     y = tl.load(targets_ptr + b * targets_sb + t * targets_st)
     z_y = tl.load(row_ptr + y, mask=(y >= 0) & (y < n), other=float("nan")).to(tl.float32)
     logprob = ((z_y - m) * scale - log2_d) * LN_2
-    logprob = tl.where(logprob > 0, 0.0, logprob)  # rounding only; unlike minimum(), lets NaN through
+    logprob = tl.where(
+        logprob > 0, 0.0, logprob
+    )  # rounding only; unlike minimum(), lets NaN through
     row = row.to(tl.int64)
     tl.store(logprobs_ptr + row, tl.where(counted, logprob, 0.0))
     if WITH_ENTROPY:
@@ -109,7 +127,9 @@ def token_logprobs_fwd_kernel(
         entropy = tl.where(entropy < 0, 0.0, entropy)
         tl.store(entropy_ptr + row, tl.where(counted, entropy, 0.0))
     if lse_ptr is not None:
-        m = tl.where(z_y == z_y, m, z_y)  # no target, no log-prob, and no gradient that could pass for one
+        m = tl.where(
+            z_y == z_y, m, z_y
+        )  # no target, no log-prob, and no gradient that could pass for one
         tl.store(lse_ptr + 2 * row, tl.where(counted, m, 0.0))
         tl.store(lse_ptr + 2 * row + 1, tl.where(counted, log2_d * LN_2, 0.0))
 
@@ -128,7 +148,9 @@ def store_zeros(row_ptr, V, BLOCK: tl.constexpr):
 def _dlogits(z, cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY: tl.constexpr):
     x = (z.to(tl.float32) - m) * scale - log2_d  # log2 p
     factor = tl.fma(tl.maximum(x, X_MIN), slope, level) if WITH_ENTROPY else level
-    return tl.fma(tl.exp2(x), factor, tl.where(cols == y, at_target, 0.0))  # rounded once, where it is stored
+    return tl.fma(
+        tl.exp2(x), factor, tl.where(cols == y, at_target, 0.0)
+    )  # rounded once, where it is stored
 
 
 @triton.jit(
@@ -175,7 +197,9 @@ def token_logprobs_bwd_kernel(
         y = y.to(tl.int32)  # outside [0, V) it is in another part of the vocabulary
         for start in range(0, whole, BLOCK):
             z = tl.load(row_ptr + start + cols)
-            dz = _dlogits(z, start + cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY)
+            dz = _dlogits(
+                z, start + cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY
+            )
             tl.store(out_ptr + start + cols, dz)
         z = tl.load(row_ptr + whole + cols, mask=whole + cols < V, other=0.0)
         dz = _dlogits(z, whole + cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY)

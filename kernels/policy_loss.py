@@ -15,7 +15,12 @@ from rlhf_core.kernels.kl import SERIES_BELOW, k3_series
 
 MAX_LOG_RATIO = tl.constexpr(20.0)
 # A program's sums: those of the statistics, in their order, then of the loss, and its part of what that is divided by.
-COUNT, LOSS, DIVISOR, NUM_SUMS = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11), tl.constexpr(16)
+COUNT, LOSS, DIVISOR, NUM_SUMS = (
+    tl.constexpr(9),
+    tl.constexpr(10),
+    tl.constexpr(11),
+    tl.constexpr(16),
+)
 BLOCK = 512
 
 
@@ -35,7 +40,9 @@ def _finish(sums_ptr, loss_ptr, scale_ptr, stats_ptr, BLOCK: tl.constexpr):
     parts = tl.zeros([NUM_SUMS, BLOCK], tl.float32)
     for start in range(0, num_programs, BLOCK):
         program = start + tl.arange(0, BLOCK)[None, :]
-        parts += tl.load(row_ptr + program, mask=program < num_programs, other=0.0, cache_modifier=".cg")
+        parts += tl.load(
+            row_ptr + program, mask=program < num_programs, other=0.0, cache_modifier=".cg"
+        )
     sums = tl.sum(parts, 1)
     count = tl.sum(tl.where(lanes == COUNT, sums, 0.0), 0)
     scale = tl.div_rn(1.0, tl.maximum(tl.sum(tl.where(lanes == DIVISOR, sums, 0.0), 0), 1.0))
@@ -81,7 +88,9 @@ def ppo_loss_fwd_kernel(
         capped = tl.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio)
         capped = tl.where(capped < -MAX_LOG_RATIO, -MAX_LOG_RATIO, capped)
         ratio = tl.exp(capped)
-        clamped = tl.where(ratio > ratio_max, ratio_max, tl.where(ratio < ratio_min, ratio_min, ratio))
+        clamped = tl.where(
+            ratio > ratio_max, ratio_max, tl.where(ratio < ratio_min, ratio_min, ratio)
+        )
         unclipped, clipped = -A * ratio, -A * clamped
         policy, from_unclipped, from_clipped = _max(unclipped, clipped)
         passes = from_unclipped + tl.where(clamped == ratio, from_clipped, 0.0)
@@ -110,7 +119,9 @@ def ppo_loss_fwd_kernel(
                 dvalue = dvalue * from_far + tl.where(bound == v, near * from_near, 0.0)
             value *= 0.5
             loss += vf_coef * value
-            tl.store(dvalues_ptr + at, tl.where(counted, vf_coef * dvalue * weight, 0.0), mask=inside)
+            tl.store(
+                dvalues_ptr + at, tl.where(counted, vf_coef * dvalue * weight, 0.0), mask=inside
+            )
 
         entropy = tl.zeros([BLOCK], tl.float32)
         if entropy_ptr is not None:
@@ -119,7 +130,9 @@ def ppo_loss_fwd_kernel(
             tl.store(dentropy_ptr + at, -entropy_coef * weight, mask=inside)
 
         direct = ratio - 1 - log_ratio
-        direct = tl.where(direct < 0, 0.0, direct)  # rounding only; unlike maximum(), lets NaN through
+        direct = tl.where(
+            direct < 0, 0.0, direct
+        )  # rounding only; unlike maximum(), lets NaN through
         approx_kl = tl.where(tl.abs(log_ratio) < SERIES_BELOW, k3_series(-log_ratio), direct)
         one = counted.to(tl.float32)
         sums += tl.where(lanes == 0, tl.sum(policy, 0), 0.0)
@@ -170,12 +183,16 @@ def ppo_loss_fwd(
     B, T = logprobs.shape
     by_row = sequence_mean and weights is None
     length = T if by_row else BLOCK
-    num_programs = max(1, B if by_row else triton.cdiv(B * T, BLOCK))  # an empty loss is a result, too
+    num_programs = max(
+        1, B if by_row else triton.cdiv(B * T, BLOCK)
+    )  # an empty loss is a result, too
     loss, scale, stats, sums = (
         torch.empty(shape, dtype=torch.float32, device=logprobs.device)
         for shape in ((), (), (COUNT.value + 1,), (NUM_SUMS.value, num_programs))
     )
-    dlogprobs, dvalues, dentropy = (None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy))
+    dlogprobs, dvalues, dentropy = (
+        None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy)
+    )
     with torch.cuda.device_of(logprobs):
         ppo_loss_fwd_kernel[(num_programs,)](
             logprobs, old_logprobs, advantages, values, old_values, returns, entropy, mask.view(torch.uint8),

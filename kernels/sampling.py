@@ -29,7 +29,9 @@ def _held(row_ptr, V, least, m, scale, BLOCK: tl.constexpr):
     """The mass of the logits that reach `least`, in float64."""
     mass = tl.zeros([], tl.float64)
     for start in range(0, V, BLOCK):
-        mass += tl.sum(_exponentials(row_ptr, start + tl.arange(0, BLOCK), V, least, m, scale), 0).to(tl.float64)
+        mass += tl.sum(
+            _exponentials(row_ptr, start + tl.arange(0, BLOCK), V, least, m, scale), 0
+        ).to(tl.float64)
     return mass
 
 
@@ -51,7 +53,9 @@ def _threshold(row_ptr, V, need, least, m, scale, OF_MASS: tl.constexpr, BLOCK: 
         value = _as_ordered(middle.to(tl.int32)).to(tl.float32, bitcast=True)
         mass, count = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
         for start in range(0, V, BLOCK):
-            z = tl.load(row_ptr + start + cols, mask=start + cols < V, other=-float("inf")).to(tl.float32)
+            z = tl.load(row_ptr + start + cols, mask=start + cols < V, other=-float("inf")).to(
+                tl.float32
+            )
             count += (z >= value).to(tl.int32)  # value is above low, and so not -inf
             if OF_MASS:
                 mass += tl.where(z >= value, tl.exp2((z - m) * scale), 0.0)
@@ -60,7 +64,10 @@ def _threshold(row_ptr, V, need, least, m, scale, OF_MASS: tl.constexpr, BLOCK: 
         if OF_MASS:
             enough = tl.sum(mass, 0).to(tl.float64) >= need
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
-        reach_low, reach_high = tl.where(enough, reach, reach_low), tl.where(enough, reach_high, reach)
+        reach_low, reach_high = (
+            tl.where(enough, reach, reach_low),
+            tl.where(enough, reach_high, reach),
+        )
     return _as_ordered(low.to(tl.int32)).to(tl.float32, bitcast=True)
 
 
@@ -90,7 +97,9 @@ def sample_tokens_fwd_kernel(
         kept = _held(row_ptr, V, least, m, scale, BLOCK)
 
     c = tl.load(counters_ptr + row)
-    word, _, _, _ = tl.philox(tl.load(seeds_ptr + row), (c & 0xFFFFFFFF).to(tl.uint32), (c >> 32).to(tl.uint32), 0, 0)
+    word, _, _, _ = tl.philox(
+        tl.load(seeds_ptr + row), (c & 0xFFFFFFFF).to(tl.uint32), (c >> 32).to(tl.uint32), 0, 0
+    )
     at = kept * ((word.to(tl.float64) + 0.5) / 4294967296.0)
     cols = tl.arange(0, BLOCK)
     start = 0
@@ -113,7 +122,10 @@ def sample_tokens_fwd_kernel(
     tl.store(logprobs_ptr + row, tl.where(valid, tl.where(logprob > 0, 0.0, logprob), float("nan")))
     if full_logprobs_ptr is not None:
         logprob = (x - tl.log2(total.to(tl.float32))) * LN_2
-        tl.store(full_logprobs_ptr + row, tl.where(valid, tl.where(logprob > 0, 0.0, logprob), float("nan")))
+        tl.store(
+            full_logprobs_ptr + row,
+            tl.where(valid, tl.where(logprob > 0, 0.0, logprob), float("nan")),
+        )
 
 
 def sample_tokens_fwd(

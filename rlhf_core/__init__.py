@@ -10,15 +10,37 @@ __version__ = "0.1.0"
 
 _HOME = {
     "rlhf_core.data": [
-        *("ByteTokenizer", "Preference", "Text", "encode_preference", "encode_prompt", "encode_text", "load_tokenizer"),
+        *(
+            "ByteTokenizer",
+            "Preference",
+            "Text",
+            "encode_preference",
+            "encode_prompt",
+            "encode_text",
+            "load_tokenizer",
+        ),
     ],
     "rlhf_core.generation": ["generate"],
-    "rlhf_core.masking": ["IGNORE_INDEX", "last_token_index", "loss_weights", "masked_mean", "whiten"],
+    "rlhf_core.masking": [
+        "IGNORE_INDEX",
+        "last_token_index",
+        "loss_weights",
+        "masked_mean",
+        "whiten",
+    ],
     "rlhf_core.models": ["RewardModel", "Transformer", "TransformerConfig", "ValueModel"],
     "rlhf_core.ops": [
         *("token_logprobs", "token_logprobs_and_entropy"),
         *("linear_token_logprobs", "linear_token_logprobs_and_entropy", "linear_token_statistics"),
-        *("full_kl", "kl_estimate", "gae", "ppo_advantages", "ppo_loss", "decode_attention", "sample_tokens"),
+        *(
+            "full_kl",
+            "kl_estimate",
+            "gae",
+            "ppo_advantages",
+            "ppo_loss",
+            "decode_attention",
+            "sample_tokens",
+        ),
     ],
     "rlhf_core.rollout": ["Rollout"],
     "rlhf_core.trainers": [
@@ -34,7 +56,9 @@ def __getattr__(name: str):
     if name == "backends":
         return importlib.import_module("rlhf_core.backends")
     if name in _MODULE_OF:
-        value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)  # from now on found at once
+        value = globals()[name] = getattr(
+            importlib.import_module(_MODULE_OF[name]), name
+        )  # from now on found at once
         return value
     raise AttributeError(f"module 'rlhf_core' has no attribute {name!r}")
 

@@ -17,7 +17,9 @@ from torch import Tensor
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-DEFAULT = os.environ.get("RLHF_CORE_BACKEND") or None  # read once: a lookup costs a tenth of a small op
+DEFAULT = (
+    os.environ.get("RLHF_CORE_BACKEND") or None
+)  # read once: a lookup costs a tenth of a small op
 
 _MODULES = {"reference": None, "cpp": "rlhf_core.cpp", "triton": "rlhf_core.kernels"}
 _REMEDY = {
@@ -66,17 +68,27 @@ def _choose(backend: str | None, dtype: torch.dtype, device: str) -> str:
         raise ValueError(f"unknown backend {name!r}, expected one of {', '.join(_MODULES)}")
     module, reason = _load(name)
     if module is None:
-        raise ValueError(f"backend {name!r} was asked for but is not available: {reason}; {_REMEDY[name]}")
+        raise ValueError(
+            f"backend {name!r} was asked for but is not available: {reason}; {_REMEDY[name]}"
+        )
     if name == "cpp" and device != "cpu":
-        raise ValueError(f"backend 'cpp' takes CPU tensors, got one on {device}; move it or leave backend=None")
+        raise ValueError(
+            f"backend 'cpp' takes CPU tensors, got one on {device}; move it or leave backend=None"
+        )
     if name == "triton" and device != "cuda" and not (device == "cpu" and _interpreting()):
-        raise ValueError(f"backend 'triton' takes CUDA tensors, got one on {device}; move it or leave backend=None")
+        raise ValueError(
+            f"backend 'triton' takes CUDA tensors, got one on {device}; move it or leave backend=None"
+        )
     if dtype not in FUSED_DTYPES:
-        raise TypeError(f"backend {name!r} takes float32, bfloat16 or float16, got {dtype}; use backend='reference'")
+        raise TypeError(
+            f"backend {name!r} takes float32, bfloat16 or float16, got {dtype}; use backend='reference'"
+        )
     return name
 
 
-_choose._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, but for its second of imports
+_choose._dynamo_marked_constant = (
+    True  # torch.compiler.assume_constant_result, but for its second of imports
+)
 
 
 def status() -> list[Status]:
@@ -87,7 +99,13 @@ def status() -> list[Status]:
         if module is None:
             rows.append(Status(name, False, f"{reason}; {_REMEDY[name]}"))
         elif name == "cpp":
-            rows.append(Status(name, True, f"rlhf_core._C, {module.isa()} code, {torch.get_num_threads()} threads"))
+            rows.append(
+                Status(
+                    name,
+                    True,
+                    f"rlhf_core._C, {module.isa()} code, {torch.get_num_threads()} threads",
+                )
+            )
         elif torch.cuda.is_available():
             rows.append(Status(name, True, f"on {torch.cuda.get_device_name()}"))
         elif _interpreting():

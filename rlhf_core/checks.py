@@ -25,7 +25,9 @@ def check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """Raise ValueError unless both have one shape and one device."""
     if x.shape != other.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, {other_name} {tuple(other.shape)}")
-    if not (x.is_cpu and other.is_cpu) and x.device != other.device:  # a device object takes its time
+    if (
+        not (x.is_cpu and other.is_cpu) and x.device != other.device
+    ):  # a device object takes its time
         raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}")
 
 

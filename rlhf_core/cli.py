@@ -18,7 +18,9 @@ from rlhf_core import commands
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hub"
-TEXTS = "JSONL[.gz] with messages, prompt and completion (or response), question and answer, or text"
+TEXTS = (
+    "JSONL[.gz] with messages, prompt and completion (or response), question and answer, or text"
+)
 LABELLED = "JSONL[.gz] with prompt and completion (or response), or messages, and label"
 SCORED = "JSONL[.gz] with prompt and completion (or response), or messages, and reward, a number"
 PAIRS = "JSONL[.gz] with prompt, chosen and rejected, or chosen and rejected conversations"
@@ -34,7 +36,13 @@ ON_DATA = {  # name, what --data is, its reader and encoder, help
         "encode_preference",
         "a reward model, from preferences",
     ),
-    "dpo": ("DPO", PAIRS, "read_preferences", "encode_preference", "direct preference optimisation"),
+    "dpo": (
+        "DPO",
+        PAIRS,
+        "read_preferences",
+        "encode_preference",
+        "direct preference optimisation",
+    ),
     "kto": ("KTO", LABELLED, "read_labelled", "encode_labelled", "KTO: no pairs needed"),
     "ilql": (
         "ILQL",
@@ -53,7 +61,11 @@ ON_PROMPTS = {  # name, help
 }
 IN_ROUNDS = {  # name, function, help
     "iterated-dpo": ("IteratedDPO", "iterated_dpo", "the same in rounds of sampling and DPO"),
-    "rft": ("RFT", "rft", "rejection sampling: SFT on the best of the policy's own samples, in rounds"),
+    "rft": (
+        "RFT",
+        "rft",
+        "rejection sampling: SFT on the best of the policy's own samples, in rounds",
+    ),
 }
 
 
@@ -99,7 +111,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlhf-core", description="Reinforcement learning from human feedback.")
+    parser = argparse.ArgumentParser(
+        prog="rlhf-core", description="Reinforcement learning from human feedback."
+    )
     parser.add_argument("--version", action="version", version=rlhf_core.__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -120,87 +134,171 @@ def _parser() -> argparse.ArgumentParser:
             if methods is ON_DATA:
                 sub.add_argument("--data", required=True, type=Path, help=parts[0])
                 sub.add_argument("--eval-data", type=Path, help="evaluate on this file")
-                sub.add_argument("--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out")
+                sub.add_argument(
+                    "--eval-fraction",
+                    type=float,
+                    default=0.1,
+                    help="without --eval-data: share held out",
+                )
             else:
                 _add_prompts_and_reward(sub, judged=name in ("online-dpo", "iterated-dpo"))
             if issubclass(config, OnPolicyConfig):
                 sub.add_argument("--ptx-data", type=Path, help=f"for --ptx-coef: {TEXTS}")
             _add_run(sub)
-            _add_config(sub, config, without=() if methods is ON_DATA else ("eval_every",))  # which takes examples
+            _add_config(
+                sub, config, without=() if methods is ON_DATA else ("eval_every",)
+            )  # which takes examples
 
-    sub = command("best-of-n", commands.best_of_n, "sample, keep each prompt's response that a reward model likes best")
+    sub = command(
+        "best-of-n",
+        commands.best_of_n,
+        "sample, keep each prompt's response that a reward model likes best",
+    )
     sub.add_argument("--model", required=True, type=Path, help=MODEL)
     _add_prompts_and_reward(sub)
-    sub.add_argument("--out", required=True, type=Path, help="JSONL file for prompt, completion and score")
+    sub.add_argument(
+        "--out", required=True, type=Path, help="JSONL file for prompt, completion and score"
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace --out")
-    sub.add_argument("--skip-bad", action="store_true", help="drop bad lines and count them instead of stopping")
-    sub.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
+    sub.add_argument(
+        "--skip-bad", action="store_true", help="drop bad lines and count them instead of stopping"
+    )
+    sub.add_argument(
+        "--device", default=None, help="cpu, cuda, ...; default: cuda where there is one"
+    )
     _add_config(sub, trainers.SamplingConfig)
 
-    sub = command("merge", commands.merge, "fold a folder's adapters into the weights of their base: a plain model")
+    sub = command(
+        "merge",
+        commands.merge,
+        "fold a folder's adapters into the weights of their base: a plain model",
+    )
     sub.add_argument("--model", required=True, type=Path, help="folder of adapters")
     sub.add_argument("--out", required=True, type=Path, help="folder for the model")
-    sub.add_argument("--overwrite", action="store_true", help="write into --out even if it is not empty")
+    sub.add_argument(
+        "--overwrite", action="store_true", help="write into --out even if it is not empty"
+    )
 
     sub = command("generate", commands.generate, "sample from a model")
     sub.add_argument("--model", required=True, type=Path, help=MODEL)
     sub.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     sub.add_argument(
-        "--chat", action="store_true", help="each prompt is what a user says, in the model's chat template"
+        "--chat",
+        action="store_true",
+        help="each prompt is what a user says, in the model's chat template",
     )
-    sub.add_argument("--beta", type=float, help="ILQL: weight of the values; default: that of its training; 0: none")
+    sub.add_argument(
+        "--beta",
+        type=float,
+        help="ILQL: weight of the values; default: that of its training; 0: none",
+    )
     sub.add_argument("--num-samples", type=int, default=1, help="responses to each prompt")
     sub.add_argument("--max-new-tokens", type=int, default=64, help="longest response")
     sub.add_argument("--min-new-tokens", type=int, default=0, help="shortest response")
     sub.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     sub.add_argument("--top-k", type=int, help="sample among the k most likely tokens")
-    sub.add_argument("--top-p", type=float, help="sample among the fewest tokens that hold this probability")
-    sub.add_argument("--min-p", type=float, help="sample among tokens at least so probable, relative to the best one")
-    sub.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer tokens a second time")
     sub.add_argument(
-        "--eos-ids", type=int, nargs="+", help="token ids that end a response; default: model's and tokenizer's"
+        "--top-p", type=float, help="sample among the fewest tokens that hold this probability"
     )
-    sub.add_argument("--stop", nargs="+", default=(), metavar="STRING", help="strings that end a response, and stay in")
+    sub.add_argument(
+        "--min-p",
+        type=float,
+        help="sample among tokens at least so probable, relative to the best one",
+    )
+    sub.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1: fewer tokens a second time"
+    )
+    sub.add_argument(
+        "--eos-ids",
+        type=int,
+        nargs="+",
+        help="token ids that end a response; default: model's and tokenizer's",
+    )
+    sub.add_argument(
+        "--stop",
+        nargs="+",
+        default=(),
+        metavar="STRING",
+        help="strings that end a response, and stay in",
+    )
     sub.add_argument("--seed", type=_seed, default=0, help="of sampling")
-    sub.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
+    sub.add_argument(
+        "--device", default=None, help="cpu, cuda, ...; default: cuda where there is one"
+    )
 
-    sub = command("demo", commands.demo, "SFT, reward model, PPO and DPO on a task whose gold score is known")
+    sub = command(
+        "demo", commands.demo, "SFT, reward model, PPO and DPO on a task whose gold score is known"
+    )
     sub.add_argument("--real", type=Path, metavar="DIR", help="use the story model and data in DIR")
-    sub.add_argument("--out", type=Path, help="folder for everything; default: runs/demo or runs/demo-real")
+    sub.add_argument(
+        "--out", type=Path, help="folder for everything; default: runs/demo or runs/demo-real"
+    )
     sub.add_argument("--seed", type=_seed, default=0, help="of everything")
 
     from rlhf_core.benchmarks import OPS
 
-    sub = command("bench", commands.bench, "check the ops against float64, then time them against their baselines")
+    sub = command(
+        "bench",
+        commands.bench,
+        "check the ops against float64, then time them against their baselines",
+    )
     sub.add_argument("--op", nargs="+", choices=OPS, default=OPS, help="which ones")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    sub.add_argument("--sweep", action="store_true", help="how time grows with vocabulary, rows and length instead")
+    sub.add_argument(
+        "--sweep",
+        action="store_true",
+        help="how time grows with vocabulary, rows and length instead",
+    )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
-    sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the roofline, or the growth of --sweep")
+    sub.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw the roofline, or the growth of --sweep"
+    )
 
     command("info", commands.info, "versions, backends with reasons, CPU features")
     return parser
 
 
 def _add_run(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--out", required=True, type=Path, help="folder for the model, its config and metrics.jsonl")
+    sub.add_argument(
+        "--out", required=True, type=Path, help="folder for the model, its config and metrics.jsonl"
+    )
     there = sub.add_mutually_exclusive_group()
-    there.add_argument("--overwrite", action="store_true", help="write into --out even if it is not empty")
-    there.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out; same --model")
-    sub.add_argument("--skip-bad", action="store_true", help="drop bad lines and count them instead of stopping")
-    sub.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    lora = sub.add_argument_group("LoRA", "--out then holds adapters in PEFT's layout, and names --model as their base")
-    lora.add_argument("--lora-rank", type=int, help="train adapters of this rank; the weights stay as they are")
-    lora.add_argument("--lora-alpha", type=float, help="they are scaled by this / rank; default: 16")
-    lora.add_argument("--lora-dropout", type=float, help="of their input; needs --dropout; default: 0")
-    lora.add_argument("--lora-targets", nargs="+", metavar="MODULE", help="such as q_proj v_proj; default: all")
+    there.add_argument(
+        "--overwrite", action="store_true", help="write into --out even if it is not empty"
+    )
+    there.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in --out; same --model"
+    )
+    sub.add_argument(
+        "--skip-bad", action="store_true", help="drop bad lines and count them instead of stopping"
+    )
+    sub.add_argument(
+        "--device", default=None, help="cpu, cuda, cuda:1, ...; default: cuda where there is one"
+    )
+    lora = sub.add_argument_group(
+        "LoRA", "--out then holds adapters in PEFT's layout, and names --model as their base"
+    )
+    lora.add_argument(
+        "--lora-rank", type=int, help="train adapters of this rank; the weights stay as they are"
+    )
+    lora.add_argument(
+        "--lora-alpha", type=float, help="they are scaled by this / rank; default: 16"
+    )
+    lora.add_argument(
+        "--lora-dropout", type=float, help="of their input; needs --dropout; default: 0"
+    )
+    lora.add_argument(
+        "--lora-targets", nargs="+", metavar="MODULE", help="such as q_proj v_proj; default: all"
+    )
 
 
 def _add_prompts_and_reward(sub: argparse.ArgumentParser, judged: bool = False) -> None:
     from rlhf_core.models.heads import AGGREGATES
 
     source = sub.add_mutually_exclusive_group(required=True)
-    source.add_argument("--reward-model", type=Path, nargs="+", help="folders that `rlhf-core reward` wrote")
+    source.add_argument(
+        "--reward-model", type=Path, nargs="+", help="folders that `rlhf-core reward` wrote"
+    )
     source.add_argument(
         "--reward-function",
         metavar="FILE.py:NAME",
@@ -213,9 +311,13 @@ def _add_prompts_and_reward(sub: argparse.ArgumentParser, judged: bool = False) 
             help="a function: lists of prompts, first and second responses to how probably the first is better",
         )
     several = sub.add_mutually_exclusive_group()
-    several.add_argument("--reward-weights", type=float, nargs="+", help="of several: their weighted sum")
+    several.add_argument(
+        "--reward-weights", type=float, nargs="+", help="of several: their weighted sum"
+    )
     several.add_argument("--reward-ensemble", choices=AGGREGATES, help="of several: default mean")
-    sub.add_argument("--reward-coef", type=float, help="ensemble uncertainty: weight of the variance taken off")
+    sub.add_argument(
+        "--reward-coef", type=float, help="ensemble uncertainty: weight of the variance taken off"
+    )
     sub.add_argument(
         "--prompts",
         required=True,
@@ -223,7 +325,10 @@ def _add_prompts_and_reward(sub: argparse.ArgumentParser, judged: bool = False) 
         help="JSONL[.gz] with messages, prompt, question or text, or .txt, one a line",
     )
     sub.add_argument(
-        "--eos-ids", type=int, nargs="+", help="token ids that end a response; default: model's and tokenizer's"
+        "--eos-ids",
+        type=int,
+        nargs="+",
+        help="token ids that end a response; default: model's and tokenizer's",
     )
 
 
@@ -237,10 +342,16 @@ def _add_config(parser: argparse.ArgumentParser, config: type, without: Sequence
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
         else:
-            options = {"type": _seed if field.name == "seed" else kind, "metavar": field.name.upper()}
+            options = {
+                "type": _seed if field.name == "seed" else kind,
+                "metavar": field.name.upper(),
+            }
         if field.name not in without:
             parser.add_argument(
-                "--" + field.name.replace("_", "-"), default=field.default, help=field.metadata["help"], **options
+                "--" + field.name.replace("_", "-"),
+                default=field.default,
+                help=field.metadata["help"],
+                **options,
             )
 
 

@@ -19,7 +19,13 @@ import rlhf_core
 
 def _config(config: type, arguments):
     given = vars(arguments)
-    return config(**{field.name: given[field.name] for field in dataclasses.fields(config) if field.name in given})
+    return config(
+        **{
+            field.name: given[field.name]
+            for field in dataclasses.fields(config)
+            if field.name in given
+        }
+    )
 
 
 def _read(reader, path: Path, arguments, encode) -> list:
@@ -48,7 +54,10 @@ def _device(arguments):
         probe = torch.zeros(1, device=name)
         probe.item()  # "meta" holds nothing
         return probe.device
-    except (RuntimeError, AssertionError) as error:  # no such device, or one that this torch is built without
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # no such device, or one that this torch is built without
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
@@ -73,7 +82,9 @@ def train_on_data(arguments) -> None:
         model = ILQLModel.from_pretrained(arguments.model)
     else:
         model = Transformer.from_pretrained(arguments.model)
-        model = {"Reward": RewardModel.from_model, "ILQL": ILQLModel}.get(kind, lambda plain: plain)(model)
+        model = {"Reward": RewardModel.from_model, "ILQL": ILQLModel}.get(
+            kind, lambda plain: plain
+        )(model)
     _add_adapters(getattr(model, "lm", model), arguments)
     max_length = min(config.max_length, model.config.max_positions)
 
@@ -86,9 +97,14 @@ def train_on_data(arguments) -> None:
     else:
         if not 0 <= arguments.eval_fraction < 1:
             raise ValueError(f"--eval-fraction must be in [0, 1), got {arguments.eval_fraction}")
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        order = torch.randperm(
+            len(examples), generator=torch.Generator().manual_seed(config.seed)
+        ).tolist()
         count = int(len(examples) * arguments.eval_fraction)
-        held_out, examples = [examples[i] for i in order[:count]], [examples[i] for i in order[count:]]
+        held_out, examples = (
+            [examples[i] for i in order[:count]],
+            [examples[i] for i in order[count:]],
+        )
     trainer = getattr(trainers, f"{kind}Trainer")(
         model.to(_device(arguments)),
         examples,
@@ -99,22 +115,32 @@ def train_on_data(arguments) -> None:
     )
     if arguments.resume:
         trainer.resume()
-    _print_result(trainer.train()[-1], arguments.out, f"{len(examples)} to train on, {len(held_out)} held out")
+    _print_result(
+        trainer.train()[-1], arguments.out, f"{len(examples)} to train on, {len(held_out)} held out"
+    )
 
 
 def _add_adapters(model, arguments) -> None:
     """Those that the --lora options ask for."""
     from rlhf_core.models.lora import LoRAConfig, add_adapters
 
-    options = dict(alpha=arguments.lora_alpha, dropout=arguments.lora_dropout, target_modules=arguments.lora_targets)
+    options = dict(
+        alpha=arguments.lora_alpha,
+        dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_targets,
+    )
     options = {name: value for name, value in options.items() if value is not None}
     if arguments.lora_rank is None:
         if options:
             raise ValueError("the options --lora-... have no effect without --lora-rank")
         return
     if arguments.lora_dropout and not arguments.dropout:
-        raise ValueError("--lora-dropout has no effect without --dropout, which turns the model's own on, too")
-    base = arguments.model.resolve() if arguments.model.exists() else arguments.model  # a folder, or a hub id
+        raise ValueError(
+            "--lora-dropout has no effect without --dropout, which turns the model's own on, too"
+        )
+    base = (
+        arguments.model.resolve() if arguments.model.exists() else arguments.model
+    )  # a folder, or a hub id
     add_adapters(model, LoRAConfig(rank=arguments.lora_rank, base=str(base), **options))
 
 
@@ -141,12 +167,22 @@ def _reward_of(arguments, device) -> dict:
             return {"reward": _function("--reward-function", arguments.reward_function)}
         return {"judge": _function("--judge", arguments.judge)}
     if weights is None:
-        return {"reward": load_reward(folders, arguments.reward_ensemble, arguments.reward_coef).to(device)}
+        return {
+            "reward": load_reward(folders, arguments.reward_ensemble, arguments.reward_coef).to(
+                device
+            )
+        }
     if arguments.reward_coef is not None:
-        raise ValueError(f"--reward-coef {arguments.reward_coef} has no effect with --reward-weights")
+        raise ValueError(
+            f"--reward-coef {arguments.reward_coef} has no effect with --reward-weights"
+        )
     if len(weights) != len(folders):
         raise ValueError(f"--reward-weights are {len(weights)} for {len(folders)} reward models")
-    return {"reward": [(load_reward([folder]).to(device), weight) for folder, weight in zip(folders, weights)]}
+    return {
+        "reward": [
+            (load_reward([folder]).to(device), weight) for folder, weight in zip(folders, weights)
+        ]
+    }
 
 
 def _function(option: str, text: str):
@@ -178,7 +214,12 @@ def _prompted(arguments, config) -> tuple:
     torch.manual_seed(config.seed)
     tokenizer, device = load_tokenizer(arguments.model), _device(arguments)
     model = Transformer.from_pretrained(arguments.model).to(device)
-    rows = _read(read_prompts, arguments.prompts, arguments, lambda prompt: (prompt, encode_prompt(prompt, tokenizer)))
+    rows = _read(
+        read_prompts,
+        arguments.prompts,
+        arguments,
+        lambda prompt: (prompt, encode_prompt(prompt, tokenizer)),
+    )
     eos_ids = _eos_ids(arguments, model, tokenizer)
     return model, rows, dict(eos_ids=eos_ids, tokenizer=tokenizer, **_reward_of(arguments, device))
 
@@ -214,7 +255,9 @@ def train_in_rounds(arguments) -> None:
     model, rows, options = _prompted(arguments, config)
     _add_adapters(model, arguments)
     folder = dict(out=arguments.out, resume=arguments.resume)
-    history = getattr(trainers, method)(model, [ids for _, ids in rows], config, **folder, **options)
+    history = getattr(trainers, method)(
+        model, [ids for _, ids in rows], config, **folder, **options
+    )
     _print_result(history[-1], arguments.out, f"{len(rows)} prompts")
 
 
@@ -280,7 +323,9 @@ def generate(arguments) -> None:
     model = (ILQLModel if valued else Transformer).from_pretrained(arguments.model).to(device)
     if arguments.beta is not None:
         if not valued:
-            raise ValueError(f"--beta has no effect: {arguments.model} is no folder that `rlhf-core ilql` wrote")
+            raise ValueError(
+                f"--beta has no effect: {arguments.model} is no folder that `rlhf-core ilql` wrote"
+            )
         if not 0 <= arguments.beta < math.inf:
             raise ValueError(f"--beta must be a finite number, at least 0, got {arguments.beta}")
         model.beta = arguments.beta
@@ -318,7 +363,11 @@ def demo(arguments) -> None:
     out = arguments.out or Path("runs") / ("demo-real" if real else "demo")
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    task = chain.stories_task(arguments.real, arguments.seed) if real else chain.replies_task(arguments.seed)
+    task = (
+        chain.stories_task(arguments.real, arguments.seed)
+        if real
+        else chain.replies_task(arguments.seed)
+    )
     print(chain.run(task, out, arguments.seed))
     print(f"models, metrics and this report are in {out}")
 
@@ -338,8 +387,12 @@ def info(arguments) -> None:
     import numpy
     import torch
 
-    print(f"rlhf_core {rlhf_core.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print(f"torch {torch.__version__}, numpy {numpy.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"rlhf_core {rlhf_core.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    )
+    print(
+        f"torch {torch.__version__}, numpy {numpy.__version__}, {torch.get_num_threads()} threads"
+    )
     for name in ("triton", "safetensors", "tokenizers", "jinja2", "tqdm"):
         try:
             print(name, importlib.metadata.version(name))

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TEMPERATURE = "float temperature, Tensor? temperatures"  # the two types of a launcher's `temperature`
+TEMPERATURE = (
+    "float temperature, Tensor? temperatures"  # the two types of a launcher's `temperature`
+)
 
 _classes = {name: type(name, (), {}) for name in ("rlhf_core.cpp", "rlhf_core.kernels")}
 
@@ -40,7 +42,9 @@ def operator(name: str, parameters: str, fake: Callable, function: Callable | No
 
     def run(module: str, *args: Any) -> list[Tensor]:
         module = importlib.import_module(module)
-        return _pack(function(module, *join(args)) if function else getattr(module, name)(*join(args)))
+        return _pack(
+            function(module, *join(args)) if function else getattr(module, name)(*join(args))
+        )
 
     def join(args):
         if not has_temperature:
@@ -53,7 +57,10 @@ def operator(name: str, parameters: str, fake: Callable, function: Callable | No
             if has_temperature:
                 two = (1.0, args[at]) if isinstance(args[at], Tensor) else (args[at], None)
                 args = (*args[:at], *two, *args[at + 1 :])
-            results = [None if x.dtype == torch.bool else x for x in getattr(torch.ops.rlhf_core, name)(module, *args)]
+            results = [
+                None if x.dtype == torch.bool else x
+                for x in getattr(torch.ops.rlhf_core, name)(module, *args)
+            ]
             return results[0] if len(results) == 1 else tuple(results)
 
         return staticmethod(call)
@@ -94,7 +101,9 @@ operator(
 operator(
     "full_kl_fwd",
     f"Tensor logits, Tensor ref_logits, Tensor? mask, {TEMPERATURE}",
-    lambda logits, *rest: tuple(logits.new_empty(logits.shape[:-1] + n, dtype=torch.float32) for n in ((), (4,))),
+    lambda logits, *rest: tuple(
+        logits.new_empty(logits.shape[:-1] + n, dtype=torch.float32) for n in ((), (4,))
+    ),
 )
 operator(
     "full_kl_bwd",
@@ -127,7 +136,9 @@ operator(
     lambda dadvantages, dreturns, mask, gamma, lam, has_last_values, cu_seqlens: (
         torch.empty_like(dreturns),
         torch.empty_like(dreturns),
-        dreturns.new_empty(len(dreturns) if cu_seqlens is None else len(cu_seqlens) - 1) if has_last_values else None,
+        dreturns.new_empty(len(dreturns) if cu_seqlens is None else len(cu_seqlens) - 1)
+        if has_last_values
+        else None,
     ),
 )
 operator(
@@ -154,7 +165,9 @@ operator(
     lambda logits, seeds, counters, temperature, *truncation: (
         torch.empty_like(seeds),
         torch.empty_like(seeds, dtype=torch.float32),
-        torch.empty_like(seeds, dtype=torch.float32) if any(x is not None for x in truncation) else None,
+        torch.empty_like(seeds, dtype=torch.float32)
+        if any(x is not None for x in truncation)
+        else None,
     ),
 )
 
@@ -163,7 +176,9 @@ def _breaking(module: str, name: str) -> Callable:
     def call(*args):
         return getattr(importlib.import_module(module), name)(*args)
 
-    call._torchdynamo_disable = True  # torch.compiler.disable, which would import dynamo here and now
+    call._torchdynamo_disable = (
+        True  # torch.compiler.disable, which would import dynamo here and now
+    )
     return staticmethod(call)
 
 

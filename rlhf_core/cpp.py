@@ -59,7 +59,9 @@ def token_logprobs_bwd(
     """dlogits (B, T, V) of the logits' dtype: contiguous, or written over the logits."""
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     threads = torch.get_num_threads()
-    _C.token_logprobs_bwd(dlogprobs, dentropy, logits, targets, mask, temperature, entropy, lse, dlogits, threads)
+    _C.token_logprobs_bwd(
+        dlogprobs, dentropy, logits, targets, mask, temperature, entropy, lse, dlogits, threads
+    )
     return dlogits
 
 
@@ -67,7 +69,9 @@ def full_kl_fwd(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """(B, T, V) twice -> kl (B, T), lse (B, T, 4), float32."""
-    kl, lse = (logits.new_empty((*logits.shape[:2], *last), dtype=torch.float32) for last in ((), (4,)))
+    kl, lse = (
+        logits.new_empty((*logits.shape[:2], *last), dtype=torch.float32) for last in ((), (4,))
+    )
     _C.full_kl_fwd(logits, ref_logits, mask, temperature, kl, lse, torch.get_num_threads())
     return kl, lse
 
@@ -84,14 +88,23 @@ def full_kl_bwd(
     needs_ref_logits: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Contiguous gradients of those logits that need one."""
-    grads = [logits.new_empty(logits.shape) if needed else None for needed in (needs_logits, needs_ref_logits)]
-    _C.full_kl_bwd(dkl, logits, ref_logits, mask, temperature, kl, lse, *grads, torch.get_num_threads())
+    grads = [
+        logits.new_empty(logits.shape) if needed else None
+        for needed in (needs_logits, needs_ref_logits)
+    ]
+    _C.full_kl_bwd(
+        dkl, logits, ref_logits, mask, temperature, kl, lse, *grads, torch.get_num_threads()
+    )
     return tuple(grads)
 
 
-def kl_estimate_fwd(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
+def kl_estimate_fwd(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str
+) -> Tensor:
     kl = torch.empty_like(logprobs)
-    _C.kl_estimate_fwd(logprobs, ref_logprobs, mask, _ESTIMATORS[estimator], kl, torch.get_num_threads())
+    _C.kl_estimate_fwd(
+        logprobs, ref_logprobs, mask, _ESTIMATORS[estimator], kl, torch.get_num_threads()
+    )
     return kl
 
 
@@ -99,7 +112,9 @@ def kl_estimate_bwd(
     dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str
 ) -> tuple[Tensor, Tensor]:
     grads = torch.empty_like(logprobs), torch.empty_like(logprobs)
-    _C.kl_estimate_bwd(dkl, logprobs, ref_logprobs, mask, _ESTIMATORS[estimator], *grads, torch.get_num_threads())
+    _C.kl_estimate_bwd(
+        dkl, logprobs, ref_logprobs, mask, _ESTIMATORS[estimator], *grads, torch.get_num_threads()
+    )
     return grads
 
 
@@ -113,7 +128,17 @@ def gae_fwd(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     outputs = _per_token(2, rewards, cu_seqlens)
-    _C.gae_fwd(rewards, values, mask, gamma, lam, last_values, cu_seqlens, *outputs, torch.get_num_threads())
+    _C.gae_fwd(
+        rewards,
+        values,
+        mask,
+        gamma,
+        lam,
+        last_values,
+        cu_seqlens,
+        *outputs,
+        torch.get_num_threads(),
+    )
     return outputs
 
 
@@ -127,7 +152,10 @@ def gae_bwd(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     B = len(dreturns) if cu_seqlens is None else len(cu_seqlens) - 1
-    grads = (*_per_token(2, dreturns, cu_seqlens), dreturns.new_empty(B) if has_last_values else None)
+    grads = (
+        *_per_token(2, dreturns, cu_seqlens),
+        dreturns.new_empty(B) if has_last_values else None,
+    )
     _C.gae_bwd(dadvantages, dreturns, mask, gamma, lam, cu_seqlens, *grads, torch.get_num_threads())
     return grads
 

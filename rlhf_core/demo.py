@@ -18,7 +18,16 @@ from pathlib import Path
 
 import torch
 
-from rlhf_core.data import ByteTokenizer, Example, Pair, Text, Tokenizer, encode_text, load_tokenizer, read_texts
+from rlhf_core.data import (
+    ByteTokenizer,
+    Example,
+    Pair,
+    Text,
+    Tokenizer,
+    encode_text,
+    load_tokenizer,
+    read_texts,
+)
 from rlhf_core.evaluation import Evaluation, evaluate_policy, win_rate
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig
 from rlhf_core.rollout import sample
@@ -44,18 +53,33 @@ ANSWERS = {
     "open a jar": "tap it",
     "catch a mouse": "get a cat",
 }
-QUESTIONS = ("how do i {}?", "how can i {}?", "how to {}?", "help me {}.", "what helps to {}?", "i want to {}.")
+QUESTIONS = (
+    "how do i {}?",
+    "how can i {}?",
+    "how to {}?",
+    "help me {}.",
+    "what helps to {}?",
+    "i want to {}.",
+)
 COURTEOUS, RUDE = ("sure! ", "glad to. "), ("ugh. ", "meh. ")
 FILLER = (" you know.", " well well.")
 CLOSING = (" good luck!", " enjoy!")
 EVASIVE = ("no idea", "ask a pal")
-_WORDS = set(re.findall(r"[a-z]+", " ".join((*ANSWERS.values(), *COURTEOUS, *RUDE, *FILLER, *CLOSING, *EVASIVE))))
+_WORDS = set(
+    re.findall(
+        r"[a-z]+", " ".join((*ANSWERS.values(), *COURTEOUS, *RUDE, *FILLER, *CLOSING, *EVASIVE))
+    )
+)
 
 
 def random_reply(thing: str, rng: random.Random) -> str:
     """A reply of mixed quality: what the supervised data holds."""
     kind = rng.random()
-    answer = ANSWERS[thing] if kind < 0.5 else rng.choice(list(ANSWERS.values()) if kind < 0.9 else EVASIVE)
+    answer = (
+        ANSWERS[thing]
+        if kind < 0.5
+        else rng.choice(list(ANSWERS.values()) if kind < 0.9 else EVASIVE)
+    )
     opening = rng.choice(("", "", *COURTEOUS, *RUDE))
     filler = "".join(rng.choices(FILLER, k=rng.choice((0, 1, 2))))
     return f"{opening}{answer}.{filler}{rng.choice(('', '', *CLOSING))}"
@@ -109,7 +133,8 @@ def replies_task(seed: int) -> Task:
         return [reply_score(*row) for row in zip(prompts, responses)]
 
     texts = [
-        Text(question.format(thing) + "\n", random_reply(thing, rng)) for question, thing in rng.choices(train, k=4096)
+        Text(question.format(thing) + "\n", random_reply(thing, rng))
+        for question, thing in rng.choices(train, k=4096)
     ]
     torch.manual_seed(seed)
     config = TransformerConfig(
@@ -136,7 +161,9 @@ def replies_task(seed: int) -> Task:
         label_noise=0.03,
         sft=SFTConfig(lr=3e-3, batch_size=64, epochs=4, warmup_steps=20, seed=seed),
         reward=RewardConfig(lr=1e-3, batch_size=64, epochs=3, warmup_steps=10, seed=seed),
-        ppo=PPOConfig(lr=1e-4, max_steps=50, kl_coef=0.1, temperature=1.0, response_length=48, seed=seed),
+        ppo=PPOConfig(
+            lr=1e-4, max_steps=50, kl_coef=0.1, temperature=1.0, response_length=48, seed=seed
+        ),
         dpo=DPOConfig(lr=1e-4, batch_size=64, beta=0.5, seed=seed),
     )
 
@@ -151,7 +178,9 @@ def stories_task(data: Path, seed: int) -> Task:
 
     def gold(prompts: list[str], responses: list[str]) -> list[float]:
         words = [re.findall(r"[a-z']+", response.lower()) for response in responses]
-        return [10 * sum(valence.get(word, 0.0) for word in row) / max(len(row), 1) for row in words]
+        return [
+            10 * sum(valence.get(word, 0.0) for word in row) / max(len(row), 1) for row in words
+        ]
 
     model = data / "models" / "stories260k"
     tokenizer = load_tokenizer(model)
@@ -170,7 +199,9 @@ def stories_task(data: Path, seed: int) -> Task:
         label_noise=0.0,
         sft=None,
         reward=RewardConfig(lr=5e-4, batch_size=64, epochs=3, seed=seed),
-        ppo=PPOConfig(lr=1e-4, max_steps=50, kl_coef=0.06, temperature=1.0, response_length=64, seed=seed),
+        ppo=PPOConfig(
+            lr=1e-4, max_steps=50, kl_coef=0.06, temperature=1.0, response_length=64, seed=seed
+        ),
         dpo=DPOConfig(lr=1e-4, batch_size=64, seed=seed),
     )
 
@@ -204,11 +235,19 @@ def run(task: Task, out: Path, seed: int) -> str:
         tokenizer=task.tokenizer,
         out=out / "ppo",
     ).train()
-    DPOTrainer(dpo_policy, train_pairs, task.dpo, reference=base, tokenizer=task.tokenizer, out=out / "dpo").train()
+    DPOTrainer(
+        dpo_policy, train_pairs, task.dpo, reference=base, tokenizer=task.tokenizer, out=out / "dpo"
+    ).train()
 
     policies = {"SFT": base, "PPO": ppo_policy, "DPO": dpo_policy}
     results = {name: evaluated(task, base, policy, seed) for name, policy in policies.items()}
-    lines += [*table(results), "", *samples(task, results), "", f"{time.monotonic() - started:.0f} s"]
+    lines += [
+        *table(results),
+        "",
+        *samples(task, results),
+        "",
+        f"{time.monotonic() - started:.0f} s",
+    ]
     report = "\n".join(lines)
     (out / "report.txt").write_text(report + "\n", encoding="utf-8")
     return report
@@ -219,7 +258,9 @@ def supervised(task: Task, out: Path | None = None) -> tuple[Transformer, list[d
     history = []
     if task.sft is not None:
         folder = out and out / "sft"
-        history = SFTTrainer(task.policy, task.sft_examples, task.sft, tokenizer=task.tokenizer, out=folder).train()
+        history = SFTTrainer(
+            task.policy, task.sft_examples, task.sft, tokenizer=task.tokenizer, out=folder
+        ).train()
     return frozen_copy(task.policy), history
 
 
@@ -241,13 +282,17 @@ def labelled_pairs(task: Task, policy: Transformer, seed: int) -> tuple[list[Pai
             generator=generator,
         )
         responses = [rollout.responses()[sample::2] for sample in range(2)]
-        scores = [task.gold(texts, [task.tokenizer.decode(ids) for ids in part]) for part in responses]
+        scores = [
+            task.gold(texts, [task.tokenizer.decode(ids) for ids in part]) for part in responses
+        ]
         for prompt, first, second, first_score, second_score in zip(prompts, *responses, *scores):
             if first_score == second_score:
                 continue
             flip = rng.random() < task.label_noise
             wrong += flip
-            chosen, rejected = (first, second) if (first_score > second_score) != flip else (second, first)
+            chosen, rejected = (
+                (first, second) if (first_score > second_score) != flip else (second, first)
+            )
             pairs.append(Pair(prompt, chosen, rejected))
     return pairs, wrong / len(pairs)
 
@@ -258,7 +303,12 @@ def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def fitted_reward_model(
-    task: Task, base: Transformer, pairs: list[Pair], held_out: list[Pair], seed: int, out: Path | None = None
+    task: Task,
+    base: Transformer,
+    pairs: list[Pair],
+    held_out: list[Pair],
+    seed: int,
+    out: Path | None = None,
 ) -> tuple[RewardModel, dict[str, float]]:
     """The reward model that the pairs teach, and the metrics of its last step."""
     torch.manual_seed(seed)

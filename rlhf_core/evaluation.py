@@ -60,13 +60,21 @@ def evaluate_policy(
                 seeds=seeds[start : start + batch_size],
             )
             ref_logprobs, _ = response_logprobs(reference, rollout, temperature)
-            kls.append(kl_estimate(rollout.logprobs, ref_logprobs, mask=rollout.response_mask).sum(dim=1))
+            kls.append(
+                kl_estimate(rollout.logprobs, ref_logprobs, mask=rollout.response_mask).sum(dim=1)
+            )
             lengths.append(rollout.response_mask.sum(dim=1))
             response_ids += rollout.responses()
             texts = [tokenizer.decode(ids) for ids in response_ids[start:]]
             responses += texts
-            scores.append(torch.as_tensor(reward([tokenizer.decode(ids) for ids in batch], texts), dtype=torch.float32))
-    return Evaluation(responses, torch.cat(scores), torch.cat(kls).cpu(), torch.cat(lengths).cpu(), response_ids)
+            scores.append(
+                torch.as_tensor(
+                    reward([tokenizer.decode(ids) for ids in batch], texts), dtype=torch.float32
+                )
+            )
+    return Evaluation(
+        responses, torch.cat(scores), torch.cat(kls).cpu(), torch.cat(lengths).cpu(), response_ids
+    )
 
 
 def win_rate(scores: Tensor, other: Tensor) -> float:
@@ -81,14 +89,18 @@ def length_bias(examples: list[Pair] | list[Ranked], scores: Tensor) -> dict[str
     pairs, first = [], 0
     for example in examples:
         end = first + len(example.completions_ids)
-        pairs += [(i, j) for i in range(first, end) for j in range(i + 1, end) if lengths[i] < lengths[j]]
+        pairs += [
+            (i, j) for i in range(first, end) for j in range(i + 1, end) if lengths[i] < lengths[j]
+        ]
         first = end
     report, both = {}, torch.stack([scores, torch.tensor(lengths, dtype=scores.dtype)])
     if both.std(dim=1, correction=0).all():
         report["length_correlation"] = torch.corrcoef(both)[0, 1].item()
     if pairs:
         better, worse = torch.tensor(pairs).unbind(dim=1)
-        report["accuracy_where_shorter_won"] = preferred(scores[better], scores[worse]).mean().item()
+        report["accuracy_where_shorter_won"] = (
+            preferred(scores[better], scores[worse]).mean().item()
+        )
     return report
 
 
@@ -102,7 +114,12 @@ def elo(wins: Tensor, *, prior: float = 0.0) -> Tensor:
     Raises ValueError where the ratings are not finite (some players never lost to the others), or not found.
     """
     wins = torch.as_tensor(wins, dtype=torch.float64)
-    if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or not len(wins) or not (wins.isfinite() & (wins >= 0)).all():
+    if (
+        wins.ndim != 2
+        or wins.shape[0] != wins.shape[1]
+        or not len(wins)
+        or not (wins.isfinite() & (wins >= 0)).all()
+    ):
         raise ValueError(f"wins must be a square matrix of numbers of at least 0, got {wins}")
     wins = (wins + prior / 2).fill_diagonal_(1)
     reached = (wins > 0).double()
@@ -154,7 +171,9 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor) -> Tensor:
     proxy, gold: (B, N), scores of the same samples.
     """
     if proxy.ndim != 2 or proxy.shape != gold.shape or not proxy.numel():
-        raise ValueError(f"proxy and gold must be (B, N), got {tuple(proxy.shape)} and {tuple(gold.shape)}")
+        raise ValueError(
+            f"proxy and gold must be (B, N), got {tuple(proxy.shape)} and {tuple(gold.shape)}"
+        )
     if not (proxy.isfinite() & gold.isfinite()).all():
         raise ValueError("proxy and gold must be finite")
     N = proxy.shape[1]
@@ -169,5 +188,7 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor) -> Tensor:
         return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
     n = torch.arange(1, N + 1, dtype=torch.float64, device=gold.device)
-    log_weights = log_choose(n - 1, n[:, None] - 1) - log_choose(torch.full_like(n, N), n)[:, None]  # (n, i)
+    log_weights = (
+        log_choose(n - 1, n[:, None] - 1) - log_choose(torch.full_like(n, N), n)[:, None]
+    )  # (n, i)
     return log_weights.exp() @ gold.mean(dim=0)

@@ -37,7 +37,9 @@ def check_writable(folder: Path) -> None:
 def write_json(path: str | os.PathLike, value) -> None:
     """Write value as indented JSON, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path: str | os.PathLike):
@@ -68,12 +70,18 @@ def model_folder(source: str | os.PathLike) -> Path:
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        raise FileNotFoundError(f"{source}: no such folder; a repository on the Hugging Face hub reads owner/name")
+        raise FileNotFoundError(
+            f"{source}: no such folder; a repository on the Hugging Face hub reads owner/name"
+        )
     try:
         download = require("huggingface_hub", "hub").snapshot_download
-        return Path(download(str(source), allow_patterns=["*.json", "*.jinja", "*model*.safetensors"]))
+        return Path(
+            download(str(source), allow_patterns=["*.json", "*.jinja", "*model*.safetensors"])
+        )
     except ImportError as error:
-        raise ImportError(f"{source}: no such folder; to fetch it from the Hugging Face hub, {error}") from None
+        raise ImportError(
+            f"{source}: no such folder; to fetch it from the Hugging Face hub, {error}"
+        ) from None
     except Exception as error:  # every kind of failed request
         reason = (str(error) or repr(error)).splitlines()[0]
         message = f"{source}: no such folder, and not fetched from the Hugging Face hub (offline?): {reason}"
@@ -86,4 +94,6 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         name = module.split(".")[0]
-        raise ImportError(f"this needs {name!r}: pip install 'rlhf-core[{extra}]'", name=name) from None
+        raise ImportError(
+            f"this needs {name!r}: pip install 'rlhf-core[{extra}]'", name=name
+        ) from None

@@ -27,7 +27,9 @@ from rlhf_core.ops.sampling import sample_tokens
 
 # How often a step's tokens are looked at for ends: for that the host must wait for a GPU.
 STEPS_PER_CHECK = {"cpu": 1, "cuda": 16}
-PACKED_FROM = 2**16  # weights that a layer has at least to be packed: smaller ones lie in a core's cache
+PACKED_FROM = (
+    2**16
+)  # weights that a layer has at least to be packed: smaller ones lie in a core's cache
 
 
 class Generation(NamedTuple):
@@ -36,7 +38,9 @@ class Generation(NamedTuple):
     response_ids: Tensor  # (N, R) int64, 0 or the model's pad_id after the end
     response_mask: Tensor  # (N, R) bool, True up to the end, EOS included
     logprobs: Tensor  # (N, R) float32 nats under the distribution sampled from, 0 after the end
-    full_logprobs: Tensor  # (N, R) the same under softmax(logits / temperature), as training recomputes them
+    full_logprobs: (
+        Tensor  # (N, R) the same under softmax(logits / temperature), as training recomputes them
+    )
 
 
 @torch.no_grad()
@@ -100,7 +104,9 @@ def generate(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if min_new_tokens > max_new_tokens:
-        raise ValueError(f"min_new_tokens {min_new_tokens} is beyond max_new_tokens {max_new_tokens}")
+        raise ValueError(
+            f"min_new_tokens {min_new_tokens} is beyond max_new_tokens {max_new_tokens}"
+        )
     if P + max_new_tokens > config.max_positions:
         raise ValueError(
             f"row {int(prompt_lengths.argmax())}: {P} prompt + {max_new_tokens} new tokens exceed the model's "
@@ -108,14 +114,20 @@ def generate(
         )
     if not 0 < repetition_penalty < math.inf:
         raise ValueError(f"repetition_penalty must be finite and > 0, got {repetition_penalty}")
-    stops = _Stops(config.eos_ids if eos_ids is None else eos_ids, stop_strings, tokenizer, min_new_tokens)
+    stops = _Stops(
+        config.eos_ids if eos_ids is None else eos_ids, stop_strings, tokenizer, min_new_tokens
+    )
     if any(not 0 <= token < config.vocab_size for token in stops.eos_ids):
-        raise ValueError(f"eos_ids {sorted(stops.eos_ids)} are not all ids of a vocabulary of {config.vocab_size}")
+        raise ValueError(
+            f"eos_ids {sorted(stops.eos_ids)} are not all ids of a vocabulary of {config.vocab_size}"
+        )
     if seeds is None:
         where = device if generator is None else generator.device
         seeds = torch.randint(2**63 - 1, (B * n,), generator=generator, device=where)
     elif seeds.shape != (B * n,):
-        raise ValueError(f"seeds have shape {tuple(seeds.shape)}, but there are {B} prompts x {n} samples")
+        raise ValueError(
+            f"seeds have shape {tuple(seeds.shape)}, but there are {B} prompts x {n} samples"
+        )
 
     with eval_mode(model), _packed_weights(model) as runs:
         cache = KVCache(config, B * n, P + max_new_tokens, model.head_weight)
@@ -162,14 +174,24 @@ class DecodeStep:
         self.model, self.cache, self.sampling = model, cache, sampling
         self.penalty, self.min_new_tokens = repetition_penalty, min_new_tokens
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=prompt_ids.device)
-        self.altered = repetition_penalty != 1 or min_new_tokens > 0  # the logits, before they are sampled from
-        plain = sampling["temperature"] > 0 and all(sampling[name] is None for name in ("top_k", "top_p", "min_p"))
+        self.altered = (
+            repetition_penalty != 1 or min_new_tokens > 0
+        )  # the logits, before they are sampled from
+        plain = sampling["temperature"] > 0 and all(
+            sampling[name] is None for name in ("top_k", "top_p", "min_p")
+        )
         # What a row has not reached yet repeats its prompt's first token, which the penalty counts anyway.
-        self.ids = torch.cat((prompt_ids, prompt_ids[:, :1].expand(-1, max_new_tokens)), dim=1)  # (N, P + R)
+        self.ids = torch.cat(
+            (prompt_ids, prompt_ids[:, :1].expand(-1, max_new_tokens)), dim=1
+        )  # (N, P + R)
         self.response_ids = self.ids[:, P:]
         self.logprobs = prompt_ids.new_zeros(N, max_new_tokens, dtype=torch.float32)
-        self.full_logprobs = self.logprobs if plain and not self.altered else torch.zeros_like(self.logprobs)
-        self._go_on_with(torch.stack((torch.arange(N, device=seeds.device), seeds, seeds * 0, seeds * 0)))
+        self.full_logprobs = (
+            self.logprobs if plain and not self.altered else torch.zeros_like(self.logprobs)
+        )
+        self._go_on_with(
+            torch.stack((torch.arange(N, device=seeds.device), seeds, seeds * 0, seeds * 0))
+        )
 
     def __call__(self) -> None:
         self.draw(self.model.decode(self.last, self.cache, self.slots))
@@ -177,9 +199,13 @@ class DecodeStep:
     def draw(self, logits: Tensor) -> None:
         """The next token of every row from its logits (B, V)."""
         altered = self._altered(logits) if self.altered else logits
-        tokens, logprobs, full_logprobs = sample_tokens(altered, self.seeds, self.counters, **self.sampling)
+        tokens, logprobs, full_logprobs = sample_tokens(
+            altered, self.seeds, self.counters, **self.sampling
+        )
         if self.altered:
-            full_logprobs = token_logprobs(logits, tokens, temperature=self.sampling["temperature"] or 1.0)
+            full_logprobs = token_logprobs(
+                logits, tokens, temperature=self.sampling["temperature"] or 1.0
+            )
         at = self.slots, self.counters
         self.response_ids[at] = tokens
         self.logprobs[at] = logprobs.float()
@@ -195,7 +221,9 @@ class DecodeStep:
             logits = logits.scatter(1, seen, torch.where(z > 0, z / self.penalty, z * self.penalty))
         if self.min_new_tokens:
             early = (self.counters < self.min_new_tokens)[:, None]
-            logits = logits.index_copy(1, self.eos_ids, logits[:, self.eos_ids].masked_fill(early, -math.inf))
+            logits = logits.index_copy(
+                1, self.eos_ids, logits[:, self.eos_ids].masked_fill(early, -math.inf)
+            )
         return logits
 
     def keep(self, rows: list[int]) -> None:
@@ -212,22 +240,32 @@ class DecodeStep:
         R = int(lengths.max())
         mask = torch.arange(R, device=lengths.device) < lengths[:, None]
         logprobs = self.logprobs[:, :R].where(mask, 0)
-        full = logprobs if self.full_logprobs is self.logprobs else self.full_logprobs[:, :R].where(mask, 0)
+        full = (
+            logprobs
+            if self.full_logprobs is self.logprobs
+            else self.full_logprobs[:, :R].where(mask, 0)
+        )
         if not logprobs.isfinite().all():
             row, step = (~logprobs.isfinite()).nonzero()[0].tolist()
-            raise FloatingPointError(f"row {row}: the model's logits are not finite at token {step} of the response")
+            raise FloatingPointError(
+                f"row {row}: the model's logits are not finite at token {step} of the response"
+            )
         return Generation(self.response_ids[:, :R].where(mask, pad_id), mask, logprobs, full)
 
 
 def _run(step: DecodeStep, stops: _Stops, max_new_tokens: int) -> list[int]:
     """Step until every row has ended; the first token has been drawn. Returns the lengths of the responses."""
     device = step.slots.device.type
-    left = list(range(len(step.slots)))  # the slots of the step's rows, known without asking the device
+    left = list(
+        range(len(step.slots))
+    )  # the slots of the step's rows, known without asking the device
     lengths = [0] * len(left)  # 0: the row goes on
     every, checked, run = STEPS_PER_CHECK.get(device, 1), 0, None
     for drawn in range(1, max_new_tokens + 1):
         if stops and (drawn % every == 0 or drawn == max_new_tokens):
-            tails = step.response_ids[:, max(0, checked + 1 - stops.width) : drawn][step.slots].tolist()
+            tails = step.response_ids[:, max(0, checked + 1 - stops.width) : drawn][
+                step.slots
+            ].tolist()
             for slot, tail in zip(left, tails):
                 if stops.strings or not stops.eos_ids.isdisjoint(tail):  # most steps end few rows
                     lengths[slot] = lengths[slot] or stops.end(tail, drawn, drawn - checked)
@@ -235,7 +273,9 @@ def _run(step: DecodeStep, stops: _Stops, max_new_tokens: int) -> list[int]:
             going = [row for row, slot in enumerate(left) if not lengths[slot]]
             if not going:
                 break
-            if len(going) < len(left) and (every == 1 or 2 * len(going) <= len(left)):  # a graph is captured for a size
+            if len(going) < len(left) and (
+                every == 1 or 2 * len(going) <= len(left)
+            ):  # a graph is captured for a size
                 step.keep(going)
                 left, run = [left[row] for row in going], None
         if drawn == max_new_tokens:
@@ -255,7 +295,9 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
-        warnings.warn(f"generate: no CUDA graph, each step launches its kernels: {error}", stacklevel=2)
+        warnings.warn(
+            f"generate: no CUDA graph, each step launches its kernels: {error}", stacklevel=2
+        )
         return step
     return graph.replay
 
@@ -263,12 +305,25 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
 class _Stops:
     """What ends a response: ids, and strings in its text."""
 
-    def __init__(self, eos_ids: Sequence[int], strings: Sequence[str], tokenizer: Tokenizer | None, least: int):
+    def __init__(
+        self,
+        eos_ids: Sequence[int],
+        strings: Sequence[str],
+        tokenizer: Tokenizer | None,
+        least: int,
+    ):
         if isinstance(strings, str) or not all(strings):
-            raise ValueError(f"stop_strings must be a sequence of strings that are not empty, got {strings!r}")
+            raise ValueError(
+                f"stop_strings must be a sequence of strings that are not empty, got {strings!r}"
+            )
         if strings and tokenizer is None:
             raise ValueError("stop_strings need a tokenizer")
-        self.eos_ids, self.strings, self.tokenizer, self.least = set(eos_ids), tuple(strings), tokenizer, least
+        self.eos_ids, self.strings, self.tokenizer, self.least = (
+            set(eos_ids),
+            tuple(strings),
+            tokenizer,
+            least,
+        )
         # Tokens that have text hold a byte at least; and one more, as a decoder may strip the first one of a space.
         self.width = 1 + max((len(string.encode()) for string in strings), default=0)
 
@@ -283,10 +338,16 @@ class _Stops:
                 return drawn - behind
             if self.strings and drawn - behind >= self.least:
                 before, text = (
-                    self.tokenizer.decode(tail[max(0, upto - self.width) : end]) for end in (upto - 1, upto)
+                    self.tokenizer.decode(tail[max(0, upto - self.width) : end])
+                    for end in (upto - 1, upto)
                 )
-                fixed = len(before.rstrip("\ufffd"))  # a character that is not complete may yet become another
-                if any(text.find(string, max(0, fixed + 1 - len(string))) >= 0 for string in self.strings):
+                fixed = len(
+                    before.rstrip("\ufffd")
+                )  # a character that is not complete may yet become another
+                if any(
+                    text.find(string, max(0, fixed + 1 - len(string))) >= 0
+                    for string in self.strings
+                ):
                     return drawn - behind
         return 0
 
@@ -303,15 +364,24 @@ def _packed_weights(model: Transformer) -> Iterator[Transformer | PackedModel]:
         return
     layers = []
     if model.head_weight.is_cpu and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        models = [module for module in model.modules() if isinstance(module, Transformer)]  # it, or those it is made of
+        models = [
+            module for module in model.modules() if isinstance(module, Transformer)
+        ]  # it, or those it is made of
         layers = [
             (module, "forward", module.weight, module.bias)
             for language_model in models
             for module in language_model.trunk.modules()
             if type(module) is nn.Linear
         ]
-        layers += [(language_model, "logits", language_model.head_weight, None) for language_model in models]
-        layers = [layer for layer in layers if layer[2].dtype == torch.float32 and layer[2].numel() >= PACKED_FROM]
+        layers += [
+            (language_model, "logits", language_model.head_weight, None)
+            for language_model in models
+        ]
+        layers = [
+            layer
+            for layer in layers
+            if layer[2].dtype == torch.float32 and layer[2].numel() >= PACKED_FROM
+        ]
     try:
         for owner, method, weight, bias in layers:
             setattr(owner, method, _packed_linear(weight, bias))
@@ -322,7 +392,10 @@ def _packed_weights(model: Transformer) -> Iterator[Transformer | PackedModel]:
 
 
 def _packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    weight, linear = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise
+    weight, linear = (
+        torch.ops.mkldnn._reorder_linear_weight(weight),
+        torch.ops.mkldnn._linear_pointwise,
+    )
     return lambda x: linear(x, weight, bias, "none", [], "")
 
 
@@ -343,6 +416,8 @@ def _right_padded(prompt_ids: Tensor, attention_mask: Tensor | None) -> tuple[Te
     at = torch.arange(P, device=prompt_ids.device)
     if not torch.equal(attention_mask, at >= P - lengths[:, None]):
         row = int((attention_mask != (at >= P - lengths[:, None])).any(dim=1).int().argmax())
-        raise ValueError(f"row {row}: prompts must be padded on the left, this one's attention_mask is not")
+        raise ValueError(
+            f"row {row}: prompts must be padded on the left, this one's attention_mask is not"
+        )
     ids = prompt_ids.gather(1, (at + P - lengths[:, None]) % P)
     return ids.where(at < lengths[:, None], ids[:, :1])[:, : int(lengths.max())], lengths

@@ -33,7 +33,9 @@ class Moments(NamedTuple):
         count = self.count + other.count
         delta = other.mean - self.mean
         share = other.count / count.clamp_min(1)
-        return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta**2 * self.count * share)
+        return Moments(
+            count, self.mean + delta * share, self.m2 + other.m2 + delta**2 * self.count * share
+        )
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Moments:
@@ -67,7 +69,9 @@ def last_token_index(mask: Tensor) -> Tensor:
     return (positions * mask).amax(dim=-1)
 
 
-def loss_weights(mask: Tensor, aggregation: str = "token_mean", *, length: float | None = None) -> Tensor:
+def loss_weights(
+    mask: Tensor, aggregation: str = "token_mean", *, length: float | None = None
+) -> Tensor:
     """Weights (B, T) that turn a per-token loss into a scalar: (loss * weights).sum().
 
     token_mean     every counted token of the batch weighs the same
@@ -87,4 +91,6 @@ def loss_weights(mask: Tensor, aggregation: str = "token_mean", *, length: float
         return weights / length / mask.any(dim=-1).sum().clamp_min(1)
     if aggregation == "sequence_sum":
         raise ValueError("aggregation 'sequence_sum' needs the length that its sums are divided by")
-    raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, sequence_sum, got {aggregation!r}")
+    raise ValueError(
+        f"aggregation must be one of {', '.join(AGGREGATIONS)}, sequence_sum, got {aggregation!r}"
+    )

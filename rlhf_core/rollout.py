@@ -88,8 +88,12 @@ def sample(
         seeds=seeds,
         generator=generator,
     )
-    prompt_ids, prompt_mask = (x.repeat_interleave(num_samples, dim=0) for x in (prompt_ids, prompt_mask))
-    return Rollout(prompt_ids, prompt_mask, response.response_ids, response.response_mask, response.logprobs)
+    prompt_ids, prompt_mask = (
+        x.repeat_interleave(num_samples, dim=0) for x in (prompt_ids, prompt_mask)
+    )
+    return Rollout(
+        prompt_ids, prompt_mask, response.response_ids, response.response_mask, response.logprobs
+    )
 
 
 @functools.cache
@@ -109,10 +113,19 @@ def response_hidden(trunk: Trunk, rollout: Rollout) -> Tensor:
     """
     ids, mask, device = rollout.input_ids, rollout.response_mask, rollout.input_ids.device
     prompts = rollout.prompt_mask.sum(dim=1, keepdim=True)  # (B, 1)
-    T = max(int((prompts + mask.sum(dim=1, keepdim=True)).max()) - 1, 1)  # a last token predicts none
+    T = max(
+        int((prompts + mask.sum(dim=1, keepdim=True)).max()) - 1, 1
+    )  # a last token predicts none
     P, R = rollout.prompt_ids.shape[1], mask.shape[1]
-    place = torch.arange(T, device=device) + P - prompts  # (B, T) of the T tokens in the rollout's own order
-    read = torch.arange(len(ids), device=device)[:, None] * T + prompts - 1 + torch.arange(R, device=device)  # (B, R)
+    place = (
+        torch.arange(T, device=device) + P - prompts
+    )  # (B, T) of the T tokens in the rollout's own order
+    read = (
+        torch.arange(len(ids), device=device)[:, None] * T
+        + prompts
+        - 1
+        + torch.arange(R, device=device)
+    )  # (B, R)
     return trunk(ids.gather(1, place.clamp_max(ids.shape[1] - 1)), read=read[mask])
 
 
@@ -131,7 +144,11 @@ def response_logprobs(
     mask = rollout.response_mask
     hidden = response_hidden(model.trunk, rollout) if hidden is None else hidden
     logprobs, entropy = linear_token_logprobs_and_entropy(
-        hidden, model.head_weight, rollout.response_ids[mask], temperature=temperature, loss_of=loss_of
+        hidden,
+        model.head_weight,
+        rollout.response_ids[mask],
+        temperature=temperature,
+        loss_of=loss_of,
     )
     return scatter(logprobs, mask), scatter(entropy, mask)
 
@@ -158,7 +175,9 @@ def response_full_kl(
     size = max(1, FULL_KL_LOGITS // model.config.vocab_size)
     parts = []
     for h, r in zip(hidden.split(size), ref_hidden.split(size)):
-        parts.append(checkpoint(kl_of, h, r, use_reentrant=False) if torch.is_grad_enabled() else kl_of(h, r))
+        parts.append(
+            checkpoint(kl_of, h, r, use_reentrant=False) if torch.is_grad_enabled() else kl_of(h, r)
+        )
     return scatter(torch.cat(parts), rollout.response_mask)
 
 

@@ -15,13 +15,18 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background begins without
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # which a job in the background begins without
 os.environ.pop("RLHF_CORE_BACKEND", None)  # the tests name the backend they mean
 
 # (relative, absolute) error allowed on top of the error that the float32 reference itself makes.
 TOLERANCES = {
     "value": (5e-7, 5e-6),  # float32 results in nats or in units of reward
-    torch.float32: (2e-6, 2e-6),  # gradients, by the dtype they are stored in: half a unit in the last place
+    torch.float32: (
+        2e-6,
+        2e-6,
+    ),  # gradients, by the dtype they are stored in: half a unit in the last place
     torch.bfloat16: (2**-8, 2e-6),
     torch.float16: (2**-11, 2e-6),
 }
@@ -42,7 +47,9 @@ def assert_as_accurate(got, reference, truth, kind="value"):
         f"the reference is off by {error.nan_to_num(torch.inf).max():.2g}"
     )
     excess = (got - truth).abs() - error - absolute - relative * truth.abs()
-    assert not (excess > 0).any() and not got.isnan().any(), f"{excess.max():.2g} beyond the tolerance"
+    assert not (excess > 0).any() and not got.isnan().any(), (
+        f"{excess.max():.2g} beyond the tolerance"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,7 +73,10 @@ def backend(request, monkeypatch):
     if request.param == "triton" and not on_gpu:
         round_to_nearest_in_interpreter(monkeypatch)
     device = torch.device("cuda") if on_gpu else contextlib.nullcontext()
-    with device, np.errstate(all="ignore"):  # the interpreter computes with numpy, which warns of 0 * inf
+    with (
+        device,
+        np.errstate(all="ignore"),
+    ):  # the interpreter computes with numpy, which warns of 0 * inf
         torch.manual_seed(0)
         yield request.param
 
@@ -110,7 +120,9 @@ def transformers(monkeypatch):
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of data sets, tokenizers and models: RLHF_CORE_DATA, else ../shared/data beside the repository."""
-    path = Path(os.environ.get("RLHF_CORE_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data").resolve()
+    path = Path(
+        os.environ.get("RLHF_CORE_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data"
+    ).resolve()
     if not path.is_dir():
         pytest.skip(f"no data at {path}; set RLHF_CORE_DATA")
     return path

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_core.losses.advantages import grpo_advantages, reinforce_pp_advantages, remax_advantages, rloo_advantages
+from rlhf_core.losses.advantages import (
+    grpo_advantages,
+    reinforce_pp_advantages,
+    remax_advantages,
+    rloo_advantages,
+)
 
 P, N, R = 5, 8, 6
 
@@ -39,21 +44,29 @@ def of_groups(estimate, baseline):
 
 def reinforce_pp(scores, kl, mask):
     to_come = [
-        [[s - mean(row) - math.fsum(k[t:]) for t in range(R)] for s, k in zip(row, ks)] for row, ks in zip(scores, kl)
+        [[s - mean(row) - math.fsum(k[t:]) for t in range(R)] for s, k in zip(row, ks)]
+        for row, ks in zip(scores, kl)
     ]
-    counted = [x for xs, ms in zip(to_come, mask) for x1, m1 in zip(xs, ms) for x, m in zip(x1, m1) if m]
-    return [[[(x - mean(counted)) / deviation(counted, 0) for x in xs] for xs in row] for row in to_come]
+    counted = [
+        x for xs, ms in zip(to_come, mask) for x1, m1 in zip(xs, ms) for x, m in zip(x1, m1) if m
+    ]
+    return [
+        [[(x - mean(counted)) / deviation(counted, 0) for x in xs] for xs in row] for row in to_come
+    ]
 
 
 BASELINES = {  # estimator, and what the papers make of scores (P, n), KL and mask (P, n, R) as lists
     "grpo": of_groups(grpo_advantages, lambda s, i: (s[i] - mean(s)) / (deviation(s, 1) + 1e-4)),
-    "dr. grpo": of_groups(lambda *x: grpo_advantages(*x, normalize=False), lambda s, i: s[i] - mean(s)),
+    "dr. grpo": of_groups(
+        lambda *x: grpo_advantages(*x, normalize=False), lambda s, i: s[i] - mean(s)
+    ),
     "rloo": of_groups(rloo_advantages, lambda s, i: s[i] - mean(s[:i] + s[i + 1 :])),
     "reinforce++": (reinforce_pp_advantages, reinforce_pp),
     "remax": (
         lambda *x: remax_advantages(*x, greedy_scores=torch.arange(100.0, 100 + P)),
         lambda scores, kl, mask: [
-            [[s - 100 - p - math.fsum(k[t:]) for t in range(R)] for s, k in zip(scores[p], kl[p])] for p in range(P)
+            [[s - 100 - p - math.fsum(k[t:]) for t in range(R)] for s, k in zip(scores[p], kl[p])]
+            for p in range(P)
         ],
     ),
 }
@@ -80,7 +93,10 @@ def test_a_group_whose_scores_are_alike_has_no_advantage(method, dtype):
     """Row 26: exactly 0, though the mean of three times 0.1 is not 0.1; beside a group that differs, and alone."""
     advantages_of, _ = BASELINES[method]
     for value in (0.1, 1e6 + 0.1, -7.7):
-        alike, differs = torch.full((1, 3), value, dtype=dtype), torch.tensor([[1.0, 2.0, 4.0]], dtype=dtype)
+        alike, differs = (
+            torch.full((1, 3), value, dtype=dtype),
+            torch.tensor([[1.0, 2.0, 4.0]], dtype=dtype),
+        )
         assert not advantages_of(alike, *tokens(alike)).any()
         both = torch.cat((alike, differs))
         _, mask = tokens(both)
@@ -107,7 +123,10 @@ def test_one_response_a_prompt_is_whitened_over_the_batch_or_compared_with_the_g
 
 
 def test_reinforce_pp_whitens_tokens_not_responses():
-    scores, mask = torch.tensor([[1.0], [0.0]]), torch.tensor([[[True] * 3], [[True, False, False]]])
+    scores, mask = (
+        torch.tensor([[1.0], [0.0]]),
+        torch.tensor([[[True] * 3], [[True, False, False]]]),
+    )
     found = reinforce_pp_advantages(scores, torch.zeros(2, 1, 3), mask)
     assert_close(found[:, 0, 0], torch.tensor([0.25, -0.75]) / math.sqrt(3 / 16))
 

@@ -29,7 +29,11 @@ def nothing():
 
 
 def case(**kwargs):
-    return Case({OURS: lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.02), "fast": nothing}, nothing, **kwargs)
+    return Case(
+        {OURS: lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.02), "fast": nothing},
+        nothing,
+        **kwargs,
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -60,7 +64,11 @@ def test_cases_are_named_without_being_made(op, size, device):
         ("kl", "full_kl", lambda a, b: (a - b).sum(-1)),
         ("policy_loss", "ppo_loss", lambda a, b, c, d, *_, **k: ((a - b).mean() + d.mean(), None)),
         ("decode_attention", "decode_attention", lambda q, *_, **k: q * 2),
-        ("sampling", "sample_tokens", lambda z, *_, **k: ops.sampling.Sample(z.argmax(-1), z[:, 0], z[:, 0])),
+        (
+            "sampling",
+            "sample_tokens",
+            lambda z, *_, **k: ops.sampling.Sample(z.argmax(-1), z[:, 0], z[:, 0]),
+        ),
         ("linear_logprobs", "linear_token_logprobs", lambda h, w, y, **_: (h @ w.T).amax(-1)),
     ],
 )
@@ -97,13 +105,17 @@ def test_a_row_says_ratios_slow_downs_and_which_bars_are_met():
     shown = common.table([row, {"op": "op", "case": "other", "check": "off\nby 1"}])
     assert "slow 2: met; fast 1: MISSED; no broken: TypeError: another version |" in shown
     assert [line.count("|") for line in shown.splitlines()] == [9] * 4
-    assert shown.splitlines()[-1].startswith("| other | not timed |") and shown.endswith("| off by 1 |")
+    assert shown.splitlines()[-1].startswith("| other | not timed |") and shown.endswith(
+        "| off by 1 |"
+    )
 
 
 def test_a_short_call_is_timed_in_bundles_and_the_median_is_taken():
     calls = []
     quartiles = common.quartiles({OURS: lambda: calls.append(0)}, "cpu", False, rounds=9)
-    assert len(calls) > 1000 and quartiles[OURS][0] <= quartiles[OURS][1] <= quartiles[OURS][2] < 1e-4
+    assert (
+        len(calls) > 1000 and quartiles[OURS][0] <= quartiles[OURS][1] <= quartiles[OURS][2] < 1e-4
+    )
 
 
 def test_peak_memory_is_what_a_call_holds_at_once():
@@ -155,7 +167,9 @@ def test_the_picture_is_written(grows, tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_without_matplotlib_is_refused_before_anything_is_timed(tiny, tmp_path, monkeypatch, capsys):
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_timed(
+    tiny, tmp_path, monkeypatch, capsys
+):
     find_spec = common.importlib.util.find_spec
     found = lambda name: None if name == "matplotlib" else find_spec(name)  # noqa: E731
     monkeypatch.setattr(common.importlib.util, "find_spec", found)
@@ -166,10 +180,32 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_timed(tiny, 
 def test_the_command_prints_the_table_and_writes_json_and_picture(tiny, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     files = [tmp_path / "rows.json", tmp_path / "roof.png"]
-    assert cli.main(["bench", "--op", "gae", "--device", "cpu", "--json", str(files[0]), "--plot", str(files[1])]) == 0
+    assert (
+        cli.main(
+            [
+                "bench",
+                "--op",
+                "gae",
+                "--device",
+                "cpu",
+                "--json",
+                str(files[0]),
+                "--plot",
+                str(files[1]),
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
-    assert torch.__version__ in shown and f"threads {torch.get_num_threads()}" in shown and "x TRL" in shown
-    assert json.loads(files[0].read_text())["machine"]["threads"] == torch.get_num_threads() and files[1].stat().st_size
+    assert (
+        torch.__version__ in shown
+        and f"threads {torch.get_num_threads()}" in shown
+        and "x TRL" in shown
+    )
+    assert (
+        json.loads(files[0].read_text())["machine"]["threads"] == torch.get_num_threads()
+        and files[1].stat().st_size
+    )
 
 
 def test_pytest_benchmark_gets_the_row_and_times_ours(tiny):
@@ -181,7 +217,9 @@ def test_pytest_benchmark_gets_the_row_and_times_ours(tiny):
 
     benchmark = Benchmark()
     common.record(benchmark, "gae", "gae fwd (3, 70)")
-    assert {"ms", "GB/s", "of floor", "ratios", "threads", "torch", "device"} <= set(benchmark.extra_info)
+    assert {"ms", "GB/s", "of floor", "ratios", "threads", "torch", "device"} <= set(
+        benchmark.extra_info
+    )
     assert len(benchmark.result) == 2  # advantages and returns
 
 
@@ -190,8 +228,19 @@ def test_pytest_finds_every_case_and_keeps_the_repository_off_the_path(tmp_path)
         "import sys\n"
         f"def pytest_collection_finish(session): assert {str(ROOT)!r} not in sys.path and '' not in sys.path\n"
     )
-    code = f"import sys, pytest; sys.path[0] = {str(tmp_path)!r}; sys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "-p", "spy", "--collect-only", "--import-mode=importlib", "benchmarks"]
+    code = (
+        f"import sys, pytest; sys.path[0] = {str(tmp_path)!r}; sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "-p",
+        "spy",
+        "--collect-only",
+        "--import-mode=importlib",
+        "benchmarks",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for op in OPS:
@@ -210,14 +259,24 @@ def parts(monkeypatch, tmp_path):
     def part(letter, then, seconds=60, more=()):
         note = f"import os, time; runs = open({str(runs)!r}, 'a+'); runs.write('{letter}'); runs.flush(); runs.seek(0)"
         return gpu.Part(
-            [sys.executable, "-c", f"{note}; first = runs.read().count('{letter}') == 1; {then}", *more], seconds
+            [
+                sys.executable,
+                "-c",
+                f"{note}; first = runs.read().count('{letter}') == 1; {then}",
+                *more,
+            ],
+            seconds,
         )
 
     rows = {"rows": [{"op": "gae", "case": "fwd", "check": "off by 1"}]}
     found = {
-        "bench gae": part("b", f"open(os.environ['RLHF_CORE_BENCH_ROWS'], 'w').write('{json.dumps(rows)}')"),
+        "bench gae": part(
+            "b", f"open(os.environ['RLHF_CORE_BENCH_ROWS'], 'w').write('{json.dumps(rows)}')"
+        ),
         "memcheck": gpu.Part([], 60),
-        "racecheck": part("r", "print('Device not supported'); exit(9)", more=["--tool", "racecheck"]),
+        "racecheck": part(
+            "r", "print('Device not supported'); exit(9)", more=["--tool", "racecheck"]
+        ),
         "tests": part("t", "print('why'); exit(first)"),
         "slow": part("s", "time.sleep(60 * first)", seconds=2),
     }
@@ -233,8 +292,14 @@ def test_make_gpu_runs_every_part_once_and_failed_ones_again(parts, tmp_path, ca
     assert gpu.run(tmp_path, results, "tiny", "cpu") == 2  # "tests" and "slow"
     assert parts() == "brts"
     shown = capsys.readouterr().out
-    assert "memcheck: skipped: compute-sanitizer is not installed (0 s)" in shown and "why\nexit: 1" in shown
-    assert "racecheck: skipped: compute-sanitizer does not support" in shown and "stopped after 2 s" in shown
+    assert (
+        "memcheck: skipped: compute-sanitizer is not installed (0 s)" in shown
+        and "why\nexit: 1" in shown
+    )
+    assert (
+        "racecheck: skipped: compute-sanitizer does not support" in shown
+        and "stopped after 2 s" in shown
+    )
     for _ in range(2):  # the second has nothing left to do
         assert gpu.run(tmp_path, results, "tiny", "cpu") == 0
         assert parts() == "brts" + "ts"
@@ -250,7 +315,9 @@ def test_make_gpu_runs_every_part_once_and_failed_ones_again(parts, tmp_path, ca
 
 def test_make_gpu_stays_under_eight_minutes_and_its_parts_run():
     parts = gpu.parts(ROOT, "tiny", "cpu")
-    assert sum(part.seconds for part in parts.values()) <= 480 and set(parts) >= {f"bench {op}" for op in OPS}
+    assert sum(part.seconds for part in parts.values()) <= 480 and set(parts) >= {
+        f"bench {op}" for op in OPS
+    }
     bench = gpu.run_part(parts["bench gae"])
     assert bench["status"] == "passed" and all(row["check"] == "passed" for row in bench["rows"])
     assert gpu.check("cpu") == 0  # what the sanitizer runs
@@ -265,6 +332,9 @@ def test_make_gpu_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "rlhf_core.benchmarks.gpu", str(ROOT)], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-P", "-m", "rlhf_core.benchmarks.gpu", str(ROOT)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 1 and "needs a CUDA device" in done.stderr

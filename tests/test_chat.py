@@ -78,7 +78,13 @@ TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL}
 CHATS = [
     [("user", "Hi there"), ("assistant", "Hello, who is it?")],
     [("system", "Be  brief."), ("user", "naïve 日本語?"), ("assistant", "🙂👩‍👩‍👧 yes.")],
-    [("user", "one"), ("assistant", "1"), ("user", "and\n\ttwo "), ("assistant", "2, of course"), ("user", "so")],
+    [
+        ("user", "one"),
+        ("assistant", "1"),
+        ("user", "and\n\ttwo "),
+        ("assistant", "2, of course"),
+        ("user", "so"),
+    ],
 ]
 
 
@@ -101,13 +107,22 @@ def build(folder, kind, template=None, **config):
         made.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     else:
-        made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        made = tokenizers.Tokenizer(
+            models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+        )
         alphabet = [f"<0x{i:02X}>" for i in range(256)]
         if kind == "first":
             made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         else:
-            made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            made.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            )
+        steps = [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
         made.decoder = decoders.Sequence(steps)
     special = SPECIAL + (alphabet if kind != "bytes" else [])
     trainer = trainers.BpeTrainer(
@@ -120,11 +135,18 @@ def build(folder, kind, template=None, **config):
         ["Hi there, hello who is it one two of course and so brief yes user assistant"] * 3, trainer
     )
     if kind != "bytes":
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        made.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
     spec = json.loads(made.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in SPECIAL]
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    names = dict(bos_token="<s>", eos_token="</s>", pad_token="<unk>", tokenizer_class="PreTrainedTokenizerFast")
+    names = dict(
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        tokenizer_class="PreTrainedTokenizerFast",
+    )
     config = {**names, **({} if template is None else {"chat_template": template}), **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
@@ -155,7 +177,9 @@ def test_ids_and_masks_are_those_of_transformers(kind, name, tmp_path):
     for turns in CHATS:
         messages = chat(*turns)
         ids, mask = theirs(folder, messages, return_assistant_tokens_mask=True)
-        if name == "chatml" and kind != "bytes":  # no BOS in the template, so it is the post-processor's
+        if (
+            name == "chatml" and kind != "bytes"
+        ):  # no BOS in the template, so it is the post-processor's
             ids, mask = [1, *ids], [False, *mask]
         assert ours.encode_chat(messages) == (ids, mask)
         assert sum(mask) > 3 and ids.count(1) == (name != "chatml" or kind != "bytes")
@@ -164,9 +188,15 @@ def test_ids_and_masks_are_those_of_transformers(kind, name, tmp_path):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_without_tags_gives_the_same_from_its_prefixes(kind, name, tmp_path):
     assert "generation %" not in untagged(TEMPLATES[name])
-    ends = {"chatml": "<|im_end|>", "llama3": "<|eot|>", "mistral": "</s>"}  # a line end after it does not count
+    ends = {
+        "chatml": "<|im_end|>",
+        "llama3": "<|eot|>",
+        "mistral": "</s>",
+    }  # a line end after it does not count
     tagged = load_tokenizer(build(tmp_path / "a", kind, TEMPLATES[name], eos_token=ends[name]))
-    plain = load_tokenizer(build(tmp_path / "b", kind, untagged(TEMPLATES[name]), eos_token=ends[name]))
+    plain = load_tokenizer(
+        build(tmp_path / "b", kind, untagged(TEMPLATES[name]), eos_token=ends[name])
+    )
     for turns in CHATS:
         assert plain.encode_chat(chat(*turns)) == tagged.encode_chat(chat(*turns))
 
@@ -178,11 +208,18 @@ def test_minimind_renders_as_in_transformers(data_dir):
         messages = chat(*turns)
         assert ours.encode_chat(messages)[0] == theirs(folder, messages)[0]
         prompt = ours.encode_chat(messages, start=len(messages), add_generation_prompt=True)
-        assert prompt[0] == theirs(folder, messages, add_generation_prompt=True)[0] and True not in prompt[1]
+        assert (
+            prompt[0] == theirs(folder, messages, add_generation_prompt=True)[0]
+            and True not in prompt[1]
+        )
     ids, mask = ours.encode_chat(chat(*CHATS[2]))
     runs = re.findall("1+", "".join("01"[m] for m in mask))
     counted = [i for i, m in zip(ids, mask) if m]
-    assert len(runs) == 2 and ours.decode(counted) == "12, of course" and counted.count(ours.eos_ids[0]) == 2
+    assert (
+        len(runs) == 2
+        and ours.decode(counted) == "12, of course"
+        and counted.count(ours.eos_ids[0]) == 2
+    )
 
 
 def test_special_tokens_that_take_the_space_around_them_do_so(kind, tmp_path):
@@ -194,9 +231,14 @@ def test_special_tokens_that_take_the_space_around_them_do_so(kind, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     ours = load_tokenizer(folder)
     messages = chat(("user", "one  "), ("assistant", "two"), ("user", " so"), ("assistant", "Hi"))
-    got, want = ours.encode_chat(messages), theirs(folder, messages, return_assistant_tokens_mask=True)
+    got, want = (
+        ours.encode_chat(messages),
+        theirs(folder, messages, return_assistant_tokens_mask=True),
+    )
     bos = ours.encode_prompt("")
-    assert got[0] == bos + want[0] and "".join("ft"[m] for m in got[1][len(bos) :]) == "".join("ft"[m] for m in want[1])
+    assert got[0] == bos + want[0] and "".join("ft"[m] for m in got[1][len(bos) :]) == "".join(
+        "ft"[m] for m in want[1]
+    )
 
 
 def test_a_saved_folder_loads_in_transformers_with_equal_ids(kind, tmp_path):
@@ -208,7 +250,10 @@ def test_a_saved_folder_loads_in_transformers_with_equal_ids(kind, tmp_path):
     (tmp_path / "b").mkdir()
     ours = load_tokenizer(folder)
     ours.save(tmp_path / "b")
-    peer, again = transformers.AutoTokenizer.from_pretrained(tmp_path / "b"), load_tokenizer(tmp_path / "b")
+    peer, again = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "b"),
+        load_tokenizer(tmp_path / "b"),
+    )
     assert {f.name for f in (tmp_path / "b").iterdir()} == {f.name for f in folder.iterdir()}
     assert again.eos_ids == ours.eos_ids == (2, 7)
     for text in ("Hi there", " two  of\n", "naïve 日本語 🙂"):
@@ -231,7 +276,9 @@ def spoken(tokenizer, said):
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("tags", [True, False])
 def test_no_message_makes_a_special_token(kind, name, tags, tmp_path):
-    tokenizer = load_tokenizer(build(tmp_path, kind, TEMPLATES[name] if tags else untagged(TEMPLATES[name])))
+    tokenizer = load_tokenizer(
+        build(tmp_path, kind, TEMPLATES[name] if tags else untagged(TEMPLATES[name]))
+    )
     usual, _ = spoken(tokenizer, "one")
     for text in (
         "<s>one",
@@ -243,7 +290,9 @@ def test_no_message_makes_a_special_token(kind, name, tags, tmp_path):
     ):
         got, said = spoken(tokenizer, text)
         assert got == usual and said.strip() == text
-        assert not set(tokenizer.encode(text) + tokenizer.encode_completion(text)) & set(range(len(SPECIAL)))
+        assert not set(tokenizer.encode(text) + tokenizer.encode_completion(text)) & set(
+            range(len(SPECIAL))
+        )
 
 
 def test_a_token_that_is_only_named_special_is_special(tmp_path):
@@ -261,13 +310,18 @@ def test_overlapping_spellings_are_text_too(tmp_path):
     folder = build(tmp_path, "bytes", untagged(CHATML))
     spec = json.loads((folder / "tokenizer.json").read_text())
     texts = ("aXb", "bXa", "<|im_end|>\n")
-    extra = [dict(spec["added_tokens"][0], id=len(spec["model"]["vocab"]) + i, content=c) for i, c in enumerate(texts)]
+    extra = [
+        dict(spec["added_tokens"][0], id=len(spec["model"]["vocab"]) + i, content=c)
+        for i, c in enumerate(texts)
+    ]
     spec["added_tokens"] += extra
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     messages = chat(("user", "aXbXaXb"), ("assistant", "bXaXb"))
     ids, _ = load_tokenizer(folder).encode_chat(messages)
     assert not {token["id"] for token in extra[:2]} & set(ids)
-    assert ids.count(extra[2]["id"]) == 2 and theirs(folder, messages)[0].count(extra[2]["id"]) == 2  # the longer one
+    assert (
+        ids.count(extra[2]["id"]) == 2 and theirs(folder, messages)[0].count(extra[2]["id"]) == 2
+    )  # the longer one
 
 
 def test_prompt_and_completion_join_to_their_text(kind, tmp_path):
@@ -297,7 +351,9 @@ def test_eos_ids_are_all_that_the_files_name_in_order(tmp_path):
     folder = build(tmp_path, "bytes", eos_token={"content": "<|im_end|>"}, pad_token=None)
     assert load_tokenizer(folder).eos_ids == (4,)
     (folder / "config.json").write_text('{"eos_token_id": [2, -1], "bos_token_id": 9}')
-    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 4], "bos_token_id": 8, "pad_token_id": 6}')
+    (folder / "generation_config.json").write_text(
+        '{"eos_token_id": [7, 4], "bos_token_id": 8, "pad_token_id": 6}'
+    )
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.eos_ids, tokenizer.bos_id, tokenizer.pad_id) == ((4, 7, 2), 1, 6)
     (folder / "tokenizer_config.json").write_text("{}")
@@ -306,14 +362,25 @@ def test_eos_ids_are_all_that_the_files_name_in_order(tmp_path):
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<s>"}')
     assert load_tokenizer(folder).eos_ids == (1, 7, 4, 2)
     (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be .*got '2'"):
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json: eos_token_id must be .*got '2'"
+    ):
         load_tokenizer(folder)
 
 
 ENDS = {  # how the template ends a turn, what of it is tagged, and how a completion then ends: EOS is </s>, id 2
-    "written and counted": ("{% generation %}{{ m.content + eos_token }}{% endgeneration %}{{ '\n' }}", [2]),
-    "written, not counted": ("{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token + '\n' }}", [2]),
-    "counted with more": ("{% generation %}{{ m.content + eos_token + '\n' }}{% endgeneration %}", [2]),
+    "written and counted": (
+        "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{{ '\n' }}",
+        [2],
+    ),
+    "written, not counted": (
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token + '\n' }}",
+        [2],
+    ),
+    "counted with more": (
+        "{% generation %}{{ m.content + eos_token + '\n' }}{% endgeneration %}",
+        [2],
+    ),
     "another token": ("{% generation %}{{ m.content + '<|eot|>' }}{% endgeneration %}", [7, 2]),
     "nothing": ("{% generation %}{{ m.content }}{% endgeneration %}", [2]),
 }
@@ -324,16 +391,28 @@ ENDS = {  # how the template ends a turn, what of it is tagged, and how a comple
 def test_a_completion_ends_with_one_eos(kind, how, tags, tmp_path):
     turn, ending = ENDS[how]
     prompt = "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
-    others = "{% if m.role == 'assistant' %}{{ 'A:' }}" + turn + "{% else %}{{ m.content + '\n' }}{% endif %}"
+    others = (
+        "{% if m.role == 'assistant' %}{{ 'A:' }}"
+        + turn
+        + "{% else %}{{ m.content + '\n' }}{% endif %}"
+    )
     template = "{% for m in messages %}" + others + "{% endfor %}" + prompt
     tokenizer = load_tokenizer(build(tmp_path, kind, template if tags else untagged(template)))
-    if tags and kind != "every":  # where a token stands for no character, transformers may leave out its neighbour
+    if (
+        tags and kind != "every"
+    ):  # where a token stands for no character, transformers may leave out its neighbour
         ids, mask = tokenizer.encode_chat(chat(("user", "Hi"), ("assistant", "Hello")))
         bos = tokenizer.encode_prompt("")
-        peers = theirs(tmp_path, chat(("user", "Hi"), ("assistant", "Hello")), return_assistant_tokens_mask=True)
+        peers = theirs(
+            tmp_path,
+            chat(("user", "Hi"), ("assistant", "Hello")),
+            return_assistant_tokens_mask=True,
+        )
         assert (ids[len(bos) :], mask[len(bos) :]) == peers
     for more in ([], [("user", "more")]):  # what nobody learns is left out
-        example = encode_text(Text(chat(("user", "Hi")), chat(("assistant", "Hello"), *more)), tokenizer, 100)
+        example = encode_text(
+            Text(chat(("user", "Hi")), chat(("assistant", "Hello"), *more)), tokenizer, 100
+        )
         assert example.completion_ids[-len(ending) :] == ending and example.completion_mask is None
         assert tokenizer.decode(example.prompt_ids + example.completion_ids) == "Hi\nA:Hello"
         assert example.completion_ids.count(2) == 1 and example.prompt_ids == encode_prompt(
@@ -346,7 +425,11 @@ def test_the_end_of_a_turn_is_the_templates_choice_among_the_eos_ids(tmp_path):
     folder = build(tmp_path, "bytes", template)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
     example = encode_text(Text([], chat(("assistant", "Hello"))), load_tokenizer(folder), 100)
-    assert example.completion_ids[-1] == 4 and 2 not in example.completion_ids and example.completion_mask is None
+    assert (
+        example.completion_ids[-1] == 4
+        and 2 not in example.completion_ids
+        and example.completion_mask is None
+    )
 
 
 # ---- examples
@@ -371,15 +454,24 @@ def said(tokenizer, example):
 
 
 def test_every_turn_of_the_assistant_counts_and_nothing_else(chatting):
-    messages = chat(("system", "s"), ("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2 of"))
+    messages = chat(
+        ("system", "s"), ("user", "one"), ("assistant", "1"), ("user", "two"), ("assistant", "2 of")
+    )
     example = encode_text(Text(messages[:2], messages[2:]), chatting, 200)
-    assert said(chatting, example) == ["1", "2 of"] and example.completion_ids[-1] == chatting.eos_ids[0]
+    assert (
+        said(chatting, example) == ["1", "2 of"]
+        and example.completion_ids[-1] == chatting.eos_ids[0]
+    )
     assert example.prompt_ids == encode_prompt(messages[:2], chatting)
     ids = example.prompt_ids + example.completion_ids
     assert chatting.encode_chat(messages)[0][: len(ids)] == ids
-    last = encode_text(Text(messages[:4], "2 of"), chatting, 200)  # a turn in the prompt is not learned
+    last = encode_text(
+        Text(messages[:4], "2 of"), chatting, 200
+    )  # a turn in the prompt is not learned
     assert said(chatting, last) == ["2 of"] and last.completion_mask is None
-    assert last.prompt_ids + last.completion_ids == ids and last.prompt_ids == encode_prompt(messages[:4], chatting)
+    assert last.prompt_ids + last.completion_ids == ids and last.prompt_ids == encode_prompt(
+        messages[:4], chatting
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -404,7 +496,10 @@ def test_a_pair_shares_its_prompt(chatting):
 
 @pytest.mark.parametrize("max_length", [200, 30])
 def test_of_a_pairs_turns_those_of_the_assistant_count(chatting, max_length):
-    prompt, more = chat(("user", "one")), chat(("assistant", "1"), ("user", "two"), ("assistant", "2 of"))
+    prompt, more = (
+        chat(("user", "one")),
+        chat(("assistant", "1"), ("user", "two"), ("assistant", "2 of")),
+    )
     pair = encode_preference(Preference(prompt, more, "so"), chatting, max_length)
     long, short = (encode_text(Text(prompt, turns), chatting, max_length) for turns in (more, "so"))
     assert (pair.prompt_ids, pair.chosen_ids, pair.masks[0]) == long[:3]
@@ -418,23 +513,31 @@ def test_of_a_pairs_turns_those_of_the_assistant_count(chatting, max_length):
 def test_what_is_no_example_is_refused(chatting, tmp_path):
     with pytest.raises(ValueError, match="the completion holds no message of the assistant"):
         encode_text(Text(chat(("user", "one")), chat(("user", "two"))), chatting, 50)
-    answers_first = (
-        "{{ messages[-1].content }}{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}"
-    )
+    answers_first = "{{ messages[-1].content }}{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}"
     tokenizer = load_tokenizer(build(tmp_path / "other", "bytes", answers_first))
-    with pytest.raises(ValueError, match="renders the prompt of one completion otherwise than that of another"):
+    with pytest.raises(
+        ValueError, match="renders the prompt of one completion otherwise than that of another"
+    ):
         encode_preference(Preference(chat(("user", "one")), "two", "so"), tokenizer, 50)
 
 
 def test_chat_prompts_and_masks_are_cut_as_text_is(chatting):
-    messages = chat(("user", "one two " * 9), ("assistant", "of course " * 9), ("user", "so"), ("assistant", "yes"))
+    messages = chat(
+        ("user", "one two " * 9),
+        ("assistant", "of course " * 9),
+        ("user", "so"),
+        ("assistant", "yes"),
+    )
     whole = encode_text(Text(messages[:1], messages[1:]), chatting, 10_000)
     assert whole.completion_mask is not None
     for length in range(2, len(whole.prompt_ids + whole.completion_ids) + 1, 3):
         cut = encode_text(Text(messages[:1], messages[1:]), chatting, length)
         n = len(cut.completion_ids)
         assert n >= 1 and len(cut.prompt_ids) + n <= length
-        assert cut.completion_ids == whole.completion_ids[:n] and cut.completion_mask == whole.completion_mask[:n]
+        assert (
+            cut.completion_ids == whole.completion_ids[:n]
+            and cut.completion_mask == whole.completion_mask[:n]
+        )
         assert True in cut.completion_mask
         kept = [i for i in cut.prompt_ids if i != chatting.bos_id]
         assert whole.prompt_ids[-len(kept) :] == kept or not kept
@@ -461,13 +564,16 @@ def test_a_template_that_fails_is_named_with_its_message(template, message, tmp_
     tokenizer = load_tokenizer(build(tmp_path, "bytes", template))
     with pytest.raises(ValueError, match=message) as caught:
         encode_text(Text(chat(("user", "a")), "b"), tokenizer, 50)
-    assert caught.value.__cause__ is None and (caught.value.__suppress_context__ or not caught.value.__context__)
+    assert caught.value.__cause__ is None and (
+        caught.value.__suppress_context__ or not caught.value.__context__
+    )
     assert "tokenizer_config.json" in str(caught.value)
 
 
 TURN = "{{ m.role[0] + m.content }}"
 PREFIXES = {  # what a turn's own rendering adds to, lacks or hides of the whole's
-    "the last turn ends otherwise": TURN + "{% if loop.last and m.role == 'assistant' %}.{% endif %}",
+    "the last turn ends otherwise": TURN
+    + "{% if loop.last and m.role == 'assistant' %}.{% endif %}",
     "the turn begins otherwise": "{{ ('A' if m.role == 'assistant' else 'u') + m.content }}",
     "the turn is left out": "{% if m.role == 'user' %}{{ 'a' + m.content }}{% endif %}",
 }
@@ -478,9 +584,15 @@ def test_a_template_whose_turns_cannot_be_told_apart_is_refused(how, tmp_path):
     ending = "{% endfor %}{% if add_generation_prompt %}a{% endif %}"
     messages = chat(("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"))
     each = "{% for m in messages %}"
-    assert sum(load_tokenizer(build(tmp_path, "bytes", each + TURN + ending)).encode_chat(messages)[1]) == 2
+    assert (
+        sum(load_tokenizer(build(tmp_path, "bytes", each + TURN + ending)).encode_chat(messages)[1])
+        == 2
+    )
     tokenizer = load_tokenizer(build(tmp_path, "bytes", each + PREFIXES[how] + ending))
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: the chat template renders messages\[:1\] with the"):
+    with pytest.raises(
+        ValueError,
+        match=r"tokenizer_config\.json: the chat template renders messages\[:1\] with the",
+    ):
         tokenizer.encode_chat(messages)
 
 
@@ -548,58 +660,136 @@ def test_every_shape_of_conversation_is_read(tmp_path):
         ({"prompt": [HI], "response": [YES, HI, NO], "tools": None}, Text([HI], [YES, HI, NO])),
         ({"messages": [HI, {**YES, "tool_calls": None}], "prompt": "ignored"}, Text([HI], [YES])),
     ]
-    assert read_texts(write(tmp_path / "t.jsonl", *(row for row, _ in texts))) == [want for _, want in texts]
+    assert read_texts(write(tmp_path / "t.jsonl", *(row for row, _ in texts))) == [
+        want for _, want in texts
+    ]
     pairs = [
         ({"prompt": [HI], "chosen": "yes", "rejected": "no"}, Preference([HI], "yes", "no")),
         ({"prompt": [HI], "chosen": [YES], "rejected": [NO]}, Preference([HI], "yes", "no")),
-        ({"chosen": [HI, YES, HI, YES], "rejected": [HI, YES, HI, NO]}, Preference([HI, YES, HI], "yes", "no")),
-        ({"prompt": "hi", "chosen": [HI, YES], "rejected": [HI, NO]}, Preference([HI], "yes", "no")),
-        ({"prompt": [HI], "chosen": [YES, HI, NO], "rejected": [NO]}, Preference([HI], [YES, HI, NO], "no")),
-        ({"chosen": [HI, NO], "rejected": [HI, YES, HI, NO]}, Preference([HI], "no", [YES, HI, NO])),
+        (
+            {"chosen": [HI, YES, HI, YES], "rejected": [HI, YES, HI, NO]},
+            Preference([HI, YES, HI], "yes", "no"),
+        ),
+        (
+            {"prompt": "hi", "chosen": [HI, YES], "rejected": [HI, NO]},
+            Preference([HI], "yes", "no"),
+        ),
+        (
+            {"prompt": [HI], "chosen": [YES, HI, NO], "rejected": [NO]},
+            Preference([HI], [YES, HI, NO], "no"),
+        ),
+        (
+            {"chosen": [HI, NO], "rejected": [HI, YES, HI, NO]},
+            Preference([HI], "no", [YES, HI, NO]),
+        ),
     ]
-    assert read_preferences(write(tmp_path / "p.jsonl", *(row for row, _ in pairs))) == [want for _, want in pairs]
+    assert read_preferences(write(tmp_path / "p.jsonl", *(row for row, _ in pairs))) == [
+        want for _, want in pairs
+    ]
     prompts = [
         ({"messages": [SYSTEM, HI, YES, HI, NO]}, [SYSTEM, HI, YES, HI]),
         ({"prompt": [HI, YES, HI]}, [HI, YES, HI]),
         ({"prompt": [HI, YES, NO]}, [HI]),
         ({"prompt": "hi"}, "hi"),
     ]
-    assert read_prompts(write(tmp_path / "q.jsonl", *(row for row, _ in prompts))) == [want for _, want in prompts]
+    assert read_prompts(write(tmp_path / "q.jsonl", *(row for row, _ in prompts))) == [
+        want for _, want in prompts
+    ]
 
 
 BAD = [
     (read_texts, {"messages": []}, "'messages' holds no message"),
     (read_texts, {"messages": "hi"}, "'messages' must be a list of messages, got 'hi'"),
     (read_texts, {"messages": {"role": "user"}}, "'messages' must be a list of messages"),
-    (read_texts, {"messages": [HI, "yes"]}, r"'messages\[1\]' must be an object with role and content, got 'yes'"),
-    (read_texts, {"messages": [HI, {"role": "tool", "content": "x"}]}, r"'messages\[1\].role' must be one of .*'tool'"),
-    (read_texts, {"messages": [{"from": "human"}]}, r"'messages\[0\].role' is missing, the line has 'from'"),
+    (
+        read_texts,
+        {"messages": [HI, "yes"]},
+        r"'messages\[1\]' must be an object with role and content, got 'yes'",
+    ),
+    (
+        read_texts,
+        {"messages": [HI, {"role": "tool", "content": "x"}]},
+        r"'messages\[1\].role' must be one of .*'tool'",
+    ),
+    (
+        read_texts,
+        {"messages": [{"from": "human"}]},
+        r"'messages\[0\].role' is missing, the line has 'from'",
+    ),
     (read_texts, {"messages": [HI, {"role": "assistant"}]}, r"'messages\[1\].content' is missing"),
     (read_texts, {"messages": [HI, {**YES, "content": " "}]}, r"'messages\[1\].content' is empty"),
-    (read_texts, {"messages": [HI, {**YES, "content": None}]}, r"'messages\[1\].content' must be a string, got null"),
-    (read_texts, {"messages": [{**HI, "content": [{"type": "image"}]}]}, r"'messages\[0\].content' must be a string"),
-    (read_texts, {"messages": [HI, {**YES, "content": "\ud800"}]}, r"'messages\[1\].content' holds a lone surrogate"),
-    (read_texts, {"messages": [HI, {**YES, "tool_calls": [1]}]}, r"'messages\[1\].tool_calls' is not supported"),
+    (
+        read_texts,
+        {"messages": [HI, {**YES, "content": None}]},
+        r"'messages\[1\].content' must be a string, got null",
+    ),
+    (
+        read_texts,
+        {"messages": [{**HI, "content": [{"type": "image"}]}]},
+        r"'messages\[0\].content' must be a string",
+    ),
+    (
+        read_texts,
+        {"messages": [HI, {**YES, "content": "\ud800"}]},
+        r"'messages\[1\].content' holds a lone surrogate",
+    ),
+    (
+        read_texts,
+        {"messages": [HI, {**YES, "tool_calls": [1]}]},
+        r"'messages\[1\].tool_calls' is not supported",
+    ),
     (read_texts, {"messages": [HI, YES], "tools": [1]}, "'tools' is not supported"),
     (read_texts, {"messages": [HI, YES], "images": ["a.png"]}, "'images' is not supported"),
     (read_texts, {"messages": [SYSTEM, HI]}, "'messages' holds no message of the assistant"),
     (read_texts, {"prompt": [HI]}, "'response' is missing, the line has 'prompt'"),
-    (read_texts, {"prompt": [HI], "completion": [HI]}, r"'completion\[0\].role' must be assistant, got 'user'"),
+    (
+        read_texts,
+        {"prompt": [HI], "completion": [HI]},
+        r"'completion\[0\].role' must be assistant, got 'user'",
+    ),
     (read_texts, {"prompt": [HI], "completion": ""}, "'completion' is empty"),
     (read_texts, {"prompt": "hi", "completion": [YES]}, "'completion' must be a string"),
-    (read_preferences, {"prompt": [HI], "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are equal"),
+    (
+        read_preferences,
+        {"prompt": [HI], "chosen": "a", "rejected": "a"},
+        "'chosen' and 'rejected' are equal",
+    ),
     (
         read_preferences,
         {"prompt": [HI], "chosen": [YES, HI], "rejected": [NO]},
         "'chosen' must go on, .* assistant, user",
     ),
-    (read_preferences, {"chosen": [HI, YES], "rejected": [HI, YES]}, "'chosen' must go on, .*, got none"),
-    (read_preferences, {"chosen": [HI, YES], "rejected": [HI]}, "'rejected' must go on, .*, got none"),
-    (read_preferences, {"chosen": [HI, SYSTEM, YES], "rejected": [HI, NO]}, "'chosen' must go on, .*, got system"),
-    (read_preferences, {"chosen": [HI, YES], "rejected": "no"}, "'rejected' must be a list of messages, got 'no'"),
+    (
+        read_preferences,
+        {"chosen": [HI, YES], "rejected": [HI, YES]},
+        "'chosen' must go on, .*, got none",
+    ),
+    (
+        read_preferences,
+        {"chosen": [HI, YES], "rejected": [HI]},
+        "'rejected' must go on, .*, got none",
+    ),
+    (
+        read_preferences,
+        {"chosen": [HI, SYSTEM, YES], "rejected": [HI, NO]},
+        "'chosen' must go on, .*, got system",
+    ),
+    (
+        read_preferences,
+        {"chosen": [HI, YES], "rejected": "no"},
+        "'rejected' must be a list of messages, got 'no'",
+    ),
     (read_preferences, {"chosen": [HI, YES]}, "'rejected' is missing"),
-    (read_preferences, {"chosen": [YES], "rejected": [NO]}, "'chosen' and 'rejected' share no message"),
-    (read_preferences, {"prompt": "so", "chosen": [HI, YES], "rejected": [HI, NO]}, "'prompt' is no message"),
+    (
+        read_preferences,
+        {"chosen": [YES], "rejected": [NO]},
+        "'chosen' and 'rejected' share no message",
+    ),
+    (
+        read_preferences,
+        {"prompt": "so", "chosen": [HI, YES], "rejected": [HI, NO]},
+        "'prompt' is no message",
+    ),
     (read_prompts, {"messages": [YES]}, "'messages' holds messages of the assistant only"),
     (read_prompts, {"prompt": []}, "'prompt' holds no message"),
 ]
@@ -619,14 +809,18 @@ def test_a_row_that_the_template_refuses_is_named_or_dropped(tmp_path):
     def encode(text):
         return encode_text(text, tokenizer, 50)
 
-    with pytest.raises(DataError, match=r"data\.jsonl:2: .*tokenizer_config\.json: .*roles must alternate"):
+    with pytest.raises(
+        DataError, match=r"data\.jsonl:2: .*tokenizer_config\.json: .*roles must alternate"
+    ):
         read_texts(path, encode=encode)
     bad = []
     assert read_texts(path, bad.append, encode) == [encode(Text([HI], "yes"))] and len(bad) == 1
 
 
 def test_messages_are_checked_at_the_tokenizers_door_too(chatting):
-    with pytest.raises(ValueError, match=r"messages\[0\].role' must be one of system, user, assistant, got 'tool'"):
+    with pytest.raises(
+        ValueError, match=r"messages\[0\].role' must be one of system, user, assistant, got 'tool'"
+    ):
         chatting.encode_chat(chat(("tool", "x")))
 
 
@@ -638,13 +832,21 @@ def test_every_command_takes_conversations(command, tmp_path, capsys):
     torch.manual_seed(0)
     folder = build(tmp_path / "policy", "bytes", untagged(CHATML), eos_token="<|im_end|>")
     tokenizer = load_tokenizer(folder)
-    sizes = dict(vocab_size=tokenizer.vocab_size, hidden_size=16, num_layers=1, num_heads=2, max_positions=128)
+    sizes = dict(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        max_positions=128,
+    )
     policy = Transformer(TransformerConfig(**sizes, eos_ids=(2,)))
     policy.save_pretrained(folder)
     RewardModel.from_model(policy).save_pretrained(tmp_path / "rm")
     talk = [[HI, YES, {**HI, "content": f"hi {i}"}] for i in range(8)]
     if command in ("reward", "dpo"):
-        data = write(tmp_path / "data.jsonl", *({"chosen": [*t, YES], "rejected": [*t, NO]} for t in talk))
+        data = write(
+            tmp_path / "data.jsonl", *({"chosen": [*t, YES], "rejected": [*t, NO]} for t in talk)
+        )
     else:
         data = write(tmp_path / "data.jsonl", *({"messages": [*t, NO]} for t in talk))
     options = ["--model", folder, "--device", "cpu"]
@@ -661,10 +863,14 @@ def test_every_command_takes_conversations(command, tmp_path, capsys):
         assert shown.startswith("user\nhi\nassistant\n")
     else:
         assert f"written to {tmp_path / 'out'}" in shown
-        assert load_tokenizer(tmp_path / "out").encode_chat(talk[0]) == tokenizer.encode_chat(talk[0])
+        assert load_tokenizer(tmp_path / "out").encode_chat(talk[0]) == tokenizer.encode_chat(
+            talk[0]
+        )
 
 
-def test_a_response_ends_at_the_end_of_a_turn_that_the_tokenizer_knows(tmp_path, monkeypatch, capsys):
+def test_a_response_ends_at_the_end_of_a_turn_that_the_tokenizer_knows(
+    tmp_path, monkeypatch, capsys
+):
     """The model's config names one EOS; the tokenizer's, which ends a turn, is another."""
     folder = build(tmp_path, "bytes", untagged(CHATML), eos_token="<|im_end|>")
     config = TransformerConfig(
@@ -672,8 +878,23 @@ def test_a_response_ends_at_the_end_of_a_turn_that_the_tokenizer_knows(tmp_path,
     )
     Transformer(config).save_pretrained(folder)
     asked = []
-    monkeypatch.setattr("rlhf_core.generation.generate", lambda model, ids, **options: asked.append(options) or 1 / 0)
+    monkeypatch.setattr(
+        "rlhf_core.generation.generate",
+        lambda model, ids, **options: asked.append(options) or 1 / 0,
+    )
     for more, want in (([], {2, 4}), (["--eos-ids", "5"], {5})):
         with pytest.raises(ZeroDivisionError):
-            cli.main(["generate", "--model", str(folder), "--prompt", "hi", "--chat", "--device", "cpu", *more])
+            cli.main(
+                [
+                    "generate",
+                    "--model",
+                    str(folder),
+                    "--prompt",
+                    "hi",
+                    "--chat",
+                    "--device",
+                    "cpu",
+                    *more,
+                ]
+            )
         assert set(asked[-1]["eos_ids"]) == want

@@ -17,7 +17,11 @@ def ids(rng, low, high):
 def examples(rng, n=7):
     for i in range(n):
         completion = ids(rng, 1, 6)
-        yield Example(ids(rng, 0, 6), completion, [rng.random() < 0.5 for _ in completion] if i % 3 == 0 else None)
+        yield Example(
+            ids(rng, 0, 6),
+            completion,
+            [rng.random() < 0.5 for _ in completion] if i % 3 == 0 else None,
+        )
 
 
 def pairs(rng, n=7):
@@ -25,13 +29,20 @@ def pairs(rng, n=7):
 
 
 def lists(rng, n=7):
-    return [Ranked(ids(rng, 0, 6), [ids(rng, 1, 6) for _ in range(rng.randrange(2, 6))]) for _ in range(n)]
+    return [
+        Ranked(ids(rng, 0, 6), [ids(rng, 1, 6) for _ in range(rng.randrange(2, 6))])
+        for _ in range(n)
+    ]
 
 
 def sequences(rows):
     """Prompt, completion and mask of each sequence of examples, pairs or ranked lists."""
     for row in rows:
-        completions = row.completions_ids if isinstance(row, Ranked) else row[1 : 3 if isinstance(row, Pair) else 2]
+        completions = (
+            row.completions_ids
+            if isinstance(row, Ranked)
+            else row[1 : 3 if isinstance(row, Pair) else 2]
+        )
         for completion in completions:
             mask = row.completion_mask if isinstance(row, Example) else None
             yield row.prompt_ids, completion, mask or [True] * len(completion)
@@ -59,18 +70,28 @@ def test_a_target_is_read_where_its_own_sequence_up_to_it_is_seen(make, packing,
     for (prompt, completion, mask), (last, count) in zip(sequences(rows), ends, strict=True):
         whole = prompt + completion
         assert seen(batch, last) == (whole, list(range(len(whole))))
-        counted = [k for k, m in enumerate(mask, len(prompt)) if m and k > 0]  # nothing precedes a first token
+        counted = [
+            k for k, m in enumerate(mask, len(prompt)) if m and k > 0
+        ]  # nothing precedes a first token
         assert count == len(counted)
         for k in counted:
-            assert seen(batch, next(read)) == (whole[:k], list(range(k))) and next(targets) == whole[k]
+            assert (
+                seen(batch, next(read)) == (whole[:k], list(range(k))) and next(targets) == whole[k]
+            )
     assert next(read, None) is None and next(targets, None) is None
 
 
 @pytest.mark.parametrize("make", [examples, pairs])
 def test_packed_rows_hold_every_group_once_within_the_limit_and_little_padding(make):
     rows = list(make(random.Random(0), n=40))
-    sizes = [len(row.prompt_ids) + sum(map(len, row[1:3] if isinstance(row, Pair) else row[1:2])) for row in rows]
-    shapes = {limit: tuple(collate(rows, 0, packing=limit).input_ids.shape) for limit in (None, 1, 20, 100)}
+    sizes = [
+        len(row.prompt_ids) + sum(map(len, row[1:3] if isinstance(row, Pair) else row[1:2]))
+        for row in rows
+    ]
+    shapes = {
+        limit: tuple(collate(rows, 0, packing=limit).input_ids.shape)
+        for limit in (None, 1, 20, 100)
+    }
     assert shapes[None] == (40, max(sizes)) and 40 * max(sizes) > 1.4 * sum(sizes)
     assert shapes[1][1] == max(sizes) and shapes[20][1] <= 20 and shapes[100][1] <= 2 * max(sizes)
     assert math.prod(shapes[100]) < 1.07 * sum(sizes)
@@ -86,18 +107,28 @@ def test_a_row_of_one_sequence_needs_no_mask():
     rows = [Example([5], [6, 2]), Example([5, 7], [2])]
     for packing in (None, 3):  # no two fit into a row
         batch = collate(rows, 0, packing=packing)
-        assert batch.visible is None and batch.positions is None and batch.input_ids.tolist() == [[5, 6, 2], [5, 7, 2]]
+        assert (
+            batch.visible is None
+            and batch.positions is None
+            and batch.input_ids.tolist() == [[5, 6, 2], [5, 7, 2]]
+        )
 
 
 def test_a_pair_holds_its_prompt_once():
     batch = collate([Pair([5, 6], [7, 2], [8])], 0)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 2, 8]] and batch.positions.tolist() == [[0, 1, 2, 3, 2]]
+    assert batch.input_ids.tolist() == [[5, 6, 7, 2, 8]] and batch.positions.tolist() == [
+        [0, 1, 2, 3, 2]
+    ]
     assert batch.read.tolist() == [1, 2, 1] and batch.targets.tolist() == [7, 2, 8]
 
 
 def test_an_example_of_which_nothing_counts_keeps_its_place():
     batch = collate([Example([], [4]), Example([3], [5, 2], [False, False]), Example([3], [2])], 0)
-    assert batch.lengths.tolist() == [0, 0, 1] and batch.targets.tolist() == [2] and batch.targets.dtype == torch.long
+    assert (
+        batch.lengths.tolist() == [0, 0, 1]
+        and batch.targets.tolist() == [2]
+        and batch.targets.dtype == torch.long
+    )
     assert collate([Example([], [4])], 0).read.dtype == torch.long
 
 

@@ -25,15 +25,35 @@ def fused(request):
 
 def inputs(name):
     """Positional arguments that may require a gradient, the others, and keyword arguments of the public op."""
-    z, ref, hidden, weight = torch.randn(B, T, V), torch.randn(B, T, V), torch.randn(B, T, D), torch.randn(V, D)
-    tokens, mask = torch.randn(7, B, T).unbind(), torch.tensor([[True, False, True], [True, True, True]])
+    z, ref, hidden, weight = (
+        torch.randn(B, T, V),
+        torch.randn(B, T, V),
+        torch.randn(B, T, D),
+        torch.randn(V, D),
+    )
+    tokens, mask = (
+        torch.randn(7, B, T).unbind(),
+        torch.tensor([[True, False, True], [True, True, True]]),
+    )
     targets, rows = torch.randint(V, (B, T)), 0.5 + torch.rand(B, T)
     return {
-        "token_logprobs": ((z,), (targets,), dict(mask=mask, temperature=0.7, inplace_backward=True)),
+        "token_logprobs": (
+            (z,),
+            (targets,),
+            dict(mask=mask, temperature=0.7, inplace_backward=True),
+        ),
         "token_logprobs_and_entropy": ((z,), (targets,), dict(mask=mask, temperature=rows)),
         "linear_token_logprobs": ((hidden, weight), (targets,), dict(mask=mask, chunk_rows=2)),
-        "linear_token_logprobs_and_entropy": ((hidden, weight), (targets,), dict(temperature=rows, chunk_rows=2)),
-        "linear_token_statistics": ((hidden, weight), (targets,), dict(mask=mask, temperature=0.7, chunk_rows=2)),
+        "linear_token_logprobs_and_entropy": (
+            (hidden, weight),
+            (targets,),
+            dict(temperature=rows, chunk_rows=2),
+        ),
+        "linear_token_statistics": (
+            (hidden, weight),
+            (targets,),
+            dict(mask=mask, temperature=0.7, chunk_rows=2),
+        ),
         "full_kl": ((z, ref), (), dict(mask=mask, temperature=rows)),
         "kl_estimate": (tokens[:2], (), dict(mask=mask, estimator="k3")),
         "gae": (tokens[:2], (mask,), dict(last_values=torch.randn(B))),
@@ -41,7 +61,13 @@ def inputs(name):
         "ppo_loss": (
             tokens[:1],
             (*tokens[1:6], mask),
-            dict(clip_range=(0.2, 0.3), value_clip_range=0.2, vf_coef=0.1, entropy=tokens[6], entropy_coef=0.01),
+            dict(
+                clip_range=(0.2, 0.3),
+                value_clip_range=0.2,
+                vf_coef=0.1,
+                entropy=tokens[6],
+                entropy_coef=0.01,
+            ),
         ),
         "decode_attention": (
             (),
@@ -53,7 +79,11 @@ def inputs(name):
             ),
             dict(rope=(torch.rand(T, 2), torch.rand(T, 2)), window=2),
         ),
-        "sample_tokens": ((), (z[0], targets[0], targets[1]), dict(temperature=0.7, top_k=3, top_p=0.9, min_p=0.01)),
+        "sample_tokens": (
+            (),
+            (z[0], targets[0], targets[1]),
+            dict(temperature=0.7, top_k=3, top_p=0.9, min_p=0.01),
+        ),
     }[name]
 
 
@@ -68,7 +98,9 @@ def run(op, name, backend):
         out = op(*leaves, *rest, backend=backend, **settings)
         out = out if isinstance(out, tuple) else (out,)
         flat = [x for item in out for x in (item if isinstance(item, tuple) else (item,))]
-        return flat, sum((i + 1.5) * x.square().sum() for i, x in enumerate(flat) if x.requires_grad)
+        return flat, sum(
+            (i + 1.5) * x.square().sum() for i, x in enumerate(flat) if x.requires_grad
+        )
 
     return leaves, loss
 
@@ -94,7 +126,9 @@ def test_compiled_as_one_graph_it_gives_what_it_gives_eagerly(name, fused, dynam
 def test_the_reference_compiles_too(name):
     torch._dynamo.reset()
     leaves, loss = run(getattr(rlhf_core, name), name, "reference")
-    assert_close(torch.compile(loss, fullgraph=True)(*leaves)[0], loss(*leaves)[0], rtol=1e-5, atol=1e-5)
+    assert_close(
+        torch.compile(loss, fullgraph=True)(*leaves)[0], loss(*leaves)[0], rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -117,7 +151,9 @@ def test_steps_of_several_layers_write_to_one_cache_what_they_write_eagerly(fuse
 
 def test_a_wrong_argument_is_named_while_compiling(fused):
     with pytest.raises(Exception, match="temperature must be finite"):
-        torch.compile(rlhf_core.token_logprobs, fullgraph=True)(torch.zeros(2, 3), torch.zeros(2).long(), temperature=0)
+        torch.compile(rlhf_core.token_logprobs, fullgraph=True)(
+            torch.zeros(2, 3), torch.zeros(2).long(), temperature=0
+        )
 
 
 def test_every_launcher_is_an_operator():
@@ -143,13 +179,22 @@ class Recorder(TorchDispatchMode):
 
 def test_every_operator_passes_opcheck_on_what_the_ops_give_it(fused, monkeypatch):
     with monkeypatch.context() as patch, Recorder() as recorder:
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)  # the ops take the operators, eagerly
+        patch.setattr(
+            torch.compiler, "is_compiling", lambda: True
+        )  # the ops take the operators, eagerly
         for name in OPS:
             leaves, loss = run(getattr(rlhf_core, name), name, fused)
             _, total = loss(*leaves)
             if leaves:
                 total.backward()
-    names = {"decode_attention_fwd", *(func._schema.name.split("::")[1] for func, _ in recorder.calls)}
-    assert names == {name for name in vars(compiled.launchers("rlhf_core.cpp")) if not name.startswith("__")}
+    names = {
+        "decode_attention_fwd",
+        *(func._schema.name.split("::")[1] for func, _ in recorder.calls),
+    }
+    assert names == {
+        name for name in vars(compiled.launchers("rlhf_core.cpp")) if not name.startswith("__")
+    }
     for func, args in recorder.calls:
-        torch.library.opcheck(func, [x.detach() if isinstance(x, torch.Tensor) else x for x in args])
+        torch.library.opcheck(
+            func, [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+        )

@@ -36,7 +36,12 @@ def functions_of(file):
 
 def test_every_row_is_held_by_tests_that_exist():
     assert list(TABLE) == list(range(1, 36)) and all(TABLE.values())
-    missing = [f"{file}::{name}" for tests in TABLE.values() for file, name in tests if name not in functions_of(file)]
+    missing = [
+        f"{file}::{name}"
+        for tests in TABLE.values()
+        for file, name in tests
+        if name not in functions_of(file)
+    ]
     assert not missing
 
 
@@ -46,7 +51,9 @@ def test_a_test_that_names_a_row_is_in_it():
         for name, docstring in functions_of(path.stem).items():
             for rows in re.findall(r"\bRows? (\d+(?:(?:, | and )\d+)*)", docstring):
                 for row in re.findall(r"\d+", rows):
-                    assert (path.stem, name) in TABLE[int(row)], f"row {row} lacks {path.stem}::{name}"
+                    assert (path.stem, name) in TABLE[int(row)], (
+                        f"row {row} lacks {path.stem}::{name}"
+                    )
                     named += 1
     assert named > 30
 
@@ -77,10 +84,15 @@ def test_which_token_pads_changes_nothing_also_where_it_is_the_end(kind):
         if kind == "ppo":
             trainer = ppo(model, tiny(RewardModel, pad_id=pad_id))
         elif kind in ("dpo", "reward"):
-            trainer_type, config = {"dpo": (DPOTrainer, DPOConfig()), "reward": (RewardTrainer, RewardConfig())}[kind]
+            trainer_type, config = {
+                "dpo": (DPOTrainer, DPOConfig()),
+                "reward": (RewardTrainer, RewardConfig()),
+            }[kind]
             trainer = trainer_type(model, PAIRS, config)
         else:
-            trainer = SFTTrainer(model, EXAMPLES, SFTConfig(lr=1e-3, packing=kind == "sft packed", max_length=20))
+            trainer = SFTTrainer(
+                model, EXAMPLES, SFTConfig(lr=1e-3, packing=kind == "sft packed", max_length=20)
+            )
         metrics = trainer.step(trainer.examples)
         weights = [parameter.detach().clone() for parameter in trainer.trained_parameters()]
         results.append(({name: x for name, x in metrics.items() if name != "eps"}, weights))
@@ -88,7 +100,9 @@ def test_which_token_pads_changes_nothing_also_where_it_is_the_end(kind):
     assert same_metrics == metrics
     assert all(torch.equal(x, y) for x, y in zip(weights, same_weights, strict=True))
     if kind == "ppo":
-        assert 0 < metrics["val/num_eos_tokens"] < 6  # some rows end, which are then padded, and some do not
+        assert (
+            0 < metrics["val/num_eos_tokens"] < 6
+        )  # some rows end, which are then padded, and some do not
     if kind == "sft":
         assert metrics["num_tokens"] == sum(len(example.completion_ids) for example in EXAMPLES)
 
@@ -112,9 +126,13 @@ def test_a_step_in_micro_batches_is_the_step_at_once(kind):
     results = []
     for size in (None, 1, 4):
         model = tiny(RewardModel if kind == "reward" else Transformer)
-        trainer = trainer_type(model, examples, config(lr=1e-3, micro_batch_size=size, max_grad_norm=1e-3))
+        trainer = trainer_type(
+            model, examples, config(lr=1e-3, micro_batch_size=size, max_grad_norm=1e-3)
+        )
         metrics = trainer.step(examples)
         assert metrics["grad_norm"] > 1e-2
-        results.append((metrics, [p.grad for p in trainer.trained_parameters() if p.grad is not None]))
+        results.append(
+            (metrics, [p.grad for p in trainer.trained_parameters() if p.grad is not None])
+        )
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-7)

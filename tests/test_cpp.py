@@ -42,14 +42,18 @@ def truth(logits, targets, temperature, dlogprobs, dentropy):
     log_p = torch.log_softmax(z / temperature, dim=-1)
     logprobs = log_p.gather(-1, targets[..., None])[..., 0]
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1)
-    (dlogits,) = torch.autograd.grad((logprobs, entropy), z, (dlogprobs.double(), dentropy.double()))
+    (dlogits,) = torch.autograd.grad(
+        (logprobs, entropy), z, (dlogprobs.double(), dentropy.double())
+    )
     return logprobs.detach(), entropy.detach(), dlogits
 
 
 def forward_backward(logits, targets, mask=None, temperature=1.0, dlogprobs=None, dentropy=None):
     dlogprobs = torch.ones(targets.shape) if dlogprobs is None else dlogprobs
     logprobs, entropy, lse = cpp.token_logprobs_fwd(logits, targets, mask, temperature, True)
-    dlogits = cpp.token_logprobs_bwd(dlogprobs, dentropy, logits, targets, mask, temperature, entropy, lse, False)
+    dlogits = cpp.token_logprobs_bwd(
+        dlogprobs, dentropy, logits, targets, mask, temperature, entropy, lse, False
+    )
     return logprobs, entropy, dlogits, lse
 
 
@@ -61,7 +65,9 @@ def check_against_truth(logits, temperature):
     for x, y in zip(got[:2], expected[:2]):
         torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=2e-6)
     scale = max(1e-6, expected[2].abs().max().item())
-    torch.testing.assert_close(got[2].double(), expected[2], rtol=EPS[logits.dtype], atol=2e-6 * scale + 2**-24)
+    torch.testing.assert_close(
+        got[2].double(), expected[2], rtol=EPS[logits.dtype], atol=2e-6 * scale + 2**-24
+    )
     assert (got[0] <= 0).all()
     assert (got[1] >= 0).all()
 
@@ -70,7 +76,13 @@ def check_against_truth(logits, temperature):
 @pytest.mark.parametrize("vocab_size", SIZES)
 def test_every_size_and_dtype_matches_float64(vocab_size, dtype):
     torch.manual_seed(vocab_size)
-    for scale, offset, temperature in [(1, 0, 1.0), (8, 0, 0.7), (3, 1e4, 1.3), (3, -1e4, 1.0), (1, 0, 100.0)]:
+    for scale, offset, temperature in [
+        (1, 0, 1.0),
+        (8, 0, 0.7),
+        (3, 1e4, 1.3),
+        (3, -1e4, 1.0),
+        (1, 0, 100.0),
+    ]:
         check_against_truth((torch.randn(2, 3, vocab_size) * scale + offset).to(dtype), temperature)
 
 
@@ -81,12 +93,18 @@ def test_a_temperature_per_row_gives_the_bits_of_each_row_at_its_own():
     rows = torch.rand(3, 8)[:, ::2] + 0.5
     mask = torch.rand(3, 4) < 0.7
     rows[~mask] = math.nan
-    for temperatures in (rows, rows[:, :1].nan_to_num(1.0).expand(3, 4), rows[:1].nan_to_num(1.0).expand(3, 4)):
+    for temperatures in (
+        rows,
+        rows[:, :1].nan_to_num(1.0).expand(3, 4),
+        rows[:1].nan_to_num(1.0).expand(3, 4),
+    ):
         together = forward_backward(logits, targets, mask, temperatures, *upstream)
         for b in range(3):
             for t in range(4):
                 one = [x[b : b + 1, t : t + 1] for x in (logits, targets, mask)]
-                alone = forward_backward(*one, temperatures[b, t].item(), *(x[b : b + 1, t : t + 1] for x in upstream))
+                alone = forward_backward(
+                    *one, temperatures[b, t].item(), *(x[b : b + 1, t : t + 1] for x in upstream)
+                )
                 assert all(torch.equal(x[b, t], y[0, 0]) for x, y in zip(together, alone))
 
 
@@ -103,7 +121,16 @@ def test_best_isa_is_the_default():
 def test_other_isas_match_float64(isa):
     files = [
         str(Path(__file__).with_name(f"test_{name}.py"))
-        for name in ("cpp", "kl", "gae", "policy_loss", "decode_attention", "sampling", "rms_norm", "packed_decode")
+        for name in (
+            "cpp",
+            "kl",
+            "gae",
+            "policy_loss",
+            "decode_attention",
+            "sampling",
+            "rms_norm",
+            "packed_decode",
+        )
     ]
     code = f"""
 import pytest, rlhf_core.cpp
@@ -137,7 +164,24 @@ def test_exponential_is_within_one_unit_in_the_last_place():
     x[0, 0] = 0
     zero, mask = torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)
     # The gradient of PPO's loss at advantage -1, nothing clipped, is the ratio exp(x).
-    loss = (x, zero, zero - 1, None, None, None, None, mask, zero + 1, False, 1.0, math.inf, None, 0.0, 0.0, None)
+    loss = (
+        x,
+        zero,
+        zero - 1,
+        None,
+        None,
+        None,
+        None,
+        mask,
+        zero + 1,
+        False,
+        1.0,
+        math.inf,
+        None,
+        0.0,
+        0.0,
+        None,
+    )
     ratio, expected = cpp.ppo_loss_fwd(*loss)[3], x.double().exp()
     ulp = torch.nextafter(expected.float(), torch.tensor(math.inf)) - expected.float()
     assert ((ratio.double() - expected).abs() / ulp).max() < 1.02
@@ -148,7 +192,9 @@ def test_bfloat16_gradients_below_the_normal_range_are_rounded_or_0():
     logits = torch.linspace(-88.5, -80, 64).repeat(40).bfloat16().view(1, 1, -1)
     logits[..., 0] = 0
     targets = torch.zeros(1, 1, dtype=torch.int64)
-    got, single = (forward_backward(z, targets)[2][..., 1:].float() for z in (logits, logits.float()))
+    got, single = (
+        forward_backward(z, targets)[2][..., 1:].float() for z in (logits, logits.float())
+    )
     rounded = single.bfloat16().float()
     flushed = (got == 0) & (rounded != 0) & (single.abs() < 2**-126)
     assert torch.equal(got[~flushed], rounded[~flushed])
@@ -187,7 +233,16 @@ def test_offset_that_starts_too_low(dtype):
 def test_special_values_are_those_of_float64_log_softmax():
     inf, nan = math.inf, math.nan
     for V in (3, 40, 9000):
-        for special in ([-inf], [inf], [nan], [-inf, nan], [inf, -inf], [-inf] * V, [-inf] * (V - 1), [inf, inf]):
+        for special in (
+            [-inf],
+            [inf],
+            [nan],
+            [-inf, nan],
+            [inf, -inf],
+            [-inf] * V,
+            [-inf] * (V - 1),
+            [inf, inf],
+        ):
             logits = torch.randn(1, V)
             for start in (0, V - len(special)):
                 row = logits.clone()
@@ -197,7 +252,9 @@ def test_special_values_are_those_of_float64_log_softmax():
                     got = cpp.token_logprobs_fwd(row[None], targets, None, 1.0, True)
                     expected = truth(row[None], targets, 1.0, torch.ones(1, 1), torch.ones(1, 1))
                     for x, y in zip(got[:2], expected[:2]):
-                        torch.testing.assert_close(x.double(), y, rtol=1e-6, atol=1e-6, equal_nan=True)
+                        torch.testing.assert_close(
+                            x.double(), y, rtol=1e-6, atol=1e-6, equal_nan=True
+                        )
 
 
 def test_minus_inf_logits_get_no_gradient():
@@ -220,11 +277,21 @@ def test_strided_and_expanded_views():
     mask = torch.rand(3, 18)[:, ::2] < 0.5
     dlogprobs, dentropy = torch.randn(1, 1).expand(3, 8), torch.randn(3, 1).expand(3, 8)
     time_major = base.transpose(0, 1).contiguous().transpose(0, 1)
-    for logits in (base[:, :-1], base[:1, :-1].expand(3, 8, 77), base[:, 1:, 3:60], time_major[:, 1:]):
+    for logits in (
+        base[:, :-1],
+        base[:1, :-1].expand(3, 8, 77),
+        base[:, 1:, 3:60],
+        time_major[:, 1:],
+    ):
         y, m = targets.clamp(max=logits.shape[-1] - 1)[:, :8], mask[:, :8]
         got = forward_backward(logits, y, m, 1.0, dlogprobs, dentropy)
         expected = forward_backward(
-            logits.contiguous(), y.contiguous(), m.contiguous(), 1.0, dlogprobs.contiguous(), dentropy.contiguous()
+            logits.contiguous(),
+            y.contiguous(),
+            m.contiguous(),
+            1.0,
+            dlogprobs.contiguous(),
+            dentropy.contiguous(),
         )
         assert all(torch.equal(a, b) for a, b in zip(got, expected))
 
@@ -235,7 +302,9 @@ def test_in_place_backward():
     _, _, expected, _ = forward_backward(logits, targets)
     last = base[:, -1].clone()
     _, entropy, lse = cpp.token_logprobs_fwd(logits, targets, None, 1.0, True)
-    dlogits = cpp.token_logprobs_bwd(torch.ones(3, 8), None, logits, targets, None, 1.0, entropy, lse, True)
+    dlogits = cpp.token_logprobs_bwd(
+        torch.ones(3, 8), None, logits, targets, None, 1.0, entropy, lse, True
+    )
     assert dlogits is logits
     assert torch.equal(logits, expected)
     assert torch.equal(base[:, -1], last)
@@ -248,7 +317,9 @@ def test_rows_that_do_not_count_are_never_read():
     for x in forward_backward(logits, targets, mask, dentropy=torch.full((2, 3), math.nan)):
         assert (x == 0).all()
     targets.zero_()  # counted, but nothing comes back
-    _, _, dlogits, _ = forward_backward(logits, targets, None, 1.0, torch.zeros(2, 3), torch.zeros(2, 3))
+    _, _, dlogits, _ = forward_backward(
+        logits, targets, None, 1.0, torch.zeros(2, 3), torch.zeros(2, 3)
+    )
     assert (dlogits == 0).all()
 
 
@@ -264,9 +335,13 @@ def test_target_out_of_range_is_named():
 
 def test_lse_is_offset_plus_log_of_sum():
     logits = torch.randn(2, 3, 500) * 5 + 1e4
-    _, _, lse = cpp.token_logprobs_fwd(logits, torch.zeros(2, 3, dtype=torch.int64), None, 0.5, False)
+    _, _, lse = cpp.token_logprobs_fwd(
+        logits, torch.zeros(2, 3, dtype=torch.int64), None, 0.5, False
+    )
     m, rest = lse.double().unbind(-1)
-    torch.testing.assert_close(rest, torch.logsumexp((logits.double() - m[..., None]) / 0.5, -1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        rest, torch.logsumexp((logits.double() - m[..., None]) / 0.5, -1), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -286,7 +361,9 @@ def test_every_half_is_read_exactly_and_written_back():
         values = bits.view(dtype)
         values = values[values.isfinite()]
         logits = values.view(1, -1, 1)
-        _, _, lse = cpp.token_logprobs_fwd(logits, torch.zeros(1, len(values), dtype=torch.int64), None, 1.0, False)
+        _, _, lse = cpp.token_logprobs_fwd(
+            logits, torch.zeros(1, len(values), dtype=torch.int64), None, 1.0, False
+        )
         assert torch.equal(lse[0, :, 0], values.float())
 
 
@@ -310,16 +387,26 @@ def neon_rows(tmp_path_factory):
     unicorn = pytest.importorskip("unicorn", reason="emulating AArch64 needs unicorn")
     from unicorn import arm64_const as arm
 
-    D0, X0, SP, LR = arm.UC_ARM64_REG_D0, arm.UC_ARM64_REG_X0, arm.UC_ARM64_REG_SP, arm.UC_ARM64_REG_LR
+    D0, X0, SP, LR = (
+        arm.UC_ARM64_REG_D0,
+        arm.UC_ARM64_REG_X0,
+        arm.UC_ARM64_REG_SP,
+        arm.UC_ARM64_REG_LR,
+    )
     folder = tmp_path_factory.mktemp("neon")
     (folder / "rows.cpp").write_text(NEON)
-    outside = {0x1000 + 16 * i: name for i, name in enumerate(["exp", "exp2", "expm1", "log", "memcpy", "memset"])}
+    outside = {
+        0x1000 + 16 * i: name
+        for i, name in enumerate(["exp", "exp2", "expm1", "log", "memcpy", "memset"])
+    }
     build = "c++ -target aarch64-linux-musl -std=c++17 -O3 -ffp-contract=off -fno-trapping-math -fno-sanitize=all"
     build += f" -ffunction-sections -I {os.path.abspath(os.path.join(__file__, '../../csrc'))} -c rows.cpp -o rows.o"
     link = "ld.lld --gc-sections --unresolved-symbols=ignore-all -e rows rows.o -o rows"
     link += "".join(f" --defsym={name}={at}" for at, name in outside.items())
     for command in (build, link):
-        subprocess.run([sys.executable, "-P", "-m", "ziglang", *command.split()], cwd=folder, check=True)
+        subprocess.run(
+            [sys.executable, "-P", "-m", "ziglang", *command.split()], cwd=folder, check=True
+        )
 
     machine = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
     machine.mem_map(0, 1 << 26)
@@ -352,7 +439,9 @@ def neon_rows(tmp_path_factory):
             machine.reg_write(register, value)
         machine.emu_start(entry, 0x2000)
         values = torch.frombuffer(machine.mem_read(out, 8 * n), dtype=torch.float32).view(2, n)
-        return *values, torch.frombuffer(machine.mem_read(dz, logits.nbytes), dtype=logits.dtype).view(n, V)
+        return *values, torch.frombuffer(
+            machine.mem_read(dz, logits.nbytes), dtype=logits.dtype
+        ).view(n, V)
 
     return rows
 
@@ -365,10 +454,17 @@ def test_neon_isa_matches_float64(neon_rows, dtype):
         logits[1:3, 1 + V // 3 :: 3] = -math.inf
         targets, upstream = torch.randint(V, (4,)), torch.randn(2, 4)
         expected = truth(logits, targets, 0.7, *upstream)
-        for x, y, relative in zip(neon_rows(logits, targets, upstream), expected, (1e-6, 1e-6, EPS[dtype])):
+        for x, y, relative in zip(
+            neon_rows(logits, targets, upstream), expected, (1e-6, 1e-6, EPS[dtype])
+        ):
             torch.testing.assert_close(x.double(), y, rtol=relative, atol=2e-6)
         logits[0, V // 2] = math.nan
-        assert neon_rows(logits, targets, upstream)[0].isnan().tolist() == [True, False, False, False]
+        assert neon_rows(logits, targets, upstream)[0].isnan().tolist() == [
+            True,
+            False,
+            False,
+            False,
+        ]
 
 
 def test_nothing_to_do():

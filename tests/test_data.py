@@ -27,8 +27,25 @@ from rlhf_core.data import (
 from rlhf_core.data.encode import fit
 
 TEXTS = [
-    *("Once upon a time", " a  b\n\n c ", "trailing  ", "x", "", " ", "\n", "\r\n\t", "don't  's", "中文，日本語も。"),
-    *("naïve 🙂👩‍👩‍👧🏳️‍🌈", "e\u0301 \u200b\u00a0\u3000", "\ufeffbom", "\x00\x1b[0m\ttab\x7f", "\ufdd0\uffff\U0010ffff"),
+    *(
+        "Once upon a time",
+        " a  b\n\n c ",
+        "trailing  ",
+        "x",
+        "",
+        " ",
+        "\n",
+        "\r\n\t",
+        "don't  's",
+        "中文，日本語も。",
+    ),
+    *(
+        "naïve 🙂👩‍👩‍👧🏳️‍🌈",
+        "e\u0301 \u200b\u00a0\u3000",
+        "\ufeffbom",
+        "\x00\x1b[0m\ttab\x7f",
+        "\ufdd0\uffff\U0010ffff",
+    ),
     *(
         "<s>hi",
         "</s>",
@@ -72,14 +89,23 @@ def test_a_prompt_starts_with_one_bos_where_the_model_wants_one(tokenizer):
     assert tokenizer.bos_id not in tokenizer.encode_completion(" there was")
 
 
-@pytest.mark.parametrize("prompt, completion", [("Once upon", " a time"), ("Who?\n", "Me"), ("th", "ere"), ("", "Hi")])
-def test_prompt_and_completion_are_encoded_apart_and_end_with_one_eos(tokenizer, prompt, completion):
+@pytest.mark.parametrize(
+    "prompt, completion", [("Once upon", " a time"), ("Who?\n", "Me"), ("th", "ere"), ("", "Hi")]
+)
+def test_prompt_and_completion_are_encoded_apart_and_end_with_one_eos(
+    tokenizer, prompt, completion
+):
     """Row 21: "th" + "ere" must not become "there", whose log-prob no prompt ending in "th" can predict."""
     got = encode_text(Text(prompt, completion), tokenizer, max_length=100)
     assert got.prompt_ids == tokenizer.encode_prompt(prompt)
-    assert got.completion_ids[-1] == tokenizer.eos_ids[0] and got.completion_ids.count(tokenizer.eos_ids[0]) == 1
+    assert (
+        got.completion_ids[-1] == tokenizer.eos_ids[0]
+        and got.completion_ids.count(tokenizer.eos_ids[0]) == 1
+    )
     assert tokenizer.decode(got.prompt_ids + got.completion_ids) == prompt + completion
-    begins = tokenizer.encode if prompt == "" else tokenizer.encode_completion  # a text of its own, or one that goes on
+    begins = (
+        tokenizer.encode if prompt == "" else tokenizer.encode_completion
+    )  # a text of its own, or one that goes on
     assert got.completion_ids[:-1] == begins(completion)
     pair = encode_preference(Preference(prompt, completion, "no"), tokenizer, max_length=100)
     assert pair.prompt_ids == got.prompt_ids and pair.chosen_ids == got.completion_ids
@@ -88,11 +114,20 @@ def test_prompt_and_completion_are_encoded_apart_and_end_with_one_eos(tokenizer,
 
 def test_random_text_survives_the_tokenizer_whole_and_in_two(tokenizer):
     rng = random.Random(0)
-    characters = [*map(chr, range(0x250)), *"  \n\u200d🙂👩中文日本語", *map(chr, range(0x4E00, 0x4F00)), "<s>", "</s>"]
+    characters = [
+        *map(chr, range(0x250)),
+        *"  \n\u200d🙂👩中文日本語",
+        *map(chr, range(0x4E00, 0x4F00)),
+        "<s>",
+        "</s>",
+    ]
     for _ in range(300):
         first, second = ("".join(rng.choices(characters, k=rng.randint(1, 9))) for _ in range(2))
         assert tokenizer.decode(tokenizer.encode(first)) == first
-        assert tokenizer.decode(tokenizer.encode_prompt(first) + tokenizer.encode_completion(second)) == first + second
+        assert (
+            tokenizer.decode(tokenizer.encode_prompt(first) + tokenizer.encode_completion(second))
+            == first + second
+        )
 
 
 def test_a_saved_tokenizer_reads_back_the_same(tokenizer, tmp_path):
@@ -105,14 +140,19 @@ def test_a_saved_tokenizer_reads_back_the_same(tokenizer, tmp_path):
     assert again.encode_prompt("It's 3 o'clock") == tokenizer.encode_prompt("It's 3 o'clock")
 
 
-@pytest.mark.parametrize("text", ["<s>hi", "hi</s>", "<|im_start|>system\n", "<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize(
+    "text", ["<s>hi", "hi</s>", "<|im_start|>system\n", "<|im_end|>", "<|endoftext|>"]
+)
 def test_text_that_spells_a_special_token_is_text(tokenizer, text):
     """Row 29: no second BOS, and nothing that ends a response but the one EOS at the end."""
     example = encode_text(Text(text, text), tokenizer, 100)
     begun = tokenizer.encode_prompt("")
     special = {tokenizer.bos_id, *tokenizer.eos_ids}
     assert not special & {*example.prompt_ids[len(begun) :], *example.completion_ids[:-1]}
-    assert example.prompt_ids[: len(begun)] == begun and example.completion_ids[-1] == tokenizer.eos_ids[0]
+    assert (
+        example.prompt_ids[: len(begun)] == begun
+        and example.completion_ids[-1] == tokenizer.eos_ids[0]
+    )
 
 
 def test_byte_tokenizer_leaves_special_ids_out_and_mends_invalid_bytes():
@@ -138,7 +178,10 @@ def test_fit_cuts_the_start_of_the_prompt_first_then_the_end_of_the_completion()
     assert fit(prompt, [completion], 12) == (prompt[4:], [completion])
     assert fit(prompt, [completion], 8) == (prompt[6:], [completion[:4]])
     assert fit(prompt[:3], [completion], 8) == (prompt[:3], [completion[:5]])
-    assert fit(prompt, [completion[:1], completion], 12) == (prompt[4:], [completion[:1], completion])
+    assert fit(prompt, [completion[:1], completion], 12) == (
+        prompt[4:],
+        [completion[:1], completion],
+    )
 
 
 def test_fit_never_exceeds_max_length_nor_leaves_a_completion_empty():
@@ -150,7 +193,10 @@ def test_fit_never_exceeds_max_length_nor_leaves_a_completion_empty():
         bos_id = rng.choice([None, 0])  # the prompt's first
         kept, cut = fit(prompt, completions, max_length, bos_id)
         begun = kept[:1] if bos_id == 0 else []
-        assert begun == prompt[: len(begun)] and kept[len(begun) :] == prompt[len(prompt) - len(kept) + len(begun) :]
+        assert (
+            begun == prompt[: len(begun)]
+            and kept[len(begun) :] == prompt[len(prompt) - len(kept) + len(begun) :]
+        )
         for before, after in zip(completions, cut):
             assert len(after) >= 1 and len(kept) + len(after) <= max_length
             assert after == before[: len(after)]
@@ -171,7 +217,9 @@ GOOD = {
 def write(path, *lines):
     """JSON of each object, bytes and strings as they are."""
     raw = [
-        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        line
+        if isinstance(line, bytes)
+        else (line if isinstance(line, str) else json.dumps(line)).encode()
         for line in lines
     ]
     (gzip.open if path.suffix == ".gz" else open)(path, "wb").write(b"\n".join(raw) + b"\n")
@@ -184,34 +232,78 @@ BAD = [
     (read_texts, '"text"', "expected a JSON object"),
     (read_texts, {"prompt": "p"}, "field 'response' is missing, the line has 'prompt'"),
     (read_texts, {"completion": "c"}, "field 'prompt' is missing"),
-    (read_texts, {"prompt": "p", "completion": True}, "field 'completion' must be a string, got true"),
+    (
+        read_texts,
+        {"prompt": "p", "completion": True},
+        "field 'completion' must be a string, got true",
+    ),
     (read_texts, {"text": None}, "field 'text' must be a string, got null"),
     (read_texts, {"question": "q", "answer": " \n"}, "field 'answer' is empty"),
     (read_texts, b'{"prompt": "\xff", "completion": "c"}', "not UTF-8"),
     (read_texts, r'{"prompt": "p", "completion": "\ud800"}', "field 'completion'.*surrogate"),
-    (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are equal"),
+    (
+        read_preferences,
+        {"prompt": "p", "chosen": "a", "rejected": "a"},
+        "'chosen' and 'rejected' are equal",
+    ),
     (
         read_preferences,
         {"prompt": "p", "chosen": "a", "rejected": False},
         "field 'rejected' must be a string, got false",
     ),
     (read_preferences, {"prompt": "p", "chosen": "", "rejected": "b"}, "field 'chosen' is empty"),
-    (read_preferences, {"prompt": 3, "chosen": "a", "rejected": "b"}, "field 'prompt' must be a string, got 3"),
-    (read_preferences, {"chosen": "a", "rejected": "b"}, "field 'prompt' is missing, and .* share no dialogue"),
+    (
+        read_preferences,
+        {"prompt": 3, "chosen": "a", "rejected": "b"},
+        "field 'prompt' must be a string, got 3",
+    ),
+    (
+        read_preferences,
+        {"chosen": "a", "rejected": "b"},
+        "field 'prompt' is missing, and .* share no dialogue",
+    ),
     (read_preferences, {"chosen": "\n\nAssistant: a", "rejected": "b"}, "share no dialogue"),
-    (read_preferences, {"chosen": "\n\nAssistant:", "rejected": "\n\nAssistant: b"}, "field 'chosen' is empty"),
-    (read_preferences, {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant:"}, "field 'rejected' is empty"),
+    (
+        read_preferences,
+        {"chosen": "\n\nAssistant:", "rejected": "\n\nAssistant: b"},
+        "field 'chosen' is empty",
+    ),
+    (
+        read_preferences,
+        {"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant:"},
+        "field 'rejected' is empty",
+    ),
     (
         read_preferences,
         {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1},
         "field 'margin' must be a number, at least 0, got -1",
     ),
-    (read_preferences, {"prompt": "p", "chosen": "a", "rejected": "b", "margin": True}, "'margin' must .* got true"),
-    (read_comparisons, {"prompt": "p", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are equal"),
+    (
+        read_preferences,
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": True},
+        "'margin' must .* got true",
+    ),
+    (
+        read_comparisons,
+        {"prompt": "p", "chosen": "a", "rejected": "a"},
+        "'chosen' and 'rejected' are equal",
+    ),
     (read_comparisons, {"responses": ["a", "b"], "ranks": [0, 1]}, "field 'prompt' is missing"),
-    (read_comparisons, {"prompt": "p", "responses": ["a"], "ranks": [0]}, "'responses' must be a list of at least 2"),
-    (read_comparisons, {"prompt": "p", "responses": ["a", ""], "ranks": [0, 1]}, "field 'responses.1' is empty"),
-    (read_comparisons, {"prompt": "p", "responses": ["a", "a"], "ranks": [0, 1]}, "holds one of them twice"),
+    (
+        read_comparisons,
+        {"prompt": "p", "responses": ["a"], "ranks": [0]},
+        "'responses' must be a list of at least 2",
+    ),
+    (
+        read_comparisons,
+        {"prompt": "p", "responses": ["a", ""], "ranks": [0, 1]},
+        "field 'responses.1' is empty",
+    ),
+    (
+        read_comparisons,
+        {"prompt": "p", "responses": ["a", "a"], "ranks": [0, 1]},
+        "holds one of them twice",
+    ),
     (
         read_comparisons,
         {"prompt": "p", "responses": ["a", "b"], "ranks": [0]},
@@ -222,11 +314,31 @@ BAD = [
         {"prompt": "p", "responses": ["a", "b"], "ranks": [0, float("nan")]},
         "'ranks' must hold 2 numbers",
     ),
-    (read_comparisons, {"prompt": "p", "responses": ["a", "b"]}, "'ranks' must hold 2 numbers, got null"),
-    (read_comparisons, {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}, r"'ranks' holds a tie.*\[1, 1\]"),
-    (read_labelled, {"prompt": "p", "completion": "c"}, "field 'label' must be true or false, got null"),
-    (read_labelled, {"prompt": "p", "completion": "c", "label": "no"}, "'label' must be true or false, got \"no\""),
-    (read_labelled, {"prompt": "p", "completion": "", "label": False}, "field 'completion' is empty"),
+    (
+        read_comparisons,
+        {"prompt": "p", "responses": ["a", "b"]},
+        "'ranks' must hold 2 numbers, got null",
+    ),
+    (
+        read_comparisons,
+        {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]},
+        r"'ranks' holds a tie.*\[1, 1\]",
+    ),
+    (
+        read_labelled,
+        {"prompt": "p", "completion": "c"},
+        "field 'label' must be true or false, got null",
+    ),
+    (
+        read_labelled,
+        {"prompt": "p", "completion": "c", "label": "no"},
+        "'label' must be true or false, got \"no\"",
+    ),
+    (
+        read_labelled,
+        {"prompt": "p", "completion": "", "label": False},
+        "field 'completion' is empty",
+    ),
     (read_prompts, {"other": "p"}, "field 'prompt' is missing, the line has 'other'"),
     (read_prompts, {}, "the line has none"),
 ]
@@ -235,7 +347,9 @@ BAD = [
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
 @pytest.mark.parametrize("reader, line, message", BAD, ids=lambda x: getattr(x, "__name__", None))
 def test_a_bad_line_is_named_or_dropped_and_counted(name, reader, line, message, tmp_path):
-    path = write(tmp_path / name, GOOD[reader], "", line, GOOD[reader])  # a blank line is no row, but it is a line
+    path = write(
+        tmp_path / name, GOOD[reader], "", line, GOOD[reader]
+    )  # a blank line is no row, but it is a line
     with pytest.raises(DataError, match=rf"data\.jsonl(\.gz)?:3: .*{message}"):
         reader(path)
     bad = []
@@ -270,14 +384,18 @@ def test_lines_of_plain_text_keep_the_same_rules(tmp_path):
 ASKED, ANSWERED = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
 
-@pytest.mark.parametrize("reader, value", [(read_labelled, {"label": True}), (read_scored, {"reward": -0.5})])
+@pytest.mark.parametrize(
+    "reader, value", [(read_labelled, {"label": True}), (read_scored, {"reward": -0.5})]
+)
 def test_the_last_answer_of_a_conversation_is_what_is_labelled_or_scored(reader, value, tmp_path):
     messages = [ASKED, ANSWERED, ASKED, ANSWERED]
     path = write(tmp_path / "data.jsonl", {"messages": messages, **value})
     assert reader(path) == [(messages[:3], messages[3:], *value.values())]
     for wrong, got in ((messages[:3], "user, assistant, user"), ([ANSWERED], "assistant")):
         path = write(tmp_path / "data.jsonl", {"messages": wrong, **value})
-        with pytest.raises(DataError, match=f"must end with the assistant's answer to others, got {got}"):
+        with pytest.raises(
+            DataError, match=f"must end with the assistant's answer to others, got {got}"
+        ):
             reader(path)
 
 
@@ -307,16 +425,36 @@ def test_ranked_lists_come_best_first_and_pairs_keep_their_margin(tmp_path):
         {"prompt": "p", "chosen": "a", "rejected": "b"},
     )
     pairs = [Preference("p", "a", "b", 0.5), Preference("p", "a", "b", None)]
-    assert read_comparisons(path) == [Ranking("p", ["b", "c", "a"]), Ranking(turns, ["a", "b"]), *pairs]
+    assert read_comparisons(path) == [
+        Ranking("p", ["b", "c", "a"]),
+        Ranking(turns, ["a", "b"]),
+        *pairs,
+    ]
     tokenizer = ByteTokenizer()
-    first, _, pair, _ = read_comparisons(path, encode=lambda row: encode_preference(row, tokenizer, 50))
-    assert isinstance(first, Ranked) and [tokenizer.decode(ids) for ids in first.completions_ids] == ["b", "c", "a"]
-    assert all(ids[-1] == tokenizer.eos_ids[0] for ids in first.completions_ids) and pair.margin == 0.5
+    first, _, pair, _ = read_comparisons(
+        path, encode=lambda row: encode_preference(row, tokenizer, 50)
+    )
+    assert isinstance(first, Ranked) and [
+        tokenizer.decode(ids) for ids in first.completions_ids
+    ] == ["b", "c", "a"]
+    assert (
+        all(ids[-1] == tokenizer.eos_ids[0] for ids in first.completions_ids) and pair.margin == 0.5
+    )
 
 
 def test_every_shape_of_text_and_prompt_is_read(tmp_path):
-    rows = [{"prompt": "p", "response": "r"}, {"question": "q", "answer": "a"}, {"text": "t"}, GOOD[read_texts]]
-    assert read_texts(write(tmp_path / "t.jsonl", *rows)) == [("p", "r"), ("q", "a"), ("", "t"), ("p", "c")]
+    rows = [
+        {"prompt": "p", "response": "r"},
+        {"question": "q", "answer": "a"},
+        {"text": "t"},
+        GOOD[read_texts],
+    ]
+    assert read_texts(write(tmp_path / "t.jsonl", *rows)) == [
+        ("p", "r"),
+        ("q", "a"),
+        ("", "t"),
+        ("p", "c"),
+    ]
     assert read_prompts(write(tmp_path / "p.jsonl", *rows)) == ["p", "q", "t", "p"]
     for name in ("p.txt", "p.txt.gz"):
         assert read_prompts(write(tmp_path / name, "one", "", "two \r")) == ["one", "two "]

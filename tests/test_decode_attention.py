@@ -12,17 +12,27 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CACHE = ("keys", "values")
 
 
-def inputs(lengths, H=4, Hkv=2, K=8, S=None, N=None, rope=True, dtype=torch.float32, cache_dtype=None):
+def inputs(
+    lengths, H=4, Hkv=2, K=8, S=None, N=None, rope=True, dtype=torch.float32, cache_dtype=None
+):
     """Arguments by name: one row per length, in slots drawn from N; NaN wherever nobody may look."""
     B = len(lengths)
     N, S = N or B + 2, S or max([*lengths, 0]) + 1
-    slots, all_lengths = torch.randperm(N)[:B], torch.full((N,), S)  # rows that are left out are full
+    slots, all_lengths = (
+        torch.randperm(N)[:B],
+        torch.full((N,), S),
+    )  # rows that are left out are full
     keys, values = torch.full((2, N, Hkv, S, K), math.nan).to(cache_dtype or dtype).unbind()
     for slot, n in zip(slots.tolist(), lengths):
         all_lengths[slot] = n
         for store in (keys, values):
             store[slot, :, :n] = torch.randn(Hkv, n, K)
-    q, k, v = torch.randn(B, (H + 2 * Hkv) * K).to(dtype).unflatten(1, (-1, K)).split([H, Hkv, Hkv], dim=1)
+    q, k, v = (
+        torch.randn(B, (H + 2 * Hkv) * K)
+        .to(dtype)
+        .unflatten(1, (-1, K))
+        .split([H, Hkv, Hkv], dim=1)
+    )
     angles = torch.arange(S)[:, None] / 50 ** (torch.arange(0, K, 2) / K)  # (S, K / 2)
     given = dict(q=q, k=k, v=v, keys=keys, values=values, lengths=all_lengths, slots=slots)
     return given | dict(rope=(angles.cos(), angles.sin()) if rope else None)
@@ -61,10 +71,14 @@ def by_hand(x, keys, values, window=None):
 
 def check(x, backend, **settings):
     """The result, the new tokens in the cache, and that nothing else in the cache has changed."""
-    (out, *cache), (other, *other_cache) = (run(x, name, **settings) for name in (backend, "reference"))
+    (out, *cache), (other, *other_cache) = (
+        run(x, name, **settings) for name in (backend, "reference")
+    )
     truth = by_hand(x, *cache, **settings)
     error = other - by_hand(x, *other_cache, **settings)
-    assert_as_accurate(out, truth + error, truth, "value" if out.dtype == torch.float32 else out.dtype)
+    assert_as_accurate(
+        out, truth + error, truth, "value" if out.dtype == torch.float32 else out.dtype
+    )
     slots, n = x["slots"], x["lengths"][x["slots"]]
     if len(slots):
         k = torch.stack([rotated(k, x["rope"], i) for k, i in zip(x["k"], n.tolist())])
@@ -92,7 +106,9 @@ def test_any_head_dim_matches_float64(backend, K):
 @pytest.mark.parametrize("length", [127, 128, 129, 255, 256, 400, 1000])
 def test_blocks_of_keys_join_without_a_seam(backend, length):
     x = inputs([length, length // 2], 2, 1, 8)
-    x["keys"][x["slots"][0], 0, :length] *= torch.linspace(0.1, 20, length)[:, None]  # later blocks have the maximum
+    x["keys"][x["slots"][0], 0, :length] *= torch.linspace(0.1, 20, length)[
+        :, None
+    ]  # later blocks have the maximum
     check(x, backend)
     x["keys"][x["slots"][0], 0, :length] = x["keys"][x["slots"][0], 0, :length].flip(0)
     check(x, backend)
@@ -137,7 +153,9 @@ def test_a_row_is_the_same_bit_for_bit_in_any_batch(backend):
         part = {name: a[rows] if name in ("q", "k", "v", "slots") else a for name, a in x.items()}
         assert torch.equal(run(part, backend)[0], together[0][rows])
     permuted = torch.randperm(len(x["lengths"]))  # the same rows elsewhere in the cache
-    moved = {name: x[name][permuted] for name in (*CACHE, "lengths")} | dict(slots=permuted.argsort()[x["slots"]])
+    moved = {name: x[name][permuted] for name in (*CACHE, "lengths")} | dict(
+        slots=permuted.argsort()[x["slots"]]
+    )
     assert torch.equal(run(x | moved, backend)[0], together[0])
 
 
@@ -155,7 +173,11 @@ def test_views_of_one_projection_and_any_other_layout_give_the_same_bits(backend
     x = inputs([3, 0, 40], 4, 2, 8)
     assert not x["q"].is_contiguous()
     want = run(x, backend)[0]
-    for layout in (lambda a: a.contiguous(), lambda a: a.mT.contiguous().mT, lambda a: a.repeat(2, 1, 1)[:3]):
+    for layout in (
+        lambda a: a.contiguous(),
+        lambda a: a.mT.contiguous().mT,
+        lambda a: a.repeat(2, 1, 1)[:3],
+    ):
         assert torch.equal(run(x | {name: layout(x[name]) for name in "qkv"}, backend)[0], want)
     assert torch.equal(run(x | dict(slots=x["slots"].repeat_interleave(2)[::2]), backend)[0], want)
 
@@ -182,7 +204,11 @@ def test_float64_goes_through_the_reference():
 
 def test_lengths_and_inputs_are_not_changed(backend):
     x = inputs([0, 5, 40])
-    before = {name: a.clone() for name, a in x.items() if isinstance(a, torch.Tensor) and name not in CACHE}
+    before = {
+        name: a.clone()
+        for name, a in x.items()
+        if isinstance(a, torch.Tensor) and name not in CACHE
+    }
     run(x, backend)
     assert all(torch.equal(x[name], a) for name, a in before.items())
 
@@ -222,9 +248,17 @@ def test_wrong_arguments_are_named(backend):
         (dict(slots=x["slots"][:1]), ValueError, r"slots \(1,\)"),
         (dict(lengths=x["lengths"][:1]), ValueError, r"lengths \(1,\)"),
         (dict(values=x["values"][:, :, :2]), ValueError, r"values \(4, 2, 2, 8\)"),
-        ({name: x[name].mT.contiguous().mT for name in CACHE}, ValueError, "contiguous, got strides"),
+        (
+            {name: x[name].mT.contiguous().mT for name in CACHE},
+            ValueError,
+            "contiguous, got strides",
+        ),
         (dict(rope=(x["rope"][0].double(), x["rope"][1])), TypeError, "rope must be float32"),
-        (dict(rope=tuple(a[:3] for a in x["rope"])), ValueError, r"at least 4 positions, got \(3, 4\)"),
+        (
+            dict(rope=tuple(a[:3] for a in x["rope"])),
+            ValueError,
+            r"at least 4 positions, got \(3, 4\)",
+        ),
         (dict(rope=tuple(a.repeat(1, 2) for a in x["rope"])), ValueError, r"got \(4, 8\)"),
         (dict(window=0), ValueError, "window must be >= 1, got 0"),
         (dict(q=x["q"].clone().requires_grad_()), ValueError, "no_grad"),

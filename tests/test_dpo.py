@@ -21,7 +21,10 @@ def test_dpo_metrics_are_those_of_the_pairs_one_by_one():
         return log_p[torch.arange(len(completion)), completion].sum().item()
 
     logp = torch.tensor(
-        [[[logps(m, p, x) for x in (c, r)] for p, c, r, *_ in batch] for m in (trainer.model, reference)]
+        [
+            [[logps(m, p, x) for x in (c, r)] for p, c, r, *_ in batch]
+            for m in (trainer.model, reference)
+        ]
     )
     reward = 0.3 * (logp[0] - logp[1])  # (B, 2)
     margin = reward[:, 0] - reward[:, 1]
@@ -41,7 +44,10 @@ def log_odds(logp):
 
 
 FAMILY = {
-    "cdpo": (dict(label_smoothing=0.2), lambda c, r, m: 0.8 * softplus(-0.5 * (c - r)) + 0.2 * softplus(0.5 * (c - r))),
+    "cdpo": (
+        dict(label_smoothing=0.2),
+        lambda c, r, m: 0.8 * softplus(-0.5 * (c - r)) + 0.2 * softplus(0.5 * (c - r)),
+    ),
     "length-normalised": (dict(average=True), lambda c, r, m: softplus(-0.5 * (c - r))),
     "robust": (
         dict(loss="robust", label_smoothing=0.2),
@@ -50,7 +56,10 @@ FAMILY = {
     "ipo": (dict(loss="ipo"), lambda c, r, m: (c - r - 1) ** 2),
     "ipo of means": (dict(loss="ipo", average=True), lambda c, r, m: (c - r - 1) ** 2),
     "hinge": (dict(loss="hinge"), lambda c, r, m: (1 - 0.5 * (c - r)).clamp_min(0)),
-    "simpo": (dict(loss="simpo", average=True, gamma=0.3), lambda c, r, m: softplus(-0.5 * (c - r) + 0.3)),
+    "simpo": (
+        dict(loss="simpo", average=True, gamma=0.3),
+        lambda c, r, m: softplus(-0.5 * (c - r) + 0.3),
+    ),
     "orpo": (
         dict(loss="orpo", average=True, orpo_lambda=0.7, beta=0.1),
         lambda c, r, m: -m + 0.7 * softplus(log_odds(r) - log_odds(c)),
@@ -63,7 +72,9 @@ FAMILY = {
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 @pytest.mark.parametrize("name", FAMILY)
-def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(name, micro_batch_size, monkeypatch):
+def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(
+    name, micro_batch_size, monkeypatch
+):
     """Row 20: loss and gradients, from the tokens of every completion in a row of its own."""
     options, definition = FAMILY[name]
     batch, options = rows("dpo"), dict(beta=0.5) | options
@@ -77,20 +88,27 @@ def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(na
         tokens = log_p[torch.arange(len(ids)), ids]
         if options.get("average"):
             return tokens.mean(), tokens.mean()
-        return tokens[:shared].sum() + options.get("ld_alpha", 1) * tokens[shared:].sum(), tokens.mean()
+        return tokens[:shared].sum() + options.get("ld_alpha", 1) * tokens[
+            shared:
+        ].sum(), tokens.mean()
 
     terms, chosen = [], []
     for prompt, *completions, _, _ in batch:
         shared, ratios, means = min(map(len, completions)), [], []
         for ids in completions:
             policy, mean = logp(trainer.model, ids, prompt, shared)
-            ratios.append(policy - (0 if without else logp(others["reference"], ids, prompt, shared)[0].detach()))
+            ratios.append(
+                policy
+                - (0 if without else logp(others["reference"], ids, prompt, shared)[0].detach())
+            )
             means.append(mean)
         terms.append(definition(*ratios, means[0]))
         chosen.append((1.0 if options.get("loss") == "orpo" else 0.5) * ratios[0].item())
     want = torch.stack(terms).mean()
     gradients = torch.autograd.grad(want, trainer.trained_parameters())
-    monkeypatch.setattr(linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(
+        linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again")
+    )
     total, metrics, got = accumulated(trainer, batch)
     assert total == pytest.approx(want.item(), rel=2e-6) == metrics["loss"]
     assert metrics["rewards/chosen"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-4)
@@ -110,13 +128,25 @@ def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(na
         (dict(loss="simpo"), "average must be set for loss 'simpo', got False"),
         (dict(loss="orpo"), "average must be set for loss 'orpo', got False"),
         (dict(loss="robust"), "label_smoothing must be > 0 for loss 'robust'"),
-        (dict(ld_alpha=0.5, average=True), "ld_alpha has no effect where log-probs are averaged, got 0.5"),
+        (
+            dict(ld_alpha=0.5, average=True),
+            "ld_alpha has no effect where log-probs are averaged, got 0.5",
+        ),
         (dict(loss="orpo", average=True, beta=0.2), "beta has no effect on loss 'orpo', got 0.2"),
-        (dict(loss="ipo", label_smoothing=0.1), "label_smoothing has no effect on loss 'ipo', got 0.1"),
-        (dict(loss="simpo", average=True, reference_free=True), "reference_free has no effect on loss 'simpo'"),
+        (
+            dict(loss="ipo", label_smoothing=0.1),
+            "label_smoothing has no effect on loss 'ipo', got 0.1",
+        ),
+        (
+            dict(loss="simpo", average=True, reference_free=True),
+            "reference_free has no effect on loss 'simpo'",
+        ),
         (dict(gamma=0.1), "gamma has no effect on loss 'dpo', got 0.1"),
         (dict(orpo_lambda=0.2), "orpo_lambda has no effect on loss 'dpo', got 0.2"),
-        (dict(loss="orpo", average=True, sft_coef=1.0), "sft_coef has no effect on loss 'orpo', got 1.0"),
+        (
+            dict(loss="orpo", average=True, sft_coef=1.0),
+            "sft_coef has no effect on loss 'orpo', got 1.0",
+        ),
     ],
     ids=str,
 )
@@ -139,6 +169,8 @@ def test_the_first_loss_of_dpo_is_log_two_to_the_last_bit(micro_batch_size, opti
     """Row 27, with dropout in the model's config; before an update every pair is a tie, which counts one half."""
     settings = dict(micro_batch_size=micro_batch_size, precision=precision)
     metrics = make("dpo", tiny(**options), **settings).step(rows("dpo"))
-    assert metrics["loss"] == torch.tensor(2.0).log().item() or micro_batch_size == 3  # a sum of 3 rounds
+    assert (
+        metrics["loss"] == torch.tensor(2.0).log().item() or micro_batch_size == 3
+    )  # a sum of 3 rounds
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert metrics["rewards/margins"] == 0 and metrics["rewards/accuracies"] == 0.5

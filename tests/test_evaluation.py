@@ -15,7 +15,9 @@ from rlhf_core.models import Transformer, TransformerConfig
 @torch.no_grad()
 def tiny(seed=0, **options):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=259, hidden_size=16, num_layers=2, num_heads=2, max_positions=64, eos_ids=(2,))
+    sizes = dict(
+        vocab_size=259, hidden_size=16, num_layers=2, num_heads=2, max_positions=64, eos_ids=(2,)
+    )
     model = Transformer(TransformerConfig(**(sizes | options)))
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -42,11 +44,17 @@ def test_evaluation_gives_a_score_and_a_kl_for_every_prompt():
     assert same.scores.tolist() == scores_of([], same.responses)
     assert_close(same.kl, torch.zeros(3), rtol=0, atol=1e-5)
     assert evaluated(policy, other).kl.mean() > 1
-    assert evaluated(policy, other, seed=0).responses == same.responses != evaluated(policy, other, seed=1).responses
+    assert (
+        evaluated(policy, other, seed=0).responses
+        == same.responses
+        != evaluated(policy, other, seed=1).responses
+    )
 
 
 def test_evaluation_counts_the_tokens_of_a_response_and_its_end():
-    never, always = (evaluated(tiny(), tiny(), eos_ids=eos_ids) for eos_ids in ((), tuple(range(259))))
+    never, always = (
+        evaluated(tiny(), tiny(), eos_ids=eos_ids) for eos_ids in ((), tuple(range(259)))
+    )
     assert never.lengths.tolist() == [5, 5, 5] and always.lengths.tolist() == [1, 1, 1]
 
 
@@ -69,18 +77,24 @@ def test_evaluation_does_not_depend_on_the_batch_size():
 
 
 def test_a_tie_is_half_a_win():
-    assert win_rate(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, -1.0])) == 0.625
+    assert (
+        win_rate(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, -1.0])) == 0.625
+    )
 
 
 # ---- Elo
 
 
 def test_two_players_are_four_hundred_apart_at_ten_to_one_and_draws_count_half():
-    assert_close(elo(torch.tensor([[0, 10], [100, 0]])), torch.tensor([0, 400.0], dtype=torch.float64))
+    assert_close(
+        elo(torch.tensor([[0, 10], [100, 0]])), torch.tensor([0, 400.0], dtype=torch.float64)
+    )
     wins = torch.tensor([[0, 3 + 2.5], [9 + 2.5, 0]])  # 3 won, 9 lost, 5 drawn
     assert_close(elo(wins), torch.tensor([0, 400 * math.log10(11.5 / 5.5)], dtype=torch.float64))
     wins = torch.tensor([[0, 0], [3, 0]])
-    assert_close(elo(wins, prior=1), torch.tensor([0, 400 * math.log10(3.5 / 0.5)], dtype=torch.float64))
+    assert_close(
+        elo(wins, prior=1), torch.tensor([0, 400 * math.log10(3.5 / 0.5)], dtype=torch.float64)
+    )
 
 
 def test_ratings_expect_the_wins_that_each_player_had():
@@ -90,12 +104,19 @@ def test_ratings_expect_the_wins_that_each_player_had():
         torch.randint(1, 9, (6, 6)),
         torch.rand(5, 5) ** 12 + 1e-9,
         torch.tensor([[0, 1e6, 0], [0, 0, 1], [1, 0, 0]]),
-        torch.tensor([[0, 30, 1e5, 4], [4e-3, 0, 1e5, 4e4], [0.02, 0.06, 0, 0.6], [0.4, 40, 1e6, 0]]),
+        torch.tensor(
+            [[0, 30, 1e5, 4], [4e-3, 0, 1e5, 4e4], [0.02, 0.06, 0, 0.6], [0.4, 40, 1e6, 0]]
+        ),
     ):
         wins = wins.double().fill_diagonal_(0)
         ratings = elo(wins)
         expected = 1 / (1 + 10 ** ((ratings - ratings[:, None]) / 400))
-        assert_close((wins + wins.T).mul(expected).fill_diagonal_(0).sum(dim=1), wins.sum(dim=1), rtol=1e-9, atol=1e-12)
+        assert_close(
+            (wins + wins.T).mul(expected).fill_diagonal_(0).sum(dim=1),
+            wins.sum(dim=1),
+            rtol=1e-9,
+            atol=1e-12,
+        )
     truth = torch.tensor([0.0, 350.0, -80.0, 1200.0], dtype=torch.float64)
     wins = 1 / (1 + 10 ** ((truth - truth[:, None]) / 400))
     assert_close(elo(7 * wins), truth, rtol=1e-9, atol=1e-7)  # its diagonal says nothing
@@ -119,8 +140,12 @@ def test_a_player_alone_has_the_rating_0():
 
 
 def test_ratings_that_are_not_found_are_not_told(monkeypatch):
-    monkeypatch.setattr(torch.linalg, "solve", lambda _, slope: torch.arange(2.0, dtype=torch.float64))
-    with pytest.raises(ValueError, match="no likeliest ratings found in 1000 steps, the last one of 1"):
+    monkeypatch.setattr(
+        torch.linalg, "solve", lambda _, slope: torch.arange(2.0, dtype=torch.float64)
+    )
+    with pytest.raises(
+        ValueError, match="no likeliest ratings found in 1000 steps, the last one of 1"
+    ):
         elo(torch.ones(2, 2))
 
 
@@ -130,12 +155,21 @@ def test_players_who_beat_each_other_in_a_long_circle_are_alike():
 
 
 def test_a_player_who_never_lost_is_named_unless_a_draw_is_added():
-    wins = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 2, 0]])  # the last one has beaten one, and lost to none
-    with pytest.raises(ValueError, match="player 0 has beaten player 2 neither itself nor through others"):
+    wins = torch.tensor(
+        [[0, 1, 0], [1, 0, 0], [0, 2, 0]]
+    )  # the last one has beaten one, and lost to none
+    with pytest.raises(
+        ValueError, match="player 0 has beaten player 2 neither itself nor through others"
+    ):
         elo(wins)
     ratings = elo(wins, prior=1)
     assert ratings[2] > ratings[0] > ratings[1]
-    for bad in (torch.ones(2, 3), -torch.ones(2, 2), torch.full((2, 2), math.nan), torch.ones(0, 0)):
+    for bad in (
+        torch.ones(2, 3),
+        -torch.ones(2, 2),
+        torch.full((2, 2), math.nan),
+        torch.ones(0, 0),
+    ):
         with pytest.raises(ValueError, match="wins must be a square matrix"):
             elo(bad)
 
@@ -154,7 +188,9 @@ def test_the_kl_of_best_of_n_is_that_of_the_distribution_of_a_maximum():
 
 
 def test_the_kl_is_an_upper_bound_where_responses_tie():
-    probabilities = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)  # of three responses, the best one last
+    probabilities = torch.tensor(
+        [0.2, 0.5, 0.3], dtype=torch.float64
+    )  # of three responses, the best one last
     below = probabilities.cumsum(dim=0)
     for n in (2, 4, 9):
         best = below**n - (below - probabilities) ** n

@@ -22,7 +22,12 @@ FLOORS = [
     {"commands", "cli"},
 ]
 NEIGHBOURS = {  # on one floor, and one is made of the other
-    *(("masking", "checks"), ("rollout", "generation"), ("models", "ops"), ("trainers", "evaluation")),
+    *(
+        ("masking", "checks"),
+        ("rollout", "generation"),
+        ("models", "ops"),
+        ("trainers", "evaluation"),
+    ),
     ("cli", "commands"),
     *(("backends", "compiled"), ("checks", "backends")),
 }
@@ -53,7 +58,11 @@ def imports(tree):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute, so that grep finds them"
-            yield from (f"rlhf_core.{a.name}" for a in node.names) if node.module == "rlhf_core" else [node.module]
+            yield from (
+                (f"rlhf_core.{a.name}" for a in node.names)
+                if node.module == "rlhf_core"
+                else [node.module]
+            )
 
 
 def faults(source, module):
@@ -63,11 +72,23 @@ def faults(source, module):
         top, other = name.split(".")[0], part(name)
         if ONLY_IN.get(top, own) != own:
             yield f"{module} imports {top}, which belongs in {ONLY_IN[top]}"
-        if own == "kernels" and top not in {"torch", "triton", "math", "functools", "concurrent", "rlhf_core"}:
+        if own == "kernels" and top not in {
+            "torch",
+            "triton",
+            "math",
+            "functools",
+            "concurrent",
+            "rlhf_core",
+        }:
             yield f"{module} imports {top}"
         if name == "rlhf_core._C" and own != "cpp":
             yield f"{module} imports the extension, which belongs in cpp"
-        allowed = top != "rlhf_core" or other == own or (own, other) in NEIGHBOURS or version_only(tree, name)
+        allowed = (
+            top != "rlhf_core"
+            or other == own
+            or (own, other) in NEIGHBOURS
+            or version_only(tree, name)
+        )
         if not allowed and floor(other) >= floor(own):
             yield f"{module} (F{floor(own)}) imports {name} (F{floor(other)})"
 
@@ -75,7 +96,9 @@ def faults(source, module):
 def version_only(tree, name):
     """`import rlhf_core` for its version is no dependency: the package is always there."""
     used = [
-        n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "rlhf_core"
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "rlhf_core"
     ]
     return name == "rlhf_core" and set(used) == {"__version__"}
 
@@ -88,7 +111,10 @@ def test_a_file_imports_from_lower_floors_only(file):
 def test_every_part_of_the_package_has_a_floor():
     assert len(FILES) > 25
     found = {part(module_of(file)) for file in FILES}
-    assert found == set().union(*FLOORS) - {"_C", "benchmarks"}  # a benchmark uses the package as any user does
+    assert found == set().union(*FLOORS) - {
+        "_C",
+        "benchmarks",
+    }  # a benchmark uses the package as any user does
 
 
 @pytest.mark.parametrize(
@@ -110,13 +136,19 @@ def test_the_rule_catches_what_it_should(source, module):
 
 
 def test_pybind11_is_included_in_the_bindings_only():
-    users = [f.name for f in (ROOT / "csrc").iterdir() if "#include <pybind11" in f.read_text(encoding="utf-8")]
+    users = [
+        f.name
+        for f in (ROOT / "csrc").iterdir()
+        if "#include <pybind11" in f.read_text(encoding="utf-8")
+    ]
     assert users == ["bindings.cpp"]
 
 
 def python(code, cwd):
     """Run code in a fresh interpreter, away from pytest's path."""
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_importing_the_package_does_no_work(tmp_path):
@@ -154,4 +186,7 @@ except AttributeError as error:
 def test_the_folder_kernels_cannot_be_imported_by_that_name():
     """A package of that name exists, and others look for it."""
     run = python("import kernels", ROOT)
-    assert run.returncode == 1 and "ImportError: the folder kernels/ is rlhf_core.kernels" in run.stderr
+    assert (
+        run.returncode == 1
+        and "ImportError: the folder kernels/ is rlhf_core.kernels" in run.stderr
+    )

@@ -38,11 +38,17 @@ def laid_out(draw, x):
     """x in another layout of memory; expanded, with other values too."""
     kinds = ["contiguous", "unaligned"]
     if x.ndim > 0:
-        kinds += ["sliced", "every other", "wider", "last axis outermost"] + ["expanded"] * (len(x) > 0)
+        kinds += ["sliced", "every other", "wider", "last axis outermost"] + ["expanded"] * (
+            len(x) > 0
+        )
     kinds += ["transposed"] * (x.ndim > 1)
     kind = draw(st.sampled_from(kinds))
     if kind == "unaligned":
-        return torch.cat([x.flatten(), x.flatten()[:1].sum()[None].to(x.dtype)]).roll(1)[1:].view(x.shape)
+        return (
+            torch.cat([x.flatten(), x.flatten()[:1].sum()[None].to(x.dtype)])
+            .roll(1)[1:]
+            .view(x.shape)
+        )
     if kind == "sliced":
         return torch.cat([x, x, x])[len(x) : 2 * len(x)]
     if kind == "every other":
@@ -57,7 +63,9 @@ def laid_out(draw, x):
 
 
 def upstreams(draw, shape):
-    return laid_out(draw, torch.randn(shape) * (torch.rand(shape) < draw(st.sampled_from([1.0, 0.5]))))
+    return laid_out(
+        draw, torch.randn(shape) * (torch.rand(shape) < draw(st.sampled_from([1.0, 0.5])))
+    )
 
 
 def masks(draw, shape):
@@ -82,7 +90,9 @@ def run(call, leaves, upstream, backend, dtype=None):
     return [x.detach() for x in outputs], grads
 
 
-def check(call, leaves, upstream, backend, scale=lambda *truth: 1.0, comparable=None, gradient_scale=None):
+def check(
+    call, leaves, upstream, backend, scale=lambda *truth: 1.0, comparable=None, gradient_scale=None
+):
     """Values everywhere, gradients where `comparable(*values)` says.
 
     Errors of values are measured in units of scale(*values), those of gradients in units of gradient_scale(*values).
@@ -97,7 +107,11 @@ def check(call, leaves, upstream, backend, scale=lambda *truth: 1.0, comparable=
     where = torch.ones((), dtype=torch.bool) if comparable is None else comparable(*truth[0])
     for leaf, x, r, t in zip(leaves, got[1], reference[1], truth[1], strict=True):
         assert x.dtype == leaf.dtype and x.shape == leaf.shape
-        keep = where[..., None].expand(x.shape) if where.ndim < x.ndim and where.ndim else where.expand(x.shape)
+        keep = (
+            where[..., None].expand(x.shape)
+            if where.ndim < x.ndim and where.ndim
+            else where.expand(x.shape)
+        )
         keep = keep & ~(t.abs() > 0.99 * torch.finfo(leaf.dtype).max)
         assert_as_accurate(*((y / unit).masked_fill(~keep, 0) for y in (x, r, t)), leaf.dtype)
     return got
@@ -129,7 +143,12 @@ def fuzz_token_logprobs(draw, backend, op=rlhf_core.token_logprobs_and_entropy):
 
 
 def fuzz_linear_token_logprobs(draw, backend):
-    shape, V, D, dtype = draw(TOKENS), draw(VOCABULARIES), draw(st.sampled_from([1, 5, 16])), draw(DTYPES)
+    shape, V, D, dtype = (
+        draw(TOKENS),
+        draw(VOCABULARIES),
+        draw(st.sampled_from([1, 5, 16])),
+        draw(DTYPES),
+    )
     hidden, weight = (laid_out(draw, torch.randn(n).to(dtype)) for n in ((*shape, D), (V, D)))
     bias = draw(st.sampled_from([None, laid_out(draw, torch.randn(V).to(dtype))]))
     if bias is not None and V > 2 and draw(st.booleans()):
@@ -141,7 +160,11 @@ def fuzz_linear_token_logprobs(draw, backend):
     targets, T = torch.randint(V, shape), temperatures(draw, shape)
     chunk_rows, with_entropy = draw(st.sampled_from([None, 1, 3])), draw(st.booleans())
     g, h = upstreams(draw, shape), upstreams(draw, shape)
-    op = rlhf_core.linear_token_logprobs_and_entropy if with_entropy else rlhf_core.linear_token_logprobs
+    op = (
+        rlhf_core.linear_token_logprobs_and_entropy
+        if with_entropy
+        else rlhf_core.linear_token_logprobs
+    )
 
     def call(hidden, weight, bias=None, *, backend):
         settings = dict(temperature=T, mask=mask, backend=backend, chunk_rows=chunk_rows)
@@ -149,19 +172,35 @@ def fuzz_linear_token_logprobs(draw, backend):
 
     # What each rounding of a logit to its dtype, in whatever order its products add up, may make of the rest.
     rounding = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    unit = 10 * (1 + rounding) * (1 + D) * (1 + (1 / torch.as_tensor(T)).sum().item()) * (2 + math.prod(shape))
+    unit = (
+        10
+        * (1 + rounding)
+        * (1 + D)
+        * (1 + (1 / torch.as_tensor(T)).sum().item())
+        * (2 + math.prod(shape))
+    )
     leaves = [hidden, weight] if bias is None else [hidden, weight, bias]
     check(call, leaves, [g, h] if with_entropy else [g], backend, scale=lambda *_: unit)
 
 
 def fuzz_full_kl(draw, backend):
     shape, V, dtype, offset = draw(TOKENS), draw(VOCABULARIES), draw(DTYPES), draw(OFFSETS)
-    logits, ref_logits = (normal(draw, (*shape, V), dtype, (-INF, -INF, -INF, INF, NAN), offset) for _ in range(2))
+    logits, ref_logits = (
+        normal(draw, (*shape, V), dtype, (-INF, -INF, -INF, INF, NAN), offset) for _ in range(2)
+    )
     if draw(st.booleans()):
-        ref_logits = logits + torch.randn(logits.shape).to(dtype) * draw(st.sampled_from([0, 1e-3, 1]))
-    mask, T, g = draw(st.sampled_from([None, masks(draw, shape)])), temperatures(draw, shape), upstreams(draw, shape)
+        ref_logits = logits + torch.randn(logits.shape).to(dtype) * draw(
+            st.sampled_from([0, 1e-3, 1])
+        )
+    mask, T, g = (
+        draw(st.sampled_from([None, masks(draw, shape)])),
+        temperatures(draw, shape),
+        upstreams(draw, shape),
+    )
     finite = logits[logits.isfinite()].float()
-    if finite.numel() and finite.max() - finite.min() > 60 * torch.as_tensor(T).min():  # p may be 0 in float32 alone
+    if (
+        finite.numel() and finite.max() - finite.min() > 60 * torch.as_tensor(T).min()
+    ):  # p may be 0 in float32 alone
         ref_logits = torch.where((ref_logits == -INF) & (logits != -INF), 0, ref_logits)
 
     difference = largest(logits.float() - ref_logits.float())  # what log p - log q is formed from
@@ -198,7 +237,11 @@ def sequences(draw):
         return (shape := draw(GRIDS)), shape[0], None
     lengths = draw(st.lists(st.sampled_from([0, 0, 1, 2, 7, 33]), max_size=4))
     before, after = draw(st.integers(0, 2)), draw(st.integers(1, 2))
-    cu_seqlens = torch.tensor([before, *lengths]).cumsum(0).to(draw(st.sampled_from([torch.int32, torch.int64])))
+    cu_seqlens = (
+        torch.tensor([before, *lengths])
+        .cumsum(0)
+        .to(draw(st.sampled_from([torch.int32, torch.int64])))
+    )
     return (before + sum(lengths) + after,), len(lengths), cu_seqlens
 
 
@@ -218,7 +261,9 @@ def fuzz_gae(draw, backend):
     bounded = draw(st.booleans())
 
     def call(rewards, values, last_values=None, *, backend):
-        return rlhf_core.gae(rewards, values, mask, last_values=last_values, backend=backend, **settings)
+        return rlhf_core.gae(
+            rewards, values, mask, last_values=last_values, backend=backend, **settings
+        )
 
     unit = largest(rewards, values, last_values) * 10
     check(
@@ -229,7 +274,10 @@ def fuzz_gae(draw, backend):
 
 def fuzz_ppo_advantages(draw, backend):
     shape, B, cu_seqlens = sequences(draw)
-    scores, values = normal(draw, (B,), draw(DTYPES), (NAN,)), normal(draw, shape, draw(DTYPES), (NAN,))
+    scores, values = (
+        normal(draw, (B,), draw(DTYPES), (NAN,)),
+        normal(draw, shape, draw(DTYPES), (NAN,)),
+    )
     logprobs = laid_out(draw, -3 * torch.rand(shape)).to(draw(DTYPES))
     ref_logprobs = laid_out(draw, logprobs + 0.3 * torch.randn(shape)).to(draw(DTYPES))
     tokens, mask = (scores, logprobs, ref_logprobs, values), masks(draw, shape)
@@ -256,18 +304,27 @@ def fuzz_ppo_advantages(draw, backend):
 
 def fuzz_ppo_loss(draw, backend):
     shape = draw(GRIDS)
-    old_values, returns, step = ((torch.randn(shape) * 64).round() / 64 for _ in range(3))  # see test_policy_loss
+    old_values, returns, step = (
+        (torch.randn(shape) * 64).round() / 64 for _ in range(3)
+    )  # see test_policy_loss
     old_logprobs = -3 * torch.rand(shape)
     logprobs = old_logprobs + torch.randn(shape) * draw(st.sampled_from([0, 0.3, 3, 30]))
     advantages, entropy = normal(draw, shape, specials=(NAN,)), 2 * torch.rand(shape)
     leaves = [laid_out(draw, x) for x in (logprobs, old_values + step / 4, entropy)]
-    old_logprobs, old_values, returns = (laid_out(draw, x) for x in (old_logprobs, old_values, returns))
-    mask, weights = masks(draw, shape), draw(st.sampled_from([None, laid_out(draw, torch.rand(shape))]))
+    old_logprobs, old_values, returns = (
+        laid_out(draw, x) for x in (old_logprobs, old_values, returns)
+    )
+    mask, weights = (
+        masks(draw, shape),
+        draw(st.sampled_from([None, laid_out(draw, torch.rand(shape))])),
+    )
     settings = dict(
         clip_range=draw(st.sampled_from([0.2, 5.0, (0.2, 0.9), (1.0, math.inf)])),
         vf_coef=draw(st.sampled_from([0.0, 0.5])),
     )
-    settings |= dict(value_clip_range=draw(st.sampled_from([None, 0.25])), entropy_coef=0.1, weights=weights)
+    settings |= dict(
+        value_clip_range=draw(st.sampled_from([None, 0.25])), entropy_coef=0.1, weights=weights
+    )
     settings |= dict(dual_clip=draw(st.sampled_from([None, 3.0])))
     settings |= dict(aggregation=draw(st.sampled_from(["token_mean", "sequence_mean"])))
 
@@ -281,7 +338,9 @@ def fuzz_ppo_loss(draw, backend):
     check(call, leaves, [torch.tensor(-1.5)], backend)
 
 
-CHECKS = {name.removeprefix("fuzz_"): x for name, x in list(globals().items()) if name.startswith("fuzz_")}
+CHECKS = {
+    name.removeprefix("fuzz_"): x for name, x in list(globals().items()) if name.startswith("fuzz_")
+}
 
 
 @pytest.mark.parametrize("op", CHECKS)
@@ -290,7 +349,10 @@ def test_whatever_comes_is_as_accurate_as_the_reference(backend, op):
     number = EXAMPLES if backend == "cpp" or torch.cuda.is_available() else max(1, EXAMPLES // 8)
 
     @hypothesis.settings(
-        max_examples=number, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=number,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(st.data(), st.integers(0, 2**32 - 1))
     def examples(data, seed):
@@ -303,7 +365,9 @@ def test_whatever_comes_is_as_accurate_as_the_reference(backend, op):
 # ---- what fuzzing has found
 
 
-def test_the_gradient_of_full_kl_keeps_its_digits_where_policy_and_reference_differ_by_an_offset(backend):
+def test_the_gradient_of_full_kl_keeps_its_digits_where_policy_and_reference_differ_by_an_offset(
+    backend,
+):
     logits, ref_logits = torch.randn(2, 3, 50)
     leaf, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
     ref_logits = ref_logits + 1e3
@@ -318,13 +382,17 @@ def test_full_kl_is_not_nan_where_p_rounds_to_0_and_q_is_0(backend):
 
 
 def test_k3_of_a_token_that_the_policy_cannot_sample_is_inf_not_nan(backend):
-    kl = rlhf_core.kl_estimate(torch.tensor([-INF, -1.0]), torch.tensor([-1.0, INF]), estimator="k3", backend=backend)
+    kl = rlhf_core.kl_estimate(
+        torch.tensor([-INF, -1.0]), torch.tensor([-1.0, INF]), estimator="k3", backend=backend
+    )
     assert kl.tolist() == [INF, INF]
 
 
 def test_gae_of_no_packed_token_has_a_gradient(backend):
     x, mask = torch.zeros(0, requires_grad=True), torch.zeros(0, dtype=torch.bool)
-    advantages, returns = rlhf_core.gae(x, x * 1, mask, cu_seqlens=torch.tensor([0]), backend=backend)
+    advantages, returns = rlhf_core.gae(
+        x, x * 1, mask, cu_seqlens=torch.tensor([0]), backend=backend
+    )
     (advantages + returns).sum().backward()
     assert x.grad.shape == (0,)
 

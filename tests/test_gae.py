@@ -33,23 +33,35 @@ def compacted(rewards, values, mask, gamma=GAMMA, lam=LAM, last_values=None):
 def run(rewards, values, mask, backend, upstream=None, last_values=None, gamma=GAMMA, lam=LAM):
     """(advantages, returns, drewards, dvalues[, dlast_values]); compacted in float64 where backend is None."""
     dtype = torch.float64 if backend is None else torch.float32
-    inputs = [x.to(dtype).clone().requires_grad_() for x in (rewards, values, last_values) if x is not None]
+    inputs = [
+        x.to(dtype).clone().requires_grad_()
+        for x in (rewards, values, last_values)
+        if x is not None
+    ]
     last = inputs[2] if last_values is not None else None
     if backend is None:
         outputs = compacted(*inputs[:2], mask, gamma, lam, last)
     else:
         outputs = gae(*inputs[:2], mask, gamma=gamma, lam=lam, last_values=last, backend=backend)
     g, h = (1.0, 1.0) if upstream is None else (u.to(dtype) for u in upstream)
-    grads = torch.autograd.grad((outputs[0] * g + outputs[1] * h).sum(), inputs, materialize_grads=True)
+    grads = torch.autograd.grad(
+        (outputs[0] * g + outputs[1] * h).sum(), inputs, materialize_grads=True
+    )
     return *(x.detach() for x in outputs), *grads
 
 
 @pytest.mark.parametrize("with_last_values", [False, True])
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize(
+    "gamma, lam", [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)]
+)
 def test_a_mask_with_gaps_equals_the_compacted_sequence(backend, gamma, lam, with_last_values):
     rewards, values, mask = batch(4, 19)
     upstream = torch.randn(4, 19), torch.randn(4, 19)
-    kwargs = {"gamma": gamma, "lam": lam, "last_values": torch.randn(4) if with_last_values else None}
+    kwargs = {
+        "gamma": gamma,
+        "lam": lam,
+        "last_values": torch.randn(4) if with_last_values else None,
+    }
     got = run(rewards, values, mask, backend, upstream, **kwargs)
     truth = run(rewards, values, mask, None, upstream, **kwargs)
     reference = run(rewards, values, mask, "reference", upstream, **kwargs)
@@ -64,7 +76,9 @@ def test_a_mask_with_gaps_equals_the_compacted_sequence(backend, gamma, lam, wit
 @pytest.mark.parametrize("T", [31, 32, 33, 64, 70])
 def test_rows_longer_than_a_block_carry_their_state_on(backend, T, keep, monkeypatch):
     if backend == "triton":
-        monkeypatch.setattr("rlhf_core.kernels.gae._tile", lambda length: {"BLOCK": 32, "num_warps": 1})
+        monkeypatch.setattr(
+            "rlhf_core.kernels.gae._tile", lambda length: {"BLOCK": 32, "num_warps": 1}
+        )
     rewards, values, mask = batch(2, T, keep)
     upstream = torch.randn(2, T), torch.randn(2, T)
     last_values = torch.randn(2)
@@ -75,7 +89,9 @@ def test_rows_longer_than_a_block_carry_their_state_on(backend, T, keep, monkeyp
     scores, (logprobs, ref_logprobs) = torch.randn(2), torch.randn(2, 2, T)
     settings = {"kl_coef": 0.1, "gamma": GAMMA, "lam": LAM}
     got = ppo_advantages(scores, logprobs, ref_logprobs, values, mask, backend=backend, **settings)
-    want = ppo_advantages(scores, logprobs, ref_logprobs, values, mask, backend="reference", **settings)
+    want = ppo_advantages(
+        scores, logprobs, ref_logprobs, values, mask, backend="reference", **settings
+    )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -91,15 +107,21 @@ def test_at_lam_1_an_advantage_is_the_discounted_return_minus_the_value(backend)
 def test_at_lam_0_an_advantage_is_the_one_step_error(backend):
     rewards, values, mask = batch(3, 12, keep=1.0)
     last_values = torch.randn(3)
-    advantages, _ = gae(rewards, values, mask, gamma=GAMMA, lam=0.0, last_values=last_values, backend=backend)
+    advantages, _ = gae(
+        rewards, values, mask, gamma=GAMMA, lam=0.0, last_values=last_values, backend=backend
+    )
     next_values = torch.cat([values[:, 1:], last_values[:, None]], dim=1)
-    torch.testing.assert_close(advantages, rewards + GAMMA * next_values - values, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        advantages, rewards + GAMMA * next_values - values, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_one_token_rows(backend):
     rewards, values = torch.tensor([[2.0], [3.0]]), torch.tensor([[0.5], [9.0]])
     mask = torch.tensor([[True], [False]])
-    advantages, returns = gae(rewards, values, mask, last_values=torch.tensor([4.0, 7.0]), backend=backend)
+    advantages, returns = gae(
+        rewards, values, mask, last_values=torch.tensor([4.0, 7.0]), backend=backend
+    )
     assert advantages.tolist() == [[5.5], [0.0]] and returns.tolist() == [[6.0], [0.0]]
 
 
@@ -115,7 +137,9 @@ def test_a_row_that_counts_nothing_is_zero_and_gives_its_last_value_no_gradient(
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 def test_an_empty_batch_gives_empty_results_and_gradients(backend, shape):
     mask, last_values = torch.zeros(shape, dtype=torch.bool), torch.randn(shape[0])
-    *outputs, dlast = run(torch.zeros(shape), torch.zeros(shape), mask, backend, last_values=last_values)
+    *outputs, dlast = run(
+        torch.zeros(shape), torch.zeros(shape), mask, backend, last_values=last_values
+    )
     assert all(x.shape == shape for x in outputs) and torch.equal(dlast, torch.zeros(shape[0]))
 
 
@@ -124,10 +148,17 @@ def test_padding_on_either_side_changes_nothing(backend):
     last_values = torch.randn(2)
     want = run(rewards, values, mask, backend, last_values=last_values)
     for left, right in ((0, 5), (4, 0), (3, 30)):
-        padded = [torch.nn.functional.pad(x, (left, right), value=v) for x, v in ((rewards, 9.0), (values, -9.0))]
-        wide = run(*padded, torch.nn.functional.pad(mask, (left, right)), backend, last_values=last_values)
+        padded = [
+            torch.nn.functional.pad(x, (left, right), value=v)
+            for x, v in ((rewards, 9.0), (values, -9.0))
+        ]
+        wide = run(
+            *padded, torch.nn.functional.pad(mask, (left, right)), backend, last_values=last_values
+        )
         for x, y in zip(wide, want):
-            torch.testing.assert_close(x if x.ndim == 1 else x[:, left : left + 9], y, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                x if x.ndim == 1 else x[:, left : left + 9], y, rtol=1e-6, atol=1e-6
+            )
 
 
 def test_a_rows_result_is_bitwise_independent_of_the_batch_around_it(backend):
@@ -160,7 +191,9 @@ def test_half_precision_inputs_are_promoted(backend):
 def test_inputs_are_left_alone(backend):
     rewards, values, mask = batch(2, 6)
     before = [x.clone() for x in (rewards, values, mask)]
-    advantages, returns = gae(rewards.requires_grad_(), values.requires_grad_(), mask, backend=backend)
+    advantages, returns = gae(
+        rewards.requires_grad_(), values.requires_grad_(), mask, backend=backend
+    )
     (advantages.sum() + returns.sum()).backward()
     assert all(torch.equal(x, y) for x, y in zip((rewards, values, mask), before))
 
@@ -169,11 +202,15 @@ def test_reference_gradients_pass_gradcheck():
     torch.manual_seed(0)
     rewards, values, mask = batch(2, 5)
     inputs = [x.double().requires_grad_() for x in (rewards, values, torch.randn(2))]
-    assert torch.autograd.gradcheck(lambda r, v, last: gae_reference(r, v, mask, GAMMA, LAM, last, None), inputs)
+    assert torch.autograd.gradcheck(
+        lambda r, v, last: gae_reference(r, v, mask, GAMMA, LAM, last, None), inputs
+    )
     cu_seqlens = torch.tensor([1, 4, 4, 9])
     inputs = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (10, 10, 3)]
     mask = torch.rand(10) < 0.7
-    assert torch.autograd.gradcheck(lambda r, v, last: gae_reference(r, v, mask, GAMMA, LAM, last, cu_seqlens), inputs)
+    assert torch.autograd.gradcheck(
+        lambda r, v, last: gae_reference(r, v, mask, GAMMA, LAM, last, cu_seqlens), inputs
+    )
 
 
 def test_bad_input_raises_with_the_offending_value(backend):
@@ -232,7 +269,13 @@ def test_packed_sequences_give_the_bits_of_the_rows(backend, dtype):
     for (rewards, values, g, h, mask), offsets in ((rows, None), (packed, cu_seqlens.to(dtype))):
         leaves = [x.clone().requires_grad_() for x in (rewards, values, last_values)]
         outputs = gae(
-            *leaves[:2], mask, gamma=GAMMA, lam=LAM, last_values=leaves[2], cu_seqlens=offsets, backend=backend
+            *leaves[:2],
+            mask,
+            gamma=GAMMA,
+            lam=LAM,
+            last_values=leaves[2],
+            cu_seqlens=offsets,
+            backend=backend,
         )
         grads = torch.autograd.grad((outputs[0] * g + outputs[1] * h).sum(), leaves)
         got.append([x.detach() for x in (*outputs, *grads)])
@@ -249,7 +292,9 @@ def test_packed_input_of_few_or_empty_sequences(backend, lengths):
     want = gae(rewards, values, mask, backend=backend)
     assert torch.equal(laid_out(advantages, cu_seqlens, want[0]), want[0])
     assert torch.equal(laid_out(returns, cu_seqlens, want[1]), want[1])
-    for x in gae(*(x[:0] for x in packed), cu_seqlens=torch.zeros_like(cu_seqlens), backend=backend):
+    for x in gae(
+        *(x[:0] for x in packed), cu_seqlens=torch.zeros_like(cu_seqlens), backend=backend
+    ):
         assert x.shape == (0,)
 
 
@@ -270,20 +315,36 @@ def test_bad_cu_seqlens_raise(backend, bad):
     with pytest.raises(TypeError, match=r"cu_seqlens.*float32"):
         gae(x, x, mask, cu_seqlens=torch.zeros(2), backend=backend)
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
-        gae(x.view(2, 3), x.view(2, 3), mask.view(2, 3), cu_seqlens=torch.tensor([0, 6]), backend=backend)
+        gae(
+            x.view(2, 3),
+            x.view(2, 3),
+            mask.view(2, 3),
+            cu_seqlens=torch.tensor([0, 6]),
+            backend=backend,
+        )
 
 
 def advantages_batch(B, T, keep=0.7):
     """scores, logprobs, ref_logprobs, values, mask"""
     logprobs = -torch.rand(B, T) * 3
-    return torch.randn(B), logprobs, logprobs + torch.randn(B, T) * 0.3, torch.randn(B, T), torch.rand(B, T) < keep
+    return (
+        torch.randn(B),
+        logprobs,
+        logprobs + torch.randn(B, T) * 0.3,
+        torch.randn(B, T),
+        torch.rand(B, T) < keep,
+    )
 
 
 def advantages_by_hand(scores, logprobs, ref_logprobs, values, mask, kl_coef, estimator, whiten):
     """(advantages, returns, rewards, kl), in float64."""
-    scores, logprobs, ref_logprobs, values = (x.double() for x in (scores, logprobs, ref_logprobs, values))
+    scores, logprobs, ref_logprobs, values = (
+        x.double() for x in (scores, logprobs, ref_logprobs, values)
+    )
     d = logprobs - ref_logprobs
-    kl = {"k1": d, "k2": d**2 / 2, "k3": torch.expm1(-d) + d, "abs": d.abs()}[estimator].masked_fill(~mask, 0)
+    kl = {"k1": d, "k2": d**2 / 2, "k3": torch.expm1(-d) + d, "abs": d.abs()}[
+        estimator
+    ].masked_fill(~mask, 0)
     rewards = -kl_coef * kl
     for b, counted in enumerate(mask):
         if counted.any():
@@ -320,17 +381,30 @@ def test_rewards_add_up_to_the_score_minus_the_kl_and_the_last_counted_token_car
     got = ppo_advantages(scores, logprobs, ref_logprobs, values, mask, kl_coef=0.5, backend=backend)
     torch.testing.assert_close(got.rewards.sum(1)[:3], (scores - 0.5 * got.kl.sum(1))[:3])
     assert all((x[3] == 0).all() for x in got)
-    without = ppo_advantages(torch.zeros(4), logprobs, ref_logprobs, values, mask, kl_coef=0.5, backend=backend)
+    without = ppo_advantages(
+        torch.zeros(4), logprobs, ref_logprobs, values, mask, kl_coef=0.5, backend=backend
+    )
     assert (got.rewards != without.rewards).nonzero().tolist() == [[0, 2], [1, 7], [2, 0]]
 
 
 def test_ppo_advantages_agree_with_the_ops_that_they_replace(backend):
     scores, logprobs, ref_logprobs, values, mask = advantages_batch(5, 33)
     got = ppo_advantages(
-        scores, logprobs, ref_logprobs, values, mask, kl_coef=0.1, kl_estimator="k3", whiten=False, backend=backend
+        scores,
+        logprobs,
+        ref_logprobs,
+        values,
+        mask,
+        kl_coef=0.1,
+        kl_estimator="k3",
+        whiten=False,
+        backend=backend,
     )
     torch.testing.assert_close(
-        got.kl, kl_estimate(logprobs, ref_logprobs, estimator="k3", mask=mask, backend=backend), rtol=1e-6, atol=1e-7
+        got.kl,
+        kl_estimate(logprobs, ref_logprobs, estimator="k3", mask=mask, backend=backend),
+        rtol=1e-6,
+        atol=1e-7,
     )
     want = gae(got.rewards, values, mask, backend=backend)
     torch.testing.assert_close((got.advantages, got.returns), want, rtol=1e-5, atol=1e-6)
@@ -352,7 +426,9 @@ def test_ppo_advantages_of_packed_sequences_are_those_of_the_rows(backend, white
 def test_whitened_advantages_have_mean_0_and_variance_1_whatever_their_offset(backend):
     scores, logprobs, _, values, mask = advantages_batch(6, 40)
     scores += 1000  # all advantages are near it, as lam is 1
-    got = ppo_advantages(scores, logprobs, logprobs, values, mask, kl_coef=0.0, lam=1.0, backend=backend)
+    got = ppo_advantages(
+        scores, logprobs, logprobs, values, mask, kl_coef=0.0, lam=1.0, backend=backend
+    )
     kept = got.advantages[mask].double()
     assert abs(kept.mean()) < 1e-4 and abs(kept.var(unbiased=False) - 1) < 1e-3
     assert (got.advantages[~mask] == 0).all()
@@ -364,7 +440,9 @@ def test_whitening_one_advantage_or_equal_ones_or_none_gives_zeros(backend):
     for counted in ([], [(1, 2)], [(0, 1), (0, 3), (2, 4)]):
         for i, j in counted:
             mask[i, j] = True
-        got = ppo_advantages(torch.full((3,), 7.25), x, x, x, mask, kl_coef=0.1, lam=1.0, backend=backend)
+        got = ppo_advantages(
+            torch.full((3,), 7.25), x, x, x, mask, kl_coef=0.1, lam=1.0, backend=backend
+        )
         assert (got.advantages == 0).all() and (got.returns[mask] == 7.25).all()
 
 
@@ -435,12 +513,29 @@ def test_ppo_advantages_leave_their_inputs_alone_and_take_half_precision(backend
 def test_bad_input_to_ppo_advantages_raises_with_the_offending_value(backend):
     scores, logprobs, ref_logprobs, values, mask = advantages_batch(3, 7)
     with pytest.raises(ValueError, match=r"scores.*\(4,\)"):
-        ppo_advantages(torch.zeros(4), logprobs, ref_logprobs, values, mask, kl_coef=0.1, backend=backend)
+        ppo_advantages(
+            torch.zeros(4), logprobs, ref_logprobs, values, mask, kl_coef=0.1, backend=backend
+        )
     with pytest.raises(ValueError, match="k4"):
-        ppo_advantages(scores, logprobs, ref_logprobs, values, mask, kl_coef=0.1, kl_estimator="k4", backend=backend)
+        ppo_advantages(
+            scores,
+            logprobs,
+            ref_logprobs,
+            values,
+            mask,
+            kl_coef=0.1,
+            kl_estimator="k4",
+            backend=backend,
+        )
     with pytest.raises(ValueError, match=r"ref_logprobs.*\(3, 6\)"):
-        ppo_advantages(scores, logprobs, ref_logprobs[:, 1:], values, mask, kl_coef=0.1, backend=backend)
+        ppo_advantages(
+            scores, logprobs, ref_logprobs[:, 1:], values, mask, kl_coef=0.1, backend=backend
+        )
     with pytest.raises(TypeError, match=r"response_mask.*float32"):
-        ppo_advantages(scores, logprobs, ref_logprobs, values, mask.float(), kl_coef=0.1, backend=backend)
+        ppo_advantages(
+            scores, logprobs, ref_logprobs, values, mask.float(), kl_coef=0.1, backend=backend
+        )
     with pytest.raises(ValueError, match=r"lam.*1.5"):
-        ppo_advantages(scores, logprobs, ref_logprobs, values, mask, kl_coef=0.1, lam=1.5, backend=backend)
+        ppo_advantages(
+            scores, logprobs, ref_logprobs, values, mask, kl_coef=0.1, lam=1.5, backend=backend
+        )

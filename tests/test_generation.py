@@ -60,7 +60,14 @@ families = pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_log_probs_are_those_of_the_training_forward(family, temperature):
     """Row 4: recorded while sampling == recomputed in training == log_softmax(z / T) of each row alone."""
     model = tiny(family)
-    rollout = sample(model, PROMPTS, max_new_tokens=8, temperature=temperature, eos_ids=(2, 3), generator=seeded())
+    rollout = sample(
+        model,
+        PROMPTS,
+        max_new_tokens=8,
+        temperature=temperature,
+        eos_ids=(2, 3),
+        generator=seeded(),
+    )
     assert not rollout.response_mask.all()  # rows of unequal length
     recomputed, _ = response_logprobs(model, rollout, temperature)
     assert_close(rollout.logprobs, recomputed, rtol=0, atol=1e-5)
@@ -130,14 +137,25 @@ def test_a_16_bit_model_gives_float32_log_probs_of_its_own_logits():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(temperature=0.5), dict(temperature=2.0), dict(top_k=4), dict(top_p=0.6), dict(min_p=0.6)],
+    [
+        {},
+        dict(temperature=0.5),
+        dict(temperature=2.0),
+        dict(top_k=4),
+        dict(top_p=0.6),
+        dict(min_p=0.6),
+    ],
     ids=str,
 )
 def test_frequencies_are_those_of_the_softmax(options):
     """Chi-square over 20,000 draws of one token; 12 tokens have 11 degrees of freedom, 99.9 % of samples are < 31."""
     model, n = tiny(), 20_000
     ids = torch.tensor([PROMPTS[0]]).expand(n, -1)
-    got = generate(model, ids, max_new_tokens=1, generator=seeded(), **options).response_ids[:, 0].bincount(minlength=V)
+    got = (
+        generate(model, ids, max_new_tokens=1, generator=seeded(), **options)
+        .response_ids[:, 0]
+        .bincount(minlength=V)
+    )
     p = (next_logits(model, PROMPTS[0]) / options.get("temperature", 1.0)).softmax(-1)
     ordered, order = p.sort(descending=True)
     keep = torch.ones(V, dtype=torch.bool)
@@ -180,7 +198,9 @@ def greedy_loop(model, prompt, steps, eos_ids=()):
 def test_greedy_in_a_padded_batch_is_the_argmax_loop_of_each_row_alone(family, options):
     model = tiny(family)
     ids, mask = left_pad(PROMPTS, 0)
-    got = generate(model, ids, attention_mask=mask, max_new_tokens=10, generator=seeded(), **options)
+    got = generate(
+        model, ids, attention_mask=mask, max_new_tokens=10, generator=seeded(), **options
+    )
     assert got.response_ids.tolist() == [greedy_loop(model, prompt, 10) for prompt in PROMPTS]
     assert not got.logprobs.any()  # all mass on one token
 
@@ -213,15 +233,23 @@ def test_a_seed_gives_the_same_numbers_and_another_others():
     assert all(torch.equal(x, y) for x, y in zip(a, b))
     assert not torch.equal(a.response_ids, c.response_ids)
     torch.manual_seed(1)
-    assert torch.equal(generate(model, ids, max_new_tokens=8).response_ids, a.response_ids)  # torch's own generator
+    assert torch.equal(
+        generate(model, ids, max_new_tokens=8).response_ids, a.response_ids
+    )  # torch's own generator
 
 
 def test_samples_of_a_prompt_share_one_pass_over_it(monkeypatch):
     model, calls = tiny("gpt2"), []
     prefill = Trunk.prefill
-    monkeypatch.setattr(Trunk, "prefill", lambda self, ids, *rest: calls.append(ids.shape) or prefill(self, ids, *rest))
+    monkeypatch.setattr(
+        Trunk,
+        "prefill",
+        lambda self, ids, *rest: calls.append(ids.shape) or prefill(self, ids, *rest),
+    )
     ids, mask = left_pad(PROMPTS, 0)
-    got = generate(model, ids, attention_mask=mask, max_new_tokens=3, num_samples=5, generator=seeded())
+    got = generate(
+        model, ids, attention_mask=mask, max_new_tokens=3, num_samples=5, generator=seeded()
+    )
     assert calls == [(4, 5)] and got.response_ids.shape == (20, 3)
     assert len({tuple(row) for row in got.response_ids[:5].tolist()}) > 1  # with a seed each
 
@@ -229,7 +257,9 @@ def test_samples_of_a_prompt_share_one_pass_over_it(monkeypatch):
 def test_what_the_cache_holds_beyond_a_row_is_never_read(monkeypatch):
     poison_uninitialised_memory(monkeypatch)
     ids, mask = left_pad(PROMPTS, 0)
-    got = generate(tiny(), ids, attention_mask=mask, max_new_tokens=10, temperature=0, num_samples=2)
+    got = generate(
+        tiny(), ids, attention_mask=mask, max_new_tokens=10, temperature=0, num_samples=2
+    )
     want = [greedy_loop(tiny(), prompt, 10) for prompt in PROMPTS for _ in range(2)]
     assert got.response_ids.tolist() == want
 
@@ -243,7 +273,9 @@ def test_a_row_that_has_ended_leaves_the_batch_and_the_others_alone(options, eve
     """The model runs on as many rows as tokens are made; some more where they are looked at every few steps."""
     monkeypatch.setitem(generation.STEPS_PER_CHECK, "cpu", every)
     model, sizes, draw = tiny(), [], DecodeStep.draw
-    monkeypatch.setattr(DecodeStep, "draw", lambda self, logits: sizes.append(len(logits)) or draw(self, logits))
+    monkeypatch.setattr(
+        DecodeStep, "draw", lambda self, logits: sizes.append(len(logits)) or draw(self, logits)
+    )
     seeds, ids = torch.arange(40), torch.tensor([PROMPTS[0]] * 40)
     whole = generate(model, ids, max_new_tokens=14, eos_ids=(), seeds=seeds, **options)
     assert sizes == [40] * 14
@@ -259,7 +291,9 @@ def test_a_row_that_has_ended_leaves_the_batch_and_the_others_alone(options, eve
         assert all(a == b or 2 * b <= a for a, b in itertools.pairwise(sizes))
     for row, length in enumerate(lengths):
         response = whole.response_ids[row].tolist()
-        assert length == min([t + 1 for t, token in enumerate(response) if token in (2, 3)], default=14)
+        assert length == min(
+            [t + 1 for t, token in enumerate(response) if token in (2, 3)], default=14
+        )
         assert got.response_ids[row, :length].tolist() == response[:length]
         assert_close(got.logprobs[row, :length], whole.logprobs[row, :length], rtol=0, atol=1e-5)
 
@@ -267,7 +301,20 @@ def test_a_row_that_has_ended_leaves_the_batch_and_the_others_alone(options, eve
 class Pieces:
     """A tokenizer whose tokens hold several characters or part of one, and whose text loses a space at its start."""
 
-    texts = (b"a", b"b", b"ab", b" a", b"\xc3", b"\xa9", b"\xc3\xa9b", b"ba", b" ", b"c", b"bb", b"a b")
+    texts = (
+        b"a",
+        b"b",
+        b"ab",
+        b" a",
+        b"\xc3",
+        b"\xa9",
+        b"\xc3\xa9b",
+        b"ba",
+        b" ",
+        b"c",
+        b"bb",
+        b"a b",
+    )
 
     def decode(self, ids):
         return b"".join(self.texts[i] for i in ids).decode(errors="replace").removeprefix(" ")
@@ -275,22 +322,31 @@ class Pieces:
 
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("least", [0, 5])
-@pytest.mark.parametrize("strings", [["aab"], ["é"], [" a"], ["b ab", "bbab"], ["aa", "b", "éb a"]], ids=str)
-def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(strings, least, every, monkeypatch):
+@pytest.mark.parametrize(
+    "strings", [["aab"], ["é"], [" a"], ["b ab", "bbab"], ["aa", "b", "éb a"]], ids=str
+)
+def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(
+    strings, least, every, monkeypatch
+):
     monkeypatch.setitem(generation.STEPS_PER_CHECK, "cpu", every)
     model, seeds, ids = tiny(), torch.arange(60), torch.tensor([PROMPTS[0]] * 60)
-    options = dict(max_new_tokens=16, min_new_tokens=least, eos_ids=(), temperature=2.0, seeds=seeds)
+    options = dict(
+        max_new_tokens=16, min_new_tokens=least, eos_ids=(), temperature=2.0, seeds=seeds
+    )
     whole = generate(model, ids, **options).response_ids.tolist()
     got = generate(model, ids, stop_strings=strings, tokenizer=Pieces(), **options)
     lengths = got.response_mask.sum(dim=1).tolist()
     assert len(set(lengths)) > 2
     for row, response in enumerate(whole):
-        texts = [b"".join(Pieces.texts[i] for i in response[:t]).removeprefix(b" ") for t in range(17)]
+        texts = [
+            b"".join(Pieces.texts[i] for i in response[:t]).removeprefix(b" ") for t in range(17)
+        ]
         ends = [
             t
             for t in range(max(1, least), 17)
             if any(
-                texts[t].find(string.encode(), max(0, len(texts[t - 1]) + 1 - len(string.encode()))) >= 0
+                texts[t].find(string.encode(), max(0, len(texts[t - 1]) + 1 - len(string.encode())))
+                >= 0
                 for string in strings
             )
         ]
@@ -301,7 +357,14 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(strings, least,
 def test_no_response_ends_before_the_shortest_asked_for():
     model, ids = tiny(), torch.tensor([PROMPTS[0]] * 64)
     lengths = [
-        generate(model, ids, max_new_tokens=9, min_new_tokens=least, eos_ids=(2, 3, 7), generator=seeded())
+        generate(
+            model,
+            ids,
+            max_new_tokens=9,
+            min_new_tokens=least,
+            eos_ids=(2, 3, 7),
+            generator=seeded(),
+        )
         .response_mask.sum(dim=1)
         .unique()
         .tolist()
@@ -316,13 +379,17 @@ def test_any_of_several_ends_closes_its_row_and_is_counted(from_config):
     model = tiny(eos_ids=stops if from_config else (), pad_id=11)
     ids = torch.tensor([PROMPTS[0]]).expand(64, -1)
     eos_ids = None if from_config else stops
-    got = generate(model, ids, max_new_tokens=6, eos_ids=eos_ids, temperature=2.0, generator=seeded())
+    got = generate(
+        model, ids, max_new_tokens=6, eos_ids=eos_ids, temperature=2.0, generator=seeded()
+    )
     ends = set()
     for row, mask in zip(got.response_ids.tolist(), got.response_mask):
         length = int(mask.sum())
         assert mask[:length].all()  # no gap
         assert not any(token in stops for token in row[: length - 1])
-        assert row[length - 1] in stops or length == 6  # cut off: its own length counts, no EOS is invented
+        assert (
+            row[length - 1] in stops or length == 6
+        )  # cut off: its own length counts, no EOS is invented
         assert row[length:] == [11] * (len(row) - length)
         ends.add(row[length - 1])
     assert ends > set(stops)
@@ -331,7 +398,9 @@ def test_any_of_several_ends_closes_its_row_and_is_counted(from_config):
 def test_a_batch_stops_when_its_last_row_has_ended():
     model = tiny()
     first = greedy_loop(model, PROMPTS[0], 1)
-    got = generate(model, torch.tensor([PROMPTS[0]] * 2), max_new_tokens=9, temperature=0, eos_ids=tuple(first))
+    got = generate(
+        model, torch.tensor([PROMPTS[0]] * 2), max_new_tokens=9, temperature=0, eos_ids=tuple(first)
+    )
     assert got.response_ids.tolist() == [first] * 2 and got.response_mask.all()
 
 
@@ -363,14 +432,35 @@ def test_no_ends_means_full_width():
         (dict(stop_strings=["a"]), "stop_strings need a tokenizer"),
         (dict(stop_strings="a", tokenizer=Pieces()), "stop_strings must be a sequence of strings"),
         (dict(stop_strings=["a", ""], tokenizer=Pieces()), "not empty"),
-        (dict(seeds=torch.arange(3)), r"seeds have shape \(3,\), but there are 2 prompts x 1 samples"),
-        (dict(max_new_tokens=20), "row 1: 5 prompt \\+ 20 new tokens exceed the model's 24 positions"),
-        (dict(prompt_ids=torch.zeros(2, 0, dtype=torch.long), attention_mask=None), "row 0: the prompt is empty"),
+        (
+            dict(seeds=torch.arange(3)),
+            r"seeds have shape \(3,\), but there are 2 prompts x 1 samples",
+        ),
+        (
+            dict(max_new_tokens=20),
+            "row 1: 5 prompt \\+ 20 new tokens exceed the model's 24 positions",
+        ),
+        (
+            dict(prompt_ids=torch.zeros(2, 0, dtype=torch.long), attention_mask=None),
+            "row 0: the prompt is empty",
+        ),
         (dict(prompt_ids=torch.zeros(0, 5, dtype=torch.long)), "there are no prompts"),
-        (dict(attention_mask=torch.tensor([[True] * 5, [False] * 5])), "row 1: the prompt is empty"),
-        (dict(attention_mask=torch.tensor([[True] * 5, [True] * 4 + [False]])), "row 1: .* padded on the left"),
-        (dict(attention_mask=torch.tensor([[True] * 5, [True, False, True, True, True]])), "row 1: .* on the left"),
-        (dict(attention_mask=torch.ones(2, 4, dtype=torch.bool)), r"shape \(2, 4\), prompt_ids \(2, 5\)"),
+        (
+            dict(attention_mask=torch.tensor([[True] * 5, [False] * 5])),
+            "row 1: the prompt is empty",
+        ),
+        (
+            dict(attention_mask=torch.tensor([[True] * 5, [True] * 4 + [False]])),
+            "row 1: .* padded on the left",
+        ),
+        (
+            dict(attention_mask=torch.tensor([[True] * 5, [True, False, True, True, True]])),
+            "row 1: .* on the left",
+        ),
+        (
+            dict(attention_mask=torch.ones(2, 4, dtype=torch.bool)),
+            r"shape \(2, 4\), prompt_ids \(2, 5\)",
+        ),
     ],
 )
 def test_an_argument_out_of_range_is_refused(options, message):
@@ -388,12 +478,17 @@ def test_logits_that_are_not_finite_are_reported_with_row_and_token(temperature)
     with torch.no_grad():
         model.trunk.embed.weight[poison] = math.nan
     at = clean[1].index(poison) + 1
-    with pytest.raises(FloatingPointError, match=f"row 1: the model's logits are not finite at token {at} of"):
+    with pytest.raises(
+        FloatingPointError, match=f"row 1: the model's logits are not finite at token {at} of"
+    ):
         generate(model, ids, **options)
 
 
 def test_the_last_position_is_usable():
-    assert generate(tiny(), torch.tensor([PROMPTS[0]]), max_new_tokens=19).response_ids.shape == (1, 19)
+    assert generate(tiny(), torch.tensor([PROMPTS[0]]), max_new_tokens=19).response_ids.shape == (
+        1,
+        19,
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -417,12 +512,18 @@ def test_packed_weights_give_the_same_and_leave_the_model_as_it_was(monkeypatch)
     want = generate(model, ids, **options)
     monkeypatch.setattr(generation, "PACKED_FROM", 0)
     packed, make = [], generation._packed_linear
-    monkeypatch.setattr(generation, "_packed_linear", lambda weight, bias: packed.append(weight) or make(weight, bias))
+    monkeypatch.setattr(
+        generation,
+        "_packed_linear",
+        lambda weight, bias: packed.append(weight) or make(weight, bias),
+    )
     got = generate(model, ids, **options)
     assert len(packed) == 4 * 2 + 1 and packed[-1] is model.head_weight
     assert torch.equal(got.response_ids, want.response_ids)
     assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
-    assert not any("forward" in module.__dict__ or "logits" in module.__dict__ for module in model.modules())
+    assert not any(
+        "forward" in module.__dict__ or "logits" in module.__dict__ for module in model.modules()
+    )
 
 
 # ---- a real model
@@ -438,10 +539,16 @@ def test_greedy_is_what_transformers_generates(stories):
     ids = torch.randint(3, 500, (4, 9), generator=seeded())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(stories)
     want = theirs.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, min_new_tokens=64
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=64,
+        min_new_tokens=64,
     )
     options = dict(max_new_tokens=64, min_new_tokens=64, temperature=0)
-    assert torch.equal(generate(Transformer.from_pretrained(stories), ids, **options).response_ids, want[:, 9:])
+    assert torch.equal(
+        generate(Transformer.from_pretrained(stories), ids, **options).response_ids, want[:, 9:]
+    )
 
 
 def test_a_penalty_is_that_of_transformers(stories):
@@ -456,7 +563,10 @@ def test_a_penalty_is_that_of_transformers(stories):
 
 def test_recorded_log_probs_of_a_real_model_are_those_of_the_training_forward(stories):
     """Beyond what the training forward's own rounding makes of these large logits."""
-    model, prompts = Transformer.from_pretrained(stories), [[1, 403, 407], [1], [1, 9, 8, 7, 6, 5]] * 5
+    model, prompts = (
+        Transformer.from_pretrained(stories),
+        [[1, 403, 407], [1], [1, 9, 8, 7, 6, 5]] * 5,
+    )
     rollout = sample(model, prompts, max_new_tokens=64, eos_ids=(1, 2), generator=seeded())
     with torch.no_grad():
         trained, _ = response_logprobs(model, rollout)
@@ -476,7 +586,9 @@ def test_the_comparison_with_transformers_runs_and_tells_met_from_missed(monkeyp
     assert set(result["seconds"]) == {"ours", "default", "static", "kept", "dropped"}
     assert "IndexError" in result["failed"]["static, compiled"] and 1 <= result["mean_length"] < 20
     result |= {"ratio": 1.4, "dropping_ratio": 2.0}
-    assert "| 1.40 | 1.5 missed | 2.00 at " in bench.row(result) and bench.row(result).endswith("| 2 met |")
+    assert "| 1.40 | 1.5 missed | 2.00 at " in bench.row(result) and bench.row(result).endswith(
+        "| 2 met |"
+    )
 
 
 def test_the_comparison_refuses_log_probs_that_are_not_the_models(monkeypatch):

@@ -8,7 +8,12 @@ import torch
 from test_ppo import PROMPTS, Letters, fives, lengths, rollout_of, tiny
 from torch.testing import assert_close
 
-from rlhf_core.losses import grpo_advantages, reinforce_pp_advantages, remax_advantages, rloo_advantages
+from rlhf_core.losses import (
+    grpo_advantages,
+    reinforce_pp_advantages,
+    remax_advantages,
+    rloo_advantages,
+)
 from rlhf_core.models import Transformer
 from rlhf_core.rollout import sample
 from rlhf_core.trainers import GroupConfig, GroupTrainer
@@ -22,7 +27,9 @@ def make(model=None, reward=fives, prompts=PROMPTS, others=None, **config):
     torch.manual_seed(5)
     settings = dict(batch_size=8, num_samples=N, response_length=6, lr=1e-3)
     config = GroupConfig(**(settings | config))
-    return GroupTrainer(tiny() if model is None else model, prompts, config, reward=reward, **(others or {}))
+    return GroupTrainer(
+        tiny() if model is None else model, prompts, config, reward=reward, **(others or {})
+    )
 
 
 def captured(**options):
@@ -42,14 +49,20 @@ def _one_pass(trainer, rollout, experience, metrics):
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce_pp"])
 def test_every_token_has_its_responses_advantage_over_those_of_the_same_prompt(advantage):
-    estimate = {"grpo": grpo_advantages, "rloo": rloo_advantages, "reinforce_pp": reinforce_pp_advantages}[advantage]
+    estimate = {
+        "grpo": grpo_advantages,
+        "rloo": rloo_advantages,
+        "reinforce_pp": reinforce_pp_advantages,
+    }[advantage]
     _, rollout, experience, report = captured(advantage=advantage, length_penalty=0.1)
     prompts = rollout.prompts()
     assert prompts == [prompt for prompt in PROMPTS for _ in range(N)]
     responses = rollout.responses()
     scores = torch.tensor([r.count(5) - 0.1 * len(r) for r in responses]).view(8, N)
     mask = rollout.response_mask.unflatten(0, (8, N))
-    assert_close(experience.advantages, estimate(scores, torch.zeros(mask.shape), mask).flatten(0, 1))
+    assert_close(
+        experience.advantages, estimate(scores, torch.zeros(mask.shape), mask).flatten(0, 1)
+    )
     assert report["reward"] == pytest.approx(scores.mean().item(), abs=1e-5)
     assert report["reward_std"] == pytest.approx(scores.std(dim=1).mean().item(), abs=1e-5)
     alike = (scores == scores[:, :1]).all(dim=1).float().mean().item()
@@ -71,16 +84,25 @@ def test_remax_compares_with_the_greedy_response():
 @pytest.mark.parametrize("advantage", ["rloo", "reinforce_pp"])
 def test_the_kl_in_the_reward_is_part_of_the_comparison(advantage):
     """Of a response as a whole, or for each token what is still to come."""
-    reference, estimate = tiny(seed=1), {"rloo": rloo_advantages, "reinforce_pp": reinforce_pp_advantages}[advantage]
-    options = dict(kl_in="reward", kl_coef=0.3, advantage=advantage, others=dict(reference=reference))
+    reference, estimate = (
+        tiny(seed=1),
+        {"rloo": rloo_advantages, "reinforce_pp": reinforce_pp_advantages}[advantage],
+    )
+    options = dict(
+        kl_in="reward", kl_coef=0.3, advantage=advantage, others=dict(reference=reference)
+    )
     trainer, rollout, experience, report = captured(**options)
     assert trainer.config.estimator == "k1"
     kl = trainer.predict(rollout)["kl"]
     tokens = (x.unflatten(0, (8, N)) for x in (0.3 * kl, rollout.response_mask))
     want = estimate(torch.tensor(fives(None, rollout.responses())).view(8, N), *tokens)
     assert_close(experience.advantages, want.flatten(0, 1), rtol=1e-4, atol=1e-5)
-    assert report["objective/non_score_reward"] == pytest.approx(-0.3 * kl.sum(dim=1).mean().item(), rel=1e-4)
-    assert report["kl"] == pytest.approx(kl.sum().item() / rollout.response_mask.sum().item(), rel=1e-4)
+    assert report["objective/non_score_reward"] == pytest.approx(
+        -0.3 * kl.sum(dim=1).mean().item(), rel=1e-4
+    )
+    assert report["kl"] == pytest.approx(
+        kl.sum().item() / rollout.response_mask.sum().item(), rel=1e-4
+    )
 
 
 def test_without_a_weight_for_the_kl_no_reference_is_held_unless_it_is_given():
@@ -88,7 +110,10 @@ def test_without_a_weight_for_the_kl_no_reference_is_held_unless_it_is_given():
     without, given = make(), make(others=dict(reference=tiny(seed=1)))
     assert without.reference is None
     reports = [trainer.step(PROMPTS) for trainer in (without, given)]
-    assert not {"kl", "objective/kl"} & reports[0].keys() and reports[1]["kl"] != 0 != reports[1]["objective/kl"]
+    assert (
+        not {"kl", "objective/kl"} & reports[0].keys()
+        and reports[1]["kl"] != 0 != reports[1]["objective/kl"]
+    )
     assert_close(without.model.state_dict(), given.model.state_dict(), rtol=0, atol=0)
 
 
@@ -98,14 +123,21 @@ def test_the_gradient_is_reinforces_at_ratio_one(aggregation):
     trainer = make(aggregation=aggregation)
     rollout = rollout_of(trainer)
     columns = trainer.predict(rollout)
-    mask, advantages = rollout.response_mask, torch.randn(8)[:, None].expand_as(rollout.response_mask)
+    mask, advantages = (
+        rollout.response_mask,
+        torch.randn(8)[:, None].expand_as(rollout.response_mask),
+    )
     old = Experience(columns["logprobs"], advantages, columns["ref_logprobs"])
     trainer.optimizer.zero_grad()
     for loss in trainer.minibatch_losses(rollout, old, Metrics()):
         loss.backward()
     got = [p.grad.clone() for p in trainer.model.parameters()]
     lengths = mask.sum(dim=1, keepdim=True)
-    weights = {"token_mean": 1 / lengths.sum(), "sequence_mean": 1 / (8 * lengths), "sequence_sum": 1 / (8 * 6)}
+    weights = {
+        "token_mean": 1 / lengths.sum(),
+        "sequence_mean": 1 / (8 * lengths),
+        "sequence_sum": 1 / (8 * 6),
+    }
     trainer.optimizer.zero_grad()
     logprobs = trainer.forward(rollout)["logprobs"]
     (-advantages * logprobs * weights[aggregation] * mask).sum().backward()
@@ -148,7 +180,9 @@ def test_it_starts_at_ratio_one(advantage, micro_batch_size):
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce_pp", "remax"])
 def test_the_score_rises(advantage):
-    options = dict(prompts=PROMPTS * 10, lr=2e-2, lr_schedule="constant", ppo_epochs=2, minibatch_size=16)
+    options = dict(
+        prompts=PROMPTS * 10, lr=2e-2, lr_schedule="constant", ppo_epochs=2, minibatch_size=16
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of groups that have learned all there is
         history = make(advantage=advantage, **options).train()
@@ -157,14 +191,18 @@ def test_the_score_rises(advantage):
 
 def test_groups_that_say_nothing_are_told_of():
     trainer = make(reward=lambda prompts, responses: [1.0] * len(responses))
-    with pytest.warns(UserWarning, match="step 1: no response scores otherwise than what it is compared with"):
+    with pytest.warns(
+        UserWarning, match="step 1: no response scores otherwise than what it is compared with"
+    ):
         report = trainer.step(PROMPTS)
     assert report["frac_reward_zero_std"] == 1 and report["grad_norm"] == 0
 
 
 def test_a_run_writes_the_policy_and_its_name(tmp_path):
     trainer = make(
-        advantage="rloo", others=dict(out=tmp_path, tokenizer=Letters()), reward=lambda p, r: list(range(32))
+        advantage="rloo",
+        others=dict(out=tmp_path, tokenizer=Letters()),
+        reward=lambda p, r: list(range(32)),
     )
     trainer.train()
     assert trainer.algorithm == "rloo"
@@ -176,18 +214,33 @@ def test_a_run_writes_the_policy_and_its_name(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(advantage="ppo"), "advantage must be one of grpo, rloo, reinforce_pp, remax, got 'ppo'"),
+        (
+            dict(advantage="ppo"),
+            "advantage must be one of grpo, rloo, reinforce_pp, remax, got 'ppo'",
+        ),
         (dict(num_samples=1), "num_samples must be at least 2 for grpo, got 1"),
         (dict(advantage="remax", num_samples=0), "num_samples must be at least 1 for remax, got 0"),
         (dict(advantage="rloo", normalize=False), "normalize has no effect on rloo"),
         (dict(ratio="word"), "ratio must be one of token, sequence, got 'word'"),
         (dict(advantage="remax", whiten_scores="batch"), "whiten_scores must be none for remax"),
-        (dict(batch_size=2, num_samples=3, minibatch_size=7), "minibatch_size must be from 1 to 6, got 7"),
+        (
+            dict(batch_size=2, num_samples=3, minibatch_size=7),
+            "minibatch_size must be from 1 to 6, got 7",
+        ),
         (dict(entropy_coef=math.inf), "entropy_coef must be at least 0, got inf"),
-        (dict(clip_range_high=0.28), "clip_range_high has no effect on the one update of a rollout"),
+        (
+            dict(clip_range_high=0.28),
+            "clip_range_high has no effect on the one update of a rollout",
+        ),
         (dict(ratio="sequence"), "ratio has no effect on the one update of a rollout"),
-        (dict(whiten_scores="batch"), "whiten_scores has no effect on grpo, which divides by a deviation anyway"),
-        (dict(advantage="rloo", whiten_scores="batch", whiten_mean=True), "whiten_mean has no effect on advantages"),
+        (
+            dict(whiten_scores="batch"),
+            "whiten_scores has no effect on grpo, which divides by a deviation anyway",
+        ),
+        (
+            dict(advantage="rloo", whiten_scores="batch", whiten_mean=True),
+            "whiten_mean has no effect on advantages",
+        ),
     ],
 )
 def test_an_option_without_effect_or_out_of_range_is_refused(options, message):

@@ -13,7 +13,15 @@ PROMPTS = [([7, 8], [9, 5, 10, 2]), ([7], [5, 2]), ([8, 8, 9], [10, 11, 2])]
 @torch.no_grad()
 def tiny(seed=0, **options):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, eos_ids=(2,), pad_id=0)
+    sizes = dict(
+        vocab_size=12,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        max_positions=32,
+        eos_ids=(2,),
+        pad_id=0,
+    )
     model = RewardModel(TransformerConfig(**(sizes | options)))
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -58,12 +66,20 @@ def test_an_ensemble_scores_by_its_models_mean_by_the_worst_or_less_their_varian
     ensemble = EnsembleReward(models, aggregate, coef)
     tokens = collate([Example(*row) for row in PROMPTS], 0)
     ids, mask = torch.tensor([[7, 8, 9]]), torch.ones(1, 3, dtype=torch.bool)
-    for method, arguments in (("scores", [tokens]), ("token_scores", [tokens]), ("forward", [ids, mask])):
+    for method, arguments in (
+        ("scores", [tokens]),
+        ("token_scores", [tokens]),
+        ("forward", [ids, mask]),
+    ):
         each = torch.stack([getattr(model, method)(*arguments) for model in models]).double()
         assert each.std(dim=0).min() > 0
         mean = each.sum(dim=0) / 3
         variance = ((each - mean) ** 2).sum(dim=0) / 3
-        want = {"mean": mean, "worst": each.min(dim=0).values, "uncertainty": mean - 0.5 * variance}[aggregate]
+        want = {
+            "mean": mean,
+            "worst": each.min(dim=0).values,
+            "uncertainty": mean - 0.5 * variance,
+        }[aggregate]
         assert_close(getattr(ensemble, method)(*arguments).double(), want, rtol=0, atol=1e-6)
 
 
@@ -77,8 +93,13 @@ def test_reward_models_are_loaded_from_one_folder_or_several(tmp_path):
     assert_close(alone(load_reward(folders[:1]), ids), each[:1], rtol=0, atol=0)
     assert_close(alone(load_reward(folders), ids)[0], each.mean())
     assert_close(alone(load_reward(folders, "worst"), ids)[0], each.min(), rtol=0, atol=0)
-    for options, message in ((dict(aggregate="worst"), "ensemble 'worst'"), (dict(coef=0.5), "coefficient 0.5")):
-        with pytest.raises(ValueError, match=f"one reward model alone, so the {message} has no effect"):
+    for options, message in (
+        (dict(aggregate="worst"), "ensemble 'worst'"),
+        (dict(coef=0.5), "coefficient 0.5"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"one reward model alone, so the {message} has no effect"
+        ):
             load_reward(folders[:1], **options)
 
 
@@ -93,7 +114,11 @@ def test_reward_models_are_loaded_from_one_folder_or_several(tmp_path):
             "the coefficient 0.5 has no effect: it goes with the ensemble 'uncertainty' alone",
         ),
         (2, dict(aggregate="uncertainty"), "the ensemble 'uncertainty' needs a coefficient"),
-        (2, dict(aggregate="uncertainty", coef=-1.0), "the coefficient must be a finite number > 0, got -1.0"),
+        (
+            2,
+            dict(aggregate="uncertainty", coef=-1.0),
+            "the coefficient must be a finite number > 0, got -1.0",
+        ),
     ],
 )
 def test_an_ensemble_that_is_none_is_refused(models, options, message):

@@ -30,18 +30,24 @@ GPT2 = dict(
 
 def tiny(seed=0, **options):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=20, hidden_size=16, num_layers=2, num_heads=2, max_positions=16, eos_ids=(2, 3))
+    sizes = dict(
+        vocab_size=20, hidden_size=16, num_layers=2, num_heads=2, max_positions=16, eos_ids=(2, 3)
+    )
     return Transformer(TransformerConfig(**(sizes | options)))
 
 
 def same(a, b):
-    return a.config == b.config and all(torch.equal(b.state_dict()[n], w) for n, w in a.state_dict().items())
+    return a.config == b.config and all(
+        torch.equal(b.state_dict()[n], w) for n, w in a.state_dict().items()
+    )
 
 
 def edit_config(folder, **changes):
     file = folder / "config.json"
     config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({name: value for name, value in config.items() if value != "remove"}))
+    file.write_text(
+        json.dumps({name: value for name, value in config.items() if value != "remove"})
+    )
 
 
 def edit_tensors(folder, change):
@@ -209,10 +215,19 @@ def test_shards_that_do_not_fit_together_are_refused_by_name(fault, tmp_path):
     [
         dict(rope_theta=7.0, rope_scaling={"type": "linear", "factor": 2}),
         dict(rope_theta=7.0, rope_scaling={"rope_type": "linear", "factor": 2}),
-        dict(rope_theta="remove", rope_parameters={"rope_type": "linear", "factor": 2, "rope_theta": 7.0}),
-        dict(rope_theta=9.0, rope_parameters={"rope_type": "linear", "factor": 2, "rope_theta": 7.0}),
+        dict(
+            rope_theta="remove",
+            rope_parameters={"rope_type": "linear", "factor": 2, "rope_theta": 7.0},
+        ),
+        dict(
+            rope_theta=9.0, rope_parameters={"rope_type": "linear", "factor": 2, "rope_theta": 7.0}
+        ),
         dict(rope_theta=7.0, rope_parameters={"rope_type": "linear", "factor": 2}),
-        dict(rope_theta=7.0, rope_scaling={"type": "linear", "factor": 2}, rope_parameters={"rope_type": "default"}),
+        dict(
+            rope_theta=7.0,
+            rope_scaling={"type": "linear", "factor": 2},
+            rope_parameters={"rope_type": "default"},
+        ),
     ],
 )
 def test_rope_is_read_as_every_version_of_transformers_writes_it(changes, tmp_path, transformers):
@@ -221,9 +236,9 @@ def test_rope_is_read_as_every_version_of_transformers_writes_it(changes, tmp_pa
     config = hub.read_config(tmp_path)
     assert (config.rope_theta, config.rope_scaling) == (7.0, {"rope_type": "linear", "factor": 2})
     theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
-    assert {name: value for name, value in theirs.items() if name != "type"} == config.rope_scaling | {
-        "rope_theta": 7.0
-    }
+    assert {
+        name: value for name, value in theirs.items() if name != "type"
+    } == config.rope_scaling | {"rope_theta": 7.0}
 
 
 @pytest.mark.parametrize(
@@ -236,14 +251,28 @@ def test_rope_is_read_as_every_version_of_transformers_writes_it(changes, tmp_pa
         (dict(use_sliding_window=True, sliding_window=None, max_window_layers=1), None),
         (dict(use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2), 8),
         (
-            dict(use_sliding_window=True, sliding_window=8, layer_types=["full_attention"] * 2, max_window_layers=0),
+            dict(
+                use_sliding_window=True,
+                sliding_window=8,
+                layer_types=["full_attention"] * 2,
+                max_window_layers=0,
+            ),
             None,
         ),
-        (dict(use_sliding_window=True, sliding_window=8, layer_types=["full_attention", "sliding_attention"]), "some"),
+        (
+            dict(
+                use_sliding_window=True,
+                sliding_window=8,
+                layer_types=["full_attention", "sliding_attention"],
+            ),
+            "some",
+        ),
         (dict(use_sliding_window="remove", sliding_window=8, max_window_layers="remove"), None),
     ],
 )
-@pytest.mark.parametrize("traits", [dict(qkv_bias=True), dict(qk_norm=True)], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "traits", [dict(qkv_bias=True), dict(qk_norm=True)], ids=["qwen2", "qwen3"]
+)
 def test_a_window_is_read_where_all_layers_have_it(traits, fields, window, tmp_path):
     tiny(**traits).save_pretrained(tmp_path)
     edit_config(tmp_path, **fields)
@@ -274,11 +303,15 @@ def test_dropout_that_a_family_has_not_comes_back_and_they_read_the_rest(tmp_pat
 def test_dropouts_that_one_number_cannot_say_are_refused(tmp_path):
     tiny(**GPT2).save_pretrained(tmp_path)
     edit_config(tmp_path, resid_pdrop=0.1, embd_pdrop=0.2)
-    with pytest.raises(ValueError, match=r"embd_pdrop=0\.2 beside a dropout of 0\.1 is not supported"):
+    with pytest.raises(
+        ValueError, match=r"embd_pdrop=0\.2 beside a dropout of 0\.1 is not supported"
+    ):
         hub.read_config(tmp_path)
 
 
-@pytest.mark.parametrize("switch, value", [("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True)])
+@pytest.mark.parametrize(
+    "switch, value", [("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True)]
+)
 def test_a_gpt2_variant_that_computes_otherwise_is_refused(switch, value, tmp_path):
     tiny(**GPT2).save_pretrained(tmp_path)
     edit_config(tmp_path, **{switch: value})
@@ -286,7 +319,9 @@ def test_a_gpt2_variant_that_computes_otherwise_is_refused(switch, value, tmp_pa
         Transformer.from_pretrained(tmp_path)
 
 
-def test_normalised_scores_are_stored_and_transformers_reads_them_but_for_their_mean(tmp_path, transformers):
+def test_normalised_scores_are_stored_and_transformers_reads_them_but_for_their_mean(
+    tmp_path, transformers
+):
     torch.manual_seed(0)
     model = RewardModel.from_model(tiny(pad_id=0))
     plain = model(torch.tensor([[7, 8, 9]]), torch.ones(1, 3, dtype=torch.bool))
@@ -295,11 +330,15 @@ def test_normalised_scores_are_stored_and_transformers_reads_them_but_for_their_
     ids, mask = torch.tensor([[7, 8, 9], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool)
     torch.testing.assert_close(model(ids, mask)[:1], (plain - 0.5) / 0.25)
     assert same(RewardModel.from_pretrained(tmp_path), model)
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)(ids).logits[:, 0]
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)(ids).logits[
+        :, 0
+    ]
     torch.testing.assert_close(theirs - 0.5 / 0.25, model(ids, mask))
 
 
-def test_a_folder_says_that_its_scores_are_of_steps_and_transformers_reads_it(tmp_path, transformers):
+def test_a_folder_says_that_its_scores_are_of_steps_and_transformers_reads_it(
+    tmp_path, transformers
+):
     model = RewardModel.from_model(tiny(pad_id=0))
     for of_steps in (True, False):
         model.of_steps = of_steps
@@ -307,18 +346,27 @@ def test_a_folder_says_that_its_scores_are_of_steps_and_transformers_reads_it(tm
         assert RewardModel.from_pretrained(tmp_path).of_steps is of_steps
         theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
         ids = torch.tensor([[7, 8, 9]])
-        torch.testing.assert_close(theirs(ids).logits[:, 0], model(ids, torch.ones(1, 3, dtype=torch.bool)))
+        torch.testing.assert_close(
+            theirs(ids).logits[:, 0], model(ids, torch.ones(1, 3, dtype=torch.bool))
+        )
 
 
 def test_a_language_model_is_no_reward_model_and_the_other_way_round(tmp_path):
     tiny().save_pretrained(tmp_path / "policy")
     RewardModel.from_model(tiny()).save_pretrained(tmp_path / "reward")
-    with pytest.raises(ValueError, match=r"no tensor 'score\.weight' \(a causal language model, not a reward model\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"no tensor 'score\.weight' \(a causal language model, not a reward model\)",
+    ):
         RewardModel.from_pretrained(tmp_path / "policy")
-    with pytest.raises(ValueError, match=f"{tmp_path / 'reward'}: a reward model, not a language model"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path / 'reward'}: a reward model, not a language model"
+    ):
         Transformer.from_pretrained(tmp_path / "reward")
     RewardModel.from_model(tiny(tie_embeddings=False)).save_pretrained(tmp_path / "reward")
-    edit_tensors(tmp_path / "reward", lambda tensors: tensors.update({"lm_head.weight": torch.ones(20, 16)}))
+    edit_tensors(
+        tmp_path / "reward", lambda tensors: tensors.update({"lm_head.weight": torch.ones(20, 16)})
+    )
     with pytest.raises(ValueError, match=r"RewardModel does not know, e\.g\. 'lm_head\.weight'"):
         RewardModel.from_pretrained(tmp_path / "reward")
 
@@ -326,13 +374,22 @@ def test_a_language_model_is_no_reward_model_and_the_other_way_round(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(activation="gelu", mlp_bias=True, positions="learned"), r"gpt2 \(norm, gated_mlp, .*llama \(positions\)"),
+        (
+            dict(activation="gelu", mlp_bias=True, positions="learned"),
+            r"gpt2 \(norm, gated_mlp, .*llama \(positions\)",
+        ),
         (GPT2 | dict(num_kv_heads=1), r"gpt2 \(num_kv_heads\)"),
         (dict(qkv_bias=True, mlp_bias=True), r"qwen2 \(mlp_bias\)"),
         (dict(sliding_window=4, family="llama"), r"what does not fit: llama \(sliding_window\)$"),
         (dict(family="gemma"), "family 'gemma' is not supported"),
     ],
-    ids=["mixed", "gpt2 with grouped heads", "qwen2 with more biases", "llama with a window", "unknown"],
+    ids=[
+        "mixed",
+        "gpt2 with grouped heads",
+        "qwen2 with more biases",
+        "llama with a window",
+        "unknown",
+    ],
 )
 def test_a_model_of_no_family_is_not_written(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -369,7 +426,9 @@ def test_saving_over_another_layout_leaves_no_stale_weights(tmp_path):
 
 @pytest.mark.parametrize("files", [0, 1, 5])
 @pytest.mark.parametrize("there_before", [False, True])
-def test_a_failed_save_keeps_the_old_model_and_no_half_of_the_new(there_before, files, tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_old_model_and_no_half_of_the_new(
+    there_before, files, tmp_path, monkeypatch
+):
     """Whichever file the disk is full at; the shards of both have the same names."""
     if there_before:
         hub.save(tiny(1), tmp_path, max_shard_bytes=3000)
@@ -408,7 +467,9 @@ def test_checkpoints_of_base_models_and_with_derived_tensors_load(family, tmp_pa
         for name in list(tensors):
             tensors[name.removeprefix(prefix)] = tensors.pop(name)
         tensors["lm_head.weight"] = model.head_weight.detach().clone()
-        tensors["h.0.attn.bias" if family else "layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["h.0.attn.bias" if family else "layers.0.self_attn.rotary_emb.inv_freq"] = (
+            torch.ones(4)
+        )
 
     edit_tensors(tmp_path, rename)
     assert same(model, Transformer.from_pretrained(tmp_path))
@@ -434,11 +495,15 @@ def hub_package(monkeypatch):
 
 def test_a_name_on_the_hub_is_fetched_where_no_folder_has_it(tmp_path, hub_package, monkeypatch):
     asked = []
-    hub_package.snapshot_download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path)
+    hub_package.snapshot_download = lambda name, allow_patterns: (
+        asked.append((name, allow_patterns)) or str(tmp_path)
+    )
     tiny().save_pretrained(tmp_path)
     ByteTokenizer().save(tmp_path)
     assert same(tiny(), Transformer.from_pretrained("org/name-1.5B"))
-    assert same(tiny(), Transformer.from_pretrained(Path("org/name-1.5B")))  # as the command line gives it
+    assert same(
+        tiny(), Transformer.from_pretrained(Path("org/name-1.5B"))
+    )  # as the command line gives it
     assert isinstance(load_tokenizer("org/name-1.5B"), ByteTokenizer)
     assert [name for name, _ in asked] == ["org/name-1.5B"] * 3
     patterns = asked[0][1]
@@ -450,17 +515,30 @@ def test_a_name_on_the_hub_is_fetched_where_no_folder_has_it(tmp_path, hub_packa
         "model-00001-of-2.safetensors",
     ]
     assert all(any(fnmatch(file, pattern) for pattern in patterns) for file in files)
-    others = ["pytorch_model.bin", "consolidated.safetensors", "modeling.py", "tf_model.h5", "original/params.pth"]
+    others = [
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "modeling.py",
+        "tf_model.h5",
+        "original/params.pth",
+    ]
     assert not any(fnmatch(file, pattern) for pattern in patterns for file in others)
     monkeypatch.chdir(tmp_path)
     tiny(1).save_pretrained("org/name-1.5B")
     assert same(tiny(1), Transformer.from_pretrained("org/name-1.5B")) and len(asked) == 3
 
 
-@pytest.mark.parametrize("path", ["missing", "/missing/folder", "./runs/sft", "../runs/sft", "a/b/c", "runs/"])
-def test_a_path_that_is_no_name_on_the_hub_is_a_missing_folder(path, tmp_path, hub_package, monkeypatch):
+@pytest.mark.parametrize(
+    "path", ["missing", "/missing/folder", "./runs/sft", "../runs/sft", "a/b/c", "runs/"]
+)
+def test_a_path_that_is_no_name_on_the_hub_is_a_missing_folder(
+    path, tmp_path, hub_package, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"{path}: no such folder; a repository on the .* hub reads owner/name"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"{path}: no such folder; a repository on the .* hub reads owner/name",
+    ):
         Transformer.from_pretrained(path)
 
 
@@ -477,13 +555,19 @@ def test_a_name_that_cannot_be_fetched_says_so_in_one_line(hub_package):
 
 def test_a_name_without_the_package_says_which_extra_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"org/name: no such folder; .*pip install 'rlhf-core\[hub\]'"):
+    with pytest.raises(
+        ImportError, match=r"org/name: no such folder; .*pip install 'rlhf-core\[hub\]'"
+    ):
         Transformer.from_pretrained("org/name")
 
 
 def test_the_package_itself_reports_a_name_that_it_cannot_fetch(monkeypatch, tmp_path):
     pytest.importorskip("huggingface_hub")
-    command = [sys.executable, "-c", "from rlhf_core.data import load_tokenizer; load_tokenizer('org/no-such-name')"]
+    command = [
+        sys.executable,
+        "-c",
+        "from rlhf_core.data import load_tokenizer; load_tokenizer('org/no-such-name')",
+    ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert "FileNotFoundError: org/no-such-name: no such folder, and not fetched" in done.stderr
@@ -501,7 +585,9 @@ def stories(data_dir):
 def test_a_real_model_goes_on_as_its_authors_say(stories):
     model, tokenizer = stories
     prompt = tokenizer.encode_prompt("Once upon a time")
-    response = generate(model, torch.tensor([prompt]), max_new_tokens=80, temperature=0, eos_ids=(1, 2))
+    response = generate(
+        model, torch.tensor([prompt]), max_new_tokens=80, temperature=0, eos_ids=(1, 2)
+    )
     text = tokenizer.decode(prompt + response.response_ids[0].tolist())
     assert text.startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she "
@@ -513,7 +599,10 @@ def test_a_real_model_goes_on_as_its_authors_say(stories):
 def test_a_real_model_predicts_real_text(stories, data_dir):
     model, tokenizer = stories
     texts = read_texts(data_dir / "text" / "tinystories.jsonl.gz")[:50]
-    rows = [Example(tokenizer.encode_prompt(""), tokenizer.encode(text.completion)[:511]) for text in texts]
+    rows = [
+        Example(tokenizer.encode_prompt(""), tokenizer.encode(text.completion)[:511])
+        for text in texts
+    ]
     total = count = 0
     for start in range(0, 50, 25):
         batch = collate(rows[start : start + 25], tokenizer.pad_id)

@@ -74,14 +74,18 @@ def test_the_expectile_is_the_mean_at_one_half_and_nears_the_maximum_at_one():
 
     def gradient(value, expectile):
         v = torch.full((3,), value, requires_grad=True)
-        return torch.autograd.grad(expectile_loss(v, q, expectile=expectile).sum(), v)[0].sum().item()
+        return (
+            torch.autograd.grad(expectile_loss(v, q, expectile=expectile).sum(), v)[0].sum().item()
+        )
 
     assert gradient(2.0, 0.5) == pytest.approx(0, abs=1e-6)
     assert gradient(4.9, 0.99) < 0 < gradient(5.0, 0.99)
 
 
 def test_cloning_weighs_a_token_by_its_exponential_advantage_up_to_100():
-    logprobs, advantages = (torch.tensor(x, requires_grad=True) for x in ([-1.0, -2.0, -3.0], [0.5, -0.5, 9.0]))
+    logprobs, advantages = (
+        torch.tensor(x, requires_grad=True) for x in ([-1.0, -2.0, -3.0], [0.5, -0.5, 9.0])
+    )
     assert torch.equal(cloning_loss(logprobs, advantages, beta=0.0), -logprobs)
     got = cloning_loss(logprobs, advantages, beta=2.0)
     assert_close(got, torch.tensor([math.e, 2 / math.e, 300.0]))
@@ -94,7 +98,9 @@ def test_cloning_weighs_a_token_by_its_exponential_advantage_up_to_100():
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 4])
-def test_loss_and_gradients_are_those_of_the_definition_whatever_the_micro_batches(micro_batch_size):
+def test_loss_and_gradients_are_those_of_the_definition_whatever_the_micro_batches(
+    micro_batch_size,
+):
     batch, coefs = rows(), dict(cql_coef=0.3, bc_coef=0.6, bc_beta=0.4, gamma=0.9, expectile=0.8)
     trainer = make(micro_batch_size=micro_batch_size, **coefs)
     model, terms = trainer.model, []
@@ -116,7 +122,9 @@ def test_loss_and_gradients_are_those_of_the_definition_whatever_the_micro_batch
     want = torch.stack(terms).mean()
     gradients = torch.autograd.grad(want, trainer.trained_parameters())
     total, metrics, got = accumulated(trainer, batch)
-    assert total == pytest.approx(want.item(), rel=1e-5) and metrics["loss"] == pytest.approx(total, rel=1e-5)
+    assert total == pytest.approx(want.item(), rel=1e-5) and metrics["loss"] == pytest.approx(
+        total, rel=1e-5
+    )
     assert_close(got, list(gradients), rtol=1e-4, atol=2e-6)
 
 
@@ -125,7 +133,10 @@ def test_bfloat16_gives_the_same_loss_up_to_its_rounding():
         accumulated(make(precision=precision), rows()) for precision in ("float32", "bfloat16")
     )
     got, want = (torch.cat([x.flatten() for x in parts]) for parts in (others, gradients))
-    assert exact != rounded == pytest.approx(exact, rel=0.02) and (got - want).norm() < 0.03 * want.norm()
+    assert (
+        exact != rounded == pytest.approx(exact, rel=0.02)
+        and (got - want).norm() < 0.03 * want.norm()
+    )
 
 
 def test_a_step_moves_the_targets_their_share_of_the_way_to_the_q_heads():
@@ -135,7 +146,9 @@ def test_a_step_moves_the_targets_their_share_of_the_way_to_the_q_heads():
     want = [0.75 * old + 0.25 * new for old, new in zip(before, trainer.model.q.parameters())]
     assert_close(list(trainer.model.target_q.buffers()), want)
     assert metrics["advantage"] == pytest.approx(metrics["q"] - metrics["value"], abs=1e-5)
-    assert not any(p is x for x in trainer.model.target_q.buffers() for p in trainer.trained_parameters())
+    assert not any(
+        p is x for x in trainer.model.target_q.buffers() for p in trainer.trained_parameters()
+    )
 
 
 def test_a_fresh_model_writes_as_its_language_model_does_and_its_q_heads_part():
@@ -168,7 +181,14 @@ def test_a_run_that_goes_on_ends_with_the_weights_and_targets_of_one_that_never_
 @pytest.mark.parametrize(
     "name, value",
     [
-        *(("gamma", 1.5), ("expectile", 1.0), ("cql_coef", -1.0), ("bc_coef", -1.0), ("bc_beta", -1.0), ("beta", -0.1)),
+        *(
+            ("gamma", 1.5),
+            ("expectile", 1.0),
+            ("cql_coef", -1.0),
+            ("bc_coef", -1.0),
+            ("bc_beta", -1.0),
+            ("beta", -0.1),
+        ),
         *(("target_rate", 0.0), ("target_rate", 1.1)),
     ],
 )
@@ -198,14 +218,30 @@ def test_it_learns_to_write_better_than_the_data():
         examples.append(Example([rng.randrange(3, 12)], [*completion, 2], reward=score))
     behaviour = sum(example.reward for example in examples) / len(examples)
     torch.manual_seed(0)
-    sizes = dict(vocab_size=12, hidden_size=32, num_layers=1, num_heads=2, max_positions=32, eos_ids=(2,), pad_id=0)
+    sizes = dict(
+        vocab_size=12,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        max_positions=32,
+        eos_ids=(2,),
+        pad_id=0,
+    )
     model = ILQLModel(Transformer(TransformerConfig(**sizes)))
-    settings = dict(lr=3e-3, batch_size=16, epochs=6, expectile=0.8, cql_coef=0.01, target_rate=0.05)
+    settings = dict(
+        lr=3e-3, batch_size=16, epochs=6, expectile=0.8, cql_coef=0.01, target_rate=0.05
+    )
     ILQLTrainer(model, examples, ILQLConfig(**settings)).train()
 
     def score(beta):
         model.beta = beta
-        made = generate(model, torch.arange(3, 12)[:, None], max_new_tokens=8, num_samples=40, seeds=torch.arange(360))
+        made = generate(
+            model,
+            torch.arange(3, 12)[:, None],
+            max_new_tokens=8,
+            num_samples=40,
+            seeds=torch.arange(360),
+        )
         return float(((made.response_ids == 5).int() - (made.response_ids == 6).int()).sum()) / 360
 
     assert abs(score(0.0) - behaviour) < 0.2 and score(4.0) > behaviour + 0.7
@@ -214,12 +250,18 @@ def test_it_learns_to_write_better_than_the_data():
 def test_values_come_to_what_the_bellman_equation_says():
     """Of two first tokens one earns 1 after the second: Q is gamma and 0, V their expectile, expectile * gamma."""
     examples = [Example([3], [first, 6, 2], reward=float(first == 4)) for first in (4, 5)] * 8
-    settings = dict(batch_size=16, epochs=300, lr=5e-3, gamma=0.8, expectile=0.7, cql_coef=0.0, target_rate=0.1)
+    settings = dict(
+        batch_size=16, epochs=300, lr=5e-3, gamma=0.8, expectile=0.7, cql_coef=0.0, target_rate=0.1
+    )
     model = ILQLModel(tiny())
     ILQLTrainer(model, examples, ILQLConfig(**settings)).train()
     hidden = model.trunk(torch.tensor([[3, 4, 6], [3, 5, 6]]))  # before each token
-    q = torch.stack([head.of_tokens(hidden, torch.tensor([[4, 6, 2], [5, 6, 2]])) for head in model.q])
-    assert_close(q, torch.tensor([[0.64, 0.8, 1.0], [0.0, 0.0, 0.0]]).expand(2, 2, 3), rtol=0, atol=0.03)
+    q = torch.stack(
+        [head.of_tokens(hidden, torch.tensor([[4, 6, 2], [5, 6, 2]])) for head in model.q]
+    )
+    assert_close(
+        q, torch.tensor([[0.64, 0.8, 1.0], [0.0, 0.0, 0.0]]).expand(2, 2, 3), rtol=0, atol=0.03
+    )
     values = torch.tensor([[0.7 * 0.64, 0.8, 1.0], [0.7 * 0.64, 0.0, 0.0]])
     assert_close(model.values(hidden), values, rtol=0, atol=0.03)
 
@@ -227,10 +269,14 @@ def test_values_come_to_what_the_bellman_equation_says():
 # ---- the model
 
 
-@pytest.mark.parametrize("vocab_size", [12, 4096])  # the larger one's weights are packed for decoding
+@pytest.mark.parametrize(
+    "vocab_size", [12, 4096]
+)  # the larger one's weights are packed for decoding
 def test_it_samples_from_logits_that_its_values_perturb(vocab_size):
     model = valued(vocab_size=vocab_size)
-    made = generate(model, torch.tensor([[5, 6], [7, 8]]), max_new_tokens=4, eos_ids=(), seeds=torch.arange(2))
+    made = generate(
+        model, torch.tensor([[5, 6], [7, 8]]), max_new_tokens=4, eos_ids=(), seeds=torch.arange(2)
+    )
     ids = torch.cat((torch.tensor([[5, 6], [7, 8]]), made.response_ids), dim=1)
     hidden = model.trunk(ids)[:, 1:-1]
     q = torch.minimum(*(head(hidden) for head in model.target_q))
@@ -238,7 +284,8 @@ def test_it_samples_from_logits_that_its_values_perturb(vocab_size):
     want = logits.log_softmax(-1).gather(2, made.response_ids[:, :, None])[..., 0]
     assert_close(made.logprobs, want, rtol=1e-4, atol=1e-4)
     assert (
-        want - model.lm.logits(hidden).log_softmax(-1).gather(2, made.response_ids[:, :, None])[..., 0]
+        want
+        - model.lm.logits(hidden).log_softmax(-1).gather(2, made.response_ids[:, :, None])[..., 0]
     ).abs().max() > 0.1
 
 
@@ -285,7 +332,10 @@ def test_heads_of_another_model_are_refused_by_tensor(tmp_path):
 
 
 def test_rewards_are_read_and_stay_with_their_completion(tmp_path):
-    data = [{"prompt": "a", "completion": "b", "reward": -0.5}, {"prompt": "c", "response": "d", "reward": 2}]
+    data = [
+        {"prompt": "a", "completion": "b", "reward": -0.5},
+        {"prompt": "c", "response": "d", "reward": 2},
+    ]
     path = write(tmp_path / "data.jsonl", data)
     assert read_scored(path) == [Scored("a", "b", -0.5), Scored("c", "d", 2.0)]
     first, _ = read_scored(path, encode=lambda row: encode_scored(row, ByteTokenizer(), 64))
@@ -298,7 +348,9 @@ def test_what_is_no_finite_number_is_no_reward(reward, tmp_path):
         '{"prompt": "a", "completion": "b", "reward": 1}',
         f'{{"prompt": "a", "completion": "b", "reward": {reward}}}',
     ]
-    with pytest.raises(DataError, match=r"data\.jsonl:2: field 'reward' must be a finite number, got"):
+    with pytest.raises(
+        DataError, match=r"data\.jsonl:2: field 'reward' must be a finite number, got"
+    ):
         read_scored(write(tmp_path / "data.jsonl", lines))
 
 
@@ -307,11 +359,37 @@ def on_the_command_line(tmp_path, out, *more, model=None):
     torch.manual_seed(0)
     tokenizer, base, out = ByteTokenizer(), tmp_path / "base", tmp_path / out
     sizes = dict(vocab_size=259, hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
-    Transformer(TransformerConfig(**sizes, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)).save_pretrained(base)
+    Transformer(
+        TransformerConfig(**sizes, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+    ).save_pretrained(base)
     tokenizer.save(base)
-    data = [{"prompt": f"say {i}", "completion": "yes" if i % 2 else "no", "reward": i % 2} for i in range(10)]
-    options = ["--batch-size", 4, "--max-steps", 3, "--device", "cpu", "--lr", 0.01, "--target-rate", 1, "--beta", 3]
-    command = ("ilql", "--model", model or base, "--data", write(tmp_path / "data.jsonl", data), "--out", out)
+    data = [
+        {"prompt": f"say {i}", "completion": "yes" if i % 2 else "no", "reward": i % 2}
+        for i in range(10)
+    ]
+    options = [
+        "--batch-size",
+        4,
+        "--max-steps",
+        3,
+        "--device",
+        "cpu",
+        "--lr",
+        0.01,
+        "--target-rate",
+        1,
+        "--beta",
+        3,
+    ]
+    command = (
+        "ilql",
+        "--model",
+        model or base,
+        "--data",
+        write(tmp_path / "data.jsonl", data),
+        "--out",
+        out,
+    )
     assert run(*command, *options, *more) == 0
     return base, out
 
@@ -346,7 +424,10 @@ def test_the_command_line_goes_from_rewards_to_text(tmp_path, capsys):
     assert "eval_loss/cql" in capsys.readouterr().out
 
     def shown(model, *more):
-        assert run("generate", "--model", model, "--prompt", "say 1", "--max-new-tokens", 12, *more) == 0
+        assert (
+            run("generate", "--model", model, "--prompt", "say 1", "--max-new-tokens", 12, *more)
+            == 0
+        )
         return capsys.readouterr().out
 
     assert shown(out) == shown(out, "--beta", 3) != shown(out, "--beta", 0)

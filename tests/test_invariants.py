@@ -22,7 +22,9 @@ def tiny():
 
 
 def ppo(out=None, reward=lambda prompts, responses: [1.0] * len(prompts), **config):
-    settings = dict(batch_size=4, minibatch_size=2, ppo_epochs=2, response_length=5, lr=1e-3) | config
+    settings = (
+        dict(batch_size=4, minibatch_size=2, ppo_epochs=2, response_length=5, lr=1e-3) | config
+    )
     return PPOTrainer(tiny(), PROMPTS, PPOConfig(**settings), reward=reward, out=out)
 
 
@@ -51,7 +53,9 @@ def raising(error):
 
 def negative(trainer, monkeypatch):
     real = on_policy.kl_estimate
-    monkeypatch.setattr(on_policy, "kl_estimate", lambda *args, **kwargs: real(*args, **kwargs) - 0.5)
+    monkeypatch.setattr(
+        on_policy, "kl_estimate", lambda *args, **kwargs: real(*args, **kwargs) - 0.5
+    )
 
 
 def moving(trainer, monkeypatch):
@@ -92,10 +96,14 @@ FAILURES = {  # of the reward, or done to the trainer after its first step; the 
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_failing_step_names_itself_row_and_causes_and_leaves_its_state(failure, tmp_path, monkeypatch):
+def test_a_failing_step_names_itself_row_and_causes_and_leaves_its_state(
+    failure, tmp_path, monkeypatch
+):
     fail, error, message = FAILURES[failure]
     done_to_trainer = fail in (negative, moving, diverging)
-    trainer = ppo(tmp_path, kl_estimator="k3", **({} if done_to_trainer else dict(reward=Failing(fail))))
+    trainer = ppo(
+        tmp_path, kl_estimator="k3", **({} if done_to_trainer else dict(reward=Failing(fail)))
+    )
     step, before = trainer.step, []
 
     def watched(batch):
@@ -106,7 +114,9 @@ def test_a_failing_step_names_itself_row_and_causes_and_leaves_its_state(failure
         return step(batch)
 
     monkeypatch.setattr(trainer, "step", watched)
-    with pytest.raises(error, match=rf"(?s)^step 2: .*{message}.*; the state is in .*checkpoint-error$"):
+    with pytest.raises(
+        error, match=rf"(?s)^step 2: .*{message}.*; the state is in .*checkpoint-error$"
+    ):
         trainer.train()
     header, tensors = read_tensors(tmp_path / "checkpoint-error")
     assert json.loads(header["run"])["steps_done"] == trainer.steps_done == 1
@@ -149,8 +159,14 @@ def test_data_without_a_token_to_learn_is_refused():
     def trainer(examples):
         return SFTTrainer(tiny(), examples, SFTConfig(lr=1e-2, batch_size=2))
 
-    masked = [Example([5], [6, 2], [False, False]), Example([], [6]), Example([5], [])]  # no prompt: nothing precedes
-    with pytest.raises(ValueError, match="none of the 3 examples has a token to learn: every completion is masked"):
+    masked = [
+        Example([5], [6, 2], [False, False]),
+        Example([], [6]),
+        Example([5], []),
+    ]  # no prompt: nothing precedes
+    with pytest.raises(
+        ValueError, match="none of the 3 examples has a token to learn: every completion is masked"
+    ):
         trainer(masked)
     with pytest.raises(ValueError, match="there are no examples to train on"):
         trainer([])

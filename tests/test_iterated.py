@@ -29,7 +29,10 @@ def tiny(seed=0, **options):
 
 
 def more_fives(prompts, first, second):
-    return [0.5 + 0.5 * ((a.count(5) > b.count(5)) - (a.count(5) < b.count(5))) for a, b in zip(first, second)]
+    return [
+        0.5 + 0.5 * ((a.count(5) > b.count(5)) - (a.count(5) < b.count(5)))
+        for a, b in zip(first, second)
+    ]
 
 
 def run(model=None, rounds=2, reward=None, ppo=None, num_samples=2, seed=0, **options):
@@ -37,7 +40,12 @@ def run(model=None, rounds=2, reward=None, ppo=None, num_samples=2, seed=0, **op
         rounds,
         SamplingConfig(num_samples, response_length=5),
         RewardConfig(**(dict(lr=3e-3, batch_size=32) | (reward or {}))),
-        PPOConfig(**(dict(lr=3e-3, batch_size=32, response_length=5, temperature=1.0, kl_coef=0.02) | (ppo or {}))),
+        PPOConfig(
+            **(
+                dict(lr=3e-3, batch_size=32, response_length=5, temperature=1.0, kl_coef=0.02)
+                | (ppo or {})
+            )
+        ),
         seed,
     )
     options = dict(judge=more_fives, eval_prompts=PROMPTS[:16]) | options
@@ -54,10 +62,14 @@ def same(a, b):
 
 
 def test_every_round_is_rated_above_the_ones_before():
-    history, _ = run(rounds=3, num_samples=4, ppo=dict(epochs=4), reward=dict(epochs=2), eval_prompts=PROMPTS)
+    history, _ = run(
+        rounds=3, num_samples=4, ppo=dict(epochs=4), reward=dict(epochs=2), eval_prompts=PROMPTS
+    )
     final = history[-1]["elo"]
     assert final[0] == 0 and final == sorted(final) and final[-1] > 400
-    assert [len(line["elo"]) for line in history] == [2, 3, 4] and [len(line["wins"]) for line in history] == [1, 2, 3]
+    assert [len(line["elo"]) for line in history] == [2, 3, 4] and [
+        len(line["wins"]) for line in history
+    ] == [1, 2, 3]
     assert history[-1]["wins"][0] > 0.9 * 64
 
 
@@ -73,7 +85,9 @@ def test_a_reward_model_starts_from_the_first_policy_and_learns_from_all_pairs_s
     before = [Pair([7], [5], [6])]
     history, model = run(pairs=before)
     assert (
-        learned[0][:1] == before and learned[1][: len(learned[0])] == learned[0] and len(learned[1]) > len(learned[0])
+        learned[0][:1] == before
+        and learned[1][: len(learned[0])] == learned[0]
+        and len(learned[1]) > len(learned[0])
     )
     assert [line["pairs"] for line in history] == [len(pairs) for pairs in learned]
     new = [len(learned[0]) - 1, len(learned[1]) - len(learned[0])]
@@ -103,7 +117,9 @@ def test_every_round_has_a_seed_of_its_own(monkeypatch):
     seeds = []
     for kind in (RewardTrainer, PPOTrainer):
         train = kind.train
-        watch = lambda self, train=train: seeds.append((self.algorithm, self.config.seed)) or train(self)  # noqa: E731
+        watch = lambda self, train=train: (
+            seeds.append((self.algorithm, self.config.seed)) or train(self)
+        )  # noqa: E731
         monkeypatch.setattr(kind, "train", watch)
     run(seed=5, eval_prompts=())
     assert seeds == [("reward", 6), ("ppo", 6), ("reward", 7), ("ppo", 7)]
@@ -114,7 +130,9 @@ def test_what_ends_a_response_ends_samples_rollouts_and_answers(tmp_path):
     samples = json.loads((tmp_path / "round-1" / "samples.json").read_text())
     assert line["response_length"] == 1 and samples["pairs"]
     assert (
-        {len(ids) for ids in samples["answers"]} == {len(ids) for pair in samples["pairs"] for ids in pair[1:3]} == {1}
+        {len(ids) for ids in samples["answers"]}
+        == {len(ids) for pair in samples["pairs"] for ids in pair[1:3]}
+        == {1}
     )
 
 
@@ -137,14 +155,23 @@ def test_rounds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(PPOTrainer, "step", stopping)
         saving("within")
-    monkeypatch.setattr(PPOTrainer, "step", lambda self, batch: taken.append(self.steps_done) or step(self, batch))
+    monkeypatch.setattr(
+        PPOTrainer, "step", lambda self, batch: taken.append(self.steps_done) or step(self, batch)
+    )
     for name, steps in (("between", [0, 1]), ("within", [1])):
         taken.clear()
         got, model = saving(name, resume=True)
         assert timeless(got) == timeless(want) and same(model, whole) and taken == steps
-    for kind, folder in ((Transformer, ""), (Transformer, "round-2"), (RewardModel, "round-2/reward")):
+    for kind, folder in (
+        (Transformer, ""),
+        (Transformer, "round-2"),
+        (RewardModel, "round-2/reward"),
+    ):
         assert kind.from_pretrained(tmp_path / "within" / folder)
-    assert len(json.loads((tmp_path / "within" / "round-1" / "samples.json").read_text())["answers"]) == 16
+    assert (
+        len(json.loads((tmp_path / "within" / "round-1" / "samples.json").read_text())["answers"])
+        == 16
+    )
     with pytest.raises(ValueError, match="with digest="):
         saving("within", resume=True, pairs=[Pair([7], [5], [6])])
 
@@ -181,7 +208,8 @@ def test_ratings_are_the_elo_of_the_table_of_wins():
 
 
 @pytest.mark.parametrize(
-    "options, message", [(dict(rounds=0), "rounds .* got 0"), (dict(num_samples=1), "for a pair, got 1")]
+    "options, message",
+    [(dict(rounds=0), "rounds .* got 0"), (dict(num_samples=1), "for a pair, got 1")],
 )
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -18,12 +18,35 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_core import backends, decode_attention, full_kl, gae, kl_estimate, ppo_advantages, ppo_loss, token_logprobs
+from rlhf_core import (
+    backends,
+    decode_attention,
+    full_kl,
+    gae,
+    kl_estimate,
+    ppo_advantages,
+    ppo_loss,
+    token_logprobs,
+)
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = [
-    *("decode_attention_fwd", "full_kl_bwd", "full_kl_fwd", "gae_bwd", "gae_fwd", "kl_estimate_bwd", "kl_estimate_fwd"),
-    *("ppo_advantages_fwd", "ppo_loss_fwd", "sample_tokens_fwd", "token_logprobs_bwd", "token_logprobs_fwd"),
+    *(
+        "decode_attention_fwd",
+        "full_kl_bwd",
+        "full_kl_fwd",
+        "gae_bwd",
+        "gae_fwd",
+        "kl_estimate_bwd",
+        "kl_estimate_fwd",
+    ),
+    *(
+        "ppo_advantages_fwd",
+        "ppo_loss_fwd",
+        "sample_tokens_fwd",
+        "token_logprobs_bwd",
+        "token_logprobs_fwd",
+    ),
 ]
 X, LOGITS, MASK = torch.zeros(2, 3), torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.bool)
 OPS = {
@@ -36,7 +59,11 @@ OPS = {
         X, X, X, None, None, None, MASK, clip_range=0.2, value_clip_range=None, vf_coef=0.0, **kw
     ),
     "decode_attention": lambda **kw: decode_attention(
-        *[LOGITS] * 3, *[LOGITS[:, :, None].clone()] * 2, *[torch.arange(2) * 0, torch.arange(2)], rope=None, **kw
+        *[LOGITS] * 3,
+        *[LOGITS[:, :, None].clone()] * 2,
+        *[torch.arange(2) * 0, torch.arange(2)],
+        rope=None,
+        **kw,
     ),
 }
 
@@ -94,7 +121,9 @@ def test_every_backend_has_the_same_launchers_with_the_same_parameters(backend):
     module = launchers(backend)
     assert sorted(kernels.__all__) == LAUNCHERS
     for name in LAUNCHERS:
-        parameters = [list(inspect.signature(getattr(m, name)).parameters) for m in (module, kernels)]
+        parameters = [
+            list(inspect.signature(getattr(m, name)).parameters) for m in (module, kernels)
+        ]
         assert parameters[0] == parameters[1]
 
 
@@ -106,7 +135,9 @@ def test_the_folder_is_not_importable_by_its_bare_name():
 
 def test_lse_is_two_numbers_that_survive_a_common_offset(backend):
     logits = torch.randn(2, 3, 50) + 1e4
-    _, _, lse = launchers(backend).token_logprobs_fwd(logits, torch.zeros(2, 3, dtype=torch.int64), None, 0.7, False)
+    _, _, lse = launchers(backend).token_logprobs_fwd(
+        logits, torch.zeros(2, 3, dtype=torch.int64), None, 0.7, False
+    )
     z = logits.double()
     truth = torch.logsumexp((z - lse[..., :1].double()) / 0.7, dim=-1)
     assert lse.shape == (2, 3, 2) and lse.dtype == torch.float32
@@ -124,7 +155,11 @@ def test_rows_that_pass_no_gradient_on_are_zeroed_without_reading_their_logits(b
     poisoned = logits.clone()
     poisoned[0, 1] = math.nan
     dlogits = module.token_logprobs_bwd(g, h, poisoned, targets, mask, 1.0, entropy, lse, False)
-    assert (dlogits[0, 1] == 0).all() and dlogits.isfinite().all() and (dlogits[0, [0, 2]] != 0).any(dim=-1).all()
+    assert (
+        (dlogits[0, 1] == 0).all()
+        and dlogits.isfinite().all()
+        and (dlogits[0, [0, 2]] != 0).any(dim=-1).all()
+    )
 
 
 def test_masked_rows_have_lse_zero_and_are_not_read(backend):
@@ -162,7 +197,9 @@ def test_triton_rows_lie_on_the_one_grid_axis_that_is_long_enough(monkeypatch):
     for module in {sys.modules[getattr(kernels, name).__module__] for name in LAUNCHERS}:
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder())
-    call_every_launcher(kernels, V=1, B=70_000, T=1)  # more than a grid's second and third axis take
+    call_every_launcher(
+        kernels, V=1, B=70_000, T=1
+    )  # more than a grid's second and third axis take
     assert all(len(grid) == 1 for grid in grids) and max(grids) == (70_000,)
 
 
@@ -184,22 +221,35 @@ class Meter:
         self.regions, self.reverse = {}, reverse
         self.builder = interpreter.interpreter_builder
         self.wrap(monkeypatch, interpreter.GridExecutor, "__call__", self.launch)
-        for name, kind in (("masked_load", "loads"), ("masked_store", "stores"), ("atomic_rmw", "atomics")):
+        for name, kind in (
+            ("masked_load", "loads"),
+            ("masked_store", "stores"),
+            ("atomic_rmw", "atomics"),
+        ):
             access = functools.partial(self.access, kind)
             self.wrap(monkeypatch, interpreter.InterpreterBuilder, f"create_{name}", access)
         self.wrap(monkeypatch, interpreter.InterpreterBuilder, "set_grid_idx", self.set_program)
 
     def wrap(self, monkeypatch, owner, name, function):
         original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, **kwargs: function(original, *args, **kwargs))
+        monkeypatch.setattr(
+            owner, name, lambda *args, **kwargs: function(original, *args, **kwargs)
+        )
 
     def launch(self, original, executor, *args, **kwargs):
         self.arrivals, self.num_programs = 0, math.prod(executor.grid)
         for x in args:
             if isinstance(x, torch.Tensor) and x.numel():
                 span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
-                touched = {kind: np.zeros(span, np.int64) for kind in ("loads", "stores", "loaded by", "stored by")}
-                self.regions[x.data_ptr()] = {"span": span * x.element_size(), "size": x.element_size(), **touched}
+                touched = {
+                    kind: np.zeros(span, np.int64)
+                    for kind in ("loads", "stores", "loaded by", "stored by")
+                }
+                self.regions[x.data_ptr()] = {
+                    "span": span * x.element_size(),
+                    "size": x.element_size(),
+                    **touched,
+                }
         with np.errstate(all="ignore"):  # numpy warns of inf - inf
             original(executor, *args, **kwargs)
 
@@ -208,8 +258,14 @@ class Meter:
         original(builder, builder.grid_dim[0] - 1 - x if self.reverse else x, y, z)
 
     def access(self, kind, original, builder, *args):
-        pointers, mask = (args[1], args[3]) if kind == "atomics" else (args[0], args[2 if kind == "stores" else 1])
-        inside = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)  # may come as integers
+        pointers, mask = (
+            (args[1], args[3])
+            if kind == "atomics"
+            else (args[0], args[2 if kind == "stores" else 1])
+        )
+        inside = np.broadcast_to(mask.data, pointers.data.shape).astype(
+            bool
+        )  # may come as integers
         addresses = pointers.data[inside].astype(np.int64)
         self.arrivals += kind == "atomics"
         for start, region in self.regions.items():
@@ -247,7 +303,9 @@ def test_every_byte_of_the_logits_is_loaded_and_stored_once_and_none_of_masked_r
 
     _, entropy, lse = kernels.token_logprobs_fwd(logits, targets, mask, 0.7, True)
     assert meter.bytes("loads", logits) == some + 3 * 2  # and the targets'
-    dlogits = kernels.token_logprobs_bwd(ones, ones, logits, targets, mask, 0.7, entropy, lse, False)
+    dlogits = kernels.token_logprobs_bwd(
+        ones, ones, logits, targets, mask, 0.7, entropy, lse, False
+    )
     assert (meter.bytes("loads", logits), meter.bytes("stores", dlogits)) == (some, rows)
     kl, lse = kernels.full_kl_fwd(logits, ref, mask, 0.7)
     assert (meter.bytes("loads", logits), meter.bytes("loads", ref)) == (some, some)
@@ -264,11 +322,15 @@ def test_every_token_is_loaded_and_stored_once(monkeypatch):
     mask = torch.rand(3, 700) < 0.7
     every, counted = 4 * mask.numel(), 4 * int(mask.sum())
     kl = kernels.kl_estimate_fwd(x[0], x[1], mask, "k3")
-    assert [meter.bytes("loads", t) for t in x[:2]] == [every] * 2 and meter.bytes("stores", kl) == every
+    assert [meter.bytes("loads", t) for t in x[:2]] == [every] * 2 and meter.bytes(
+        "stores", kl
+    ) == every
     grads = kernels.kl_estimate_bwd(x[2], x[0], x[1], mask, "k3")
     assert [meter.bytes("loads", t) for t in x[:3]] == [every] * 3
     assert [meter.bytes("stores", t) for t in grads] == [every] * 2
-    *_, dlogprobs, dvalues, dentropy = kernels.ppo_loss_fwd(*x, mask, None, False, 0.2, 0.3, 0.2, 0.5, 0.01, 2.0)
+    *_, dlogprobs, dvalues, dentropy = kernels.ppo_loss_fwd(
+        *x, mask, None, False, 0.2, 0.3, 0.2, 0.5, 0.01, 2.0
+    )
     assert [meter.bytes("loads", t) for t in x] == [counted] * 7
     assert [meter.bytes("stores", t) for t in (dlogprobs, dvalues, dentropy)] == [every] * 3
 
@@ -280,23 +342,36 @@ def test_every_key_and_value_that_is_seen_is_loaded_once_for_its_group_of_heads(
     q, k, v = torch.randn(2, 8, 20), torch.randn(2, 2, 20), torch.randn(2, 2, 20)
     keys, values = torch.randn(3, 2, 300, 20), torch.randn(3, 2, 300, 20)
     lengths, slots = torch.tensor([299, 9, 5]), torch.tensor([2, 0])
-    for window, seen in ((None, 299 + 5), (200, 199 + 5)):  # the new one is not loaded but in a register
+    for window, seen in (
+        (None, 299 + 5),
+        (200, 199 + 5),
+    ):  # the new one is not loaded but in a register
         kernels.decode_attention_fwd(q, k, v, keys, values, lengths, slots, None, None, window)
         for x in (keys, values):
-            assert (meter.bytes("loads", x), meter.bytes("stores", x)) == (seen * 2 * 20 * 4, 2 * 2 * 20 * 4)
+            assert (meter.bytes("loads", x), meter.bytes("stores", x)) == (
+                seen * 2 * 20 * 4,
+                2 * 2 * 20 * 4,
+            )
 
 
 def test_triton_turns_a_row_without_room_or_place_into_nan_and_leaves_the_cache(monkeypatch):
     meter = Meter(monkeypatch)
     import rlhf_core.kernels as kernels
 
-    q, k, v, cache = torch.randn(4, 2, 8), torch.randn(4, 1, 8), torch.randn(4, 1, 8), torch.randn(2, 3, 1, 5, 8)
+    q, k, v, cache = (
+        torch.randn(4, 2, 8),
+        torch.randn(4, 1, 8),
+        torch.randn(4, 1, 8),
+        torch.randn(2, 3, 1, 5, 8),
+    )
     before, lengths, slots = cache.clone(), torch.tensor([5, 2, -1]), torch.tensor([0, 3, -1, 2])
     out = kernels.decode_attention_fwd(q, k, v, *cache, lengths, slots, None, None, None)
     assert out.isnan().all() and torch.equal(cache, before) and not meter.bytes("stores", cache)
 
 
-def call_every_launcher(kernels, V=300, dtype=torch.float32, B=2, T=17, number=0.5, temperature_per_row=(False, True)):
+def call_every_launcher(
+    kernels, V=300, dtype=torch.float32, B=2, T=17, number=0.5, temperature_per_row=(False, True)
+):
     """Every launcher once or more often, in all its modes; the results in one list."""
     logits, ref = (torch.randn(B, T, V).to(dtype) for _ in range(2))
     targets, mask = torch.randint(0, V, (B, T)), torch.rand(B, T) < 0.7
@@ -304,13 +379,20 @@ def call_every_launcher(kernels, V=300, dtype=torch.float32, B=2, T=17, number=0
     out = []
     for per_row in temperature_per_row:
         temperature = torch.rand(B, T) + 0.5 if per_row else number
-        logprobs, entropy, lse = kernels.token_logprobs_fwd(logits, targets, mask, temperature, True)
+        logprobs, entropy, lse = kernels.token_logprobs_fwd(
+            logits, targets, mask, temperature, True
+        )
         args = (logits, targets, mask, temperature, entropy, lse, False)
         out += [logprobs, entropy, kernels.token_logprobs_bwd(x[0], x[1], *args)]
         kl, lse = kernels.full_kl_fwd(logits, ref, mask, temperature)
         out += [kl, *kernels.full_kl_bwd(x[0], logits, ref, mask, temperature, kl, lse, True, True)]
-    out += [kernels.kl_estimate_fwd(x[0], x[1], mask, "k3"), *kernels.kl_estimate_bwd(*x[:3], mask, "k3")]
-    cu_seqlens = torch.arange(B + 1) * ((B * T - 1) // B) + 1  # a token before the first, one or more behind the last
+    out += [
+        kernels.kl_estimate_fwd(x[0], x[1], mask, "k3"),
+        *kernels.kl_estimate_bwd(*x[:3], mask, "k3"),
+    ]
+    cu_seqlens = (
+        torch.arange(B + 1) * ((B * T - 1) // B) + 1
+    )  # a token before the first, one or more behind the last
     for cu, shape in ((None, (B, T)), (cu_seqlens, (B * T,))):
         y, m, last = [a.view(shape) for a in x], mask.view(shape), torch.randn(B)
         out += kernels.gae_fwd(y[0], y[1], m, number, 0.9, last, cu)
@@ -322,14 +404,28 @@ def call_every_launcher(kernels, V=300, dtype=torch.float32, B=2, T=17, number=0
     heads, cache = torch.randn(3, B, 2, 64).to(dtype), torch.randn(2, B + 1, 1, T + 1, 64).to(dtype)
     for rope in ((None, None), torch.randn(2, T + 1, 32).unbind()):
         slots, lengths = torch.arange(B).flip(0) + 1, torch.arange(B + 1) % (T + 1)
-        out += [kernels.decode_attention_fwd(heads[0], *heads[1:, :, :1], *cache, lengths, slots, *rope, None), cache]
+        out += [
+            kernels.decode_attention_fwd(
+                heads[0], *heads[1:, :, :1], *cache, lengths, slots, *rope, None
+            ),
+            cache,
+        ]
     seeds, counters = targets.flatten(), targets.flatten() - 2**40
-    for truncation in ((None, None, None), (3, None, None), (None, number / 2, 0.1), (V // 2, number, None)):
-        out += kernels.sample_tokens_fwd(logits.view(B * T, V), seeds, counters, number, *truncation)
+    for truncation in (
+        (None, None, None),
+        (3, None, None),
+        (None, number / 2, 0.1),
+        (V // 2, number, None),
+    ):
+        out += kernels.sample_tokens_fwd(
+            logits.view(B * T, V), seeds, counters, number, *truncation
+        )
     return [x for x in out if x is not None]
 
 
-def test_programs_stay_inside_their_tensors_and_apart_and_any_order_gives_the_same_bits(monkeypatch):
+def test_programs_stay_inside_their_tensors_and_apart_and_any_order_gives_the_same_bits(
+    monkeypatch,
+):
     results = []
     for reverse in (False, True):
         with monkeypatch.context() as patch:
@@ -344,10 +440,15 @@ def test_programs_stay_inside_their_tensors_and_apart_and_any_order_gives_the_sa
 
 @pytest.mark.parametrize("count, stride", [(2, 2**31 + 16), (3, 2**30 + 16)])
 def test_exact_kl_of_rows_further_apart_than_int32_can_say(backend, count, stride, tmp_path):
-    module, start = launchers(backend), 2**31  # an offset that wraps around lands in the memory before, not in a crash
+    module, start = (
+        launchers(backend),
+        2**31,
+    )  # an offset that wraps around lands in the memory before, not in a crash
     if torch.cuda.is_available() and backend == "triton":
         pytest.skip("needs the interpreter: on a GPU the memory is not to be had for nothing")
-    size = start + (count - 1) * stride + 32  # in a sparse file, of which only the pages that are touched exist
+    size = (
+        start + (count - 1) * stride + 32
+    )  # in a sparse file, of which only the pages that are touched exist
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)
     rows, ref = torch.randn(2, count, 1, 32).half()
     for shape, strides in (((count, 1, 32), (stride, 32, 1)), ((1, count, 32), (32, stride, 1))):
@@ -392,7 +493,9 @@ torch.save(out, sys.argv[1])
     for name in (isa, ""):
         path = tmp_path / f"{name or 'default'}.pt"
         environment = {**os.environ, "RLHF_CORE_CPU_ISA": name}
-        subprocess.run([sys.executable, "-c", script, str(path)], env=environment, cwd=ROOT, check=True)
+        subprocess.run(
+            [sys.executable, "-c", script, str(path)], env=environment, cwd=ROOT, check=True
+        )
         results.append(torch.load(path))
     assert results[0][0] == isa
     for x, y in zip(results[0][1:], results[1][1:]):
@@ -402,14 +505,18 @@ torch.save(out, sys.argv[1])
 def in_a_process_that_compiles(what):
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__, what], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, what], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     return done.stdout.splitlines()
 
 
 def test_triton_kernels_compile_for_every_gpu_without_spills_with_wide_loads_and_few_registers():
     lines = in_a_process_that_compiles("compile")
-    assert len(lines) >= 4 * len(LAUNCHERS) and not [line for line in lines if "BAD" in line], "\n".join(lines)
+    assert len(lines) >= 4 * len(LAUNCHERS) and not [line for line in lines if "BAD" in line], (
+        "\n".join(lines)
+    )
 
 
 def test_new_lengths_batches_temperatures_and_coefficients_compile_nothing():
@@ -421,9 +528,22 @@ def test_new_lengths_batches_temperatures_and_coefficients_compile_nothing():
 REGISTERS = {
     **{"token_logprobs_fwd": 72, "token_logprobs_bwd": 64, "full_kl_fwd": 88, "full_kl_bwd": 64},
     **{"kl_estimate_fwd": 40, "kl_estimate_bwd": 40, "gae_fwd": 120, "gae_bwd": 120},
-    **{"ppo_advantages_fwd": 136, "ppo_loss_fwd": 128, "decode_attention_fwd": 168, "sample_tokens_fwd": 128},
+    **{
+        "ppo_advantages_fwd": 136,
+        "ppo_loss_fwd": 128,
+        "decode_attention_fwd": 168,
+        "sample_tokens_fwd": 128,
+    },
 }
-WIDE = {"hip": ("token_logprobs_fwd", "token_logprobs_bwd", "full_kl_fwd", "full_kl_bwd", "decode_attention_fwd")}
+WIDE = {
+    "hip": (
+        "token_logprobs_fwd",
+        "token_logprobs_bwd",
+        "full_kl_fwd",
+        "full_kl_bwd",
+        "decode_attention_fwd",
+    )
+}
 WIDE["cuda"] = (*WIDE["hip"], "kl_estimate_fwd", "kl_estimate_bwd")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
 TARGETS["gfx942"] = ("hip", "gfx942", 64)
@@ -434,7 +554,9 @@ def record_launches():
     from triton.runtime.jit import JITFunction
 
     launches = []
-    JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launches.append((kernel, args, kwargs))
+    JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launches.append(
+        (kernel, args, kwargs)
+    )
     return launches
 
 
@@ -463,7 +585,9 @@ def compile_all():
         (32000, torch.float32, True),
         (50257, torch.bfloat16, True),
     ):
-        call_every_launcher(kernels, V=V, dtype=dtype, B=1, T=1 if per_row else 33, temperature_per_row=(per_row,))
+        call_every_launcher(
+            kernels, V=V, dtype=dtype, B=1, T=1 if per_row else 33, temperature_per_row=(per_row,)
+        )
         by_vocabulary[V] = recorded.copy()
         recorded.clear()
     for name, target in TARGETS.items():
@@ -476,7 +600,11 @@ def compile_all():
                 *source, options = specialise(launch, backend)
                 if str((launch[0], source)) not in done:
                     done.add(str((launch[0], source)))
-                    print(name, *compile_one(launch[0], *source, options, target, V % 16 == 0), flush=True)
+                    print(
+                        name,
+                        *compile_one(launch[0], *source, options, target, V % 16 == 0),
+                        flush=True,
+                    )
 
 
 def compile_one(kernel, signature, constants, attributes, options, target, aligned):
@@ -486,14 +614,19 @@ def compile_one(kernel, signature, constants, attributes, options, target, align
     from triton import knobs
 
     name = kernel.__name__.removesuffix("_kernel")
-    compiled = triton.compile(triton.compiler.ASTSource(kernel, signature, constants, attributes), target, options)
+    compiled = triton.compile(
+        triton.compiler.ASTSource(kernel, signature, constants, attributes), target, options
+    )
     if target.backend == "cuda":
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
             f.write(compiled.asm["cubin"])
             f.flush()
             command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", f.name]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, spills = int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
+        registers, spills = (
+            int(re.search(r"REG:(\d+)", usage)[1]),
+            int(re.search(r"STACK:(\d+)", usage)[1]),
+        )
         wide = "ld.global.v4.b32" in compiled.asm["ptx"]
     else:
         assembly = compiled.asm["amdgcn"]

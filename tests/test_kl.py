@@ -42,7 +42,9 @@ def test_values_and_gradients_match_the_float64_formula(backend, estimator, shap
 
 
 def test_k3_keeps_its_digits_where_policy_and_reference_nearly_agree(backend):
-    d = torch.tensor([s * m for m in (1e-7, 1e-5, 1e-3, 0.03, 0.1, 0.1249, 0.1251, 0.2) for s in (1, -1)])
+    d = torch.tensor(
+        [s * m for m in (1e-7, 1e-5, 1e-3, 0.03, 0.1, 0.1249, 0.1251, 0.2) for s in (1, -1)]
+    )
     kl, grad, _ = run(d, "k3", backend)
     x = d.double()
     truth = sum((-x) ** n / math.factorial(n) for n in range(2, 20))
@@ -51,7 +53,9 @@ def test_k3_keeps_its_digits_where_policy_and_reference_nearly_agree(backend):
 
 
 def test_k2_k3_and_abs_are_never_negative_and_zero_only_at_zero(backend):
-    d = torch.cat([torch.linspace(-30, 30, 4001), torch.logspace(-6, 0, 50), -torch.logspace(-6, 0, 50)])
+    d = torch.cat(
+        [torch.linspace(-30, 30, 4001), torch.logspace(-6, 0, 50), -torch.logspace(-6, 0, 50)]
+    )
     for estimator in ("k2", "k3", "abs"):
         kl, grad, _ = run(d, estimator, backend)
         assert (kl[d != 0] > 0).all() and (kl[d == 0] == 0).all() and (grad[d == 0] == 0).all()
@@ -91,9 +95,13 @@ def test_strided_inputs_and_expanded_gradients(backend):
     logprobs, ref = torch.randn(5, 6), torch.randn(6, 5)
     mask = torch.rand(6, 5) < 0.5
     leaf = logprobs.clone().requires_grad_()
-    kl_estimate(leaf.T[:, 1:], ref[:, 1:], estimator="k3", mask=mask[:, 1:], backend=backend).sum().backward()
+    kl_estimate(
+        leaf.T[:, 1:], ref[:, 1:], estimator="k3", mask=mask[:, 1:], backend=backend
+    ).sum().backward()
     dense = logprobs.T[:, 1:].clone().requires_grad_()
-    kl = kl_estimate(dense, ref[:, 1:].clone(), estimator="k3", mask=mask[:, 1:].clone(), backend=backend)
+    kl = kl_estimate(
+        dense, ref[:, 1:].clone(), estimator="k3", mask=mask[:, 1:].clone(), backend=backend
+    )
     kl.backward(torch.ones_like(kl))
     assert torch.equal(leaf.grad.T[:, 1:], dense.grad) and (leaf.grad.T[:, 0] == 0).all()
 
@@ -115,7 +123,9 @@ def test_half_precision_inputs_are_promoted_before_the_difference(backend, dtype
 def test_inputs_are_left_alone(backend):
     logprobs, ref, mask = torch.randn(20), torch.randn(20), torch.rand(20) < 0.5
     before = [x.clone() for x in (logprobs, ref, mask)]
-    kl_estimate(logprobs.requires_grad_(), ref, estimator="k3", mask=mask, backend=backend).sum().backward()
+    kl_estimate(
+        logprobs.requires_grad_(), ref, estimator="k3", mask=mask, backend=backend
+    ).sum().backward()
     assert all(torch.equal(x, y) for x, y in zip((logprobs, ref, mask), before))
 
 
@@ -126,7 +136,9 @@ def test_reference_gradients_pass_gradcheck(estimator):
     ref = torch.randn(7, dtype=torch.float64, requires_grad=True)
     logprobs = (ref.detach() + d).requires_grad_()
     mask = torch.tensor([True] * 6 + [False])
-    assert torch.autograd.gradcheck(lambda a, b: kl_estimate_reference(a, b, estimator, mask), (logprobs, ref))
+    assert torch.autograd.gradcheck(
+        lambda a, b: kl_estimate_reference(a, b, estimator, mask), (logprobs, ref)
+    )
 
 
 def test_bad_input_raises_with_the_offending_value(backend):
@@ -147,7 +159,9 @@ def test_bad_input_raises_with_the_offending_value(backend):
 
 def exact_kl(logits, ref_logits, temperature=1.0):
     """In float64; differentiable."""
-    temperature = temperature.double()[..., None] if isinstance(temperature, torch.Tensor) else temperature
+    temperature = (
+        temperature.double()[..., None] if isinstance(temperature, torch.Tensor) else temperature
+    )
     log_p, log_q = (torch.log_softmax(z.double() / temperature, -1) for z in (logits, ref_logits))
     possible = log_p > -math.inf
     difference = torch.where(possible, log_p, 0) - torch.where(possible, log_q, 0)
@@ -173,7 +187,9 @@ def check_full(logits, ref_logits, backend, temperature=1.0):
     truth = run_full(logits, ref_logits, None, upstream, temperature)
     assert got[0].dtype == torch.float32 and (got[0] >= 0).all()
     assert_as_accurate(got[0], reference[0], truth[0], "value")
-    for x, r, t in zip(got[1:], reference[1:], truth[1:]):  # dlogits is a difference of numbers as large as the kl
+    for x, r, t in zip(
+        got[1:], reference[1:], truth[1:]
+    ):  # dlogits is a difference of numbers as large as the kl
         scale = truth[0].max().clamp_min(10).item() / 10
         assert_as_accurate(x / scale, r / scale, t / scale, logits.dtype)
 
@@ -181,7 +197,13 @@ def check_full(logits, ref_logits, backend, temperature=1.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("V", [1, 2, 7, 128, 129, 1000])
 def test_full_kl_and_both_gradients_match_float64(backend, V, dtype):
-    for scale, offset, temperature in ((1, 0, 1.0), (4, 0, 0.7), (3, 1e4, 1.3), (3, -1e4, 1.0), (0.01, 0, 1.0)):
+    for scale, offset, temperature in (
+        (1, 0, 1.0),
+        (4, 0, 0.7),
+        (3, 1e4, 1.3),
+        (3, -1e4, 1.0),
+        (0.01, 0, 1.0),
+    ):
         logits, ref_logits = (torch.randn(2, 2, 2, V) * scale + offset).to(dtype)
         check_full(logits, ref_logits, backend, temperature)
 
@@ -243,7 +265,9 @@ def test_full_kl_of_a_one_hot_policy_is_minus_the_references_log_prob(backend):
     logits, ref_logits = torch.full((1, 2, 40), -math.inf), torch.randn(1, 2, 40)
     logits[..., 17] = 3.0
     want = -torch.log_softmax(ref_logits, -1)[..., 17]
-    torch.testing.assert_close(full_kl(logits, ref_logits, backend=backend), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        full_kl(logits, ref_logits, backend=backend), want, rtol=1e-6, atol=1e-6
+    )
     assert (full_kl(logits, logits, backend=backend) == 0).all()
 
 
@@ -299,7 +323,10 @@ def test_full_kl_takes_a_temperature_per_row(backend):
         check_full(logits, ref_logits, backend, temperature.expand(3, 4))
         together = run_full(logits, ref_logits, backend, temperature=temperature)
         one = run_full(
-            logits[1:2, 2:3], ref_logits[1:2, 2:3], backend, temperature=temperature.expand(3, 4)[1, 2].item()
+            logits[1:2, 2:3],
+            ref_logits[1:2, 2:3],
+            backend,
+            temperature=temperature.expand(3, 4)[1, 2].item(),
         )
         for x, y in zip(together, one):
             torch.testing.assert_close(x[1:2, 2:3], y, rtol=1e-6, atol=1e-6)
@@ -343,7 +370,9 @@ def test_full_kl_is_bitwise_independent_of_the_number_of_threads():
     for threads in (1, 2):
         torch.set_num_threads(threads)
         kl, lse = cpp.full_kl_fwd(logits, ref_logits, None, 1.0)
-        results.append([kl, lse, *cpp.full_kl_bwd(kl, logits, ref_logits, None, 1.0, kl, lse, True, True)])
+        results.append(
+            [kl, lse, *cpp.full_kl_bwd(kl, logits, ref_logits, None, 1.0, kl, lse, True, True)]
+        )
     torch.set_num_threads(before)
     assert all(torch.equal(x, y) for x, y in zip(*results))
 
@@ -361,14 +390,18 @@ def test_full_kl_of_any_number_of_axes_and_of_unequal_dtypes(backend):
     for index in ((), (0,), (1, 2), (1, 2, 3)):
         assert torch.equal(full_kl(logits[index], ref_logits[index], backend=backend), want[index])
     half = ref_logits.bfloat16()
-    assert torch.equal(full_kl(logits, half, backend=backend), full_kl(logits, half.float(), backend=backend))
+    assert torch.equal(
+        full_kl(logits, half, backend=backend), full_kl(logits, half.float(), backend=backend)
+    )
 
 
 def test_full_kl_leaves_its_inputs_alone_and_gradients_of_two_losses_add(backend):
     logits, ref_logits = torch.randn(2, 2, 3, 20)
     _, once, _ = run_full(logits, ref_logits, backend)
     leaf, before = logits.clone().requires_grad_(), ref_logits.clone()
-    (full_kl(leaf, ref_logits, backend=backend) + full_kl(leaf, ref_logits, backend=backend)).sum().backward()
+    (
+        full_kl(leaf, ref_logits, backend=backend) + full_kl(leaf, ref_logits, backend=backend)
+    ).sum().backward()
     assert torch.equal(leaf.detach(), logits) and torch.equal(ref_logits, before)
     assert torch.equal(leaf.grad, 2 * once)
 
@@ -378,7 +411,9 @@ def test_full_kl_reference_gradients_pass_gradcheck():
     inputs = [torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     mask = torch.tensor([[True, True, False], [True, False, True]])
     for temperature in (0.7, torch.rand(2, 3, dtype=torch.float64) + 0.5):
-        assert torch.autograd.gradcheck(lambda a, b, T=temperature: full_kl_reference(a, b, T, mask), inputs)
+        assert torch.autograd.gradcheck(
+            lambda a, b, T=temperature: full_kl_reference(a, b, T, mask), inputs
+        )
 
 
 def test_bad_input_to_full_kl_raises_with_the_offending_value(backend):

@@ -25,11 +25,15 @@ def rows(n=7, seed=0):
 
 def make(model=None, reference=None, examples=None, **config):
     config = KTOConfig(**(dict(batch_size=7, lr=1e-3, beta=0.5) | config))
-    return KTOTrainer(tiny() if model is None else model, examples or rows(), config, reference=reference)
+    return KTOTrainer(
+        tiny() if model is None else model, examples or rows(), config, reference=reference
+    )
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
-def test_loss_and_gradients_are_those_of_the_paper_whatever_the_micro_batches(micro_batch_size, monkeypatch):
+def test_loss_and_gradients_are_those_of_the_paper_whatever_the_micro_batches(
+    micro_batch_size, monkeypatch
+):
     """Eq. 8, of rows apart; and the logits of a step are computed once."""
     batch, reference = rows(), tiny(seed=1)
     weights = dict(desirable_weight=1.5, undesirable_weight=0.7)
@@ -38,11 +42,16 @@ def test_loss_and_gradients_are_those_of_the_paper_whatever_the_micro_batches(mi
     def log_ratio(prompt, completion):
         logps = []
         for model in (trainer.model, reference):
-            log_p = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+            log_p = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1].log_softmax(
+                -1
+            )
             logps.append(log_p[torch.arange(len(completion)), completion].sum())
         return logps[0] - logps[1].detach()
 
-    others = [log_ratio(row.prompt_ids, batch[(i + 1) % 7].completion_ids).item() for i, row in enumerate(batch)]
+    others = [
+        log_ratio(row.prompt_ids, batch[(i + 1) % 7].completion_ids).item()
+        for i, row in enumerate(batch)
+    ]
     kl = sum(others) / 7
     assert kl > 0.05  # else the clamp would hide it
     terms, hits = [], []
@@ -52,9 +61,13 @@ def test_loss_and_gradients_are_those_of_the_paper_whatever_the_micro_batches(mi
         terms.append(1.5 * (1 - gain.sigmoid()) if row.label else 0.7 * (1 - (-gain).sigmoid()))
     want = torch.stack(terms).mean()
     gradients = torch.autograd.grad(want, trainer.trained_parameters())
-    monkeypatch.setattr(linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(
+        linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again")
+    )
     total, metrics, got = accumulated(trainer, batch)
-    assert total == pytest.approx(want.item(), abs=2e-6) and metrics["kl"] == pytest.approx(kl, abs=1e-5)
+    assert total == pytest.approx(want.item(), abs=2e-6) and metrics["kl"] == pytest.approx(
+        kl, abs=1e-5
+    )
     assert metrics["rewards/accuracies"] == pytest.approx(sum(hits) / 7)
     assert_close(got, list(gradients), rtol=1e-4, atol=2e-6)
 
@@ -66,7 +79,9 @@ def test_where_policy_and_reference_agree_every_value_is_one_half():
         if adapted:
             add_adapters(model, LoRAConfig())
         metrics = make(model).step(rows())
-        assert metrics["loss"] == 0.5 and metrics["kl"] == 0 and metrics["rewards/accuracies"] == 0.5
+        assert (
+            metrics["loss"] == 0.5 and metrics["kl"] == 0 and metrics["rewards/accuracies"] == 0.5
+        )
 
 
 def test_the_kl_is_never_negative_and_of_one_row_zero():
@@ -87,7 +102,9 @@ def test_the_kl_counts_what_counts_of_the_others_completion_also_where_it_is_cut
             prompt = row.prompt_ids
             completion = other.completion_ids[: max_length - len(prompt)]
             for model, sign in ((trainer.model, 1), (trainer.reference.model, -1)):
-                log_p = model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+                log_p = model(torch.tensor([prompt + completion]))[
+                    0, len(prompt) - 1 : -1
+                ].log_softmax(-1)
                 counted = zip(log_p, completion, other.completion_mask)
                 total += sign * sum(x[token].item() for x, token, counts in counted if counts)
         assert trainer.kl(masked).item() == pytest.approx(max(total / 2, 0), abs=1e-5)
@@ -100,7 +117,10 @@ def test_the_kl_is_without_dropout():
 
 
 def test_a_prompt_and_a_completion_of_other_rows_are_cut_to_the_models_positions():
-    long = [Example([7] * 20, [5] * 10 + [2], label=True), Example([8] * 2, [6] * 28 + [2], label=False)]
+    long = [
+        Example([7] * 20, [5] * 10 + [2], label=True),
+        Example([8] * 2, [6] * 28 + [2], label=False),
+    ]
     assert math.isfinite(make(examples=long, batch_size=2).train()[-1]["loss"])
 
 
@@ -108,13 +128,18 @@ def test_kto_learns_what_is_desirable_and_leaves_the_reference_alone():
     trainer = make(examples=rows(60), epochs=4, lr=3e-3, batch_size=20)
     before = snapshot(trainer.reference.model)
     last = trainer.train()[-1]
-    assert last["rewards/desirable"] > last["rewards/undesirable"] + 0.3 and last["rewards/accuracies"] > 0.8
+    assert (
+        last["rewards/desirable"] > last["rewards/undesirable"] + 0.3
+        and last["rewards/accuracies"] > 0.8
+    )
     assert_close(snapshot(trainer.reference.model), before, rtol=0, atol=0)
 
 
 def test_labels_come_from_the_file(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "p", "completion": "c", "label": true}\n{"prompt": "p", "response": "d", "label": 0}\n')
+    path.write_text(
+        '{"prompt": "p", "completion": "c", "label": true}\n{"prompt": "p", "response": "d", "label": 0}\n'
+    )
     assert read_labelled(path) == [Labelled("p", "c", True), Labelled("p", "d", False)]
     encoded = read_labelled(path, encode=lambda row: encode_labelled(row, ByteTokenizer(), 20))
     assert [example.label for example in encoded] == [True, False]

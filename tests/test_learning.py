@@ -21,7 +21,9 @@ def tiny(tmp_path_factory):
         torch.manual_seed(seed)
         return replace(
             task,
-            policy=Transformer(replace(task.policy.config, hidden_size=16, num_layers=1, intermediate_size=32)),
+            policy=Transformer(
+                replace(task.policy.config, hidden_size=16, num_layers=1, intermediate_size=32)
+            ),
             prompts=task.prompts[:64],
             eval_prompts=task.eval_prompts[:18],
             response_length=8,
@@ -38,7 +40,10 @@ def tiny(tmp_path_factory):
 
 
 def result(gold, seed=0, **values):
-    return dict(gold=gold, seed=seed, gold_sd=2.0, gold_error=0.5, reward=0.1, kl=3.0, win_rate=0.75) | values
+    return (
+        dict(gold=gold, seed=seed, gold_sd=2.0, gold_error=0.5, reward=0.1, kl=3.0, win_rate=0.75)
+        | values
+    )
 
 
 COST = dict(sampled=1500, trained=6000, seconds=12.4)
@@ -69,7 +74,9 @@ def test_what_is_shared_is_read_back_as_it_was_made(tiny):
     responses = [pair.chosen_ids for pair in made.pairs]
     prompts = [pair.prompt_ids for pair in made.pairs]
     assert torch.equal(made.scores(prompts, responses), again.scores(prompts, responses))
-    assert not any(p.requires_grad for p in (*made.base.parameters(), *made.reward_model.parameters()))
+    assert not any(
+        p.requires_grad for p in (*made.base.parameters(), *made.reward_model.parameters())
+    )
 
 
 def test_pairs_train_every_completion_once_and_sample_nothing(tiny):
@@ -125,7 +132,10 @@ def test_a_result_is_made_once_and_again_where_the_settings_are_others(tiny, tmp
     assert len(runs) == 1
     settings["lr"] = 2.0
     learning.learn("replies", None, 0, ["DPO"], tmp_path / "seed-0")
-    assert runs == [dict(lr=1.0), dict(lr=2.0)] and read_json(tmp_path / "seed-0" / "DPO.json")["gold"] == 2.0
+    assert (
+        runs == [dict(lr=1.0), dict(lr=2.0)]
+        and read_json(tmp_path / "seed-0" / "DPO.json")["gold"] == 2.0
+    )
     assert learning.read_results(tmp_path, [0, 1])["DPO"][0]["settings"] == dict(lr=2.0)
 
 
@@ -133,11 +143,21 @@ def test_the_curves_start_at_sft_and_are_drawn(tiny, tmp_path):
     pytest.importorskip("matplotlib")
     made, _ = tiny
     ppo = dict(batch_size=4, max_steps=2 * overoptimisation.EVERY, ppo_epochs=1, kl_coef=0.0)
-    found = overoptimisation.curves(made, num_pairs=8, reward=dict(epochs=1), ppo=ppo, prompts=3, num_samples=4)
-    assert [point["step"] for point in found["ppo"]] == [0, overoptimisation.EVERY, 2 * overoptimisation.EVERY]
+    found = overoptimisation.curves(
+        made, num_pairs=8, reward=dict(epochs=1), ppo=ppo, prompts=3, num_samples=4
+    )
+    assert [point["step"] for point in found["ppo"]] == [
+        0,
+        overoptimisation.EVERY,
+        2 * overoptimisation.EVERY,
+    ]
     assert [point["n"] for point in found["best_of_n"]] == [1, 2, 4]
     for points in (found["ppo"], found["best_of_n"]):
-        assert points[0]["kl"] == 0 and abs(points[0]["gold"]) < 1e-6 and abs(points[0]["proxy"]) < 1e-6
+        assert (
+            points[0]["kl"] == 0
+            and abs(points[0]["gold"]) < 1e-6
+            and abs(points[0]["proxy"]) < 1e-6
+        )
     assert found["best_of_n"][2]["proxy"] > found["best_of_n"][1]["proxy"] > 0
     overoptimisation.draw([found, found], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000

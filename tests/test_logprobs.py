@@ -60,12 +60,16 @@ def test_values_entropy_and_gradient_match_float64_for_any_vocabulary(backend, v
     logits, targets = rows(2, 3, vocab, dtype=dtype)
     mask = torch.tensor([[True, True, False], [True, False, True]])
     g, h = torch.randn(2, 3), torch.randn(2, 3)  # a non-uniform upstream
-    _, entropy, _ = assert_matches_float64(logits, targets, backend, g, h, temperature=0.7, mask=mask)
+    _, entropy, _ = assert_matches_float64(
+        logits, targets, backend, g, h, temperature=0.7, mask=mask
+    )
     assert (entropy <= math.log(vocab) + 1e-5).all()
 
 
 @pytest.mark.parametrize("vocab", [50257, 129920, 151936])
-def test_values_entropy_and_gradient_match_float64_at_the_vocabularies_of_real_models(backend, vocab):
+def test_values_entropy_and_gradient_match_float64_at_the_vocabularies_of_real_models(
+    backend, vocab
+):
     logits, targets = rows(1, 2, vocab, dtype=torch.bfloat16)
     assert_matches_float64(logits, targets, backend)
 
@@ -77,7 +81,9 @@ def test_temperature_scores_and_measures_the_distribution_sampled_from(backend, 
     p = torch.softmax(logits.double() / temperature, dim=-1)  # what a sampler draws from
     drawn = p.gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(logprobs.double(), drawn.log(), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(entropy.double(), torch.special.entr(p).sum(-1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        entropy.double(), torch.special.entr(p).sum(-1), rtol=1e-6, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])
@@ -215,14 +221,18 @@ def test_reference_gradients_pass_gradcheck():
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     targets, mask = torch.randint(0, 5, (2, 3)), torch.rand(2, 3) < 0.7
-    assert torch.autograd.gradcheck(lambda z: token_logprobs_reference(z, targets, 0.8, mask), logits)
+    assert torch.autograd.gradcheck(
+        lambda z: token_logprobs_reference(z, targets, 0.8, mask), logits
+    )
 
 
 def test_float64_stays_float64_by_default():
     logits = torch.randn(3, 11, dtype=torch.float64)
     logprobs = token_logprobs(logits, torch.tensor([0, 5, 10]))
     assert logprobs.dtype == torch.float64
-    torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1)[range(3), [0, 5, 10]], rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        logprobs, torch.log_softmax(logits, -1)[range(3), [0, 5, 10]], rtol=1e-14, atol=0
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3), (1, 1)])
@@ -266,8 +276,12 @@ def test_a_strided_view_gives_the_bits_of_its_copy_and_the_gradient_of_its_base(
         logits = logits.contiguous() if copy else logits
         torch.manual_seed(1)
         targets = torch.randint(0, logits.shape[-1], logits.shape[:-1])
-        logprobs, entropy = token_logprobs_and_entropy(logits, targets, temperature=0.9, backend=backend)
-        (logprobs.sum() + (entropy * entropy).sum()).backward()  # one expanded upstream gradient, one dense
+        logprobs, entropy = token_logprobs_and_entropy(
+            logits, targets, temperature=0.9, backend=backend
+        )
+        (
+            logprobs.sum() + (entropy * entropy).sum()
+        ).backward()  # one expanded upstream gradient, one dense
         results.append((logprobs, entropy, leaf.grad))
     for strided, contiguous in zip(*results):
         torch.testing.assert_close(strided, contiguous, rtol=1e-6, atol=1e-6)
@@ -288,12 +302,16 @@ def test_unaligned_and_strided_targets_and_masks(backend):
 @pytest.mark.parametrize("count, stride", [(2, 2**31 + 8), (3, 2**30 + 8)])
 def test_offsets_beyond_2_to_the_31(backend, count, stride, tmp_path):
     on_gpu = torch.cuda.is_available() and backend == "triton"
-    start = 0 if on_gpu else 2**31  # an offset that wraps around lands in the memory before, not in a crash
+    start = (
+        0 if on_gpu else 2**31
+    )  # an offset that wraps around lands in the memory before, not in a crash
     size = start + (count - 1) * stride + 64
     if on_gpu:
         memory = torch.zeros(size, dtype=torch.float16)
     else:  # a sparse file: only the pages that are touched exist
-        memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)
+        memory = torch.from_file(
+            str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16
+        )
     small, targets = rows(count, 1, 64, dtype=torch.float16)
     want = run(small, targets, backend)
     for shape, strides in (((count, 1, 64), (stride, 64, 1)), ((1, count, 64), (64, stride, 1))):
@@ -301,7 +319,9 @@ def test_offsets_beyond_2_to_the_31(backend, count, stride, tmp_path):
         leaf.copy_(small.view(shape))
         leaf.requires_grad_()
         ids = targets.view(shape[:2])
-        logprobs, entropy = token_logprobs_and_entropy(leaf, ids, inplace_backward=True, backend=backend)
+        logprobs, entropy = token_logprobs_and_entropy(
+            leaf, ids, inplace_backward=True, backend=backend
+        )
         (grad,) = torch.autograd.grad((logprobs.sum(), entropy.sum()), leaf)
         for x, y in zip((logprobs, entropy, grad), want):
             assert torch.equal(x, y.view(x.shape))
@@ -342,20 +362,28 @@ def test_two_losses_on_one_logits_tensor_add_their_gradients(backend):
     loss = loss + token_logprobs(leaf, other, temperature=2.0, backend=backend).sum()
     loss.backward()
     zero = torch.zeros(2, 3)
-    truth = exact(logits, targets, h=zero)[2] + exact(logits, other, 2.0, h=zero)[2] + 2 * logits.double()
+    truth = (
+        exact(logits, targets, h=zero)[2]
+        + exact(logits, other, 2.0, h=zero)[2]
+        + 2 * logits.double()
+    )
     torch.testing.assert_close(leaf.grad.double(), truth, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_inplace_backward_gives_the_same_gradient_in_the_logits_own_memory(backend, dtype, with_entropy):
+def test_inplace_backward_gives_the_same_gradient_in_the_logits_own_memory(
+    backend, dtype, with_entropy
+):
     logits, targets = rows(2, 3, LONG, dtype=dtype)
     mask = torch.tensor([[True, False, True]] * 2)
     grads = []
     for inplace in (False, True):
         hidden = logits.clone().requires_grad_()
         z = hidden * 1  # as a head produces them: not a leaf
-        logprobs, entropy = token_logprobs_and_entropy(z, targets, mask=mask, inplace_backward=inplace, backend=backend)
+        logprobs, entropy = token_logprobs_and_entropy(
+            z, targets, mask=mask, inplace_backward=inplace, backend=backend
+        )
         (logprobs.sum() + (entropy.sum() if with_entropy else 0)).backward()
         grads.append(hidden.grad)
     assert torch.equal(*grads)
@@ -366,8 +394,12 @@ def test_inplace_backward_gives_the_same_gradient_in_the_logits_own_memory(backe
 def test_inplace_backward_leaves_a_view_with_shared_memory_alone(backend):
     row, targets = rows(1, 3, 20)
     leaf = row.clone().requires_grad_()
-    token_logprobs(leaf.expand(2, 3, 20), targets.expand(2, 3), inplace_backward=True, backend=backend).sum().backward()
-    truth = exact(row.expand(2, 3, 20), targets.expand(2, 3), h=torch.zeros(2, 3))[2].sum(0, keepdim=True)
+    token_logprobs(
+        leaf.expand(2, 3, 20), targets.expand(2, 3), inplace_backward=True, backend=backend
+    ).sum().backward()
+    truth = exact(row.expand(2, 3, 20), targets.expand(2, 3), h=torch.zeros(2, 3))[2].sum(
+        0, keepdim=True
+    )
     torch.testing.assert_close(leaf.grad.double(), truth, rtol=1e-6, atol=1e-6)
 
 
@@ -392,7 +424,9 @@ def test_wrong_dtypes_raise_type_errors(backend):
 
 def test_targets_on_another_device_raise(backend):
     with pytest.raises(ValueError, match="meta"):
-        token_logprobs(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64, device="meta"), backend=backend)
+        token_logprobs(
+            torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64, device="meta"), backend=backend
+        )
 
 
 @pytest.mark.parametrize("bad", [-1, 5, -100, 2**40])

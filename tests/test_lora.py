@@ -40,7 +40,14 @@ IDS = torch.tensor([[1, 5, 7, 2, 9, 4], [3, 3, 8, 0, 6, 1]])
 
 def tiny(family="llama", cls=Transformer, seed=0, **options):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, intermediate_size=24)
+    sizes = dict(
+        vocab_size=12,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        max_positions=32,
+        intermediate_size=24,
+    )
     model = cls(TransformerConfig(**(sizes | FAMILIES[family] | options))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,7 +104,9 @@ def test_an_adapter_adds_its_product_to_its_rows(family, rslora):
     target = {"llama": "k_proj", "gpt2": "c_attn"}[family]
     model = adapted(family, rank=4, alpha=6, rslora=rslora, target_modules=[target])
     plain, scale = tiny(family), 6 / (2 if rslora else 4)
-    rows = slice(16, 24) if family == "llama" else slice(0, 48)  # of q, k, v: 16, 8, 8 or 16, 16, 16
+    rows = (
+        slice(16, 24) if family == "llama" else slice(0, 48)
+    )  # of q, k, v: 16, 8, 8 or 16, 16, 16
     for mine, block in zip(model.trunk.blocks, plain.trunk.blocks):
         (adapter,) = mine.attn.qkv.adapters.values()
         block.attn.qkv.weight.data[rows] += scale * adapter.lora_B.data @ adapter.lora_A.data
@@ -129,10 +138,16 @@ def test_sampling_goes_through_the_adapters():
     """The log-probs that decoding records are those of the training forward."""
     model = adapted()
     response = generate(
-        model, IDS[:, :3], max_new_tokens=8, temperature=1.0, generator=torch.Generator().manual_seed(0)
+        model,
+        IDS[:, :3],
+        max_new_tokens=8,
+        temperature=1.0,
+        generator=torch.Generator().manual_seed(0),
     )
     ids = torch.cat((IDS[:, :3], response.response_ids), dim=1)
-    logprobs = model(ids)[:, 2:-1].log_softmax(-1).gather(2, response.response_ids[..., None])[..., 0]
+    logprobs = (
+        model(ids)[:, 2:-1].log_softmax(-1).gather(2, response.response_ids[..., None])[..., 0]
+    )
     assert_close(response.logprobs, logprobs, rtol=0, atol=1e-5)
 
 
@@ -145,7 +160,9 @@ def test_beside_bfloat16_weights_adapters_are_float32():
     assert torch.equal(model(IDS), plain(IDS))
     trained(model)(IDS).sum().backward()
     critic = ValueModel.from_model(model)
-    assert {p.dtype for p in critic.parameters() if p.requires_grad and p.ndim == 2 and len(p) > 1} == {torch.float32}
+    assert {
+        p.dtype for p in critic.parameters() if p.requires_grad and p.ndim == 2 and len(p) > 1
+    } == {torch.float32}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -172,20 +189,30 @@ def test_a_step_moves_the_adapters_and_a_scalar_head_and_nothing_else(family, cl
     """Row 32: everything else is the same to the last bit, under weight decay too."""
     model = adapted(family, cls)
     before = snapshot(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1
+    )
     arguments = (IDS,) if cls is Transformer else (IDS, torch.ones_like(IDS, dtype=torch.bool))
     model(*arguments).square().sum().backward()
     optimizer.step()
-    moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    moved = {
+        name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])
+    }
     assert moved == {name for name in before if "lora_" in name or name == "score.weight"}
-    assert {f"trunk.blocks.1.{name}" for name in ("attn.qkv.weight", "mlp.down.weight")} <= before.keys()
+    assert {
+        f"trunk.blocks.1.{name}" for name in ("attn.qkv.weight", "mlp.down.weight")
+    } <= before.keys()
 
 
 def test_a_head_on_an_adapted_trunk_trains_with_the_adapters_of_its_copy():
     policy = adapted()
     critic = ValueModel.from_model(policy)
     trains = {name for name, p in critic.named_parameters() if p.requires_grad}
-    assert "score.weight" in trains and all("lora_" in name for name in trains - {"score.weight"}) and len(trains) > 20
+    assert (
+        "score.weight" in trains
+        and all("lora_" in name for name in trains - {"score.weight"})
+        and len(trains) > 20
+    )
     trained(critic)
     assert torch.equal(policy(IDS), adapted()(IDS))
 
@@ -243,7 +270,10 @@ def test_a_folder_of_adapters_reads_as_their_base_with_them(family, cls, tmp_pat
         model = base if isinstance(base, cls) else cls.from_model(base)
         add_adapters(model, LoRAConfig(rank=2, alpha=3.5, rslora=True, base=str(folder)))
         trained(model).save_pretrained(out)
-        assert {file.name for file in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert {file.name for file in out.iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
         read = cls.from_pretrained(out)
         assert_close(snapshot(read), snapshot(model), rtol=0, atol=0)
         arguments = (IDS,) if cls is Transformer else (IDS, torch.ones_like(IDS, dtype=torch.bool))
@@ -255,7 +285,10 @@ def test_a_whole_model_saved_over_adapters_is_what_is_read(tmp_path):
     adapted(base=str(tmp_path / "base")).save_pretrained(tmp_path / "out")
     tiny(seed=3).save_pretrained(tmp_path / "out")
     assert torch.equal(Transformer.from_pretrained(tmp_path / "out")(IDS), tiny(seed=3)(IDS))
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
 
 
 def test_adapters_saved_over_a_model_with_values_are_without_these(tmp_path):
@@ -267,7 +300,9 @@ def test_adapters_saved_over_a_model_with_values_are_without_these(tmp_path):
 
 
 @pytest.mark.parametrize("of_steps", [True, False])
-def test_adapters_say_whether_their_scores_are_of_steps_whatever_their_base_does(of_steps, tmp_path):
+def test_adapters_say_whether_their_scores_are_of_steps_whatever_their_base_does(
+    of_steps, tmp_path
+):
     for base in (tiny(), RewardModel.from_model(tiny())):
         base.of_steps = not of_steps
         base.save_pretrained(tmp_path / "base")
@@ -283,7 +318,9 @@ def test_adapters_of_a_reward_model_are_no_policy(tmp_path):
     reward = RewardModel.from_model(tiny())
     add_adapters(reward, LoRAConfig(rank=2, base=str(tmp_path / "base")))
     reward.save_pretrained(tmp_path / "out")
-    with pytest.raises(ValueError, match=f"{tmp_path / 'out'}: adapters of a reward model, not of a language model"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path / 'out'}: adapters of a reward model, not of a language model"
+    ):
         Transformer.from_pretrained(tmp_path / "out")
 
 
@@ -291,7 +328,9 @@ def test_a_file_written_by_hand_is_read(tmp_path):
     """PEFT's format, as its own files have it."""
     a, b = torch.randn(2, 16), torch.randn(8, 2)
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_{}.weight"
-    safetensors.torch.save_file({name.format("A"): a, name.format("B"): b}, tmp_path / "adapter_model.safetensors")
+    safetensors.torch.save_file(
+        {name.format("A"): a, name.format("B"): b}, tmp_path / "adapter_model.safetensors"
+    )
     config = dict(
         peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=6, lora_dropout=0.0, bias="none", use_dora=False,
         target_modules=["layers.1.self_attn.v_proj"], rank_pattern={}, modules_to_save=None, fan_in_fan_out=False,
@@ -315,7 +354,9 @@ def edit(folder, change=None, **fields):
     safetensors.torch.save_file(tensors, file)
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text()) | fields
-    file.write_text(json.dumps({name: value for name, value in config.items() if value != "remove"}))
+    file.write_text(
+        json.dumps({name: value for name, value in config.items() if value != "remove"})
+    )
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -417,13 +458,16 @@ def test_targets_are_names_their_ends_or_a_pattern(target, modules):
 @pytest.mark.parametrize("target", [["q_proj", "query"], "query", ["proj"]])
 def test_a_target_that_is_not_there_is_named_with_those_that_are(target):
     model = tiny()
-    with pytest.raises(ValueError, match=r"no module '(query|proj)' to adapt, only down_proj, gate_proj"):
+    with pytest.raises(
+        ValueError, match=r"no module '(query|proj)' to adapt, only down_proj, gate_proj"
+    ):
         add_adapters(model, LoRAConfig(target_modules=target))
     assert not has_adapters(model) and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(
-    "field, value", [("rank", 0), ("rank", 1.5), ("alpha", 0), ("dropout", 1.0), ("target_modules", [])]
+    "field, value",
+    [("rank", 0), ("rank", 1.5), ("alpha", 0), ("dropout", 1.0), ("target_modules", [])],
 )
 def test_a_config_out_of_range_is_refused(field, value):
     with pytest.raises(ValueError, match=field):
@@ -443,7 +487,9 @@ def test_peft_reads_what_is_written_here_and_the_other_way_round(family, targets
     base.save_pretrained(tmp_path / "base")
 
     def theirs():
-        return getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "base").eval()
+        return (
+            getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "base").eval()
+        )
 
     names = ALL[family][: None if targets == "all" else 1]
     mask = torch.ones_like(IDS, dtype=torch.bool)

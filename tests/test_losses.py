@@ -118,7 +118,10 @@ def test_robust_dpo_is_unbiased_for_flipped_labels():
     """Its mean over labels flipped with that probability is DPO's loss of the clean label; cDPO's is not."""
     chosen, rejected = leaves(CHOSEN, REJECTED)
     settings = dict(beta=0.5, label_smoothing=0.2)
-    clean, flipped = robust_dpo_loss(chosen, rejected, **settings), robust_dpo_loss(rejected, chosen, **settings)
+    clean, flipped = (
+        robust_dpo_loss(chosen, rejected, **settings),
+        robust_dpo_loss(rejected, chosen, **settings),
+    )
     assert_close(0.8 * clean + 0.2 * flipped, dpo_loss(chosen, rejected, beta=0.5))
 
 
@@ -138,9 +141,13 @@ def test_orpo_is_the_cross_entropy_and_the_log_sigmoid_of_the_odds_ratio():
         return math.exp(logp) / (1 - math.exp(logp))
 
     ratios = [odds(c) / odds(r) for c, r in zip(chosen.tolist(), rejected.tolist())]
-    assert_close(loss.tolist(), [-c - 0.4 * math.log(r / (1 + r)) for c, r in zip(chosen.tolist(), ratios)])
+    assert_close(
+        loss.tolist(), [-c - 0.4 * math.log(r / (1 + r)) for c, r in zip(chosen.tolist(), ratios)]
+    )
     loss.sum().backward()
-    slope = [1 / (1 + ratio) / (1 - math.exp(c)) for ratio, c in zip(ratios, chosen.tolist())]  # of log odds: 1 / (1-p)
+    slope = [
+        1 / (1 + ratio) / (1 - math.exp(c)) for ratio, c in zip(ratios, chosen.tolist())
+    ]  # of log odds: 1 / (1-p)
     assert_close(chosen.grad.tolist(), [-1 - 0.4 * s for s in slope])
 
 
@@ -160,7 +167,11 @@ def test_centering_is_least_where_a_pair_cancels():
 
 
 def test_a_tie_counts_one_half():
-    assert preferred(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])).tolist() == [1.0, 0.5, 0.0]
+    assert preferred(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])).tolist() == [
+        1.0,
+        0.5,
+        0.0,
+    ]
 
 
 # ---- single completions
@@ -170,9 +181,16 @@ def test_kto_weighs_gains_and_losses_against_the_reference_point():
     (log_ratios,) = leaves([1.0, -2.0, 0.5])
     (kl,) = leaves(0.3)
     desirable = torch.tensor([True, False, False])
-    loss = kto_loss(log_ratios, desirable, kl, beta=0.5, desirable_weight=1.5, undesirable_weight=0.7)
+    loss = kto_loss(
+        log_ratios, desirable, kl, beta=0.5, desirable_weight=1.5, undesirable_weight=0.7
+    )
     gains = [0.5 * (1.0 - 0.3), -0.5 * (-2.0 - 0.3), -0.5 * (0.5 - 0.3)]
-    assert_close(loss.tolist(), [w * (1 - sigmoid(g)) for w, g in zip((1.5, 0.7, 0.7), gains)], rtol=1e-6, atol=1e-6)
+    assert_close(
+        loss.tolist(),
+        [w * (1 - sigmoid(g)) for w, g in zip((1.5, 0.7, 0.7), gains)],
+        rtol=1e-6,
+        atol=1e-6,
+    )
     loss.sum().backward()
     slopes = [sigmoid(g) * sigmoid(-g) * 0.5 for g in gains]
     expected = [-1.5 * slopes[0], 0.7 * slopes[1], 0.7 * slopes[2]]
@@ -203,7 +221,9 @@ def test_plackett_luce_probabilities_of_all_orders_add_up_to_one():
 
 
 def test_plackett_luce_ignores_what_is_behind_a_lists_end():
-    scores = torch.tensor([[1.0, 0.5, -1.0, NAN], [0.3, NAN, NAN, NAN], [NAN] * 4], requires_grad=True)
+    scores = torch.tensor(
+        [[1.0, 0.5, -1.0, NAN], [0.3, NAN, NAN, NAN], [NAN] * 4], requires_grad=True
+    )
     mask = torch.tensor([[True, True, True, False], [True, False, False, False], [False] * 4])
     loss = plackett_luce_loss(scores, mask)
     whole = plackett_luce_loss(scores[:1, :3], mask[:1, :3])
@@ -238,14 +258,19 @@ def test_the_kl_in_the_loss_has_the_gradient_of_the_exact_kl(moved):
     assert_close(gradient, slope)
     assert not torch.allclose(value, exact.detach())  # as its docstring says
     for estimator in ("k1", "k3"):  # differentiated as it stands, it has not
-        _, naive = mean_over_samples(lambda lp, _, ref, mask, e=estimator: kl_estimate(lp, ref, estimator=e, mask=mask))
+        _, naive = mean_over_samples(
+            lambda lp, _, ref, mask, e=estimator: kl_estimate(lp, ref, estimator=e, mask=mask)
+        )
         assert (naive - slope).norm() > 0.1 * slope.norm()
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_the_kl_in_the_loss_stays_finite_far_out_and_what_is_masked_adds_nothing(estimator):
     logprobs = torch.tensor([[-100.0, -0.1, -3.0, math.nan]], requires_grad=True)
-    old, ref = torch.tensor([[-0.1, -200.0, -3.0, math.inf]]), torch.tensor([[-0.1, -100.0, -3.0, math.nan]])
+    old, ref = (
+        torch.tensor([[-0.1, -200.0, -3.0, math.inf]]),
+        torch.tensor([[-0.1, -100.0, -3.0, math.nan]]),
+    )
     mask = torch.tensor([[True, True, True, False]])
     loss = kl_loss(logprobs, old, ref, mask, estimator=estimator)
     loss.sum().backward()

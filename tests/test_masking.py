@@ -27,14 +27,32 @@ def masked_calls(backend):
     targets = torch.randint(0, 33, SHAPE)
     return {
         "token_logprobs": (
-            lambda mask, x: token_logprobs_and_entropy(x, targets, temperature=0.7, mask=mask, backend=backend),
+            lambda mask, x: token_logprobs_and_entropy(
+                x, targets, temperature=0.7, mask=mask, backend=backend
+            ),
             1,
             (33,),
         ),
-        "kl k1": (lambda mask, x, y: (kl_estimate(x, y, estimator="k1", mask=mask, backend=backend),), 2, ()),
-        "kl k2": (lambda mask, x, y: (kl_estimate(x, y, estimator="k2", mask=mask, backend=backend),), 2, ()),
-        "kl k3": (lambda mask, x, y: (kl_estimate(x, y, estimator="k3", mask=mask, backend=backend),), 2, ()),
-        "kl abs": (lambda mask, x, y: (kl_estimate(x, y, estimator="abs", mask=mask, backend=backend),), 2, ()),
+        "kl k1": (
+            lambda mask, x, y: (kl_estimate(x, y, estimator="k1", mask=mask, backend=backend),),
+            2,
+            (),
+        ),
+        "kl k2": (
+            lambda mask, x, y: (kl_estimate(x, y, estimator="k2", mask=mask, backend=backend),),
+            2,
+            (),
+        ),
+        "kl k3": (
+            lambda mask, x, y: (kl_estimate(x, y, estimator="k3", mask=mask, backend=backend),),
+            2,
+            (),
+        ),
+        "kl abs": (
+            lambda mask, x, y: (kl_estimate(x, y, estimator="abs", mask=mask, backend=backend),),
+            2,
+            (),
+        ),
         "gae": (lambda mask, x, y: gae(x, y, mask, gamma=0.97, lam=0.9, backend=backend), 2, ()),
     }
 
@@ -67,7 +85,9 @@ def assert_masked_values_do_not_matter(call, arity, trailing):
             x[~mask] = junk
             x.requires_grad_()
         outputs = call(mask, *inputs)
-        upstream = [torch.where(mask, 1.0, 7.0) for _ in outputs]  # what arrives at masked positions stops there
+        upstream = [
+            torch.where(mask, 1.0, 7.0) for _ in outputs
+        ]  # what arrives at masked positions stops there
         grads = torch.autograd.grad(outputs, inputs, upstream)
         results = [x.detach() for x in (*outputs, *grads)]
         assert all((x[~mask] == 0).all() for x in results)
@@ -92,7 +112,11 @@ def test_an_ignored_label_under_a_false_mask_is_no_target(backend):
     logprobs.sum().backward()
     want = torch.log_softmax(logits, -1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
     torch.testing.assert_close(logprobs[:, :2], want[:, :2])
-    assert (logprobs[:, 2:] == 0).all() and (logits.grad[:, 2:] == 0).all() and (logits.grad[:, :2] != 0).any()
+    assert (
+        (logprobs[:, 2:] == 0).all()
+        and (logits.grad[:, 2:] == 0).all()
+        and (logits.grad[:, :2] != 0).any()
+    )
 
 
 def test_appending_padding_changes_no_log_prob_kl_or_gradient(backend):
@@ -152,11 +176,18 @@ def test_last_token_index_is_the_last_counted_position_whatever_lies_between():
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_weights_of_micro_batches_add_up_to_the_minibatch(aggregation):
     torch.manual_seed(0)
-    loss, mask = torch.randn(8, 6), torch.arange(6) < torch.tensor([6, 1, 3, 0, 2, 6, 5, 4])[:, None]
+    loss, mask = (
+        torch.randn(8, 6),
+        torch.arange(6) < torch.tensor([6, 1, 3, 0, 2, 6, 5, 4])[:, None],
+    )
     weights = loss_weights(mask, aggregation)
     torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
     rows = [loss[i][mask[i]] for i in range(8) if mask[i].any()]
-    want = torch.cat(rows).mean() if aggregation == "token_mean" else torch.stack([r.mean() for r in rows]).mean()
+    want = (
+        torch.cat(rows).mean()
+        if aggregation == "token_mean"
+        else torch.stack([r.mean() for r in rows]).mean()
+    )
     for size in (1, 2, 8):
         parts = [(loss[i : i + size] * weights[i : i + size]).sum() for i in range(0, 8, size)]
         torch.testing.assert_close(sum(parts), want)

@@ -15,9 +15,13 @@ from rlhf_core.trainers import NLPOConfig, NLPOTrainer, PPOConfig, PPOTrainer, n
 
 def make(model=None, out=None, trainer_type=NLPOTrainer, prompts=PROMPTS, **config):
     torch.manual_seed(5)
-    settings = dict(batch_size=8, minibatch_size=8, ppo_epochs=1, response_length=6, temperature=1.3, lr=1e-2)
+    settings = dict(
+        batch_size=8, minibatch_size=8, ppo_epochs=1, response_length=6, temperature=1.3, lr=1e-2
+    )
     config_type = NLPOConfig if trainer_type is NLPOTrainer else PPOConfig
-    config = config_type(**(settings | ({"mask_top_p": 0.6} if config_type is NLPOConfig else {}) | config))
+    config = config_type(
+        **(settings | ({"mask_top_p": 0.6} if config_type is NLPOConfig else {}) | config)
+    )
     return trainer_type(tiny() if model is None else model, prompts, config, reward=fives, out=out)
 
 
@@ -59,11 +63,16 @@ def by_hand(trainer, rollout):
 
 @pytest.mark.parametrize("logits_at_once", [2**22, 60])  # 60: five tokens
 @pytest.mark.parametrize("model", [tiny, adapted])
-def test_log_probs_entropy_and_gradients_are_those_of_the_masked_policy(model, logits_at_once, monkeypatch):
+def test_log_probs_entropy_and_gradients_are_those_of_the_masked_policy(
+    model, logits_at_once, monkeypatch
+):
     monkeypatch.setattr(nlpo, "LOGITS_AT_ONCE", logits_at_once)
     trainer = apart(make(model()))
     rollout = trainer.sample(PROMPTS)
-    mask, parameters = rollout.response_mask, [p for p in trainer.model.parameters() if p.requires_grad]
+    mask, parameters = (
+        rollout.response_mask,
+        [p for p in trainer.model.parameters() if p.requires_grad],
+    )
     want = by_hand(trainer, rollout)
     gradients = torch.autograd.grad(want[0].sum() + want[1].square().sum(), parameters)
     got = trainer.forward(rollout)
@@ -78,18 +87,30 @@ def test_what_lies_outside_the_mask_is_never_sampled():
     trainer = apart(make())
     rollout = trainer.sample(PROMPTS, num_samples=20)
     kept = by_hand(trainer, rollout)[2]  # looks each token up among those allowed
-    plain = generate(trainer.model, torch.tensor([PROMPTS[0]]), max_new_tokens=1, num_samples=400, temperature=1.3)
-    assert set(plain.response_ids[:, 0].tolist()) - set(kept[0])  # the policy alone would leave the mask
+    plain = generate(
+        trainer.model,
+        torch.tensor([PROMPTS[0]]),
+        max_new_tokens=1,
+        num_samples=400,
+        temperature=1.3,
+    )
+    assert set(plain.response_ids[:, 0].tolist()) - set(
+        kept[0]
+    )  # the policy alone would leave the mask
     assert len(set(map(len, kept))) > 2
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 @pytest.mark.parametrize("critic, model", [("separate", tiny), ("head", tiny), ("head", adapted)])
-def test_the_first_minibatch_has_ratio_one_where_policy_and_copy_are_apart(micro_batch_size, critic, model):
+def test_the_first_minibatch_has_ratio_one_where_policy_and_copy_are_apart(
+    micro_batch_size, critic, model
+):
     """And dropout, which the model's config has, stays off."""
     trainer = apart(make(model(dropout=0.1), micro_batch_size=micro_batch_size, critic=critic))
     report = trainer.step(PROMPTS)
-    assert report["val/ratio"] == pytest.approx(1, abs=1e-5) and report["val/rollout_mismatch"] < 1e-4
+    assert (
+        report["val/ratio"] == pytest.approx(1, abs=1e-5) and report["val/rollout_mismatch"] < 1e-4
+    )
     assert report["policy/approxkl_avg"] == pytest.approx(0, abs=1e-6)
     assert not trainer.model.training and not trainer.masked.lagging.training
 
@@ -98,7 +119,9 @@ def test_a_sampled_token_is_allowed_whatever_the_copy_says_now():
     trainer = make()
     rollout = trainer.sample(PROMPTS)
     apart(trainer)
-    trainer.masked.lagging.load_state_dict(snapshot(trainer.model))  # as if the copy rounded otherwise
+    trainer.masked.lagging.load_state_dict(
+        snapshot(trainer.model)
+    )  # as if the copy rounded otherwise
     assert trainer.forward(rollout)["logprobs"].isfinite().all()
 
 
@@ -129,7 +152,12 @@ def test_the_mask_follows_the_policy_every_so_many_rollouts():
     def watched(batch):
         report = step(batch)
         lagging = trainer.masked.lagging.state_dict()
-        seen.append([all(torch.equal(lagging[n], x) for n, x in s.items()) for s in (first, snapshot(trainer.model))])
+        seen.append(
+            [
+                all(torch.equal(lagging[n], x) for n, x in s.items())
+                for s in (first, snapshot(trainer.model))
+            ]
+        )
         return report
 
     trainer.step = watched
@@ -172,7 +200,9 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(model, tmp_path):
     rest = build()
     rest.resume()
     for got, want in zip(rest.train(), history, strict=True):
-        assert {n: x for n, x in got.items() if n != "eps"} == {n: x for n, x in want.items() if n != "eps"}
+        assert {n: x for n, x in got.items() if n != "eps"} == {
+            n: x for n, x in want.items() if n != "eps"
+        }
     for trained in (lambda t: t.model, lambda t: t.critic, lambda t: t.masked.lagging):
         for name, x in snapshot(trained(rest)).items():
             assert torch.equal(x, trained(whole).state_dict()[name]), name
@@ -183,7 +213,11 @@ def test_a_run_that_goes_on_ends_as_one_that_never_stopped(model, tmp_path):
 def test_policy_and_critic_train_and_the_copy_does_not():
     trainer = make(mask_every=9)
     before = snapshot(trainer.masked.lagging)
-    trained = {id(parameter) for model in (trainer.model, trainer.critic) for parameter in model.parameters()}
+    trained = {
+        id(parameter)
+        for model in (trainer.model, trainer.critic)
+        for parameter in model.parameters()
+    }
     assert {id(parameter) for parameter in trainer.trained_parameters()} == trained
     trainer.step(PROMPTS)
     for name, x in snapshot(trainer.masked.lagging).items():
@@ -191,13 +225,18 @@ def test_policy_and_critic_train_and_the_copy_does_not():
 
 
 def test_the_score_rises():
-    settings = dict(prompts=PROMPTS * 24, batch_size=32, minibatch_size=16, lr=2e-2, kl_coef=0.0, ppo_epochs=4)
-    scores = [step["objective/scores"] for step in make(**settings, mask_top_p=0.95, mask_every=1).train()]
+    settings = dict(
+        prompts=PROMPTS * 24, batch_size=32, minibatch_size=16, lr=2e-2, kl_coef=0.0, ppo_epochs=4
+    )
+    scores = [
+        step["objective/scores"] for step in make(**settings, mask_top_p=0.95, mask_every=1).train()
+    ]
     assert sum(scores[-2:]) / 2 > scores[0] + 1
 
 
 @pytest.mark.parametrize(
-    "name, value", [("mask_top_p", 0.0), ("mask_top_p", 1.1), ("mask_every", 0), ("kl_estimator", "full")]
+    "name, value",
+    [("mask_top_p", 0.0), ("mask_top_p", 1.1), ("mask_every", 0), ("kl_estimator", "full")],
 )
 def test_a_setting_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} .*{value}"):
@@ -205,8 +244,22 @@ def test_a_setting_out_of_range_is_refused_by_name(name, value):
 
 
 def test_the_command_line_writes_the_policy(folders, tmp_path, capsys):  # noqa: F811
-    prompts, out = write(tmp_path / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(4)]), tmp_path / "out"
-    options = ["--batch-size", 2, "--response-length", 4, "--mask-every", 1, "--mask-top-p", 0.8, "--device", "cpu"]
+    prompts, out = (
+        write(tmp_path / "prompts.jsonl", [{"prompt": f"say {i}"} for i in range(4)]),
+        tmp_path / "out",
+    )
+    options = [
+        "--batch-size",
+        2,
+        "--response-length",
+        4,
+        "--mask-every",
+        1,
+        "--mask-top-p",
+        0.8,
+        "--device",
+        "cpu",
+    ]
     models = "--model", folders / "policy", "--reward-model", folders / "reward"
     assert run("nlpo", *models, "--prompts", prompts, "--out", out, *options) == 0
     assert "objective/scores" in capsys.readouterr().out

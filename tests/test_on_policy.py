@@ -6,7 +6,17 @@ import math
 
 import pytest
 import torch
-from test_ppo import PROMPTS, experience_of, fives, gradients, lengths, make, rollout_of, snapshot, tiny
+from test_ppo import (
+    PROMPTS,
+    experience_of,
+    fives,
+    gradients,
+    lengths,
+    make,
+    rollout_of,
+    snapshot,
+    tiny,
+)
 from torch.testing import assert_close
 
 from rlhf_core import full_kl
@@ -25,7 +35,10 @@ def test_the_kl_in_the_loss_adds_its_gradient_and_leaves_the_reward_alone(estima
     reference = tiny(seed=1)
     trainers = [
         make(**options, others=dict(reference=reference), vf_coef=0.0)
-        for options in (dict(kl_coef=0), *(dict(kl_in="loss", kl_estimator=estimator, kl_coef=c) for c in (0.5, 1.0)))
+        for options in (
+            dict(kl_coef=0),
+            *(dict(kl_in="loss", kl_estimator=estimator, kl_coef=c) for c in (0.5, 1.0)),
+        )
     ]
     trainers[0].full_kl = lambda *arguments: pytest.fail("computed for a weight of 0")
     rollout = rollout_of(trainers[0])
@@ -55,14 +68,18 @@ def test_an_estimator_is_chosen_for_the_place_where_the_kl_counts():
 @pytest.mark.parametrize("estimator", ["k2", "k3", "abs", "full"])
 def test_an_estimator_whose_gradient_in_the_reward_is_not_the_kls_warns(estimator):
     """Row 18."""
-    with pytest.warns(UserWarning, match=f"{estimator} in the reward: its policy gradient is not the KL's"):
+    with pytest.warns(
+        UserWarning, match=f"{estimator} in the reward: its policy gradient is not the KL's"
+    ):
         make(kl_estimator=estimator)
 
 
 @pytest.mark.filterwarnings("ignore:kl_estimator full in the reward")
 def test_the_exact_kl_is_what_the_reward_is_charged():
     reference = tiny(seed=1)
-    trainer = make(kl_estimator="full", kl_coef=0.3, micro_batch_size=3, others=dict(reference=reference))
+    trainer = make(
+        kl_estimator="full", kl_coef=0.3, micro_batch_size=3, others=dict(reference=reference)
+    )
     rollout = rollout_of(trainer)
     kl = trainer.predict(rollout)["kl"]
     for b, (prompt, response) in enumerate(zip(rollout.prompts(), rollout.responses())):
@@ -108,7 +125,10 @@ def test_a_reference_that_follows_is_an_average_of_the_policy_and_a_copy():
     trainer = make(others=dict(reference=given), reference_ema=0.75, lr=1e-2)
     trainer.step(PROMPTS)
     assert_close(snapshot(given), before, rtol=0, atol=0)
-    want = {name: 0.75 * before[name] + 0.25 * weight for name, weight in snapshot(trainer.model).items()}
+    want = {
+        name: 0.75 * before[name] + 0.25 * weight
+        for name, weight in snapshot(trainer.model).items()
+    }
     assert_close(snapshot(trainer.reference.model), want)
 
 
@@ -131,9 +151,18 @@ def test_the_critic_has_its_own_learning_rate():
 @pytest.mark.parametrize("estimator", ["k3", "full"])
 def test_in_its_warm_up_the_critic_alone_learns(critic, estimator):
     """Whatever else is in the loss; nor are the coefficients steered."""
-    losses = dict(entropy_coef=0.1, ptx_coef=0.5, kl_in="loss", kl_estimator=estimator, kl_target=1.0, kl_horizon=8)
+    losses = dict(
+        entropy_coef=0.1,
+        ptx_coef=0.5,
+        kl_in="loss",
+        kl_estimator=estimator,
+        kl_target=1.0,
+        kl_horizon=8,
+    )
     others = dict(ptx_examples=[Example([1], [2, 3])], reference=tiny(seed=1))
-    trainer = make(prompts=PROMPTS * 3, critic=critic, critic_warmup_steps=2, lr=1e-2, **losses, others=others)
+    trainer = make(
+        prompts=PROMPTS * 3, critic=critic, critic_warmup_steps=2, lr=1e-2, **losses, others=others
+    )
     policies, heads = [snapshot(trainer.model)], [snapshot(trainer.critic)["score.weight"]]
     step = trainer.step
 
@@ -173,10 +202,14 @@ def test_rewards_of_tokens_arrive_at_their_tokens():
     trainer.minibatch_losses = lambda *arguments: seen.append(arguments) or losses(*arguments)
     report = trainer.step(PROMPTS)
     (rollout, experience, _), fives_written = seen[0], twin.sample(PROMPTS).responses()
-    assert report["objective/scores"] == pytest.approx(sum(row.count(5) - 0.25 * len(row) for row in fives_written) / 8)
+    assert report["objective/scores"] == pytest.approx(
+        sum(row.count(5) - 0.25 * len(row) for row in fives_written) / 8
+    )
     for row, response in enumerate(rollout.responses()):
         to_come = [response[t:].count(5) - 0.25 * len(response) for t in range(len(response))]
-        assert_close(experience.returns[row, : len(response)], torch.tensor(to_come), rtol=1e-5, atol=1e-5)
+        assert_close(
+            experience.returns[row, : len(response)], torch.tensor(to_come), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_penalties_for_length_and_a_missing_end_are_taken_off_the_score():
@@ -212,7 +245,11 @@ def test_scores_are_whitened_over_the_batch_or_the_run_then_clipped(whiten_mean)
 @pytest.mark.parametrize("whiten_mean", [False, True])
 def test_scores_that_are_alike_are_not_divided_by_their_rounding(whiten_scores, whiten_mean):
     for score in (0.1, 3.0, 1e6 + 0.1):
-        trainer = make(whiten_scores=whiten_scores, whiten_mean=whiten_mean, reward=lambda p, r, s=score: [s] * len(r))
+        trainer = make(
+            whiten_scores=whiten_scores,
+            whiten_mean=whiten_mean,
+            reward=lambda p, r, s=score: [s] * len(r),
+        )
         report = trainer.step(PROMPTS)
         want = 0.0 if whiten_mean else score
         assert report["objective/rlhf_reward"] == pytest.approx(want, rel=1e-5, abs=1e-2)
@@ -226,9 +263,12 @@ def test_a_higher_upper_bound_lets_a_good_token_rise_further():
     rollout = rollout_of(trainer)
     old = experience_of(trainer, rollout)
     higher, same, lower = (
-        gradients(make(**options, vf_coef=0.0, ppo_epochs=2), rollout, old)[1]["policy/clipfrac_avg"]
+        gradients(make(**options, vf_coef=0.0, ppo_epochs=2), rollout, old)[1][
+            "policy/clipfrac_avg"
+        ]
         for options in (
-            dict(clip_range=low, clip_range_high=high) for low, high in ((0.1, 0.5), (0.1, None), (0.5, 0.1))
+            dict(clip_range=low, clip_range_high=high)
+            for low, high in ((0.1, 0.5), (0.1, None), (0.5, 0.1))
         )
     )
     assert higher < same and lower < same and higher != lower
@@ -238,7 +278,9 @@ def test_the_entropy_bonus_has_the_entropys_gradient():
     rollout = rollout_of(make())
     old = experience_of(make(), rollout)
     none, some = (make(entropy_coef=coef, vf_coef=0.0) for coef in (0.0, 0.5))
-    added = [b - a for a, b in zip(gradients(none, rollout, old)[2], gradients(some, rollout, old)[2])]
+    added = [
+        b - a for a, b in zip(gradients(none, rollout, old)[2], gradients(some, rollout, old)[2])
+    ]
     some.optimizer.zero_grad()
     found = some.forward(rollout)
     (-0.5 * masked_mean(found["entropy"], rollout.response_mask)).backward()
@@ -262,7 +304,9 @@ def test_micro_batches_add_up_whatever_is_in_the_loss(options):
     rollout = rollout_of(make())
     old = experience_of(make(others=dict(reference=reference)), rollout)
     results = [
-        gradients(make(micro_batch_size=size, others=dict(reference=reference), **options), rollout, old)
+        gradients(
+            make(micro_batch_size=size, others=dict(reference=reference), **options), rollout, old
+        )
         for size in (None, 1, 3)
     ]
     for result in results[1:]:
@@ -279,7 +323,10 @@ def test_sequence_sum_weighs_a_token_the_same_whatever_its_response_is_long():
 
 def test_passes_end_when_the_policy_has_moved_too_far():
     def updates(max_approx_kl):
-        trainer, steps = make(minibatch_size=4, ppo_epochs=4, lr=5e-2, max_approx_kl=max_approx_kl), []
+        trainer, steps = (
+            make(minibatch_size=4, ppo_epochs=4, lr=5e-2, max_approx_kl=max_approx_kl),
+            [],
+        )
         optimize = trainer.optimize
         trainer.optimize = lambda losses: steps.append(1) or optimize(losses)
         trainer.step(PROMPTS)
@@ -293,9 +340,13 @@ def test_truncated_importance_weights_make_up_for_a_sampler_that_differs():
     rollout = rollout_of(plain)
     columns = plain.predict(rollout)
     old = experience_of(plain, rollout)._replace(old_logprobs=columns["logprobs"])
-    differs = rollout._replace(logprobs=columns["logprobs"] + 0.3 * torch.randn(columns["logprobs"].shape))
+    differs = rollout._replace(
+        logprobs=columns["logprobs"] + 0.3 * torch.randn(columns["logprobs"].shape)
+    )
     seen = []
-    capped.minibatch_losses = lambda rollout, experience, metrics: seen.append((rollout, experience)) or iter(())
+    capped.minibatch_losses = lambda rollout, experience, metrics: (
+        seen.append((rollout, experience)) or iter(())
+    )
     capped.optimize = lambda losses: 0.0
     capped.checked = lambda losses, metrics: losses
     capped.update(differs, old, Metrics())
@@ -307,11 +358,21 @@ def test_truncated_importance_weights_make_up_for_a_sampler_that_differs():
 
 
 def test_importance_weights_reach_the_kl_in_the_loss():
-    trainer = make(kl_in="loss", kl_coef=0.5, vf_coef=0.0, importance_cap=2.0, others=dict(reference=tiny(seed=1)))
+    trainer = make(
+        kl_in="loss",
+        kl_coef=0.5,
+        vf_coef=0.0,
+        importance_cap=2.0,
+        others=dict(reference=tiny(seed=1)),
+    )
     rollout = rollout_of(trainer)
-    old = experience_of(trainer, rollout)._replace(advantages=torch.zeros(rollout.response_mask.shape))
+    old = experience_of(trainer, rollout)._replace(
+        advantages=torch.zeros(rollout.response_mask.shape)
+    )
     once, twice = (
-        gradients(trainer, rollout, old._replace(importance=torch.full_like(old.advantages, weight)))[2]
+        gradients(
+            trainer, rollout, old._replace(importance=torch.full_like(old.advantages, weight))
+        )[2]
         for weight in (1.0, 2.0)
     )
     assert_close(twice, [2 * x for x in once], rtol=1e-4, atol=1e-6)
@@ -324,7 +385,9 @@ def test_the_mismatch_of_sampling_and_training_is_reported():
 
     def noisy(batch, *args, **options):
         rollout = sampled(batch, *args, **options)
-        return rollout._replace(logprobs=rollout.logprobs + torch.tensor([0.5] + [0.1] * 7)[:, None])
+        return rollout._replace(
+            logprobs=rollout.logprobs + torch.tensor([0.5] + [0.1] * 7)[:, None]
+        )
 
     trainer.sample = noisy
     report = trainer.step(PROMPTS)
@@ -381,7 +444,9 @@ def test_a2c_is_one_step_of_the_policy_gradient():
     rollout = rollout_of(trainer)
     old = experience_of(trainer, rollout)
     columns = trainer.predict(rollout)
-    old = old._replace(old_logprobs=columns["logprobs"], old_values=columns["values"] + 10)  # any clip would bind
+    old = old._replace(
+        old_logprobs=columns["logprobs"], old_values=columns["values"] + 10
+    )  # any clip would bind
     _, metrics, got = gradients(trainer, rollout, old)
     trainer.optimizer.zero_grad()
     found, mask = trainer.forward(rollout), rollout.response_mask
@@ -392,7 +457,14 @@ def test_a2c_is_one_step_of_the_policy_gradient():
 
 
 def test_a2c_takes_one_optimiser_step_a_rollout_and_learns():
-    config = A2CConfig(batch_size=32, response_length=6, temperature=1.0, lr=2e-2, lr_schedule="constant", kl_coef=0)
+    config = A2CConfig(
+        batch_size=32,
+        response_length=6,
+        temperature=1.0,
+        lr=2e-2,
+        lr_schedule="constant",
+        kl_coef=0,
+    )
     torch.manual_seed(5)
     trainer, steps = A2CTrainer(tiny(), PROMPTS * 100, config, reward=fives), []
     optimize = trainer.optimize
@@ -403,10 +475,14 @@ def test_a2c_takes_one_optimiser_step_a_rollout_and_learns():
 
 
 @pytest.mark.parametrize(
-    "option", [dict(ppo_epochs=2), dict(clip_range=0.2), dict(minibatch_size=4), dict(dual_clip=3.0)]
+    "option",
+    [dict(ppo_epochs=2), dict(clip_range=0.2), dict(minibatch_size=4), dict(dual_clip=3.0)],
 )
 def test_a2c_refuses_what_would_make_it_ppo(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))} (must be .* in A2C|has no effect on the one update)"):
+    with pytest.raises(
+        ValueError,
+        match=f"{next(iter(option))} (must be .* in A2C|has no effect on the one update)",
+    ):
         A2CConfig(**option)
 
 
@@ -429,17 +505,32 @@ def test_a2c_refuses_what_would_make_it_ppo(option):
         (dict(dual_clip=1.0), "dual_clip must be > 1, got 1.0"),
         (dict(score_clip=0.0), "score_clip must be > 0, got 0.0"),
         (dict(whiten_scores="yes"), "whiten_scores must be one of none, batch, running, got 'yes'"),
-        (dict(critic="head", critic_init="policy"), "critic_init has no effect without a separate critic"),
-        (dict(critic_warmup_steps=3, vf_coef=0.0), "critic_warmup_steps has no effect without vf_coef > 0"),
+        (
+            dict(critic="head", critic_init="policy"),
+            "critic_init has no effect without a separate critic",
+        ),
+        (
+            dict(critic_warmup_steps=3, vf_coef=0.0),
+            "critic_warmup_steps has no effect without vf_coef > 0",
+        ),
         (dict(ptx_coef=-1.0), "ptx_coef must be at least 0, got -1.0"),
-        (dict(kl_target=6.0, kl_horizon=63), "kl_horizon must be at least a rollout's 64 responses, got 63"),
+        (
+            dict(kl_target=6.0, kl_horizon=63),
+            "kl_horizon must be at least a rollout's 64 responses, got 63",
+        ),
         (dict(kl_in="loss", kl_coef=0.0), "kl_in has no effect without kl_coef > 0, got 'loss'"),
-        (dict(kl_estimator="k1", kl_coef=0.0), "kl_estimator has no effect without kl_coef > 0, got 'k1'"),
+        (
+            dict(kl_estimator="k1", kl_coef=0.0),
+            "kl_estimator has no effect without kl_coef > 0, got 'k1'",
+        ),
         (dict(length_penalty=math.nan), "length_penalty must be finite, got nan"),
         (dict(missing_eos_penalty=math.inf), "missing_eos_penalty must be finite, got inf"),
         (dict(max_prompt_length=0), "max_prompt_length must be > 0, got 0"),
         *(
-            (dict(ppo_epochs=1, minibatch_size=64) | option, f"{next(iter(option))} has no effect on the one update")
+            (
+                dict(ppo_epochs=1, minibatch_size=64) | option,
+                f"{next(iter(option))} has no effect on the one update",
+            )
             for option in (
                 dict(clip_range=0.3),
                 dict(clip_range_high=0.3),
@@ -457,7 +548,10 @@ def test_an_option_without_effect_or_out_of_range_is_refused(options, message):
 
 def test_what_bounds_the_ratio_counts_where_dropout_moves_it():
     one_update = dict(ppo_epochs=1, minibatch_size=64, dropout=True)
-    assert PPOConfig(**one_update, clip_range=0.1, dual_clip=3.0, value_clip_range=0.3).clip_range == 0.1
+    assert (
+        PPOConfig(**one_update, clip_range=0.1, dual_clip=3.0, value_clip_range=0.3).clip_range
+        == 0.1
+    )
     with pytest.raises(ValueError, match="max_approx_kl has no effect"):
         PPOConfig(**one_update, max_approx_kl=0.1)
     with pytest.raises(ValueError, match="dropout must be False in A2C"):

@@ -32,11 +32,16 @@ def fives(prompts, responses):
 
 
 def more_fives(prompts, first, second):
-    return [0.5 + 0.5 * ((a.count(5) > b.count(5)) - (a.count(5) < b.count(5))) for a, b in zip(first, second)]
+    return [
+        0.5 + 0.5 * ((a.count(5) > b.count(5)) - (a.count(5) < b.count(5)))
+        for a, b in zip(first, second)
+    ]
 
 
 def online(model=None, prompts=PROMPTS, out=None, reference=None, **options):
-    who = {name: options.pop(name) for name in ("reward", "judge") if name in options} or dict(reward=fives)
+    who = {name: options.pop(name) for name in ("reward", "judge") if name in options} or dict(
+        reward=fives
+    )
     model, config = model or tiny(), OnlineDPOConfig(**(SMALL | options))
     return OnlineDPOTrainer(model, prompts, config, out=out, reference=reference, **who)
 
@@ -49,7 +54,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    "label", [dict(reward=fives), dict(judge=more_fives), dict(judge=more_fives, num_samples=4)], ids=str
+    "label",
+    [dict(reward=fives), dict(judge=more_fives), dict(judge=more_fives, num_samples=4)],
+    ids=str,
 )
 def test_steps_raise_the_score_of_the_samples(label):
     trainer = online(epochs=15, lr=1e-2, **label)
@@ -73,14 +80,19 @@ def test_steps_raise_the_score_of_the_samples(label):
 )
 def test_a_step_is_a_step_of_dpo_on_the_labelled_samples(options):
     trainer, model = online(**options), tiny()
-    found = best_of_n(model, PROMPTS, SamplingConfig(options.get("num_samples", 2), 5), reward=fives)
+    found = best_of_n(
+        model, PROMPTS, SamplingConfig(options.get("num_samples", 2), 5), reward=fives
+    )
     options.pop("num_samples", None)
     plain = DPOTrainer(model, found.pairs(), DPOConfig(lr=3e-3, batch_size=99, **options))
     want, got = plain.step(found.pairs()), trainer.step(PROMPTS)
     assert same(trainer.model, model) and {name: got[name] for name in want} == want
     assert got["objective/scores"] == found.scores.mean().item() and 0 < got["objective/ties"] < 1
     assert got["objective/margin"] == found.margins().mean().item()
-    assert got["response_length"] == sum(len(ids) for texts in found.responses for ids in texts) / found.scores.numel()
+    assert (
+        got["response_length"]
+        == sum(len(ids) for texts in found.responses for ids in texts) / found.scores.numel()
+    )
 
 
 def test_a_judge_that_compares_scores_labels_as_they_do():
@@ -88,7 +100,10 @@ def test_a_judge_that_compares_scores_labels_as_they_do():
     by_reward.train(), by_judge.train()
     assert same(by_reward.model, by_judge.model)
     assert by_judge.step(PROMPTS)["objective/scores"] == 0.5
-    assert (by_reward.main_metric, by_judge.main_metric) == ("objective/scores", "rewards/accuracies")
+    assert (by_reward.main_metric, by_judge.main_metric) == (
+        "objective/scores",
+        "rewards/accuracies",
+    )
 
 
 def test_ties_are_no_pairs_and_a_step_of_ties_alone_moves_nothing():
@@ -124,10 +139,14 @@ def test_labels_come_from_a_reward_or_from_a_judge():
                 config(**options)
 
 
-@pytest.mark.parametrize("options", [dict(reference_free=True), dict(loss="orpo", beta=0.1, average=True)])
+@pytest.mark.parametrize(
+    "options", [dict(reference_free=True), dict(loss="orpo", beta=0.1, average=True)]
+)
 def test_the_first_policy_is_no_reference_where_there_is_none(options):
     IteratedDPOConfig(**options)
-    with pytest.raises(ValueError, match="reference_policy has no effect where there is no reference, got 'first'"):
+    with pytest.raises(
+        ValueError, match="reference_policy has no effect where there is no reference, got 'first'"
+    ):
         IteratedDPOConfig(**options, reference_policy="first")
 
 
@@ -137,12 +156,15 @@ def test_a_sample_without_a_finite_loss_is_shown():
 
     def bad(batch, metrics):
         for loss in losses(batch, metrics):
-            yield loss * (math.inf if any(pair.chosen_ids == worst.chosen_ids for pair in batch) else 1)
+            yield loss * (
+                math.inf if any(pair.chosen_ids == worst.chosen_ids for pair in batch) else 1
+            )
 
     worst = best_of_n(tiny(), PROMPTS[:16], SamplingConfig(2, 5), reward=fives).pairs()[2]
     trainer.losses = bad
     with pytest.raises(
-        FloatingPointError, match=r"the loss of row 2, Pair\(prompt_ids=\[\d+\], chosen_ids=.*, alone is"
+        FloatingPointError,
+        match=r"the loss of row 2, Pair\(prompt_ids=\[\d+\], chosen_ids=.*, alone is",
     ):
         trainer.step(PROMPTS[:16])
 
@@ -151,7 +173,9 @@ def test_a_sample_without_a_finite_loss_is_shown():
 
 
 def iterated(model=None, out=None, resume=False, **options):
-    who = {name: options.pop(name) for name in ("reward", "judge") if name in options} or dict(reward=fives)
+    who = {name: options.pop(name) for name in ("reward", "judge") if name in options} or dict(
+        reward=fives
+    )
     model, config = model or tiny(), IteratedDPOConfig(**(SMALL | options))
     return iterated_dpo(model, PROMPTS * 4, config, out=out, resume=resume, **who), model
 
@@ -159,7 +183,10 @@ def iterated(model=None, out=None, resume=False, **options):
 @pytest.mark.parametrize("label", [dict(reward=fives), dict(judge=more_fives)], ids=str)
 def test_rounds_raise_the_score(label):
     history, model = iterated(rounds=4, epochs=2, lr=1e-2, **label)
-    scores = [best_of_n(m, PROMPTS * 4, SamplingConfig(2, 5), reward=fives).scores.mean() for m in (tiny(), model)]
+    scores = [
+        best_of_n(m, PROMPTS * 4, SamplingConfig(2, 5), reward=fives).scores.mean()
+        for m in (tiny(), model)
+    ]
     assert scores[1] > scores[0] + 1
     assert all(line["pairs"] == round(128 * (1 - line["objective/ties"])) for line in history)
 
@@ -170,7 +197,9 @@ def test_a_round_is_compared_with_its_own_start_or_with_the_first_policy():
         history, _ = iterated(rounds=3, max_steps=1, reference_policy=reference_policy)
         off = [abs(line["loss"] - math.log(2)) > 1e-6 for line in history]
         assert off == [False, moved, moved]
-    with pytest.raises(ValueError, match="reference_policy must be one of round, first, got 'last'"):
+    with pytest.raises(
+        ValueError, match="reference_policy must be one of round, first, got 'last'"
+    ):
         IteratedDPOConfig(reference_policy="last")
     with pytest.raises(ValueError, match="rounds must be > 0, got 0"):
         IteratedDPOConfig(rounds=0)
@@ -178,7 +207,9 @@ def test_a_round_is_compared_with_its_own_start_or_with_the_first_policy():
 
 @pytest.mark.parametrize("reference_policy", ["round", "first"])
 def test_rounds_go_on_where_the_run_stopped(reference_policy, tmp_path):
-    options = dict(dropout=True, reference_policy=reference_policy, reward=tiny(RewardModel, seed=1))
+    options = dict(
+        dropout=True, reference_policy=reference_policy, reward=tiny(RewardModel, seed=1)
+    )
     want, whole = iterated(tiny(dropout=0.1), rounds=3, **options)
     iterated(tiny(dropout=0.1), rounds=1, out=tmp_path, **options)
     got, model = iterated(tiny(dropout=0.1), rounds=3, out=tmp_path, resume=True, **options)

@@ -21,15 +21,26 @@ KINDS = {
     "qwen3": dict(qk_norm=True, head_dim=6),
     "mistral": dict(sliding_window=7, num_kv_heads=2),
     "biases": dict(qkv_bias=True, out_bias=True, mlp_bias=True, num_layers=1),
-    "odd sizes": dict(hidden_size=10, num_heads=1, num_kv_heads=1, intermediate_size=17, vocab_size=1),
-    "narrow and wide": dict(hidden_size=4, num_heads=2, head_dim=34, num_kv_heads=1, intermediate_size=70),
+    "odd sizes": dict(
+        hidden_size=10, num_heads=1, num_kv_heads=1, intermediate_size=17, vocab_size=1
+    ),
+    "narrow and wide": dict(
+        hidden_size=4, num_heads=2, head_dim=34, num_kv_heads=1, intermediate_size=70
+    ),
     "scaled positions": dict(rope_theta=100.0, rope_scaling={"rope_type": "linear", "factor": 2.0}),
 }
 
 
 @torch.no_grad()
 def make(**options):
-    sizes = dict(vocab_size=67, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=44, max_positions=2 * S)
+    sizes = dict(
+        vocab_size=67,
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        intermediate_size=44,
+        max_positions=2 * S,
+    )
     model = Transformer(TransformerConfig(**(sizes | options))).eval()
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -121,7 +132,9 @@ def test_a_row_is_the_same_bit_for_bit_in_any_batch_and_on_any_number_of_threads
     want = decode(ids, together, slots)
     torch.set_num_threads(1)
     alone = copy.deepcopy(cache)
-    got = torch.cat([decode(ids[part], alone, slots[part]) for part in slots.split((1, 2, 3, 5, 40, 26))])
+    got = torch.cat(
+        [decode(ids[part], alone, slots[part]) for part in slots.split((1, 2, 3, 5, 40, 26))]
+    )
     torch.set_num_threads(before)
     assert torch.equal(got, want) and torch.equal(alone.lengths, together.lengths)
     assert torch.equal(alone.keys.nan_to_num(), together.keys.nan_to_num())
@@ -132,7 +145,10 @@ def test_a_row_is_the_same_bit_for_bit_in_any_batch_and_on_any_number_of_threads
 def test_adapters_are_folded_in_and_off_means_off(backend, targets):
     model = make(qkv_bias=True)
     ids, cache = rows(model, [5] * 6)
-    slots, untouched = torch.arange(6), packed(model).decode(ids, copy.deepcopy(cache), torch.arange(6))
+    slots, untouched = (
+        torch.arange(6),
+        packed(model).decode(ids, copy.deepcopy(cache), torch.arange(6)),
+    )
     add_adapters(model, LoRAConfig(rank=2, target_modules=targets))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -141,7 +157,10 @@ def test_adapters_are_folded_in_and_off_means_off(backend, targets):
         assert torch.equal(packed(model).decode(ids, copy.deepcopy(cache), slots), untouched)
     exact, truth = copy.deepcopy(model).double(), copy.deepcopy(cache)
     truth.keys, truth.values = truth.keys.double(), truth.values.double()
-    reference, want = model.decode(ids, copy.deepcopy(cache), slots), exact.decode(ids, truth, slots)
+    reference, want = (
+        model.decode(ids, copy.deepcopy(cache), slots),
+        exact.decode(ids, truth, slots),
+    )
     assert (want - untouched).abs().max() > 0.1
     check(packed(model).decode(ids, cache, slots), reference, want)
 
@@ -152,7 +171,9 @@ def test_strides_do_not_matter(backend):
     ids, cache = rows(model, [5] * 10)
     strided, again = copy.deepcopy(model), copy.deepcopy(cache)
     for parameter in strided.parameters():
-        parameter.data = parameter.data[..., None].transpose(0, -1).contiguous().transpose(0, -1)[..., 0]
+        parameter.data = (
+            parameter.data[..., None].transpose(0, -1).contiguous().transpose(0, -1)[..., 0]
+        )
     want = packed(model).decode(ids[::2].clone(), cache, slots[::2].clone())
     assert torch.equal(packed(strided).decode(ids[::2], again, slots[::2]), want)
 
@@ -186,12 +207,16 @@ def test_a_wrong_token_or_slot_is_named_and_nothing_written(backend):
         ([2, 36], "36 of 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            packed(model)._run(torch.ones(2, 2).long(), torch.tensor(counts), cache, torch.tensor([0, 2]))
+            packed(model)._run(
+                torch.ones(2, 2).long(), torch.tensor(counts), cache, torch.tensor([0, 2])
+            )
     with pytest.raises(ValueError, match=f"row 0: 36 of 36 tokens behind 5 in a cache of {S}"):
         packed(model)._run(torch.ones(1, 36).long(), None, cache, torch.tensor([2]))
     assert torch.equal(cache.lengths, before.lengths)
     assert torch.equal(cache.keys.nan_to_num(), before.keys.nan_to_num())
-    packed(model)._run(torch.ones(1, 35).long(), None, cache, torch.tensor([2]))  # the last place is usable
+    packed(model)._run(
+        torch.ones(1, 35).long(), None, cache, torch.tensor([2])
+    )  # the last place is usable
     assert cache.lengths.tolist() == [3, S, S]
 
 
@@ -204,7 +229,10 @@ def test_what_it_does_not_compute_is_left_to_the_modules(backend, monkeypatch):
     hooked, early = make(), make()
     hooked.trunk.blocks[0].mlp.register_forward_hook(lambda *_: None)
     early.trunk.embed.register_forward_pre_hook(lambda *_: None)
-    wide, lagging = make().double(), lagging_copy(make().bfloat16())  # the weights of a lagging copy are buffers
+    wide, lagging = (
+        make().double(),
+        lagging_copy(make().bfloat16()),
+    )  # the weights of a lagging copy are buffers
     mine = type("Mine", (Transformer,), {})(make().config)
     for model in (hooked, early, wide, lagging, make().bfloat16(), mine):
         assert packed(model) is None

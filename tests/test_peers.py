@@ -12,11 +12,23 @@ from rlhf_core.benchmarks.peers import __main__ as runner
 from rlhf_core.benchmarks.peers import bare, ours, theirs
 from rlhf_core.benchmarks.peers.task import METHODS, Task
 
-TINY = dict(vocab_size=61, batch_size=3, steps=3, num_layers=2, hidden_size=16, num_heads=2, max_positions=32)
+TINY = dict(
+    vocab_size=61,
+    batch_size=3,
+    steps=3,
+    num_layers=2,
+    hidden_size=16,
+    num_heads=2,
+    max_positions=32,
+)
 
 
 def make(method, folder, **settings):
-    task = Task(method, str(folder), **TINY | dict(prompt_length=8, completion_length=12, lr=1e-3) | settings)
+    task = Task(
+        method,
+        str(folder),
+        **TINY | dict(prompt_length=8, completion_length=12, lr=1e-3) | settings,
+    )
     task.write()
     return task
 
@@ -53,10 +65,18 @@ def test_ppo_on_the_same_responses_has_the_same_loss(minibatches, tmp_path):
 
 def test_every_batch_has_the_lengths_asked_for_and_no_padding_token(tmp_path):
     task = make("dpo", tmp_path)
-    lengths = [[(len(row.prompt), len(row.chosen), len(row.rejected)) for row in batch] for batch in task.batches()]
+    lengths = [
+        [(len(row.prompt), len(row.chosen), len(row.rejected)) for row in batch]
+        for batch in task.batches()
+    ]
     assert len(lengths) == task.steps and all(batch == lengths[0] for batch in lengths)
     assert max(lengths[0]) == lengths[0][0] == (8, 12, 12) and len(set(lengths[0])) > 1
-    tokens = [token for row in task.examples() for part in (row.prompt, row.chosen, row.rejected) for token in part]
+    tokens = [
+        token
+        for row in task.examples()
+        for part in (row.prompt, row.chosen, row.rejected)
+        for token in part
+    ]
     assert min(tokens) >= 0 and max(tokens) < task.pad_id == 60
     assert {len(row.chosen) for row in make("ppo", tmp_path).examples()} == {12}
     path = tmp_path / "task.json"
@@ -71,8 +91,14 @@ def test_both_trainers_get_the_same_settings(tmp_path):
         kl_coef=0.07, clip_range=0.3, value_clip_range=0.4, vf_coef=0.2, gamma=0.9, lam=0.8, batch_size=4,
     )  # fmt: skip
     task = Task("ppo", str(tmp_path), **settings)
-    mine, hers = PPOConfig(**ours.ppo_options(task)), theirs.options(task) | theirs.ppo_options(task)
-    assert mine.batch_size == hers["per_device_train_batch_size"] == 4 and hers["gradient_accumulation_steps"] == 1
+    mine, hers = (
+        PPOConfig(**ours.ppo_options(task)),
+        theirs.options(task) | theirs.ppo_options(task),
+    )
+    assert (
+        mine.batch_size == hers["per_device_train_batch_size"] == 4
+        and hers["gradient_accumulation_steps"] == 1
+    )
     assert mine.minibatch_size * hers["num_mini_batches"] == mine.batch_size
     assert mine.max_steps * mine.batch_size == hers["total_episodes"] == 28
     for name, other in {
@@ -109,7 +135,9 @@ for name in ("trl", "transformers", "datasets", "accelerate"):
     sys.modules[name] = None
 from rlhf_core.benchmarks.peers import __main__, bare, ours, theirs
 """
-    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60
+    )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
@@ -126,14 +154,25 @@ def test_a_worker_trains_in_a_process_of_its_own_and_says_what_it_took():
 
 def test_a_worker_that_fails_says_why():
     with pytest.raises(RuntimeError, match="192 tokens, the model 8 positions"):
-        runner.compare("sft", 61, ("ours",), 1, sys.executable, max_positions=8, num_layers=1, hidden_size=16)
+        runner.compare(
+            "sft", 61, ("ours",), 1, sys.executable, max_positions=8, num_layers=1, hidden_size=16
+        )
 
 
 def test_the_table_says_which_bars_are_missed_and_which_losses_differ():
     def side(seconds, peak, loss=1.0):
-        return {"seconds": [9, *seconds], "losses": [loss, 2.0], "ready_bytes": 10**8, "peak_bytes": peak * 10**6}
+        return {
+            "seconds": [9, *seconds],
+            "losses": [loss, 2.0],
+            "ready_bytes": 10**8,
+            "peak_bytes": peak * 10**6,
+        }
 
-    sides = {"ours": side([1, 2, 3], 200), "theirs": side([8, 8, 8], 300), "bare": side([1, 1, 1], 200)}
+    sides = {
+        "ours": side([1, 2, 3], 200),
+        "theirs": side([8, 8, 8], 300),
+        "bare": side([1, 1, 1], 200),
+    }
     result = {"method": "sft", "vocab_size": 50257, "sides": sides}
     assert runner.row(result) == (
         "| sft, 50257 | 2 | 100% | 8 | 1 | 4.00 (3.5) | 0.50 (1.0, missed) | 100 | 0.50 | 200 | 0.67 "

@@ -33,7 +33,9 @@ def batch(B, T, keep=0.7):
 def run(inputs, backend, upstream=1.0, **settings):
     """({loss and statistics}, {gradients}), all float64 by the reference where backend is None."""
     dtype = torch.float64 if backend is None else torch.float32
-    inputs = {k: x.to(dtype) if x is not None and x.is_floating_point() else x for k, x in inputs.items()}
+    inputs = {
+        k: x.to(dtype) if x is not None and x.is_floating_point() else x for k, x in inputs.items()
+    }
     leaves = {k: inputs[k].clone().requires_grad_() for k in GRADIENTS if inputs.get(k) is not None}
     loss, stats = ppo_loss(**inputs | leaves, **SETTINGS | settings, backend=backend or "reference")
     gradients = torch.autograd.grad(loss * upstream, list(leaves.values()), materialize_grads=True)
@@ -87,11 +89,21 @@ def by_hand(x, clip_range, value_clip_range, vf_coef, entropy_coef, dual_clip):
     policy = max(unclipped, clipped)
     bounded = x["advantages"] < 0 and policy > -x["advantages"] * dual_clip
     policy = -x["advantages"] * dual_clip if bounded else policy
-    near = min(max(x["values"], x["old_values"] - value_clip_range), x["old_values"] + value_clip_range)
+    near = min(
+        max(x["values"], x["old_values"] - value_clip_range), x["old_values"] + value_clip_range
+    )
     far_loss, near_loss = (x["values"] - x["returns"]) ** 2, (near - x["returns"]) ** 2
     value = max(far_loss, near_loss) / 2
     loss = policy + vf_coef * value - entropy_coef * x["entropy"]
-    return policy, value, loss, ratio - 1 - math.log(ratio), clipped > unclipped, near_loss > far_loss, bounded
+    return (
+        policy,
+        value,
+        loss,
+        ratio - 1 - math.log(ratio),
+        clipped > unclipped,
+        near_loss > far_loss,
+        bounded,
+    )
 
 
 def test_the_loss_is_that_of_a_loop_by_hand(backend):
@@ -101,10 +113,22 @@ def test_the_loss_is_that_of_a_loop_by_hand(backend):
     tokens = [{k: x[b, t].item() for k, x in inputs.items()} for b in range(4) for t in range(9)]
     tokens = [x for x in tokens if x["response_mask"]]
     rows = [by_hand(x, **settings) for x in tokens]
-    policy, value, _, approx_kl, clipped, value_clipped, bounded = torch.tensor(rows).double().mean(0).tolist()
+    policy, value, _, approx_kl, clipped, value_clipped, bounded = (
+        torch.tensor(rows).double().mean(0).tolist()
+    )
     assert min(clipped, value_clipped, bounded) > 0
-    names = ("policy_loss", "value_loss", "approx_kl", "clip_frac", "value_clip_frac", "dual_clip_frac", "count")
-    for name, want in zip(names, (policy, value, approx_kl, clipped, value_clipped, bounded, len(tokens))):
+    names = (
+        "policy_loss",
+        "value_loss",
+        "approx_kl",
+        "clip_frac",
+        "value_clip_frac",
+        "dual_clip_frac",
+        "count",
+    )
+    for name, want in zip(
+        names, (policy, value, approx_kl, clipped, value_clipped, bounded, len(tokens))
+    ):
         assert got[name].item() == pytest.approx(want, rel=1e-5, abs=1e-6), name
     want = sum(x["weights"] * row[2] for x, row in zip(tokens, rows))
     assert got["loss"].item() == pytest.approx(want, rel=1e-5, abs=1e-5)
@@ -139,7 +163,9 @@ def test_a_clipped_ratio_passes_no_gradient(backend, advantage, log_ratio, slope
     inputs["advantages"].fill_(advantage)
     inputs["logprobs"] = inputs["old_logprobs"] + log_ratio
     stats, gradients = run(inputs, backend)
-    torch.testing.assert_close(gradients["logprobs"].item(), -advantage * math.exp(log_ratio) * slope)
+    torch.testing.assert_close(
+        gradients["logprobs"].item(), -advantage * math.exp(log_ratio) * slope
+    )
     assert stats["clip_frac"] == 1 - slope
 
 
@@ -158,7 +184,9 @@ def test_a_value_beyond_its_range_passes_gradient_only_where_clipping_makes_it_b
     inputs = batch(1, 4, keep=1.0) | {"weights": None}
     inputs["old_values"] = torch.zeros(1, 4)
     inputs["values"] = torch.tensor([[1.0, 1.0, 0.25, 1.0]])  # beyond, beyond, on the edge, beyond
-    inputs["returns"] = torch.tensor([[2.0, -1.0, 2.0, 0.625]])  # the last as far from both: half the gradient
+    inputs["returns"] = torch.tensor(
+        [[2.0, -1.0, 2.0, 0.625]]
+    )  # the last as far from both: half the gradient
     stats, gradients = run(inputs, backend, vf_coef=4.0)
     torch.testing.assert_close(gradients["values"], torch.tensor([[0.0, 2.0, -1.75, 0.1875]]))
     assert stats["value_clip_frac"] == 0.25
@@ -167,9 +195,14 @@ def test_a_value_beyond_its_range_passes_gradient_only_where_clipping_makes_it_b
 @pytest.mark.parametrize("log_ratio", [-0.3, -0.15, 0.35, 0.45])
 def test_below_and_above_one_the_ratio_is_clipped_at_bounds_of_their_own(backend, log_ratio):
     inputs = batch(1, 1, keep=1.0) | {"weights": None}
-    inputs["advantages"].fill_(math.copysign(1, log_ratio))  # the sign for which a ratio beyond its bound is clipped
+    inputs["advantages"].fill_(
+        math.copysign(1, log_ratio)
+    )  # the sign for which a ratio beyond its bound is clipped
     inputs["logprobs"] = inputs["old_logprobs"] + log_ratio
-    for low, high, clipped in ((0.2, 0.5, not -0.2 < math.expm1(log_ratio) < 0.5), (0.1, 0.3, True)):
+    for low, high, clipped in (
+        (0.2, 0.5, not -0.2 < math.expm1(log_ratio) < 0.5),
+        (0.1, 0.3, True),
+    ):
         stats, gradients = run(inputs, backend, clip_range=(low, high))
         assert stats["clip_frac"] == clipped and (gradients["logprobs"] == 0).all() == clipped
 
@@ -177,7 +210,9 @@ def test_below_and_above_one_the_ratio_is_clipped_at_bounds_of_their_own(backend
 @pytest.mark.parametrize("number", [0.2, 0.9, 5.0])
 def test_two_equal_bounds_are_a_number_bit_for_bit(backend, number):
     inputs = batch(3, 19)
-    for x, y in zip(run(inputs, backend, clip_range=(number, number)), run(inputs, backend, clip_range=number)):
+    for x, y in zip(
+        run(inputs, backend, clip_range=(number, number)), run(inputs, backend, clip_range=number)
+    ):
         assert all(torch.equal(x[name], y[name]) for name in y)
 
 
@@ -187,7 +222,9 @@ def test_with_an_infinite_clip_range_it_is_the_policy_gradient(backend, clip_ran
     stats, gradients = run(inputs, backend, clip_range=clip_range)
     ratio = (inputs["logprobs"] - inputs["old_logprobs"]).exp()
     weights = loss_weights(inputs["response_mask"])
-    torch.testing.assert_close(gradients["logprobs"], -inputs["advantages"] * ratio * weights, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        gradients["logprobs"], -inputs["advantages"] * ratio * weights, rtol=1e-5, atol=1e-7
+    )
     assert stats["clip_frac"] == 0
 
 
@@ -198,7 +235,9 @@ def test_a_ratio_that_would_overflow_gives_a_finite_loss_and_no_gradient(backend
     inputs["advantages"][0] = 0
     stats, gradients = run(inputs, backend)
     assert all(x.isfinite() for x in stats.values()) and (gradients["logprobs"] == 0).all()
-    torch.testing.assert_close(stats["ratio"].item(), math.exp(max(-20.0, min(20.0, log_ratio))), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        stats["ratio"].item(), math.exp(max(-20.0, min(20.0, log_ratio))), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("bad", [100.0, math.inf, -math.inf, math.nan])
@@ -220,7 +259,9 @@ def test_what_masked_inputs_hold_changes_no_bit_and_gets_no_gradient(backend, ba
 def test_a_batch_that_counts_nothing_has_loss_zero_and_no_gradient(backend, shape, aggregation):
     inputs = batch(*shape, keep=0.0)
     for weights in (inputs["weights"], None):
-        stats, gradients = run(inputs | {"weights": weights}, backend, aggregation=aggregation, entropy_coef=0.1)
+        stats, gradients = run(
+            inputs | {"weights": weights}, backend, aggregation=aggregation, entropy_coef=0.1
+        )
         assert all(x == 0 for x in stats.values())
         assert all(x.shape == shape and (x == 0).all() for x in gradients.values())
 
@@ -233,7 +274,10 @@ def test_micro_batches_with_sliced_weights_add_up_to_the_whole(backend, sizes, a
     want, want_gradients = run(inputs, backend, aggregation=aggregation, entropy_coef=0.1)
     inputs["weights"] = loss_weights(inputs["response_mask"], aggregation)
     parts = zip(*(x.split(sizes) for x in inputs.values()))
-    parts = [run(dict(zip(inputs, part)), backend, aggregation=aggregation, entropy_coef=0.1) for part in parts]
+    parts = [
+        run(dict(zip(inputs, part)), backend, aggregation=aggregation, entropy_coef=0.1)
+        for part in parts
+    ]
     torch.testing.assert_close(sum(x["loss"] for x, _ in parts), want["loss"], rtol=1e-6, atol=1e-6)
     count = sum(x["count"] for x, _ in parts)
     assert count == want["count"]
@@ -248,7 +292,10 @@ def test_padding_changes_nothing(backend):
     inputs = batch(3, 9) | {"weights": None}
     for aggregation in ("token_mean", "sequence_mean"):
         want, want_gradients = run(inputs, backend, aggregation=aggregation)
-        padded = {k: x if x is None else torch.nn.functional.pad(x, (0, 30, 0, 2)) for k, x in inputs.items()}
+        padded = {
+            k: x if x is None else torch.nn.functional.pad(x, (0, 30, 0, 2))
+            for k, x in inputs.items()
+        }
         got, gradients = run(padded, backend, aggregation=aggregation)
         for name, x in want.items():
             torch.testing.assert_close(got[name], x, rtol=1e-6, atol=1e-6)
@@ -309,11 +356,15 @@ def test_strided_and_half_precision_inputs_and_none_of_them_changed(backend):
     got, gradients = run({k: x.T[:, ::2] for k, x in inputs.items()}, backend)
     assert all(torch.equal(got[name], x) for name, x in want.items())
     assert all(torch.equal(gradients[name], x) for name, x in want_gradients.items())
-    halves = {k: x if x is mask or x.dtype == torch.bool else x.bfloat16() for k, x in dense.items()}
+    halves = {
+        k: x if x is mask or x.dtype == torch.bool else x.bfloat16() for k, x in dense.items()
+    }
     before = {k: x.clone() for k, x in halves.items()}
     loss, _ = ppo_loss(**halves, **SETTINGS, backend=backend)
     floats = {k: x if x.dtype == torch.bool else x.float() for k, x in halves.items()}
-    assert loss.dtype == torch.float32 and loss == ppo_loss(**floats, **SETTINGS, backend=backend)[0]
+    assert (
+        loss.dtype == torch.float32 and loss == ppo_loss(**floats, **SETTINGS, backend=backend)[0]
+    )
     assert all(torch.equal(halves[k], x) for k, x in before.items())
 
 
@@ -324,7 +375,9 @@ def test_reference_gradients_pass_gradcheck():
     inputs["advantages"][0, 0] = -5.0
 
     def loss(*tensors):
-        return ppo_loss(**inputs, **dict(zip(GRADIENTS, tensors)), **SETTINGS, entropy_coef=0.1, dual_clip=1.1)[0]
+        return ppo_loss(
+            **inputs, **dict(zip(GRADIENTS, tensors)), **SETTINGS, entropy_coef=0.1, dual_clip=1.1
+        )[0]
 
     leaves[0].data += 0.01  # away from ratio 1, on no corner
     leaves[1].data += 1 / 128

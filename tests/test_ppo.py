@@ -26,7 +26,15 @@ NAN = float("nan")
 @torch.no_grad()
 def tiny(seed=0, **options):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, eos_ids=(2, 3), pad_id=0)
+    sizes = dict(
+        vocab_size=12,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        max_positions=32,
+        eos_ids=(2, 3),
+        pad_id=0,
+    )
     model = Transformer(TransformerConfig(**(sizes | options)))
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -54,14 +62,20 @@ def lengths(prompts, responses):
 def make(model=None, reward=fives, prompts=PROMPTS, others=None, **config):
     """A trainer whose step is one minibatch, unless told otherwise."""
     torch.manual_seed(5)
-    settings = dict(batch_size=8, minibatch_size=8, ppo_epochs=1, response_length=6, temperature=1.0, lr=1e-3)
+    settings = dict(
+        batch_size=8, minibatch_size=8, ppo_epochs=1, response_length=6, temperature=1.0, lr=1e-3
+    )
     config = PPOConfig(**(settings | config))
-    return PPOTrainer(tiny() if model is None else model, prompts, config, reward=reward, **(others or {}))
+    return PPOTrainer(
+        tiny() if model is None else model, prompts, config, reward=reward, **(others or {})
+    )
 
 
 def rollout_of(trainer, **options):
     generator = torch.Generator().manual_seed(1)
-    rollout = sample(trainer.model, PROMPTS, max_new_tokens=6, temperature=1.5, generator=generator, **options)
+    rollout = sample(
+        trainer.model, PROMPTS, max_new_tokens=6, temperature=1.5, generator=generator, **options
+    )
     assert len(rollout.response_mask.sum(dim=1).unique()) > 2  # lengths differ
     return rollout
 
@@ -70,7 +84,9 @@ def experience_of(trainer, rollout):
     """As after some updates: the policy has moved, so that ratios differ and some clip."""
     columns = trainer.predict(rollout)
     noise = torch.Generator().manual_seed(2)
-    logprobs, values, advantages, returns = (torch.randn(columns["values"].shape, generator=noise) for _ in range(4))
+    logprobs, values, advantages, returns = (
+        torch.randn(columns["values"].shape, generator=noise) for _ in range(4)
+    )
     old = Experience(columns["logprobs"] + logprobs * 0.2, advantages, columns["ref_logprobs"])
     return old._replace(old_values=columns["values"] + values * 0.2, returns=returns)
 
@@ -93,14 +109,21 @@ def gradients(trainer, rollout, experience):
 @pytest.mark.parametrize("critic, model", [("separate", tiny), ("head", tiny), ("head", adapted)])
 def test_the_first_minibatch_has_ratio_one(micro_batch_size, temperature, critic, model):
     """Rows 2, 3, 4: for every split, with dropout in the model's config, at any temperature."""
-    trainer = make(model(dropout=0.1), micro_batch_size=micro_batch_size, temperature=temperature, critic=critic)
+    trainer = make(
+        model(dropout=0.1),
+        micro_batch_size=micro_batch_size,
+        temperature=temperature,
+        critic=critic,
+    )
     report = trainer.step(PROMPTS)
     assert report["val/ratio"] == pytest.approx(1, abs=1e-5)
     for name in ("policy/approxkl_avg", "val/ratio_var"):
         assert report[name] == pytest.approx(0, abs=1e-6)
     assert report["policy/clipfrac_avg"] == report["val/clipfrac_avg"] == 0
     assert report["val/rollout_mismatch"] < 1e-5
-    assert report["objective/kl"] == pytest.approx(0, abs=1e-5)  # the reference is the policy itself
+    assert report["objective/kl"] == pytest.approx(
+        0, abs=1e-5
+    )  # the reference is the policy itself
 
 
 def test_dropout_is_off_unless_asked_for():
@@ -166,12 +189,16 @@ def test_with_a_wide_clip_range_it_is_the_policy_gradient(aggregation):
     """Row 33: at ratio 1 the gradient is that of -A * log p, one row at a time, without padding."""
     trainer = make(aggregation=aggregation, clip_range=1e6, vf_coef=0.0, ppo_epochs=2)
     rollout = rollout_of(trainer)
-    experience = experience_of(trainer, rollout)._replace(old_logprobs=trainer.predict(rollout)["logprobs"])
+    experience = experience_of(trainer, rollout)._replace(
+        old_logprobs=trainer.predict(rollout)["logprobs"]
+    )
     _, _, got = gradients(trainer, rollout, experience)
     trainer.optimizer.zero_grad()
     lengths = rollout.response_mask.sum(dim=1).tolist()
     for b, (prompt, response) in enumerate(zip(PROMPTS, rollout.responses())):
-        log_p = trainer.model(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        log_p = trainer.model(torch.tensor([prompt + response]))[
+            0, len(prompt) - 1 : -1
+        ].log_softmax(-1)
         taken = log_p[torch.arange(lengths[b]), response]
         weight = 1 / sum(lengths) if aggregation == "token_mean" else 1 / (8 * lengths[b])
         (-(experience.advantages[b, : lengths[b]] * taken).sum() * weight).backward()
@@ -185,7 +212,9 @@ def test_a_padded_rollout_is_computed_as_far_as_its_longest_row_and_without_a_ma
     rollout = rollout_of(trainer)
     longest = max(len(p) + len(r) for p, r in zip(rollout.prompts(), rollout.responses()))
     calls, forward = [], Trunk.forward
-    monkeypatch.setattr(Trunk, "forward", lambda *a, **k: calls.append((a[1:], k)) or forward(*a, **k))
+    monkeypatch.setattr(
+        Trunk, "forward", lambda *a, **k: calls.append((a[1:], k)) or forward(*a, **k)
+    )
     trainer.predict(rollout)
     assert len(calls) == 3  # policy, reference, critic
     for (input_ids, *rest), options in calls:
@@ -199,8 +228,12 @@ def test_a_padded_rollout_is_computed_as_far_as_its_longest_row_and_without_a_ma
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_the_logits_of_an_update_are_computed_once(critic, aggregation, monkeypatch):
     """The loss that the head is told of beforehand is the one that comes: nothing is left for backward to compute."""
-    trainer = make(critic=critic, aggregation=aggregation, micro_batch_size=3, ppo_epochs=4, clip_range=0.01)
-    monkeypatch.setattr(linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again"))
+    trainer = make(
+        critic=critic, aggregation=aggregation, micro_batch_size=3, ppo_epochs=4, clip_range=0.01
+    )
+    monkeypatch.setattr(
+        linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again")
+    )
     report = trainer.step(PROMPTS)
     assert 0 < report["policy/clipfrac_avg"] < 1, report
 
@@ -237,7 +270,11 @@ def test_the_value_loss_moves_a_trunk_that_it_shares_by_its_weight():
 
 def bytes_held(*modules):
     """Of the storages behind the parameters, each counted once."""
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in modules for p in m.parameters()}
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for m in modules
+        for p in m.parameters()
+    }
     return sum(storages.values())
 
 
@@ -245,14 +282,18 @@ def test_with_adapters_and_a_head_ppo_holds_its_weights_once(monkeypatch):
     """The reference is the policy without its adapters: no copy of the weights is made, then or later."""
     model = adapted(start=0)
     base, before = copy.deepcopy(model), snapshot(model)
-    monkeypatch.setattr(copy, "deepcopy", lambda x, memo=None: pytest.fail(f"a copy of {type(x).__name__}"))
+    monkeypatch.setattr(
+        copy, "deepcopy", lambda x, memo=None: pytest.fail(f"a copy of {type(x).__name__}")
+    )
     trainer = make(model, critic="head", ppo_epochs=2, lr=1e-2)
     trainer.step(PROMPTS)
     assert (
         bytes_held(model, trainer.critic, trainer.reference.model)
         == bytes_held(model) + trainer.critic.score.weight.nbytes
     )
-    moved = {name for name, weight in snapshot(model).items() if not torch.equal(weight, before[name])}
+    moved = {
+        name for name, weight in snapshot(model).items() if not torch.equal(weight, before[name])
+    }
     assert moved == {name for name in before if "lora_" in name}
     ids = torch.tensor([PROMPTS[0]])
     with trainer.reference.policy() as reference:
@@ -279,7 +320,9 @@ def test_a_base_that_moves_is_no_reference():
     """Row 28: it never falls back silently."""
     model = adapted()
     model.trunk.norm.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"no reference without its adapters while trunk\.norm\.weight trains"):
+    with pytest.raises(
+        ValueError, match=r"no reference without its adapters while trunk\.norm\.weight trains"
+    ):
         make(model)
     assert make(model, others=dict(reference=tiny())).step(PROMPTS)["objective/kl"] != 0
     with pytest.raises(ValueError, match="the policy itself, which moves"):
@@ -288,10 +331,14 @@ def test_a_base_that_moves_is_no_reference():
 
 def test_a_given_critic_is_on_the_trunk_that_the_config_says():
     model = tiny()
-    with pytest.raises(ValueError, match="critic='head', but the critic given is on a trunk of its own"):
+    with pytest.raises(
+        ValueError, match="critic='head', but the critic given is on a trunk of its own"
+    ):
         make(model, critic="head", others=dict(critic=ValueModel.from_model(model)))
     shared = ValueModel.from_model(model, share_trunk=True)
-    with pytest.raises(ValueError, match="critic='separate', but the critic given is on the policy's trunk"):
+    with pytest.raises(
+        ValueError, match="critic='separate', but the critic given is on the policy's trunk"
+    ):
         make(model, others=dict(critic=shared))
     assert make(model, critic="head", others=dict(critic=shared)).critic is shared
 
@@ -321,25 +368,40 @@ def test_rewards_add_up_and_the_last_counted_token_carries_the_score():
     mask = torch.arange(5) < torch.tensor([3, 5, 1, 0])[:, None]
     scores, kl = torch.tensor([2.0, -1.0, 3.0, 9.0]), torch.randn(4, 5)
     zeros = torch.zeros(4, 5)
-    rewards = ppo_advantages(scores, kl.masked_fill(~mask, NAN), zeros, zeros, mask, kl_coef=0.3).rewards
+    rewards = ppo_advantages(
+        scores, kl.masked_fill(~mask, NAN), zeros, zeros, mask, kl_coef=0.3
+    ).rewards
     counted = kl.masked_fill(~mask, 0)
     assert_close(rewards.sum(dim=1)[:3], (scores - 0.3 * counted.sum(dim=1))[:3])
     assert not rewards[~mask].any()
     bare = rewards + 0.3 * counted
     for row, last in enumerate((2, 4, 0)):
-        assert_close(bare[row], torch.zeros(5).index_fill(0, torch.tensor(last), scores[row].item()), atol=1e-6, rtol=0)
+        assert_close(
+            bare[row],
+            torch.zeros(5).index_fill(0, torch.tensor(last), scores[row].item()),
+            atol=1e-6,
+            rtol=0,
+        )
 
 
 def test_the_missing_eos_penalty_touches_rows_without_any_of_the_stops():
     """Rows 8 and 11: the configured set, several ids; a row that was cut off ends at its own length."""
     trainer = make(missing_eos_penalty=1.5, others=dict(eos_ids=(2, 7)))
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1], [1, 1, 0]], dtype=torch.bool)
-    ids = torch.tensor([[5, 2, 0], [5, 5, 7], [7, 5, 5], [5, 2, 5], [5, 3, 2]])  # 3 ends nothing here; nor 2 masked
+    ids = torch.tensor(
+        [[5, 2, 0], [5, 5, 7], [7, 5, 5], [5, 2, 5], [5, 3, 2]]
+    )  # 3 ends nothing here; nor 2 masked
     prompts = torch.ones(5, 2, dtype=torch.long)
     rollout = Rollout(prompts, prompts.bool(), ids, mask, torch.zeros(5, 3))
     assert trainer.ended(rollout).tolist() == [True, True, True, False, False]
     assert trainer.score(rollout).tolist() == [1.0, 2.0, 0.0, 2.0 - 1.5, 1.0 - 1.5]
-    assert make().ended(rollout).tolist() == [True, False, False, False, True]  # the model's own stops: 2 and 3
+    assert make().ended(rollout).tolist() == [
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]  # the model's own stops: 2 and 3
 
 
 def test_a_step_reports_what_its_rows_say_one_by_one():
@@ -348,20 +410,40 @@ def test_a_step_reports_what_its_rows_say_one_by_one():
     trainer = make(others=dict(reference=reference), **options)
     twin = copy.deepcopy(trainer)
     report = trainer.step(PROMPTS)
-    rollout = sample(twin.model, PROMPTS, max_new_tokens=6, temperature=temperature, generator=twin.generator)
+    rollout = sample(
+        twin.model, PROMPTS, max_new_tokens=6, temperature=temperature, generator=twin.generator
+    )
     rows = []
     for prompt, response in zip(PROMPTS, rollout.responses()):
         ids = torch.tensor([prompt + response])
-        log_p, ref = ((m(ids)[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1) for m in (twin.model, reference))
+        log_p, ref = (
+            (m(ids)[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+            for m in (twin.model, reference)
+        )
         taken = torch.arange(len(response)), torch.tensor(response)
         kl, entropy = (log_p - ref)[taken].sum().item(), -(log_p.exp() * log_p).sum().item()
         ended = response[-1] in (2, 3)
-        rows.append((kl, entropy, -kl_coef * kl, response.count(5) - (not ended), ended, len(response)))
-    kl, entropy, penalty, score, ended, length = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
+        rows.append(
+            (kl, entropy, -kl_coef * kl, response.count(5) - (not ended), ended, len(response))
+        )
+    kl, entropy, penalty, score, ended, length = (
+        torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
+    )
     assert abs(kl) > 0.1 and 0 < ended < 1
-    want = {"kl": kl, "entropy": entropy, "non_score_reward": penalty, "scores": score, "rlhf_reward": score + penalty}
+    want = {
+        "kl": kl,
+        "entropy": entropy,
+        "non_score_reward": penalty,
+        "scores": score,
+        "rlhf_reward": score + penalty,
+    }
     want = {f"objective/{name}": value for name, value in want.items()}
-    want |= {"val/num_eos_tokens": ended * 8, "response_length": length, "episode": 8, "objective/kl_coef": kl_coef}
+    want |= {
+        "val/num_eos_tokens": ended * 8,
+        "response_length": length,
+        "episode": 8,
+        "objective/kl_coef": kl_coef,
+    }
     for name, value in want.items():
         assert report[name] == pytest.approx(value, abs=1e-4), name
 
@@ -378,7 +460,9 @@ def captured(**options):
 def test_returns_are_the_rewards_to_come_and_advantages_are_whitened():
     ((rollout, experience),) = captured(reward=lengths, kl_coef=0.0, gamma=1.0, lam=1.0)
     mask, scores = rollout.response_mask, torch.tensor(lengths(None, rollout.responses()))
-    assert_close(experience.returns, scores[:, None] * mask)  # every state of a row is worth what its end brings
+    assert_close(
+        experience.returns, scores[:, None] * mask
+    )  # every state of a row is worth what its end brings
     want = whiten(scores[:, None] - experience.old_values, mask)
     assert_close(experience.advantages, want, rtol=1e-4, atol=1e-5)
     assert_close(experience.advantages[mask].mean(), torch.tensor(0.0), rtol=0, atol=1e-6)
@@ -414,7 +498,9 @@ def test_the_policy_and_the_critic_move_and_nothing_else_does():
     model = tiny()
     frozen = model.trunk.blocks[0].requires_grad_(False)
     trainer = make(model, reward, ppo_epochs=2)
-    modules = dict(policy=model, critic=trainer.critic, reference=trainer.reference.model, reward=reward)
+    modules = dict(
+        policy=model, critic=trainer.critic, reference=trainer.reference.model, reward=reward
+    )
     before = {name: snapshot(module) for name, module in modules.items()}
     for name in ("trunk.embed.weight", "score.weight"):
         assert torch.equal(before["critic"][name], before["reward"][name])
@@ -442,7 +528,8 @@ def test_a_ratio_that_overflows_moves_nothing_where_the_advantage_is_zero(ratio)
     rollout = rollout_of(trainer)
     experience = experience_of(trainer, rollout)
     experience = experience._replace(
-        old_logprobs=experience.old_logprobs - ratio, advantages=torch.zeros_like(experience.advantages)
+        old_logprobs=experience.old_logprobs - ratio,
+        advantages=torch.zeros_like(experience.advantages),
     )
     loss, metrics, got = gradients(trainer, rollout, experience)
     assert loss == 0 and all(math.isfinite(value) for value in metrics.values())
@@ -474,7 +561,9 @@ def test_a_reward_function_gets_strings_with_a_tokenizer_and_ids_without():
         report = make(reward=reward, others=dict(tokenizer=tokenizer)).step(PROMPTS)
         assert report["objective/scores"] == 3.5
     (prompts, responses), (texts, replies) = calls
-    assert prompts == PROMPTS and all(isinstance(i, int) for response in responses for i in response)
+    assert prompts == PROMPTS and all(
+        isinstance(i, int) for response in responses for i in response
+    )
     assert any(response[-1] in (2, 3) for response in responses)
     assert texts == [Letters().decode(prompt) for prompt in PROMPTS]
     assert replies == [Letters().decode(response) for response in responses]
@@ -503,7 +592,10 @@ def test_a_reward_model_whose_score_is_no_number_trains_nothing():
     "scores, message",
     [
         ([1.0] * 7, "7 rows for 8 responses"),
-        ([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]] * 8, r"reward of row 0 has shape \(7,\), for \d tokens"),
+        (
+            [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]] * 8,
+            r"reward of row 0 has shape \(7,\), for \d tokens",
+        ),
         (1.0, "the reward returned 1.0: 'float' object is not iterable"),
         (["good"] * 8, r"the reward returned \['good'"),
     ],
@@ -518,7 +610,9 @@ def test_a_reward_model_scores_prompt_and_response_without_padding(micro_batch_s
     reward = RewardModel.from_model(tiny(seed=1))
     trainer = make(reward=reward.train(), micro_batch_size=micro_batch_size)
     rollout = rollout_of(trainer)
-    rows = [torch.tensor([prompt + response]) for prompt, response in zip(PROMPTS, rollout.responses())]
+    rows = [
+        torch.tensor([prompt + response]) for prompt, response in zip(PROMPTS, rollout.responses())
+    ]
     want = torch.cat([reward(row, torch.ones_like(row, dtype=torch.bool)) for row in rows])
     assert_close(trainer.score(rollout), want, rtol=0, atol=1e-5)
 
@@ -532,12 +626,17 @@ def learned(n, **config):
 
 
 def test_the_score_rises():
-    scores = [step["objective/scores"] for step in learned(32, batch_size=32, minibatch_size=16, lr=2e-2, kl_coef=0.0)]
+    scores = [
+        step["objective/scores"]
+        for step in learned(32, batch_size=32, minibatch_size=16, lr=2e-2, kl_coef=0.0)
+    ]
     assert scores[0] < 0.6 and scores[-1] > 2
 
 
 def test_the_kl_penalty_holds_the_policy_back():
-    far, near = (learned(12, lr=1e-2, kl_coef=kl_coef)[-1]["objective/kl"] for kl_coef in (1e-9, 5.0))
+    far, near = (
+        learned(12, lr=1e-2, kl_coef=kl_coef)[-1]["objective/kl"] for kl_coef in (1e-9, 5.0)
+    )
     assert near < far / 2
 
 
@@ -583,7 +682,9 @@ def test_the_same_seed_gives_the_same_numbers_and_another_others():
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("name", ["temperature", "ppo_epochs", "response_length", "clip_range", "value_clip_range"])
+@pytest.mark.parametrize(
+    "name", ["temperature", "ppo_epochs", "response_length", "clip_range", "value_clip_range"]
+)
 def test_a_config_out_of_range_is_refused(name):
     with pytest.raises(ValueError, match="critic must be one of separate, head, got 'shared'"):
         PPOConfig(critic="shared")

@@ -44,7 +44,18 @@ TRAINERS = {
     "ppo": (PPOTrainer, PPOConfig),
     "online": (OnlineDPOTrainer, OnlineDPOConfig),
 }
-KINDS = ["sft", "reward", "dpo", "dpo-lora", "ppo", "ppo-head", "ppo-lora", "ppo-steered", "online", "online-lora"]
+KINDS = [
+    "sft",
+    "reward",
+    "dpo",
+    "dpo-lora",
+    "ppo",
+    "ppo-head",
+    "ppo-lora",
+    "ppo-steered",
+    "online",
+    "online-lora",
+]
 VARIANTS = {  # of a config
     "head": dict(critic="head"),
     "steered": dict(kl_target=0.5, kl_horizon=50, entropy_coef=0.01, entropy_target=2.0, whiten_scores="running",
@@ -55,7 +66,9 @@ PPO = dict(minibatch_size=2, ppo_epochs=2, response_length=5)
 
 def tiny(cls=Transformer, seed=0):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, dropout=0.1)
+    sizes = dict(
+        vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, dropout=0.1
+    )
     return cls(TransformerConfig(**sizes, eos_ids=(2,), pad_id=0))
 
 
@@ -118,7 +131,10 @@ def result(out):
 
 
 def snapshot(trainer):
-    return [{name: x.clone() for name, x in model.state_dict().items()} for model in trainer.trained_models()]
+    return [
+        {name: x.clone() for name, x in model.state_dict().items()}
+        for model in trainer.trained_models()
+    ]
 
 
 def equal(a, b):
@@ -134,7 +150,9 @@ def test_a_run_that_goes_on_in_a_new_process_is_the_run_that_never_stopped(kind,
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(kind, whole)
     assert run(kind, cut, 3) == [0, 1, 2] and not (cut / "result.pt").exists()
-    assert len((cut / "metrics.jsonl").read_text().splitlines()) == 3  # one more than the checkpoint knows
+    assert (
+        len((cut / "metrics.jsonl").read_text().splitlines()) == 3
+    )  # one more than the checkpoint knows
     command = [sys.executable, "-P", __file__, kind, str(cut)]
     subprocess.run(command, check=True, timeout=120, env=os.environ | {"PYTHONHASHSEED": "1"})
     (taken, metrics, weights), (all_taken, want_metrics, want) = result(cut), result(whole)
@@ -142,7 +160,9 @@ def test_a_run_that_goes_on_in_a_new_process_is_the_run_that_never_stopped(kind,
     assert metrics == want_metrics and [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
     assert equal(weights, want)
     for file in ("model.safetensors", "adapter_model.safetensors", "critic/model.safetensors"):
-        assert not (whole / file).exists() or (whole / file).read_bytes() == (cut / file).read_bytes()
+        assert (
+            not (whole / file).exists() or (whole / file).read_bytes() == (cut / file).read_bytes()
+        )
 
 
 def test_a_finished_reward_model_is_the_same_when_its_run_is_resumed(tmp_path):
@@ -151,7 +171,9 @@ def test_a_finished_reward_model_is_the_same_when_its_run_is_resumed(tmp_path):
     done.train()
     again = build("reward", tmp_path, save_every=2)
     again.resume()
-    assert again.train() == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert again.train() == [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     ids = torch.tensor([[7, 5, 2]])
     for model in (again.model, RewardModel.from_pretrained(tmp_path)):
         assert_close(model.eval()(ids, ids > 0), done.model.eval()(ids, ids > 0), rtol=0, atol=0)
@@ -163,7 +185,11 @@ def test_a_finished_reward_run_goes_on_with_the_scores_as_they_were_learned(star
     build("reward", tmp_path / "first").train()
 
     def reward(out, epochs):
-        model = RewardModel.from_pretrained(tmp_path / "first") if "reward" in started else tiny(RewardModel)
+        model = (
+            RewardModel.from_pretrained(tmp_path / "first")
+            if "reward" in started
+            else tiny(RewardModel)
+        )
         settings = dict(batch_size=4, epochs=epochs, lr=1e-2, dropout=True, lr_schedule="constant")
         torch.manual_seed(3)
         config = RewardConfig(**settings, save_every=out and 1)
@@ -188,22 +214,31 @@ def test_a_reward_run_that_goes_on_only_to_end_where_it_was_stopped_is_normalise
     with pytest.warns(UserWarning, match="linear schedule over 6 steps"):
         trainer.resume()
     trainer.train()
-    scores = RewardTrainer(RewardModel.from_pretrained(tmp_path), PAIRS, RewardConfig()).scores_of(PAIRS)
+    scores = RewardTrainer(RewardModel.from_pretrained(tmp_path), PAIRS, RewardConfig()).scores_of(
+        PAIRS
+    )
     assert abs(scores.mean()) < 1e-4 and abs(scores.std(correction=0) - 1) < 1e-4
 
 
 def test_a_run_that_goes_on_under_another_linear_schedule_is_told(tmp_path):
     build("sft", tmp_path, save_every=1, max_steps=2).train()
     longer = build("sft", tmp_path)
-    with pytest.warns(UserWarning, match="its 2 steps had .* a linear schedule over 2 steps, .* over 6"):
+    with pytest.warns(
+        UserWarning, match="its 2 steps had .* a linear schedule over 2 steps, .* over 6"
+    ):
         longer.resume()
     assert longer.steps_done == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build("sft", tmp_path, max_steps=2).resume()  # the same
-        for out, options in (("flat", dict(lr_schedule="constant")), ("rising", dict(warmup_steps=2))):
+        for out, options in (
+            ("flat", dict(lr_schedule="constant")),
+            ("rising", dict(warmup_steps=2)),
+        ):
             build("sft", tmp_path / out, save_every=1, max_steps=2, **options).train()
-            build("sft", tmp_path / out, **options).resume()  # these steps were as they would be now
+            build(
+                "sft", tmp_path / out, **options
+            ).resume()  # these steps were as they would be now
 
 
 def test_a_finished_run_goes_on_where_max_steps_grows(tmp_path):
@@ -228,7 +263,9 @@ def test_a_checkpoint_of_adapters_holds_no_other_weights(tmp_path):
 @pytest.mark.parametrize("save_every, want", [(1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (None, [])])
 def test_checkpoints_come_when_due_and_at_the_end(save_every, want, tmp_path, monkeypatch):
     saved, save = [], checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda trainer: saved.append(trainer.steps_done) or save(trainer))
+    monkeypatch.setattr(
+        checkpoint, "save", lambda trainer: saved.append(trainer.steps_done) or save(trainer)
+    )
     build("sft", tmp_path, save_every=save_every).train()
     assert saved == want and (tmp_path / "checkpoint").exists() == bool(want)
 
@@ -248,7 +285,10 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(tmp_path, monkey
 def test_a_new_run_in_the_same_folder_removes_the_checkpoint_of_the_old_one(tmp_path):
     build("sft", tmp_path, save_every=1).train()
     build("sft", tmp_path).train()
-    assert not (tmp_path / "checkpoint").exists() and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+    assert (
+        not (tmp_path / "checkpoint").exists()
+        and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+    )
 
 
 # ---- what is not the same run
@@ -264,9 +304,17 @@ def test_a_new_run_in_the_same_folder_removes_the_checkpoint_of_the_old_one(tmp_
         ("dpo", dict(seed=1), "the frozen weights of that run were others"),  # of the reference
         ("dpo-lora", dict(seed=1), "the frozen weights of that run were others"),
         ("dpo-lora", dict(alpha=8.0), "with lora="),
-        ("ppo", dict(others=dict(reward=tiny(RewardModel, seed=2))), "the frozen weights of that run were others"),
+        (
+            "ppo",
+            dict(others=dict(reward=tiny(RewardModel, seed=2))),
+            "the frozen weights of that run were others",
+        ),
         ("ppo", dict(others=dict(eos_ids=(2, 3))), r"with eos_ids=\[2\], not \[2, 3\]"),
-        ("online", dict(others=dict(reward=tiny(RewardModel, seed=2))), "the frozen weights of that run were others"),
+        (
+            "online",
+            dict(others=dict(reward=tiny(RewardModel, seed=2))),
+            "the frozen weights of that run were others",
+        ),
         ("online", dict(others=dict(eos_ids=(2, 3))), r"with eos_ids=\[2\], not \[2, 3\]"),
     ],
     ids=str,
@@ -277,7 +325,9 @@ def test_another_run_is_refused_and_the_trainer_stays_as_it_is(kind, options, me
     before = snapshot(trainer)
     with pytest.raises(ValueError, match=message):
         trainer.resume()
-    assert equal(snapshot(trainer), before) and not trainer.steps_done and not trainer.optimizer.state
+    assert (
+        equal(snapshot(trainer), before) and not trainer.steps_done and not trainer.optimizer.state
+    )
     trainer = build(kind, tmp_path, log_every=3, save_every=1)
     trainer.resume()
     assert trainer.steps_done == 6
@@ -289,7 +339,9 @@ def test_the_reference_of_a_resumed_run_is_the_original_policy(tmp_path):
     trainer.train()
     resumed = build("dpo", tmp_path)
     resumed.resume()
-    assert equal([resumed.reference.model.state_dict()], before) and not equal(snapshot(resumed), before)
+    assert equal([resumed.reference.model.state_dict()], before) and not equal(
+        snapshot(resumed), before
+    )
 
 
 @pytest.mark.parametrize("what", ["missing", "damaged", "other", "metrics"])
@@ -358,7 +410,11 @@ def test_ctrl_c_ends_the_step_and_leaves_a_checkpoint(tmp_path, capsys):
     assert "Ctrl-C again stops at once" in capsys.readouterr().err
     resumed = build("sft", tmp_path)
     resumed.resume()
-    assert resumed.steps_done == 3 and len(resumed.train()) == 6 and equal(snapshot(resumed), snapshot(whole))
+    assert (
+        resumed.steps_done == 3
+        and len(resumed.train()) == 6
+        and equal(snapshot(resumed), snapshot(whole))
+    )
 
 
 def test_a_second_ctrl_c_does_not_wait_and_afterwards_all_is_as_before(tmp_path):
@@ -381,12 +437,17 @@ def test_a_second_ctrl_c_does_not_wait_and_afterwards_all_is_as_before(tmp_path)
 
 def test_a_row_whose_loss_is_no_number_is_named_and_the_state_kept(tmp_path):
     bad = EXAMPLES[4]._replace(prompt_ids=[1])  # a token that no other row has
-    trainer = build("sft", tmp_path, examples=[*EXAMPLES[:4], bad, *EXAMPLES[5:]], batch_size=10, dropout=False)
+    trainer = build(
+        "sft", tmp_path, examples=[*EXAMPLES[:4], bad, *EXAMPLES[5:]], batch_size=10, dropout=False
+    )
     embed = trainer.model.trunk.embed
-    embed.register_forward_hook(lambda _, ids, hidden: hidden.masked_fill((ids[0] == 1)[..., None], math.nan))
+    embed.register_forward_hook(
+        lambda _, ids, hidden: hidden.masked_fill((ids[0] == 1)[..., None], math.nan)
+    )
     before = snapshot(trainer)
     with pytest.raises(
-        FloatingPointError, match=r"step 1: the .* is nan; nothing updated; the loss of example 4 alone"
+        FloatingPointError,
+        match=r"step 1: the .* is nan; nothing updated; the loss of example 4 alone",
     ):
         trainer.train()
     assert equal(snapshot(trainer), before) and (tmp_path / "checkpoint-error").exists()
@@ -398,7 +459,11 @@ def test_a_loss_that_is_no_number_stops_also_where_the_gradient_is_finite():
     trainer = build("sft", examples=EXAMPLES)
     before = snapshot(trainer)
     with pytest.raises(FloatingPointError, match="the loss is nan; nothing updated"):
-        trainer.optimize(iter([trainer.model.trunk.norm.weight.sum(), torch.tensor(math.nan, requires_grad=True)]))
+        trainer.optimize(
+            iter(
+                [trainer.model.trunk.norm.weight.sum(), torch.tensor(math.nan, requires_grad=True)]
+            )
+        )
     assert equal(snapshot(trainer), before)
 
 
@@ -430,7 +495,9 @@ def test_an_estimate_of_kl_below_zero_is_named():
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-def test_a_policy_that_moves_between_rollout_and_update_is_found_before_it_trains(dropout, monkeypatch):
+def test_a_policy_that_moves_between_rollout_and_update_is_found_before_it_trains(
+    dropout, monkeypatch
+):
     """Row 2; with dropout the policy is never the same twice."""
     trainer, predict = ppo(dropout=dropout), PPOTrainer.predict
 
@@ -445,7 +512,9 @@ def test_a_policy_that_moves_between_rollout_and_update_is_found_before_it_train
     if dropout:
         trainer.step(trainer.examples[:4])
         return
-    with pytest.raises(FloatingPointError, match=r"first minibatch has ratio .* not 1 and 0; nothing updated"):
+    with pytest.raises(
+        FloatingPointError, match=r"first minibatch has ratio .* not 1 and 0; nothing updated"
+    ):
         trainer.step(trainer.examples[:4])
     assert equal([trainer.critic.state_dict()], [critic])
 
@@ -459,7 +528,9 @@ def test_an_exception_of_the_reward_names_the_row_that_raises():
         return [1 / (prompt[0] - 8) for prompt in prompts]
 
     prompts = [[9], [7], [8], [10]]
-    with pytest.raises(RuntimeError, match=r"ZeroDivisionError.* on row 2 alone: prompt \[8\]") as raised:
+    with pytest.raises(
+        RuntimeError, match=r"ZeroDivisionError.* on row 2 alone: prompt \[8\]"
+    ) as raised:
         ppo(others=dict(reward=reward), examples=prompts).step(prompts)
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
 

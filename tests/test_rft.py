@@ -17,7 +17,9 @@ PROMPTS = [[7 + i % 4] for i in range(16)]
 
 def tiny(cls=Transformer, seed=0):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, dropout=0.1)
+    sizes = dict(
+        vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, dropout=0.1
+    )
     return cls(TransformerConfig(**sizes, eos_ids=(2,), pad_id=0))
 
 
@@ -28,8 +30,19 @@ def fives(prompts, responses):
 def run(out=None, prompts=PROMPTS, reward=fives, model=None, resume=False, eos_ids=None, **config):
     """Two rounds of four steps with dropout: all of their generators matter."""
     model = tiny() if model is None else model
-    settings = dict(rounds=2, num_samples=4, response_length=5, batch_size=4, lr=1e-2, dropout=True) | config
-    history = rft(model, prompts, RFTConfig(**settings), reward=reward, out=out, resume=resume, eos_ids=eos_ids)
+    settings = (
+        dict(rounds=2, num_samples=4, response_length=5, batch_size=4, lr=1e-2, dropout=True)
+        | config
+    )
+    history = rft(
+        model,
+        prompts,
+        RFTConfig(**settings),
+        reward=reward,
+        out=out,
+        resume=resume,
+        eos_ids=eos_ids,
+    )
     return history, model
 
 
@@ -41,11 +54,15 @@ def same(a, b):
 
 
 def test_rounds_of_best_of_n_raise_the_score():
-    history, _ = run(rounds=4, num_samples=8, epochs=2, dropout=False, prompts=PROMPTS * 4, batch_size=16)
+    history, _ = run(
+        rounds=4, num_samples=8, epochs=2, dropout=False, prompts=PROMPTS * 4, batch_size=16
+    )
     scores = [line["objective/scores"] for line in history]
     assert scores == sorted(scores) and scores[-1] > scores[0] + 1
     assert all(line["objective/best"] > line["objective/scores"] for line in history)
-    assert [(line["round"], line["examples"], line["step"]) for line in history] == [(r, 64, 8) for r in (1, 2, 3, 4)]
+    assert [(line["round"], line["examples"], line["step"]) for line in history] == [
+        (r, 64, 8) for r in (1, 2, 3, 4)
+    ]
 
 
 def test_what_is_learned_is_the_best_or_all_that_are_good_enough_without_repetition():
@@ -54,7 +71,12 @@ def test_what_is_learned_is_the_best_or_all_that_are_good_enough_without_repetit
     assert kept(found, None) == [Example([7], [4]), Example([8], [5])]
     assert kept(found, 1.0) == [Example([7], [4]), Example([8], [5])]
     assert kept(found, 2.0) == [Example([7], [4])]
-    assert kept(found, 0.0) == [Example([7], [3]), Example([7], [4]), Example([8], [5]), Example([8], [6])]
+    assert kept(found, 0.0) == [
+        Example([7], [3]),
+        Example([7], [4]),
+        Example([8], [5]),
+        Example([8], [6]),
+    ]
     twice = Candidates([[7], [7]], responses, found.scores)
     assert kept(twice, None) == [Example([7], [4]), Example([7], [5])]
     with pytest.raises(ValueError, match="no response scores 3, the best one 2"):
@@ -107,7 +129,9 @@ def test_what_the_trainer_refuses_is_told_before_anything_is_sampled_or_written(
 
 def test_every_round_has_a_seed_of_its_own(monkeypatch):
     seeds, train = [], SFTTrainer.train
-    monkeypatch.setattr(SFTTrainer, "train", lambda self: seeds.append(self.config.seed) or train(self))
+    monkeypatch.setattr(
+        SFTTrainer, "train", lambda self: seeds.append(self.config.seed) or train(self)
+    )
 
     def tell_apart(prompts, responses):
         return [float(sum(7**i * token for i, token in enumerate(ids))) for ids in responses]
@@ -122,7 +146,9 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
-@pytest.mark.parametrize("at", [(1, 3), (2, 0), (2, 1)], ids=["in round 1", "between", "in round 2"])
+@pytest.mark.parametrize(
+    "at", [(1, 3), (2, 0), (2, 1)], ids=["in round 1", "between", "in round 2"]
+)
 def test_rounds_that_go_on_are_the_rounds_that_never_stopped(at, lora, tmp_path, monkeypatch):
     """Bit by bit, metrics and weights; what is done is not done again."""
     tiny().save_pretrained(tmp_path / "base")
@@ -149,8 +175,12 @@ def test_rounds_that_go_on_are_the_rounds_that_never_stopped(at, lora, tmp_path,
     taken, stops = [], False
     got, model = run(tmp_path / "cut", model=start(), save_every=1, resume=True)
     assert got == want and same(model, whole)
-    assert taken == [place for place in [(r, step) for r in (1, 2) for step in range(4)] if place >= at]
-    assert [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()] == want
+    assert taken == [
+        place for place in [(r, step) for r in (1, 2) for step in range(4)] if place >= at
+    ]
+    assert [
+        json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    ] == want
     again, model = run(tmp_path / "cut", model=start(), save_every=1, resume=True)
     assert again == want and same(model, whole)  # nothing left to do
 

@@ -43,7 +43,9 @@ def test_a_gradient_is_that_of_torch(backend):
 
 
 def test_a_forward_pass_has_the_same_bits_with_and_without_gradient():
-    model = Transformer(TransformerConfig(vocab_size=30, hidden_size=16, num_layers=2, num_heads=2, max_positions=9))
+    model = Transformer(
+        TransformerConfig(vocab_size=30, hidden_size=16, num_layers=2, num_heads=2, max_positions=9)
+    )
     ids = torch.randint(30, (3, 9))
     with torch.no_grad():
         without = model(ids)

@@ -9,7 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_core.data import Example, collate
 from rlhf_core.models import Transformer, TransformerConfig, ValueModel
-from rlhf_core.rollout import Rollout, _warn_of_truncation, response_logprobs, response_values, sample
+from rlhf_core.rollout import (
+    Rollout,
+    _warn_of_truncation,
+    response_logprobs,
+    response_values,
+    sample,
+)
 from rlhf_core.trainers.completions import target_logprobs
 
 GPT2 = dict(
@@ -29,7 +35,9 @@ families = pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def tiny(family="llama", seed=0, **options):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=64, eos_ids=(2,))
+    sizes = dict(
+        vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=64, eos_ids=(2,)
+    )
     model = Transformer(TransformerConfig(**(sizes | FAMILIES[family] | options)))
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -71,7 +79,9 @@ def test_log_probs_and_values_are_read_before_their_token(family):
         for t, token in enumerate(response):
             at = len(prompt) - 1 + t
             assert_close(logprobs[b, t], log_p[at, token], rtol=0, atol=1e-5)
-            assert_close(entropy[b, t], -(log_p[at].exp() * log_p[at]).sum(), rtol=0, atol=1e-5)  # row 5
+            assert_close(
+                entropy[b, t], -(log_p[at].exp() * log_p[at]).sum(), rtol=0, atol=1e-5
+            )  # row 5
             assert_close(values[b, t], value[at], rtol=0, atol=1e-5)
         prompt_only = critic(ids[:, : len(prompt)], torch.ones(1, len(prompt), dtype=torch.bool))
         assert_close(values[b, 0], prompt_only[0, -1], rtol=0, atol=1e-5)
@@ -101,7 +111,11 @@ def test_a_rollout_gives_its_rows_without_padding():
     for response, mask in zip(rollout.responses(), rollout.response_mask):
         assert len(response) == mask.sum() and 2 not in response[:-1]
         assert response[-1] == 2 or len(response) == 6
-    assert rollout.input_ids.shape == rollout.attention_mask.shape == (4, 4 + rollout.response_ids.shape[1])
+    assert (
+        rollout.input_ids.shape
+        == rollout.attention_mask.shape
+        == (4, 4 + rollout.response_ids.shape[1])
+    )
 
 
 def test_sampling_takes_other_ends_than_the_models_own():
@@ -130,7 +144,9 @@ def test_a_truncated_rollout_warns_once_and_records_what_it_was_sampled_from(opt
         assert not caught
         for _ in range(2):
             rollout = sample(tiny(), PROMPTS, max_new_tokens=6, seeds=torch.arange(4), **options)
-    assert [str(warning.message)[:35] for warning in caught] == ["rollouts sampled with top_k, top_p "]
+    assert [str(warning.message)[:35] for warning in caught] == [
+        "rollouts sampled with top_k, top_p "
+    ]
     assert caught[0].filename == __file__
     assert_close(plain.logprobs, response_logprobs(tiny(), plain)[0].detach(), rtol=0, atol=1e-5)
     full = response_logprobs(tiny(), rollout)[0].detach()
@@ -145,7 +161,11 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            self.nbytes = max(self.nbytes, x.untyped_storage().nbytes()) if isinstance(x, torch.Tensor) else self.nbytes
+            self.nbytes = (
+                max(self.nbytes, x.untyped_storage().nbytes())
+                if isinstance(x, torch.Tensor)
+                else self.nbytes
+            )
         return out
 
 
@@ -157,10 +177,15 @@ def test_training_never_holds_the_logits_of_a_batch(scored):
     ids, mask = torch.randint(V, (B, P + R)), torch.arange(R) < torch.tensor([[5], [10], [3], [1]])
     with Largest() as largest:
         if scored == "PPO's responses":
-            rollout = Rollout(ids[:, :P], torch.ones(B, P, dtype=torch.bool), ids[:, P:], mask, torch.zeros(B, R))
+            rollout = Rollout(
+                ids[:, :P], torch.ones(B, P, dtype=torch.bool), ids[:, P:], mask, torch.zeros(B, R)
+            )
             logprobs, entropy = response_logprobs(model, rollout)
         else:
-            rows = [Example(row[:P].tolist(), row[P:][counts].tolist()) for row, counts in zip(ids, mask)]
+            rows = [
+                Example(row[:P].tolist(), row[P:][counts].tolist())
+                for row, counts in zip(ids, mask)
+            ]
             logprobs, entropy = target_logprobs(model, collate(rows, pad_id=0))
         (logprobs + entropy).sum().backward()
     assert logprobs[logprobs != 0].numel() == 19

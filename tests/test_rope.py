@@ -8,7 +8,9 @@ import torch
 from rlhf_core.models import TransformerConfig
 from rlhf_core.models.rope import rope_frequencies, rope_tables
 
-LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+LLAMA3 = dict(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
 SCALINGS = {
     "plain": {},
     "linear": dict(rope_type="linear", factor=2.5),
@@ -37,7 +39,9 @@ def test_frequencies_and_tables_are_theirs_bit_for_bit(scaling, head_dim, theta,
     sizes = dict(vocab_size=8, hidden_size=2 * head_dim, num_hidden_layers=1, num_attention_heads=2)
     parameters = dict(rope_theta=theta, **copy.deepcopy(SCALINGS[scaling]))
     theirs = LlamaRotaryEmbedding(
-        transformers.LlamaConfig(**sizes, max_position_embeddings=131072, rope_parameters=parameters)
+        transformers.LlamaConfig(
+            **sizes, max_position_embeddings=131072, rope_parameters=parameters
+        )
     )
     options = dict(rope_theta=theta, rope_scaling=SCALINGS[scaling] or None)
     ours = TransformerConfig(8, 2 * head_dim, num_heads=2, max_positions=131072, **options)
@@ -59,8 +63,14 @@ def test_frequencies_and_tables_are_theirs_bit_for_bit(scaling, head_dim, theta,
         ),
         (dict(rope_type="linear"), "'linear' needs a number 'factor', got None"),
         (dict(rope_type="linear", factor="2"), "'linear' needs a number 'factor', got '2'"),
-        (dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0), "'llama3' needs a number 'high_freq_factor'"),
-        (dict(rope_type="yarn", factor=8.0, partial_rotary_factor=0.5), "'yarn' has no option 'partial_rotary_factor'"),
+        (
+            dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0),
+            "'llama3' needs a number 'high_freq_factor'",
+        ),
+        (
+            dict(rope_type="yarn", factor=8.0, partial_rotary_factor=0.5),
+            "'yarn' has no option 'partial_rotary_factor'",
+        ),
     ],
 )
 def test_a_scaling_that_is_not_what_it_says_is_refused(scaling, message):

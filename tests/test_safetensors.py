@@ -18,7 +18,11 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 def example():
     torch.manual_seed(0)
     tensors = {f"{dtype}".removeprefix("torch."): torch.randn(5, 3).to(dtype) for dtype in DTYPES}
-    return tensors | {"empty": torch.zeros(0, 4), "long": torch.randn(1001), "名前": torch.randn(2, 3, 4)}
+    return tensors | {
+        "empty": torch.zeros(0, 4),
+        "long": torch.randn(1001),
+        "名前": torch.randn(2, 3, 4),
+    }
 
 
 def read(path):
@@ -30,7 +34,9 @@ def read(path):
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
+    )
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 50, 16 * 2**20])
@@ -54,10 +60,16 @@ def test_texts_are_kept_beside_tensors_of_any_kind(tmp_path):
 
 def test_views_are_written_and_filled_as_the_tensors_that_they_are(tmp_path):
     whole = torch.arange(24.0).view(4, 6)
-    ours.write_tensors(tmp_path / "x", {"transposed": whole.t(), "columns": whole[:, 1:3], "rows": whole[1:]})
+    ours.write_tensors(
+        tmp_path / "x", {"transposed": whole.t(), "columns": whole[:, 1:3], "rows": whole[1:]}
+    )
     assert equal(
         safetensors.torch.load_file(tmp_path / "x"),
-        {"transposed": whole.t().contiguous(), "columns": whole[:, 1:3].contiguous(), "rows": whole[1:]},
+        {
+            "transposed": whole.t().contiguous(),
+            "columns": whole[:, 1:3].contiguous(),
+            "rows": whole[1:],
+        },
     )
     target = torch.zeros(4, 6, dtype=torch.bfloat16)
     ours.stored_tensors(tmp_path / "x")["transposed"].copy_to(target.t())
@@ -78,7 +90,9 @@ def test_a_file_cut_anywhere_is_refused_before_anything_is_read(tmp_path):
 
 def test_a_dtype_that_is_no_float_is_refused_when_it_is_read(tmp_path):
     safetensors.torch.save_file({"q": torch.ones(4, dtype=torch.int8)}, tmp_path / "x")
-    with pytest.raises(ValueError, match=re.escape("x: tensor 'q' is stored as I8, not as F64, F32, F16, BF16")):
+    with pytest.raises(
+        ValueError, match=re.escape("x: tensor 'q' is stored as I8, not as F64, F32, F16, BF16")
+    ):
         ours.stored_tensors(tmp_path / "x")["q"].copy_to(torch.empty(4))
 
 
@@ -107,13 +121,19 @@ def test_loading_and_saving_take_no_more_memory_than_the_model_and_a_fifth(famil
 
     options = dict(num_layers=2, num_heads=4, tie_embeddings=False)
     if family == "gpt2":
-        options |= dict(positions="learned", norm="layernorm", activation="gelu_tanh", gated_mlp=False)
+        options |= dict(
+            positions="learned", norm="layernorm", activation="gelu_tanh", gated_mlp=False
+        )
         options |= dict(qkv_bias=True, out_bias=True, mlp_bias=True)
     Transformer(TransformerConfig(16, 16, **options)).save_pretrained(tmp_path / "small")
     width = 1024 if dtype == "float32" else 1408
     Transformer(TransformerConfig(8000, width, **options)).save_pretrained(tmp_path / "large")
     command = [sys.executable, "-P"] if sys.version_info >= (3, 11) else [sys.executable]
     command += ["-c", MEASURED, str(tmp_path), dtype]
-    loaded, saved = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    loaded, saved = map(
+        float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    )
     assert 0.9 < loaded <= 1.2
-    assert saved <= (1.2 if family == "llama" else 2)  # GPT-2's files hold transposed matrices, which are copies
+    assert saved <= (
+        1.2 if family == "llama" else 2
+    )  # GPT-2's files hold transposed matrices, which are copies

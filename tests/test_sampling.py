@@ -51,7 +51,9 @@ def masses(z, kept):
 
 def assert_drawn_by_definition(logits, seeds, counters, backend, temperature=1.0, **truncation):
     """The kept mass, the token and both log-probs of every row; in doubt only where rounding decides."""
-    got = sample_tokens(logits, seeds, counters, temperature=temperature, backend=backend, **truncation)
+    got = sample_tokens(
+        logits, seeds, counters, temperature=temperature, backend=backend, **truncation
+    )
     assert [x.dtype for x in got] == [torch.int64, torch.float32, torch.float32]
     assert [x.shape for x in got] == [logits.shape[:1]] * 3
     rows, u = logits.cpu(), uniform(seeds, counters).cpu()
@@ -59,7 +61,9 @@ def assert_drawn_by_definition(logits, seeds, counters, backend, temperature=1.0
         token, logprob, full_logprob = (x[row].item() for x in got)
         top_p = truncation.get("top_p")
         near = [truncation] + [
-            truncation | dict(top_p=top_p * (1 + e)) for e in (-ROUNDING, ROUNDING) if top_p is not None
+            truncation | dict(top_p=top_p * (1 + e))
+            for e in (-ROUNDING, ROUNDING)
+            if top_p is not None
         ]
         faults = []
         for settings in near:
@@ -72,10 +76,14 @@ def assert_drawn_by_definition(logits, seeds, counters, backend, temperature=1.0
                 fault = f"row {row} drew {token}, which is not kept"
             elif not cdf[token] - mass[token] - slack <= at <= cdf[token] + slack:
                 fault = f"row {row}: {at} is not in {token}'s part of the mass, up to {cdf[token]}"
-            elif abs(full_logprob - math.log(p[token] / math.fsum(p))) > 1e-5 * (1 + abs(full_logprob)):
+            elif abs(full_logprob - math.log(p[token] / math.fsum(p))) > 1e-5 * (
+                1 + abs(full_logprob)
+            ):
                 fault = f"row {row}: full log-prob {full_logprob}"
             elif abs(logprob - math.log(p[token] / total)) > 1e-5 * (1 + abs(logprob)):
-                fault = f"row {row}: log-prob {logprob}, of what is kept {math.log(p[token] / total)}"
+                fault = (
+                    f"row {row}: log-prob {logprob}, of what is kept {math.log(p[token] / total)}"
+                )
             faults.append(fault)
         assert None in faults, faults[0]
     return got
@@ -106,26 +114,42 @@ def test_philox_gives_its_published_answers(counter, key, random):
 
 
 @pytest.mark.parametrize(
-    "seed, counter", [(0, 0), (1, 0), (0, 1), (2**40 + 3, 5), (-1, 2**35), (7, -(2**62)), (2**63 - 1, -1)]
+    "seed, counter",
+    [(0, 0), (1, 0), (0, 1), (2**40 + 3, 5), (-1, 2**35), (7, -(2**62)), (2**63 - 1, -1)],
 )
 def test_a_row_is_drawn_by_the_first_word_of_its_seed_and_counter(backend, seed, counter):
-    word = philox(counter & 0xFFFFFFFF, counter >> 32 & 0xFFFFFFFF, 0, 0, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)[0]
-    assert uniform(torch.tensor([seed]), torch.tensor([counter])).item() == (word + 0.5) / 2**32  # never 0, nor 1
+    word = philox(
+        counter & 0xFFFFFFFF,
+        counter >> 32 & 0xFFFFFFFF,
+        0,
+        0,
+        seed & 0xFFFFFFFF,
+        seed >> 32 & 0xFFFFFFFF,
+    )[0]
+    assert (
+        uniform(torch.tensor([seed]), torch.tensor([counter])).item() == (word + 0.5) / 2**32
+    )  # never 0, nor 1
     V = 4096  # equal logits: the token is the word's first 12 bits, and other words have others
-    got = sample_tokens(torch.zeros(1, V), torch.tensor([seed]), torch.tensor([counter]), backend=backend)
+    got = sample_tokens(
+        torch.zeros(1, V), torch.tensor([seed]), torch.tensor([counter]), backend=backend
+    )
     assert got.tokens.tolist() == [word >> 20]
 
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
 @pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 1000, 5000])
-def test_tokens_and_log_probs_are_those_of_the_definition_for_any_vocabulary(backend, vocab, truncation):
+def test_tokens_and_log_probs_are_those_of_the_definition_for_any_vocabulary(
+    backend, vocab, truncation
+):
     logits = torch.randn(2, vocab) * 3
     assert_drawn_by_definition(logits, *streams(2), backend, temperature=0.8, **truncation)
 
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_at_the_vocabulary_of_a_real_model_in_every_dtype_with_many_ties(backend, dtype, truncation):
+def test_at_the_vocabulary_of_a_real_model_in_every_dtype_with_many_ties(
+    backend, dtype, truncation
+):
     logits = (torch.randn(2, 50257) * torch.tensor([[0.3], [3.0]])).to(dtype)
     assert_drawn_by_definition(logits, *streams(2), backend, **truncation)
 
@@ -133,7 +157,12 @@ def test_at_the_vocabulary_of_a_real_model_in_every_dtype_with_many_ties(backend
 def difficult_rows(V=4500):
     """Rows on which a careless search for a threshold, or softmax, fails."""
     ramp = torch.linspace(-6, 6, V)
-    spike, late, two, empty = ramp.clone(), torch.full((V,), -200.0), torch.zeros(V), torch.full((V,), -INF)
+    spike, late, two, empty = (
+        ramp.clone(),
+        torch.full((V,), -200.0),
+        torch.zeros(V),
+        torch.full((V,), -INF),
+    )
     spike[-1] = 90
     late[4400:] = ramp[4400:]
     two[::2] = 1
@@ -143,7 +172,20 @@ def difficult_rows(V=4500):
     nowhere[:4300] = torch.finfo(torch.float32).min
     steps = (torch.arange(V) // 500).float()
     extremes = torch.tensor([3e4, -3e4]).repeat(V // 2)
-    rows = (ramp, ramp.flip(0), spike, late, two, empty, ties, nowhere, steps, steps * 8, ramp + 1e4, ramp * 40)
+    rows = (
+        ramp,
+        ramp.flip(0),
+        spike,
+        late,
+        two,
+        empty,
+        ties,
+        nowhere,
+        steps,
+        steps * 8,
+        ramp + 1e4,
+        ramp * 40,
+    )
     return torch.stack((*rows, torch.zeros(V), torch.full((V,), -1e30), extremes))
 
 
@@ -200,14 +242,24 @@ def test_what_is_kept_ties_included(backend, truncation, kept):
 
 
 def test_frequencies_are_the_probabilities(backend):
-    n = 20_000 if backend != "triton" or torch.cuda.is_available() else 500  # the interpreter is slow
+    n = (
+        20_000 if backend != "triton" or torch.cuda.is_available() else 500
+    )  # the interpreter is slow
     logits = torch.tensor([0.0, 1.0, -1.0, 0.5, -INF, -2.0, 1.5, 0.2])
-    got = sample_tokens(logits.expand(n, 8), torch.arange(n), torch.zeros(n).long(), temperature=1.3, backend=backend)
+    got = sample_tokens(
+        logits.expand(n, 8),
+        torch.arange(n),
+        torch.zeros(n).long(),
+        temperature=1.3,
+        backend=backend,
+    )
     counts = torch.bincount(got.tokens, minlength=8).double()
     expected = n * torch.softmax(logits.double() / 1.3, -1)
     assert counts[4] == 0
     possible = expected > 0
-    assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < 27.9  # chi-square, 6 degrees: 1 in 10^4
+    assert (
+        (counts - expected)[possible] ** 2 / expected[possible]
+    ).sum() < 27.9  # chi-square, 6 degrees: 1 in 10^4
 
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
@@ -224,7 +276,13 @@ def test_full_log_probs_are_those_of_token_logprobs_whatever_is_kept(backend, tr
 def test_options_that_keep_everything_change_no_bit(backend):
     logits = torch.randn(5, 300)
     plain = sample_tokens(logits, *streams(5), backend=backend)
-    for neutral in (dict(top_k=300), dict(top_k=10**9), dict(top_p=1.0), dict(top_p=1), dict(min_p=0.0)):
+    for neutral in (
+        dict(top_k=300),
+        dict(top_k=10**9),
+        dict(top_p=1.0),
+        dict(top_p=1),
+        dict(min_p=0.0),
+    ):
         got = sample_tokens(logits, *streams(5), backend=backend, **neutral)
         assert got.logprobs is got.full_logprobs
         assert_close(tuple(got), tuple(plain), rtol=0, atol=0)
@@ -233,7 +291,9 @@ def test_options_that_keep_everything_change_no_bit(backend):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
 @pytest.mark.parametrize("V", [3, 3000])
-def test_a_row_that_is_no_distribution_gives_token_0_and_nan_and_spoils_no_other(backend, V, truncation, temperature):
+def test_a_row_that_is_no_distribution_gives_token_0_and_nan_and_spoils_no_other(
+    backend, V, truncation, temperature
+):
     logits = torch.randn(8, V)
     good = logits[[0, 7]].clone()
     logits[1, 1], logits[2, V - 1], logits[3, V // 2] = NAN, NAN, INF
@@ -264,7 +324,9 @@ def test_a_row_is_drawn_the_same_bit_for_bit_alone_and_in_any_batch(backend, tru
     logits, (seeds, counters) = torch.randn(7, 3001), streams(7)
     got = sample_tokens(logits, seeds, counters, backend=backend, **truncation)
     order = torch.tensor([4, 2, 6, 0])
-    some = sample_tokens(logits[order], seeds[order], counters[order], backend=backend, **truncation)
+    some = sample_tokens(
+        logits[order], seeds[order], counters[order], backend=backend, **truncation
+    )
     assert_close(tuple(some), tuple(x[order] for x in got), rtol=0, atol=0)
     alone = sample_tokens(logits[3:4], seeds[3:4], counters[3:4], backend=backend, **truncation)
     assert_close(tuple(alone), tuple(x[3:4] for x in got), rtol=0, atol=0)
@@ -303,7 +365,9 @@ def test_a_temperature_near_0_takes_the_most_likely(backend):
 def test_no_rows_give_no_tokens(backend):
     none = torch.zeros(0, dtype=torch.int64)
     for temperature in (0.0, 1.0):
-        got = sample_tokens(torch.zeros(0, 7), none, none, temperature=temperature, top_k=2, backend=backend)
+        got = sample_tokens(
+            torch.zeros(0, 7), none, none, temperature=temperature, top_k=2, backend=backend
+        )
         assert [x.shape for x in got] == [(0,)] * 3 and got.tokens.dtype == torch.int64
 
 
@@ -316,26 +380,45 @@ def test_float64_goes_through_the_reference():
     logits = torch.randn(3, 100, dtype=torch.float64)
     got = sample_tokens(logits, *streams(3), top_p=0.9)
     assert got.logprobs.dtype == got.full_logprobs.dtype == torch.float64
-    assert_close(got.tokens, sample_tokens(logits.float(), *streams(3), top_p=0.9, backend="reference").tokens)
+    assert_close(
+        got.tokens,
+        sample_tokens(logits.float(), *streams(3), top_p=0.9, backend="reference").tokens,
+    )
 
 
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (dict(logits=torch.zeros(2, 3).long()), TypeError, "logits must be a float tensor, got torch.int64"),
+        (
+            dict(logits=torch.zeros(2, 3).long()),
+            TypeError,
+            "logits must be a float tensor, got torch.int64",
+        ),
         (dict(logits=torch.zeros(2, 1, 3)), ValueError, r"\(B, V\).*\(2, 1, 3\)"),
         (dict(logits=torch.zeros(2, 0)), ValueError, r"V > 0, got \(2, 0\)"),
         (dict(seeds=torch.zeros(2)), TypeError, "seeds must be an int64 tensor, got torch.float32"),
         (dict(seeds=7), TypeError, "seeds must be an int64 tensor, got int"),
-        (dict(counters=torch.zeros(2).int()), TypeError, "counters must be an int64 tensor, got torch.int32"),
+        (
+            dict(counters=torch.zeros(2).int()),
+            TypeError,
+            "counters must be an int64 tensor, got torch.int32",
+        ),
         (dict(seeds=torch.zeros(3).long()), ValueError, r"seeds must be \(2,\).*\(3,\)"),
         (dict(counters=torch.zeros(2, 1).long()), ValueError, r"counters must be \(2,\).*\(2, 1\)"),
-        (dict(counters=torch.zeros(2, device="meta").long()), ValueError, "counters are on meta, logits on"),
+        (
+            dict(counters=torch.zeros(2, device="meta").long()),
+            ValueError,
+            "counters are on meta, logits on",
+        ),
         (dict(temperature=-0.5), ValueError, "temperature must be finite and >= 0, got -0.5"),
         (dict(temperature=INF), ValueError, "temperature must be finite and >= 0, got inf"),
         (dict(temperature=NAN), ValueError, "temperature must be finite and >= 0, got nan"),
         (dict(temperature=None), TypeError, "temperature must be a number, got NoneType"),
-        (dict(temperature=torch.ones(2)), TypeError, "temperature must be a number, got torch.float32"),
+        (
+            dict(temperature=torch.ones(2)),
+            TypeError,
+            "temperature must be a number, got torch.float32",
+        ),
         (dict(top_k=0), ValueError, "top_k must be at least 1, got 0"),
         (dict(top_k=2.0), TypeError, "top_k must be an integer, got float"),
         (dict(top_p=0.0), ValueError, r"top_p must be in \(0, 1\], got 0.0"),
@@ -347,6 +430,8 @@ def test_float64_goes_through_the_reference():
     ],
 )
 def test_bad_arguments_raise_with_their_value(backend, change, error, message):
-    good = dict(logits=torch.zeros(2, 3), seeds=torch.zeros(2).long(), counters=torch.zeros(2).long())
+    good = dict(
+        logits=torch.zeros(2, 3), seeds=torch.zeros(2).long(), counters=torch.zeros(2).long()
+    )
     with pytest.raises(error, match=message):
         sample_tokens(**(good | change), backend=backend)

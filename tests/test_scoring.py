@@ -73,13 +73,18 @@ class Lines(Letters):
 def test_the_end_of_a_step_earns_the_log_of_its_probability():
     """So a response's score is the log of the probability that all of its steps are right. What training has not shown,
     an end behind a newline, a blank line, or a step that was cut, earns nothing."""
-    reward, responses = model(), [[5, 2], [5, 6, 5, 2], [3], [5, 6, 2], [5, 6, 5], [6, 7, 6, 6, 8, 3], [9]]
+    reward, responses = (
+        model(),
+        [[5, 2], [5, 6, 5, 2], [3], [5, 6, 2], [5, 6, 5], [6, 7, 6, 6, 8, 3], [9]],
+    )
     prompts, reward.of_steps = (PROMPTS * 3)[:7], True
     scorer = Scorer(reward, tokenizer=Lines(), of_steps=True)
     want = torch.zeros(7, 6)
     for row, step in ((0, 1), (1, 1), (1, 3), (3, 1), (4, 1), (5, 2), (5, 5)):
         ids = torch.tensor([prompts[row] + responses[row][: step + 1]])
-        want[row, step] = F.logsigmoid(reward(ids, torch.ones_like(ids, dtype=torch.bool)))[0].detach()
+        want[row, step] = F.logsigmoid(reward(ids, torch.ones_like(ids, dtype=torch.bool)))[
+            0
+        ].detach()
     assert_close(scorer.rewards_of(prompts, responses), want)
     assert (want <= 0).all() and (want < 0).sum() == 7
     assert scorer.rewards_of([[4], [5]], [[5, 7], [3]]).tolist() == [[0, 0], [0, 0]]
@@ -102,8 +107,14 @@ def test_a_callable_is_told_the_texts_or_the_ids():
 @pytest.mark.parametrize(
     "returned, message",
     [
-        ([1.0, math.nan, 1.0], r"the reward of row 1 is nan; prompt \[6\], response \[5, 6, 5, 2\]"),
-        ([[1.0, 2.0], [1.0, 1.0, math.inf, 1.0], [0.0]], r"the reward of row 1 is inf; prompt \[6\]"),
+        (
+            [1.0, math.nan, 1.0],
+            r"the reward of row 1 is nan; prompt \[6\], response \[5, 6, 5, 2\]",
+        ),
+        (
+            [[1.0, 2.0], [1.0, 1.0, math.inf, 1.0], [0.0]],
+            r"the reward of row 1 is inf; prompt \[6\]",
+        ),
         ([1.0, 2.0], "the reward returned 2 rows for 3 responses"),
         ([[1.0, 2.0], [1.0, 2.0], [0.0]], r"the reward of row 1 has shape \(2,\), for 4 tokens"),
         ([1.0, "good", 2.0], r"the reward returned \[1.0, 'good', 2.0\]: "),
@@ -124,7 +135,9 @@ def test_a_callable_that_raises_is_told_of_with_its_row():
             raise KeyError("seven")
         return [0.0] * len(prompts)
 
-    with pytest.raises(RuntimeError, match=r"KeyError\('seven'\); so it does on row 2 alone: prompt \[7, 8, 9\]"):
+    with pytest.raises(
+        RuntimeError, match=r"KeyError\('seven'\); so it does on row 2 alone: prompt \[7, 8, 9\]"
+    ):
         Scorer(on_the_third)(PROMPTS, RESPONSES)
 
     def on_several(prompts, responses):
@@ -146,14 +159,24 @@ def test_scores_of_steps_and_of_responses_do_not_stand_for_each_other():
     process = model(2)
     process.of_steps = True
     for reward, of_steps, message in (
-        ([(model(), 1.0), (process, 1.0)], False, "reward model 1 scores steps, so it goes with process_rewards alone"),
-        ([(process, 1.0), (model(), 1.0)], True, "reward model 1 scores responses: process_rewards needs"),
+        (
+            [(model(), 1.0), (process, 1.0)],
+            False,
+            "reward model 1 scores steps, so it goes with process_rewards alone",
+        ),
+        (
+            [(process, 1.0), (model(), 1.0)],
+            True,
+            "reward model 1 scores responses: process_rewards needs",
+        ),
         (EnsembleReward([process, process]), False, "reward model 0 scores steps"),
         (RewardModel.from_model(process), False, "reward model 0 scores steps"),
     ):
         with pytest.raises(ValueError, match=message):
             Scorer(reward, tokenizer=Lines(), of_steps=of_steps)
-    with pytest.raises(ValueError, match=r"of the reward models of one ensemble \[1\] score steps, the others"):
+    with pytest.raises(
+        ValueError, match=r"of the reward models of one ensemble \[1\] score steps, the others"
+    ):
         EnsembleReward([model(), process])
 
 
@@ -167,7 +190,12 @@ def test_a_reward_model_of_another_vocabulary_is_refused():
     with pytest.raises(ValueError, match=sizes):
         GroupTrainer(policy, PROMPTS, GroupConfig(), reward=rewards)
     with pytest.raises(ValueError, match="reward model 0"):
-        best_of_n(policy, PROMPTS, SamplingConfig(response_length=4), reward=EnsembleReward([other, other]))
+        best_of_n(
+            policy,
+            PROMPTS,
+            SamplingConfig(response_length=4),
+            reward=EnsembleReward([other, other]),
+        )
     Scorer([(model(), 1.0), (lambda prompts, responses: [0.0], 1.0)]).check_vocabulary(policy)
 
 

@@ -15,7 +15,15 @@ PROMPTS = [[7 + i % 4, *[3] * (i % 3)] for i in range(10)]
 
 def tiny(cls=Transformer, seed=0, **options):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=12, hidden_size=16, num_layers=1, num_heads=2, max_positions=32, eos_ids=(2,), pad_id=0)
+    sizes = dict(
+        vocab_size=12,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        max_positions=32,
+        eos_ids=(2,),
+        pad_id=0,
+    )
     return cls(TransformerConfig(**(sizes | options)))
 
 
@@ -25,7 +33,9 @@ def fives(prompts, responses):
 
 def sampled(prompts=PROMPTS, reward=fives, tokenizer=None, model=None, eos_ids=None, **options):
     config = SamplingConfig(**(dict(num_samples=3, response_length=6) | options))
-    return best_of_n(model or tiny(), prompts, config, reward=reward, tokenizer=tokenizer, eos_ids=eos_ids)
+    return best_of_n(
+        model or tiny(), prompts, config, reward=reward, tokenizer=tokenizer, eos_ids=eos_ids
+    )
 
 
 def test_every_response_has_a_seed_of_its_own():
@@ -43,12 +53,18 @@ def test_scores_are_those_of_each_response_to_its_prompt():
         return [100 * prompt[0] + sum(response) for prompt, response in zip(prompts, responses)]
 
     found = sampled(reward=at)
-    want = [[100 * prompt[0] + sum(ids) for ids in texts] for prompt, texts in zip(PROMPTS, found.responses)]
+    want = [
+        [100 * prompt[0] + sum(ids) for ids in texts]
+        for prompt, texts in zip(PROMPTS, found.responses)
+    ]
     assert found.prompts == PROMPTS and found.scores.tolist() == want
     model = tiny(RewardModel, seed=1)
     scores = sampled(reward=model).scores
     rows = [(PROMPTS[b], ids) for b, texts in enumerate(found.responses) for ids in texts]
-    alone = [model(torch.tensor([p + ids]), torch.ones(1, len(p + ids), dtype=torch.bool)).item() for p, ids in rows]
+    alone = [
+        model(torch.tensor([p + ids]), torch.ones(1, len(p + ids), dtype=torch.bool)).item()
+        for p, ids in rows
+    ]
     assert_close(scores.flatten(), torch.tensor(alone), rtol=1e-5, atol=1e-5)
 
 
@@ -146,7 +162,9 @@ def test_a_judge_reads_strings_where_there_is_a_tokenizer():
 
 
 def test_a_judge_needs_two_responses_to_compare():
-    with pytest.raises(ValueError, match="num_samples must be at least 2 for a judge to compare, got 1"):
+    with pytest.raises(
+        ValueError, match="num_samples must be at least 2 for a judge to compare, got 1"
+    ):
         JudgeScorer(longer, 1)
     for nothing in (lambda: JudgeScorer(longer, 2)([], []), lambda: judged(longer, [], [], [])):
         with pytest.raises(ValueError, match="there are no responses to judge"):
@@ -166,7 +184,10 @@ def test_a_judge_that_raises_is_named_with_the_row():
     "verdict, message",
     [
         ([0.5], r"returned shape \(1,\) for 2 pairs"),
-        ([0.5, float("nan")], r"gives row 1 nan, no probability; prompt \[8\], responses \[\[4\], \[6\]\]"),
+        (
+            [0.5, float("nan")],
+            r"gives row 1 nan, no probability; prompt \[8\], responses \[\[4\], \[6\]\]",
+        ),
         ([1.5, 0.5], r"gives row 0 1.5, no probability; prompt \[7\]"),
         ([0.5, -0.1], "gives row 1 -0.1"),
     ],

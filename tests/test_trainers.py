@@ -17,7 +17,14 @@ from rlhf_core.evaluation import length_bias
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig, ValueModel
 from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.ops import linear_logprobs_blocks
-from rlhf_core.trainers import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from rlhf_core.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from rlhf_core.trainers import completions as given
 from rlhf_core.trainers.common import Metrics
 from rlhf_core.trainers.config import TrainConfig
@@ -36,7 +43,15 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def tiny(cls=Transformer, seed=0, **options):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=32, eos_ids=(2,), pad_id=0)
+    sizes = dict(
+        vocab_size=12,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        max_positions=32,
+        eos_ids=(2,),
+        pad_id=0,
+    )
     model = cls(TransformerConfig(**(sizes | options)))
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -52,14 +67,19 @@ def rows(kind, n=8, seed=0):
 
     if kind == "sft":
         return [Example(ids(1, 5), [*ids(0, 7), 2]) for _ in range(n)]
-    return [Pair(ids(1, 5), [*ids(0, 4), 5, *ids(0, 4), 2], [*ids(0, 4), 6, *ids(0, 4), 2]) for _ in range(n)]
+    return [
+        Pair(ids(1, 5), [*ids(0, 4), 5, *ids(0, 4), 2], [*ids(0, 4), 6, *ids(0, 4), 2])
+        for _ in range(n)
+    ]
 
 
 def make(kind, model=None, examples=None, others=None, **config):
     trainer_type, config_type, model_type = KINDS[kind]
     config = config_type(**(dict(batch_size=8, lr=1e-3) | config))
     model = tiny(model_type) if model is None else model
-    return trainer_type(model, rows(kind) if examples is None else examples, config, **(others or {}))
+    return trainer_type(
+        model, rows(kind) if examples is None else examples, config, **(others or {})
+    )
 
 
 def snapshot(module):
@@ -105,16 +125,23 @@ def test_an_example_that_cannot_be_trained_on_is_named(kind, bad, message):
 def test_an_example_longer_than_max_length_is_refused_not_cut(kind):
     """What is too long for the model, too; an example as long as either is not."""
     model, (row,) = tiny(KINDS[kind][2], max_positions=16), rows(kind, 1)
-    for max_length, message in ((12, "max_length is 12; the encoders of .* cut"), (64, "the model 16 positions")):
+    for max_length, message in (
+        (12, "max_length is 12; the encoders of .* cut"),
+        (64, "the model 16 positions"),
+    ):
         room = min(max_length, 16) - length(row._replace(prompt_ids=[]))
         fits, long = (row._replace(prompt_ids=[7] * n) for n in (room, room + 1))
         make(kind, model, [fits], max_length=max_length)
-        with pytest.raises(ValueError, match=f"^example 1 has {min(max_length, 16) + 1} tokens, {message}"):
+        with pytest.raises(
+            ValueError, match=f"^example 1 has {min(max_length, 16) + 1} tokens, {message}"
+        ):
             make(kind, model, [fits, long], max_length=max_length)
 
 
 def test_a_reward_model_is_what_learns_rewards():
-    with pytest.raises(TypeError, match="reward trains a model of type RewardModel, got Transformer"):
+    with pytest.raises(
+        TypeError, match="reward trains a model of type RewardModel, got Transformer"
+    ):
         make("reward", tiny())
 
 
@@ -128,15 +155,23 @@ def test_micro_batches_add_up_to_the_batch(kind, precision):
     model_type = KINDS[kind][2]
     others = dict(reference=tiny(seed=1)) if kind == "dpo" else {}
     results = [
-        accumulated(make(kind, tiny(model_type), micro_batch_size=size, precision=precision, others=others), rows(kind))
+        accumulated(
+            make(kind, tiny(model_type), micro_batch_size=size, precision=precision, others=others),
+            rows(kind),
+        )
         for size in (None, 1, 2, 4, 3)
     ]
     for result in results[1:]:
         if precision == "float32":
             assert_close(result, results[0], rtol=1e-5, atol=1e-6)
         else:
-            got, want = (torch.cat([gradient.flatten() for gradient in r[2]]) for r in (result, results[0]))
-            assert result[0] == pytest.approx(results[0][0], rel=0.01) and (got - want).norm() < 0.01 * want.norm()
+            got, want = (
+                torch.cat([gradient.flatten() for gradient in r[2]]) for r in (result, results[0])
+            )
+            assert (
+                result[0] == pytest.approx(results[0][0], rel=0.01)
+                and (got - want).norm() < 0.01 * want.norm()
+            )
 
 
 POSITIONS = {
@@ -152,21 +187,28 @@ def row_by_row(kind, trainer, batch):
 
     def logps(model, prompt, completion):
         log_p = model(torch.tensor([prompt + completion]))[0].log_softmax(-1)
-        return torch.stack([log_p[k - 1, (prompt + completion)[k]] for k in range(max(len(prompt), 1), len(log_p))])
+        return torch.stack(
+            [log_p[k - 1, (prompt + completion)[k]] for k in range(max(len(prompt), 1), len(log_p))]
+        )
 
     def score(ids):
         return model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))[0]
 
     for row in batch:
         if kind == "sft":
-            mask = torch.tensor(row.completion_mask or [True] * len(row.completion_ids))[not row.prompt_ids :]
+            mask = torch.tensor(row.completion_mask or [True] * len(row.completion_ids))[
+                not row.prompt_ids :
+            ]
             terms += -logps(model, row.prompt_ids, row.completion_ids)[mask]
             continue
         if kind == "dpo":
             policy, reference = (
-                [logps(m, row[0], x).sum() for x in row[1:3]] for m in (model, trainer.reference.model)
+                [logps(m, row[0], x).sum() for x in row[1:3]]
+                for m in (model, trainer.reference.model)
             )
-            margin = trainer.config.beta * ((policy[0] - reference[0].detach()) - (policy[1] - reference[1].detach()))
+            margin = trainer.config.beta * (
+                (policy[0] - reference[0].detach()) - (policy[1] - reference[1].detach())
+            )
         else:
             margin = score(row[0] + row[1]) - score(row[0] + row[2])
         terms.append(torch.nn.functional.softplus(-margin))
@@ -188,12 +230,18 @@ def test_rows_that_share_a_prompt_or_are_packed_give_the_loss_and_gradients_of_r
     else:
         batch += [Pair([], [4, 5, 2], [6, 2]), Pair([7] * 10, [5] * 20, [6] * 15)]
     others = dict(reference=tiny(seed=1, **POSITIONS[positions])) if kind == "dpo" else {}
-    options = dict(others=others, micro_batch_size=micro_batch_size, **(dict(beta=0.5) if kind == "dpo" else {}))
+    options = dict(
+        others=others,
+        micro_batch_size=micro_batch_size,
+        **(dict(beta=0.5) if kind == "dpo" else {}),
+    )
     for packing in [dict(packing=True), dict(packing=False)] if kind == "sft" else [{}]:
         trainer = make(kind, tiny(model_type, **POSITIONS[positions]), **options, **packing)
         loss, metrics, gradients = accumulated(trainer, batch)
         want, want_gradients = row_by_row(kind, trainer, batch)
-        assert loss == pytest.approx(want, abs=1e-6) and metrics["loss"] == pytest.approx(want, abs=1e-6)
+        assert loss == pytest.approx(want, abs=1e-6) and metrics["loss"] == pytest.approx(
+            want, abs=1e-6
+        )
         assert_close(gradients, want_gradients, rtol=1e-4, atol=1e-6)
 
 
@@ -214,7 +262,11 @@ def test_packing_leaves_less_padding():
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
 def test_the_prompt_of_a_pair_is_computed_once(kind):
     """In the reference too."""
-    trainer, seen, batch = make(kind), [], [pair._replace(prompt_ids=[7] * 12) for pair in rows(kind)]
+    trainer, seen, batch = (
+        make(kind),
+        [],
+        [pair._replace(prompt_ids=[7] * 12) for pair in rows(kind)],
+    )
     for model in (trainer.model, trainer.reference.model if kind == "dpo" else trainer.model):
         spy(model.trunk, seen)
     trainer.step(batch)
@@ -236,13 +288,17 @@ def test_no_step_holds_the_logits_of_all_targets(kind, options, monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             for x in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(x, torch.Tensor):  # by what it takes: a view of one number may look like logits
+                if isinstance(
+                    x, torch.Tensor
+                ):  # by what it takes: a view of one number may look like logits
                     self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
             return out
 
     vocab_size, batch = 9000, rows(kind, 32)
     trainer = make(kind, tiny(KINDS[kind][2], vocab_size=vocab_size), **options)
-    targets = sum(len(completion) for row in batch for completion in row[1 : 2 if kind == "sft" else 3])
+    targets = sum(
+        len(completion) for row in batch for completion in row[1 : 2 if kind == "sft" else 3]
+    )
     with Largest() as largest:
         trainer.step(batch)
     assert 16 * vocab_size <= largest.numel < targets * vocab_size / 2
@@ -252,8 +308,15 @@ def test_no_step_holds_the_logits_of_all_targets(kind, options, monkeypatch):
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_the_logits_are_computed_once_a_step(kind, options, micro_batch_size, monkeypatch):
     """The loss that the head is told of beforehand is the one that comes: nothing is left for backward to compute."""
-    trainer = make(kind, micro_batch_size=micro_batch_size, **({"packing": True} if kind == "sft" else {}), **options)
-    monkeypatch.setattr(linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again"))
+    trainer = make(
+        kind,
+        micro_batch_size=micro_batch_size,
+        **({"packing": True} if kind == "sft" else {}),
+        **options,
+    )
+    monkeypatch.setattr(
+        linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again")
+    )
     trainer.step(rows(kind))
 
 
@@ -262,7 +325,9 @@ def test_sft_metrics_are_those_of_the_rows_one_by_one():
     total, metrics, _ = accumulated(trainer, batch)
     nll, hits, entropy = [], [], []
     for prompt, completion, *_ in batch:
-        log_p = trainer.model(torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        log_p = trainer.model(torch.tensor([prompt + completion]))[
+            0, len(prompt) - 1 : -1
+        ].log_softmax(-1)
         nll += (-log_p[torch.arange(len(completion)), completion]).tolist()
         hits += (log_p.argmax(-1) == torch.tensor(completion)).tolist()
         entropy += (-(log_p.exp() * log_p).sum(-1)).tolist()
@@ -301,10 +366,18 @@ REWARD_LOSSES = {
     "bradley-terry": ({}, lambda c, r, margin: softplus(r - c + (margin or 0))),
     "smoothed": (
         dict(label_smoothing=0.2),
-        lambda c, r, margin: 0.8 * softplus(r - c + (margin or 0)) + 0.2 * softplus(c - r - (margin or 0)),
+        lambda c, r, margin: (
+            0.8 * softplus(r - c + (margin or 0)) + 0.2 * softplus(c - r - (margin or 0))
+        ),
     ),
-    "hinge": (dict(loss="margin_ranking"), lambda c, r, m: (r - c + (1 if m is None else m)).clamp_min(0)),
-    "centred": (dict(centering_coef=0.3), lambda c, r, margin: softplus(r - c + (margin or 0)) + 0.3 * (c + r) ** 2),
+    "hinge": (
+        dict(loss="margin_ranking"),
+        lambda c, r, m: (r - c + (1 if m is None else m)).clamp_min(0),
+    ),
+    "centred": (
+        dict(centering_coef=0.3),
+        lambda c, r, margin: softplus(r - c + (margin or 0)) + 0.3 * (c + r) ** 2,
+    ),
 }
 
 
@@ -316,26 +389,42 @@ def scored(model, ids):
 @pytest.mark.parametrize("name", REWARD_LOSSES)
 def test_every_reward_loss_of_pairs_is_its_definition(name, margins):
     options, definition = REWARD_LOSSES[name]
-    batch = [p._replace(margin=i / 2 if margins and i % 3 else None) for i, p in enumerate(rows("reward"))]
+    batch = [
+        p._replace(margin=i / 2 if margins and i % 3 else None)
+        for i, p in enumerate(rows("reward"))
+    ]
     trainer = make("reward", micro_batch_size=3, **options)
-    terms = [definition(*(scored(trainer.model, p.prompt_ids + x) for x in p[1:3]), p.margin) for p in batch]
+    terms = [
+        definition(*(scored(trainer.model, p.prompt_ids + x) for x in p[1:3]), p.margin)
+        for p in batch
+    ]
     want = torch.stack(terms).mean()
     total, metrics, got = accumulated(trainer, batch)
-    assert total == pytest.approx(want.item(), rel=5e-6) and metrics["loss"] == pytest.approx(total, rel=1e-6)
-    assert_close(got, list(torch.autograd.grad(want, trainer.trained_parameters())), rtol=1e-4, atol=2e-6)
+    assert total == pytest.approx(want.item(), rel=5e-6) and metrics["loss"] == pytest.approx(
+        total, rel=1e-6
+    )
+    assert_close(
+        got, list(torch.autograd.grad(want, trainer.trained_parameters())), rtol=1e-4, atol=2e-6
+    )
 
 
 def lists(n=8, seed=0, sizes=(2, 5)):
     """The more often a completion holds a 5, the better it is."""
     rng = random.Random(seed)
-    stuff = [[[5] * (4 - i) + [6] * i + [2] for i in range(rng.randrange(*sizes))] for _ in range(n)]
+    stuff = [
+        [[5] * (4 - i) + [6] * i + [2] for i in range(rng.randrange(*sizes))] for _ in range(n)
+    ]
     return [Ranked([rng.randrange(7, 12)], completions) for completions in stuff]
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
 def test_ranked_lists_are_learned_by_each_item_against_all_behind_it(micro_batch_size):
     batch = lists()
-    trainer, terms, correct = make("reward", examples=batch, micro_batch_size=micro_batch_size), [], []
+    trainer, terms, correct = (
+        make("reward", examples=batch, micro_batch_size=micro_batch_size),
+        [],
+        [],
+    )
     for prompt, completions in batch:
         scores = torch.stack([scored(trainer.model, prompt + ids) for ids in completions])
         terms.append(-sum(scores[i:].log_softmax(0)[0] for i in range(len(scores))))
@@ -344,7 +433,9 @@ def test_ranked_lists_are_learned_by_each_item_against_all_behind_it(micro_batch
     total, metrics, got = accumulated(trainer, batch)
     assert total == pytest.approx(want.item(), rel=5e-6)
     assert metrics["accuracy"] == pytest.approx(sum(correct) / len(correct))
-    assert_close(got, list(torch.autograd.grad(want, trainer.trained_parameters())), rtol=1e-4, atol=2e-6)
+    assert_close(
+        got, list(torch.autograd.grad(want, trainer.trained_parameters())), rtol=1e-4, atol=2e-6
+    )
 
 
 def test_ranked_lists_of_two_are_pairs():
@@ -370,7 +461,9 @@ def test_a_reward_model_learns_ranked_lists():
 
 @pytest.mark.parametrize("examples", [rows("reward", 12), lists(12)], ids=["pairs", "lists"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "adapters"])
-def test_scores_are_normalised_on_the_training_data_and_stay_so_in_the_folder(examples, adapters, tmp_path):
+def test_scores_are_normalised_on_the_training_data_and_stay_so_in_the_folder(
+    examples, adapters, tmp_path
+):
     """To mean 0 and standard deviation 1; what comes after, evaluation too, scores alike."""
     model, out = tiny(RewardModel), tmp_path / "run"
     if adapters:
@@ -379,13 +472,17 @@ def test_scores_are_normalised_on_the_training_data_and_stay_so_in_the_folder(ex
     trainer = make("reward", model, examples, dict(out=out), lr=1e-2, batch_size=5)
     last = trainer.train()[-1]
     sequences = [
-        row[0] + ids for row in examples for ids in (row.completions_ids if isinstance(row, Ranked) else row[1:3])
+        row[0] + ids
+        for row in examples
+        for ids in (row.completions_ids if isinstance(row, Ranked) else row[1:3])
     ]
     for scorer in (model, RewardModel.from_pretrained(out)):
         scores = torch.cat([scored(scorer, ids)[None] for ids in sequences]).double()
         assert_close(scores.mean().item(), 0.0, rtol=0, atol=1e-6)
         assert_close(scores.std(correction=0).item(), 1.0, rtol=0, atol=1e-6)
-    model.normalize(-last["score_mean"] / last["score_std"], 1 / last["score_std"])  # back to what was trained
+    model.normalize(
+        -last["score_mean"] / last["score_std"], 1 / last["score_std"]
+    )  # back to what was trained
     scores = torch.cat([scored(model, ids)[None] for ids in sequences])
     assert_close(scores.mean().item(), last["score_mean"], rtol=0, atol=1e-5)
     assert last["score_std"] != pytest.approx(1, abs=0.01)
@@ -396,7 +493,9 @@ def test_scores_are_normalised_without_dropout():
     trainer = make("reward", tiny(RewardModel, dropout=0.3), examples, dropout=True)
     trainer.train()
     trainer.model.eval()
-    scores = torch.cat([scored(trainer.model, p.prompt_ids + ids)[None] for p in examples for ids in p[1:3]])
+    scores = torch.cat(
+        [scored(trainer.model, p.prompt_ids + ids)[None] for p in examples for ids in p[1:3]]
+    )
     assert_close(scores.mean().item(), 0.0, rtol=0, atol=1e-6)
 
 
@@ -404,7 +503,10 @@ def test_a_normalised_reward_model_goes_on_as_critic_and_trains_again(tmp_path):
     model = tiny(RewardModel)
     model.normalize(0.3, 2.0)
     model.normalize(-1.0, 0.5)  # once more, on top
-    critic, ids = ValueModel.from_model(model), (torch.tensor([[7, 8, 9]]), torch.ones(1, 3, dtype=torch.bool))
+    critic, ids = (
+        ValueModel.from_model(model),
+        (torch.tensor([[7, 8, 9]]), torch.ones(1, 3, dtype=torch.bool)),
+    )
     want = (scored(tiny(RewardModel), [7, 8, 9]) - 0.3) / 2 * 2 + 2
     assert_close(scored(model, [7, 8, 9]), want)
     assert_close(critic(*ids)[0, -1], want)
@@ -425,7 +527,11 @@ def test_scores_that_are_alike_up_to_rounding_are_only_centred():
 
 def test_length_bias_is_told_of_what_was_held_out():
     """A score that is the length of the completion: every shorter one loses."""
-    pairs = [Pair([7], [5, 5, 2], [6, 2]), Pair([7], [5, 2], [6, 6, 6, 2]), Pair([7], [5, 2], [6, 2])]
+    pairs = [
+        Pair([7], [5, 5, 2], [6, 2]),
+        Pair([7], [5, 2], [6, 6, 6, 2]),
+        Pair([7], [5, 2], [6, 2]),
+    ]
     ranked = [Ranked([7], [[5, 2], [6, 6, 2], [2]])]
     assert length_bias(pairs, torch.tensor([3.0, 2, 2, 4, 2, 2])) == {
         "length_correlation": pytest.approx(1), "accuracy_where_shorter_won": 0
@@ -435,19 +541,41 @@ def test_length_bias_is_told_of_what_was_held_out():
     assert length_bias(pairs[2:], torch.tensor([0.0, 1])) == {}
     trainer = make("reward", others=dict(eval_examples=pairs[:1]))
     assert "accuracy_where_shorter_won" not in trainer.train()[-1]
-    assert "accuracy_where_shorter_won" in make("reward", others=dict(eval_examples=pairs)).train()[-1]
+    assert (
+        "accuracy_where_shorter_won" in make("reward", others=dict(eval_examples=pairs)).train()[-1]
+    )
 
 
 @pytest.mark.parametrize(
     "options, examples, message",
     [
-        (dict(loss="hinge"), None, "loss must be one of bradley_terry, margin_ranking, got 'hinge'"),
+        (
+            dict(loss="hinge"),
+            None,
+            "loss must be one of bradley_terry, margin_ranking, got 'hinge'",
+        ),
         (dict(label_smoothing=0.5), None, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         (dict(centering_coef=-1), None, "centering_coef must be at least 0, got -1"),
-        (dict(loss="margin_ranking", label_smoothing=0.1), None, "no effect on loss 'margin_ranking', got 0.1"),
-        (dict(loss="margin_ranking"), lists(2), "loss has no effect on ranked lists, got 'margin_ranking'"),
-        (dict(label_smoothing=0.1), lists(2), "label_smoothing has no effect on ranked lists, got 0.1"),
-        (dict(centering_coef=0.1), lists(2), "centering_coef has no effect on ranked lists, got 0.1"),
+        (
+            dict(loss="margin_ranking", label_smoothing=0.1),
+            None,
+            "no effect on loss 'margin_ranking', got 0.1",
+        ),
+        (
+            dict(loss="margin_ranking"),
+            lists(2),
+            "loss has no effect on ranked lists, got 'margin_ranking'",
+        ),
+        (
+            dict(label_smoothing=0.1),
+            lists(2),
+            "label_smoothing has no effect on ranked lists, got 0.1",
+        ),
+        (
+            dict(centering_coef=0.1),
+            lists(2),
+            "centering_coef has no effect on ranked lists, got 0.1",
+        ),
         ({}, [*lists(2), *rows("reward")], "there are pairs and ranked lists"),
     ],
     ids=lambda x: str(x)[:40],
@@ -459,7 +587,10 @@ def test_a_reward_option_out_of_range_or_without_effect_is_refused(options, exam
 
 def test_tokens_of_a_pair_that_do_not_count_are_context_alone():
     """As in conversations of several turns: what the user says between the assistant's turns."""
-    pair, mask = Pair([7, 8], [9, 10, 5, 2], [6, 2], None, [[True, False, False, True], None]), [1.0, 0, 0, 1.0]
+    pair, mask = (
+        Pair([7, 8], [9, 10, 5, 2], [6, 2], None, [[True, False, False, True], None]),
+        [1.0, 0, 0, 1.0],
+    )
     reference = tiny(seed=1)
     trainer = make("dpo", examples=[pair], others=dict(reference=reference), beta=0.3)
 
@@ -497,15 +628,29 @@ def test_in_bfloat16_products_are_rounded_and_weights_gradients_and_moments_are_
         seen = dtypes[precision] = {}
         block = trainer.model.trunk.blocks[0]
         for name, module in (("qkv", block.attn.qkv), ("up", block.mlp.up), ("block", block)):
-            module.register_forward_hook(lambda m, i, out, name=name, seen=seen: seen.update({name: out.dtype}))
+            module.register_forward_hook(
+                lambda m, i, out, name=name, seen=seen: seen.update({name: out.dtype})
+            )
         loss, _, gradients = accumulated(trainer, rows(kind))
         trainer.step(rows(kind))
-        state = [x for s in trainer.optimizer.state.values() for x in (s["exp_avg"], s["exp_avg_sq"])]
-        assert all(x.dtype == torch.float32 for x in [*gradients, *state, *trainer.trained_parameters()])
-        dtypes[precision]["loss"], dtypes[precision]["gradient"] = loss, torch.cat([g.flatten() for g in gradients])
+        state = [
+            x for s in trainer.optimizer.state.values() for x in (s["exp_avg"], s["exp_avg_sq"])
+        ]
+        assert all(
+            x.dtype == torch.float32 for x in [*gradients, *state, *trainer.trained_parameters()]
+        )
+        dtypes[precision]["loss"], dtypes[precision]["gradient"] = (
+            loss,
+            torch.cat([g.flatten() for g in gradients]),
+        )
     half, full = dtypes["bfloat16"], dtypes["float32"]
-    assert half["qkv"] == half["up"] == torch.bfloat16 and half["block"] == full["qkv"] == torch.float32
-    assert half["loss"] == pytest.approx(full["loss"], rel=0.02) and (kind == "dpo" or half["loss"] != full["loss"])
+    assert (
+        half["qkv"] == half["up"] == torch.bfloat16
+        and half["block"] == full["qkv"] == torch.float32
+    )
+    assert half["loss"] == pytest.approx(full["loss"], rel=0.02) and (
+        kind == "dpo" or half["loss"] != full["loss"]
+    )
     assert (half["gradient"] - full["gradient"]).norm() < 0.05 * full["gradient"].norm()
 
 
@@ -513,7 +658,9 @@ def test_in_bfloat16_products_are_rounded_and_weights_gradients_and_moments_are_
 def test_in_bfloat16_logprobs_have_more_digits_than_bfloat16(kind, monkeypatch):
     name = {"sft": "linear_token_statistics", "dpo": "linear_token_logprobs_and_entropy"}[kind]
     op, seen = getattr(given, name), []
-    monkeypatch.setattr(given, name, lambda *args, **known: seen.append(op(*args)[0]) or op(*args, **known))
+    monkeypatch.setattr(
+        given, name, lambda *args, **known: seen.append(op(*args)[0]) or op(*args, **known)
+    )
     make(kind, precision="bfloat16").step(rows(kind))
     assert seen
     for logprobs in seen:
@@ -528,7 +675,9 @@ def test_in_bfloat16_adapters_learn_beside_a_reference_that_shares_their_weights
         add_adapters(policy, LoRAConfig(rank=2))
         trainer = make("dpo", policy, precision=precision)
         assert trainer.reference.model is policy
-        gradients.append(torch.cat([gradient.flatten() for gradient in accumulated(trainer, rows("dpo"))[2]]))
+        gradients.append(
+            torch.cat([gradient.flatten() for gradient in accumulated(trainer, rows("dpo"))[2]])
+        )
     assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
 
 
@@ -542,7 +691,9 @@ def test_in_bfloat16_scores_have_more_digits_than_bfloat16():
 @kinds
 @pytest.mark.parametrize("options", [{}, dict(dropout=0.3)], ids=str)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_checkpointing_changes_no_bit_of_loss_and_gradients_and_keeps_less(kind, options, precision):
+def test_checkpointing_changes_no_bit_of_loss_and_gradients_and_keeps_less(
+    kind, options, precision
+):
     results, kept = [], []
 
     def keep(x):
@@ -551,7 +702,9 @@ def test_checkpointing_changes_no_bit_of_loss_and_gradients_and_keeps_less(kind,
 
     for checkpointing in (False, True):
         model = tiny(KINDS[kind][2], **options)
-        settings = dict(activation_checkpointing=checkpointing, precision=precision, dropout=bool(options))
+        settings = dict(
+            activation_checkpointing=checkpointing, precision=precision, dropout=bool(options)
+        )
         trainer = make(kind, model, **settings)
         torch.manual_seed(0)
         kept.append(0)
@@ -566,12 +719,16 @@ def test_checkpointing_changes_no_bit_of_loss_and_gradients_and_keeps_less(kind,
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_frozen_layers_stay_as_they_are_and_the_others_move(kind, positions, layers):
     """Row 32."""
-    trainer = make(kind, tiny(KINDS[kind][2], **POSITIONS[positions]), freeze_layers=layers, weight_decay=0.1)
+    trainer = make(
+        kind, tiny(KINDS[kind][2], **POSITIONS[positions]), freeze_layers=layers, weight_decay=0.1
+    )
     before = snapshot(trainer.model)
     trainer.step(rows(kind))
     lowest = ["embed.", "position.", *(f"blocks.{i}." for i in range(layers))] if layers else []
     for name, weight in snapshot(trainer.model).items():
-        assert torch.equal(weight, before[name]) == name.startswith(tuple(f"trunk.{low}" for low in lowest)), name
+        assert torch.equal(weight, before[name]) == name.startswith(
+            tuple(f"trunk.{low}" for low in lowest)
+        ), name
 
 
 @kinds
@@ -620,7 +777,9 @@ def test_a_gradient_that_is_no_number_leaves_every_weight_as_it_was(kind):
     trainer = make(kind)
     hook = trainer.model.trunk.norm.weight.register_hook(lambda gradient: gradient * NAN)
     before = snapshot(trainer.model)
-    with pytest.raises(FloatingPointError, match="step 1: the gradient's norm is nan; nothing updated"):
+    with pytest.raises(
+        FloatingPointError, match="step 1: the gradient's norm is nan; nothing updated"
+    ):
         trainer.train()
     assert_close(snapshot(trainer.model), before, rtol=0, atol=0)
     hook.remove()
@@ -649,7 +808,9 @@ def test_evaluation_is_that_of_all_rows_whatever_the_batch_size(kind):
     results = [make(kind, others=others, batch_size=size).evaluate() for size in (7, 1, 3)]
     want = accumulated(make(kind, others=others), others["eval_examples"])[1]
     for result in results:
-        assert result == pytest.approx({f"eval_{name}": value for name, value in want.items()}, abs=1e-5)
+        assert result == pytest.approx(
+            {f"eval_{name}": value for name, value in want.items()}, abs=1e-5
+        )
 
 
 def test_a_frozen_copy_is_a_copy():
@@ -672,15 +833,21 @@ def test_sft_learns_to_count():
 
 def test_a_reward_model_learns_which_token_is_preferred():
     others = dict(eval_examples=rows("reward", 64, seed=1))
-    history = make("reward", examples=rows("reward", 128), epochs=4, lr=1e-2, batch_size=16, others=others).train()
+    history = make(
+        "reward", examples=rows("reward", 128), epochs=4, lr=1e-2, batch_size=16, others=others
+    ).train()
     assert history[-1]["eval_accuracy"] > 0.9 and history[-1]["eval_margin"] > 1
 
 
 def test_dpo_learns_which_token_is_preferred():
     others = dict(eval_examples=rows("dpo", 64, seed=1))
-    history = make("dpo", examples=rows("dpo", 64), epochs=4, lr=3e-3, batch_size=16, others=others).train()
+    history = make(
+        "dpo", examples=rows("dpo", 64), epochs=4, lr=3e-3, batch_size=16, others=others
+    ).train()
     assert history[0]["rewards/margins"] == 0
-    assert history[-1]["eval_rewards/accuracies"] > 0.9 and history[-1]["eval_rewards/margins"] > 0.1
+    assert (
+        history[-1]["eval_rewards/accuracies"] > 0.9 and history[-1]["eval_rewards/margins"] > 0.1
+    )
 
 
 # ---- the loop
@@ -746,12 +913,20 @@ def test_a_run_leaves_a_model_a_config_and_a_line_of_metrics_a_step(kind, tmp_pa
     others = dict(out=tmp_path / "run", tokenizer=ByteTokenizer(), eval_examples=rows(kind, 3))
     trainer = make(kind, batch_size=3, log_every=2, others=others)
     history = trainer.train()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines == history and [line["step"] for line in lines] == [1, 2, 3]
     assert set(NAMES[kind].split()) | {"grad_norm", "lr"} <= set(lines[0])
-    assert {f"eval_{name}" for name in NAMES[kind].split() if name != "num_tokens"} <= set(lines[-1])
+    assert {f"eval_{name}" for name in NAMES[kind].split() if name != "num_tokens"} <= set(
+        lines[-1]
+    )
     run = json.loads((tmp_path / "run" / "train_config.json").read_text())
-    assert run["algorithm"] == kind and run["batch_size"] == 3 and run["versions"]["torch"] == torch.__version__
+    assert (
+        run["algorithm"] == kind
+        and run["batch_size"] == 3
+        and run["versions"]["torch"] == torch.__version__
+    )
     saved = KINDS[kind][2].from_pretrained(tmp_path / "run")
     assert_close(snapshot(saved), snapshot(trainer.model), rtol=0, atol=0)
     assert (tmp_path / "run" / "tokenizer_config.json").exists()
@@ -791,12 +966,16 @@ def test_dpo_on_adapters_holds_its_weights_once_and_starts_at_log_two(monkeypatc
     model = tiny()
     add_adapters(model, LoRAConfig())
     before = snapshot(model)
-    monkeypatch.setattr(copy, "deepcopy", lambda x, memo=None: pytest.fail(f"a copy of {type(x).__name__}"))
+    monkeypatch.setattr(
+        copy, "deepcopy", lambda x, memo=None: pytest.fail(f"a copy of {type(x).__name__}")
+    )
     trainer = make("dpo", model, lr=1e-2, micro_batch_size=3)
     assert trainer.reference.model is model
     assert trainer.step(rows("dpo"))["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert trainer.step(rows("dpo"))["loss"] < math.log(2) - 1e-3
-    moved = {name for name, weight in snapshot(model).items() if not torch.equal(weight, before[name])}
+    moved = {
+        name for name, weight in snapshot(model).items() if not torch.equal(weight, before[name])
+    }
     assert moved == {name for name in before if "lora_" in name}
 
 

@@ -11,7 +11,9 @@ from rlhf_core import last_token_index, token_logprobs
 from rlhf_core.generation import generate
 from rlhf_core.models import KVCache, RewardModel, Transformer, TransformerConfig, ValueModel, hub
 
-SIZES = dict(vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=96)
+SIZES = dict(
+    vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=96
+)
 IDS = dict(bos_id=1, eos_ids=(2,), pad_id=0)
 GPT2 = dict(
     positions="learned",
@@ -87,7 +89,9 @@ FAMILIES = {
     ),
 }  # fmt: skip
 families = pytest.mark.parametrize("family", FAMILIES)
-kinds = pytest.mark.parametrize("family", ["gpt2", "llama-gqa", "mistral", "qwen3"])  # positions, window, norms
+kinds = pytest.mark.parametrize(
+    "family", ["gpt2", "llama-gqa", "mistral", "qwen3"]
+)  # positions, window, norms
 
 
 @torch.no_grad()
@@ -106,7 +110,9 @@ def tiny(family, cls=Transformer, **options):
 
 def padded(side, lengths=(9, 5, 1), width=9):
     """Random ids and a mask with each row's padding on that side."""
-    ids = torch.randint(3, SIZES["vocab_size"], (len(lengths), width), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        3, SIZES["vocab_size"], (len(lengths), width), generator=torch.Generator().manual_seed(1)
+    )
     place = torch.arange(width) if side == "right" else torch.arange(width).flip(0)
     return ids, place < torch.tensor(lengths)[:, None]
 
@@ -119,7 +125,9 @@ def theirs_of(family, transformers):
     model_type, _, fields = FAMILIES[family]
     sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=96)
     if model_type != "gpt2":
-        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=96)
+        sizes = dict(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=96
+        )
         sizes |= dict(intermediate_size=48, rms_norm_eps=1e-5)
     common = dict(vocab_size=40, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(0)
@@ -138,7 +146,10 @@ def test_their_checkpoint_gives_their_logits_loss_and_gradients(family, tmp_path
     for side in ("left", "right"):
         ids, mask = padded(side)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        want, got = theirs(ids, attention_mask=mask.long(), position_ids=positions).logits, ours(ids, mask)
+        want, got = (
+            theirs(ids, attention_mask=mask.long(), position_ids=positions).logits,
+            ours(ids, mask),
+        )
         assert_close(got[mask], want[mask], rtol=0, atol=1e-5)
         counted = mask[:, :-1] & mask[:, 1:]
         losses = [F.cross_entropy(x[:, :-1][counted], ids[:, 1:][counted]) for x in (want, got)]
@@ -150,7 +161,13 @@ def test_their_checkpoint_gives_their_logits_loss_and_gradients(family, tmp_path
         for name, parameter in ours.named_parameters():
             for part, gradient in hub._parts(name, parameter.grad, ours.config, table):
                 assert gradients[part].abs().max() > 1e-4, f"{part} takes no part"
-                assert_close(gradient, gradients.pop(part), rtol=1e-4, atol=1e-6, msg=lambda m, n=part: f"{n}: {m}")
+                assert_close(
+                    gradient,
+                    gradients.pop(part),
+                    rtol=1e-4,
+                    atol=1e-6,
+                    msg=lambda m, n=part: f"{n}: {m}",
+                )
         assert not gradients
 
 
@@ -161,10 +178,14 @@ def test_their_checkpoint_goes_on_as_theirs_for_64_tokens(family, tmp_path, tran
     theirs.save_pretrained(tmp_path)
     prompts, mask = padded("left")
     settings = dict(do_sample=False, min_new_tokens=64, max_new_tokens=64, eos_token_id=None)
-    want = theirs.generate(prompts.masked_fill(~mask, 0), attention_mask=mask.long(), **settings)[:, 9:]
+    want = theirs.generate(prompts.masked_fill(~mask, 0), attention_mask=mask.long(), **settings)[
+        :, 9:
+    ]
     model = Transformer.from_pretrained(tmp_path)
     assert want.shape == (3, 64) and len(want.unique()) > 1
-    got = generate(model, prompts, attention_mask=mask, max_new_tokens=64, temperature=0, eos_ids=())
+    got = generate(
+        model, prompts, attention_mask=mask, max_new_tokens=64, temperature=0, eos_ids=()
+    )
     assert torch.equal(got.response_ids, want)
 
 
@@ -174,7 +195,9 @@ def test_our_checkpoint_gives_them_our_weights_and_logits(family, tmp_path, tran
     ours = tiny(family)
     hub.save(ours, tmp_path / "ours", max_shard_bytes=20_000)  # several shards
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert theirs.config.model_type == FAMILIES[family][0]
     ids, _ = padded("right")
@@ -198,7 +221,9 @@ def test_our_reward_model_is_their_sequence_classifier(family, tmp_path, transfo
     assert_close(ours(ids, mask), want[:, 0], rtol=0, atol=1e-5)
     theirs.save_pretrained(tmp_path / "theirs")
     back = RewardModel.from_pretrained(tmp_path / "theirs")
-    assert all(torch.equal(back.state_dict()[name], weight) for name, weight in ours.state_dict().items())
+    assert all(
+        torch.equal(back.state_dict()[name], weight) for name, weight in ours.state_dict().items()
+    )
 
 
 @torch.no_grad()
@@ -230,7 +255,9 @@ def test_padding_on_either_side_changes_no_logit(family, k):
         assert_close(got, want, rtol=0, atol=1e-5)
         targets = row[0].roll(-1)
         assert_close(token_logprobs(got, targets), token_logprobs(want, targets), rtol=0, atol=1e-5)
-    assert_close(model(torch.cat((row, junk), 1))[0, :9], want, rtol=0, atol=1e-5)  # no mask: padding is on the right
+    assert_close(
+        model(torch.cat((row, junk), 1))[0, :9], want, rtol=0, atol=1e-5
+    )  # no mask: padding is on the right
 
 
 @kinds
@@ -249,7 +276,10 @@ def test_padding_takes_no_gradient_and_gives_no_nan(family):
 
 def layouts():
     """Sequences as lists of places in a row of 12 tokens: one after the other, and two that share their first four."""
-    return {"packed": [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9, 10, 11]], "tree": [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 7, 8]]}
+    return {
+        "packed": [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9, 10, 11]],
+        "tree": [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 7, 8]],
+    }
 
 
 @kinds
@@ -283,7 +313,9 @@ def test_sequences_in_one_row_have_the_logits_and_gradients_of_rows_of_their_own
 
 @kinds
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_computes_blocks_again_and_gives_the_same_gradients_bit_for_bit(family, dropout):
+def test_checkpointing_computes_blocks_again_and_gives_the_same_gradients_bit_for_bit(
+    family, dropout
+):
     ids, mask = padded("left")
     gradients, calls = [], []
     for checkpointing in (False, True):
@@ -314,7 +346,10 @@ def test_prefill_and_decode_give_the_hidden_states_of_the_full_forward(family, p
         store.fill_(torch.nan)
     want = trunk(samples)
     ends = lengths.repeat_interleave(2)
-    assert_close(trunk.prefill(samples[::2, :prompt], lengths, cache), want[::2][torch.arange(3), lengths - 1])
+    assert_close(
+        trunk.prefill(samples[::2, :prompt], lengths, cache),
+        want[::2][torch.arange(3), lengths - 1],
+    )
     while len(slots := (ends < torch.tensor([12, 5, 12, 9, 12, 12])).nonzero()[:, 0].flip(0)):
         assert torch.equal(cache.lengths, ends)
         got = trunk.decode(samples[slots, ends[slots]], cache, slots)
@@ -350,7 +385,12 @@ def test_reward_is_read_at_the_last_attended_token(family, side):
     assert_close(scores, critic(ids, mask)[torch.arange(3), last], rtol=0, atol=1e-6)
     for row in range(3):
         alone = ids[row, mask[row]][None]
-        assert_close(reward(alone, torch.ones_like(alone, dtype=torch.bool))[0], scores[row], rtol=0, atol=1e-5)
+        assert_close(
+            reward(alone, torch.ones_like(alone, dtype=torch.bool))[0],
+            scores[row],
+            rtol=0,
+            atol=1e-5,
+        )
 
 
 @torch.no_grad()
@@ -360,7 +400,9 @@ def test_a_head_from_a_model_copies_it_and_trains():
     critic = ValueModel.from_model(reward)
     assert torch.equal(critic.score.weight, reward.score.weight)
     assert torch.equal(critic.trunk.embed.weight, policy.trunk.embed.weight)
-    assert all(p.requires_grad for p in (*reward.parameters(), *critic.parameters()))  # even from a frozen one
+    assert all(
+        p.requires_grad for p in (*reward.parameters(), *critic.parameters())
+    )  # even from a frozen one
     critic.trunk.embed.weight.zero_()
     critic.score.weight.zero_()
     assert policy.trunk.embed.weight.any() and reward.score.weight.any()
@@ -406,7 +448,10 @@ def test_a_mask_of_another_shape_is_refused():
         (dict(num_heads=4, hidden_size=30), "hidden_size 30 is no multiple of num_heads 4"),
         (dict(hidden_size=12, num_heads=4), "even head_dim, got 3"),
         (dict(sliding_window=0), "sliding_window must be a whole number > 0, got 0"),
-        (dict(rope_scaling=dict(rope_type="longrope", factor=2.0)), "rope scaling 'longrope' is not supported"),
+        (
+            dict(rope_scaling=dict(rope_type="longrope", factor=2.0)),
+            "rope scaling 'longrope' is not supported",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(options, message):
@@ -430,7 +475,9 @@ def test_tokens_that_are_read_are_as_among_all_and_so_are_their_gradients(checkp
         )
 
     rows = []
-    hook = trunk.blocks[1].mlp.register_forward_hook(lambda module, inputs, out: rows.append(out.numel() // 16))
+    hook = trunk.blocks[1].mlp.register_forward_hook(
+        lambda module, inputs, out: rows.append(out.numel() // 16)
+    )
     part, whole = run(read=read), run()
     hook.remove()
     assert set(rows[: len(rows) // 2]) == {4} and set(rows[len(rows) // 2 :]) == {21}

@@ -95,13 +95,17 @@ def test_every_trap_is_held_by_tests_that_exist():
     assert list(HELD_BY) == list(TRAPS)
     for file, name in {tuple(test.split("::")) for tests in HELD_BY.values() for test in tests}:
         tree = ast.parse(Path(__file__).with_name(f"test_{file}.py").read_text())
-        assert f"test_{name}" in [x.name for x in tree.body if isinstance(x, ast.FunctionDef)], f"{file}::{name}"
+        assert f"test_{name}" in [x.name for x in tree.body if isinstance(x, ast.FunctionDef)], (
+            f"{file}::{name}"
+        )
 
 
 def everything(leaves, loss):
     """Outputs and gradients of an op, prepared by `test_compiled.run`."""
     outputs, total = loss(*leaves)
-    return [x.detach() for x in outputs] + list(torch.autograd.grad(total, leaves) if leaves else ())
+    return [x.detach() for x in outputs] + list(
+        torch.autograd.grad(total, leaves) if leaves else ()
+    )
 
 
 def prepare(name, backend):
@@ -115,10 +119,14 @@ def test_backward_runs_in_another_thread(backend, name):
     leaves, loss = prepare(name, backend)
     outputs, total = loss(*leaves)
     got = []
-    thread = threading.Thread(target=lambda: got.extend(torch.autograd.grad(total, leaves) if leaves else ()))
+    thread = threading.Thread(
+        target=lambda: got.extend(torch.autograd.grad(total, leaves) if leaves else ())
+    )
     thread.start()
     thread.join()
-    assert len(got) == len(leaves) and all(torch.equal(x, y) for x, y in zip([*outputs, *got], want))
+    assert len(got) == len(leaves) and all(
+        torch.equal(x, y) for x, y in zip([*outputs, *got], want)
+    )
 
 
 class Nested(torch.autograd.Function):
@@ -174,7 +182,10 @@ def test_numbers_that_change_under_torch_compile_leave_results_float32():
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True)
-    for number in (0.7, 1.3):  # a constant in the first graph, an input to the second where dynamo can make it one
+    for number in (
+        0.7,
+        1.3,
+    ):  # a constant in the first graph, an input to the second where dynamo can make it one
         results = []
         for function in (step, compiled):
             leaf = z.clone().requires_grad_()
@@ -191,8 +202,14 @@ def test_unaligned_tensors_give_the_bits_of_aligned_ones(backend, name, monkeypa
 
     def shift(x):
         if isinstance(x, tuple | dict):
-            return {k: shift(v) for k, v in x.items()} if isinstance(x, dict) else tuple(map(shift, x))
-        return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) if isinstance(x, torch.Tensor) else x
+            return (
+                {k: shift(v) for k, v in x.items()} if isinstance(x, dict) else tuple(map(shift, x))
+            )
+        return (
+            torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+            if isinstance(x, torch.Tensor)
+            else x
+        )
 
     monkeypatch.setattr(test_compiled, "inputs", lambda name: shift(make(name)))
     for x, y in zip(everything(*prepare(name, backend)), want, strict=True):
@@ -215,7 +232,9 @@ def test_every_launch_is_on_the_tensors_own_gpu(monkeypatch):
 
         def __getitem__(self, grid):
             def launch(*args, **kwargs):
-                assert current == [args[0].device], f"{self.name} is launched on whatever GPU is current"
+                assert current == [args[0].device], (
+                    f"{self.name} is launched on whatever GPU is current"
+                )
                 launched.append(self.name)
 
             return launch
@@ -235,8 +254,14 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::")
-        self.count += name.startswith(("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal"))
-        boolean = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name.startswith("index") else []
+        self.count += name.startswith(
+            ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")
+        )
+        boolean = (
+            [i for i in args[1] if i is not None and i.dtype == torch.bool]
+            if name.startswith("index")
+            else []
+        )
         self.count += len(boolean)
         return func(*args, **(kwargs or {}))
 
@@ -245,18 +270,25 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("backend", ["cpp", "triton"], indirect=True)
 def test_no_op_waits_for_the_device(backend, name, monkeypatch):
     for file in ("logprobs", "gae"):
-        monkeypatch.setattr(sys.modules[f"rlhf_core.ops.{file}"], "values_may_be_read", lambda x: False)  # as on a GPU
+        monkeypatch.setattr(
+            sys.modules[f"rlhf_core.ops.{file}"], "values_may_be_read", lambda x: False
+        )  # as on a GPU
     leaves, loss = prepare(name, backend)
     with Waits() as waits:
         everything(leaves, loss)
-    counts_masked_rows = name in ("linear_token_logprobs", "linear_token_statistics")  # in each pass
+    counts_masked_rows = name in (
+        "linear_token_logprobs",
+        "linear_token_statistics",
+    )  # in each pass
     assert waits.count == 2 * counts_masked_rows
 
 
 def python(code, *args):
     """Run the code in a process of its own, two threads to an op."""
     code = "import os, sys, threading, torch\ntorch.set_num_threads(2)\n" + code
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 

@@ -71,13 +71,23 @@ def fake(tmp_path, monkeypatch):
     """Writes a package `trl` of the parts of 1.16 that the door looks at; a source given takes a file's place."""
 
     def write(**sources):
-        files = {"trainer/utils": UTILS, "kernels/__init__": KERNELS, "trainer/dpo_trainer": TRAINER}
-        files |= {"__init__": "__version__ = '9.9'", "trainer/__init__": "", "late/__init__": TRAINER} | sources
+        files = {
+            "trainer/utils": UTILS,
+            "kernels/__init__": KERNELS,
+            "trainer/dpo_trainer": TRAINER,
+        }
+        files |= {
+            "__init__": "__version__ = '9.9'",
+            "trainer/__init__": "",
+            "late/__init__": TRAINER,
+        } | sources
         for name, source in files.items():
             path = tmp_path / "trl" / f"{name}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(source)
-        return tuple(importlib.import_module(f"trl.trainer.{name}") for name in ("dpo_trainer", "utils"))
+        return tuple(
+            importlib.import_module(f"trl.trainer.{name}") for name in ("dpo_trainer", "utils")
+        )
 
     for name in [name for name in sys.modules if name.split(".")[0] == "trl"]:
         monkeypatch.delitem(sys.modules, name)
@@ -97,7 +107,9 @@ def test_functions_are_replaced_wherever_trl_holds_them_and_given_back(fake, mon
         (sys.modules["trl.kernels"], "ChunkedLogProbFunction"),
     ]  # fmt: skip
     before = [getattr(*place) for place in held]
-    everything = {name: dict(vars(module)) for name, module in sys.modules.items() if name.startswith("trl")}
+    everything = {
+        name: dict(vars(module)) for name, module in sys.modules.items() if name.startswith("trl")
+    }
     with torch.no_grad():
         door.patch()
     assert sys.modules[__name__].mine is before[2]  # what is not TRL's stays
@@ -131,7 +143,9 @@ def test_patched_functions_give_what_they_gave_in_every_form(fake):
     torch.manual_seed(0)
     logits, index = torch.randn(2, 3, 11, requires_grad=True), torch.randint(11, (2, 3))
     several, mask = torch.randint(11, (2, 3, 4)), torch.tensor([[1, 0, 1], [1, 1, 0]])
-    hidden, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((6, 8), (11, 8), (11,)))
+    hidden, weight, bias = (
+        torch.randn(shape, requires_grad=True) for shape in ((6, 8), (11, 8), (11,))
+    )
     row = index.flatten()
 
     def found():
@@ -152,14 +166,18 @@ def test_patched_functions_give_what_they_gave_in_every_form(fake):
         yield utils.score(hidden, weight, bias, row, 1.0, 4, None, -1.0, ("entropy",))
         yield utils.score(hidden, weight, bias, row, 1.0, 4, None, 0.0, ("entropy",))
         yield utils.score(hidden, spread, bias, row, 1.0, 4, None, 1.0, ("entropy",))
-        yield utils.score(hidden, weight.detach().double(), None, row, 1.0, 4, None, 1.0, ("log_probs",))
+        yield utils.score(
+            hidden, weight.detach().double(), None, row, 1.0, 4, None, 1.0, ("log_probs",)
+        )
 
     def flat(results):
         return [x for r in results for x in ((r,) if isinstance(r, torch.Tensor) else r)]
 
     def gradients(results):
         total = sum(
-            (x * torch.arange(x.numel()).view_as(x)).sum() for x in results if x is not None and x.requires_grad
+            (x * torch.arange(x.numel()).view_as(x)).sum()
+            for x in results
+            if x is not None and x.requires_grad
         )
         return torch.autograd.grad(total, [logits, hidden, weight, bias])
 
@@ -168,7 +186,9 @@ def test_patched_functions_give_what_they_gave_in_every_form(fake):
         theirs, kernels = utils.calls.copy(), sys.modules["trl.kernels"].calls.copy()
         results = flat(found())
         assert len(utils.calls) == len(theirs) + 2  # several targets a row
-        assert len(sys.modules["trl.kernels"].calls) == len(kernels) + 5  # sum of squares, soft cap, scale, DeepSpeed
+        assert (
+            len(sys.modules["trl.kernels"].calls) == len(kernels) + 5
+        )  # sum of squares, soft cap, scale, DeepSpeed
         torch.testing.assert_close(results, expected, rtol=0, atol=1e-5)
         assert [x is not None and x.requires_grad for x in results] == [
             x is not None and x.requires_grad for x in expected
@@ -180,7 +200,9 @@ def test_no_counted_token_gives_a_loss_that_still_has_a_gradient(fake):
     _, utils = fake()
     hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     with door.patch():
-        logprobs = utils.score(hidden, weight, None, torch.zeros(0, dtype=torch.int64), 1.0, 4, None, 1.0, ("entropy",))
+        logprobs = utils.score(
+            hidden, weight, None, torch.zeros(0, dtype=torch.int64), 1.0, 4, None, 1.0, ("entropy",)
+        )
     logprobs[0].sum().backward()
     assert hidden.grad.shape == (0, 8) and not weight.grad.any()
 
@@ -208,20 +230,30 @@ def test_another_trl_is_refused_with_what_differs_and_left_alone(file, old, new,
     before = dict(vars(utils)), dict(vars(trainer))
     with pytest.raises(RuntimeError, match=message) as caught:
         door.patch()
-    assert "TRL 9.9, known are 1.12 and 1.16" in str(caught.value) and "nothing is replaced" in str(caught.value)
+    assert "TRL 9.9, known are 1.12 and 1.16" in str(caught.value) and "nothing is replaced" in str(
+        caught.value
+    )
     assert (dict(vars(utils)), dict(vars(trainer))) == before
 
 
 def test_a_trl_without_the_fused_functions_is_patched_as_far_as_it_goes(fake):
-    older = UTILS.split("def selective_log_softmax_and_entropy")[0].replace("from ..kernels import", "# no")
-    older = older.replace("index, temperature=1.0, row_mask=None", "index").replace("logits / temperature", "logits")
-    older = older.replace("return found if row_mask is None else found.masked_fill(row_mask == 0, 0)", "return found")
+    older = UTILS.split("def selective_log_softmax_and_entropy")[0].replace(
+        "from ..kernels import", "# no"
+    )
+    older = older.replace("index, temperature=1.0, row_mask=None", "index").replace(
+        "logits / temperature", "logits"
+    )
+    older = older.replace(
+        "return found if row_mask is None else found.masked_fill(row_mask == 0, 0)", "return found"
+    )
     trainer, utils = fake(**{"trainer/utils": older, "kernels/__init__": ""})
     before = trainer.logprobs_of
     logits, several = torch.randn(2, 3, 11), torch.randint(11, (2, 3, 4))
     with door.patch():
         assert trainer.logprobs_of is utils.selective_log_softmax is not before
-        torch.testing.assert_close(utils.selective_log_softmax(logits, several), before(logits, several))
+        torch.testing.assert_close(
+            utils.selective_log_softmax(logits, several), before(logits, several)
+        )
 
 
 def test_without_trl_the_extra_is_named(monkeypatch):
@@ -235,7 +267,16 @@ def test_a_dpo_step_of_trl_has_the_same_loss_and_gradient_either_way(tmp_path, m
     from rlhf_core.benchmarks.peers import theirs
     from rlhf_core.benchmarks.peers.task import Task
 
-    task = Task("dpo", str(tmp_path), vocab_size=997, batch_size=3, steps=1, num_layers=2, hidden_size=32, num_heads=2)
+    task = Task(
+        "dpo",
+        str(tmp_path),
+        vocab_size=997,
+        batch_size=3,
+        steps=1,
+        num_layers=2,
+        hidden_size=32,
+        num_heads=2,
+    )
     task.write()
     held = []
     monkeypatch.setattr(theirs, "_train", lambda trainer, turn: held.append(trainer))
@@ -253,7 +294,11 @@ def test_a_dpo_step_of_trl_has_the_same_loss_and_gradient_either_way(tmp_path, m
         loss = trainer.compute_loss(model, dict(inputs))
         loss.backward()
         seconds = time.process_time() - start
-        return float(loss.detach()), [p.grad.clone() for p in model.parameters() if p.grad is not None], seconds
+        return (
+            float(loss.detach()),
+            [p.grad.clone() for p in model.parameters() if p.grad is not None],
+            seconds,
+        )
 
     step()
     expected = step()

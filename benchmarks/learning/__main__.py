@@ -15,12 +15,27 @@ from rlhf_core.benchmarks.learning.methods import METHODS
 from rlhf_core.benchmarks.learning.setup import TASKS, measure, prepare
 from rlhf_core.files import read_json, write_json
 
-GAINS = {"PPO": 1.0, "DPO": 1.0}  # least gain asked for, in deviations of SFT's gold; 0 of all others
-HEAD = ("method", "gold ± s.e.", "gain, s.d.", "RM score", "KL, nats", "win rate", "sampled, k", "trained, k", "s")
+GAINS = {
+    "PPO": 1.0,
+    "DPO": 1.0,
+}  # least gain asked for, in deviations of SFT's gold; 0 of all others
+HEAD = (
+    "method",
+    "gold ± s.e.",
+    "gain, s.d.",
+    "RM score",
+    "KL, nats",
+    "win rate",
+    "sampled, k",
+    "trained, k",
+    "s",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rlhf_core.benchmarks.learning", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_core.benchmarks.learning", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--task", choices=TASKS, default="replies")
     parser.add_argument("--data", type=Path, help="stories: folder as for rlhf-core demo --real")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -48,12 +63,17 @@ def learn(task: str, data: Path | None, seed: int, methods: list[str], folder: P
         setup = setup or prepare(task, data, seed, folder / "setup")
         result = measure(setup, method.run, settings)
         write_json(file, {"method": name, "settings": settings, **result})
-        print(f"{task} seed {seed}: {name}: gold {result['gold']:.3f}, {result['seconds']:.0f} s", flush=True)
+        print(
+            f"{task} seed {seed}: {name}: gold {result['gold']:.3f}, {result['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 def read_results(out: Path, seeds: list[int]) -> dict[str, list[dict]]:
     """Of each method the results that are there, one a seed."""
-    files = {name: {seed: out / f"seed-{seed}" / f"{name}.json" for seed in seeds} for name in METHODS}
+    files = {
+        name: {seed: out / f"seed-{seed}" / f"{name}.json" for seed in seeds} for name in METHODS
+    }
     found = {
         name: [{"seed": seed, **read_json(file)} for seed, file in paths.items() if file.exists()]
         for name, paths in files.items()
@@ -87,7 +107,10 @@ def missed(results: dict[str, list[dict]]) -> list[str]:
     """The methods that gained less than was asked for, in words."""
     gains = {name: gain(seeds, results["SFT"]) for name, seeds in results.items()}
     short = {name: g for name, g in gains.items() if g < GAINS.get(name, 0.0)}
-    return [f"{name} gained {g:.2f}, and was to gain {GAINS.get(name, 0.0):.2f}" for name, g in short.items()]
+    return [
+        f"{name} gained {g:.2f}, and was to gain {GAINS.get(name, 0.0):.2f}"
+        for name, g in short.items()
+    ]
 
 
 def gain(results: list[dict], base: list[dict]) -> float:

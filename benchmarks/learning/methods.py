@@ -83,37 +83,60 @@ def ilql(setup: Setup, **settings) -> ILQLModel:
 
 def on_policy(trainer: type, config: type) -> Callable[..., nn.Module]:
     def train(setup: Setup, **settings) -> nn.Module:
-        policy, fixed = setup.policy(), dict(temperature=1.0, response_length=setup.task.response_length)
+        policy, fixed = (
+            setup.policy(),
+            dict(temperature=1.0, response_length=setup.task.response_length),
+        )
         options = dict(reward=setup.reward_model, reference=setup.base, **setup.shared)
-        trained = trainer(policy, setup.task.prompts, config(seed=setup.seed, **fixed, **settings), **options)
+        trained = trainer(
+            policy, setup.task.prompts, config(seed=setup.seed, **fixed, **settings), **options
+        )
         trained.train()
         return trained.sampled  # the policy; NLPO's within its mask
 
     return train
 
 
-ppo, a2c, nlpo = on_policy(PPOTrainer, PPOConfig), on_policy(A2CTrainer, A2CConfig), on_policy(NLPOTrainer, NLPOConfig)
+ppo, a2c, nlpo = (
+    on_policy(PPOTrainer, PPOConfig),
+    on_policy(A2CTrainer, A2CConfig),
+    on_policy(NLPOTrainer, NLPOConfig),
+)
 group = on_policy(GroupTrainer, GroupConfig)
 
 
 def best_of(setup: Setup, **settings) -> Evaluation:
-    config = SamplingConfig(seed=setup.seed + 1, response_length=setup.task.response_length, **settings)
+    config = SamplingConfig(
+        seed=setup.seed + 1, response_length=setup.task.response_length, **settings
+    )
     prompts, options = setup.task.eval_prompts, dict(reward=setup.reward_model, **setup.shared)
     ids, _ = best_of_n(setup.base, prompts, config, **options).best()
-    texts, questions = ([setup.task.tokenizer.decode(row) for row in rows] for rows in (ids, prompts))
-    scores, lengths = torch.tensor(setup.task.gold(questions, texts)), torch.tensor([len(row) for row in ids])
-    return Evaluation(texts, scores, torch.full((len(ids),), best_of_n_kl(config.num_samples)), lengths, ids)
+    texts, questions = (
+        [setup.task.tokenizer.decode(row) for row in rows] for rows in (ids, prompts)
+    )
+    scores, lengths = (
+        torch.tensor(setup.task.gold(questions, texts)),
+        torch.tensor([len(row) for row in ids]),
+    )
+    return Evaluation(
+        texts, scores, torch.full((len(ids),), best_of_n_kl(config.num_samples)), lengths, ids
+    )
 
 
 def rejection_sampling(setup: Setup, num_prompts: int, **settings) -> Transformer:
-    policy, config = setup.policy(), RFTConfig(seed=setup.seed, response_length=setup.task.response_length, **settings)
+    policy, config = (
+        setup.policy(),
+        RFTConfig(seed=setup.seed, response_length=setup.task.response_length, **settings),
+    )
     rft(policy, setup.task.prompts[:num_prompts], config, reward=setup.reward_model, **setup.shared)
     return policy
 
 
 def online_dpo(setup: Setup, **settings) -> Transformer:
     policy = setup.policy()
-    config = OnlineDPOConfig(seed=setup.seed, response_length=setup.task.response_length, **settings)
+    config = OnlineDPOConfig(
+        seed=setup.seed, response_length=setup.task.response_length, **settings
+    )
     options = dict(reward=setup.reward_model, reference=setup.base, **setup.shared)
     OnlineDPOTrainer(policy, setup.task.prompts, config, **options).train()
     return policy
@@ -121,15 +144,21 @@ def online_dpo(setup: Setup, **settings) -> Transformer:
 
 def rounds_of_dpo(setup: Setup, num_prompts: int, **settings) -> Transformer:
     policy = setup.policy()
-    config = IteratedDPOConfig(seed=setup.seed, response_length=setup.task.response_length, **settings)
-    iterated_dpo(policy, setup.task.prompts[:num_prompts], config, reward=setup.reward_model, **setup.shared)
+    config = IteratedDPOConfig(
+        seed=setup.seed, response_length=setup.task.response_length, **settings
+    )
+    iterated_dpo(
+        policy, setup.task.prompts[:num_prompts], config, reward=setup.reward_model, **setup.shared
+    )
     return policy
 
 
 # ---- from a judge: gold, asked which of two responses is better
 
 
-def rounds_of_rlhf(setup: Setup, num_prompts: int, rounds: int, reward: dict, ppo: dict) -> Transformer:
+def rounds_of_rlhf(
+    setup: Setup, num_prompts: int, rounds: int, reward: dict, ppo: dict
+) -> Transformer:
     def judge(prompts: list[str], first: list[str], second: list[str]) -> list[float]:
         scores = zip(setup.task.gold(prompts, first), setup.task.gold(prompts, second))
         return [(a > b) + (a == b) / 2 for a, b in scores]
@@ -161,7 +190,11 @@ class Method(NamedTuple):
 
 # A model of 0.3 M parameters takes learning rates far above the configs' own, which are for billions.
 PPO = dict(lr=1e-4, max_steps=50), dict(kl_coef=0.1), dict(kl_coef=0.06)
-ONE_UPDATE = dict(lr=1e-3, max_steps=50), dict(kl_coef=0.055), dict(kl_coef=0.06)  # a rollout, where PPO makes 16
+ONE_UPDATE = (
+    dict(lr=1e-3, max_steps=50),
+    dict(kl_coef=0.055),
+    dict(kl_coef=0.06),
+)  # a rollout, where PPO makes 16
 KL_IN_REWARD = dict(kl_in="reward", kl_estimator="k1")
 ONE_SAMPLE = dict(num_samples=1, batch_size=64, **KL_IN_REWARD)
 PAIRS = dict(lr=1e-4, batch_size=64)
@@ -189,8 +222,14 @@ METHODS = {
     "REINFORCE++": Method(group, *with_(ONE_UPDATE, advantage="reinforce_pp", **ONE_SAMPLE)),
     "ReMax": Method(group, *with_(ONE_UPDATE, advantage="remax", **ONE_SAMPLE)),
     "best of 16": Method(best_of, dict(num_samples=16)),
-    "RFT": Method(rejection_sampling, dict(num_prompts=512, num_samples=8, rounds=2, lr=3e-4, batch_size=32)),
+    "RFT": Method(
+        rejection_sampling, dict(num_prompts=512, num_samples=8, rounds=2, lr=3e-4, batch_size=32)
+    ),
     "online DPO": Method(online_dpo, PAIRS | dict(max_steps=50), replies=dict(beta=0.5)),
-    "iterated DPO": Method(rounds_of_dpo, PAIRS | dict(num_prompts=1024, rounds=3), replies=dict(beta=0.5)),
-    "iterated RLHF": Method(rounds_of_rlhf, dict(num_prompts=1024, rounds=3, reward={}, ppo=dict(max_steps=16))),
+    "iterated DPO": Method(
+        rounds_of_dpo, PAIRS | dict(num_prompts=1024, rounds=3), replies=dict(beta=0.5)
+    ),
+    "iterated RLHF": Method(
+        rounds_of_rlhf, dict(num_prompts=1024, rounds=3, reward={}, ppo=dict(max_steps=16))
+    ),
 }

@@ -50,7 +50,9 @@ class Scale:
 
     def __call__(self, gold: Tensor, proxy: Tensor) -> tuple[float, float]:
         """Of scores (N,) the means."""
-        return tuple(((x.mean() - mean) / std).item() for x, (mean, std) in zip((gold, proxy), self.moments))
+        return tuple(
+            ((x.mean() - mean) / std).item() for x, (mean, std) in zip((gold, proxy), self.moments)
+        )
 
 
 def ppo_curve(setup: Setup, reward_model: RewardModel, settings: dict) -> list[dict]:
@@ -70,25 +72,42 @@ def ppo_curve(setup: Setup, reward_model: RewardModel, settings: dict) -> list[d
             if (self.steps_done + 1) % EVERY == 0:
                 found, proxy = scores(self.model)
                 gold, proxy = scale(found.scores, proxy)
-                points.append(dict(step=self.steps_done + 1, kl=found.kl.mean().item(), gold=gold, proxy=proxy))
+                points.append(
+                    dict(
+                        step=self.steps_done + 1, kl=found.kl.mean().item(), gold=gold, proxy=proxy
+                    )
+                )
             return report
 
-    fixed = dict(temperature=1.0, response_length=task.response_length, lr_schedule="constant", seed=setup.seed)
+    fixed = dict(
+        temperature=1.0,
+        response_length=task.response_length,
+        lr_schedule="constant",
+        seed=setup.seed,
+    )
     options = dict(reward=reward_model, reference=setup.base, **setup.shared)
     Watched(setup.policy(), task.prompts, PPOConfig(**fixed, **settings), **options).train()
     return points
 
 
-def best_of_n_points(setup: Setup, reward_model: RewardModel, prompts: int, num_samples: int) -> list[dict]:
+def best_of_n_points(
+    setup: Setup, reward_model: RewardModel, prompts: int, num_samples: int
+) -> list[dict]:
     """For n = 1, 2, 4, ...; without bias from all the samples of each prompt."""
     task = setup.task
     config = SamplingConfig(
-        num_samples=num_samples, response_length=task.response_length, batch_size=1, seed=setup.seed + 1
+        num_samples=num_samples,
+        response_length=task.response_length,
+        batch_size=1,
+        seed=setup.seed + 1,
     )
     prompts = list(dict.fromkeys(map(tuple, task.eval_prompts)))[:prompts]
     found = best_of_n(setup.base, prompts, config, reward=reward_model, **setup.shared)
     decode = task.tokenizer.decode
-    gold = [task.gold([decode(p)] * num_samples, list(map(decode, r))) for p, r in zip(found.prompts, found.responses)]
+    gold = [
+        task.gold([decode(p)] * num_samples, list(map(decode, r)))
+        for p, r in zip(found.prompts, found.responses)
+    ]
     gold, proxy = torch.tensor(gold), found.scores
     curves = best_of_n_curve(proxy, gold), best_of_n_curve(proxy, proxy)
     scale, points, n = Scale(gold, proxy), [], 1
@@ -99,7 +118,9 @@ def best_of_n_points(setup: Setup, reward_model: RewardModel, prompts: int, num_
     return points
 
 
-def curves(setup: Setup, num_pairs: int, reward: dict, ppo: dict, prompts: int, num_samples: int) -> dict:
+def curves(
+    setup: Setup, num_pairs: int, reward: dict, ppo: dict, prompts: int, num_samples: int
+) -> dict:
     """What becomes of a reward model of `num_pairs` pairs: its accuracy on all the others, and the curves."""
     task = replace(setup.task, reward=replace(setup.task.reward, **reward))
     pairs, rest = setup.pairs[:num_pairs], setup.pairs[num_pairs : num_pairs + 512]
@@ -116,7 +137,9 @@ def draw(results: list[dict], path: Path) -> None:
     """Both methods side by side against sqrt(KL); a thin line for each seed, a thick one for their mean."""
     plt = require("matplotlib.pyplot", "report")
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=False, layout="constrained")
-    for panel, method, title in zip(panels, ("ppo", "best_of_n"), ("PPO, no KL penalty", "best of n")):
+    for panel, method, title in zip(
+        panels, ("ppo", "best_of_n"), ("PPO, no KL penalty", "best of n")
+    ):
         for name, colour in (("proxy", "tab:orange"), ("gold", "tab:blue")):
             runs = [[(point["kl"], point[name]) for point in result[method]] for result in results]
             for run in runs:
@@ -125,7 +148,9 @@ def draw(results: list[dict], path: Path) -> None:
             kl, score = torch.tensor(runs).mean(dim=0).unbind(dim=1)
             panel.plot(kl.clamp_min(0).sqrt(), score, color=colour, linewidth=2, label=name)
         panel.axhline(0, color="grey", linewidth=0.5)
-        panel.set(title=title, xlabel="√KL to SFT, √nats", ylabel="score, s.d. of SFT above its mean")
+        panel.set(
+            title=title, xlabel="√KL to SFT, √nats", ylabel="score, s.d. of SFT above its mean"
+        )
     panels[0].legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -133,7 +158,8 @@ def draw(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rlhf_core.benchmarks.learning.overoptimisation", description=__doc__.split("\n")[0]
+        prog="python -m rlhf_core.benchmarks.learning.overoptimisation",
+        description=__doc__.split("\n")[0],
     )
     parser.add_argument("--task", choices=TASKS, default="replies")
     parser.add_argument("--data", type=Path, help="stories: folder as for rlhf-core demo --real")

@@ -56,7 +56,9 @@ class Setup:
         policy = copy.deepcopy(self.base).requires_grad_(True)
 
         def count(trunk, arguments, options, hidden):
-            if torch.is_grad_enabled() and trunk is policy.trunk:  # not a copy, whose hook is the same
+            if (
+                torch.is_grad_enabled() and trunk is policy.trunk
+            ):  # not a copy, whose hook is the same
                 self.tokens["trained"] += len(options["read"])
 
         policy.trunk.register_forward_hook(count, with_kwargs=True)
@@ -76,11 +78,13 @@ class Setup:
         with mock.patch.object(rollout, "generate", counted):
             yield self.tokens
 
-    def scores(self, prompts: list, responses: list, reward_model: RewardModel | None = None) -> Tensor:
+    def scores(
+        self, prompts: list, responses: list, reward_model: RewardModel | None = None
+    ) -> Tensor:
         """(N,) of a reward model, by default the shared one, whose scores have mean 0 and deviation 1 on the pairs."""
-        return Scorer(reward_model or self.reward_model, pad_id=self.base.config.pad_id or 0, batch_size=128)(
-            prompts, responses
-        )
+        return Scorer(
+            reward_model or self.reward_model, pad_id=self.base.config.pad_id or 0, batch_size=128
+        )(prompts, responses)
 
     def evaluate(self, policy: Transformer) -> Evaluation:
         return evaluated(self.task, self.base, policy, self.seed)

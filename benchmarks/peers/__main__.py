@@ -37,13 +37,21 @@ PACKAGES = ("trl", "transformers", "torch", "rlhf_core")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rlhf_core.benchmarks.peers", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_core.benchmarks.peers", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--vocab-sizes", nargs="+", type=int, default=VOCAB_SIZES)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    parser.add_argument("--rounds", type=int, default=7, help="steps timed, after one that warms up")
-    parser.add_argument("--ppo-python", default=sys.executable, help="an interpreter with trl==1.12.0")
-    parser.add_argument("--json", type=Path, help="write what was measured, and the settings, to this file")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="steps timed, after one that warms up"
+    )
+    parser.add_argument(
+        "--ppo-python", default=sys.executable, help="an interpreter with trl==1.12.0"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="write what was measured, and the settings, to this file"
+    )
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -63,7 +71,9 @@ def compare(method: str, vocab_size: int, sides, rounds: int, python: str, **set
     """Times in seconds, losses and bytes of every side, over the same steps, in turns."""
     with tempfile.TemporaryDirectory() as folder:
         batch_size = 16 if method == "ppo" else 8
-        task = Task(method, folder, vocab_size, **{"batch_size": batch_size, "steps": rounds + 1} | settings)
+        task = Task(
+            method, folder, vocab_size, **{"batch_size": batch_size, "steps": rounds + 1} | settings
+        )
         task.write()
         file = Path(folder, "task.json")
         task.save(file)
@@ -77,7 +87,12 @@ def compare(method: str, vocab_size: int, sides, rounds: int, python: str, **set
             for worker in workers.values():
                 worker.process.kill()
                 worker.process.wait()
-    return {"method": method, "vocab_size": vocab_size, "settings": task.__dict__ | {"folder": ""}, "sides": measured}
+    return {
+        "method": method,
+        "vocab_size": vocab_size,
+        "settings": task.__dict__ | {"folder": ""},
+        "sides": measured,
+    }
 
 
 class Worker:
@@ -88,7 +103,12 @@ class Worker:
         self.log = file.with_name(f"{side}.log")
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment()
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment(),
             )
         self.steps = []
         self.ready = self.read()
@@ -117,7 +137,11 @@ class Worker:
 
 def environment() -> dict[str, str]:
     """That of this process, offline, with the threads said."""
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     return {"OMP_NUM_THREADS": "2", **os.environ, **quiet, "TRL_EXPERIMENTAL_SILENCE": "1"}
 
 
@@ -144,12 +168,18 @@ def work(side: str, file: str) -> None:
 
 def status(name: str) -> int:
     """A line of /proc/self/status in bytes."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    (line,) = [
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    ]
     return int(line.split()[1]) * 1024
 
 
 def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES if name.replace("-", "_") in sys.modules}
+    return {
+        name: importlib.metadata.version(name)
+        for name in PACKAGES
+        if name.replace("-", "_") in sys.modules
+    }
 
 
 HEAD = (
@@ -195,7 +225,9 @@ def agreement(result: dict) -> str:
     losses = {name: side["losses"] for name, side in result["sides"].items()}
     first, last = (max(abs(x[i] - losses["ours"][i]) for x in losses.values()) for i in (0, -1))
     # PPO samples from the second step on.
-    apart = f"first {first:.1e}" if result["method"] == "ppo" else f"first {first:.1e}, last {last:.1e}"
+    apart = (
+        f"first {first:.1e}" if result["method"] == "ppo" else f"first {first:.1e}, last {last:.1e}"
+    )
     return apart if first <= LOSS_TOLERANCE else f"DIFFER: {apart}"
 
 

@@ -39,7 +39,12 @@ class _Optimizer:
     def __init__(self, task: Task, *models):
         self.parameters = [p for model in models for p in model.parameters()]
         self.adam = torch.optim.AdamW(
-            self.parameters, lr=task.lr, betas=task.betas, eps=task.adam_eps, weight_decay=0.0, fused=True
+            self.parameters,
+            lr=task.lr,
+            betas=task.betas,
+            eps=task.adam_eps,
+            weight_decay=0.0,
+            fused=True,
         )
         self.max_grad_norm = None if task.method == "ppo" else task.max_grad_norm
 
@@ -84,12 +89,16 @@ def _dpo(task, turn):
     optimizer = _Optimizer(task, model)
     turn(math.nan)
     for batch in task.batches():
-        both = [(row.prompt, row.chosen) for row in batch] + [(row.prompt, row.rejected) for row in batch]
+        both = [(row.prompt, row.chosen) for row in batch] + [
+            (row.prompt, row.rejected) for row in batch
+        ]
         ids, counted = _pad(task, both)
         with torch.no_grad():
             expected = _negative_logprobs(reference, ids, counted)
         better = expected - _negative_logprobs(model, ids, counted)  # log-ratios of the tokens
-        rewards = task.beta * better.new_zeros(len(ids)).index_add(0, counted.nonzero()[:, 0], better)
+        rewards = task.beta * better.new_zeros(len(ids)).index_add(
+            0, counted.nonzero()[:, 0], better
+        )
         chosen, rejected = rewards.chunk(2)
         loss = -F.logsigmoid(chosen - rejected).mean()
         optimizer.step(loss)
@@ -101,7 +110,9 @@ def _reward(task, turn):
     optimizer = _Optimizer(task, model)
     turn(math.nan)
     for batch in task.batches():
-        both = [(row.prompt, row.chosen) for row in batch] + [(row.prompt, row.rejected) for row in batch]
+        both = [(row.prompt, row.chosen) for row in batch] + [
+            (row.prompt, row.rejected) for row in batch
+        ]
         ids, _ = _pad(task, both)
         last = torch.tensor([len(prompt) + len(completion) - 1 for prompt, completion in both])
         hidden = model.transformer(input_ids=ids).last_hidden_state[torch.arange(len(ids)), last]
@@ -116,11 +127,17 @@ def _ppo(task, turn):
     critic, reward = _scorer(task), _scorer(task, frozen=True)
     optimizer = _Optimizer(task, policy, critic)
     P, R, B = task.prompt_length, task.completion_length, task.batch_size
-    sampling = dict(max_new_tokens=R, min_new_tokens=R, do_sample=True, top_k=0, top_p=1.0, use_cache=True)
+    sampling = dict(
+        max_new_tokens=R, min_new_tokens=R, do_sample=True, top_k=0, top_p=1.0, use_cache=True
+    )
     turn(math.nan)
     for number, batch in enumerate(task.batches()):
-        prompts = torch.tensor([[task.pad_id] * (P - len(row.prompt)) + row.prompt for row in batch])
-        seen = torch.tensor([[0] * (P - len(row.prompt)) + [1] * (len(row.prompt) + R) for row in batch])  # (B, P + R)
+        prompts = torch.tensor(
+            [[task.pad_id] * (P - len(row.prompt)) + row.prompt for row in batch]
+        )
+        seen = torch.tensor(
+            [[0] * (P - len(row.prompt)) + [1] * (len(row.prompt) + R) for row in batch]
+        )  # (B, P + R)
         positions = (seen.cumsum(dim=1) - 1).clamp_min(0)
         with torch.no_grad():
             ids = policy.generate(
@@ -134,12 +151,16 @@ def _ppo(task, turn):
                 ids = torch.cat((prompts, torch.tensor([row.chosen for row in batch])), dim=1)
 
         def hidden(model, index=slice(None), ids=ids, seen=seen, positions=positions):
-            inputs = dict(input_ids=ids[index], attention_mask=seen[index], position_ids=positions[index])
+            inputs = dict(
+                input_ids=ids[index], attention_mask=seen[index], position_ids=positions[index]
+            )
             return model.transformer(**inputs).last_hidden_state
 
         def logprobs(model, index=slice(None), ids=ids, hidden=hidden):
             logits = model.lm_head(hidden(model, index)[:, P - 1 : -1]) / task.temperature
-            return -F.cross_entropy(logits.transpose(1, 2), ids[index, P:], reduction="none")  # (B, R)
+            return -F.cross_entropy(
+                logits.transpose(1, 2), ids[index, P:], reduction="none"
+            )  # (B, R)
 
         def values(index=slice(None), hidden=hidden):
             return critic.score(hidden(critic, index)[:, P - 1 : -1])[..., 0]  # (B, R)
@@ -151,10 +172,17 @@ def _ppo(task, turn):
             advantages, running = torch.zeros_like(rewards), 0.0
             for t in reversed(range(R)):
                 next_value = old_values[:, t + 1] if t + 1 < R else 0.0
-                running = rewards[:, t] + task.gamma * next_value - old_values[:, t] + task.gamma * task.lam * running
+                running = (
+                    rewards[:, t]
+                    + task.gamma * next_value
+                    - old_values[:, t]
+                    + task.gamma * task.lam * running
+                )
                 advantages[:, t] = running
             returns = advantages + old_values
-            advantages = (advantages - advantages.mean()) * torch.rsqrt(advantages.var(correction=0) + 1e-8)
+            advantages = (advantages - advantages.mean()) * torch.rsqrt(
+                advantages.var(correction=0) + 1e-8
+            )
 
         policy_losses = []
         for _ in range(task.ppo_epochs):

@@ -37,11 +37,17 @@ def theirs_and_ours(name: str, data: Path | None, **sizes):
     """The model in both libraries; sizes override the configuration's."""
     torch.manual_seed(0)
     if name == "gpt2":
-        config = dict(vocab_size=VOCAB[name], n_embd=256, n_layer=4, n_head=4, n_positions=256) | sizes
+        config = (
+            dict(vocab_size=VOCAB[name], n_embd=256, n_layer=4, n_head=4, n_positions=256) | sizes
+        )
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
     elif name == "llama":
-        config = dict(vocab_size=VOCAB[name], hidden_size=512, num_hidden_layers=8, num_attention_heads=8)
-        config |= dict(num_key_value_heads=4, intermediate_size=1376, max_position_embeddings=256) | sizes
+        config = dict(
+            vocab_size=VOCAB[name], hidden_size=512, num_hidden_layers=8, num_attention_heads=8
+        )
+        config |= (
+            dict(num_key_value_heads=4, intermediate_size=1376, max_position_embeddings=256) | sizes
+        )
         theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     else:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(data / "models" / name)
@@ -54,8 +60,12 @@ def generators(theirs, prompts: Tensor, tokens: int) -> dict[str, Callable[[], T
     """Their ways to sample exactly `tokens` a row from softmax(logits)."""
 
     def run(**options):
-        options |= dict(do_sample=True, top_k=0, top_p=1.0, min_new_tokens=tokens, max_new_tokens=tokens)
-        return theirs.generate(prompts, attention_mask=torch.ones_like(prompts), pad_token_id=0, **options)
+        options |= dict(
+            do_sample=True, top_k=0, top_p=1.0, min_new_tokens=tokens, max_new_tokens=tokens
+        )
+        return theirs.generate(
+            prompts, attention_mask=torch.ones_like(prompts), pad_token_id=0, **options
+        )
 
     def compiled():
         eager = theirs.forward
@@ -66,7 +76,11 @@ def generators(theirs, prompts: Tensor, tokens: int) -> dict[str, Callable[[], T
             theirs.forward = eager
 
     graph = torch.compile(theirs.forward)
-    return {"default": run, "static": lambda: run(cache_implementation="static"), "static, compiled": compiled}
+    return {
+        "default": run,
+        "static": lambda: run(cache_implementation="static"),
+        "static, compiled": compiled,
+    }
 
 
 def in_turns(variants: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
@@ -119,12 +133,18 @@ def measure(name: str, data: Path | None, batch: int, tokens: int, rounds: int, 
 
     whole = ways["ours"]()
     stops = ends(whole.response_ids)
-    lengths = generate(ours, prompts, max_new_tokens=tokens, eos_ids=stops, seeds=seeds).response_mask.sum(dim=1)
+    lengths = generate(
+        ours, prompts, max_new_tokens=tokens, eos_ids=stops, seeds=seeds
+    ).response_mask.sum(dim=1)
     longest = int(lengths.max())
     dropping = in_turns(
         {
-            "dropped": lambda: generate(ours, prompts, max_new_tokens=tokens, eos_ids=stops, seeds=seeds),
-            "kept": lambda: generate(ours, prompts, max_new_tokens=longest, eos_ids=(), seeds=seeds),
+            "dropped": lambda: generate(
+                ours, prompts, max_new_tokens=tokens, eos_ids=stops, seeds=seeds
+            ),
+            "kept": lambda: generate(
+                ours, prompts, max_new_tokens=longest, eos_ids=(), seeds=seeds
+            ),
         },
         rounds,
     )
@@ -137,7 +157,8 @@ def measure(name: str, data: Path | None, batch: int, tokens: int, rounds: int, 
         "best": best,
         "ratio": medians[best] / medians["ours"],
         "mean_length": float(lengths.float().mean()),
-        "dropping_ratio": statistics.median(dropping["kept"]) / statistics.median(dropping["dropped"]),
+        "dropping_ratio": statistics.median(dropping["kept"])
+        / statistics.median(dropping["dropped"]),
     }
 
 
@@ -154,8 +175,12 @@ def row(result: dict) -> str:
     def met(ratio: float, bar: float) -> str:
         return f"{bar:g} {'met' if ratio >= bar else 'missed'}"
 
-    others = [way for way in result["seconds"] if way not in ("ours", "dropped", "kept", result["best"])]
-    theirs = f"{ms(result['best'])} {result['best']}" + "".join(f"; {ms(way)} {way}" for way in others)
+    others = [
+        way for way in result["seconds"] if way not in ("ours", "dropped", "kept", result["best"])
+    ]
+    theirs = f"{ms(result['best'])} {result['best']}" + "".join(
+        f"; {ms(way)} {way}" for way in others
+    )
     theirs += "".join(f"; {way} failed" for way in result["failed"])
     ratio, dropping = result["ratio"], result["dropping_ratio"]
     return (
@@ -166,9 +191,13 @@ def row(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rlhf_core.benchmarks.peers.generation", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_core.benchmarks.peers.generation", description=__doc__
+    )
     parser.add_argument("--models", nargs="+", choices=BATCH, default=list(BATCH))
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="holds models/stories260k")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="holds models/stories260k"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="timed, after one that warms up")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     arguments = parser.parse_args()

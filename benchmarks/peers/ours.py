@@ -91,7 +91,9 @@ def _dpo(task):
 
 
 def _reward(task):
-    return RewardTrainer(RewardModel.from_pretrained(task.reward), _pairs(task), RewardConfig(**options(task)))
+    return RewardTrainer(
+        RewardModel.from_pretrained(task.reward), _pairs(task), RewardConfig(**options(task))
+    )
 
 
 def _ppo(task):

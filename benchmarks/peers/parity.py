@@ -38,7 +38,9 @@ def compare(model_type: str, options: dict) -> tuple[float, float, int, bool]:
         transformers.AutoConfig.for_model(model_type, **IDS, **options)
     )
     with torch.no_grad():
-        for parameter in theirs.parameters():  # fresh weights are so small that wirings hardly differ
+        for (
+            parameter
+        ) in theirs.parameters():  # fresh weights are so small that wirings hardly differ
             parameter.add_(torch.randn_like(parameter) * 0.15)
     theirs.eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +68,9 @@ def compare(model_type: str, options: dict) -> tuple[float, float, int, bool]:
     prompt = ids[:1, :8]
     options = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False)
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, 8:]
-    got = generate(ours, prompt, max_new_tokens=64, temperature=0.0, min_new_tokens=64).response_ids[0]
+    got = generate(
+        ours, prompt, max_new_tokens=64, temperature=0.0, min_new_tokens=64
+    ).response_ids[0]
     return logit, gradient, int((got == expected).sum()), same
 
 
@@ -75,7 +79,9 @@ def main() -> None:
     print("|---|---:|---:|---:|---|")
     for name, (model_type, options) in FAMILIES.items():
         logit, gradient, tokens, same = compare(model_type, options)
-        print(f"| {name} | {logit:.1e} | {gradient:.1e} | {tokens} | {'the same bits' if same else 'DIFFERS'} |")
+        print(
+            f"| {name} | {logit:.1e} | {gradient:.1e} | {tokens} | {'the same bits' if same else 'DIFFERS'} |"
+        )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ class Task:
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-8
-    max_grad_norm: float = 1.0  # of SFT, DPO and reward; TRL's PPO does not clip, so nobody does there
+    max_grad_norm: float = (
+        1.0  # of SFT, DPO and reward; TRL's PPO does not clip, so nobody does there
+    )
     # DPO
     beta: float = 0.1
     # PPO
@@ -67,7 +69,10 @@ class Task:
 
     def examples(self) -> list[Row]:
         """All rows in the order in which every side takes them, batch_size a step."""
-        return [Row(*row) for row in json.loads(Path(self.folder, "examples.json").read_text(encoding="utf-8"))]
+        return [
+            Row(*row)
+            for row in json.loads(Path(self.folder, "examples.json").read_text(encoding="utf-8"))
+        ]
 
     def batches(self) -> list[list[Row]]:
         rows = self.examples()
@@ -83,9 +88,13 @@ class Task:
         lengths = [(self.prompt_length, self.completion_length, self.completion_length)]
         while len(lengths) < self.batch_size:
             prompt, *completions = (rng.randint(-(-n // 4), n) for n in lengths[0])
-            lengths.append((prompt, *completions) if self.method != "ppo" else (prompt, *lengths[0][1:]))
+            lengths.append(
+                (prompt, *completions) if self.method != "ppo" else (prompt, *lengths[0][1:])
+            )
         rows = [
-            [[rng.randrange(self.pad_id) for _ in range(n)] for n in row] for _ in range(self.steps) for row in lengths
+            [[rng.randrange(self.pad_id) for _ in range(n)] for n in row]
+            for _ in range(self.steps)
+            for row in lengths
         ]
         Path(self.folder, "examples.json").write_text(json.dumps(rows), encoding="utf-8")
         config = TransformerConfig(

@@ -50,7 +50,11 @@ def options(task: Task) -> dict:
 def method_options(task: Task) -> dict:
     """Of SFTConfig, DPOConfig or RewardConfig beside `options`."""
     most = task.prompt_length + task.completion_length
-    extra = {"sft": {"completion_only_loss": True, "packing": False}, "dpo": {"beta": task.beta}, "reward": {}}
+    extra = {
+        "sft": {"completion_only_loss": True, "packing": False},
+        "dpo": {"beta": task.beta},
+        "reward": {},
+    }
     return dict(max_length=most, train_sampling_strategy="sequential") | extra[task.method]
 
 
@@ -96,7 +100,9 @@ def _tokenizer(task):
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({str(i): i for i in range(task.vocab_size)}, unk_token="0"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=str(task.pad_id), eos_token=str(task.pad_id - 1))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token=str(task.pad_id), eos_token=str(task.pad_id - 1)
+    )
 
 
 def _turns(turn: Turn, loss) -> object:
@@ -137,7 +143,12 @@ def _sft(task, turn):
     }
     config = trl.SFTConfig(**options(task), **method_options(task))
     data = Dataset.from_dict(columns)
-    _train(trl.SFTTrainer(_policy(task), config, train_dataset=data, processing_class=_tokenizer(task)), turn)
+    _train(
+        trl.SFTTrainer(
+            _policy(task), config, train_dataset=data, processing_class=_tokenizer(task)
+        ),
+        turn,
+    )
 
 
 def _dpo(task, turn):
@@ -157,7 +168,16 @@ def _dpo(task, turn):
         def _prepare_dataset(self, dataset, *args):
             return dataset  # is tokenized, which this trainer does not look for
 
-    _train(Trainer(_policy(task), _policy(task), config, train_dataset=data, processing_class=_tokenizer(task)), turn)
+    _train(
+        Trainer(
+            _policy(task),
+            _policy(task),
+            config,
+            train_dataset=data,
+            processing_class=_tokenizer(task),
+        ),
+        turn,
+    )
 
 
 def _reward(task, turn):
@@ -171,14 +191,21 @@ def _reward(task, turn):
     }
     config = trl.RewardConfig(**options(task), **method_options(task))
     data = Dataset.from_dict(columns)
-    _train(trl.RewardTrainer(_scorer(task), config, train_dataset=data, processing_class=_tokenizer(task)), turn)
+    _train(
+        trl.RewardTrainer(
+            _scorer(task), config, train_dataset=data, processing_class=_tokenizer(task)
+        ),
+        turn,
+    )
 
 
 def _ppo(task, turn):
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    rows = task.batches()[0]  # the loader shuffles; a batch of all of its rows is the same batch in another order
+    rows = task.batches()[
+        0
+    ]  # the loader shuffles; a batch of all of its rows is the same batch in another order
     generation = ppo_trainer.batch_generation
     given = {tuple(row.prompt): row.chosen for row in rows}
 

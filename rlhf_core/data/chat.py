@@ -46,21 +46,28 @@ class ChatTemplate:
         self._first_character = re.compile(f"(?=(?:{spelled}))(.)", re.DOTALL)
         self._template = self._run(lambda: _environment().from_string(source))
 
-    def render(self, messages: Sequence[Message], *, start: int = 0, add_generation_prompt: bool = False) -> Rendered:
+    def render(
+        self, messages: Sequence[Message], *, start: int = 0, add_generation_prompt: bool = False
+    ) -> Rendered:
         """The whole conversation, with the spans of the assistant's turns in messages[start:]. ValueError, naming
         the template's file, where the template fails or its turns cannot be told apart."""
         said = "".join(value for message in messages for value in message.values())
         absent = (char for char in map(chr, range(0xFDD0, 0x110000)) if char not in said)
         shield, opening, closing = (next(absent) for _ in range(3))
         shielded = [
-            {key: self._first_character.sub(lambda match: match[1] + shield, value) for key, value in message.items()}
+            {
+                key: self._first_character.sub(lambda match: match[1] + shield, value)
+                for key, value in message.items()
+            }
             for message in messages
         ]
 
         def text(count: int, add_generation_prompt: bool = False) -> str:
             context = dict(messages=shielded[:count], tools=None, documents=None, **self._names)
             context.update(generation_opening=opening, generation_closing=closing)
-            return self._run(lambda: self._template.render(context, add_generation_prompt=add_generation_prompt))
+            return self._run(
+                lambda: self._template.render(context, add_generation_prompt=add_generation_prompt)
+            )
 
         whole = text(len(messages), add_generation_prompt)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -71,7 +78,9 @@ class ChatTemplate:
         spans = []
         for i in (i for i in turns if i >= start):
             before, after = text(i, add_generation_prompt=True), text(i + 1)
-            if not (whole.startswith(before) and whole.startswith(after) and len(before) <= len(after)):
+            if not (
+                whole.startswith(before) and whole.startswith(after) and len(before) <= len(after)
+            ):
                 raise ValueError(
                     f"{self.file}: the chat template renders messages[:{i}] with the generation prompt, or "
                     f"messages[:{i + 1}], otherwise than in the whole conversation, so what the assistant wrote is not "
@@ -109,7 +118,9 @@ def _take_out(text: str, opening: str, closing: str) -> tuple[str, list[tuple[in
 @functools.cache
 def _environment():
     """jinja2's sandbox with what Hugging Face's templates rely on."""
-    sandbox, ext, nodes = (require(f"jinja2.{name}", "train") for name in ("sandbox", "ext", "nodes"))
+    sandbox, ext, nodes = (
+        require(f"jinja2.{name}", "train") for name in ("sandbox", "ext", "nodes")
+    )
 
     class Generation(ext.Extension):
         """{% generation %} ... {% endgeneration %}: the body, between two marks from the context."""
@@ -120,7 +131,8 @@ def _environment():
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             opening, closing = (
-                nodes.Output([nodes.Name(f"generation_{side}", "load")], lineno=line) for side in ("opening", "closing")
+                nodes.Output([nodes.Name(f"generation_{side}", "load")], lineno=line)
+                for side in ("opening", "closing")
             )
             return [opening, *body, closing]
 
@@ -128,7 +140,13 @@ def _environment():
         raise require("jinja2", "train").TemplateError(message)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]

@@ -22,7 +22,9 @@ class TokenBatch(NamedTuple):
     targets, the completion tokens that count, sequence after sequence. `last` and `read` index the R * T tokens."""
 
     input_ids: Tensor  # (R, T) int64
-    positions: Tensor | None  # (R, T) int64 and (R, T, T) bool, see `Trunk.forward`; None: a row is one sequence
+    positions: (
+        Tensor | None
+    )  # (R, T) int64 and (R, T, T) bool, see `Trunk.forward`; None: a row is one sequence
     visible: Tensor | None
     last: Tensor  # (N,) the last token of each sequence
     read: Tensor  # (M,) the token before each target, whose hidden state predicts it
@@ -48,7 +50,9 @@ def collate(
         segment = 0
         for g in row:
             prompt, completions, masks = groups[g]
-            segment = stem = segment + 1  # a prompt is a segment, and so is a completion; it also sees its stem
+            segment = stem = (
+                segment + 1
+            )  # a prompt is a segment, and so is a completion; it also sees its stem
             ids += prompt
             positions += range(len(prompt))
             segments += [stem] * len(prompt)
@@ -73,7 +77,9 @@ def collate(
     return TokenBatch(
         torch.tensor(ids).view(shape),
         torch.tensor(positions).view(shape) if packed else None,
-        _visible(torch.tensor(segments).view(shape), torch.tensor(stems).view(shape)) if packed else None,
+        _visible(torch.tensor(segments).view(shape), torch.tensor(stems).view(shape))
+        if packed
+        else None,
         torch.tensor(last),
         torch.tensor(list(chain.from_iterable(read)), dtype=torch.long),
         torch.tensor(list(chain.from_iterable(targets)), dtype=torch.long),
@@ -119,7 +125,9 @@ def misfit(example: Example | Pair | Ranked | Steps) -> str | None:
     return f"has label {wrong[0]!r}, not in [0, 1]" if wrong else None
 
 
-def as_group(example: Example | Pair | Ranked | Steps) -> tuple[list[int], list[list[int]], list[list[bool] | None]]:
+def as_group(
+    example: Example | Pair | Ranked | Steps,
+) -> tuple[list[int], list[list[int]], list[list[bool] | None]]:
     """Prompt, completions and their masks; None: all of its tokens count."""
     if isinstance(example, Pair):
         return example.prompt_ids, example.completions_ids, example.masks or [None, None]
@@ -135,9 +143,14 @@ def _pack(sizes: list[int], limit: int) -> list[list[int]]:
     R * T tokens; the shorter of two, as a token looks along its whole row.
     """
     longest = max(sizes)
-    capacities = [longest, *(min(longest * quarters // 4, limit) for quarters in range(5, 9) if longest < limit)]
+    capacities = [
+        longest,
+        *(min(longest * quarters // 4, limit) for quarters in range(5, 9) if longest < limit),
+    ]
     packings = [_first_fit_decreasing(sizes, capacity) for capacity in capacities]
-    return min(packings, key=lambda rows: len(rows) * max(sum(sizes[g] for g in row) for row in rows))
+    return min(
+        packings, key=lambda rows: len(rows) * max(sum(sizes[g] for g in row) for row in rows)
+    )
 
 
 def _first_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:

@@ -16,7 +16,9 @@ class Example(NamedTuple):
     completion_ids: list[int]
     completion_mask: list[bool] | None = None  # which of its tokens count; None: all
     label: bool | None = None  # whether the completion is desirable, where that is known
-    reward: float | None = None  # of the completion, which arrives after its last token, where that is known
+    reward: float | None = (
+        None  # of the completion, which arrives after its last token, where that is known
+    )
 
 
 class Pair(NamedTuple):
@@ -65,7 +67,9 @@ def encode_text(text: Text, tokenizer: Tokenizer, max_length: int) -> Example:
     the template ends the last one with none of the tokenizer's eos_ids, and what it writes after it is left out.
     """
     example = _encode(*text, tokenizer)
-    prompt, (completion,) = fit(example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id)
+    prompt, (completion,) = fit(
+        example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id
+    )
     mask = example.completion_mask
     return Example(prompt, completion, None if mask is None else mask[: len(completion)])
 
@@ -91,7 +95,9 @@ def encode_preference(
     texts = preference.responses if ranking else (preference.chosen, preference.rejected)
     first, *others = (_encode(preference.prompt, text, tokenizer) for text in texts)
     if any(other.prompt_ids != first.prompt_ids for other in others):
-        raise ValueError("the chat template renders the prompt of one completion otherwise than that of another")
+        raise ValueError(
+            "the chat template renders the prompt of one completion otherwise than that of another"
+        )
     masks = [example.completion_mask for example in (first, *others)]
     completions = [example.completion_ids for example in (first, *others)]
     prompt, completions = fit(first.prompt_ids, completions, max_length, tokenizer.bos_id)
@@ -108,8 +114,12 @@ def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -
     example = _encode(solution.prompt, "\n".join(solution.steps), tokenizer)
     ends = step_ends(example.completion_ids, tokenizer)
     if sum(ends) != len(solution.labels):
-        raise ValueError(f"{len(solution.labels)} steps, but tokenised they end in {sum(ends)} places")
-    prompt, (completion,) = fit(example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id)
+        raise ValueError(
+            f"{len(solution.labels)} steps, but tokenised they end in {sum(ends)} places"
+        )
+    prompt, (completion,) = fit(
+        example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id
+    )
     mask = ends[: len(completion)]
     if not any(mask):
         raise ValueError(f"no step ends within {max_length} tokens")
@@ -152,12 +162,20 @@ def cut_prompt(prompt: list[int], length: int, bos_id: int | None) -> list[int]:
     return start + prompt[len(prompt) - length + len(start) :]
 
 
-def _encode(prompt: str | list[Message], completion: str | list[Message], tokenizer: Tokenizer) -> Example:
+def _encode(
+    prompt: str | list[Message], completion: str | list[Message], tokenizer: Tokenizer
+) -> Example:
     if not isinstance(prompt, str):
-        turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        turns = (
+            [{"role": "assistant", "content": completion}]
+            if isinstance(completion, str)
+            else completion
+        )
         return _encode_turns(prompt, turns, tokenizer)
     encode = tokenizer.encode_completion if prompt else tokenizer.encode
-    return Example(tokenizer.encode_prompt(prompt), encode(completion) + list(tokenizer.eos_ids[:1]))
+    return Example(
+        tokenizer.encode_prompt(prompt), encode(completion) + list(tokenizer.eos_ids[:1])
+    )
 
 
 def _encode_turns(prompt: list[Message], turns: list[Message], tokenizer: Tokenizer) -> Example:
@@ -165,7 +183,9 @@ def _encode_turns(prompt: list[Message], turns: list[Message], tokenizer: Tokeni
     if True not in mask:
         raise ValueError("the completion holds no message of the assistant")
     first, end = mask.index(True), len(mask) - mask[::-1].index(True)
-    last = end - mask[end - 1 :: -1].index(False) if False in mask[:end] else 0  # where the last turn begins
+    last = (
+        end - mask[end - 1 :: -1].index(False) if False in mask[:end] else 0
+    )  # where the last turn begins
     # An EOS is in the last turn or, where the template does not count it as the assistant's, right after it.
     written = [i for i in range(last, min(end + 1, len(ids))) if ids[i] in tokenizer.eos_ids]
     end = written[0] + 1 if written else end

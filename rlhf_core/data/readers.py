@@ -80,14 +80,18 @@ class Solution(NamedTuple):
     labels: list[float]
 
 
-def read_texts(path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None) -> list[Text]:
+def read_texts(
+    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
+) -> list[Text]:
     """Rows {"messages"}, {"prompt", "completion" or "response"}, {"question", "answer"} or {"text"}. In `messages`
     every turn of the assistant counts. With a prompt of messages the completion is a string or messages."""
 
     def parse(row: dict) -> Text:
         if "messages" in row:
             messages = _conversation(row, "messages")
-            first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
+            first = next(
+                (i for i, message in enumerate(messages) if message["role"] == "assistant"), None
+            )
             if first is None:
                 raise ValueError("field 'messages' holds no message of the assistant")
             return Text(messages[:first], messages[first:])
@@ -115,14 +119,18 @@ def read_labelled(
     return list(_rows(path, parse, on_bad, encode))
 
 
-def read_scored(path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None) -> list[Scored]:
+def read_scored(
+    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
+) -> list[Scored]:
     """Rows {"prompt", "completion" or "response", "reward"} or {"messages", "reward"}, of which the last one is the
     completion; the reward is a finite number."""
 
     def parse(row: dict) -> Scored:
         reward = row.get("reward")
         if not _is_number(reward):
-            raise ValueError(f"field 'reward' must be a finite number, got {json.dumps(reward)[:40]}")
+            raise ValueError(
+                f"field 'reward' must be a finite number, got {json.dumps(reward)[:40]}"
+            )
         return Scored(*_text(row), float(reward))
 
     return list(_rows(path, parse, on_bad, encode))
@@ -161,7 +169,9 @@ def read_prompts(
         return list(_rows(path, None, on_bad, encode))
 
     def parse(row: dict) -> str | list[Message]:
-        field = next((name for name in ("messages", "prompt", "question", "text") if name in row), "prompt")
+        field = next(
+            (name for name in ("messages", "prompt", "question", "text") if name in row), "prompt"
+        )
         if field != "messages" and not isinstance(row.get(field), list):
             return _string(row, field)
         messages = _conversation(row, field)
@@ -184,14 +194,22 @@ def check_messages(value, field: str) -> list[Message]:
     for i, message in enumerate(value):
         where = f"{field}[{i}]"
         if not isinstance(message, dict):
-            raise ValueError(f"field {where!r} must be an object with role and content, got {repr(message)[:40]}")
+            raise ValueError(
+                f"field {where!r} must be an object with role and content, got {repr(message)[:40]}"
+            )
         role = _string(message, "role", where)
         if role not in _ROLES:
-            raise ValueError(f"field '{where}.role' must be one of {', '.join(_ROLES)}, got {role!r}")
+            raise ValueError(
+                f"field '{where}.role' must be one of {', '.join(_ROLES)}, got {role!r}"
+            )
         for name, extra in message.items():
             if name not in ("role", "content") and extra:
-                raise ValueError(f"field '{where}.{name}' is not supported: a message is a role and a text")
-        messages.append({"role": role, "content": _string(message, "content", where, empty=role == "system")})
+                raise ValueError(
+                    f"field '{where}.{name}' is not supported: a message is a role and a text"
+                )
+        messages.append(
+            {"role": role, "content": _string(message, "content", where, empty=role == "system")}
+        )
     return messages
 
 
@@ -200,7 +218,9 @@ def _text(row: dict) -> Text:
         messages = _conversation(row, "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"field 'messages' must end with the assistant's answer to others, got {roles}")
+            raise ValueError(
+                f"field 'messages' must end with the assistant's answer to others, got {roles}"
+            )
         return Text(messages[:-1], messages[-1:])
     completion = "completion" if "completion" in row else "response"
     if isinstance(row.get("prompt"), list):
@@ -217,7 +237,9 @@ def _preference(row: dict) -> Preference:
         both = list(answers.values())
         shared = next((i for i, (a, b) in enumerate(zip(*both)) if a != b), min(map(len, both)))
         prompt = both[0][:shared]
-        if row.get("prompt") is not None and all(row["prompt"] != message["content"] for message in prompt):
+        if row.get("prompt") is not None and all(
+            row["prompt"] != message["content"] for message in prompt
+        ):
             raise ValueError("field 'prompt' is no message that 'chosen' and 'rejected' share")
     else:
         prompt, *answers = _strings(row)
@@ -248,13 +270,18 @@ def _strings(row: dict) -> tuple[str, str, str]:
 
 
 def _pair(
-    row: dict, prompt: str | list[Message], chosen: str | list[Message], rejected: str | list[Message]
+    row: dict,
+    prompt: str | list[Message],
+    chosen: str | list[Message],
+    rejected: str | list[Message],
 ) -> Preference:
     if chosen == rejected:
         raise ValueError("fields 'chosen' and 'rejected' are equal")
     margin = row.get("margin")
     if margin is not None and not (_is_number(margin) and margin >= 0):
-        raise ValueError(f"field 'margin' must be a number, at least 0, got {json.dumps(margin)[:40]}")
+        raise ValueError(
+            f"field 'margin' must be a number, at least 0, got {json.dumps(margin)[:40]}"
+        )
     return Preference(prompt, chosen, rejected, margin)
 
 
@@ -266,13 +293,21 @@ def _prompt(row: dict) -> str | list[Message]:
 def _solution(row: dict) -> Solution:
     field, labels = "completions" if "completions" in row else "steps", row["labels"]
     if not isinstance(row.get(field), list) or not row[field]:
-        raise ValueError(f"field {field!r} must be a list of steps, got {json.dumps(row.get(field))[:40]}")
-    steps = [_string({str(i): step}, str(i), field).strip("\n") for i, step in enumerate(row[field])]
+        raise ValueError(
+            f"field {field!r} must be a list of steps, got {json.dumps(row.get(field))[:40]}"
+        )
+    steps = [
+        _string({str(i): step}, str(i), field).strip("\n") for i, step in enumerate(row[field])
+    ]
     for i, step in enumerate(steps):
         if "\n" in step:
-            raise ValueError(f"field '{field}.{i}' holds a newline, which ends a step: {step[:40]!r}")
+            raise ValueError(
+                f"field '{field}.{i}' holds a newline, which ends a step: {step[:40]!r}"
+            )
     valid = isinstance(labels, list) and len(labels) == len(steps)
-    if not valid or not all(isinstance(label, bool) or (_is_number(label) and 0 <= label <= 1) for label in labels):
+    if not valid or not all(
+        isinstance(label, bool) or (_is_number(label) and 0 <= label <= 1) for label in labels
+    ):
         wanted = f"{len(steps)} times true, false or a number from 0 to 1"
         raise ValueError(f"field 'labels' must hold {wanted}, got {json.dumps(labels)[:40]}")
     return Solution(_prompt(row), steps, list(map(float, labels)))
@@ -281,15 +316,25 @@ def _solution(row: dict) -> Solution:
 def _ranking(row: dict) -> Ranking:
     responses, ranks = row["responses"], row.get("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
-        raise ValueError(f"field 'responses' must be a list of at least 2, got {json.dumps(responses)[:40]}")
-    if not isinstance(ranks, list) or len(ranks) != len(responses) or not all(map(_is_number, ranks)):
-        raise ValueError(f"field 'ranks' must hold {len(responses)} numbers, got {json.dumps(ranks)[:40]}")
+        raise ValueError(
+            f"field 'responses' must be a list of at least 2, got {json.dumps(responses)[:40]}"
+        )
+    if (
+        not isinstance(ranks, list)
+        or len(ranks) != len(responses)
+        or not all(map(_is_number, ranks))
+    ):
+        raise ValueError(
+            f"field 'ranks' must hold {len(responses)} numbers, got {json.dumps(ranks)[:40]}"
+        )
     if len(set(ranks)) < len(ranks):
         raise ValueError(f"field 'ranks' holds a tie, which has no order: {json.dumps(ranks)[:40]}")
     texts = [_string({str(i): text}, str(i), "responses") for i, text in enumerate(responses)]
     if len(set(texts)) < len(texts):
         raise ValueError("field 'responses' holds one of them twice")
-    return Ranking(_prompt(row), [texts[i] for i in sorted(range(len(ranks)), key=ranks.__getitem__)])
+    return Ranking(
+        _prompt(row), [texts[i] for i in sorted(range(len(ranks)), key=ranks.__getitem__)]
+    )
 
 
 def _is_number(value) -> bool:
@@ -320,7 +365,9 @@ def _string(row: dict, field: str, where: str = "", empty: bool = False) -> str:
     """The text of a field, of the row or of its part `where`."""
     name = f"{where}.{field}" if where else field
     if field not in row:
-        raise ValueError(f"field {name!r} is missing, the line has {', '.join(map(repr, row)) or 'none'}")
+        raise ValueError(
+            f"field {name!r} is missing, the line has {', '.join(map(repr, row)) or 'none'}"
+        )
     value = row[field]
     if not isinstance(value, str):
         raise ValueError(f"field {name!r} must be a string, got {json.dumps(value)[:40]}")
@@ -334,7 +381,10 @@ def _string(row: dict, field: str, where: str = "", empty: bool = False) -> str:
 
 
 def _rows(
-    path: str | os.PathLike, parse: Callable[[dict], T] | None, on_bad: OnBad | None, encode: Callable | None
+    path: str | os.PathLike,
+    parse: Callable[[dict], T] | None,
+    on_bad: OnBad | None,
+    encode: Callable | None,
 ) -> Iterator:
     """Every good line, parsed from JSON, or as it is where there is no `parse`."""
     found = False
@@ -343,7 +393,11 @@ def _rows(
             item = line if parse is None else parse(_object(line))
             item = item if encode is None else encode(item)
         except ValueError as error:
-            reason = f"not valid JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+            reason = (
+                f"not valid JSON: {error}"
+                if isinstance(error, json.JSONDecodeError)
+                else str(error)
+            )
             _report(DataError(f"{path}:{number}: {reason}"), on_bad)
             continue
         found = True

@@ -60,9 +60,14 @@ class ByteTokenizer:
         "assistant: " is the generation prompt."""
         ids, mask = [self.bos_id], [False]
         for i, message in enumerate(check_messages(messages, "messages")):
-            header, content = self.encode(f"{message['role']}: "), [*self.encode(message["content"]), *self.eos_ids]
+            header, content = (
+                self.encode(f"{message['role']}: "),
+                [*self.encode(message["content"]), *self.eos_ids],
+            )
             ids += header + content
-            mask += [False] * len(header) + [message["role"] == "assistant" and i >= start] * len(content)
+            mask += [False] * len(header) + [message["role"] == "assistant" and i >= start] * len(
+                content
+            )
         prompt = self.encode("assistant: " * add_generation_prompt)
         return ids + prompt, mask + [False] * len(prompt)
 
@@ -85,34 +90,53 @@ class JsonTokenizer:
     as U+2581 and reads that character back as a space.
     """
 
-    _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+    _FILES = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+    )
     _TEMPLATE = "chat_template.jinja"
 
     def __init__(self, path: str | os.PathLike):
         self._folder = Path(path)
         file = self._folder / "tokenizer.json"
-        self._config = {**self._read("special_tokens_map.json"), **self._read("tokenizer_config.json")}
+        self._config = {
+            **self._read("special_tokens_map.json"),
+            **self._read("tokenizer_config.json"),
+        }
         self._names = {
             name: token["content"] if isinstance(token, dict) else token
             for name, token in self._config.items()
             if name.endswith("_token") and isinstance(token, (dict, str))
         }
         self._tokenizer = _tokenizer("from_file", file, str(file))
-        named = [text for text in self._names.values() if self._tokenizer.token_to_id(text) is not None]
+        named = [
+            text for text in self._names.values() if self._tokenizer.token_to_id(text) is not None
+        ]
         self._tokenizer.add_special_tokens(named)
         # A SentencePiece normaliser puts a space in front of what it encodes; text that continues other text has none.
         spec = read_object(file)
-        unprefixed = {**spec, **{part: _without_prefix(spec.get(part)) for part in ("normalizer", "pre_tokenizer")}}
+        unprefixed = {
+            **spec,
+            **{part: _without_prefix(spec.get(part)) for part in ("normalizer", "pre_tokenizer")},
+        }
         self._continuing = self._tokenizer
         if unprefixed != spec:
             self._continuing = _tokenizer("from_str", file, json.dumps(unprefixed))
             self._continuing.add_special_tokens(named)
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {token.content: i for i, token in added.items() if token.special or token.content in named}
+        self._special = {
+            token.content: i
+            for i, token in added.items()
+            if token.special or token.content in named
+        }
         self._splits = _splits(token for token in added.values() if token.content in self._special)
         # Whether the space comes after every special token too, or in front of the whole only.
         first = next(iter(self._special), "")
-        spaced, alone = (self._tokenizer.encode(x, add_special_tokens=False).tokens for x in (first + "a", "a"))
+        spaced, alone = (
+            self._tokenizer.encode(x, add_special_tokens=False).tokens for x in (first + "a", "a")
+        )
         self._prefix_after_special = spaced[1:] == alone
         for tokenizer in (self._tokenizer, self._continuing):
             tokenizer.encode_special_tokens = True  # their spelling is text
@@ -138,7 +162,9 @@ class JsonTokenizer:
                     f"{self._folder / name}: {kind}_token_id must be an id or a list of ids, got {value!r}"
                 )
             ids += values
-        return tuple(dict.fromkeys(i for i in ids if i is not None and i >= 0))  # some configs write -1 for none
+        return tuple(
+            dict.fromkeys(i for i in ids if i is not None and i >= 0)
+        )  # some configs write -1 for none
 
     def encode(self, text: str) -> list[int]:
         return _encode(self._tokenizer, text)
@@ -161,7 +187,9 @@ class JsonTokenizer:
         FileNotFoundError without a template; ValueError from a template that fails or cannot tell turns apart.
         """
         messages = check_messages(messages, "messages")
-        rendered = self._template.render(messages, start=start, add_generation_prompt=add_generation_prompt)
+        rendered = self._template.render(
+            messages, start=start, add_generation_prompt=add_generation_prompt
+        )
         ids, mask, ended = [], [], None
         for position, tokens in self._pieces(rendered):
             turn = next((span for span in rendered.spans if span[0] <= position < span[1]), None)
@@ -170,7 +198,9 @@ class JsonTokenizer:
             if not self._template.tagged and set(tokens[-1:]) & set(self.eos_ids):
                 ended = turn
         if True not in mask and any(message["role"] == "assistant" for message in messages[start:]):
-            raise ValueError(f"{self._template.file}: the chat template renders nothing as the assistant's")
+            raise ValueError(
+                f"{self._template.file}: the chat template renders nothing as the assistant's"
+            )
         leading = next((n for n, i in enumerate(ids) if i != self.bos_id), len(ids))
         bos = ids[: min(leading, 1)] or self._prompt_prefix
         return bos + ids[leading:], [False] * len(bos) + mask[leading:]
@@ -186,7 +216,9 @@ class JsonTokenizer:
                 yield position + piece.index(token), [self._special[token]]
                 prefixed = self._prefix_after_special
             elif piece:
-                for first, last in pairwise([position, *(edge for edge in edges if position < edge < end), end]):
+                for first, last in pairwise(
+                    [position, *(edge for edge in edges if position < edge < end), end]
+                ):
                     text = rendered.text[first:last].replace(rendered.shield, "")
                     yield first, _encode(self._tokenizer if prefixed else self._continuing, text)
                     prefixed = False
@@ -200,7 +232,9 @@ class JsonTokenizer:
         else:
             file, source = self._folder / "tokenizer_config.json", self._config.get("chat_template")
             if isinstance(source, list):  # named templates
-                source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+                source = {entry.get("name"): entry.get("template") for entry in source}.get(
+                    "default"
+                )
         if source is None:
             raise FileNotFoundError(
                 f"{self._folder}: the tokenizer has no chat template for messages: add {self._TEMPLATE}, or a field "
@@ -227,7 +261,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     config = folder / "tokenizer_config.json"
     if config.is_file() and read_object(config).get("tokenizer_class") == ByteTokenizer.__name__:
         return ByteTokenizer()
-    raise FileNotFoundError(f"{folder}: no tokenizer.json, and no tokenizer_config.json of a ByteTokenizer")
+    raise FileNotFoundError(
+        f"{folder}: no tokenizer.json, and no tokenizer_config.json of a ByteTokenizer"
+    )
 
 
 def _tokenizer(constructor: str, file: Path, argument: str):

@@ -23,10 +23,17 @@ import torch
 from torch import Tensor
 
 from rlhf_core.files import require
-from rlhf_core.ops import linear_token_logprobs, linear_token_statistics, token_logprobs, token_logprobs_and_entropy
+from rlhf_core.ops import (
+    linear_token_logprobs,
+    linear_token_statistics,
+    token_logprobs,
+    token_logprobs_and_entropy,
+)
 
 VERSIONS = "1.12 and 1.16"  # that this was tried on
-TOLERANCE = 1e-4  # nats, and gradients per unit of the upstream one: of float32 sums in another order
+TOLERANCE = (
+    1e-4  # nats, and gradients per unit of the upstream one: of float32 sums in another order
+)
 
 _replaced: list[tuple[Any, Any]] = []  # what TRL's modules held, and what they hold now
 
@@ -80,7 +87,11 @@ def _replace(old: Any, new: Any) -> None:
 def _selective_log_softmax(theirs: Callable) -> Callable:
     def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
         if index.ndim == logits.ndim:
-            given = {} if temperature == 1.0 and row_mask is None else dict(temperature=temperature, row_mask=row_mask)
+            given = (
+                {}
+                if temperature == 1.0 and row_mask is None
+                else dict(temperature=temperature, row_mask=row_mask)
+            )
             return theirs(logits, index, **given)
         return token_logprobs(logits, index, temperature=temperature, mask=_bool(row_mask))
 
@@ -89,15 +100,21 @@ def _selective_log_softmax(theirs: Callable) -> Callable:
 
 def _entropy_from_logits(theirs: Callable) -> Callable:
     def entropy_from_logits(logits, chunk_size=128):
-        return token_logprobs_and_entropy(logits, logits.new_zeros(logits.shape[:-1], dtype=torch.int64))[1]
+        return token_logprobs_and_entropy(
+            logits, logits.new_zeros(logits.shape[:-1], dtype=torch.int64)
+        )[1]
 
     return entropy_from_logits
 
 
 def _selective_log_softmax_and_entropy(theirs: Callable) -> Callable:
-    def selective_log_softmax_and_entropy(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
+    def selective_log_softmax_and_entropy(
+        logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
+    ):
         mask = _bool(row_mask)
-        logprobs, entropy = token_logprobs_and_entropy(logits, index, temperature=temperature, mask=mask)
+        logprobs, entropy = token_logprobs_and_entropy(
+            logits, index, temperature=temperature, mask=mask
+        )
         return logprobs, entropy if entropy_requires_grad else entropy.detach()
 
     return selective_log_softmax_and_entropy
@@ -110,7 +127,11 @@ def _chunked_log_prob_function(theirs: type[torch.autograd.Function]) -> type:
         @staticmethod
         def apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None,
                   logit_scale=1.0, outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")):  # fmt: skip
-            covered = final_logit_softcapping is None and logit_scale > 0 and "log_sum_sq_probs" not in outputs
+            covered = (
+                final_logit_softcapping is None
+                and logit_scale > 0
+                and "log_sum_sq_probs" not in outputs
+            )
             if not covered or hasattr(weight, "ds_id"):
                 settings = temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
                 return theirs.apply(hidden, weight, bias, targets, *settings)
@@ -118,12 +139,16 @@ def _chunked_log_prob_function(theirs: type[torch.autograd.Function]) -> type:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
             entropy = mean = top = None
             if "entropy" in outputs or "is_top1" in outputs:
-                found = linear_token_statistics(hidden, weight, targets, bias=bias, temperature=temperature)
+                found = linear_token_statistics(
+                    hidden, weight, targets, bias=bias, temperature=temperature
+                )
                 logprobs = found.logprobs
                 entropy = found.entropy if "entropy" in outputs else None
                 top = found.likeliest if "is_top1" in outputs else None
             else:
-                logprobs = linear_token_logprobs(hidden, weight, targets, bias=bias, temperature=temperature)
+                logprobs = linear_token_logprobs(
+                    hidden, weight, targets, bias=bias, temperature=temperature
+                )
             if "mean_logits" in outputs:  # the mean of the products is the product with the mean
                 with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
                     mean = hidden.float() @ weight.mean(dim=0, dtype=torch.float32)
@@ -154,8 +179,13 @@ def _difference(name: str, theirs: Any, ours: Any) -> str:
     known = list(inspect.signature(getattr(ours, "apply", ours)).parameters)
     if takes != known[: len(takes)]:
         return f"takes {', '.join(takes)}, not {', '.join(known)}"
-    for what, expected, found in zip(("value", "gradient"), _tried(name, theirs), _tried(name, ours)):
-        error = max(float((a.float() - b.float()).detach().abs().max()) for a, b in zip(expected, found, strict=True))
+    for what, expected, found in zip(
+        ("value", "gradient"), _tried(name, theirs), _tried(name, ours)
+    ):
+        error = max(
+            float((a.float() - b.float()).detach().abs().max())
+            for a, b in zip(expected, found, strict=True)
+        )
         if not error <= TOLERANCE:
             return f"gives another {what} than our op, by {error:.2g}"
     return ""
@@ -166,16 +196,21 @@ def _tried(name: str, function: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The function's results on random input, and the gradients of the floating ones weighed at random."""
     generator = torch.Generator().manual_seed(0)
     logits, hidden, weight, bias = (
-        torch.randn(shape, generator=generator).requires_grad_() for shape in ((2, 5, 37), (10, 8), (37, 8), (37,))
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((2, 5, 37), (10, 8), (37, 8), (37,))
     )
     targets = torch.randint(37, (2, 5), generator=generator)
     if name == "ChunkedLogProbFunction":
         outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
-        results = function.apply(hidden, weight, bias, targets.flatten(), 0.7, 16, None, 0.5, outputs)
+        results = function.apply(
+            hidden, weight, bias, targets.flatten(), 0.7, 16, None, 0.5, outputs
+        )
         leaves = [hidden, weight, bias]
     else:
         results = function(logits) if name == "entropy_from_logits" else function(logits, targets)
         leaves = [logits]
     results = [x for x in ((results,) if isinstance(results, Tensor) else results) if x is not None]
-    total = sum((x * torch.randn(x.shape, generator=generator)).sum() for x in results if x.requires_grad)
+    total = sum(
+        (x * torch.randn(x.shape, generator=generator)).sum() for x in results if x.requires_grad
+    )
     return results, list(torch.autograd.grad(total, leaves))

@@ -36,7 +36,9 @@ def reinforce_pp_advantages(scores: Tensor, kl: Tensor, mask: Tensor) -> Tensor:
     """score - KL to come, whitened over the tokens of the batch (REINFORCE++, Hu et al. 2025); groups of n > 1 lose
     their mean score first."""
     # Whitening takes off any shift; with this one scores that are alike are 0 without a rest.
-    scores = _centred(scores.float()) if scores.shape[1] > 1 else scores.float() - scores[:1].float()
+    scores = (
+        _centred(scores.float()) if scores.shape[1] > 1 else scores.float() - scores[:1].float()
+    )
     return whiten(scores[..., None] - _to_come(kl), mask)
 
 
@@ -61,6 +63,8 @@ def _to_come(kl: Tensor) -> Tensor:
 def _centred(scores: Tensor) -> Tensor:
     """Scores without their group's mean; exactly 0 where a group's scores are all alike."""
     if scores.ndim != 2 or scores.shape[1] < 2:
-        raise ValueError(f"needs scores (P, n) of n >= 2 responses a prompt, got shape {tuple(scores.shape)}")
+        raise ValueError(
+            f"needs scores (P, n) of n >= 2 responses a prompt, got shape {tuple(scores.shape)}"
+        )
     alike = (scores == scores[:, :1]).all(dim=1, keepdim=True)
     return (scores - scores.mean(dim=1, keepdim=True)).masked_fill(alike, 0)

@@ -8,7 +8,12 @@ from rlhf_core.ops.policy_loss import MAX_LOG_RATIO
 
 
 def kl_loss(
-    logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimator: str = "k3"
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    estimator: str = "k3",
 ) -> Tensor:
     """Per-token KL(policy || reference) (B, R): over the old policy's samples its mean has the KL's gradient.
 

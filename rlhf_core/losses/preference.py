@@ -12,7 +12,11 @@ from torch import Tensor
 
 
 def dpo_loss(
-    chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, *, beta: float, label_smoothing: float = 0.0
+    chosen_log_ratios: Tensor,
+    rejected_log_ratios: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """DPO (Rafailov et al. 2023, eq. 7); log 2 where policy and reference agree.
 
@@ -48,7 +52,9 @@ def hinge_loss(chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, *, beta: 
     return F.relu(1 - beta * (chosen_log_ratios - rejected_log_ratios))
 
 
-def simpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, *, beta: float, gamma: float) -> Tensor:
+def simpo_loss(
+    chosen_logps: Tensor, rejected_logps: Tensor, *, beta: float, gamma: float
+) -> Tensor:
     """SimPO (Meng et al. 2024, eq. 6): no reference; log-probs averaged over the completion's tokens.
 
     gamma: the margin, in units of reward, that the chosen completion should win by.
@@ -66,7 +72,9 @@ def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, *, orpo_lambda: floa
         logps = logps.clamp_max(-1e-7)
         return logps - torch.log(-torch.expm1(logps))
 
-    return -chosen_logps - orpo_lambda * F.logsigmoid(log_odds(chosen_logps) - log_odds(rejected_logps))
+    return -chosen_logps - orpo_lambda * F.logsigmoid(
+        log_odds(chosen_logps) - log_odds(rejected_logps)
+    )
 
 
 def kto_loss(
@@ -96,8 +104,14 @@ def length_desensitized_weights(lengths: Tensor, *, alpha: float) -> Tensor:
     lengths: (B, 2), tokens of each completion, M together.
     """
     public = lengths.amin(dim=1, keepdim=True).expand_as(lengths)
-    runs = torch.stack([public, lengths - public], dim=-1).flatten()  # shared tokens, then those beyond, in turns
-    return lengths.new_tensor([1.0, alpha], dtype=torch.float32).repeat(lengths.numel()).repeat_interleave(runs)
+    runs = torch.stack(
+        [public, lengths - public], dim=-1
+    ).flatten()  # shared tokens, then those beyond, in turns
+    return (
+        lengths.new_tensor([1.0, alpha], dtype=torch.float32)
+        .repeat(lengths.numel())
+        .repeat_interleave(runs)
+    )
 
 
 # By name those of pairs, of the log-ratios of chosen and rejected; their options come by keyword.

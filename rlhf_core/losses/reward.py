@@ -22,7 +22,9 @@ def bradley_terry_loss(
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
 
-def margin_ranking_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, margin: Tensor | float = 1.0) -> Tensor:
+def margin_ranking_loss(
+    chosen_scores: Tensor, rejected_scores: Tensor, *, margin: Tensor | float = 1.0
+) -> Tensor:
     """max(0, margin - (chosen - rejected)): nothing more once the chosen one leads by the margin, (B,) or one."""
     return F.relu(margin - (chosen_scores - rejected_scores))
 
@@ -39,7 +41,9 @@ def plackett_luce_loss(scores: Tensor, mask: Tensor) -> Tensor:
     Two items are Bradley-Terry; one, or none, give 0.
     """
     scores = scores.masked_fill(~mask, -torch.inf)
-    rest = scores.flip(-1).logcumsumexp(dim=-1).flip(-1)  # log sum exp over this item and those behind it
+    rest = (
+        scores.flip(-1).logcumsumexp(dim=-1).flip(-1)
+    )  # log sum exp over this item and those behind it
     return (rest.masked_fill(~mask, 0) - scores.masked_fill(~mask, 0)).sum(dim=-1)
 
 

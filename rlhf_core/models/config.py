@@ -25,8 +25,12 @@ class TransformerConfig:
     max_positions: int = 512  # longest sequence, prompt and response together
     positions: str = "rope"  # "rope" | "learned"
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # in config.json's words, with a "rope_type", see models/rope.py
-    sliding_window: int | None = None  # a token sees this many, itself included; None: all before it
+    rope_scaling: dict | None = (
+        None  # in config.json's words, with a "rope_type", see models/rope.py
+    )
+    sliding_window: int | None = (
+        None  # a token sees this many, itself included; None: all before it
+    )
     norm: str = "rmsnorm"  # "rmsnorm" | "layernorm"
     norm_eps: float = 1e-5
     activation: str = "silu"  # "silu" | "gelu" | "gelu_tanh"
@@ -52,7 +56,9 @@ class TransformerConfig:
             ("activation", tuple(ACTIVATIONS)),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
         may_be_none = ("num_kv_heads", "head_dim", "intermediate_size", "sliding_window")
         for name in (*sizes, *may_be_none):
@@ -67,14 +73,18 @@ class TransformerConfig:
         fill = object.__setattr__
         if self.head_dim is None:
             if self.hidden_size % self.num_heads:
-                raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}"
+                )
             fill(self, "head_dim", self.hidden_size // self.num_heads)
         if self.num_kv_heads is None:
             fill(self, "num_kv_heads", self.num_heads)
         if self.intermediate_size is None:
             fill(self, "intermediate_size", 4 * self.hidden_size)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(
+                f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
+            )
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
         if self.rope_scaling is not None:
@@ -82,4 +92,8 @@ class TransformerConfig:
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
-        return (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim)
+        return (
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+        )

@@ -38,7 +38,11 @@ class _ScalarHead(Pretrained, nn.Module):
         with torch.device("meta"):
             new = cls(model.config)
         new.trunk = model.trunk if share_trunk else copy.deepcopy(model.trunk)
-        head = copy.deepcopy(model.score) if isinstance(model, _ScalarHead) else _fresh_head(model.config)
+        head = (
+            copy.deepcopy(model.score)
+            if isinstance(model, _ScalarHead)
+            else _fresh_head(model.config)
+        )
         new.score = head.to(new.trunk.embed.weight).requires_grad_(True)
         if isinstance(model, RewardModel) and isinstance(new, RewardModel):
             new.of_steps = model.of_steps
@@ -50,7 +54,9 @@ class _ScalarHead(Pretrained, nn.Module):
     def normalize(self, mean: float, std: float) -> None:
         """Fold (score - mean) / std into the head, which then has a bias."""
         if self.score.bias is None:
-            self.score.bias = nn.Parameter(self.score.weight.new_zeros(1), self.score.weight.requires_grad)
+            self.score.bias = nn.Parameter(
+                self.score.weight.new_zeros(1), self.score.weight.requires_grad
+            )
         self.score.bias.sub_(mean).div_(std)
         self.score.weight.div_(std)
 
@@ -84,7 +90,9 @@ class RewardModel(_ScalarHead):
         return self.read(self._hidden(tokens, tokens.read + 1))
 
     def _hidden(self, tokens, where: Tensor) -> Tensor:
-        return self.trunk(tokens.input_ids, positions=tokens.positions, visible=tokens.visible, read=where)
+        return self.trunk(
+            tokens.input_ids, positions=tokens.positions, visible=tokens.visible, read=where
+        )
 
 
 AGGREGATES = ("mean", "worst", "uncertainty")
@@ -97,22 +105,34 @@ class EnsembleReward(nn.Module):
     variance, all per sequence or step. The scores should be on one scale, as training leaves them.
     """
 
-    def __init__(self, models: Sequence[RewardModel], aggregate: str = "mean", coef: float | None = None):
+    def __init__(
+        self, models: Sequence[RewardModel], aggregate: str = "mean", coef: float | None = None
+    ):
         super().__init__()
         if len(models) < 2:
             raise ValueError(f"an ensemble has at least 2 reward models, got {len(models)}")
         sizes = [model.config.vocab_size for model in models]
         if len(set(sizes)) > 1:
-            raise ValueError(f"reward models of one ensemble read the same token ids; their vocabularies have {sizes}")
+            raise ValueError(
+                f"reward models of one ensemble read the same token ids; their vocabularies have {sizes}"
+            )
         if len({model.of_steps for model in models}) > 1:
             of_steps = [i for i, model in enumerate(models) if model.of_steps]
-            raise ValueError(f"of the reward models of one ensemble {of_steps} score steps, the others responses")
+            raise ValueError(
+                f"of the reward models of one ensemble {of_steps} score steps, the others responses"
+            )
         if aggregate not in AGGREGATES:
-            raise ValueError(f"the ensemble must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+            raise ValueError(
+                f"the ensemble must be one of {', '.join(AGGREGATES)}, got {aggregate!r}"
+            )
         if aggregate == "uncertainty" and coef is None:
-            raise ValueError("the ensemble 'uncertainty' needs a coefficient, the weight of the variance")
+            raise ValueError(
+                "the ensemble 'uncertainty' needs a coefficient, the weight of the variance"
+            )
         if aggregate != "uncertainty" and coef is not None:
-            raise ValueError(f"the coefficient {coef} has no effect: it goes with the ensemble 'uncertainty' alone")
+            raise ValueError(
+                f"the coefficient {coef} has no effect: it goes with the ensemble 'uncertainty' alone"
+            )
         if coef is not None and not 0 < coef < math.inf:
             raise ValueError(f"the coefficient must be a finite number > 0, got {coef}")
         self.models, self.aggregate, self.coef = nn.ModuleList(models), aggregate, coef
@@ -147,7 +167,9 @@ def load_reward(
         return EnsembleReward(models, aggregate or "mean", coef)
     for name, value in (("ensemble", aggregate), ("coefficient", coef)):
         if value is not None:
-            raise ValueError(f"there is one reward model alone, so the {name} {value!r} has no effect")
+            raise ValueError(
+                f"there is one reward model alone, so the {name} {value!r} has no effect"
+            )
     return models[0]
 
 

@@ -59,7 +59,11 @@ _ROPE_FIELDS = [  # ours, theirs, and what it is where config.json does not say;
     ("activation", "hidden_act", ...),
     ("tie_embeddings", "tie_word_embeddings", False),
     ("attention_dropout", "attention_dropout", 0.0),
-    ("dropout", "resid_pdrop", 0.0),  # GPT-2's name: these families drop nothing else, and pass over it
+    (
+        "dropout",
+        "resid_pdrop",
+        0.0,
+    ),  # GPT-2's name: these families drop nothing else, and pass over it
 ]
 _ATTENTION_BIAS = [("qkv_bias", "attention_bias", False), ("out_bias", "attention_bias", False)]
 _GPT2_FIELDS = [
@@ -81,8 +85,12 @@ _GPT2_FIELDS = [
 class _Family(NamedTuple):
     classes: tuple[str, str]  # theirs: the language model, the sequence classifier
     fields: list[tuple[str, str, object]]
-    fixed: dict[str, object]  # ours: what every model of the family has, where it is not the default
-    modules: dict[str, list[str]]  # ours: theirs, whose rows make it up; {i} is the layer, * a transposed matrix
+    fixed: dict[
+        str, object
+    ]  # ours: what every model of the family has, where it is not the default
+    modules: dict[
+        str, list[str]
+    ]  # ours: theirs, whose rows make it up; {i} is the layer, * a transposed matrix
     only: dict[str, object] = {}  # theirs: the one value that we compute  # noqa: RUF012
 
 
@@ -98,17 +106,39 @@ _FAMILIES = {
     "gpt2": _Family(
         ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
         _GPT2_FIELDS,
-        dict(positions="learned", norm="layernorm", gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True),
+        dict(
+            positions="learned",
+            norm="layernorm",
+            gated_mlp=False,
+            qkv_bias=True,
+            out_bias=True,
+            mlp_bias=True,
+        ),
         _GPT2_MODULES,
-        dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
+        dict(
+            scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False,
+            add_cross_attention=False,
+        ),
     ),
     "llama": _llama_like("Llama", [*_ATTENTION_BIAS, ("mlp_bias", "mlp_bias", False)]),
     "mistral": _llama_like("Mistral", [_WINDOW], kv_heads=8),
     "qwen2": _llama_like("Qwen2", [_WINDOW], kv_heads=32, qkv_bias=True),
-    "qwen3": _llama_like("Qwen3", [*_ATTENTION_BIAS, _WINDOW], kv_heads=32, head_dim=128, qk_norm=True),
+    "qwen3": _llama_like(
+        "Qwen3", [*_ATTENTION_BIAS, _WINDOW], kv_heads=32, head_dim=128, qk_norm=True
+    ),
 }
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-_DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that some checkpoints carry
+_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_DERIVED = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+)  # buffers that some checkpoints carry
 _OF_STEPS = "rlhf_core_of_steps"  # ours, of a RewardModel
 # Fields that change no logit: of the files, of training, of sampling. Others that are set are refused by name.
 _SAYS_NOTHING = {
@@ -131,7 +161,11 @@ class Pretrained:
         base with them. Errors: `hub.load`."""
         from rlhf_core.models import lora  # which needs this file
 
-        return lora.load_with_base(cls, source, dtype) if lora.is_adapter(source) else load(cls, source, dtype)
+        return (
+            lora.load_with_base(cls, source, dtype)
+            if lora.is_adapter(source)
+            else load(cls, source, dtype)
+        )
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write a folder in the Hugging Face layout; of a model with adapters, these alone."""
@@ -140,7 +174,9 @@ class Pretrained:
         (lora.save_adapters if lora.has_adapters(self) else save)(self, path)
 
 
-def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load(
+    cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """A `cls` (Transformer, RewardModel or ValueModel) with the weights in `source`, as `dtype`, in eval mode.
 
     `source` is a folder, or "owner/name" on the Hugging Face hub, see `files.model_folder`. Names and shapes are
@@ -154,7 +190,9 @@ def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = t
     with torch.device("meta"):
         model = cls(config)
     stored = _find_tensors(path, family)
-    if hasattr(model, "score") and "score.bias" in stored:  # of normalised scores; transformers reads the rest
+    if (
+        hasattr(model, "score") and "score.bias" in stored
+    ):  # of normalised scores; transformers reads the rest
         model.score.bias = nn.Parameter(torch.empty(1, device="meta"))
     if "score.weight" in stored and not hasattr(model, "score"):
         raise ValueError(f"{path}: a reward model, not a language model")
@@ -163,7 +201,11 @@ def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = t
         for name, part in _parts(ours, parameter, config, family):
             used.add(name)
             if name not in stored:
-                hint = " (a causal language model, not a reward model)" if ours == "score.weight" else ""
+                hint = (
+                    " (a causal language model, not a reward model)"
+                    if ours == "score.weight"
+                    else ""
+                )
                 raise ValueError(f"{path}: no tensor {name!r}{hint}")
             if stored[name].shape != part.shape:
                 shapes = f"{stored[name].shape}, config.json says {tuple(part.shape)}"
@@ -182,8 +224,12 @@ def load(cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = t
             stored[name].copy_to(part)
     for head in copies:
         for first, rows in head.pieces():
-            if not torch.equal(rows.to(dtype), state["trunk.embed.weight"][first : first + len(rows)]):
-                raise ValueError(f"{head.file}: lm_head.weight is not the embedding, but config.json ties them")
+            if not torch.equal(
+                rows.to(dtype), state["trunk.embed.weight"][first : first + len(rows)]
+            ):
+                raise ValueError(
+                    f"{head.file}: lm_head.weight is not the embedding, but config.json ties them"
+                )
     if hasattr(model, "of_steps"):
         model.of_steps = bool(read_object(path / "config.json").get(_OF_STEPS))
     model.load_state_dict(state, assign=True)
@@ -206,7 +252,11 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_S
     hf = _to_hf(config, next(model.parameters()).dtype, scalar_head=hasattr(model, "score"))
     hf |= {_OF_STEPS: True} if getattr(model, "of_steps", False) else {}
     family = _FAMILIES[hf["model_type"]]
-    tensors = {name: part for ours, p in model.state_dict().items() for name, part in _parts(ours, p, config, family)}
+    tensors = {
+        name: part
+        for ours, p in model.state_dict().items()
+        for name, part in _parts(ours, p, config, family)
+    }
     shards, room = [[]], max_shard_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:
@@ -215,7 +265,9 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_S
         shards[-1].append(name)
         room -= tensor.nbytes
     file = "model.safetensors" if len(shards) == 1 else "model-{:05}-of-{:05}.safetensors"
-    weight_map = {name: file.format(i, len(shards)) for i, names in enumerate(shards, 1) for name in names}
+    weight_map = {
+        name: file.format(i, len(shards)) for i, names in enumerate(shards, 1) for name in names
+    }
     index = path / "model.safetensors.index.json"
 
     path.mkdir(parents=True, exist_ok=True)
@@ -223,7 +275,11 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_S
         write_json(renamed_last_to_first.enter_context(replacing(path / "config.json")), hf)
         # Of an earlier save, which a reader might prefer.
         adapters = [path / "adapter_config.json", path / "adapter_model.safetensors"]
-        stale = [*path.glob("model*.safetensors"), *([index] if len(shards) == 1 else []), *adapters]
+        stale = [
+            *path.glob("model*.safetensors"),
+            *([index] if len(shards) == 1 else []),
+            *adapters,
+        ]
         for old in stale:
             if old.name not in weight_map.values():
                 renamed_last_to_first.callback(old.unlink, missing_ok=True)
@@ -240,9 +296,13 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
     """TransformerConfig of a folder's config.json; ValueError naming the field that is not supported."""
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; --model and from_pretrained take a Hugging Face model folder")
+        raise FileNotFoundError(
+            f"{file}: no such file; --model and from_pretrained take a Hugging Face model folder"
+        )
     hf = read_object(file)
-    generation = Path(path) / "generation_config.json"  # which may name more ids that end a response
+    generation = (
+        Path(path) / "generation_config.json"
+    )  # which may name more ids that end a response
     more = _ids(read_object(generation).get("eos_token_id")) if generation.is_file() else []
     hf["eos_token_id"] = list(dict.fromkeys([*_ids(hf.get("eos_token_id")), *more]))
     try:
@@ -262,7 +322,9 @@ def _from_hf(hf: dict) -> TransformerConfig:
     if name in ("qwen2", "qwen3"):
         _plain_window(hf)
     for field, value in hf.items():
-        if value != family.only.get(field, value) or (value and field not in {*names, *family.only, *_SAYS_NOTHING}):
+        if value != family.only.get(field, value) or (
+            value and field not in {*names, *family.only, *_SAYS_NOTHING}
+        ):
             raise ValueError(f"{field}={value!r} is not supported in a {name} model")
     options = dict(family.fixed, family=name, eos_ids=tuple(_ids(hf.get("eos_token_id"))))
     options |= dict(bos_id=hf.get("bos_token_id"), pad_id=hf.get("pad_token_id"))
@@ -271,17 +333,24 @@ def _from_hf(hf: dict) -> TransformerConfig:
         if value is ...:
             raise ValueError(f"field {theirs!r} is missing")
         if ours == "activation" and value not in _ACTIVATIONS:
-            raise ValueError(f"activation {value!r} is not supported, only {', '.join(_ACTIVATIONS)}")
+            raise ValueError(
+                f"activation {value!r} is not supported, only {', '.join(_ACTIVATIONS)}"
+            )
         value = _ACTIVATIONS[value] if ours == "activation" else value
         if options.setdefault(ours, value) != value:
-            raise ValueError(f"{theirs}={value} beside a {ours} of {options[ours]} is not supported")
+            raise ValueError(
+                f"{theirs}={value} beside a {ours} of {options[ours]} is not supported"
+            )
     return TransformerConfig(**options)
 
 
 def _plain_rope(hf: dict) -> None:
     """transformers 5 has all in rope_parameters, earlier versions beside each other; "type" is an old "rope_type"."""
     parameters = hf.pop("rope_parameters", None)
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or parameters or {})}
+    rope = {
+        "rope_theta": hf.get("rope_theta", 10000.0),
+        **(hf.get("rope_scaling") or parameters or {}),
+    }
     kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", kind)
     hf["rope_theta"] = rope.pop("rope_theta")
@@ -290,13 +359,21 @@ def _plain_rope(hf: dict) -> None:
 
 def _plain_window(hf: dict) -> None:
     """One window for all layers, from Qwen's three fields that could give it to some of them."""
-    first, kinds, layers = hf.pop("max_window_layers", 28), hf.pop("layer_types", None), hf.get("num_hidden_layers", 0)
-    kinds = kinds or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    first, kinds, layers = (
+        hf.pop("max_window_layers", 28),
+        hf.pop("layer_types", None),
+        hf.get("num_hidden_layers", 0),
+    )
+    kinds = kinds or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
+    ]
     used = hf.pop("use_sliding_window", False) and hf.get("sliding_window", 0) is not None
     if not used or set(kinds) == {"full_attention"}:
         hf["sliding_window"] = None
     elif set(kinds) != {"sliding_attention"}:
-        raise ValueError("a sliding window in some layers only (max_window_layers, layer_types) is not supported")
+        raise ValueError(
+            "a sliding window in some layers only (max_window_layers, layer_types) is not supported"
+        )
 
 
 def _ids(value) -> list[int]:
@@ -315,34 +392,55 @@ def _to_hf(config: TransformerConfig, dtype: torch.dtype, scalar_head: bool) -> 
             "architectures": [family.classes[scalar_head]],
             "torch_dtype": str(dtype).removeprefix("torch."),
             "bos_token_id": config.bos_id,
-            "eos_token_id": list(config.eos_ids) if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None),
+            "eos_token_id": list(config.eos_ids)
+            if len(config.eos_ids) > 1
+            else next(iter(config.eos_ids), None),
             "pad_token_id": config.pad_id,
         }
-        activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
+        activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[
+            config.activation
+        ]
         hf |= {
-            theirs: activation if ours == "activation" else getattr(config, ours) for ours, theirs, _ in family.fields
+            theirs: activation if ours == "activation" else getattr(config, ours)
+            for ours, theirs, _ in family.fields
         }
         if name in ("qwen2", "qwen3"):
             windows = config.sliding_window is not None
-            hf |= {"use_sliding_window": windows, "max_window_layers": 0 if windows else config.num_layers}
+            hf |= {
+                "use_sliding_window": windows,
+                "max_window_layers": 0 if windows else config.num_layers,
+            }
         if scalar_head:
             hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         back = _from_hf(hf)
-        lost = [ours.name for ours in fields(config) if getattr(back, ours.name) != getattr(config, ours.name)]
+        lost = [
+            ours.name
+            for ours in fields(config)
+            if getattr(back, ours.name) != getattr(config, ours.name)
+        ]
         if not set(lost) - {"family"}:
             return hf
         misfits.append(f"{name} ({', '.join(name for name in lost if name != 'family')})")
-    raise ValueError(f"no Hugging Face family has such models; what does not fit: {'; '.join(misfits)}")
+    raise ValueError(
+        f"no Hugging Face family has such models; what does not fit: {'; '.join(misfits)}"
+    )
 
 
-def _parts(ours: str, tensor: Tensor, config: TransformerConfig, family: _Family) -> list[tuple[str, Tensor]]:
+def _parts(
+    ours: str, tensor: Tensor, config: TransformerConfig, family: _Family
+) -> list[tuple[str, Tensor]]:
     """The checkpoint tensors that make up one of ours: name, and view of ours in their layout."""
     module, kind = ours.rsplit(".", 1)
     layer = module.split(".")[2] if module.startswith("trunk.blocks.") else ""
-    theirs = (family.modules | _HEADS)[module.replace(f".{layer}.", ".{i}.", 1) if layer else module]
+    theirs = (family.modules | _HEADS)[
+        module.replace(f".{layer}.", ".{i}.", 1) if layer else module
+    ]
     rows = config.qkv_sizes if len(theirs) == 3 else [len(tensor) // len(theirs)] * len(theirs)
     return [
-        (f"{name.lstrip('*').format(i=layer)}.{kind}", part.t() if name[0] == "*" and kind == "weight" else part)
+        (
+            f"{name.lstrip('*').format(i=layer)}.{kind}",
+            part.t() if name[0] == "*" and kind == "weight" else part,
+        )
         for name, part in zip(theirs, tensor.split(rows))
     ]
 
@@ -366,17 +464,25 @@ def _find_tensors(path: Path, family: _Family) -> dict[str, StoredTensor]:
             raise ValueError(f"{index}: no weight_map")
     elif not (path / "model.safetensors").is_file():
         pickles = [file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind)]
-        reason = f"; {pickles[0]} is a pickle, which can run code on loading: convert it first" if pickles else ""
+        reason = (
+            f"; {pickles[0]} is a pickle, which can run code on loading: convert it first"
+            if pickles
+            else ""
+        )
         raise FileNotFoundError(f"{path}: no model.safetensors{reason}")
     headers, found = {}, {}
     for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
         if Path(file).name != file or not (path / file).is_file():
-            raise FileNotFoundError(f"{path / file}: no such file in the folder, but {index.name} names it")
+            raise FileNotFoundError(
+                f"{path / file}: no such file in the folder, but {index.name} names it"
+            )
         headers[file] = stored_tensors(path / file)
         for name, tensor in headers[file].items():
             name = name if name.startswith((prefix, "lm_head.", "score.")) else prefix + name
             if name in found:
-                raise ValueError(f"{path}: tensor {name!r} is there twice, in {found[name].file.name} and in {file}")
+                raise ValueError(
+                    f"{path}: tensor {name!r} is there twice, in {found[name].file.name} and in {file}"
+                )
             found[name] = tensor
     for name, file in weight_map.items():
         if name not in headers[file]:

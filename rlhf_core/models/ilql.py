@@ -95,24 +95,38 @@ class ILQLModel(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_pretrained(cls, source: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ILQLModel:
+    def from_pretrained(
+        cls, source: str | os.PathLike, dtype: torch.dtype = torch.float32
+    ) -> ILQLModel:
         """Read what `save_pretrained` wrote; errors as of `Transformer.from_pretrained`, and ValueError where the heads
         are damaged or not those of this language model."""
-        model, file = cls(Transformer.from_pretrained(source, dtype)), model_folder(source) / HEADS_FILE
+        model, file = (
+            cls(Transformer.from_pretrained(source, dtype)),
+            model_folder(source) / HEADS_FILE,
+        )
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file, so this is a plain language model")
         header, stored = read_tensors(file)
         heads = model._heads()
         for name in heads.keys() | stored.keys():
-            shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (stored, heads)]
+            shapes = [
+                tuple(tensors[name].shape) if name in tensors else None
+                for tensors in (stored, heads)
+            ]
             if shapes[0] != shapes[1]:
-                raise ValueError(f"{file}: tensor {name!r} has shape {shapes[0]}, this model's is {shapes[1]}")
+                raise ValueError(
+                    f"{file}: tensor {name!r} has shape {shapes[0]}, this model's is {shapes[1]}"
+                )
             heads[name].copy_(stored[name])
         model.beta = float(header["beta"])
         return model.eval()
 
     def _heads(self) -> dict[str, Tensor]:
-        return {name: x for name, x in self.state_dict(keep_vars=True).items() if not name.startswith("lm.")}
+        return {
+            name: x
+            for name, x in self.state_dict(keep_vars=True).items()
+            if not name.startswith("lm.")
+        }
 
 
 def has_values(source: str | os.PathLike) -> bool:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 def lagging_copy(model: nn.Module) -> nn.Module:
     """A copy; parameters that do not train are shared, not copied, so of adapters their base."""
-    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    shared = {
+        id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad
+    }
     slow = copy.deepcopy(model, shared)
     for part in slow.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
@@ -25,7 +27,11 @@ def lagging_copy(model: nn.Module) -> nn.Module:
 
 def weights(slow: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     """Those of the copy that follow the model's, by name."""
-    return {name: slow.get_buffer(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: slow.get_buffer(name)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 @torch.no_grad()

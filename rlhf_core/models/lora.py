@@ -32,10 +32,30 @@ _ALL = "all-linear"  # PEFT's word for every linear layer but the output head
 _SCORE = "base_model.model.score."
 # adapter_config.json: fields with few right values, and fields that may hold anything. Any other must be off (false,
 # null, empty), as it asks for something that is left out here.
-_ALLOWED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
+_ALLOWED = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+}
 _FREE = {
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save", "base_model_name_or_path"),
-    *("task_type", "revision", "peft_version", "auto_mapping", "inference_mode", "fan_in_fan_out", "loftq_config"),
+    *(
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "use_rslora",
+        "modules_to_save",
+        "base_model_name_or_path",
+    ),
+    *(
+        "task_type",
+        "revision",
+        "peft_version",
+        "auto_mapping",
+        "inference_mode",
+        "fan_in_fan_out",
+        "loftq_config",
+    ),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
 
@@ -79,9 +99,15 @@ class Adapter(nn.Module):
     def __init__(self, in_features: int, out_features: int, config: LoRAConfig, like: Tensor):
         super().__init__()
         self.config = config
-        dtype = torch.promote_types(like.dtype, torch.float32)  # beside 16-bit weights it trains in float32
-        self.lora_A = nn.Parameter(torch.empty(config.rank, in_features, dtype=dtype, device=like.device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank, dtype=dtype, device=like.device))
+        dtype = torch.promote_types(
+            like.dtype, torch.float32
+        )  # beside 16-bit weights it trains in float32
+        self.lora_A = nn.Parameter(
+            torch.empty(config.rank, in_features, dtype=dtype, device=like.device)
+        )
+        self.lora_B = nn.Parameter(
+            torch.zeros(out_features, config.rank, dtype=dtype, device=like.device)
+        )
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +124,9 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, sizes: dict[str, int]):
         """sizes: the Hugging Face modules that the layer's rows are, in order, and how many each has."""
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        super().__init__(
+            linear.in_features, linear.out_features, linear.bias is not None, device="meta"
+        )
         self.weight, self.bias, self.sizes = linear.weight, linear.bias, sizes
         self.adapters = nn.ModuleDict()
 
@@ -115,7 +143,9 @@ class LoRALinear(nn.Linear):
     def product(self) -> Tensor:
         """What its adapters add to the weight, (out, in)."""
         parts = [
-            self.adapters[name].product() if name in self.adapters else self.weight.new_zeros(size, self.in_features)
+            self.adapters[name].product()
+            if name in self.adapters
+            else self.weight.new_zeros(size, self.in_features)
             for name, size in self.sizes.items()
         ]
         return torch.cat(parts)
@@ -128,13 +158,17 @@ def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
     Raises ValueError for a target that the model does not have, naming those that it has.
     """
     if has_adapters(model):
-        raise ValueError("the model has adapters already; merge_adapters folds them into its weights")
+        raise ValueError(
+            "the model has adapters already; merge_adapters folds them into its weights"
+        )
     targets = _targets(model, config.target_modules)
     for ours, linear, sizes in _linears(model):
         if targets & sizes.keys():
             layer = LoRALinear(linear, {_last(name): size for name, size in sizes.items()})
             for name in (name for name in sizes if name in targets):
-                layer.adapters[_last(name)] = Adapter(layer.in_features, sizes[name], config, layer.weight)
+                layer.adapters[_last(name)] = Adapter(
+                    layer.in_features, sizes[name], config, layer.weight
+                )
             model.set_submodule(ours, layer.train(model.training))
     freeze_base(model)
 
@@ -161,7 +195,9 @@ def adapter_config(model: nn.Module) -> LoRAConfig:
 
 
 @contextlib.contextmanager
-def adapters_off(model: nn.Module, instead: Sequence[nn.ModuleDict] | None = None) -> Iterator[None]:
+def adapters_off(
+    model: nn.Module, instead: Sequence[nn.ModuleDict] | None = None
+) -> Iterator[None]:
     """Inside, the model computes without its adapters, or with those that `frozen_adapters` kept.
 
     Raises ValueError where the model has none: then it would be its own reference.
@@ -197,7 +233,9 @@ def merge_adapters(model: nn.Module) -> None:
     for ours, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
             layer.weight += layer.product()
-            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear = nn.Linear(
+                layer.in_features, layer.out_features, layer.bias is not None, device="meta"
+            )
             linear.weight, linear.bias = layer.weight, layer.bias
             model.set_submodule(ours, linear.train(layer.training))
     model.requires_grad_(True)
@@ -207,7 +245,9 @@ def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
     """Write adapters, and a scalar head, in PEFT's layout: adapter_model.safetensors and, last, adapter_config.json."""
     config, path = adapter_config(model), Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    (path / HEADS_FILE).unlink(missing_ok=True)  # of an earlier save, which a reader would take for this model's
+    (path / HEADS_FILE).unlink(
+        missing_ok=True
+    )  # of an earlier save, which a reader would take for this model's
     texts = {"of_steps": json.dumps(model.of_steps)} if hasattr(model, "of_steps") else {}
     write_tensors(path / WEIGHTS_FILE, _tensors(model), texts)
     targets, scalar = config.target_modules, hasattr(model, "score")
@@ -221,7 +261,8 @@ def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "use_rslora": config.rslora,
         "modules_to_save": ["score"] if scalar else None,
-        "fan_in_fan_out": model.config.positions == "learned",  # GPT-2 stores its matrices transposed
+        "fan_in_fan_out": model.config.positions
+        == "learned",  # GPT-2 stores its matrices transposed
         "bias": "none",
         "inference_mode": True,
     }
@@ -239,7 +280,11 @@ def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
     config, file = read_adapter_config(path), Path(path) / WEIGHTS_FILE
     if not file.is_file():
         pickle = file.with_suffix(".bin")
-        reason = f"; {pickle.name} is a pickle, which can run code on loading: convert it" if pickle.is_file() else ""
+        reason = (
+            f"; {pickle.name} is a pickle, which can run code on loading: convert it"
+            if pickle.is_file()
+            else ""
+        )
         raise FileNotFoundError(f"{file}: no such file{reason}")
     found = stored_tensors(file)
     targets = _targets(model, config.target_modules)
@@ -248,16 +293,22 @@ def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
         shapes[f"{_SCORE}bias"] = (1,)
     for _, linear, sizes in _linears(model):
         for name in (name for name in sizes if name in targets):
-            shapes |= zip(_names(name), ((config.rank, linear.in_features), (sizes[name], config.rank)))
+            shapes |= zip(
+                _names(name), ((config.rank, linear.in_features), (sizes[name], config.rank))
+            )
     for name, shape in shapes.items():
         if name not in found:
             raise ValueError(f"{file}: no tensor {name!r}")
         if found[name].shape != shape or found[name].dtype not in DTYPES:
             got = f"{found[name].dtype} {found[name].shape}"
-            raise ValueError(f"{file}: {name!r} is {got}; with r={config.rank} this model takes floats {shape}")
+            raise ValueError(
+                f"{file}: {name!r} is {got}; with r={config.rank} this model takes floats {shape}"
+            )
     unknown = sorted(found.keys() - shapes.keys())
     if unknown:
-        raise ValueError(f"{file}: {len(unknown)} tensors that this model has no place for, e.g. {unknown[0]!r}")
+        raise ValueError(
+            f"{file}: {len(unknown)} tensors that this model has no place for, e.g. {unknown[0]!r}"
+        )
     if f"{_SCORE}bias" in shapes:
         model.score.bias = nn.Parameter(model.score.weight.new_zeros(1))
     add_adapters(model, config)
@@ -288,11 +339,20 @@ def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
     for name, value in fields.items():
         allowed = _ALLOWED.get(name)
         if value not in allowed if allowed else value and name not in _FREE:
-            raise ValueError(f"{file}: {name}={value!r} is not supported{f', only {allowed}' if allowed else ''}")
-    others = set(fields.get("modules_to_save") or ()) - {"score", "classifier"}  # PEFT lists both, whichever is there
+            raise ValueError(
+                f"{file}: {name}={value!r} is not supported{f', only {allowed}' if allowed else ''}"
+            )
+    others = set(fields.get("modules_to_save") or ()) - {
+        "score",
+        "classifier",
+    }  # PEFT lists both, whichever is there
     if others:
-        raise ValueError(f"{file}: modules_to_save with {min(others)!r} is not supported, only 'score'")
-    missing = [name for name in ("peft_type", "r", "lora_alpha", "target_modules") if name not in fields]
+        raise ValueError(
+            f"{file}: modules_to_save with {min(others)!r} is not supported, only 'score'"
+        )
+    missing = [
+        name for name in ("peft_type", "r", "lora_alpha", "target_modules") if name not in fields
+    ]
     if missing:
         raise ValueError(f"{file}: field {missing[0]!r} is missing")
     return LoRAConfig(
@@ -309,13 +369,17 @@ def load_with_base(cls: type[nn.Module], path: str | os.PathLike, dtype: torch.d
     """A `cls` from an adapter folder: the model that its adapter_config.json names as base, with the adapters."""
     file, base = Path(path) / CONFIG_FILE, read_adapter_config(path).base
     if base is None:
-        raise ValueError(f"{file}: base_model_name_or_path is missing; load that model, then the adapters into it")
+        raise ValueError(
+            f"{file}: base_model_name_or_path is missing; load that model, then the adapters into it"
+        )
     if is_reward_model(path) and issubclass(cls, Transformer):
         raise ValueError(f"{path}: adapters of a reward model, not of a language model")
     base = model_folder(base)
     model = hub.load(cls if hub.has_scalar_head(base) else Transformer, base, dtype)
     if not isinstance(model, cls):
-        model = cls.from_model(model, share_trunk=True)  # with a fresh head, which is about to be read
+        model = cls.from_model(
+            model, share_trunk=True
+        )  # with a fresh head, which is about to be read
     load_adapters(model, path)
     return model.eval()
 
@@ -339,7 +403,9 @@ def _targets(model: nn.Module, wanted: str | Sequence[str]) -> set[str]:
     for target, hits in found.items():
         if not hits:
             there = ", ".join(sorted(set(map(_last, names))))
-            raise ValueError(f"target_modules: the model has no module {target!r} to adapt, only {there}")
+            raise ValueError(
+                f"target_modules: the model has no module {target!r} to adapt, only {there}"
+            )
     return set.union(*found.values())
 
 
@@ -356,7 +422,11 @@ def _tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _head(model: nn.Module) -> dict[str, nn.Parameter]:
     """A scalar head, where there is one, by the names in PEFT's files."""
-    return {_SCORE + kind: p for kind, p in model.score.named_parameters()} if hasattr(model, "score") else {}
+    return (
+        {_SCORE + kind: p for kind, p in model.score.named_parameters()}
+        if hasattr(model, "score")
+        else {}
+    )
 
 
 def _names(module: str) -> list[str]:

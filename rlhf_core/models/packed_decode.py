@@ -19,8 +19,21 @@ from rlhf_core.models.lora import Adapter, LoRALinear
 from rlhf_core.models.transformer import MLP, Attention, Block, KVCache, Transformer, Trunk
 
 PANEL = 32  # kPanel in csrc/kernels.h
-MOST_WEIGHTS = 2**22  # each thread reads all of them; with more, threads that share every layer's out come level
-PARTS = {Transformer, Trunk, Block, Attention, MLP, nn.ModuleList, nn.Linear, nn.RMSNorm, nn.Embedding, nn.Dropout}
+MOST_WEIGHTS = (
+    2**22
+)  # each thread reads all of them; with more, threads that share every layer's out come level
+PARTS = {
+    Transformer,
+    Trunk,
+    Block,
+    Attention,
+    MLP,
+    nn.ModuleList,
+    nn.Linear,
+    nn.RMSNorm,
+    nn.Embedding,
+    nn.Dropout,
+}
 PARTS |= {LoRALinear, Adapter, nn.ModuleDict}
 
 
@@ -35,7 +48,11 @@ class PackedModel:
 
     def __init__(self, model: Transformer, launch: Callable[..., Tensor]):
         config = model.config
-        self.launch, self.embedding, self.weights = launch, model.trunk.embed.weight.contiguous(), _weights(model)
+        self.launch, self.embedding, self.weights = (
+            launch,
+            model.trunk.embed.weight.contiguous(),
+            _weights(model),
+        )
         self.rope_tables, self.window = model.trunk._rope_tables, config.sliding_window
         self.sizes = config.num_heads, config.intermediate_size, config.qk_norm, config.norm_eps
 
@@ -44,7 +61,9 @@ class PackedModel:
         logits = self._run(input_ids, lengths, cache, torch.arange(0, len(cache.lengths), samples))
         if samples > 1:
             for store in (cache.keys, cache.values):
-                rows = store[:, :, :, : input_ids.shape[1]].unflatten(1, (-1, samples))  # (L, B, N / B, Hkv, P, K)
+                rows = store[:, :, :, : input_ids.shape[1]].unflatten(
+                    1, (-1, samples)
+                )  # (L, B, N / B, Hkv, P, K)
                 rows[:, :, 1:] = rows[:, :, :1]
             cache.lengths[:] = lengths.repeat_interleave(samples)
         return logits
@@ -52,7 +71,9 @@ class PackedModel:
     def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
         return self._run(token_ids, None, cache, slots)
 
-    def _run(self, token_ids: Tensor, counts: Tensor | None, cache: KVCache, slots: Tensor) -> Tensor:
+    def _run(
+        self, token_ids: Tensor, counts: Tensor | None, cache: KVCache, slots: Tensor
+    ) -> Tensor:
         rope = self.rope_tables(cache.keys.shape[3], slots.device)
         return self.launch(
             token_ids.contiguous(), counts, self.embedding, self.weights, cache.keys, cache.values, cache.lengths,
@@ -61,12 +82,19 @@ class PackedModel:
 
 
 def _fits(model: Transformer) -> bool:
-    config, modules, weights = model.config, list(model.modules()), [*model.parameters(), *model.buffers()]
+    config, modules, weights = (
+        model.config,
+        list(model.modules()),
+        [*model.parameters(), *model.buffers()],
+    )
     return (
-        (config.positions, config.norm, config.activation, config.gated_mlp) == ("rope", "rmsnorm", "silu", True)
+        (config.positions, config.norm, config.activation, config.gated_mlp)
+        == ("rope", "rmsnorm", "silu", True)
         and sum(x.numel() for x in weights) <= MOST_WEIGHTS
         and all(x.dtype == torch.float32 for x in weights)
-        and all(type(x) in PARTS and not x._forward_hooks and not x._forward_pre_hooks for x in modules)
+        and all(
+            type(x) in PARTS and not x._forward_hooks and not x._forward_pre_hooks for x in modules
+        )
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -85,7 +113,10 @@ def _weights(model: Transformer) -> Tensor:
 
 
 def _linear(layer: nn.Linear) -> Tensor:
-    return _panels(layer.weight + layer.product() if isinstance(layer, LoRALinear) else layer.weight, layer.bias)
+    return _panels(
+        layer.weight + layer.product() if isinstance(layer, LoRALinear) else layer.weight,
+        layer.bias,
+    )
 
 
 def _panels(weight: Tensor, bias: Tensor | None) -> Tensor:

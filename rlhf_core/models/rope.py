@@ -30,7 +30,9 @@ def check_scaling(scaling: dict) -> None:
     options = {name.strip("[]"): name[0] != "[" for name in _OPTIONS[kind].split()}
     for name, required in options.items():
         if required and not isinstance(scaling.get(name), (int, float)):
-            raise ValueError(f"rope scaling {kind!r} needs a number {name!r}, got {scaling.get(name)!r}")
+            raise ValueError(
+                f"rope scaling {kind!r} needs a number {name!r}, got {scaling.get(name)!r}"
+            )
     for name in scaling.keys() - options - {"rope_type"}:
         raise ValueError(f"rope scaling {kind!r} has no option {name!r}, only {', '.join(options)}")
 
@@ -38,7 +40,9 @@ def check_scaling(scaling: dict) -> None:
 def rope_tables(config, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin (length, K/2) float32 of the positions 0, 1, ... for a TransformerConfig, on the CPU."""
     frequencies, magnitude = rope_frequencies(config)
-    angles = torch.arange(length, dtype=torch.float32, device="cpu")[:, None] * frequencies  # (S, K/2)
+    angles = (
+        torch.arange(length, dtype=torch.float32, device="cpu")[:, None] * frequencies
+    )  # (S, K/2)
     return angles.cos() * magnitude, angles.sin() * magnitude
 
 
@@ -51,18 +55,25 @@ def rope_frequencies(config) -> tuple[Tensor, float]:
     trained = scaling.get("original_max_position_embeddings") or config.max_positions
     if kind == "linear":  # position interpolation (Chen et al. 2023)
         return plain / factor, 1.0
-    if kind == "llama3":  # Llama 3.1: long waves are interpolated, short ones kept, between them a blend
+    if (
+        kind == "llama3"
+    ):  # Llama 3.1: long waves are interpolated, short ones kept, between them a blend
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         waves = 2 * math.pi / plain
         blend = (trained / waves - low) / (high - low)
         blended = (1 - blend) * plain / factor + blend * plain
         return torch.where(
-            waves > trained / low, plain / factor, torch.where(waves < trained / high, plain, blended)
+            waves > trained / low,
+            plain / factor,
+            torch.where(waves < trained / high, plain, blended),
         ), 1.0
     if kind == "yarn":  # Peng et al. 2023, equations 17, 18, 22
         ramp = _yarn_ramp(scaling, trained, base, K)
         return 1.0 / (factor * powers) * ramp + plain * (1 - ramp), _yarn_magnitude(scaling)
-    return plain, 1.0  # also "dynamic", which scales beyond max_positions only, where the model takes no sequence
+    return (
+        plain,
+        1.0,
+    )  # also "dynamic", which scales beyond max_positions only, where the model takes no sequence
 
 
 def _yarn_ramp(scaling: dict, trained: int, base: float, K: int) -> Tensor:

@@ -32,7 +32,9 @@ class StoredTensor(NamedTuple):
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
         """Its rows a few at a time, and the index of the first of them."""
         if self.dtype not in DTYPES:
-            raise ValueError(f"{self.file}: tensor {self.name!r} is stored as {self.dtype}, not as {', '.join(DTYPES)}")
+            raise ValueError(
+                f"{self.file}: tensor {self.name!r} is stored as {self.dtype}, not as {', '.join(DTYPES)}"
+            )
         rows, *row = self.shape
         at_once = max(1, PIECE_BYTES // max(1, math.prod(row) * DTYPES[self.dtype].itemsize))
         for first in range(0, rows, at_once):
@@ -51,7 +53,10 @@ def stored_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
     path = Path(path)
     with _open(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: StoredTensor(path, name, x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+        return {
+            name: StoredTensor(path, name, x.get_dtype(), tuple(x.get_shape()))
+            for name, x in slices.items()
+        }
 
 
 def stored_texts(path: str | os.PathLike) -> dict[str, str]:
@@ -66,11 +71,16 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Ten
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], texts: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | os.PathLike, tensors: dict[str, Tensor], texts: dict[str, str] | None = None
+) -> None:
     """Write tensors, of any strides and on any device, and named texts into one file, atomically; contiguous tensors
     are not copied. OSError, naming the file, where the disk refuses."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    package, save_file = require("safetensors", "train"), require("safetensors.torch", "train").save_file
+    package, save_file = (
+        require("safetensors", "train"),
+        require("safetensors.torch", "train").save_file,
+    )
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": "pt", **(texts or {})})

@@ -47,12 +47,22 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.qkv = nn.Linear(config.hidden_size, sum(config.qkv_sizes), bias=config.qkv_bias)
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
+        self.out = nn.Linear(
+            config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias
+        )
         if config.qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (
+                nn.RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2)
+            )
 
     def forward(
-        self, x: Tensor, rope, mask: Tensor | None, cache: KVCache | None, layer: int, read: Tensor | None
+        self,
+        x: Tensor,
+        rope,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        read: Tensor | None,
     ) -> Tensor:
         q, k, v = (part.transpose(1, 2) for part in self._project(x))  # (B, H, T, K)
         if rope is not None:
@@ -73,7 +83,9 @@ class Attention(nn.Module):
     def decode(self, x: Tensor, rope, cache: KVCache, layer: int, slots: Tensor) -> Tensor:
         """x (B, D): the next token of the rows `slots` of the cache, against those before it."""
         store = cache.keys[layer], cache.values[layer], cache.lengths
-        y = decode_attention(*self._project(x), *store, slots, rope=rope, window=self.config.sliding_window)
+        y = decode_attention(
+            *self._project(x), *store, slots, rope=rope, window=self.config.sliding_window
+        )
         return self.out(y.flatten(1))  # (B, H, K) -> (B, D)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +100,9 @@ class MLP(nn.Module):
         super().__init__()
         self.gated, self.activation = config.gated_mlp, ACTIVATIONS[config.activation]
         width = config.intermediate_size
-        self.up = nn.Linear(config.hidden_size, width * (1 + self.gated), bias=config.mlp_bias)  # gate, then up
+        self.up = nn.Linear(
+            config.hidden_size, width * (1 + self.gated), bias=config.mlp_bias
+        )  # gate, then up
         self.down = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +191,9 @@ class Trunk(nn.Module):
                 )
             positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)  # (B, T)
             # A padding token sees itself: a softmax over nothing would be NaN, and NaN spreads through 0 * NaN.
-            mask = _causal(T, device) & attention_mask[:, None, :] | torch.eye(T, dtype=torch.bool, device=device)
+            mask = _causal(T, device) & attention_mask[:, None, :] | torch.eye(
+                T, dtype=torch.bool, device=device
+            )
         else:
             positions = torch.arange(T, device=device)[None]  # (1, T)
         return self._run(input_ids, positions, mask, read, packed=visible is not None)
@@ -226,12 +242,17 @@ class Trunk(nn.Module):
             mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
         x = self.embed(input_ids)  # (B, T, D)
         if mask is not None:  # added to the scores: once here, not in every layer
-            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)[:, None]  # (B, 1, T, T)
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)[
+                :, None
+            ]  # (B, 1, T, T)
         rope = None
         if self.config.positions == "learned":
             x = x + self.position(positions)
         else:
-            cos, sin = (table[positions][:, None].to(x.dtype) for table in self._rope_tables(min(T, limit), x.device))
+            cos, sin = (
+                table[positions][:, None].to(x.dtype)
+                for table in self._rope_tables(min(T, limit), x.device)
+            )
             rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, 1, T, K)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
@@ -270,7 +291,9 @@ class Transformer(Pretrained, nn.Module):
         """(V, D): logits = hidden @ head_weight.T."""
         return self.trunk.embed.weight if self.config.tie_embeddings else self.lm_head.weight
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **packing: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **packing: Tensor
+    ) -> Tensor:
         """Logits (B, T, V); arguments as for `Trunk.forward`."""
         return self.logits(self.trunk(input_ids, attention_mask, **packing))
 
@@ -301,7 +324,9 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def _norm(config: TransformerConfig) -> nn.Module:
-    return {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm](config.hidden_size, eps=config.norm_eps)
+    return {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm](
+        config.hidden_size, eps=config.norm_eps
+    )
 
 
 def _only(x: Tensor, read: Tensor | None) -> Tensor:

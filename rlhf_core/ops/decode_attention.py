@@ -44,7 +44,9 @@ def decode_attention_reference(
     unseen = positions > n[:, None]
     if window is not None:
         unseen |= positions <= n[:, None] - window
-    scores = q.unflatten(1, (K.shape[1], -1)) @ K.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, Hkv, H / Hkv, S)
+    scores = (
+        q.unflatten(1, (K.shape[1], -1)) @ K.transpose(2, 3) / math.sqrt(q.shape[-1])
+    )  # (B, Hkv, H / Hkv, S)
     p = scores.masked_fill(unseen[:, None, None], -math.inf).softmax(-1)
     return (p @ V.masked_fill(unseen[:, None, :, None], 0)).flatten(1, 2).to(dtype)
 
@@ -96,7 +98,9 @@ def decode_attention(
     impl = backends.resolve(backend, q)
     if impl is None or impl.__name__ != "rlhf_core.cpp":  # which looks while it reads them
         _check_slots(lengths, slots, keys.shape[2])
-    q, k, v = (x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v))
+    q, k, v = (
+        x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v)
+    )
     args = (q, k, v, keys, values, lengths.contiguous(), slots.contiguous(), cos, sin, window)
     return decode_attention_reference(*args) if impl is None else impl.decode_attention_fwd(*args)
 
@@ -105,31 +109,52 @@ def _check(q, k, v, keys, values, lengths, slots, window):
     check_float("q", q)
     check_float("keys", keys)
     if not (q.dtype == k.dtype == v.dtype):
-        raise TypeError(f"q, k and v must have one dtype, got {describe(q)}, {describe(k)} and {describe(v)}")
+        raise TypeError(
+            f"q, k and v must have one dtype, got {describe(q)}, {describe(k)} and {describe(v)}"
+        )
     if keys.dtype != values.dtype or (keys.dtype == torch.float64) != (q.dtype == torch.float64):
         dtypes = f"{describe(keys)} and {describe(values)}"
-        raise TypeError(f"keys and values must have one dtype, float64 where q {describe(q)} has it, got {dtypes}")
+        raise TypeError(
+            f"keys and values must have one dtype, float64 where q {describe(q)} has it, got {dtypes}"
+        )
     for name, x in (("lengths", lengths), ("slots", slots)):
         if not isinstance(x, Tensor) or x.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {describe(x)}")
     if q.ndim != 3 or keys.ndim != 4:
-        raise ValueError(f"q must be (B, H, K) and keys (N, Hkv, S, K), got {tuple(q.shape)} and {tuple(keys.shape)}")
+        raise ValueError(
+            f"q must be (B, H, K) and keys (N, Hkv, S, K), got {tuple(q.shape)} and {tuple(keys.shape)}"
+        )
     (B, H, K), (N, Hkv, S, _) = q.shape, keys.shape
     wanted = (B, Hkv, K), (B, Hkv, K), (N, Hkv, S, K), (N, Hkv, S, K), (N,), (B,)
     shapes = k.shape, v.shape, keys.shape, values.shape, lengths.shape, slots.shape
     if shapes != wanted or not Hkv or H % Hkv or not K:
         names = ("k", "v", "keys", "values", "lengths", "slots")
-        found = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(("q", *names), (q.shape, *shapes)))
-        raise ValueError(f"these shapes do not fit q (B, H, K) and keys (N, Hkv, S, K), Hkv dividing H: {found}")
+        found = ", ".join(
+            f"{name} {tuple(shape)}" for name, shape in zip(("q", *names), (q.shape, *shapes))
+        )
+        raise ValueError(
+            f"these shapes do not fit q (B, H, K) and keys (N, Hkv, S, K), Hkv dividing H: {found}"
+        )
     if not keys.is_contiguous() or not values.is_contiguous():
-        raise ValueError(f"keys and values must be contiguous, got strides {keys.stride()} and {values.stride()}")
-    for name, x in (("k", k), ("v", v), ("keys", keys), ("values", values), ("lengths", lengths), ("slots", slots)):
+        raise ValueError(
+            f"keys and values must be contiguous, got strides {keys.stride()} and {values.stride()}"
+        )
+    for name, x in (
+        ("k", k),
+        ("v", v),
+        ("keys", keys),
+        ("values", values),
+        ("lengths", lengths),
+        ("slots", slots),
+    ):
         if not (x.is_cpu and q.is_cpu) and x.device != q.device:  # a device object takes its time
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
     if window is not None and window < 1:
         raise ValueError(f"window must be >= 1, got {window}")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("decode_attention has no gradient, and q, k or v requires one: use torch.no_grad()")
+        raise ValueError(
+            "decode_attention has no gradient, and q, k or v requires one: use torch.no_grad()"
+        )
 
 
 def _check_rope(cos, sin, keys):
@@ -138,7 +163,9 @@ def _check_rope(cos, sin, keys):
         raise TypeError(f"rope must be float32, got {describe(cos)} and {describe(sin)}")
     if cos.shape != sin.shape or cos.ndim != 2 or cos.shape[0] < S or 2 * cos.shape[1] != K:
         shapes = f"{tuple(cos.shape)} and {tuple(sin.shape)}"
-        raise ValueError(f"rope must be (positions, K / 2) twice, with K {K} and at least {S} positions, got {shapes}")
+        raise ValueError(
+            f"rope must be (positions, K / 2) twice, with K {K} and at least {S} positions, got {shapes}"
+        )
     if not cos.is_contiguous() or not sin.is_contiguous():
         raise ValueError(f"rope must be contiguous, got strides {cos.stride()} and {sin.stride()}")
     if cos.device != keys.device or sin.device != keys.device:
@@ -155,5 +182,7 @@ def _check_slots(lengths, slots, S):
         if slot in seen:
             raise ValueError(f"row {b}: slot {slot} is an earlier row's")
         if not 0 <= lengths[slot] < S:
-            raise ValueError(f"row {b}: slot {slot} has length {lengths[slot]}, no room for another token in {S}")
+            raise ValueError(
+                f"row {b}: slot {slot} has length {lengths[slot]}, no room for another token in {S}"
+            )
         seen.add(slot)

@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf_core import backends
-from rlhf_core.checks import at_least_float32, check_alike, check_float, check_mask, describe, values_may_be_read
+from rlhf_core.checks import (
+    at_least_float32,
+    check_alike,
+    check_float,
+    check_mask,
+    describe,
+    values_may_be_read,
+)
 from rlhf_core.masking import last_token_index, whiten
 from rlhf_core.ops.kl import check_estimator, kl_estimate
 
@@ -58,7 +65,12 @@ class _GAE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, rewards, values, mask, gamma, lam, last_values, cu_seqlens):
         ctx.save_for_backward(mask, cu_seqlens)
-        ctx.impl, ctx.gamma, ctx.lam, ctx.has_last_values = impl, gamma, lam, last_values is not None
+        ctx.impl, ctx.gamma, ctx.lam, ctx.has_last_values = (
+            impl,
+            gamma,
+            lam,
+            last_values is not None,
+        )
         return impl.gae_fwd(rewards, values, mask, gamma, lam, last_values, cu_seqlens)
 
     @staticmethod
@@ -66,7 +78,13 @@ class _GAE(torch.autograd.Function):
     def backward(ctx, dadvantages, dreturns):
         mask, cu_seqlens = ctx.saved_tensors
         drewards, dvalues, dlast_values = ctx.impl.gae_bwd(
-            dadvantages.contiguous(), dreturns.contiguous(), mask, ctx.gamma, ctx.lam, ctx.has_last_values, cu_seqlens
+            dadvantages.contiguous(),
+            dreturns.contiguous(),
+            mask,
+            ctx.gamma,
+            ctx.lam,
+            ctx.has_last_values,
+            cu_seqlens,
         )
         return None, drewards, dvalues, None, None, None, dlast_values, None
 
@@ -100,7 +118,9 @@ def gae(
     Raises:
         ValueError or TypeError with the offending values.
     """
-    num_sequences, cu_seqlens = _check({"rewards": rewards, "values": values}, response_mask, gamma, lam, cu_seqlens)
+    num_sequences, cu_seqlens = _check(
+        {"rewards": rewards, "values": values}, response_mask, gamma, lam, cu_seqlens
+    )
     if last_values is None:
         rewards, values = at_least_float32(rewards, values)
     else:
@@ -112,7 +132,9 @@ def gae(
     if impl is None:
         return gae_reference(rewards, values, response_mask, gamma, lam, last_values, cu_seqlens)
     rewards, values, mask = rewards.contiguous(), values.contiguous(), response_mask.contiguous()
-    return _GAE.apply(impl, rewards, values, mask, float(gamma), float(lam), last_values, cu_seqlens)
+    return _GAE.apply(
+        impl, rewards, values, mask, float(gamma), float(lam), last_values, cu_seqlens
+    )
 
 
 class Advantages(NamedTuple):
@@ -202,7 +224,12 @@ def ppo_advantages_unfused(
         rows = (unpack(x, cu_seqlens) for x in (logprobs, ref_logprobs, values, mask))
         kl = None if kl is None else unpack(kl, cu_seqlens)
         settings = (kl_coef, kl_estimator, gamma, lam, whitened, kl, None, backend)
-        return Advantages(*(pack(x, cu_seqlens, len(mask)) for x in ppo_advantages_unfused(scores, *rows, *settings)))
+        return Advantages(
+            *(
+                pack(x, cu_seqlens, len(mask))
+                for x in ppo_advantages_unfused(scores, *rows, *settings)
+            )
+        )
     if kl is None:
         kl = kl_estimate(logprobs, ref_logprobs, estimator=kl_estimator, mask=mask, backend=backend)
     else:
@@ -226,7 +253,9 @@ def unpack(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 def pack(x: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """Rows (B, T) to packed (N,): the inverse of `unpack`, 0 outside of every sequence."""
     index, inside = _layout(cu_seqlens)
-    spill = index.where(inside, num_tokens).flatten()  # what fills up the rows goes into one element more
+    spill = index.where(
+        inside, num_tokens
+    ).flatten()  # what fills up the rows goes into one element more
     return x.new_zeros(num_tokens + 1).scatter(0, spill, x.flatten())[:num_tokens]
 
 
@@ -238,7 +267,9 @@ def _layout(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return (starts + t).where(inside, 0), inside
 
 
-def _check(tokens: dict[str, Tensor], mask: Tensor, gamma: float, lam: float, cu_seqlens: Tensor | None):
+def _check(
+    tokens: dict[str, Tensor], mask: Tensor, gamma: float, lam: float, cu_seqlens: Tensor | None
+):
     """Validate; returns the number of sequences, and cu_seqlens as the launchers take it."""
     (first_name, first), *_ = tokens.items()
     for name, x in tokens.items():
@@ -262,10 +293,14 @@ def _check(tokens: dict[str, Tensor], mask: Tensor, gamma: float, lam: float, cu
     if values_may_be_read(cu_seqlens):
         bounds = [0, *cu_seqlens.tolist(), len(first)]
         if bounds != sorted(bounds):
-            raise ValueError(f"cu_seqlens must rise from >= 0 to <= {len(first)}, got {cu_seqlens.tolist()}")
+            raise ValueError(
+                f"cu_seqlens must rise from >= 0 to <= {len(first)}, got {cu_seqlens.tolist()}"
+            )
     return len(cu_seqlens) - 1, cu_seqlens.to(torch.int64).contiguous()
 
 
 def _check_per_sequence(name: str, x: Tensor, num_sequences: int, tokens: Tensor) -> None:
     if x.shape != (num_sequences,) or x.device != tokens.device:
-        raise ValueError(f"{name} must be ({num_sequences},) on {tokens.device}, got {tuple(x.shape)} on {x.device}")
+        raise ValueError(
+            f"{name} must be ({num_sequences},) on {tokens.device}, got {tuple(x.shape)} on {x.device}"
+        )

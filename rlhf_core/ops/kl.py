@@ -33,7 +33,9 @@ K3_SERIES_BELOW = 0.125
 K3_TANGENT_BELOW = -20.0
 
 
-def kl_estimate_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, mask: Tensor | None) -> Tensor:
+def kl_estimate_reference(
+    logprobs: Tensor, ref_logprobs: Tensor, estimator: str, mask: Tensor | None
+) -> Tensor:
     """The definition, in the dtype of the inputs."""
     if mask is not None:
         logprobs, ref_logprobs = logprobs.masked_fill(~mask, 0), ref_logprobs.masked_fill(~mask, 0)
@@ -64,7 +66,9 @@ class _KLEstimate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dkl):
         logprobs, ref_logprobs, mask = ctx.saved_tensors
-        grads = ctx.impl.kl_estimate_bwd(dkl.contiguous(), logprobs, ref_logprobs, mask, ctx.estimator)
+        grads = ctx.impl.kl_estimate_bwd(
+            dkl.contiguous(), logprobs, ref_logprobs, mask, ctx.estimator
+        )
         return None, *grads, None, None
 
 
@@ -101,17 +105,25 @@ def kl_estimate(
     if impl is None:
         return kl_estimate_reference(logprobs, ref_logprobs, estimator, mask)
     mask = None if mask is None else mask.contiguous()
-    return _KLEstimate.apply(impl, logprobs.contiguous(), ref_logprobs.contiguous(), mask, estimator)
+    return _KLEstimate.apply(
+        impl, logprobs.contiguous(), ref_logprobs.contiguous(), mask, estimator
+    )
 
 
 def check_estimator(estimator: str) -> None:
     if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
+        raise ValueError(
+            f"unknown estimator {estimator!r}, expected one of {', '.join(ESTIMATORS)}"
+        )
 
 
-def full_kl_reference(logits: Tensor, ref_logits: Tensor, temperature: float | Tensor, mask: Tensor | None) -> Tensor:
+def full_kl_reference(
+    logits: Tensor, ref_logits: Tensor, temperature: float | Tensor, mask: Tensor | None
+) -> Tensor:
     """The definition, float64 for float64 logits, else float32."""
-    log_p, log_q = (log_softmax_reference(z, temperature, mask) for z in (logits, ref_logits))  # (..., V)
+    log_p, log_q = (
+        log_softmax_reference(z, temperature, mask) for z in (logits, ref_logits)
+    )  # (..., V)
     p = log_p.exp()
     impossible = p == 0  # p (log p - log q) is 0 there, not 0 * inf
     kl = (p * (log_p.masked_fill(impossible, 0) - log_q.masked_fill(impossible, 0))).sum(dim=-1)
@@ -147,7 +159,12 @@ class _FullKL(torch.autograd.Function):
             lse,
             *ctx.needs_input_grad[1:3],
         )
-        return None, *(None if grad is None else grad.view(logits.shape) for grad in grads), None, None
+        return (
+            None,
+            *(None if grad is None else grad.view(logits.shape) for grad in grads),
+            None,
+            None,
+        )
 
 
 def full_kl(

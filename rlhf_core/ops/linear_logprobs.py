@@ -17,7 +17,12 @@ from torch.autograd.function import once_differentiable
 from rlhf_core import backends, compiled
 from rlhf_core.checks import check_float, check_mask
 from rlhf_core.ops import linear_logprobs_blocks as blocks
-from rlhf_core.ops.logprobs import check_target_range, check_targets, check_temperature, token_logprobs_reference
+from rlhf_core.ops.logprobs import (
+    check_target_range,
+    check_targets,
+    check_temperature,
+    token_logprobs_reference,
+)
 
 
 class TokenStatistics(NamedTuple):
@@ -38,10 +43,14 @@ def linear_token_logprobs_reference(
 ) -> TokenStatistics:
     """The definition."""
     if mask is not None:
-        hidden = hidden.masked_fill(~mask[..., None], 0)  # its NaN would reach the weight's gradient
+        hidden = hidden.masked_fill(
+            ~mask[..., None], 0
+        )  # its NaN would reach the weight's gradient
     logits = torch.nn.functional.linear(hidden, weight, bias)
     own = logits.gather(-1, targets.clamp(0, len(weight) - 1)[..., None])[..., 0]
-    likeliest = (own == logits.amax(dim=-1)) & (torch.ones_like(own, dtype=torch.bool) if mask is None else mask)
+    likeliest = (own == logits.amax(dim=-1)) & (
+        torch.ones_like(own, dtype=torch.bool) if mask is None else mask
+    )
     return TokenStatistics(*token_logprobs_reference(logits, targets, temperature, mask), likeliest)
 
 
@@ -63,7 +72,8 @@ compiled.operator(
     "Tensor dlogprobs, Tensor? dentropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? mask, "
     f"{compiled.TEMPERATURE}, Tensor? entropy, Tensor lse, int chunk_rows, bool[] needs",
     lambda dlogprobs, dentropy, hidden, weight, bias, *rest: tuple(
-        torch.empty_like(x) if needed else None for x, needed in zip((hidden, weight, bias), rest[-1])
+        torch.empty_like(x) if needed else None
+        for x, needed in zip((hidden, weight, bias), rest[-1])
     ),
     blocks.backward,
 )
@@ -108,12 +118,37 @@ class _LinearTokenLoss(torch.autograd.Function):
     """`_LinearTokenLogprobs` whose gradients are there before backward asks for them."""
 
     @staticmethod
-    def forward(ctx, impl, hidden, weight, bias, targets, mask, temperature, chunk_rows, loss_of, sizes, *flags):
+    def forward(
+        ctx,
+        impl,
+        hidden,
+        weight,
+        bias,
+        targets,
+        mask,
+        temperature,
+        chunk_rows,
+        loss_of,
+        sizes,
+        *flags,
+    ):
         logprobs, entropy, likeliest, lse, expected, ctx.gradients = blocks.forward_and_gradients(
-            impl, hidden, weight, bias, targets, mask, temperature, loss_of, sizes, *flags, ctx.needs_input_grad[1:4]
+            impl,
+            hidden,
+            weight,
+            bias,
+            targets,
+            mask,
+            temperature,
+            loss_of,
+            sizes,
+            *flags,
+            ctx.needs_input_grad[1:4],
         )
         temperatures = temperature if isinstance(temperature, Tensor) else None
-        ctx.save_for_backward(hidden, weight, bias, targets, mask, temperatures, entropy, lse, expected)
+        ctx.save_for_backward(
+            hidden, weight, bias, targets, mask, temperatures, entropy, lse, expected
+        )
         ctx.set_materialize_grads(False)
         ctx.temperature = None if isinstance(temperature, Tensor) else temperature
         ctx.impl, ctx.chunk_rows = impl, chunk_rows
@@ -124,8 +159,13 @@ class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogprobs, dentropy, _):
-        hidden, weight, bias, targets, mask, temperatures, entropy, lse, expected = ctx.saved_tensors
-        gradients, ctx.gradients = ctx.gradients, None  # free them: autograd may then add to them in place
+        hidden, weight, bias, targets, mask, temperatures, entropy, lse, expected = (
+            ctx.saved_tensors
+        )
+        gradients, ctx.gradients = (
+            ctx.gradients,
+            None,
+        )  # free them: autograd may then add to them in place
         as_expected = dentropy is None and torch.allclose(dlogprobs, expected, rtol=1e-6, atol=0)
         if gradients is None or not as_expected:
             temperature = ctx.temperature if temperatures is None else temperatures
@@ -170,7 +210,9 @@ def linear_token_logprobs(
     Raises:
         ValueError or TypeError with the offending values; for a counted target out of range see `token_logprobs`.
     """
-    return _linear(hidden, weight, targets, bias, temperature, mask, chunk_rows, False, False, backend)[0]
+    return _linear(
+        hidden, weight, targets, bias, temperature, mask, chunk_rows, False, False, backend
+    )[0]
 
 
 def linear_token_logprobs_and_entropy(
@@ -232,27 +274,37 @@ def _linear(
     hidden, weight, targets, bias, temperature, mask, chunk_rows, with_entropy, with_likeliest, backend,
     loss_of=None, sizes=None,
 ):  # fmt: skip
-    for name, x in (("hidden", hidden), ("weight", weight), ("bias", hidden if bias is None else bias)):
+    for name, x in (
+        ("hidden", hidden),
+        ("weight", weight),
+        ("bias", hidden if bias is None else bias),
+    ):
         check_float(name, x)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
-            raise TypeError(f"{name} is {x.dtype} on {x.device}, hidden {hidden.dtype} on {hidden.device}")
+            raise TypeError(
+                f"{name} is {x.dtype} on {x.device}, hidden {hidden.dtype} on {hidden.device}"
+            )
     if hidden.ndim == 0 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"hidden (..., D) and weight (V, D) do not fit: {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},), got {tuple(bias.shape)}")
-    logits = hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight))  # stands for them in the checks
+    logits = hidden.new_empty(()).expand(
+        *hidden.shape[:-1], len(weight)
+    )  # stands for them in the checks
     check_targets(targets, logits)
     temperature = check_temperature(temperature, logits)
     if mask is not None:
         check_mask(targets, mask)
     if sizes is not None and sizes.sum() != (targets.numel() if mask is None else mask.sum()):
-        raise ValueError(f"sizes add up to {int(sizes.sum())}, which is not the number of counted rows")
+        raise ValueError(
+            f"sizes add up to {int(sizes.sum())}, which is not the number of counted rows"
+        )
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
     impl = backends.resolve(backend, hidden)
@@ -276,6 +328,8 @@ def _linear(
     if loss_of is not None and trains and not torch.compiler.is_compiling():
         found = _LinearTokenLoss.apply(impl, *inputs, loss_of, sizes, with_entropy, with_likeliest)
     else:
-        found = _LinearTokenLogprobs.apply(launch, *inputs, with_entropy, with_likeliest, with_dhidden)
+        found = _LinearTokenLogprobs.apply(
+            launch, *inputs, with_entropy, with_likeliest, with_dhidden
+        )
     logprobs, entropy, likeliest = (None if x is None else x.view(targets.shape) for x in found)
     return TokenStatistics(logprobs, entropy, None if likeliest is None else likeliest.bool())

@@ -28,7 +28,17 @@ CPU_WHOLE, GPU_WHOLE = 30 * 2**18, GPU_CHUNK_ROWS * GPU_BLOCK
 
 
 def forward(
-    impl, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_likeliest, with_dhidden
+    impl,
+    hidden,
+    weight,
+    bias,
+    targets,
+    mask,
+    temperature,
+    chunk_rows,
+    with_entropy,
+    with_likeliest,
+    with_dhidden,
 ):
     """hidden (N, D), targets and mask (N,), temperature a number or (N,) -> logprobs (N,), entropy (N,) or None,
     likeliest (N,) uint8 or None, lse (N, 2), and the gradient of logprobs with respect to hidden (N, D) or None, for
@@ -50,7 +60,9 @@ def forward(
             here = y if width >= len(weight) else inside
             parts.append(impl.token_logprobs_fwd(logits, here, None, T, with_entropy, True))
             if with_likeliest:
-                own = logits.gather(-1, inside[..., None])[..., 0].where(inside == y - start, -math.inf)
+                own = logits.gather(-1, inside[..., None])[..., 0].where(
+                    inside == y - start, -math.inf
+                )
                 tops.append(torch.cat((own, logits.amax(dim=-1))))  # (2, n)
         logp, H, L = parts[0] if len(parts) == 1 else _join(parts, y, T, width, len(weight))
         logprobs[rows], lse[rows] = logp[0], L[0]
@@ -69,12 +81,18 @@ def forward(
 def _join(parts, y, T, width, V):
     """log-probs, entropy and lse of rows from those of their blocks: with a block's L and H, and w = exp(L - lse) its
     share of the probability, the entropy is sum w (H + lse - L)."""
-    logp, H, lse = (None if part[0] is None else torch.stack(part).double() for part in zip(*parts))  # (blocks, 1, n)
+    logp, H, lse = (
+        None if part[0] is None else torch.stack(part).double() for part in zip(*parts)
+    )  # (blocks, 1, n)
     offset, rest = lse.unbind(-1)
     top = offset.amax(dim=0)
-    L = (rest + (offset - top) / T).where(offset != -math.inf, -math.inf)  # of a block that has no probability: no NaN
+    L = (rest + (offset - top) / T).where(
+        offset != -math.inf, -math.inf
+    )  # of a block that has no probability: no NaN
     total = L.logsumexp(dim=0)  # (1, n)
-    total = total.where((y >= 0) & (y < V) & (total != -math.inf), math.nan)  # no target, or nothing possible at all
+    total = total.where(
+        (y >= 0) & (y < V) & (total != -math.inf), math.nan
+    )  # no target, or nothing possible at all
     if H is not None:
         share = (L - total).exp()
         H = (share * (H + total - L)).where(share != 0, 0).sum(dim=0).float()
@@ -85,7 +103,19 @@ def _join(parts, y, T, width, V):
 
 
 def backward(
-    impl, dlogprobs, dentropy, hidden, weight, bias, targets, mask, temperature, entropy, lse, chunk_rows, needs
+    impl,
+    dlogprobs,
+    dentropy,
+    hidden,
+    weight,
+    bias,
+    targets,
+    mask,
+    temperature,
+    entropy,
+    lse,
+    chunk_rows,
+    needs,
 ):
     """Gradients of hidden, weight and bias, those that `needs` says, else None. Sums of several parts are float32."""
     width = _width(hidden, weight)
@@ -98,10 +128,16 @@ def backward(
     for i, (rows, y, T) in enumerate(chunks):
         h, L = hidden[rows], lse[rows][None]
         g, dH, H = (None if x is None else x[rows][None] for x in (dlogprobs, dentropy, entropy))
-        dh = torch.empty_like(h, dtype=torch.float32 if width < len(weight) else h.dtype) if needs[0] else None
+        dh = (
+            torch.empty_like(h, dtype=torch.float32 if width < len(weight) else h.dtype)
+            if needs[0]
+            else None
+        )
         for start, logits in _blocks(h, weight, bias, width):
             block = slice(start, start + logits.shape[-1])
-            (dlogits,) = impl.token_logprobs_bwd(g, dH, logits, y - start, None, T, H, L, True)  # (n, width)
+            (dlogits,) = impl.token_logprobs_bwd(
+                g, dH, logits, y - start, None, T, H, L, True
+            )  # (n, width)
             if needs[0]:
                 _add_product(dh, dlogits, weight[block], first=start == 0)
             if needs[1]:
@@ -110,11 +146,26 @@ def backward(
                 dbias[block] += dlogits.sum(dim=0, dtype=torch.float32)
         if needs[0]:
             dhidden[rows] = dh.to(hidden.dtype)
-    return dhidden, dweight.to(weight.dtype) if needs[1] else None, dbias.to(bias.dtype) if needs[2] else None
+    return (
+        dhidden,
+        dweight.to(weight.dtype) if needs[1] else None,
+        dbias.to(bias.dtype) if needs[2] else None,
+    )
 
 
 def forward_and_gradients(
-    impl, hidden, weight, bias, targets, mask, temperature, loss_of, sizes, with_entropy, with_likeliest, needs
+    impl,
+    hidden,
+    weight,
+    bias,
+    targets,
+    mask,
+    temperature,
+    loss_of,
+    sizes,
+    with_entropy,
+    with_likeliest,
+    needs,
 ):
     """logprobs, entropy and likeliest as from `forward`, lse; the gradient of the loss with respect to logprobs (N,),
     and those with respect to hidden, weight and bias that `needs` says, else None."""
@@ -123,7 +174,9 @@ def forward_and_gradients(
     likeliest = torch.zeros_like(logprobs, dtype=torch.uint8) if with_likeliest else None
     lse = logprobs.new_zeros((len(hidden), 2))
     most = max(1, (GPU_WHOLE if hidden.is_cuda else CPU_WHOLE) // len(weight))
-    counted = torch.arange(len(targets), device=targets.device) if mask is None else mask.nonzero()[:, 0]
+    counted = (
+        torch.arange(len(targets), device=targets.device) if mask is None else mask.nonzero()[:, 0]
+    )
     dhidden = torch.zeros_like(hidden) if needs[0] else None
     if needs[1]:
         dweight = torch.empty_like(weight, dtype=torch.float32)
@@ -155,7 +208,11 @@ def forward_and_gradients(
             _add_product(dweight, dlogits.T, h, first=part.start == 0)
         if needs[2]:
             dbias += dlogits.sum(dim=0, dtype=torch.float32)
-    gradients = dhidden, dweight.to(weight.dtype) if needs[1] else None, dbias.to(bias.dtype) if needs[2] else None
+    gradients = (
+        dhidden,
+        dweight.to(weight.dtype) if needs[1] else None,
+        dbias.to(bias.dtype) if needs[2] else None,
+    )
     return logprobs, entropy, likeliest, lse, expected, gradients
 
 
@@ -187,9 +244,15 @@ def _add_product(total, a, b, first):
 
 def _chunks(targets, mask, temperature, chunk_rows):
     """For every chunk of counted rows: their indices (n,), targets (1, n) and temperature, a number or (1, n)."""
-    counted = torch.arange(len(targets), device=targets.device) if mask is None else mask.nonzero()[:, 0]
+    counted = (
+        torch.arange(len(targets), device=targets.device) if mask is None else mask.nonzero()[:, 0]
+    )
     for rows in counted.split(chunk_rows) if len(counted) else ():
-        yield rows, targets[rows][None], temperature[rows][None] if isinstance(temperature, Tensor) else temperature
+        yield (
+            rows,
+            targets[rows][None],
+            temperature[rows][None] if isinstance(temperature, Tensor) else temperature,
+        )
 
 
 def _blocks(h, weight, bias, width, workspace=None):

@@ -37,14 +37,18 @@ def token_logprobs_reference(
     return logprobs, entropy
 
 
-def log_softmax_reference(logits: Tensor, temperature: float | Tensor, mask: Tensor | None) -> Tensor:
+def log_softmax_reference(
+    logits: Tensor, temperature: float | Tensor, mask: Tensor | None
+) -> Tensor:
     """log_softmax(logits / temperature), the logits of masked rows taken as 0."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     if mask is not None:
         z = z.masked_fill(~mask[..., None], 0)
     if isinstance(temperature, Tensor):
         temperature = temperature[..., None].to(z.dtype)
-    z = (z - z.detach().amax(dim=-1, keepdim=True)) / temperature  # max first: an offset of 1e4 costs no digits
+    z = (
+        z - z.detach().amax(dim=-1, keepdim=True)
+    ) / temperature  # max first: an offset of 1e4 costs no digits
     return torch.log_softmax(z, dim=-1)
 
 
@@ -53,7 +57,9 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, impl, logits, targets, mask, temperature, with_entropy, inplace_backward):
-        logprobs, entropy, lse = _launch(impl, logits, targets, mask, temperature, with_entropy, True)
+        logprobs, entropy, lse = _launch(
+            impl, logits, targets, mask, temperature, with_entropy, True
+        )
         temperatures = temperature if isinstance(temperature, Tensor) else None
         ctx.save_for_backward(logits, targets, mask, temperatures, entropy, lse)
         ctx.set_materialize_grads(False)
@@ -146,10 +152,14 @@ def _token_logprobs(logits, targets, temperature, mask, with_entropy, inplace_ba
         return token_logprobs_reference(logits, targets, temperature, mask)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    if not (logits.requires_grad and torch.is_grad_enabled()):  # autograd would cost more than a small op itself
+    if not (
+        logits.requires_grad and torch.is_grad_enabled()
+    ):  # autograd would cost more than a small op itself
         return _launch(impl, logits, targets, mask, temperature, with_entropy, False)[:2]
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-    return _TokenLogprobs.apply(impl, logits, targets, mask, temperature, with_entropy, inplace_backward)
+    return _TokenLogprobs.apply(
+        impl, logits, targets, mask, temperature, with_entropy, inplace_backward
+    )
 
 
 def _launch(impl, logits, targets, mask, temperature, with_entropy, with_lse):
@@ -158,7 +168,11 @@ def _launch(impl, logits, targets, mask, temperature, with_entropy, with_lse):
         return impl.token_logprobs_fwd(logits, targets, mask, temperature, with_entropy, with_lse)
     rows = (as_rows(logits, 3), as_rows(targets, 2), as_rows(mask, 2), as_rows(temperature, 2))
     logprobs, entropy, lse = impl.token_logprobs_fwd(*rows, with_entropy, with_lse)
-    return logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape), lse
+    return (
+        logprobs.view(targets.shape),
+        None if entropy is None else entropy.view(targets.shape),
+        lse,
+    )
 
 
 def as_rows(x: Tensor | float | None, ndim: int) -> Tensor | float | None:
@@ -177,16 +191,24 @@ def check_targets(targets: Tensor, logits: Tensor) -> None:
         raise TypeError(f"targets must be int64 or int32, got {describe(targets)}")
     shape = logits.shape
     if not shape or shape[-1] == 0 or shape[:-1] != targets.shape:
-        raise ValueError(f"logits (..., V) and targets (...) do not fit: {tuple(shape)} and {tuple(targets.shape)}")
-    if not (targets.is_cpu and logits.is_cpu) and targets.device != logits.device:  # a device object takes its time
+        raise ValueError(
+            f"logits (..., V) and targets (...) do not fit: {tuple(shape)} and {tuple(targets.shape)}"
+        )
+    if (
+        not (targets.is_cpu and logits.is_cpu) and targets.device != logits.device
+    ):  # a device object takes its time
         raise ValueError(f"targets are on {targets.device}, logits on {logits.device}")
 
 
 def check_temperature(temperature: float | Tensor, logits: Tensor) -> float | Tensor:
     """A float, or a tensor expanded to the rows of logits (..., V); raises where it can be neither."""
     if not isinstance(temperature, Tensor):
-        if not isinstance(temperature, (float, Real)):  # asking Real, an abstract class, takes its time
-            raise TypeError(f"temperature must be a number or a float tensor, got {type(temperature).__name__}")
+        if not isinstance(
+            temperature, (float, Real)
+        ):  # asking Real, an abstract class, takes its time
+            raise TypeError(
+                f"temperature must be a number or a float tensor, got {type(temperature).__name__}"
+            )
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be finite and > 0, got {temperature}")
         return float(temperature)
@@ -198,7 +220,9 @@ def check_temperature(temperature: float | Tensor, logits: Tensor) -> float | Te
     if values_may_be_read(temperature):
         bad = ~((temperature > 0) & (temperature < math.inf))
         if bad.any():
-            raise ValueError(f"temperature must be finite and > 0, got {temperature[bad][0].item()}")
+            raise ValueError(
+                f"temperature must be finite and > 0, got {temperature[bad][0].item()}"
+            )
     try:
         temperature = temperature.expand(logits.shape[:-1])
     except RuntimeError:

@@ -61,10 +61,14 @@ def ppo_loss_reference(
     if weights is None:
         weights = loss_weights(mask, AGGREGATIONS[sequence_mean])
     zero = logprobs.new_zeros(())
-    log_ratio, A, w = (x.masked_fill(~mask, 0) for x in (logprobs - old_logprobs, advantages, weights))
+    log_ratio, A, w = (
+        x.masked_fill(~mask, 0) for x in (logprobs - old_logprobs, advantages, weights)
+    )
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     unclipped, clipped = -A * ratio, -A * ratio.clamp(1 - clip_low, 1 + clip_high)
-    policy = torch.maximum(unclipped, clipped)  # on a tie, ratio 1 for one, both halves of the gradient flow
+    policy = torch.maximum(
+        unclipped, clipped
+    )  # on a tie, ratio 1 for one, both halves of the gradient flow
     dual_clipped = torch.zeros_like(mask)
     if dual_clip is not None:
         dual_clipped = (A < 0) & (policy > -A * dual_clip)
@@ -72,19 +76,38 @@ def ppo_loss_reference(
 
     value, value_clipped = torch.zeros_like(policy), torch.zeros_like(mask)
     if values is not None:
-        values, old_values, returns = (x.masked_fill(~mask, 0) for x in (values, old_values, returns))
+        values, old_values, returns = (
+            x.masked_fill(~mask, 0) for x in (values, old_values, returns)
+        )
         value = far = (values - returns) ** 2
         if value_clip_range is not None:
-            near = values.clamp(old_values - value_clip_range, old_values + value_clip_range)  # itself where it is near
-            value, value_clipped = torch.maximum(far, (near - returns) ** 2), (near - returns) ** 2 > far
+            near = values.clamp(
+                old_values - value_clip_range, old_values + value_clip_range
+            )  # itself where it is near
+            value, value_clipped = (
+                torch.maximum(far, (near - returns) ** 2),
+                (near - returns) ** 2 > far,
+            )
         value = value / 2
 
     entropy = torch.zeros_like(policy) if entropy is None else entropy.masked_fill(~mask, 0)
     loss = ((policy + vf_coef * value - entropy_coef * entropy) * w).sum()
     with torch.no_grad():
         approx_kl = (ratio - 1 - log_ratio).clamp_min(0)
-        stats = [policy, value, entropy, approx_kl, clipped > unclipped, value_clipped, ratio, ratio**2, dual_clipped]
-        return loss, torch.stack([*(masked_mean(x.to(zero.dtype), mask) for x in stats), mask.sum().to(zero.dtype)])
+        stats = [
+            policy,
+            value,
+            entropy,
+            approx_kl,
+            clipped > unclipped,
+            value_clipped,
+            ratio,
+            ratio**2,
+            dual_clipped,
+        ]
+        return loss, torch.stack(
+            [*(masked_mean(x.to(zero.dtype), mask) for x in stats), mask.sum().to(zero.dtype)]
+        )
 
 
 class _PPOLoss(torch.autograd.Function):
@@ -154,7 +177,9 @@ def ppo_loss(
         ValueError or TypeError with the offending values.
     """
     tensors = dict(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    tensors |= dict(values=values, old_values=old_values, returns=returns, entropy=entropy, weights=weights)
+    tensors |= dict(
+        values=values, old_values=old_values, returns=returns, entropy=entropy, weights=weights
+    )
     for name, x in tensors.items():
         if x is not None:
             check_float(name, x)
@@ -167,12 +192,18 @@ def ppo_loss(
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"entropy_coef {entropy_coef} needs the entropy")
     bounds = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
-    if len(bounds) != 2 or not all(x > 0 for x in bounds) or not (value_clip_range is None or value_clip_range > 0):
+    if (
+        len(bounds) != 2
+        or not all(x > 0 for x in bounds)
+        or not (value_clip_range is None or value_clip_range > 0)
+    ):
         raise ValueError(f"clip ranges must be > 0, got {clip_range} and {value_clip_range}")
     if not (dual_clip is None or dual_clip > 1):
         raise ValueError(f"dual_clip must be > 1, got {dual_clip}")
     if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
+        raise ValueError(
+            f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}"
+        )
 
     given = [name for name, x in tensors.items() if x is not None]
     tensors |= dict(zip(given, at_least_float32(*(tensors[name] for name in given))))
@@ -183,5 +214,7 @@ def ppo_loss(
     if impl is None:
         loss, stats = ppo_loss_reference(*args)
     else:
-        loss, stats = _PPOLoss.apply(impl, *(x.contiguous() if isinstance(x, Tensor) else x for x in args))
+        loss, stats = _PPOLoss.apply(
+            impl, *(x.contiguous() if isinstance(x, Tensor) else x for x in args)
+        )
     return loss, PPOLossStats(*stats.unbind())

@@ -36,7 +36,9 @@ class Sample(NamedTuple):
     """A token per row and what it was worth, in nats."""
 
     tokens: Tensor  # (B,) int64
-    logprobs: Tensor  # (B,) under the distribution sampled from: temperature, truncation, renormalised
+    logprobs: (
+        Tensor  # (B,) under the distribution sampled from: temperature, truncation, renormalised
+    )
     full_logprobs: Tensor  # (B,) under softmax(logits / temperature); the same tensor where nothing is truncated
 
 
@@ -56,7 +58,9 @@ def sample_tokens_reference(
     p = ((z - largest) / temperature).exp()  # (B, V), relative to the largest
     cdf = (p * kept).cumsum(dim=-1)
     total = cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, uniform(seeds, counters)[:, None] * total, right=True).clamp_max(z.shape[-1] - 1)
+    tokens = torch.searchsorted(
+        cdf, uniform(seeds, counters)[:, None] * total, right=True
+    ).clamp_max(z.shape[-1] - 1)
     tokens = tokens.where(total.isfinite(), 0)
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
     chosen = (z.gather(-1, tokens) - largest) / temperature
@@ -77,7 +81,9 @@ def truncation_threshold(
     if top_p is not None:
         p = ((ordered - ordered[:, :1]) / temperature).exp() * (ordered >= threshold)
         held = p.cumsum(dim=-1)
-        last = (held < top_p * held[:, -1:]).sum(dim=-1, keepdim=True)  # those before it hold too little
+        last = (held < top_p * held[:, -1:]).sum(
+            dim=-1, keepdim=True
+        )  # those before it hold too little
         threshold = torch.maximum(threshold, ordered.gather(-1, last))
     if min_p is not None:
         threshold = torch.maximum(threshold, ordered[:, :1] + temperature * math.log(min_p))
@@ -100,7 +106,9 @@ def uniform(seeds: Tensor, counters: Tensor) -> Tensor:
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10: the four words of a counter and the two of a key, int64 in [0, 2^32), to four random ones."""
     for i in range(PHILOX_ROUNDS):
-        (high0, low0), (high1, low1) = (_multiply(m, c) for m, c in zip(PHILOX_MULTIPLIERS, (c0, c2)))
+        (high0, low0), (high1, low1) = (
+            _multiply(m, c) for m, c in zip(PHILOX_MULTIPLIERS, (c0, c2))
+        )
         key0, key1 = ((k + i * weyl) & WORD for k, weyl in zip((k0, k1), PHILOX_WEYL))
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
     return c0, c1, c2, c3
@@ -163,7 +171,9 @@ def sample_tokens(
         if logits.stride(-1) != 1:
             logits = logits.contiguous()
     seeds, counters = seeds.contiguous(), counters.contiguous()
-    tokens, logprobs, full_logprobs = launch(logits, seeds, counters, float(temperature), top_k, top_p, min_p)
+    tokens, logprobs, full_logprobs = launch(
+        logits, seeds, counters, float(temperature), top_k, top_p, min_p
+    )
     return Sample(tokens, logprobs, logprobs if full_logprobs is None else full_logprobs)
 
 
@@ -175,7 +185,9 @@ def _check(logits, seeds, counters, temperature, top_k, top_p, min_p):
         if not isinstance(x, Tensor) or x.dtype != torch.int64:
             raise TypeError(f"{name} must be an int64 tensor, got {describe(x)}")
         if x.shape != logits.shape[:1]:
-            raise ValueError(f"{name} must be ({logits.shape[0]},), as there are rows, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must be ({logits.shape[0]},), as there are rows, got {tuple(x.shape)}"
+            )
         if not (x.is_cpu and logits.is_cpu) and x.device != logits.device:
             raise ValueError(f"{name} are on {x.device}, logits on {logits.device}")
     for name, x in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):

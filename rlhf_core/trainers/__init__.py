@@ -7,7 +7,12 @@ from rlhf_core.trainers.ilql import ILQLConfig, ILQLTrainer
 from rlhf_core.trainers.iterated import IteratedRLHFConfig, iterated_rlhf
 from rlhf_core.trainers.kto import KTOConfig, KTOTrainer
 from rlhf_core.trainers.nlpo import NLPOConfig, NLPOTrainer
-from rlhf_core.trainers.online_dpo import IteratedDPOConfig, OnlineDPOConfig, OnlineDPOTrainer, iterated_dpo
+from rlhf_core.trainers.online_dpo import (
+    IteratedDPOConfig,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
+    iterated_dpo,
+)
 from rlhf_core.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_core.trainers.reward import RewardConfig, RewardTrainer
 from rlhf_core.trainers.rft import RFTConfig, rft

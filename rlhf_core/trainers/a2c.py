@@ -20,7 +20,9 @@ class A2CConfig(PPOConfig):
     def __post_init__(self):
         super().__post_init__()
         for name, value in (("ppo_epochs", 1), ("minibatch_size", None), ("dropout", False)):
-            self.check((name, getattr(self, name) == value, f"{value} in A2C, with another it is PPO"))
+            self.check(
+                (name, getattr(self, name) == value, f"{value} in A2C, with another it is PPO")
+            )
 
     @property
     def update_size(self) -> int:

@@ -30,8 +30,16 @@ if TYPE_CHECKING:
     from rlhf_core.trainers.common import Trainer
 
 NAME, ERROR_NAME = "checkpoint", "checkpoint-error"
-FREE = {"log_every", "eval_every", "save_every", "reference_logprobs"}  # steps done do not depend on them
-LENGTH = {"epochs", "max_steps"}  # nor on these, but that a linear schedule falls over all steps of the run: a warning
+FREE = {
+    "log_every",
+    "eval_every",
+    "save_every",
+    "reference_logprobs",
+}  # steps done do not depend on them
+LENGTH = {
+    "epochs",
+    "max_steps",
+}  # nor on these, but that a linear schedule falls over all steps of the run: a warning
 
 
 def save(trainer: Trainer, name: str = NAME) -> Path:
@@ -68,9 +76,13 @@ def load(trainer: Trainer) -> None:
             raise ValueError(f"{path}: of a run with {name}={then!r}, not {now!r}")
     for name, digest in trainer.digests.items():
         if digest != run["digests"][name]:
-            raise ValueError(f"{path}: the {name} of that run were others; build the trainer of the same ones")
+            raise ValueError(
+                f"{path}: the {name} of that run were others; build the trainer of the same ones"
+            )
     if trainer.total_steps < run["steps_done"]:
-        raise ValueError(f"{path}: at step {run['steps_done']}, this run ends at {trainer.total_steps}")
+        raise ValueError(
+            f"{path}: at step {run['steps_done']}, this run ends at {trainer.total_steps}"
+        )
     parameters = _parameters(trainer)
     for name, parameter in parameters.items():
         if f"weight:{name}" not in stored or stored[f"weight:{name}"].shape != parameter.shape:
@@ -83,11 +95,15 @@ def load(trainer: Trainer) -> None:
         kind, _, name = key.partition(":")
         if name in parameters and kind != "weight":
             parameter = parameters[name]
-            like = parameter if value.shape == parameter.shape else value  # moments lie as the weight does
+            like = (
+                parameter if value.shape == parameter.shape else value
+            )  # moments lie as the weight does
             kept = torch.empty_like(like, dtype=value.dtype, device=parameter.device).copy_(value)
             trainer.optimizer.state[parameter][kind] = kept
     trainer.steps_done = run["steps_done"]
-    falls = trainer.config.lr_schedule == "linear" and trainer.steps_done > trainer.config.warmup_steps
+    falls = (
+        trainer.config.lr_schedule == "linear" and trainer.steps_done > trainer.config.warmup_steps
+    )
     if falls and trainer.total_steps != run.get("total_steps", trainer.total_steps):
         warnings.warn(
             f"{path}: its {trainer.steps_done} steps had the learning rates of a linear schedule over "
@@ -112,7 +128,9 @@ def digests(trainer: Trainer) -> dict[str, str]:
     trained = set(map(id, trainer.trained_parameters()))
     for parameter in nn.ModuleList(x for x in held if isinstance(x, nn.Module)).parameters():
         if id(parameter) not in trained:
-            weights.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            weights.update(
+                parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            )
     return {"examples": data.hexdigest(), "frozen weights": weights.hexdigest()}
 
 
@@ -121,7 +139,9 @@ def _settings(trainer: Trainer) -> dict:
     settings = {"algorithm": trainer.algorithm, **asdict(trainer.config), **trainer.settings()}
     if has_adapters(trainer.model):
         lora = asdict(adapter_config(trainer.model))
-        settings["lora"] = {name: value for name, value in lora.items() if name != "base"}  # a path, which may change
+        settings["lora"] = {
+            name: value for name, value in lora.items() if name != "base"
+        }  # a path, which may change
     return json.loads(json.dumps(settings))
 
 

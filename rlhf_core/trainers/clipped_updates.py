@@ -22,7 +22,10 @@ from rlhf_core.trainers.completions import completion_loss
 from rlhf_core.trainers.config import OnPolicyConfig
 from rlhf_core.trainers.reference import Reference
 
-MAX_FIRST_ERROR = {"float32": 1e-3, "bfloat16": 0.05}  # of the first minibatch's ratio: its padding rounds otherwise
+MAX_FIRST_ERROR = {
+    "float32": 1e-3,
+    "bfloat16": 0.05,
+}  # of the first minibatch's ratio: its padding rounds otherwise
 DIVERGED = "the weights have diverged (a smaller lr, fewer ppo_epochs) or overflow in bfloat16"
 
 
@@ -34,7 +37,9 @@ class Experience(NamedTuple):
     ref_logprobs: Tensor
     old_values: Tensor | None = None  # with a critic
     returns: Tensor | None = None
-    importance: Tensor | None = None  # with importance_cap: trained / sampled; the advantages have it in them
+    importance: Tensor | None = (
+        None  # with importance_cap: trained / sampled; the advantages have it in them
+    )
 
 
 class Coefficient:
@@ -81,10 +86,14 @@ class ClippedUpdates(Trainer):
 
     def check(self, columns: dict[str, Tensor]) -> None:
         """FloatingPointError naming column, row and token where one (B, R) holds what it never may."""
-        for (name, x), bad in zip(columns.items(), torch.stack([~x.isfinite() for x in columns.values()]).cpu()):
+        for (name, x), bad in zip(
+            columns.items(), torch.stack([~x.isfinite() for x in columns.values()]).cpu()
+        ):
             if bad.any():
                 row, token = bad.nonzero()[0].tolist()
-                raise FloatingPointError(f"{name} is {x[row, token]} at row {row}, token {token}: {DIVERGED}")
+                raise FloatingPointError(
+                    f"{name} is {x[row, token]} at row {row}, token {token}: {DIVERGED}"
+                )
         kl, estimator = columns.get("kl"), self.config.estimator
         if kl is not None and estimator != "k1" and (kl < 0).any():
             row, token = (kl < 0).nonzero()[0].tolist()
@@ -97,9 +106,13 @@ class ClippedUpdates(Trainer):
         """Passes of clipped updates over the rollout, in minibatches; they end early beyond max_approx_kl."""
         config, size = self.config, len(rollout.response_ids)
         if config.importance_cap is not None:
-            log_weight = (experience.old_logprobs - rollout.logprobs).where(rollout.response_mask, 0)
+            log_weight = (experience.old_logprobs - rollout.logprobs).where(
+                rollout.response_mask, 0
+            )
             weight = log_weight.exp().clamp_max(config.importance_cap)
-            experience = experience._replace(advantages=experience.advantages * weight, importance=weight)
+            experience = experience._replace(
+                advantages=experience.advantages * weight, importance=weight
+            )
         for epoch in range(config.ppo_epochs):
             order = torch.randperm(size, generator=self.generator, device=self.device)
             for i, index in enumerate(order.split(config.update_size)):
@@ -110,11 +123,20 @@ class ClippedUpdates(Trainer):
                     norm = self.optimize(chain(losses, self.ptx_losses(len(index), seen)))
                 except FloatingPointError as error:
                     with torch.no_grad():
-                        self.check({name: x for name, x in self.forward(rollout).items() if name != "hidden"})
+                        self.check(
+                            {
+                                name: x
+                                for name, x in self.forward(rollout).items()
+                                if name != "hidden"
+                            }
+                        )
                     raise FloatingPointError(f"{error}; perhaps {DIVERGED}") from None
                 metrics.merge(seen)
                 metrics.add("grad_norm", torch.tensor(norm))
-                if config.max_approx_kl is not None and seen.means()["policy/approxkl_avg"] > config.max_approx_kl:
+                if (
+                    config.max_approx_kl is not None
+                    and seen.means()["policy/approxkl_avg"] > config.max_approx_kl
+                ):
                     return
 
     def checked(self, losses: Iterator[Tensor], metrics: Metrics) -> Iterator[Tensor]:
@@ -130,10 +152,14 @@ class ClippedUpdates(Trainer):
                 "train mode, or moved between rollout and update, or its forward depends on the other rows of a batch"
             )
 
-    def minibatch_losses(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> Iterator[Tensor]:
+    def minibatch_losses(
+        self, rollout: Rollout, experience: Experience, metrics: Metrics
+    ) -> Iterator[Tensor]:
         """The loss of each micro-batch; the parts add up to the minibatch's loss."""
         config = self.config
-        weights = loss_weights(rollout.response_mask, config.aggregation, length=config.response_length)  # (B, R)
+        weights = loss_weights(
+            rollout.response_mask, config.aggregation, length=config.response_length
+        )  # (B, R)
         for part, old, w in micro_batches(config.micro_batch_size, rollout, experience, weights):
             mask = part.response_mask
             counted, counted_weights = rows(old, mask), w[mask]  # (M,)
@@ -141,7 +167,9 @@ class ClippedUpdates(Trainer):
             def loss_of(logprobs, tokens, counted=counted, weights=counted_weights):
                 weights = weights[None, tokens]
                 mask = torch.ones_like(weights, dtype=torch.bool)
-                return self.token_loss(logprobs[None], rows(counted, (None, tokens)), mask, weights)[0]
+                return self.token_loss(
+                    logprobs[None], rows(counted, (None, tokens)), mask, weights
+                )[0]
 
             found = self.forward(part, loss_of if self.token_by_token else None)
             logprobs, entropy, values = found["logprobs"], found["entropy"], found.get("values")
@@ -155,7 +183,10 @@ class ClippedUpdates(Trainer):
         """ptx_coef times the mean cross-entropy of so many ptx examples, drawn with replacement, by micro-batches."""
         if self.config.ptx_coef and not self.policy_rests:
             where = dict(generator=self.generator, device=self.device)
-            batch = [self.ptx_examples[i] for i in torch.randint(len(self.ptx_examples), (size,), **where).tolist()]
+            batch = [
+                self.ptx_examples[i]
+                for i in torch.randint(len(self.ptx_examples), (size,), **where).tolist()
+            ]
             count = sum(map(count_targets, batch))
             for tokens in self.token_batches(batch):
                 with self.autocast():
@@ -191,7 +222,9 @@ class ClippedUpdates(Trainer):
         config, entropy_coef = self.config, self.entropy_coef.value if entropy is not None else 0.0
         high = config.clip_range if config.clip_range_high is None else config.clip_range_high
         if not entropy_coef and entropy is not None:
-            entropy = entropy.detach()  # for the statistics: else a gradient of zeros would be taken to the logits
+            entropy = (
+                entropy.detach()
+            )  # for the statistics: else a gradient of zeros would be taken to the logits
         ratio_logprobs = self.ratio_logprobs(logprobs, old.old_logprobs, mask)
         loss, stats = ppo_loss(
             ratio_logprobs,
@@ -213,7 +246,9 @@ class ClippedUpdates(Trainer):
             kl = kl_estimate(old.old_logprobs, logprobs.detach(), estimator="k3", mask=mask)
             stats = stats._replace(approx_kl=masked_mean(kl, mask))
         if self.kl_in_loss and not self.full_kl_in_loss:
-            kl = kl_loss(logprobs, old.old_logprobs, old.ref_logprobs, mask, estimator=config.estimator)
+            kl = kl_loss(
+                logprobs, old.old_logprobs, old.ref_logprobs, mask, estimator=config.estimator
+            )
             kl = kl if old.importance is None else kl * old.importance
             loss = loss + self.kl_coef.value * (kl * weights).sum()
         return loss, stats

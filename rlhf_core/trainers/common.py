@@ -58,7 +58,11 @@ class Metrics:
 
     def means(self) -> dict[str, float]:
         """Of what has values; a name whose masks were all False is left out."""
-        return {name: float(total) / float(count) for name, (total, count) in self._sums.items() if count}
+        return {
+            name: float(total) / float(count)
+            for name, (total, count) in self._sums.items()
+            if count
+        }
 
 
 class Trainer:
@@ -92,7 +96,9 @@ class Trainer:
         """
         if not isinstance(model, self.model_type):
             wanted = self.model_type.__name__
-            raise TypeError(f"{self.algorithm} trains a model of type {wanted}, got {type(model).__name__}")
+            raise TypeError(
+                f"{self.algorithm} trains a model of type {wanted}, got {type(model).__name__}"
+            )
         if not len(examples):
             raise ValueError("there are no examples to train on")
         self.model, self.config, self.tokenizer = model, config, tokenizer
@@ -119,7 +125,9 @@ class Trainer:
         return [self.model]
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        parameters = [p for model in self.trained_models() for p in model.parameters() if p.requires_grad]
+        parameters = [
+            p for model in self.trained_models() for p in model.parameters() if p.requires_grad
+        ]
         return list(dict.fromkeys(parameters))  # once, where two models are on one trunk
 
     def parameter_groups(self) -> list[dict]:
@@ -173,13 +181,17 @@ class Trainer:
         One for each forward: within it a weight's bfloat16 copy is made once, and one that was made without gradient
         would cut a later forward off from its weights.
         """
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
+        )
 
     def token_batches(self, batch: list, *, packing: int | None = None) -> Iterator[TokenBatch]:
         """The micro-batches of examples or pairs, on the model's device; packing as for `collate`."""
         return (tokens for _, tokens in self.parts(batch, packing=packing))
 
-    def parts(self, batch: list, *, packing: int | None = None) -> Iterator[tuple[list, TokenBatch]]:
+    def parts(
+        self, batch: list, *, packing: int | None = None
+    ) -> Iterator[tuple[list, TokenBatch]]:
         """The same, each with its examples."""
         size = self.config.micro_batch_size or len(batch)
         for start in range(0, len(batch), size):
@@ -234,7 +246,10 @@ class Trainer:
             grad_norm = self.optimize(self.losses(batch, metrics))
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; {self._blame(batch)}") from None
-        return metrics.means() | {"grad_norm": grad_norm, "lr": self.optimizer.param_groups[0]["lr"]}
+        return metrics.means() | {
+            "grad_norm": grad_norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
 
     @torch.no_grad()
     def _blame(self, batch: list) -> str:
@@ -243,7 +258,9 @@ class Trainer:
         for at, row in enumerate(batch):
             with contextlib.suppress(ValueError):  # a loss that needs several rows
                 if not all(loss.isfinite() for loss in self.losses([row], Metrics())):
-                    places = (f"example {i}" for i, example in enumerate(self.examples) if example is row)
+                    places = (
+                        f"example {i}" for i, example in enumerate(self.examples) if example is row
+                    )
                     bad.append(next(places, f"row {at}, {row},"))  # or one that was sampled
         if len(bad) == len(batch):
             return "no row has a finite loss, so look at the weights: a smaller lr or max_grad_norm, a longer warmup"
@@ -278,7 +295,9 @@ class Trainer:
         metrics = Metrics()
         self.model.eval()
         for start in range(0, len(self.eval_examples), self.config.batch_size):
-            for _ in self.losses(self.eval_examples[start : start + self.config.batch_size], metrics):
+            for _ in self.losses(
+                self.eval_examples[start : start + self.config.batch_size], metrics
+            ):
                 pass
         self.model.train(self.config.dropout)
         return {f"eval_{name}": value for name, value in metrics.means().items()}
@@ -314,7 +333,11 @@ class Trainer:
         Where it fails, its state is left in `out`/checkpoint-error; FloatingPointError where the run has diverged,
         ValueError and RewardError then name the step.
         """
-        step, every, last = self.steps_done + 1, self.config.eval_every, self.steps_done + 1 == self.total_steps
+        step, every, last = (
+            self.steps_done + 1,
+            self.config.eval_every,
+            self.steps_done + 1 == self.total_steps,
+        )
         self._set_lr()
         try:
             metrics = {"step": step, **self.step(batch)}
@@ -323,7 +346,11 @@ class Trainer:
                 metrics |= self.evaluate()
             return metrics | self.last_metrics() if last else metrics
         except Exception as error:
-            seen = f"; the state is in {checkpoint.save(self, checkpoint.ERROR_NAME)}" if self.out else ""
+            seen = (
+                f"; the state is in {checkpoint.save(self, checkpoint.ERROR_NAME)}"
+                if self.out
+                else ""
+            )
             if type(error) not in (FloatingPointError, ValueError, RuntimeError, RewardError):
                 raise
             raise type(error)(f"step {step}: {error}{seen}") from error
@@ -356,7 +383,9 @@ class Trainer:
 def has_dropout(model: nn.Module) -> bool:
     """Whether its config, or that of its adapters, drops anything in train mode."""
     configs = [getattr(module, "config", None) for module in model.modules()]
-    return any(getattr(config, name, 0) for config in configs for name in ("dropout", "attention_dropout"))
+    return any(
+        getattr(config, name, 0) for config in configs for name in ("dropout", "attention_dropout")
+    )
 
 
 def rows(batch: Tensors, index) -> Tensors:

@@ -47,9 +47,14 @@ def completion_loss(
 ) -> Tensor:
     """The loss () of a micro-batch: the sum over its targets, divided by the `num_tokens` of the whole batch; to be
     called under `Trainer.autocast`. The weights are those of `regularized_cross_entropy`."""
-    hidden, weight = read_hidden(model.trunk, tokens, tokens.read), model.head_weight  # (M, D), (V, D)
+    hidden, weight = (
+        read_hidden(model.trunk, tokens, tokens.read),
+        model.head_weight,
+    )  # (M, D), (V, D)
     regularized = label_smoothing or z_coef
-    if regularized:  # neither the mean of the logits nor the logit of the target takes the other logits
+    if (
+        regularized
+    ):  # neither the mean of the logits nor the logit of the target takes the other logits
         target_logits = (hidden * embedding(tokens.targets, weight)).sum(dim=-1)
         mean_logits = (hidden * weight.mean(dim=0)).sum(dim=-1)
 
@@ -57,12 +62,16 @@ def completion_loss(
         if not regularized:
             return -logprobs
         weights = dict(label_smoothing=label_smoothing, z_coef=z_coef)
-        return regularized_cross_entropy(logprobs, target_logits[rows], mean_logits[rows], **weights)
+        return regularized_cross_entropy(
+            logprobs, target_logits[rows], mean_logits[rows], **weights
+        )
 
     def loss_of(logprobs, rows=slice(None)):
         return losses(logprobs, rows).sum() / max(num_tokens, 1)
 
-    logprobs, entropy, likeliest = linear_token_statistics(hidden, weight, tokens.targets, loss_of=loss_of)
+    logprobs, entropy, likeliest = linear_token_statistics(
+        hidden, weight, tokens.targets, loss_of=loss_of
+    )
     if metrics is not None:
         metrics.add("loss", losses(logprobs))
         metrics.add("mean_token_accuracy", likeliest)

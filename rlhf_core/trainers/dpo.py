@@ -33,17 +33,38 @@ class DPOConfig(TrainConfig):
     """An option that has no effect on the loss is refused unless it has its default."""
 
     lr: float = option(1e-6, "peak learning rate of AdamW")
-    loss: str = option("dpo", "dpo, robust, ipo, hinge (SLiC), or without reference simpo, orpo: see losses/preference")
-    beta: float = option(0.1, "strength of the implicit KL penalty, > 0; simpo: scale of the reward, there 2 to 10")
-    label_smoothing: float = option(0.0, "dpo (then cDPO), robust: share of labels taken to be wrong, in [0, 0.5)")
-    average: bool = option(False, "log-probs averaged over a completion's tokens, not summed; simpo and orpo need it")
+    loss: str = option(
+        "dpo",
+        "dpo, robust, ipo, hinge (SLiC), or without reference simpo, orpo: see losses/preference",
+    )
+    beta: float = option(
+        0.1, "strength of the implicit KL penalty, > 0; simpo: scale of the reward, there 2 to 10"
+    )
+    label_smoothing: float = option(
+        0.0, "dpo (then cDPO), robust: share of labels taken to be wrong, in [0, 0.5)"
+    )
+    average: bool = option(
+        False, "log-probs averaged over a completion's tokens, not summed; simpo and orpo need it"
+    )
     reference_free: bool = option(False, "compare with no reference: its log-probs are all alike")
-    reference_logprobs: str | None = option(None, "file of the reference's log-probs; written where there is none")
-    ld_alpha: float = option(1.0, "LD-DPO: weight of tokens beyond the pair's shorter completion, in [0, 1]; 1: all")
-    gamma: float = option(0.0, "simpo: reward by which the chosen completion should win, at least 0")
-    orpo_lambda: float = option(0.1, "orpo: weight of the odds-ratio term beside the cross-entropy of the chosen, > 0")
-    sft_coef: float = option(0.0, "weight of the chosen completion's mean cross-entropy, added to the loss")
-    max_length: int = option(1024, "tokens of prompt and completion together; what is longer is cut")
+    reference_logprobs: str | None = option(
+        None, "file of the reference's log-probs; written where there is none"
+    )
+    ld_alpha: float = option(
+        1.0, "LD-DPO: weight of tokens beyond the pair's shorter completion, in [0, 1]; 1: all"
+    )
+    gamma: float = option(
+        0.0, "simpo: reward by which the chosen completion should win, at least 0"
+    )
+    orpo_lambda: float = option(
+        0.1, "orpo: weight of the odds-ratio term beside the cross-entropy of the chosen, > 0"
+    )
+    sft_coef: float = option(
+        0.0, "weight of the chosen completion's mean cross-entropy, added to the loss"
+    )
+    max_length: int = option(
+        1024, "tokens of prompt and completion together; what is longer is cut"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,7 +77,11 @@ class DPOConfig(TrainConfig):
             ("gamma", self.gamma >= 0, "at least 0"),
             ("sft_coef", self.sft_coef >= 0, "at least 0"),
             ("average", self.average or not without_reference, f"set for loss {loss!r}"),
-            ("label_smoothing", self.label_smoothing or loss != "robust", "> 0 for loss 'robust', else it is 'dpo'"),
+            (
+                "label_smoothing",
+                self.label_smoothing or loss != "robust",
+                "> 0 for loss 'robust', else it is 'dpo'",
+            ),
         )
         idle = {"beta", "label_smoothing", "gamma", "orpo_lambda"} - options_of(loss)
         idle |= {"reference_free", "reference_logprobs"} if without_reference else set()
@@ -81,7 +106,13 @@ class DPOTrainer(Trainer):
     kinds = (Pair,)
 
     def __init__(
-        self, model: Transformer, examples, config: DPOConfig, *, reference: Transformer | None = None, **options
+        self,
+        model: Transformer,
+        examples,
+        config: DPOConfig,
+        *,
+        reference: Transformer | None = None,
+        **options,
     ):
         super().__init__(model, examples, config, **options)
         if self.kinds and all(row.chosen_ids == row.rejected_ids for row in examples):
@@ -102,11 +133,16 @@ class DPOTrainer(Trainer):
         elif not without:
             self.reference = Reference(model, reference)
 
-    def _compute_reference_logprobs(self, reference: Transformer) -> Iterator[tuple[list[Pair], tuple[Tensor, ...]]]:
+    def _compute_reference_logprobs(
+        self, reference: Transformer
+    ) -> Iterator[tuple[list[Pair], tuple[Tensor, ...]]]:
         """In the batches of the first epoch, so that they round as the policy's will."""
         size = self.config.batch_size
         first_epoch = itertools.islice(self.batches(), math.ceil(len(self.examples) / size))
-        held_out = (self.eval_examples[start : start + size] for start in range(0, len(self.eval_examples), size))
+        held_out = (
+            self.eval_examples[start : start + size]
+            for start in range(0, len(self.eval_examples), size)
+        )
         with torch.no_grad(), eval_mode(reference):
             for batch in itertools.chain(first_epoch, held_out):
                 for part, tokens in self.parts(batch, packing=self.config.max_length):
@@ -116,7 +152,9 @@ class DPOTrainer(Trainer):
 
     def settings(self) -> dict:
         cached = self.reference_logprobs
-        return super().settings() | ({} if cached is None else {"reference": cached.made_of["reference"]})
+        return super().settings() | (
+            {} if cached is None else {"reference": cached.made_of["reference"]}
+        )
 
     def losses(self, batch: list[Pair], metrics: Metrics) -> Iterator[Tensor]:
         for part, tokens in self.parts(batch, packing=self.config.max_length):
@@ -130,10 +168,14 @@ class DPOTrainer(Trainer):
                 ref_logps = self.logps(ref_logprobs, lengths)
 
             def loss_of(logprobs, pairs, lengths=lengths, ref_logps=ref_logps):
-                return self.pair_losses(logprobs, lengths[pairs], ref_logps[pairs])[0].sum() / len(batch)
+                return self.pair_losses(logprobs, lengths[pairs], ref_logps[pairs])[0].sum() / len(
+                    batch
+                )
 
             with self.autocast():
-                logprobs, entropy = target_logprobs(self.model, tokens, loss_of=loss_of, sizes=lengths.sum(dim=1))
+                logprobs, entropy = target_logprobs(
+                    self.model, tokens, loss_of=loss_of, sizes=lengths.sum(dim=1)
+                )
             loss, logps, rewards = self.pair_losses(logprobs, lengths, ref_logps)
             metrics.add("loss", loss)
             metrics.add("rewards/chosen", rewards[:, 0])
@@ -145,12 +187,16 @@ class DPOTrainer(Trainer):
             metrics.add("entropy", entropy)
             yield loss.sum() / len(batch)
 
-    def pair_losses(self, logprobs: Tensor, lengths: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pair_losses(
+        self, logprobs: Tensor, lengths: Tensor, ref_logps: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses (B,), log-probs (B, 2) and implicit rewards (B, 2) from the targets' log-probs (M,)."""
         config, logps = self.config, self.logps(logprobs, lengths)
         log_ratios = logps - ref_logps
         names = options_of(config.loss)
-        loss = LOSSES[config.loss](*log_ratios.unbind(dim=1), **{name: getattr(config, name) for name in names})
+        loss = LOSSES[config.loss](
+            *log_ratios.unbind(dim=1), **{name: getattr(config, name) for name in names}
+        )
         if config.sft_coef:
             loss = loss - config.sft_coef * sequence_means(logprobs, lengths)[:, 0]
         return loss, logps, (config.beta if "beta" in names else 1.0) * log_ratios

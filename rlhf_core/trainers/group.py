@@ -26,14 +26,23 @@ class GroupConfig(OnPolicyConfig):
     lr: float = option(1e-6, "peak learning rate of AdamW")
     batch_size: int = option(8, "prompts of a rollout")
     num_samples: int = option(8, "responses to each prompt")
-    minibatch_size: int | None = option(None, "responses an optimiser step sees; None: all of the rollout's")
+    minibatch_size: int | None = option(
+        None, "responses an optimiser step sees; None: all of the rollout's"
+    )
     ppo_epochs: int = option(1, "passes over each rollout")
     temperature: float = option(1.0, "of sampling, and so of every log-prob, entropy and KL, > 0")
     kl_coef: float = option(0.0, "weight of the KL to the reference")
-    kl_in: str = option("loss", "where the KL counts: loss, with the KL's own gradient, or reward, before advantages")
-    advantage: str = option("grpo", "grpo, rloo, reinforce_pp or remax: what a response's score is compared with")
+    kl_in: str = option(
+        "loss",
+        "where the KL counts: loss, with the KL's own gradient, or reward, before advantages",
+    )
+    advantage: str = option(
+        "grpo", "grpo, rloo, reinforce_pp or remax: what a response's score is compared with"
+    )
     normalize: bool = option(True, "grpo divides by the group's standard deviation")
-    ratio: str = option("token", "what is clipped: each token's ratio, or sequence: their geometric mean (GSPO)")
+    ratio: str = option(
+        "token", "what is clipped: each token's ratio, or sequence: their geometric mean (GSPO)"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,17 +51,35 @@ class GroupConfig(OnPolicyConfig):
         alone = self.advantage != "remax" or self.whiten_scores == "none"
         self.check(
             ("num_samples", self.num_samples >= least, f"at least {least} for {self.advantage}"),
-            ("whiten_scores", alone, "none for remax, whose greedy responses it would scale otherwise"),
+            (
+                "whiten_scores",
+                alone,
+                "none for remax, whose greedy responses it would scale otherwise",
+            ),
         )
         divided = self.advantage == "reinforce_pp" or (self.advantage == "grpo" and self.normalize)
         beside = self.score_clip is not None or (self.kl_in == "reward" and self.kl_coef > 0)
-        by_token = self.advantage in ("remax", "reinforce_pp") and self.kl_in == "reward" and self.kl_coef > 0
-        by_token = by_token or self.importance_cap is not None  # then a token's advantage is its own
+        by_token = (
+            self.advantage in ("remax", "reinforce_pp")
+            and self.kl_in == "reward"
+            and self.kl_coef > 0
+        )
+        by_token = (
+            by_token or self.importance_cap is not None
+        )  # then a token's advantage is its own
         self.check_effective(
             ("ratio", by_token or not self.at_ratio_1, ONE_UPDATE),
             ("normalize", self.advantage == "grpo", f"on {self.advantage}, undivided as it is"),
-            ("whiten_scores", beside or not divided, f"on {self.advantage}, which divides by a deviation anyway"),
-            ("whiten_mean", self.score_clip is not None, "on advantages, which are centred, without score_clip"),
+            (
+                "whiten_scores",
+                beside or not divided,
+                f"on {self.advantage}, which divides by a deviation anyway",
+            ),
+            (
+                "whiten_mean",
+                self.score_clip is not None,
+                "on advantages, which are centred, without score_clip",
+            ),
         )
 
     @property
@@ -92,17 +119,23 @@ class GroupTrainer(OnPolicyTrainer):
         # 4. A response's advantage over the others.
         groups = len(batch), config.num_samples
         kl = columns["kl"] * (self.kl_coef.value if config.kl_in == "reward" else 0.0)
-        tokens = (x.unflatten(0, groups) for x in (scores_of(shaped), kl, mask))  # (P, n), (P, n, R) twice
+        tokens = (
+            x.unflatten(0, groups) for x in (scores_of(shaped), kl, mask)
+        )  # (P, n), (P, n, R) twice
         advantages = self.advantages(*tokens, batch).flatten(0, 1)  # (P n, R)
 
         # 5. Passes of clipped updates.
-        self.update(rollout, Experience(columns["logprobs"], advantages, columns["ref_logprobs"]), metrics)
+        self.update(
+            rollout, Experience(columns["logprobs"], advantages, columns["ref_logprobs"]), metrics
+        )
 
         # 6. Report.
         report = self.report(rollout, columns, scores, shaped, metrics)
         return report | self.group_report(scores_of(scores).view(groups), advantages, report)
 
-    def advantages(self, scores: Tensor, kl: Tensor, mask: Tensor, batch: list[list[int]]) -> Tensor:
+    def advantages(
+        self, scores: Tensor, kl: Tensor, mask: Tensor, batch: list[list[int]]
+    ) -> Tensor:
         """(P, n, R); arguments as in losses/advantages.py."""
         own = {"normalize": self.config.normalize} if self.config.advantage == "grpo" else {}
         if self.config.advantage == "remax":
@@ -110,7 +143,9 @@ class GroupTrainer(OnPolicyTrainer):
             own["greedy_scores"] = scores_of(self.shaped(self.score(greedy), greedy.response_mask))
         return ESTIMATORS[self.config.advantage](scores, kl, mask, **own)
 
-    def group_report(self, scores: Tensor, advantages: Tensor, report: dict[str, float]) -> dict[str, float]:
+    def group_report(
+        self, scores: Tensor, advantages: Tensor, report: dict[str, float]
+    ) -> dict[str, float]:
         """GRPO's metrics by their usual names, of scores (P, n); warns where nothing is to be learned."""
         alike = (scores == scores[:, :1]).all(dim=1).float().mean().item()
         if not advantages.any():
@@ -119,7 +154,11 @@ class GroupTrainer(OnPolicyTrainer):
                 "advantages are 0: harder or easier prompts, a finer reward or a higher temperature would help",
                 stacklevel=2,
             )
-        kl = {"kl": report["objective/kl"] / report["response_length"]} if "objective/kl" in report else {}
+        kl = (
+            {"kl": report["objective/kl"] / report["response_length"]}
+            if "objective/kl" in report
+            else {}
+        )
         return kl | {
             "reward": report["objective/scores"],
             "reward_std": scores.std(dim=1).mean().item() if scores.shape[1] > 1 else 0.0,
@@ -133,7 +172,9 @@ class GroupTrainer(OnPolicyTrainer):
         if self.config.ratio == "token":
             return logprobs
         log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0).sum(dim=1, keepdim=True)
-        return old_logprobs.masked_fill(~mask, 0) + log_ratio / mask.sum(dim=1, keepdim=True).clamp_min(1)
+        return old_logprobs.masked_fill(~mask, 0) + log_ratio / mask.sum(
+            dim=1, keepdim=True
+        ).clamp_min(1)
 
     @property
     def token_by_token(self) -> bool:

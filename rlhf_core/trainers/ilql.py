@@ -27,15 +27,28 @@ from rlhf_core.trainers.config import TrainConfig, option
 class ILQLConfig(TrainConfig):
     lr: float = option(1e-4, "peak learning rate of AdamW")
     gamma: float = option(0.99, "discount a token, in [0, 1]")
-    expectile: float = option(0.7, "of Q that V is drawn to, in (0, 1): 0.5 its mean, near 1 its maximum")
+    expectile: float = option(
+        0.7, "of Q that V is drawn to, in (0, 1): 0.5 its mean, near 1 its maximum"
+    )
     cql_coef: float = option(
         0.1, "weight of the Q heads' cross-entropy, which keeps them low for what the data has not"
     )
-    bc_coef: float = option(1.0, "weight of cloning the data, the language model's own loss; 0: it learns from Q alone")
-    bc_beta: float = option(0.0, "per unit of reward: cloned tokens weigh exp(this * advantage) (AWAC); 0: all alike")
-    target_rate: float = option(0.005, "share of the way that the target heads move to the Q heads a step, in (0, 1]")
-    beta: float = option(1.0, "per unit of reward: weight of the values in the logits sampled from, saved; at least 0")
-    max_length: int = option(1024, "tokens of prompt and completion together; what is longer is cut")
+    bc_coef: float = option(
+        1.0, "weight of cloning the data, the language model's own loss; 0: it learns from Q alone"
+    )
+    bc_beta: float = option(
+        0.0, "per unit of reward: cloned tokens weigh exp(this * advantage) (AWAC); 0: all alike"
+    )
+    target_rate: float = option(
+        0.005, "share of the way that the target heads move to the Q heads a step, in (0, 1]"
+    )
+    beta: float = option(
+        1.0,
+        "per unit of reward: weight of the values in the logits sampled from, saved; at least 0",
+    )
+    max_length: int = option(
+        1024, "tokens of prompt and completion together; what is longer is cut"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -78,11 +91,18 @@ class ILQLTrainer(Trainer):
             actions = tokens.targets
             with self.autocast():
                 hidden = read_hidden(model.trunk, tokens, tokens.read)  # (M, D)
-                logprobs, entropy = linear_token_logprobs_and_entropy(hidden, model.head_weight, actions)
-                cql = -sum(linear_token_logprobs(head.features(hidden), head.out.weight, actions) for head in model.q)
+                logprobs, entropy = linear_token_logprobs_and_entropy(
+                    hidden, model.head_weight, actions
+                )
+                cql = -sum(
+                    linear_token_logprobs(head.features(hidden), head.out.weight, actions)
+                    for head in model.q
+                )
             q = torch.stack([head.of_tokens(hidden, actions) for head in model.q])  # (2, M)
             with torch.no_grad():
-                target_q = torch.minimum(*(head.of_tokens(hidden, actions) for head in model.target_q))  # (M,)
+                target_q = torch.minimum(
+                    *(head.of_tokens(hidden, actions) for head in model.target_q)
+                )  # (M,)
             values = model.values(hidden)
             rewards, next_values = transitions(values, scores, tokens.lengths)
             terms = {
@@ -91,7 +111,12 @@ class ILQLTrainer(Trainer):
                 "cql": cql,
                 "bc": cloning_loss(logprobs, target_q - values, beta=config.bc_beta),
             }
-            loss = terms["q"] + terms["v"] + config.cql_coef * terms["cql"] + config.bc_coef * terms["bc"]  # (M,)
+            loss = (
+                terms["q"]
+                + terms["v"]
+                + config.cql_coef * terms["cql"]
+                + config.bc_coef * terms["bc"]
+            )  # (M,)
             metrics.add("loss", loss)
             for name, term in terms.items():
                 metrics.add(f"loss/{name}", term)

@@ -24,7 +24,14 @@ from rlhf_core.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_core.trainers.reference import frozen_copy
 from rlhf_core.trainers.reward import RewardConfig, RewardTrainer
 from rlhf_core.trainers.rounds import goes_on, run_rounds
-from rlhf_core.trainers.selection import Candidates, Judge, SamplingConfig, candidates, judged, scorer_of
+from rlhf_core.trainers.selection import (
+    Candidates,
+    Judge,
+    SamplingConfig,
+    candidates,
+    judged,
+    scorer_of,
+)
 
 SAMPLES = "samples.json"  # of a round, in its folder: what the next ones need
 
@@ -34,7 +41,9 @@ class IteratedRLHFConfig(Options):
     """The seeds of sampling, reward and ppo have no say: each round has its own."""
 
     rounds: int = 3
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=2))  # of pairs and of answers
+    sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(num_samples=2)
+    )  # of pairs and of answers
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     seed: int = 0
@@ -42,7 +51,9 @@ class IteratedRLHFConfig(Options):
     def __post_init__(self):
         self.check_positive("rounds")
         if self.sampling.num_samples < 2:
-            raise ValueError(f"sampling.num_samples must be at least 2 for a pair, got {self.sampling.num_samples}")
+            raise ValueError(
+                f"sampling.num_samples must be at least 2 for a pair, got {self.sampling.num_samples}"
+            )
 
 
 def iterated_rlhf(
@@ -73,20 +84,30 @@ def iterated_rlhf(
     first, out = frozen_copy(model), None if out is None else Path(out)
     scorer = scorer_of(model, config.sampling, judge=judge, tokenizer=tokenizer)
 
-    def sampled(prompts: Sequence[Sequence[int]], scorer: Callable, seed: int, num_samples: int) -> Candidates:
-        settings, generator = replace(config.sampling, num_samples=num_samples), torch.Generator().manual_seed(seed)
+    def sampled(
+        prompts: Sequence[Sequence[int]], scorer: Callable, seed: int, num_samples: int
+    ) -> Candidates:
+        settings, generator = (
+            replace(config.sampling, num_samples=num_samples),
+            torch.Generator().manual_seed(seed),
+        )
         return candidates(model, prompts, scorer, settings, eos_ids=eos_ids, generator=generator)
 
     def answer() -> list[list[int]]:
         """One response of the policy to each of eval_prompts, with the same seeds for every policy."""
         if not len(eval_prompts):
             return []
-        found = sampled(eval_prompts, lambda _, responses: torch.zeros(len(responses)), config.seed, 1)
+        found = sampled(
+            eval_prompts, lambda _, responses: torch.zeros(len(responses)), config.seed, 1
+        )
         return [responses[0] for responses in found.responses]
 
     def wins_of(new: list[list[int]], old: list[list[int]]) -> float:
         """Of the policy that gave the new answers against that of the old ones."""
-        first, last = (judged(judge, eval_prompts, *both, tokenizer=tokenizer) for both in ((new, old), (old, new)))
+        first, last = (
+            judged(judge, eval_prompts, *both, tokenizer=tokenizer)
+            for both in ((new, old), (old, new))
+        )
         return ((first + 1 - last) / 2).sum().item()
 
     known, answers = list(pairs), [answer()]  # all pairs so far; the answers of each policy so far
@@ -100,11 +121,17 @@ def iterated_rlhf(
         # 2. A reward model from all pairs so far.
         reward_model = RewardModel.from_model(first)
         settings = dict(tokenizer=tokenizer, out=folder and folder / "reward")
-        fitted = RewardTrainer(reward_model, known, replace(config.reward, seed=seed), **settings).train()[-1]
+        fitted = RewardTrainer(
+            reward_model, known, replace(config.reward, seed=seed), **settings
+        ).train()[-1]
 
         # 3. PPO against it, from the policy as it is.
-        settings = dict(reward=reward_model, reference=first, eos_ids=eos_ids, tokenizer=tokenizer, out=folder)
-        report = goes_on(PPOTrainer(model, prompts, replace(config.ppo, seed=seed), **settings)).train()[-1]
+        settings = dict(
+            reward=reward_model, reference=first, eos_ids=eos_ids, tokenizer=tokenizer, out=folder
+        )
+        report = goes_on(
+            PPOTrainer(model, prompts, replace(config.ppo, seed=seed), **settings)
+        ).train()[-1]
         report |= {f"reward/{name}": value for name, value in fitted.items()}
         report |= {"pairs": len(known), "ties": (found.margins() == 0).double().mean().item()}
 
@@ -114,7 +141,9 @@ def iterated_rlhf(
             write_json(folder / SAMPLES, {"pairs": new, "answers": answers[-1]})
         if len(eval_prompts):
             report["wins"] = [wins_of(answers[-1], old) for old in answers[:-1]]
-            report["elo"] = ratings([*(line["wins"] for line in history), report["wins"]], len(eval_prompts)).tolist()
+            report["elo"] = ratings(
+                [*(line["wins"] for line in history), report["wins"]], len(eval_prompts)
+            ).tolist()
         return report
 
     def restore(folder: Path) -> None:

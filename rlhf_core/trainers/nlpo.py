@@ -28,7 +28,9 @@ LOGITS_AT_ONCE = 2**22  # of each of the two models: 16 MB
 
 @dataclass(frozen=True)
 class NLPOConfig(PPOConfig):
-    mask_top_p: float = option(0.9, "the likeliest tokens of the lagging policy that hold this probability are allowed")
+    mask_top_p: float = option(
+        0.9, "the likeliest tokens of the lagging policy that hold this probability are allowed"
+    )
     mask_every: int = option(10, "rollouts between its updates to the policy")
 
     def __post_init__(self):
@@ -36,7 +38,11 @@ class NLPOConfig(PPOConfig):
         self.check(
             ("mask_top_p", 0 < self.mask_top_p <= 1, "in (0, 1]"),
             ("mask_every", self.mask_every >= 1, "at least 1"),
-            ("kl_estimator", self.kl_estimator != "full", "one of sampled tokens, as NLPO cuts the vocabulary"),
+            (
+                "kl_estimator",
+                self.kl_estimator != "full",
+                "one of sampled tokens, as NLPO cuts the vocabulary",
+            ),
         )
 
 
@@ -47,7 +53,9 @@ class MaskedPolicy(nn.Module):
         super().__init__()
         self.policy, self.lagging = policy, lagging_copy(policy)
         self.top_p, self.temperature = top_p, temperature
-        self.train(policy.training)  # as `eval_mode` gives both of them back the mode of this module
+        self.train(
+            policy.training
+        )  # as `eval_mode` gives both of them back the mode of this module
 
     @property
     def config(self) -> TransformerConfig:
@@ -115,7 +123,9 @@ class NLPOTrainer(PPOTrainer):
         size = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
         taken = rollout.response_ids[rollout.response_mask]  # (N,)
         parts = [
-            checkpoint(statistics, *part, use_reentrant=False) if torch.is_grad_enabled() else statistics(*part)
+            checkpoint(statistics, *part, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else statistics(*part)
             for part in zip(hidden.split(size), lagging.split(size), taken.split(size))
         ]
         logprobs, entropy = (torch.cat(column) for column in zip(*parts))

@@ -55,10 +55,14 @@ class OnPolicyTrainer(ClippedUpdates):
     ):
         super().__init__(model, examples, config, tokenizer=tokenizer, out=out)
         needed = config.kl_coef > 0 or reference is not None
-        self.reference = Reference(model, reference, moves=config.reference_ema is not None) if needed else None
+        self.reference = (
+            Reference(model, reference, moves=config.reference_ema is not None) if needed else None
+        )
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         if bool(config.ptx_coef) != bool(ptx_examples):
-            raise ValueError(f"ptx_coef {config.ptx_coef} goes with ptx_examples, there are {len(ptx_examples)}")
+            raise ValueError(
+                f"ptx_coef {config.ptx_coef} goes with ptx_examples, there are {len(ptx_examples)}"
+            )
         self.check_examples("ptx example", ptx_examples, (Example,))
         self.ptx_examples = ptx_examples
         self.scorer = Scorer(
@@ -74,7 +78,9 @@ class OnPolicyTrainer(ClippedUpdates):
         positions = model.config.max_positions
         self.prompt_length = min(config.max_prompt_length, positions - config.response_length)
         if self.prompt_length < 1:
-            raise ValueError(f"response_length {config.response_length} leaves no prompt of {positions} positions")
+            raise ValueError(
+                f"response_length {config.response_length} leaves no prompt of {positions} positions"
+            )
         if config.kl_in == "reward" and config.kl_coef and config.estimator != "k1":
             warnings.warn(
                 f"kl_estimator {config.estimator} in the reward: its policy gradient is not the KL's and may lead away "
@@ -82,7 +88,9 @@ class OnPolicyTrainer(ClippedUpdates):
                 stacklevel=2,
             )
         self.kl_coef = Coefficient(config.kl_coef, config.kl_target, config.kl_horizon)
-        self.entropy_coef = Coefficient(config.entropy_coef, config.entropy_target, config.kl_horizon, sign=-1)
+        self.entropy_coef = Coefficient(
+            config.entropy_coef, config.entropy_target, config.kl_horizon, sign=-1
+        )
         self.score_moments = Moments(*torch.zeros(3, dtype=torch.float64, device=self.device))
         self.episodes, self.started = 0, time.monotonic()  # eps: episodes a second
 
@@ -92,7 +100,9 @@ class OnPolicyTrainer(ClippedUpdates):
         """Responses to every prompt of a batch, those of a prompt one after the other; options as for `sample`."""
         config = self.config
         settings = dict(max_new_tokens=config.response_length, temperature=config.temperature)
-        prompts = [cut_prompt(prompt, self.prompt_length, self.model.config.bos_id) for prompt in batch]
+        prompts = [
+            cut_prompt(prompt, self.prompt_length, self.model.config.bos_id) for prompt in batch
+        ]
         settings |= dict(num_samples=num_samples, eos_ids=self.eos_ids, generator=self.generator)
         return sample(self.sampled, prompts, **(settings | options))
 
@@ -124,8 +134,14 @@ class OnPolicyTrainer(ClippedUpdates):
             scale = torch.rsqrt(variance.where(varies, 1)).float()
             rewards = rewards * scale
             if config.whiten_mean:
-                rewards = _add_to_last(rewards, -(moments.mean.float() * scale).expand(len(mask)), mask)
-        return rewards if config.score_clip is None else rewards.clamp(-config.score_clip, config.score_clip)
+                rewards = _add_to_last(
+                    rewards, -(moments.mean.float() * scale).expand(len(mask)), mask
+                )
+        return (
+            rewards
+            if config.score_clip is None
+            else rewards.clamp(-config.score_clip, config.score_clip)
+        )
 
     @torch.no_grad()
     def predict(self, rollout: Rollout) -> dict[str, Tensor]:
@@ -153,28 +169,43 @@ class OnPolicyTrainer(ClippedUpdates):
             ref_hidden = response_hidden(reference.trunk, rollout)
             ref_logprobs, _ = response_logprobs(reference, rollout, temperature, ref_hidden)
             if estimator == "full" and self.config.kl_in == "reward":
-                return ref_logprobs, response_full_kl(self.model, reference, rollout, temperature, hidden, ref_hidden)
+                return ref_logprobs, response_full_kl(
+                    self.model, reference, rollout, temperature, hidden, ref_hidden
+                )
         estimator = "k3" if estimator == "full" else estimator
-        return ref_logprobs, kl_estimate(logprobs, ref_logprobs, estimator=estimator, mask=rollout.response_mask)
+        return ref_logprobs, kl_estimate(
+            logprobs, ref_logprobs, estimator=estimator, mask=rollout.response_mask
+        )
 
     def ended(self, rollout: Rollout) -> Tensor:
         """(B,) bool: whether the last counted token is one of the stop set."""
-        last = rollout.response_ids.gather(1, last_token_index(rollout.response_mask)[:, None])[:, 0]
+        last = rollout.response_ids.gather(1, last_token_index(rollout.response_mask)[:, None])[
+            :, 0
+        ]
         return torch.isin(last, torch.tensor(self.eos_ids, device=last.device, dtype=last.dtype))
 
     # ---- after the updates
 
     def report(
-        self, rollout: Rollout, columns: dict[str, Tensor], scores: Tensor, shaped: Tensor, metrics: Metrics
+        self,
+        rollout: Rollout,
+        columns: dict[str, Tensor],
+        scores: Tensor,
+        shaped: Tensor,
+        metrics: Metrics,
     ) -> dict[str, float]:
         """The step's metrics; steers the coefficients and moves a reference that follows.
 
         columns, scores, shaped: what `predict`, `score` and `shaped` gave.
         """
         mask, n = rollout.response_mask, len(rollout.response_ids)
-        penalty = columns["kl"].sum(dim=1) * (-self.kl_coef.value if self.config.kl_in == "reward" else 0.0)
+        penalty = columns["kl"].sum(dim=1) * (
+            -self.kl_coef.value if self.config.kl_in == "reward" else 0.0
+        )
         for name, values in {
-            "objective/kl": kl_estimate(columns["logprobs"], columns["ref_logprobs"], mask=mask).sum(dim=1),
+            "objective/kl": kl_estimate(
+                columns["logprobs"], columns["ref_logprobs"], mask=mask
+            ).sum(dim=1),
             "objective/entropy": columns["entropy"].sum(dim=1),
             "objective/non_score_reward": penalty,
             "objective/rlhf_reward": scores_of(shaped) + penalty,
@@ -190,7 +221,10 @@ class OnPolicyTrainer(ClippedUpdates):
         report["val/rollout_mismatch"] = float(mismatch.max())
         report["val/rollout_mismatch_mean"] = float(masked_mean(mismatch, mask))
         report["val/num_eos_tokens"] = int(self.ended(rollout).sum())
-        report |= {"objective/kl_coef": self.kl_coef.value, "policy/entropy_coef": self.entropy_coef.value}
+        report |= {
+            "objective/kl_coef": self.kl_coef.value,
+            "policy/entropy_coef": self.entropy_coef.value,
+        }
         if not self.policy_rests:
             self.kl_coef.update(report.get("objective/kl", 0.0), n)
             self.entropy_coef.update(float(masked_mean(columns["entropy"], mask)), n)
@@ -209,7 +243,10 @@ class OnPolicyTrainer(ClippedUpdates):
     # ---- checkpoints
 
     def settings(self) -> dict:
-        return {"eos_ids": self.eos_ids, "reward_weights": [weight for _, weight in self.scorer.rewards]}
+        return {
+            "eos_ids": self.eos_ids,
+            "reward_weights": [weight for _, weight in self.scorer.rewards],
+        }
 
     def state(self) -> dict[str, Tensor]:
         numbers = dict(episodes=self.episodes, seconds=time.monotonic() - self.started)
@@ -220,17 +257,27 @@ class OnPolicyTrainer(ClippedUpdates):
             "score_moments": torch.stack([x.double() for x in self.score_moments]),
         }
         if self.config.reference_ema is not None:
-            state |= {f"reference:{name}": x for name, x in self.reference.model.state_dict().items()}
+            state |= {
+                f"reference:{name}": x for name, x in self.reference.model.state_dict().items()
+            }
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)
         self.generator.set_state(state["sampling"])
-        self.episodes, self.started = int(state["episodes"]), time.monotonic() - float(state["seconds"])
-        self.kl_coef.value, self.entropy_coef.value = float(state["kl_coef"]), float(state["entropy_coef"])
+        self.episodes, self.started = (
+            int(state["episodes"]),
+            time.monotonic() - float(state["seconds"]),
+        )
+        self.kl_coef.value, self.entropy_coef.value = (
+            float(state["kl_coef"]),
+            float(state["entropy_coef"]),
+        )
         self.score_moments = Moments(*state["score_moments"].to(self.device))
         if self.config.reference_ema is not None:
-            weights = {name: state[f"reference:{name}"] for name in self.reference.model.state_dict()}
+            weights = {
+                name: state[f"reference:{name}"] for name in self.reference.model.state_dict()
+            }
             self.reference.model.load_state_dict(weights)
 
 

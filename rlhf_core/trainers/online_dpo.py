@@ -66,7 +66,9 @@ class OnlineDPOTrainer(DPOTrainer):
     ):
         super().__init__(model, examples, config, **options)
         if judge is not None:
-            self.main_metric = super().main_metric  # the mean of a judge's scores is always one half
+            self.main_metric = (
+                super().main_metric
+            )  # the mean of a judge's scores is always one half
         self.scorer = scorer_of(model, config, reward=reward, judge=judge, tokenizer=self.tokenizer)
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -95,7 +97,9 @@ class IteratedDPOConfig(OnlineDPOConfig):
     """epochs and max_steps are those of a round."""
 
     rounds: int = option(3, "times that the policy is sampled and trained by DPO on the pairs")
-    reference_policy: str = option("round", "what DPO compares with: round, the policy at the round's start, or first")
+    reference_policy: str = option(
+        "round", "what DPO compares with: round, the policy at the round's start, or first"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,7 +128,9 @@ def iterated_dpo(
     """
     scorer = scorer_of(model, config, reward=reward, judge=judge, tokenizer=tokenizer)
     first = frozen_copy(model) if config.reference_policy == "first" else None
-    Trainer(model, prompts, config, out=out)  # refuses what it refuses before anything is sampled or written
+    Trainer(
+        model, prompts, config, out=out
+    )  # refuses what it refuses before anything is sampled or written
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)
@@ -132,13 +138,27 @@ def iterated_dpo(
         pairs = found.pairs()
         if not pairs:
             raise ValueError("the responses to every prompt score alike: there is nothing to learn")
-        trainer = DPOTrainer(model, pairs, replace(config, seed=seed), reference=first, tokenizer=tokenizer, out=folder)
+        trainer = DPOTrainer(
+            model,
+            pairs,
+            replace(config, seed=seed),
+            reference=first,
+            tokenizer=tokenizer,
+            out=folder,
+        )
         return goes_on(trainer).train()[-1] | sample_metrics(found) | {"pairs": len(pairs)}
 
     fixed = list(prompts), eos_ids, *scorer.models
     out = None if out is None else Path(out)
     return run_rounds(
-        "iterated_dpo", model, config, train_round, fixed=fixed, tokenizer=tokenizer, out=out, resume=resume
+        "iterated_dpo",
+        model,
+        config,
+        train_round,
+        fixed=fixed,
+        tokenizer=tokenizer,
+        out=out,
+        resume=resume,
     )
 
 

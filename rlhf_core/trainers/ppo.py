@@ -32,9 +32,15 @@ class PPOConfig(OnPolicyConfig):
     lam: float = option(0.95, "GAE's lambda, in [0, 1]")
     value_clip_range: float = option(0.2, "how far a value may move from its old one; inf: any way")
     vf_coef: float = option(0.1, "weight of the value loss")
-    critic: str = option("separate", "a model of its own, or head: on the policy's trunk, which then learns both")
-    critic_init: str = option("reward", "of a separate critic: from the reward model where that is one, or policy")
-    critic_lr: float | None = option(None, "peak learning rate of what is the critic's alone; None: lr")
+    critic: str = option(
+        "separate", "a model of its own, or head: on the policy's trunk, which then learns both"
+    )
+    critic_init: str = option(
+        "reward", "of a separate critic: from the reward model where that is one, or policy"
+    )
+    critic_lr: float | None = option(
+        None, "peak learning rate of what is the critic's alone; None: lr"
+    )
     critic_warmup_steps: int = option(0, "rollouts at the start on which the critic alone learns")
 
     def __post_init__(self):
@@ -67,12 +73,23 @@ class PPOTrainer(OnPolicyTrainer):
     algorithm = "ppo"
 
     def __init__(
-        self, model: Transformer, examples, config: PPOConfig, *, reward, critic: ValueModel | None = None, **options
+        self,
+        model: Transformer,
+        examples,
+        config: PPOConfig,
+        *,
+        reward,
+        critic: ValueModel | None = None,
+        **options,
     ):
         if critic is None and config.critic == "head":
             critic = ValueModel.from_model(model, share_trunk=True)
         elif critic is None:
-            start = reward if isinstance(reward, RewardModel) and config.critic_init == "reward" else model
+            start = (
+                reward
+                if isinstance(reward, RewardModel) and config.critic_init == "reward"
+                else model
+            )
             critic = ValueModel.from_model(start)
         self.critic, self.one_trunk = critic, critic.trunk is model.trunk
         if self.one_trunk != (config.critic == "head"):
@@ -80,9 +97,13 @@ class PPOTrainer(OnPolicyTrainer):
             raise ValueError(f"critic={config.critic!r}, but the critic given is on {trunk}")
         super().__init__(model, examples, config, reward=reward, **options)
         if self.total_steps <= config.critic_warmup_steps > 0:
-            raise ValueError(f"critic_warmup_steps {config.critic_warmup_steps} is all of the {self.total_steps} steps")
+            raise ValueError(
+                f"critic_warmup_steps {config.critic_warmup_steps} is all of the {self.total_steps} steps"
+            )
         self.vf_coef = config.vf_coef
-        self.value_clip_range = None if config.value_clip_range == math.inf else config.value_clip_range
+        self.value_clip_range = (
+            None if config.value_clip_range == math.inf else config.value_clip_range
+        )
 
     def trained_models(self) -> list[nn.Module]:
         return [self.model, self.critic]
@@ -90,7 +111,10 @@ class PPOTrainer(OnPolicyTrainer):
     def parameter_groups(self) -> list[dict]:
         of_policy, parameters = set(self.model.parameters()), self.trained_parameters()
         policy, critic = ([p for p in parameters if (p in of_policy) == of] for of in (True, False))
-        return [{"params": policy}, {"params": critic, "lr": self.config.critic_lr or self.config.lr}]
+        return [
+            {"params": policy},
+            {"params": critic, "lr": self.config.critic_lr or self.config.lr},
+        ]
 
     def step(self, batch: list[list[int]]) -> dict[str, float]:
         """One rollout of a response to every prompt, and the optimiser steps on it."""
@@ -107,7 +131,9 @@ class PPOTrainer(OnPolicyTrainer):
 
         # 3. Log-probs under the policy that sampled and under the reference, and the values, before any update.
         columns = self.predict(rollout)  # (B, R) each
-        old_logprobs, ref_logprobs, old_values = (columns[name] for name in ("logprobs", "ref_logprobs", "values"))
+        old_logprobs, ref_logprobs, old_values = (
+            columns[name] for name in ("logprobs", "ref_logprobs", "values")
+        )
 
         # 4. Rewards: the KL penalty on every token, the score on the last one; returns; advantages, whitened.
         advantages, returns, _, _ = ppo_advantages(
@@ -124,7 +150,11 @@ class PPOTrainer(OnPolicyTrainer):
         )
 
         # 5. Several passes of clipped updates over the same rollout, in minibatches.
-        self.update(rollout, Experience(old_logprobs, advantages, ref_logprobs, old_values, returns), metrics)
+        self.update(
+            rollout,
+            Experience(old_logprobs, advantages, ref_logprobs, old_values, returns),
+            metrics,
+        )
 
         # 6. Report; steer the coefficients.
         explained = {"val/explained_variance": explained_variance(old_values, returns, mask)}
@@ -135,7 +165,9 @@ class PPOTrainer(OnPolicyTrainer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.policy_rests):
             found = super().forward(rollout, loss_of)
         with self.autocast():
-            values = response_values(self.critic, rollout, found["hidden"] if self.one_trunk else None)
+            values = response_values(
+                self.critic, rollout, found["hidden"] if self.one_trunk else None
+            )
         return found | {"values": values}
 
     @staticmethod

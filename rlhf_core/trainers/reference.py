@@ -49,12 +49,18 @@ class Reference:
         if moves and given is not None:
             of_policy = {name: x.shape for name, x in model.state_dict().items()}
             if of_policy != {name: x.shape for name, x in given.state_dict().items()}:
-                raise ValueError("a reference that follows the policy must have its shape, and the one given has not")
+                raise ValueError(
+                    "a reference that follows the policy must have its shape, and the one given has not"
+                )
             given = frozen_copy(given)
         if self.switch:
-            moving = [n for n, p in model.named_parameters() if p.requires_grad and ".adapters." not in n]
+            moving = [
+                n for n, p in model.named_parameters() if p.requires_grad and ".adapters." not in n
+            ]
             if moving:
-                raise ValueError(f"the policy is no reference without its adapters while {moving[0]} trains; freeze it")
+                raise ValueError(
+                    f"the policy is no reference without its adapters while {moving[0]} trains; freeze it"
+                )
             self.adapters = frozen_adapters(model)
         self.model = model if self.switch else frozen_copy(model) if given is None else given
 
@@ -84,7 +90,10 @@ class ReferenceLogprobs:
 
         Raises ValueError where the file is damaged, was made of another reference or precision, or lacks an example.
         """
-        path, self.made_of = Path(path), {"reference": digest_of_model(reference), "precision": precision}
+        path, self.made_of = (
+            Path(path),
+            {"reference": digest_of_model(reference), "precision": precision},
+        )
         if path.is_dir():
             raise IsADirectoryError(f"reference_logprobs {path} is a folder, not a file")
         if path.is_file():
@@ -92,16 +101,24 @@ class ReferenceLogprobs:
         else:
             check_writable(path.parent)
             self._logprobs = {
-                _key(example): part.cpu() for batch, parts in compute(reference) for example, part in zip(batch, parts)
+                _key(example): part.cpu()
+                for batch, parts in compute(reference)
+                for example, part in zip(batch, parts)
             }
             lengths = torch.tensor([len(part) for part in self._logprobs.values()])
             keys = torch.tensor([list(key) for key in self._logprobs], dtype=torch.uint8)
-            tensors = {"keys": keys, "lengths": lengths, "logprobs": torch.cat(list(self._logprobs.values()))}
+            tensors = {
+                "keys": keys,
+                "lengths": lengths,
+                "logprobs": torch.cat(list(self._logprobs.values())),
+            }
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(path, tensors, {"made_of": json.dumps(self.made_of)})
         for i, example in enumerate(examples):
             if _key(example) not in self._logprobs:
-                raise ValueError(f"{path}: made of other examples, without example {i}: {repr(example)[:80]}")
+                raise ValueError(
+                    f"{path}: made of other examples, without example {i}: {repr(example)[:80]}"
+                )
 
     def __call__(self, batch: list) -> Tensor:
         return torch.cat([self._logprobs[_key(example)] for example in batch])
@@ -123,9 +140,15 @@ def _read(path: Path, made_of: dict[str, str]) -> dict[bytes, Tensor]:
         raise ValueError(f"{path}: a safetensors file, but not of a reference's log-probs")
     for name, then in json.loads(header["made_of"]).items():
         if then != made_of[name]:
-            raise ValueError(f"{path}: made with another {name}, {then:.12}, not {made_of[name]:.12}; remove the file")
+            raise ValueError(
+                f"{path}: made with another {name}, {then:.12}, not {made_of[name]:.12}; remove the file"
+            )
     keys, lengths, logprobs = (tensors[name] for name in ("keys", "lengths", "logprobs"))
-    whole = lengths.ge(0).all() and lengths.sum() == logprobs.numel() and logprobs.ndim == lengths.ndim == 1
+    whole = (
+        lengths.ge(0).all()
+        and lengths.sum() == logprobs.numel()
+        and logprobs.ndim == lengths.ndim == 1
+    )
     if not whole or keys.shape != (len(lengths), hashlib.sha256().digest_size):
         shapes = f"keys of shape {tuple(keys.shape)}, {len(lengths)} lengths of {int(lengths.sum())} in all"
         raise ValueError(f"{path}: damaged: {shapes}, log-probs of shape {tuple(logprobs.shape)}")

@@ -27,17 +27,28 @@ from rlhf_core.trainers.common import Metrics, Trainer
 from rlhf_core.trainers.config import TrainConfig, option
 
 KINDS = {Pair: "pairs", Ranked: "ranked lists", Steps: "solutions in steps"}
-LOSSES = {"bradley_terry": (bradley_terry_loss, 0.0), "margin_ranking": (margin_ranking_loss, 1.0)}  # usual margin
+LOSSES = {
+    "bradley_terry": (bradley_terry_loss, 0.0),
+    "margin_ranking": (margin_ranking_loss, 1.0),
+}  # usual margin
 ALIKE = 1e-5  # scores that vary by less, relative to the largest, vary by rounding: to divide by that would blow it up
 
 
 @dataclass(frozen=True)
 class RewardConfig(TrainConfig):
     lr: float = option(1e-4, "peak learning rate of AdamW")
-    loss: str = option("bradley_terry", "bradley_terry (of ranked lists: Plackett-Luce) or margin_ranking (hinge)")
-    label_smoothing: float = option(0.0, "bradley_terry: share of labels taken to be wrong, in [0, 0.5)")
-    centering_coef: float = option(0.0, "weight of a pair's squared sum of scores, added to the loss")
-    max_length: int = option(1024, "tokens of prompt and completion together; what is longer is cut")
+    loss: str = option(
+        "bradley_terry", "bradley_terry (of ranked lists: Plackett-Luce) or margin_ranking (hinge)"
+    )
+    label_smoothing: float = option(
+        0.0, "bradley_terry: share of labels taken to be wrong, in [0, 0.5)"
+    )
+    centering_coef: float = option(
+        0.0, "weight of a pair's squared sum of scores, added to the loss"
+    )
+    max_length: int = option(
+        1024, "tokens of prompt and completion together; what is longer is cut"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,7 +57,9 @@ class RewardConfig(TrainConfig):
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)"),
             ("centering_coef", self.centering_coef >= 0, "at least 0"),
         )
-        self.check_effective(("label_smoothing", self.loss == "bradley_terry", f"on loss {self.loss!r}"))
+        self.check_effective(
+            ("label_smoothing", self.loss == "bradley_terry", f"on loss {self.loss!r}")
+        )
 
 
 class RewardTrainer(Trainer):
@@ -73,10 +86,16 @@ class RewardTrainer(Trainer):
         of_pairs = ("loss", "label_smoothing", "centering_coef")
         config.check_effective(*((name, kind is Pair, f"on {KINDS[kind]}") for name in of_pairs))
         self.learns_steps = model.of_steps = kind is Steps
-        if kind is not Steps and all(ids == row.completions_ids[0] for row in examples for ids in row.completions_ids):
-            raise ValueError(f"of none of the {len(examples)} {KINDS[kind]} do the completions differ")
+        if kind is not Steps and all(
+            ids == row.completions_ids[0] for row in examples for ids in row.completions_ids
+        ):
+            raise ValueError(
+                f"of none of the {len(examples)} {KINDS[kind]} do the completions differ"
+            )
 
-    def losses(self, batch: list[Pair] | list[Ranked] | list[Steps], metrics: Metrics) -> Iterator[Tensor]:
+    def losses(
+        self, batch: list[Pair] | list[Ranked] | list[Steps], metrics: Metrics
+    ) -> Iterator[Tensor]:
         losses_of = self.step_losses if self.learns_steps else self.order_losses
         count = sum(len(example.labels) for example in batch) if self.learns_steps else len(batch)
         for part, tokens in self.parts(batch, packing=self.config.max_length):
@@ -89,15 +108,21 @@ class RewardTrainer(Trainer):
         with self.autocast():
             scores = self.model.token_scores(tokens)  # (M,)
         labels = scores.new_tensor([label for example in part for label in example.labels])
-        metrics.add("accuracy", preferred(scores, -scores).where(labels > 0.5, preferred(-scores, scores)))
+        metrics.add(
+            "accuracy", preferred(scores, -scores).where(labels > 0.5, preferred(-scores, scores))
+        )
         metrics.add("mean_reward", scores)
         metrics.add("labels", labels)
         return process_reward_loss(scores, labels)
 
-    def order_losses(self, part: list[Pair] | list[Ranked], tokens: TokenBatch, metrics: Metrics) -> Tensor:
+    def order_losses(
+        self, part: list[Pair] | list[Ranked], tokens: TokenBatch, metrics: Metrics
+    ) -> Tensor:
         """Losses (B,) of the pairs or lists."""
         scores = self.scores(tokens)  # (N,)
-        counts = torch.tensor([len(example.completions_ids) for example in part], device=scores.device)
+        counts = torch.tensor(
+            [len(example.completions_ids) for example in part], device=scores.device
+        )
         mask = torch.arange(counts.amax(), device=scores.device) < counts[:, None]  # (B, K)
         scores = scores.new_zeros(mask.shape).masked_scatter(mask, scores)
         if isinstance(part[0], Ranked):
@@ -117,7 +142,11 @@ class RewardTrainer(Trainer):
         margin = chosen.new_tensor([usual if margin is None else margin for margin in margins])
         smoothing = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
         loss = loss_of(chosen, rejected, margin=margin, **smoothing)
-        return loss + config.centering_coef * centering_loss(chosen, rejected) if config.centering_coef else loss
+        return (
+            loss + config.centering_coef * centering_loss(chosen, rejected)
+            if config.centering_coef
+            else loss
+        )
 
     def scores(self, tokens: TokenBatch) -> Tensor:
         """One (N,) for each sequence."""
@@ -132,13 +161,19 @@ class RewardTrainer(Trainer):
         if std < ALIKE * scores.abs().max():
             scores, std = torch.full_like(scores, mean), 0.0
         held_out = self.eval_examples
-        bias = length_bias(held_out, self.scores_of(held_out)) if len(held_out) else length_bias(self.examples, scores)
+        bias = (
+            length_bias(held_out, self.scores_of(held_out))
+            if len(held_out)
+            else length_bias(self.examples, scores)
+        )
         return {"score_mean": mean, "score_std": std, **bias}
 
     def finish(self, last: dict[str, float]) -> None:
         """Normalise the scores to mean 0 and standard deviation 1 over the training data; those of steps stay."""
         if not self.learns_steps:
-            last = last if "score_mean" in last else self.last_metrics()  # of a run that goes on only to end
+            last = (
+                last if "score_mean" in last else self.last_metrics()
+            )  # of a run that goes on only to end
             self.model.normalize(last["score_mean"], last["score_std"] or 1.0)
 
     @torch.no_grad()
@@ -147,6 +182,8 @@ class RewardTrainer(Trainer):
         size, scores = self.config.batch_size, []
         with eval_mode(self.model):
             for start in range(0, len(examples), size):
-                for tokens in self.token_batches(examples[start : start + size], packing=self.config.max_length):
+                for tokens in self.token_batches(
+                    examples[start : start + size], packing=self.config.max_length
+                ):
                     scores.append(self.scores(tokens))
         return torch.cat(scores).double().cpu()

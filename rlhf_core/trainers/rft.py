@@ -57,20 +57,29 @@ def rft(
     prompt's best; examples, how many were learned from.
     """
     scorer = scorer_of(model, config, reward=reward, tokenizer=tokenizer)
-    Trainer(model, prompts, config, out=out)  # refuses what it refuses before anything is sampled or written
+    Trainer(
+        model, prompts, config, out=out
+    )  # refuses what it refuses before anything is sampled or written
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)
         found = candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
         examples = kept(found, config.threshold)
-        trainer = SFTTrainer(model, examples, replace(config, seed=seed), tokenizer=tokenizer, out=folder)
+        trainer = SFTTrainer(
+            model, examples, replace(config, seed=seed), tokenizer=tokenizer, out=folder
+        )
         report = goes_on(trainer).train()[-1]
-        scores = {"objective/scores": found.scores.mean().item(), "objective/best": found.best()[1].mean().item()}
+        scores = {
+            "objective/scores": found.scores.mean().item(),
+            "objective/best": found.best()[1].mean().item(),
+        }
         return {**report, **scores, "examples": len(examples)}
 
     fixed = list(prompts), eos_ids, *scorer.models
     out = None if out is None else Path(out)
-    return run_rounds("rft", model, config, train_round, fixed=fixed, tokenizer=tokenizer, out=out, resume=resume)
+    return run_rounds(
+        "rft", model, config, train_round, fixed=fixed, tokenizer=tokenizer, out=out, resume=resume
+    )
 
 
 def kept(found: Candidates, threshold: float | None) -> list[Example]:
@@ -78,7 +87,14 @@ def kept(found: Candidates, threshold: float | None) -> list[Example]:
     if threshold is None:
         return [Example(*row) for row in zip(found.prompts, found.best()[0])]
     rows = zip(found.prompts, found.responses, found.scores.tolist())
-    good = [(prompt, ids) for prompt, texts, scores in rows for ids, s in zip(texts, scores) if s >= threshold]
+    good = [
+        (prompt, ids)
+        for prompt, texts, scores in rows
+        for ids, s in zip(texts, scores)
+        if s >= threshold
+    ]
     if not good:
         raise ValueError(f"no response scores {threshold}, the best one {found.scores.max():.6g}")
-    return [Example(*map(list, row)) for row in dict.fromkeys((tuple(p), tuple(ids)) for p, ids in good)]
+    return [
+        Example(*map(list, row)) for row in dict.fromkeys((tuple(p), tuple(ids)) for p, ids in good)
+    ]

@@ -49,8 +49,15 @@ def run_rounds(
     """
     history: History = []
     if out is not None:
-        digest = {"digest": _digest(model, *fixed), "versions": {"rlhf_core": rlhf_core.__version__}}
-        history = _begin(out, json.loads(json.dumps({"algorithm": algorithm, **asdict(config), **digest})), resume)
+        digest = {
+            "digest": _digest(model, *fixed),
+            "versions": {"rlhf_core": rlhf_core.__version__},
+        }
+        history = _begin(
+            out,
+            json.loads(json.dumps({"algorithm": algorithm, **asdict(config), **digest})),
+            resume,
+        )
     elif resume:
         raise ValueError("there is no out to go on from")
     if len(history) > config.rounds:
@@ -58,14 +65,18 @@ def run_rounds(
     for number in range(1, len(history) + 1):
         restore(out / f"round-{number}")
     if history:
-        model.load_state_dict(type(model).from_pretrained(out / f"round-{len(history)}").state_dict())
+        model.load_state_dict(
+            type(model).from_pretrained(out / f"round-{len(history)}").state_dict()
+        )
     for number in range(len(history) + 1, config.rounds + 1):
         torch.manual_seed(config.seed + number)
         folder = None if out is None else out / f"round-{number}"
         history.append({"round": number, **train_round(config.seed + number, folder, history)})
         if out is not None:
             with replacing(out / "metrics.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
+                temporary.write_text(
+                    "".join(json.dumps(line) + "\n" for line in history), encoding="utf-8"
+                )
         print(f"{algorithm}: round {number}/{config.rounds} is done", file=sys.stderr)
     if out is not None:
         model.save_pretrained(out)
@@ -95,7 +106,9 @@ def _begin(out: Path, run: dict, resume: bool) -> History:
     for name in run:
         if then.get(name) != run[name] and name not in FREE:
             raise ValueError(f"{file}: of a run with {name}={then.get(name)!r}, not {run[name]!r}")
-    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    return (
+        [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    )
 
 
 def _digest(*things) -> str:

@@ -73,14 +73,19 @@ class RunLog:
         if self.file is not None:
             self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
-        shown = {n: v for n, v in metrics.items() if n == trainer.main_metric or n.startswith("eval_")}
+        shown = {
+            n: v for n, v in metrics.items() if n == trainer.main_metric or n.startswith("eval_")
+        }
         text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         if self.bar is not None:
             self.bar.set_postfix_str(text)
             self.bar.update()
         elif step == 1 or step % trainer.config.log_every == 0 or step == trainer.total_steps:
             seconds = time.monotonic() - self.started
-            print(f"{trainer.algorithm} {step}/{trainer.total_steps}  {text}  {seconds:.0f} s", file=sys.stderr)
+            print(
+                f"{trainer.algorithm} {step}/{trainer.total_steps}  {text}  {seconds:.0f} s",
+                file=sys.stderr,
+            )
 
     def __exit__(self, *exception) -> None:
         if self.bar is not None:

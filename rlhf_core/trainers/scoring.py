@@ -49,20 +49,39 @@ class Scorer:
         if not self.rewards:
             raise ValueError("there is no reward")
         for row in self.rewards:
-            if not isinstance(row, list | tuple) or len(row) != 2 or not isinstance(row[1], float | int):
+            if (
+                not isinstance(row, list | tuple)
+                or len(row) != 2
+                or not isinstance(row[1], float | int)
+            ):
                 raise ValueError(f"several rewards are (reward, weight) each, got {row!r}")
             if not math.isfinite(row[1]):
                 raise ValueError(f"a reward's weight must be finite, got {row[1]}")
-        self.models = [part.eval() for part, _ in self.rewards if isinstance(part, RewardModel | EnsembleReward)]
-        self.tokenizer, self.pad_id, self.batch_size, self.device = tokenizer, pad_id, batch_size, device
+        self.models = [
+            part.eval()
+            for part, _ in self.rewards
+            if isinstance(part, RewardModel | EnsembleReward)
+        ]
+        self.tokenizer, self.pad_id, self.batch_size, self.device = (
+            tokenizer,
+            pad_id,
+            batch_size,
+            device,
+        )
         self.of_steps = of_steps
         if of_steps and (tokenizer is None or len(self.models) < len(self.rewards)):
-            raise ValueError("rewards of steps need a tokenizer, which knows where these end, and reward models alone")
+            raise ValueError(
+                "rewards of steps need a tokenizer, which knows where these end, and reward models alone"
+            )
         for i, model in enumerate(self.models):
             if model.of_steps and not of_steps:
-                raise ValueError(f"reward model {i} scores steps, so it goes with process_rewards alone")
+                raise ValueError(
+                    f"reward model {i} scores steps, so it goes with process_rewards alone"
+                )
             if of_steps and not model.of_steps:
-                raise ValueError(f"reward model {i} scores responses: process_rewards needs those that learned steps")
+                raise ValueError(
+                    f"reward model {i} scores responses: process_rewards needs those that learned steps"
+                )
 
     def check_vocabulary(self, policy: Transformer) -> None:
         """Raise ValueError where a reward model cannot read the token ids of a policy. Sizes a hundredth apart may be
@@ -95,33 +114,52 @@ class Scorer:
             if bad.any():
                 row = int(bad.int().argmax())
                 value = part[row] if part.ndim == 1 else part[row][~part[row].isfinite()][0]
-                raise ValueError(f"the reward of row {row} is {value}; {self._words(prompts[row], responses[row])}")
+                raise ValueError(
+                    f"the reward of row {row} is {value}; {self._words(prompts[row], responses[row])}"
+                )
             if part.ndim != total.ndim:
                 total, part = (_on_tokens(x, responses) for x in (total, part))
             total = total + weight * part
         return total
 
     def _model_scores(
-        self, model: RewardModel | EnsembleReward, prompts: list[list[int]], responses: list[list[int]]
+        self,
+        model: RewardModel | EnsembleReward,
+        prompts: list[list[int]],
+        responses: list[list[int]],
     ) -> Tensor:
         masks = [step_ends(ids, self.tokenizer) if self.of_steps else None for ids in responses]
         examples = [Example(*row) for row in zip(prompts, responses, masks)]
         size, scores = self.batch_size or len(examples), []
         for start in range(0, len(examples), size):
-            tokens = to_device(collate(examples[start : start + size], self.pad_id), next(model.parameters()).device)
-            scores.append(F.logsigmoid(model.token_scores(tokens)) if self.of_steps else model.scores(tokens))
+            tokens = to_device(
+                collate(examples[start : start + size], self.pad_id),
+                next(model.parameters()).device,
+            )
+            scores.append(
+                F.logsigmoid(model.token_scores(tokens)) if self.of_steps else model.scores(tokens)
+            )
         scores = torch.cat(scores).to(self.device)
         if not self.of_steps:
             return scores
-        ends = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True).to(self.device)  # (B, R)
+        ends = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True).to(
+            self.device
+        )  # (B, R)
         return scores.new_zeros(ends.shape).masked_scatter(ends, scores)
 
-    def _call(self, reward: Callable, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-        texts = [self.readable(prompt) for prompt in prompts], [self.readable(response) for response in responses]
+    def _call(
+        self, reward: Callable, prompts: list[list[int]], responses: list[list[int]]
+    ) -> Tensor:
+        texts = (
+            [self.readable(prompt) for prompt in prompts],
+            [self.readable(response) for response in responses],
+        )
         try:
             found = reward(*texts)
         except Exception as error:
-            raise RewardError(f"the reward raised {error!r}; {raises_on(reward, *texts)}") from error
+            raise RewardError(
+                f"the reward raised {error!r}; {raises_on(reward, *texts)}"
+            ) from error
         try:
             rows = [torch.as_tensor(row, dtype=torch.float32) for row in found]
         except (TypeError, ValueError) as error:

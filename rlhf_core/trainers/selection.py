@@ -27,7 +27,9 @@ class SamplingConfig(Options):
     num_samples: int = option(16, "responses to each prompt")
     response_length: int = option(53, "longest response, tokens")
     temperature: float = option(1.0, "of sampling, > 0")
-    max_length: int = option(1024, "tokens of prompt and response together; a longer prompt loses its start")
+    max_length: int = option(
+        1024, "tokens of prompt and response together; a longer prompt loses its start"
+    )
     batch_size: int = option(16, "prompts at a time, and rows of a reward model's forward")
     seed: int = option(0, "of sampling")
 
@@ -51,7 +53,9 @@ class Candidates(NamedTuple):
         """Of each prompt the best response against the worst, where they do not score alike."""
         best, worst = self.scores.argmax(dim=1).tolist(), self.scores.argmin(dim=1).tolist()
         rows = zip(self.prompts, self.responses, best, worst, self.margins().tolist())
-        return [Pair(prompt, texts[i], texts[j]) for prompt, texts, i, j, margin in rows if margin > 0]
+        return [
+            Pair(prompt, texts[i], texts[j]) for prompt, texts, i, j, margin in rows if margin > 0
+        ]
 
     def margins(self) -> Tensor:
         """Best minus worst score (B,); 0 is a tie."""
@@ -137,7 +141,9 @@ def scorer_of(
         raise ValueError("give either a reward or a judge")
     if judge is not None:
         return JudgeScorer(judge, config.num_samples, tokenizer)
-    scorer = Scorer(reward, tokenizer=tokenizer, pad_id=model.config.pad_id or 0, batch_size=config.batch_size)
+    scorer = Scorer(
+        reward, tokenizer=tokenizer, pad_id=model.config.pad_id or 0, batch_size=config.batch_size
+    )
     scorer.check_vocabulary(model)
     return scorer
 
@@ -152,14 +158,24 @@ class JudgeScorer:
 
     def __init__(self, judge: Judge, num_samples: int, tokenizer: Tokenizer | None = None):
         if num_samples < 2:
-            raise ValueError(f"num_samples must be at least 2 for a judge to compare, got {num_samples}")
+            raise ValueError(
+                f"num_samples must be at least 2 for a judge to compare, got {num_samples}"
+            )
         self.judge, self.num_samples, self.tokenizer = judge, num_samples, tokenizer
 
     def __call__(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         n, scores = self.num_samples, torch.zeros(len(responses), dtype=torch.float64)
-        rows = torch.arange(0, len(responses), n)[:, None]  # (B, 1) where a prompt's responses begin
-        first, second = ((rows + i).flatten() for i in torch.triu_indices(n, n, 1))  # (B n (n - 1) / 2,)
-        columns = [prompts[i] for i in first], [responses[i] for i in first], [responses[i] for i in second]
+        rows = torch.arange(0, len(responses), n)[
+            :, None
+        ]  # (B, 1) where a prompt's responses begin
+        first, second = (
+            (rows + i).flatten() for i in torch.triu_indices(n, n, 1)
+        )  # (B n (n - 1) / 2,)
+        columns = (
+            [prompts[i] for i in first],
+            [responses[i] for i in first],
+            [responses[i] for i in second],
+        )
         wins = judged(self.judge, *columns, tokenizer=self.tokenizer)
         return scores.index_add(0, first, wins).index_add(0, second, 1 - wins) / (n - 1)
 
@@ -186,7 +202,9 @@ def judged(
     except Exception as error:
         raise RewardError(f"the judge raised {error!r}; {raises_on(judge, *columns)}") from error
     if wins.shape != (len(rows),):
-        raise ValueError(f"the judge returned shape {tuple(wins.shape)} for {len(rows)} pairs of responses")
+        raise ValueError(
+            f"the judge returned shape {tuple(wins.shape)} for {len(rows)} pairs of responses"
+        )
     for row, p in enumerate(wins.tolist()):
         if not 0 <= p <= 1:
             prompt, *responses = rows[row]
