@@ -513,7 +513,10 @@ def test_of_a_pairs_turns_those_of_the_assistant_count(chatting, max_length):
 def test_what_is_no_example_is_refused(chatting, tmp_path):
     with pytest.raises(ValueError, match="the completion holds no message of the assistant"):
         encode_text(Text(chat(("user", "one")), chat(("user", "two"))), chatting, 50)
-    answers_first = "{{ messages[-1].content }}{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}"
+    answers_first = (
+        "{{ messages[-1].content }}"
+        "{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}"
+    )
     tokenizer = load_tokenizer(build(tmp_path / "other", "bytes", answers_first))
     with pytest.raises(
         ValueError, match="renders the prompt of one completion otherwise than that of another"

@@ -117,9 +117,10 @@ def test_every_round_has_a_seed_of_its_own(monkeypatch):
     seeds = []
     for kind in (RewardTrainer, PPOTrainer):
         train = kind.train
-        watch = lambda self, train=train: (
-            seeds.append((self.algorithm, self.config.seed)) or train(self)
-        )  # noqa: E731
+
+        def watch(self, train=train):
+            return seeds.append((self.algorithm, self.config.seed)) or train(self)
+
         monkeypatch.setattr(kind, "train", watch)
     run(seed=5, eval_prompts=())
     assert seeds == [("reward", 6), ("ppo", 6), ("reward", 7), ("ppo", 7)]
