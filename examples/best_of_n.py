@@ -1,5 +1,6 @@
-"""Best-of-n needs no training: of n samples the one that a reward likes best. Prints what each n would bring, from one
-set of samples, and how far from the policy it is.
+"""Best-of-n needs no training: sample n responses and keep the one with the highest reward.
+
+From one set of samples it prints the expected reward for each n, and the KL to the policy.
 """
 
 import torch
@@ -21,10 +22,10 @@ def vowels(prompts, responses):
 
 prompts = [tokenizer.encode_prompt(f"say {thing}: ") for thing in ("this", "that")]
 config = SamplingConfig(num_samples=64, response_length=16)
-found = best_of_n(policy, prompts, config, reward=vowels, tokenizer=tokenizer)
-answers, scores = found.best()
+candidates = best_of_n(policy, prompts, config, reward=vowels, tokenizer=tokenizer)
+answers, scores = candidates.best()
 for prompt, ids, score in zip(prompts, answers, scores.tolist()):
     print(f"{tokenizer.decode(prompt)}{tokenizer.decode(ids)!r} scores {score:.0f}")
-curve = best_of_n_curve(found.scores, found.scores)
+curve = best_of_n_curve(candidates.scores, candidates.scores)
 for n in (1, 4, 16, 64):
     print(f"best of {n}: {curve[n - 1]:.2f}, {best_of_n_kl(n):.2f} nats from the policy")

@@ -1,6 +1,7 @@
-"""DPO from preferences in text: supervised first, on both sides of the pairs, then DPO against the policy so made.
+"""DPO on preference pairs: supervised fine-tuning on both sides of the pairs, then DPO.
 
-Prints what the policy answers before and after, and how often the better answer has the higher implicit reward.
+It prints the policy's answers before and after DPO, and the share of pairs whose chosen answer
+has the higher implicit reward.
 """
 
 import torch
@@ -37,22 +38,15 @@ SFTTrainer(policy, examples, SFTConfig(lr=3e-3, batch_size=32, epochs=40)).train
 
 def answers():
     ids = torch.tensor([tokenizer.encode_prompt("can you help? ")])
-    found = generate(
-        policy, ids, max_new_tokens=16, num_samples=8, generator=torch.Generator().manual_seed(1)
-    )
-    return [
-        tokenizer.decode(ids[mask].tolist())
-        for ids, mask in zip(found.response_ids, found.response_mask)
-    ]
+    generator = torch.Generator().manual_seed(1)
+    sampled = generate(policy, ids, max_new_tokens=16, num_samples=8, generator=generator)
+    rows = zip(sampled.response_ids, sampled.response_mask)
+    return [tokenizer.decode(ids[mask].tolist()) for ids, mask in rows]
 
 
 print("before:", answers())
 pairs = [encode_preference(Preference(*row), tokenizer, max_length=64) for row in rows]
 history = DPOTrainer(policy, pairs, DPOConfig(lr=1e-4, batch_size=16, epochs=8)).train()
 print("after: ", answers())
-print(
-    "pairs the right way round:",
-    history[0]["rewards/accuracies"],
-    "->",
-    history[-1]["rewards/accuracies"],
-)
+first, last = (history[i]["rewards/accuracies"] for i in (0, -1))
+print(f"accuracy of the implicit reward: {first} -> {last}")

@@ -1,6 +1,7 @@
-"""GRPO where answers can be checked: the reward is 1 where one is right. No critic, no reward model.
+"""GRPO on answers that a program can check: the reward is 1 for a right answer, else 0.
 
-The policy first learns the form of an answer from guesses. Prints the share of right answers at the start and the end.
+It needs no critic and no reward model. The policy first learns from guesses what an answer looks
+like. The script prints the share of right answers in the first and the last rollout.
 """
 
 import random
@@ -16,7 +17,7 @@ from rlhf_core import (
     TransformerConfig,
     encode_text,
 )
-from rlhf_core.trainers import GroupConfig, GroupTrainer
+from rlhf_core.trainers import GRPOConfig, GRPOTrainer
 
 torch.manual_seed(0)
 random.seed(0)
@@ -35,6 +36,6 @@ def right(prompts, responses):
 
 
 prompts = [tokenizer.encode_prompt(question)] * 8
-config = GroupConfig(lr=1e-3, batch_size=8, num_samples=16, epochs=30, response_length=3)
-history = GroupTrainer(policy, prompts, config, reward=right, tokenizer=tokenizer).train()
+config = GRPOConfig(lr=1e-3, batch_size=8, num_samples=16, epochs=30, response_length=3)
+history = GRPOTrainer(policy, prompts, config, reward=right, tokenizer=tokenizer).train()
 print(history[0]["reward"], "->", history[-1]["reward"])

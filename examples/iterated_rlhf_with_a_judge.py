@@ -1,5 +1,7 @@
-"""Iterated RLHF with a judge, who may be a program, a model behind an API or a person: rounds of pairs from the policy,
-a new reward model from all pairs so far, and PPO against it. Prints the Elo rating of the policy after each round.
+"""Iterated RLHF with a judge, which can be a program, a model behind an API or a person.
+
+Each round samples pairs from the policy, trains a new reward model on all pairs so far, and runs
+PPO against it. The script prints the policy's Elo rating after each round.
 """
 
 import torch
@@ -15,7 +17,7 @@ policy = Transformer(
 
 
 def judge(prompts, first, second):
-    """How probable it is that the first response is the better one: here the one with more vowels."""
+    """For each prompt, the probability that the first response is better: it has more vowels."""
     vowels = [[sum(c in "aeiou" for c in text) for text in texts] for texts in (first, second)]
     return [(a > b) + (a == b) / 2 for a, b in zip(*vowels)]
 
@@ -29,6 +31,5 @@ config = IteratedRLHFConfig(
 prompts = [tokenizer.encode_prompt("say something: ")] * 128
 options = dict(judge=judge, eval_prompts=prompts[:64], tokenizer=tokenizer)
 for number, report in enumerate(iterated_rlhf(policy, prompts, config, **options), 1):
-    print(
-        f"round {number}: {report['pairs']} pairs, Elo {report['elo'][-1]:.0f} where the first policy has 0"
-    )
+    elo = report["elo"][-1]
+    print(f"round {number}: {report['pairs']} pairs, Elo {elo:.0f} (the first policy has 0)")
