@@ -304,7 +304,7 @@ def test_dropouts_that_one_number_cannot_say_are_refused(tmp_path):
     tiny(**GPT2).save_pretrained(tmp_path)
     edit_config(tmp_path, resid_pdrop=0.1, embd_pdrop=0.2)
     with pytest.raises(
-        ValueError, match=r"embd_pdrop=0\.2 beside a dropout of 0\.1 is not supported"
+        ValueError, match=r"embd_pdrop=0\.2 contradicts another field, which sets dropout to 0\.1"
     ):
         hub.read_config(tmp_path)
 
@@ -380,7 +380,10 @@ def test_a_language_model_is_no_reward_model_and_the_other_way_round(tmp_path):
         ),
         (GPT2 | dict(num_kv_heads=1), r"gpt2 \(num_kv_heads\)"),
         (dict(qkv_bias=True, mlp_bias=True), r"qwen2 \(mlp_bias\)"),
-        (dict(sliding_window=4, family="llama"), r"what does not fit: llama \(sliding_window\)$"),
+        (
+            dict(sliding_window=4, family="llama"),
+            r"fields that do not fit: llama \(sliding_window\)$",
+        ),
         (dict(family="gemma"), "family 'gemma' is not supported"),
     ],
     ids=[

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from rlhf_core import last_token_index, token_logprobs
 from rlhf_core.generation import generate
 from rlhf_core.models import KVCache, RewardModel, Transformer, TransformerConfig, ValueModel, hub
+from rlhf_core.models.families import family_of
 
 SIZES = dict(
     vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=96
@@ -140,7 +141,7 @@ def test_their_checkpoint_gives_their_logits_loss_and_gradients(family, tmp_path
     theirs = theirs_of(family, transformers)
     theirs.save_pretrained(tmp_path)
     ours = Transformer.from_pretrained(tmp_path)
-    table = hub._FAMILIES[ours.config.family]
+    table = family_of(ours.config)
     with torch.no_grad():
         assert_close(ours(padded("left")[0]), theirs(padded("left")[0]).logits, rtol=0, atol=1e-5)
     for side in ("left", "right"):
@@ -159,7 +160,7 @@ def test_their_checkpoint_gives_their_logits_loss_and_gradients(family, tmp_path
             loss.backward()
         gradients = {name: p.grad for name, p in theirs.named_parameters()}
         for name, parameter in ours.named_parameters():
-            for part, gradient in hub._parts(name, parameter.grad, ours.config, table):
+            for part, gradient in table.parts(name, parameter.grad, ours.config).items():
                 assert gradients[part].abs().max() > 1e-4, f"{part} takes no part"
                 assert_close(
                     gradient,

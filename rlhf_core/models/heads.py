@@ -7,17 +7,21 @@ import copy
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.masking import last_token_index
-from rlhf_core.models.hub import Pretrained
+from rlhf_core.models import hub
 from rlhf_core.models.lora import freeze_base, has_adapters
+from rlhf_core.models.pretrained import Pretrained
 from rlhf_core.models.transformer import Transformer, TransformerConfig, Trunk
 
 
 class _ScalarHead(Pretrained, nn.Module):
+    is_language_model = False
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.trunk = Trunk(config)
@@ -49,6 +53,12 @@ class _ScalarHead(Pretrained, nn.Module):
         if not share_trunk:
             freeze_base(new) if has_adapters(new) else new.requires_grad_(True)
         return new
+
+    @classmethod
+    def _load_base(cls, path: Path, dtype: torch.dtype):
+        if hub.has_scalar_head(path):
+            return hub.load(cls, path, dtype)
+        return cls.from_model(hub.load(Transformer, path, dtype), share_trunk=True)
 
     @torch.no_grad()
     def normalize(self, mean: float, std: float) -> None:

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_core.files import model_folder
+from rlhf_core.models.hub import HEADS_FILE
 from rlhf_core.models.lagging import lagging_copy
 from rlhf_core.models.safetensors import read_tensors, write_tensors
 from rlhf_core.models.transformer import Transformer, TransformerConfig, Trunk
-
-HEADS_FILE = "model.ilql.safetensors"  # a name that goes when another model is saved over this one
 
 
 class QHead(nn.Module):

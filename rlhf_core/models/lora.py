@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_core.files import model_folder, read_object, write_json
-from rlhf_core.models import hub
-from rlhf_core.models.ilql import HEADS_FILE
+from rlhf_core.files import read_object, write_json
+from rlhf_core.models.families import family_of
+from rlhf_core.models.hub import HEADS_FILE, has_scalar_head
 from rlhf_core.models.safetensors import DTYPES, stored_tensors, stored_texts, write_tensors
-from rlhf_core.models.transformer import Transformer
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ALL = "all-linear"  # PEFT's word for every linear layer but the output head
@@ -261,8 +260,7 @@ def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "use_rslora": config.rslora,
         "modules_to_save": ["score"] if scalar else None,
-        "fan_in_fan_out": model.config.positions
-        == "learned",  # GPT-2 stores its matrices transposed
+        "fan_in_fan_out": family_of(model.config).transposed,
         "bias": "none",
         "inference_mode": True,
     }
@@ -327,7 +325,7 @@ def is_reward_model(source: str | os.PathLike) -> bool:
     """Whether a folder or hub repository holds a reward model, or adapters that make one."""
     if is_adapter(source):
         return read_object(Path(source) / CONFIG_FILE).get("task_type") == "SEQ_CLS"
-    return hub.has_scalar_head(source)
+    return has_scalar_head(source)
 
 
 def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
@@ -365,30 +363,12 @@ def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
     )
 
 
-def load_with_base(cls: type[nn.Module], path: str | os.PathLike, dtype: torch.dtype) -> nn.Module:
-    """A `cls` from an adapter folder: the model that its adapter_config.json names as base, with the adapters."""
-    file, base = Path(path) / CONFIG_FILE, read_adapter_config(path).base
-    if base is None:
-        raise ValueError(
-            f"{file}: base_model_name_or_path is missing; load that model, then the adapters into it"
-        )
-    if is_reward_model(path) and issubclass(cls, Transformer):
-        raise ValueError(f"{path}: adapters of a reward model, not of a language model")
-    base = model_folder(base)
-    model = hub.load(cls if hub.has_scalar_head(base) else Transformer, base, dtype)
-    if not isinstance(model, cls):
-        model = cls.from_model(
-            model, share_trunk=True
-        )  # with a fresh head, which is about to be read
-    load_adapters(model, path)
-    return model.eval()
-
-
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, dict[str, int]]]:
     """Name and linear layer of the blocks, and the Hugging Face modules that its rows are, with how many each has."""
+    family = family_of(model.config)
     for ours, module in model.named_modules():
         if ours.startswith("trunk.blocks.") and isinstance(module, nn.Linear):
-            yield ours, module, hub.modules_of(ours, module, model.config)
+            yield ours, module, family.rows(ours, module.out_features, model.config)
 
 
 def _targets(model: nn.Module, wanted: str | Sequence[str]) -> set[str]:

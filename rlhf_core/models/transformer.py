@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_core.models.config import ACTIVATIONS, TransformerConfig
-from rlhf_core.models.hub import Pretrained
+from rlhf_core.models.pretrained import Pretrained
 from rlhf_core.models.rope import rope_tables
 from rlhf_core.ops.decode_attention import decode_attention
 from rlhf_core.ops.rms_norm import rms_norm

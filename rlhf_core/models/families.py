@@ -1,0 +1,295 @@
+"""Model families: how a config.json and its tensor names map to a TransformerConfig and our names.
+
+A family is one row of FAMILIES. It needs a hook only where its config.json cannot be read field by
+field. A model belongs to a family if the family's config.json reads back as the model's config.
+Left out: files (hub.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from rlhf_core.models.config import TransformerConfig
+
+# Buffers that some checkpoints carry; they can be computed from the config.
+DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+OF_STEPS = "rlhf_core_of_steps"  # our own field of a RewardModel's config.json
+_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+# Fields that change no logit: they are about files, training or sampling.
+_IRRELEVANT = {
+    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
+    "name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class", "use_cache",
+    "initializer_range", "return_dict", "pretraining_tp", "n_ctx", "gradient_checkpointing",
+    "reorder_and_upcast_attn", "finetuning_task", "problem_type", "id2label", "label2id",
+    "num_labels", "_num_labels", "task_specific_params", "do_sample", "temperature", "top_k",
+    "top_p", "num_beams", "repetition_penalty", "min_length", "max_length", "max_new_tokens",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout", "is_llama_config", "transformers.js_config", "unsloth_fixed",
+    "unsloth_version", OF_STEPS,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models. "Theirs" are the names that Hugging Face's files use.
+
+    Attributes:
+        name: Its `model_type`.
+        language_model: Their class name of its language models.
+        classifier: Their class name of its sequence classifiers, such as reward models.
+        config_fields: (our config field, their field, their default). A default of ... means required.
+        fixed: Our config fields that have the same value in all its models.
+        modules: Our module: their modules, whose rows make it up. {i} is the layer.
+        transposed: Whether they store the matrices of a block transposed.
+        only: Their fields of which only this value is supported.
+        on_read: Each rewrites a config.json in place before its fields are read.
+        on_write: Returns fields to add to a config.json.
+    """
+
+    name: str
+    language_model: str
+    classifier: str
+    config_fields: list[tuple[str, str, object]]
+    fixed: dict[str, object]
+    modules: dict[str, list[str]]
+    transposed: bool = False
+    only: dict[str, object] = field(default_factory=dict)
+    on_read: tuple[Callable[[dict], None], ...] = ()
+    on_write: Callable[[TransformerConfig], dict] = lambda config: {}
+
+    def read(self, config_json: dict) -> TransformerConfig:
+        """TransformerConfig of a config.json. Every field is used, irrelevant, or rejected.
+
+        Raises:
+            ValueError: A field is missing, is not supported, or contradicts another one.
+        """
+        hf = dict(config_json)
+        for hook in self.on_read:
+            hook(hf)
+        known = {*(theirs for _, theirs, _ in self.config_fields), *self.only, *_IRRELEVANT}
+        for theirs, value in hf.items():
+            if value != self.only.get(theirs, value) or (value and theirs not in known):
+                raise ValueError(f"{theirs}={value!r} is not supported in a {self.name} model")
+        options = dict(self.fixed, family=self.name, eos_ids=tuple(as_ids(hf.get("eos_token_id"))))
+        options |= dict(bos_id=hf.get("bos_token_id"), pad_id=hf.get("pad_token_id"))
+        for ours, theirs, default in self.config_fields:
+            value = hf.get(theirs, default)
+            if value is ...:
+                raise ValueError(f"field {theirs!r} is missing")
+            if ours == "activation":
+                if value not in _ACTIVATIONS:
+                    supported = ", ".join(_ACTIVATIONS)
+                    raise ValueError(f"activation {value!r} is not supported, only {supported}")
+                value = _ACTIVATIONS[value]
+            if options.setdefault(ours, value) != value:
+                raise ValueError(
+                    f"{theirs}={value} contradicts another field, which sets {ours} to "
+                    f"{options[ours]}; the two must be equal"
+                )
+        return TransformerConfig(**options)
+
+    def write(self, config: TransformerConfig, dtype: torch.dtype, scalar_head: bool) -> dict:
+        """config.json of a model. It loses what the family cannot express: see `family_of`."""
+        eos = list(config.eos_ids)
+        hf = {
+            "model_type": self.name,
+            "architectures": [self.classifier if scalar_head else self.language_model],
+            "torch_dtype": str(dtype).removeprefix("torch."),
+            "bos_token_id": config.bos_id,
+            "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
+            "pad_token_id": config.pad_id,
+        }
+        activation = next(x for x, ours in _ACTIVATIONS.items() if ours == config.activation)
+        for ours, theirs, _ in self.config_fields:
+            hf[theirs] = activation if ours == "activation" else getattr(config, ours)
+        hf |= self.on_write(config)
+        if scalar_head:
+            hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        return hf
+
+    def rows(self, ours: str, total: int, config: TransformerConfig) -> dict[str, int]:
+        """Their modules that make up our module `ours`, in order, and how many rows each has."""
+        layer = ours.split(".")[2] if ours.startswith("trunk.blocks.") else ""
+        key = ours.replace(f".{layer}.", ".{i}.", 1) if layer else ours
+        # Ours and theirs agree on the names of the heads.
+        theirs = [name.format(i=layer) for name in self.modules.get(key, [key])]
+        is_qkv = len(theirs) == 3
+        return dict(
+            zip(theirs, config.qkv_sizes if is_qkv else [total // len(theirs)] * len(theirs))
+        )
+
+    def parts(self, ours: str, tensor: Tensor, config: TransformerConfig) -> dict[str, Tensor]:
+        """Their tensors that make up our tensor `ours`, by name: views of it in their layout."""
+        module, kind = ours.rsplit(".", 1)
+        rows = self.rows(module, len(tensor), config)
+        parts = tensor.split(list(rows.values()))
+        if self.transposed and module.startswith("trunk.blocks."):
+            parts = [part.t() for part in parts]  # a vector stays as it is
+        return {f"{name}.{kind}": part for name, part in zip(rows, parts)}
+
+
+def read(config_json: dict) -> TransformerConfig:
+    """TransformerConfig of a config.json, by its `model_type`. Raises ValueError as `Family.read`."""
+    name = config_json.get("model_type", "(no such field)")
+    if name not in FAMILIES:
+        raise ValueError(f"model_type {name!r} is not supported, only {', '.join(FAMILIES)}")
+    return FAMILIES[name].read(config_json)
+
+
+def family_of(config: TransformerConfig) -> Family:
+    """The family that `config` names, or the first one that can express it.
+
+    Raises:
+        ValueError: No family can, with the fields that each one loses.
+    """
+    if config.family not in (None, *FAMILIES):
+        raise ValueError(f"family {config.family!r} is not supported, only {', '.join(FAMILIES)}")
+    misfits = []
+    for family in [FAMILIES[config.family]] if config.family else FAMILIES.values():
+        back = family.read(family.write(config, torch.float32, scalar_head=False))
+        names = [x.name for x in fields(config) if x.compare]
+        lost = [name for name in names if getattr(back, name) != getattr(config, name)]
+        if not lost:
+            return family
+        misfits.append(f"{family.name} ({', '.join(lost)})")
+    raise ValueError(
+        f"no Hugging Face family fits this model; fields that do not fit: {'; '.join(misfits)}"
+    )
+
+
+def as_ids(value: int | list[int] | None) -> list[int]:
+    """A field of config.json that may hold no id, one id, or a list of ids."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _flat_rope(hf: dict) -> None:
+    """Read all of RoPE's settings into `rope_theta` and `rope_scaling`.
+
+    Transformers 5 keeps them in `rope_parameters`. Old files say "type" for "rope_type".
+    """
+    parameters = hf.pop("rope_parameters", None)
+    base = {"rope_theta": hf.get("rope_theta", 10000.0)}
+    rope = base | (hf.get("rope_scaling") or parameters or {})
+    kind = rope.pop("type", "default")
+    kind = rope.pop("rope_type", kind)
+    hf["rope_theta"] = rope.pop("rope_theta")
+    hf["rope_scaling"] = {"rope_type": kind, **rope} if kind != "default" or rope else None
+
+
+def _one_window(hf: dict) -> None:
+    """Read Qwen's three fields, which can give layers different windows, into `sliding_window`."""
+    first, kinds = hf.pop("max_window_layers", 28), hf.pop("layer_types", None)
+    layers = range(hf.get("num_hidden_layers", 0))
+    kinds = kinds or ["sliding_attention" if i >= first else "full_attention" for i in layers]
+    used = hf.pop("use_sliding_window", False) and hf.get("sliding_window", 0) is not None
+    if not used or set(kinds) == {"full_attention"}:
+        hf["sliding_window"] = None
+    elif set(kinds) != {"sliding_attention"}:
+        raise ValueError(
+            "a sliding window in some layers only (max_window_layers, layer_types) is not supported"
+        )
+
+
+def _window_fields(config: TransformerConfig) -> dict:
+    used = config.sliding_window is not None
+    return {"use_sliding_window": used, "max_window_layers": 0 if used else config.num_layers}
+
+
+def _llama_like(name: str, extra_fields, kv_heads=None, head_dim=None, hooks=None, **fixed):
+    """A family with Llama's fields and tensor names. kv_heads, head_dim: their defaults."""
+    heads = [("num_kv_heads", "num_key_value_heads", kv_heads), ("head_dim", "head_dim", head_dim)]
+    return Family(
+        name.lower(),
+        f"{name}ForCausalLM",
+        f"{name}ForSequenceClassification",
+        [*_LLAMA_FIELDS, *heads, *extra_fields],
+        fixed | dict(positions="rope", norm="rmsnorm", gated_mlp=True),
+        _LLAMA_MODULES,
+        **(hooks or dict(on_read=(_flat_rope,))),
+    )
+
+
+_LLAMA_FIELDS = [
+    ("vocab_size", "vocab_size", ...),
+    ("hidden_size", "hidden_size", ...),
+    ("num_layers", "num_hidden_layers", ...),
+    ("num_heads", "num_attention_heads", ...),
+    ("intermediate_size", "intermediate_size", ...),
+    ("max_positions", "max_position_embeddings", ...),
+    ("rope_theta", "rope_theta", 10000.0),
+    ("rope_scaling", "rope_scaling", None),
+    ("norm_eps", "rms_norm_eps", 1e-6),
+    ("activation", "hidden_act", ...),
+    ("tie_embeddings", "tie_word_embeddings", False),
+    ("attention_dropout", "attention_dropout", 0.0),
+    ("dropout", "resid_pdrop", 0.0),  # GPT-2's field, which `transformers` ignores in these models
+]
+_LLAMA_MODULES = {
+    "trunk.embed": ["model.embed_tokens"],
+    "trunk.blocks.{i}.norm1": ["model.layers.{i}.input_layernorm"],
+    "trunk.blocks.{i}.attn.qkv": [f"model.layers.{{i}}.self_attn.{p}_proj" for p in "qkv"],
+    "trunk.blocks.{i}.attn.q_norm": ["model.layers.{i}.self_attn.q_norm"],
+    "trunk.blocks.{i}.attn.k_norm": ["model.layers.{i}.self_attn.k_norm"],
+    "trunk.blocks.{i}.attn.out": ["model.layers.{i}.self_attn.o_proj"],
+    "trunk.blocks.{i}.norm2": ["model.layers.{i}.post_attention_layernorm"],
+    "trunk.blocks.{i}.mlp.up": ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"],
+    "trunk.blocks.{i}.mlp.down": ["model.layers.{i}.mlp.down_proj"],
+    "trunk.norm": ["model.norm"],
+}
+_GPT2 = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    "GPT2ForSequenceClassification",
+    [
+        ("vocab_size", "vocab_size", ...),
+        ("hidden_size", "n_embd", ...),
+        ("num_layers", "n_layer", ...),
+        ("num_heads", "n_head", ...),
+        ("intermediate_size", "n_inner", None),
+        ("max_positions", "n_positions", ...),
+        ("norm_eps", "layer_norm_epsilon", 1e-5),
+        ("activation", "activation_function", "gelu_new"),
+        ("tie_embeddings", "tie_word_embeddings", True),
+        ("attention_dropout", "attn_pdrop", 0.1),
+        ("dropout", "resid_pdrop", 0.1),
+        ("dropout", "embd_pdrop", 0.1),
+    ],
+    dict(positions="learned", norm="layernorm", gated_mlp=False)
+    | dict(qkv_bias=True, out_bias=True, mlp_bias=True),
+    {
+        "trunk.embed": ["transformer.wte"],
+        "trunk.position": ["transformer.wpe"],
+        "trunk.blocks.{i}.norm1": ["transformer.h.{i}.ln_1"],
+        "trunk.blocks.{i}.attn.qkv": ["transformer.h.{i}.attn.c_attn"],
+        "trunk.blocks.{i}.attn.out": ["transformer.h.{i}.attn.c_proj"],
+        "trunk.blocks.{i}.norm2": ["transformer.h.{i}.ln_2"],
+        "trunk.blocks.{i}.mlp.up": ["transformer.h.{i}.mlp.c_fc"],
+        "trunk.blocks.{i}.mlp.down": ["transformer.h.{i}.mlp.c_proj"],
+        "trunk.norm": ["transformer.ln_f"],
+    },
+    transposed=True,
+    only=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    | dict(add_cross_attention=False),
+)
+_BIAS = [("qkv_bias", "attention_bias", False), ("out_bias", "attention_bias", False)]
+_WINDOW = ("sliding_window", "sliding_window", 4096)
+_QWEN = dict(on_read=(_flat_rope, _one_window), on_write=_window_fields)
+FAMILIES = {
+    family.name: family
+    for family in (
+        _GPT2,
+        _llama_like("Llama", [*_BIAS, ("mlp_bias", "mlp_bias", False)]),
+        _llama_like("Mistral", [_WINDOW], kv_heads=8),
+        _llama_like("Qwen2", [_WINDOW], kv_heads=32, hooks=_QWEN, qkv_bias=True),
+        _llama_like("Qwen3", [*_BIAS, _WINDOW], 32, head_dim=128, hooks=_QWEN, qk_norm=True),
+    )
+}

@@ -1,0 +1,55 @@
+"""The class that reads models from folders and writes them: whole models, and adapters on a base."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from rlhf_core.files import model_folder
+from rlhf_core.models import hub, lora
+
+
+class Pretrained:
+    """Reads and writes a model. One with a `score` head is a sequence classifier with one label.
+
+    Subclasses must have a `config`, and a constructor that takes it alone.
+    """
+
+    is_language_model = True
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, dtype: torch.dtype = torch.float32):
+        """Read a model in eval mode, with its adapters if it was saved with some.
+
+        Args:
+            source: A folder in the Hugging Face or PEFT layout, or "owner/name" on the hub.
+            dtype: Of the weights, whatever their dtype in the files.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: A config field or a tensor does not fit; the message names it.
+        """
+        if not lora.is_adapter(source):
+            return hub.load(cls, source, dtype)
+        base = lora.read_adapter_config(source).base
+        if base is None:
+            raise ValueError(
+                f"{Path(source) / lora.CONFIG_FILE}: base_model_name_or_path is missing; load that "
+                "model, then the adapters into it"
+            )
+        if cls.is_language_model and lora.is_reward_model(source):
+            raise ValueError(f"{source}: adapters of a reward model, not of a language model")
+        model = cls._load_base(model_folder(base), dtype)
+        lora.load_adapters(model, source)
+        return model.eval()
+
+    @classmethod
+    def _load_base(cls, path: Path, dtype: torch.dtype):
+        """A `cls` to load adapters into."""
+        return hub.load(cls, path, dtype)
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Write a folder in the Hugging Face layout. A model with adapters writes only these."""
+        (lora.save_adapters if lora.has_adapters(self) else hub.save)(self, path)
