@@ -1,4 +1,4 @@
-"""Sampling: from the distribution it says, ended where it says, the same alone and in a padded batch."""
+"""Sampling: the right distribution, the right ends, and independence of the padded batch."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ V = 12
 
 @torch.no_grad()
 def tiny(family="llama", **options):
-    """Weights far from 0, so that tokens differ in likelihood."""
+    """A model with large weights, so that tokens differ in likelihood."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=V, hidden_size=16, num_layers=2, num_heads=2, max_positions=24)
     model = Transformer(TransformerConfig(**(sizes | FAMILIES[family] | options)))
@@ -58,7 +58,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 @families
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.5])
 def test_recorded_log_probs_are_those_of_the_training_forward(family, temperature):
-    """Row 4: recorded while sampling == recomputed in training == log_softmax(z / T) of each row alone."""
+    """Row 4: log-probs from sampling == from training == log_softmax(z / T) of each row alone."""
     model = tiny(family)
     rollout = sample(
         model,
@@ -92,7 +92,7 @@ def test_recorded_log_probs_are_those_of_the_training_forward(family, temperatur
     ids=str,
 )
 def test_log_probs_are_of_what_was_sampled_from_and_the_full_ones_of_the_model(family, options):
-    """Row 19: truncated, penalised and with ends forbidden, against the same done by hand; the full ones without."""
+    """Row 19: against a manual version of truncation, penalty, forbidden EOS; full ones without."""
     model, ids, mask = tiny(family), *left_pad(PROMPTS, 0)
     options = dict(temperature=0.7, num_samples=3, eos_ids=(2,)) | options
     got = generate(model, ids, attention_mask=mask, max_new_tokens=7, generator=seeded(), **options)
@@ -148,7 +148,7 @@ def test_a_16_bit_model_gives_float32_log_probs_of_its_own_logits():
     ids=str,
 )
 def test_frequencies_are_those_of_the_softmax(options):
-    """Chi-square over 20,000 draws of one token; 12 tokens have 11 degrees of freedom, 99.9 % of samples are < 31."""
+    """Chi-square of 20,000 draws. With 11 degrees of freedom 99.9 % of samples are below 31."""
     model, n = tiny(), 20_000
     ids = torch.tensor([PROMPTS[0]]).expand(n, -1)
     got = (
@@ -164,7 +164,7 @@ def test_frequencies_are_those_of_the_softmax(options):
     keep &= ordered >= options.get("min_p", 0) * ordered[0]
     support = order[keep]
     p = torch.zeros(V).index_copy(0, support, ordered[keep] / ordered[keep].sum())
-    assert len(support) == V or len(support) in range(2, 6)  # else the case would show nothing
+    assert len(support) == V or len(support) in range(2, 6)  # otherwise the case proves nothing
     assert not got[p == 0].any()
     expected = n * p[p > 0]
     assert ((got[p > 0] - expected) ** 2 / expected).sum() < 31
@@ -208,7 +208,7 @@ def test_greedy_in_a_padded_batch_is_the_argmax_loop_of_each_row_alone(family, o
 @families
 @pytest.mark.parametrize("options", [{}, dict(top_p=0.9, repetition_penalty=1.2)], ids=str)
 def test_a_row_is_drawn_by_its_seed_whatever_else_is_in_the_batch(family, options):
-    """Alone, among others, in another order, as one of several samples of its prompt; rows end at different times."""
+    """Alone, in a batch, in another order, as one of several samples; rows end at different times."""
     model, n = tiny(family), 3
     options = dict(max_new_tokens=12, eos_ids=(2, 3)) | options
     seeds = torch.tensor([5, -(2**63), 2**63 - 1, 0, 7, 7, 8, 9, 10, 11, 12, 13])
@@ -233,9 +233,8 @@ def test_a_seed_gives_the_same_numbers_and_another_others():
     assert all(torch.equal(x, y) for x, y in zip(a, b))
     assert not torch.equal(a.response_ids, c.response_ids)
     torch.manual_seed(1)
-    assert torch.equal(
-        generate(model, ids, max_new_tokens=8).response_ids, a.response_ids
-    )  # torch's own generator
+    got = generate(model, ids, max_new_tokens=8)  # uses torch's global generator
+    assert torch.equal(got.response_ids, a.response_ids)
 
 
 def test_samples_of_a_prompt_share_one_pass_over_it(monkeypatch):
@@ -251,7 +250,7 @@ def test_samples_of_a_prompt_share_one_pass_over_it(monkeypatch):
         model, ids, attention_mask=mask, max_new_tokens=3, num_samples=5, generator=seeded()
     )
     assert calls == [(4, 5)] and got.response_ids.shape == (20, 3)
-    assert len({tuple(row) for row in got.response_ids[:5].tolist()}) > 1  # with a seed each
+    assert len({tuple(row) for row in got.response_ids[:5].tolist()}) > 1  # each has its own seed
 
 
 def test_what_the_cache_holds_beyond_a_row_is_never_read(monkeypatch):
@@ -270,7 +269,7 @@ def test_what_the_cache_holds_beyond_a_row_is_never_read(monkeypatch):
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("options", [{}, dict(top_k=5, repetition_penalty=1.3)], ids=str)
 def test_a_row_that_has_ended_leaves_the_batch_and_the_others_alone(options, every, monkeypatch):
-    """The model runs on as many rows as tokens are made; some more where they are looked at every few steps."""
+    """The model runs on one row per generated token, plus a few if ends are checked less often."""
     monkeypatch.setitem(generation.STEPS_PER_CHECK, "cpu", every)
     model, sizes, draw = tiny(), [], DecodeStep.draw
     monkeypatch.setattr(
@@ -286,7 +285,7 @@ def test_a_row_that_has_ended_leaves_the_batch_and_the_others_alone(options, eve
     made = int(lengths.sum())
     if every == 1:
         assert sum(sizes) == made
-    else:  # rows leave when half of them have ended
+    else:  # rows leave once half of them have ended
         assert made < sum(sizes) < 40 * 14 and 1 < len(set(sizes)) < 5
         assert all(a == b or 2 * b <= a for a, b in itertools.pairwise(sizes))
     for row, length in enumerate(lengths):
@@ -299,7 +298,7 @@ def test_a_row_that_has_ended_leaves_the_batch_and_the_others_alone(options, eve
 
 
 class Pieces:
-    """A tokenizer whose tokens hold several characters or part of one, and whose text loses a space at its start."""
+    """Tokens hold several characters or part of one; decoding strips a leading space."""
 
     texts = (
         b"a",
@@ -387,9 +386,7 @@ def test_any_of_several_ends_closes_its_row_and_is_counted(from_config):
         length = int(mask.sum())
         assert mask[:length].all()  # no gap
         assert not any(token in stops for token in row[: length - 1])
-        assert (
-            row[length - 1] in stops or length == 6
-        )  # cut off: its own length counts, no EOS is invented
+        assert row[length - 1] in stops or length == 6  # a truncated response gets no EOS
         assert row[length:] == [11] * (len(row) - length)
         ends.add(row[length - 1])
     assert ends > set(stops)
@@ -502,11 +499,11 @@ def test_dropout_is_off_while_sampling_and_the_mode_comes_back(training, monkeyp
     model.train(training)
     with pytest.raises(ZeroDivisionError):
         generate(model, ids, max_new_tokens=6)
-    assert model.training == training  # after an error too
+    assert model.training == training  # also after an error
 
 
 def test_packed_weights_give_the_same_and_leave_the_model_as_it_was(monkeypatch):
-    """Weights of every size packed; rows come down to one, so every number of rows meets them."""
+    """Pack weights of every size. The rows drop to one, so every number of rows is covered."""
     model, ids = tiny("gpt2", tie_embeddings=False), torch.tensor([PROMPTS[0]] * 20)
     options = dict(max_new_tokens=14, eos_ids=(2, 3), seeds=torch.arange(20))
     want = generate(model, ids, **options)
@@ -562,7 +559,7 @@ def test_a_penalty_is_that_of_transformers(stories):
 
 
 def test_recorded_log_probs_of_a_real_model_are_those_of_the_training_forward(stories):
-    """Beyond what the training forward's own rounding makes of these large logits."""
+    """Equal up to the rounding of the training forward, which such large logits increase."""
     model, prompts = (
         Transformer.from_pretrained(stories),
         [[1, 403, 407], [1], [1, 9, 8, 7, 6, 5]] * 5,

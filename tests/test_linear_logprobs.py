@@ -1,4 +1,4 @@
-"""linear_token_logprobs: the log-probs and gradients of a head whose logits never exist as a whole."""
+"""linear_token_logprobs: log-probs and gradients of an output head without its full logits."""
 
 import math
 
@@ -33,7 +33,7 @@ def case(rows=(3, 5), D=16, V=50, dtype=torch.float32, bias=True):
 
 
 def grads(f, *tensors):
-    """Values of f and gradients of a weighted sum of them, None where a tensor requires none."""
+    """Values of f, and gradients of a weighted sum of them (None if a tensor requires none)."""
     leaves = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in tensors]
     out = f(*leaves)
     out = out if isinstance(out, tuple) else (out,)
@@ -44,7 +44,7 @@ def grads(f, *tensors):
 
 @pytest.fixture(params=[None, 16], ids=["one block", "blocks of 16"])
 def block(request, monkeypatch):
-    """How much of the vocabulary is in memory at once."""
+    """Size of a block of the vocabulary."""
     if request.param:
         monkeypatch.setattr(linear_logprobs_blocks, "CPU_BLOCK", request.param)
         monkeypatch.setattr(linear_logprobs_blocks, "GPU_BLOCK", request.param)
@@ -106,7 +106,7 @@ def test_tokens_that_tie_for_the_first_place_are_all_likeliest_and_beside_nan_no
     backend, block
 ):
     hidden, weight, targets = torch.ones(50, 1), torch.zeros(50, 1), torch.arange(50)
-    weight[[15, 32]] = 1  # at the edges of blocks
+    weight[[15, 32]] = 1  # at block boundaries
     likeliest = linear_token_statistics(hidden, weight, targets, backend=backend).likeliest
     assert likeliest.nonzero()[:, 0].tolist() == [15, 32]
     weight[7] = NAN
@@ -164,7 +164,7 @@ def test_nothing_to_compute_gives_zeros(backend, shape):
 
 
 def test_a_block_of_tokens_that_cannot_be_sampled_adds_nothing(backend, block):
-    """As where a vocabulary is padded: the bias is -inf over whole blocks, the first one and the target's own too."""
+    """As in a padded vocabulary: bias -inf in whole blocks, even the first and the target's own."""
     hidden, weight, b, targets, _ = case((2, 3))
     b[:20], b[33:], targets[:] = -math.inf, -math.inf, 25
     targets[0, 0] = 49
@@ -220,7 +220,7 @@ def test_autocast_brings_hidden_and_weight_together():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_memory_grows_with_the_chunk_not_with_the_rows(frozen):
-    """Peak memory beside inputs, results and gradients stays within chunk_rows * V logits and something per row."""
+    """Peak memory besides inputs, results, gradients: chunk_rows * V logits, and O(1) per row."""
     N, D, V, chunk_rows = 512, 8, 6000, 16
     hidden, weight, _, targets, _ = case((N,), D, V, bias=False)
     hidden.requires_grad_(), weight.requires_grad_(not frozen)
@@ -280,7 +280,7 @@ def test_a_second_backward_gives_the_same_gradient(backend, block, chunk_rows):
 
 
 def test_with_a_frozen_head_the_forward_can_say_the_gradient(backend, block):
-    """The way that CUDA takes: of log-probs that each get a gradient of 1."""
+    """The path that CUDA takes: dhidden for a gradient of 1 at each log-prob."""
     hidden, weight, b, targets, mask = case((11,), bias=True)
     impl = backends.resolve(backend, hidden)
     if impl is None:
@@ -316,15 +316,15 @@ def test_a_loss_known_in_advance_gives_the_same_gradients_without_a_second_pass(
         x.requires_grad_()
 
     def loss(logprobs, part=slice(None)):
-        """Of a group: the square of its weighted sum."""
+        """Sum over the groups of their squared weighted sums."""
         seen.append(len(logprobs))
         some = torch.isin(groups, torch.arange(9 if sizes is None else 4)[part])
         return torch.zeros(9).index_add(0, groups[some], weights[some] * logprobs).square().sum()
 
     def step(**known):
         found = linear_token_statistics(
-            hidden, weight, targets, bias=b, temperature=torch.linspace(0.5, 2, 3)[:, None], mask=mask, backend=backend,
-            **known,
+            hidden, weight, targets, bias=b, temperature=torch.linspace(0.5, 2, 3)[:, None],
+            mask=mask, backend=backend, **known,
         )  # fmt: skip
         return [*found, *torch.autograd.grad(loss(found.logprobs[mask]), (hidden, weight, b))]
 
@@ -343,7 +343,7 @@ def test_a_loss_known_in_advance_gives_the_same_gradients_without_a_second_pass(
         parts = (
             {1: [3, 1, 5], 4: [4, 5], 100: [9]} if sizes else {1: [1] * 9, 4: [4, 4, 1], 100: [9]}
         )
-        assert seen[:-1] == parts[most]  # groups stay whole, the last call is the step's own
+        assert seen[:-1] == parts[most]  # groups stay whole; the last call is the step's own
 
 
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)

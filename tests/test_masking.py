@@ -1,4 +1,4 @@
-"""What a mask promises: masked values of any kind change no result and no gradient, bitwise, and come out as 0."""
+"""Masks: masked values change no bit of any result or gradient, and their outputs are 0."""
 
 import math
 
@@ -23,7 +23,7 @@ SHAPE = (3, 8)
 
 
 def masked_calls(backend):
-    """name -> (function of float tensors and the mask, how many tensors (B, T, ...) it takes, their trailing shape)"""
+    """name -> (function of the mask and float tensors (B, T, ...), their number, trailing shape)"""
     targets = torch.randint(0, 33, SHAPE)
     return {
         "token_logprobs": (
@@ -85,9 +85,8 @@ def assert_masked_values_do_not_matter(call, arity, trailing):
             x[~mask] = junk
             x.requires_grad_()
         outputs = call(mask, *inputs)
-        upstream = [
-            torch.where(mask, 1.0, 7.0) for _ in outputs
-        ]  # what arrives at masked positions stops there
+        # A gradient that arrives at a masked position must stop there.
+        upstream = [torch.where(mask, 1.0, 7.0) for _ in outputs]
         grads = torch.autograd.grad(outputs, inputs, upstream)
         results = [x.detach() for x in (*outputs, *grads)]
         assert all((x[~mask] == 0).all() for x in results)

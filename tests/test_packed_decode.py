@@ -1,4 +1,4 @@
-"""A packed decoding step, judged against Transformer.decode in float64; and which models it leaves to that."""
+"""A packed decoding step against Transformer.decode in float64, and the models it rejects."""
 
 import copy
 
@@ -48,7 +48,7 @@ def make(**options):
 
 
 def filled(model, lengths):
-    """A cache that holds so many tokens of each row, and NaN behind them."""
+    """A cache that holds `lengths` tokens per row, followed by NaN."""
     cache = KVCache(model.config, len(lengths), S, model.head_weight)
     cache.lengths[:] = torch.tensor(lengths)
     held = (torch.arange(S) < cache.lengths[:, None])[:, None, :, None]
@@ -62,7 +62,7 @@ def rows(model, lengths):
 
 
 def check(got, reference, truth):
-    """Several layers in, where an element's own error is luck: the largest, within thrice the reference's."""
+    """Compare the largest errors: after several layers those of single elements are noise."""
     assert torch.equal(got.isnan(), truth.isnan())
     error, theirs = ((x.double() - truth).nan_to_num().abs().max() for x in (got, reference))
     assert error <= 3 * theirs + 2e-6
@@ -93,7 +93,7 @@ def test_steps_are_as_accurate_as_those_of_the_modules(backend, kind, B):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("samples", [1, 3])
 def test_prompts_are_as_accurate_as_those_of_the_modules(backend, kind, samples):
-    """Of lengths within, of and beyond a block of rows, several in one, and padding that is no token."""
+    """Prompts below, at and above a block of rows, several in a block, and padding ids of -7."""
     model = make(**KINDS[kind])
     exact = copy.deepcopy(model).double()
     lengths = torch.tensor([1, 2, 37, 32, 30, 5, 33, 1])
@@ -214,25 +214,22 @@ def test_a_wrong_token_or_slot_is_named_and_nothing_written(backend):
         packed(model)._run(torch.ones(1, 36).long(), None, cache, torch.tensor([2]))
     assert torch.equal(cache.lengths, before.lengths)
     assert torch.equal(cache.keys.nan_to_num(), before.keys.nan_to_num())
-    packed(model)._run(
-        torch.ones(1, 35).long(), None, cache, torch.tensor([2])
-    )  # the last place is usable
+    # The last position is usable.
+    packed(model)._run(torch.ones(1, 35).long(), None, cache, torch.tensor([2]))
     assert cache.lengths.tolist() == [3, S, S]
 
 
 def test_what_it_does_not_compute_is_left_to_the_modules(backend, monkeypatch):
     assert packed(make()) and packed(make(**KINDS["qwen3"])) and packed(lagging_copy(make()))
     for options in (
-        dict(positions="learned"), dict(norm="layernorm"), dict(activation="gelu"), dict(gated_mlp=False)
+        dict(positions="learned"), dict(norm="layernorm"), dict(activation="gelu"),
+        dict(gated_mlp=False),
     ):  # fmt: skip
         assert packed(make(**options)) is None
     hooked, early = make(), make()
     hooked.trunk.blocks[0].mlp.register_forward_hook(lambda *_: None)
     early.trunk.embed.register_forward_pre_hook(lambda *_: None)
-    wide, lagging = (
-        make().double(),
-        lagging_copy(make().bfloat16()),
-    )  # the weights of a lagging copy are buffers
+    wide, lagging = make().double(), lagging_copy(make().bfloat16())  # weights are buffers here
     mine = type("Mine", (Transformer,), {})(make().config)
     for model in (hooked, early, wide, lagging, make().bfloat16(), mine):
         assert packed(model) is None

@@ -1,17 +1,19 @@
-"""How `linear_token_logprobs` goes through rows and vocabulary, in the order in which memory likes it.
+"""The loops of `linear_token_logprobs` over rows and vocabulary, ordered for memory locality.
 
-Only counted rows are computed. They are packed and pass in chunks, a chunk in blocks of the vocabulary, through one
-workspace: a matrix product fills it, the row kernel of `token_logprobs` reads it, and what it says of the blocks joins
-to log-prob, entropy and logsumexp of the rows. Backward fills the workspace again, lets the row kernel turn logits into
-gradients in place, and multiplies these by the weight and the hidden states: every row of the weight, and of its
-gradient, passes through memory once a chunk.
+Only counted rows are computed, in chunks. Each chunk is processed in blocks of the vocabulary that
+share one workspace. A matrix product fills the workspace and the row kernel of `token_logprobs`
+reads it; the results of the blocks are then joined to log-prob, entropy and logsumexp of each row.
+Backward refills the workspace, lets the row kernel turn logits into gradients in place, and
+multiplies these by the weight and the hidden states. Each row of the weight, and of its gradient,
+passes through memory once per chunk.
 
-With a frozen head and no entropy the gradient of the hidden states is known up to a factor per row as soon as the
-log-probs are. On a GPU the forward then computes it on the spot, from fewer rows with the whole vocabulary, and
-backward only scales it: two matrix products in all, not three. On a CPU so few rows cost more than the third product.
+With a frozen head and no entropy, the log-probs determine the gradient of the hidden states up to a
+factor per row. On GPU the forward then computes it at once, from fewer rows with the whole
+vocabulary, and backward only scales it: two matrix products instead of three. On CPU,
+products of so few rows cost more than the third product saves.
 
-Where the caller says what it will make of the log-probs (`loss_of`), the forward takes the gradients of hidden states
-and head on the spot too, from whole rows: three products instead of four.
+If the caller passes its loss (`loss_of`), the forward also computes the gradients of hidden states
+and head at once, from whole rows: three products instead of four.
 """
 
 import math
@@ -20,29 +22,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Of a chunk and a block: on CPU about its last-level cache of logits, on a GPU what keeps the matrix products busy.
+# Sizes of a chunk and a block. On CPU their logits roughly fill the last-level cache. On GPU the
+# matrix products are just large enough to keep the device busy.
 CPU_CHUNK_ROWS, CPU_BLOCK = 1024, 2048
 GPU_CHUNK_ROWS, GPU_BLOCK = 8192, 16384
-# Logits of whole rows at a time. On CPU 30 MB: of more, glibc would hand back the memory at every free.
+# Maximum number of logits in whole rows. On CPU 30 MB: glibc unmaps larger blocks at every free.
 CPU_WHOLE, GPU_WHOLE = 30 * 2**18, GPU_CHUNK_ROWS * GPU_BLOCK
 
 
 def forward(
-    impl,
-    hidden,
-    weight,
-    bias,
-    targets,
-    mask,
-    temperature,
-    chunk_rows,
-    with_entropy,
-    with_likeliest,
-    with_dhidden,
-):
-    """hidden (N, D), targets and mask (N,), temperature a number or (N,) -> logprobs (N,), entropy (N,) or None,
-    likeliest (N,) uint8 or None, lse (N, 2), and the gradient of logprobs with respect to hidden (N, D) or None, for
-    which a chunk's rows are whole.
+    impl, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy,
+    with_likeliest, with_dhidden,
+):  # fmt: skip
+    """Statistics of the rows, and the gradient of logprobs with respect to hidden.
+
+    Args: hidden (N, D), targets and mask (N,), temperature a number or (N,).
+
+    Returns: logprobs (N,), entropy (N,) or None, likeliest (N,) uint8 or None, lse (N, 2), dhidden
+    (N, D) or None. With dhidden each block spans the whole vocabulary.
     """
     logprobs = hidden.new_zeros(len(hidden), dtype=torch.float32)
     entropy = torch.zeros_like(logprobs) if with_entropy else None
@@ -55,7 +52,7 @@ def forward(
     for rows, y, T in _chunks(targets, mask, temperature, chunk_rows):
         parts, tops = [], []
         for start, logits in _blocks(hidden[rows], weight, bias, width):
-            # A target of another block must not look out of range here; `_join` knows where it is.
+            # A target of another block must not seem out of range here. `_join` picks its block.
             inside = (y - start).clamp(0, logits.shape[-1] - 1)
             here = y if width >= len(weight) else inside
             parts.append(impl.token_logprobs_fwd(logits, here, None, T, with_entropy, True))
@@ -79,20 +76,21 @@ def forward(
 
 
 def _join(parts, y, T, width, V):
-    """log-probs, entropy and lse of rows from those of their blocks: with a block's L and H, and w = exp(L - lse) its
-    share of the probability, the entropy is sum w (H + lse - L)."""
-    logp, H, lse = (
+    """Log-probs, entropy and lse of rows, joined from those of their blocks.
+
+    A block with L and H has the share w = exp(L - lse) of the probability. The entropy is
+    sum w (H + lse - L).
+    """
+    logp, H, lse = (  # (blocks, 1, n)
         None if part[0] is None else torch.stack(part).double() for part in zip(*parts)
-    )  # (blocks, 1, n)
+    )
     offset, rest = lse.unbind(-1)
     top = offset.amax(dim=0)
-    L = (rest + (offset - top) / T).where(
-        offset != -math.inf, -math.inf
-    )  # of a block that has no probability: no NaN
+    L = rest + (offset - top) / T
+    L = L.where(offset != -math.inf, -math.inf)  # not NaN for a block without probability
     total = L.logsumexp(dim=0)  # (1, n)
-    total = total.where(
-        (y >= 0) & (y < V) & (total != -math.inf), math.nan
-    )  # no target, or nothing possible at all
+    # NaN if the target is out of range, or if no token has any probability.
+    total = total.where((y >= 0) & (y < V) & (total != -math.inf), math.nan)
     if H is not None:
         share = (L - total).exp()
         H = (share * (H + total - L)).where(share != 0, 0).sum(dim=0).float()
@@ -103,21 +101,10 @@ def _join(parts, y, T, width, V):
 
 
 def backward(
-    impl,
-    dlogprobs,
-    dentropy,
-    hidden,
-    weight,
-    bias,
-    targets,
-    mask,
-    temperature,
-    entropy,
-    lse,
-    chunk_rows,
-    needs,
-):
-    """Gradients of hidden, weight and bias, those that `needs` says, else None. Sums of several parts are float32."""
+    impl, dlogprobs, dentropy, hidden, weight, bias, targets, mask, temperature, entropy, lse,
+    chunk_rows, needs,
+):  # fmt: skip
+    """Gradients of hidden, weight and bias where `needs` is True, else None; sums are float32."""
     width = _width(hidden, weight)
     chunks = list(_chunks(targets, mask, temperature, chunk_rows))
     dhidden = torch.zeros_like(hidden) if needs[0] else None
@@ -128,16 +115,11 @@ def backward(
     for i, (rows, y, T) in enumerate(chunks):
         h, L = hidden[rows], lse[rows][None]
         g, dH, H = (None if x is None else x[rows][None] for x in (dlogprobs, dentropy, entropy))
-        dh = (
-            torch.empty_like(h, dtype=torch.float32 if width < len(weight) else h.dtype)
-            if needs[0]
-            else None
-        )
+        if needs[0]:
+            dh = torch.empty_like(h, dtype=torch.float32 if width < len(weight) else h.dtype)
         for start, logits in _blocks(h, weight, bias, width):
             block = slice(start, start + logits.shape[-1])
-            (dlogits,) = impl.token_logprobs_bwd(
-                g, dH, logits, y - start, None, T, H, L, True
-            )  # (n, width)
+            (dlogits,) = impl.token_logprobs_bwd(g, dH, logits, y - start, None, T, H, L, True)
             if needs[0]:
                 _add_product(dh, dlogits, weight[block], first=start == 0)
             if needs[1]:
@@ -154,29 +136,20 @@ def backward(
 
 
 def forward_and_gradients(
-    impl,
-    hidden,
-    weight,
-    bias,
-    targets,
-    mask,
-    temperature,
-    loss_of,
-    sizes,
-    with_entropy,
-    with_likeliest,
-    needs,
-):
-    """logprobs, entropy and likeliest as from `forward`, lse; the gradient of the loss with respect to logprobs (N,),
-    and those with respect to hidden, weight and bias that `needs` says, else None."""
+    impl, hidden, weight, bias, targets, mask, temperature, loss_of, sizes, with_entropy,
+    with_likeliest, needs,
+):  # fmt: skip
+    """Statistics of the rows as from `forward`, and gradients of the loss.
+
+    Returns: logprobs, entropy, likeliest, lse; the gradient with respect to logprobs (N,); those
+    with respect to hidden, weight and bias where `needs` is True, else None.
+    """
     logprobs, expected = hidden.new_zeros((2, len(hidden)), dtype=torch.float32)
     entropy = torch.zeros_like(logprobs) if with_entropy else None
     likeliest = torch.zeros_like(logprobs, dtype=torch.uint8) if with_likeliest else None
     lse = logprobs.new_zeros((len(hidden), 2))
     most = max(1, (GPU_WHOLE if hidden.is_cuda else CPU_WHOLE) // len(weight))
-    counted = (
-        torch.arange(len(targets), device=targets.device) if mask is None else mask.nonzero()[:, 0]
-    )
+    counted = _counted(targets, mask)
     dhidden = torch.zeros_like(hidden) if needs[0] else None
     if needs[1]:
         dweight = torch.empty_like(weight, dtype=torch.float32)
@@ -198,8 +171,8 @@ def forward_and_gradients(
             own = logits.gather(-1, y.clamp(0, len(weight) - 1)[..., None])[..., 0]
             likeliest[rows] = (own == logits.amax(dim=-1))[0].to(torch.uint8)
         with torch.enable_grad():
-            free = logprobs[rows].requires_grad_()
-            (g,) = torch.autograd.grad(loss_of(free, groups), free)
+            leaf = logprobs[rows].requires_grad_()
+            (g,) = torch.autograd.grad(loss_of(leaf, groups), leaf)
         expected[rows] = g
         (dlogits,) = impl.token_logprobs_bwd(g[None], None, logits, y, None, T, None, L, True)
         if needs[0]:
@@ -217,7 +190,7 @@ def forward_and_gradients(
 
 
 def _whole_groups(count: int, sizes: Tensor | None, most: int) -> Iterator[tuple[slice, slice]]:
-    """Chunks of at most `most` of `count` rows, or of one group: the slices of its groups and of their rows."""
+    """Slices of the groups and of the rows of each chunk: at most `most` rows, or one group."""
     if sizes is None:
         for start in range(0, count, most):
             yield slice(start, start + most), slice(start, start + most)
@@ -233,7 +206,7 @@ def _whole_groups(count: int, sizes: Tensor | None, most: int) -> Iterator[tuple
 
 
 def _add_product(total, a, b, first):
-    """total += a @ b; the first time total holds nothing yet."""
+    """total += a @ b, or total = a @ b the first time."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
     elif first:
@@ -242,21 +215,26 @@ def _add_product(total, a, b, first):
         total += a @ b
 
 
+def _counted(targets, mask):
+    """Indices of the counted rows."""
+    if mask is None:
+        return torch.arange(len(targets), device=targets.device)
+    return mask.nonzero()[:, 0]
+
+
 def _chunks(targets, mask, temperature, chunk_rows):
-    """For every chunk of counted rows: their indices (n,), targets (1, n) and temperature, a number or (1, n)."""
-    counted = (
-        torch.arange(len(targets), device=targets.device) if mask is None else mask.nonzero()[:, 0]
-    )
+    """Row indices (n,), targets (1, n) and temperature, a number or (1, n), of each chunk."""
+    counted = _counted(targets, mask)
     for rows in counted.split(chunk_rows) if len(counted) else ():
-        yield (
-            rows,
-            targets[rows][None],
-            temperature[rows][None] if isinstance(temperature, Tensor) else temperature,
-        )
+        T = temperature[rows][None] if isinstance(temperature, Tensor) else temperature
+        yield rows, targets[rows][None], T
 
 
 def _blocks(h, weight, bias, width, workspace=None):
-    """The logits (1, n, width) of rows h (n, D), one block of the vocabulary after another, in one workspace."""
+    """Start and logits (1, n, width) of each block of the vocabulary for rows h (n, D).
+
+    All blocks share one workspace, so the next block overwrites the logits.
+    """
     workspace = h.new_empty(len(h) * min(width, len(weight))) if workspace is None else workspace
     for start in range(0, len(weight), width):
         w = weight[start : start + width]
