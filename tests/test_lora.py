@@ -379,15 +379,15 @@ FAULTS = {
     "unknown tensor": (
         lambda f: edit(f, lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(12, 16)})),
         ValueError,
-        r"1 tensors that this model has no place for, e\.g\. 'base_model\.model\.lm_head\.weight'",
+        r"1 tensors that do not belong to this model, e\.g\. 'base_model\.model\.lm_head\.weight'",
     ),
-    "a module that is no target": (lambda f: edit(f, target_modules=["k_proj"]), ValueError, "no place for.*down_proj"),
+    "a module beyond": (lambda f: edit(f, target_modules=["k_proj"]), ValueError, "do not belong.*down_proj"),
     "shape": (
         lambda f: edit(f, lambda t: t.update({Q0: torch.ones(3, 17)})),
         ValueError,
-        re.escape(f"{Q0!r} is F32 (3, 17); with r=3 this model takes floats (3, 16)"),
+        re.escape(f"{Q0!r} is F32 (3, 17); with r=3 this model needs floats (3, 16)"),
     ),
-    "rank": (lambda f: edit(f, r=4), ValueError, r"with r=4 this model takes floats \(4, 16\)"),
+    "rank": (lambda f: edit(f, r=4), ValueError, r"with r=4 this model needs floats \(4, 16\)"),
     "dtype": (
         lambda f: edit(f, lambda t: t.update({Q0: t[Q0].to(torch.int8)})), ValueError, r"is I8 \(3, 16\)",
     ),
@@ -423,11 +423,11 @@ def test_files_that_do_not_fit_are_refused_by_name_and_the_model_stays_as_it_was
 
 def test_adapters_of_another_base_are_refused(tmp_path):
     save_adapters(adapted(), tmp_path)
-    with pytest.raises(ValueError, match=r"q_proj.*this model takes floats \(3, 32\)"):
+    with pytest.raises(ValueError, match=r"q_proj.*this model needs floats \(3, 32\)"):
         load_adapters(tiny(hidden_size=32), tmp_path)
     with pytest.raises(ValueError, match=r"no tensor .*layers\.2\."):
         load_adapters(tiny(num_layers=3), tmp_path)
-    with pytest.raises(ValueError, match=r"no place for, e\.g\. .*layers\.1\."):
+    with pytest.raises(ValueError, match=r"do not belong to this model, e\.g\. .*layers\.1\."):
         load_adapters(tiny(num_layers=1), tmp_path)
     with pytest.raises(ValueError, match=r"no tensor 'base_model\.model\.score\.weight'"):
         load_adapters(tiny(cls=RewardModel), tmp_path)
@@ -435,7 +435,7 @@ def test_adapters_of_another_base_are_refused(tmp_path):
 
 def test_adapters_are_added_once():
     model = adapted()
-    with pytest.raises(ValueError, match="has adapters already"):
+    with pytest.raises(ValueError, match="already has adapters"):
         add_adapters(model, LoRAConfig())
 
 

@@ -1,4 +1,4 @@
-"""Sizes and switches of a transformer: what the families differ in."""
+"""The config of a transformer: the sizes and switches in which the families differ."""
 
 from __future__ import annotations
 
@@ -13,41 +13,65 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and switches of a Transformer; the defaults make a small Llama."""
+    """Sizes and switches of a Transformer. The defaults make a small Llama.
+
+    Attributes:
+        vocab_size: Number of token ids, V.
+        hidden_size: Width of the residual stream, D.
+        num_layers: Number of blocks.
+        num_heads: Number of query heads, H.
+        num_kv_heads: Number of key and value heads. None means num_heads.
+        head_dim: Width of a head, K. None means hidden_size / num_heads.
+        intermediate_size: Width of the MLP. None means 4 * hidden_size.
+        max_positions: Longest sequence, prompt and response together.
+        positions: "rope" or "learned".
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: As in config.json, with a "rope_type": see models/rope.py.
+        sliding_window: How many tokens a token sees, itself included. None means all before it.
+        norm: "rmsnorm" or "layernorm".
+        norm_eps: Added to the variance before the square root.
+        activation: "silu", "gelu" or "gelu_tanh".
+        gated_mlp: Compute down(act(gate(x)) * up(x)) instead of down(act(up(x))).
+        qkv_bias: Whether the query, key and value projections have biases.
+        out_bias: Whether the output projection of attention has a bias.
+        qk_norm: Apply RMSNorm to the query and key of each head.
+        mlp_bias: Whether the linear layers of the MLP have biases.
+        tie_embeddings: Use the embedding as the output head.
+        dropout: On the embeddings and on the outputs of attention and MLP, in train mode.
+        attention_dropout: On the attention weights, in train mode.
+        bos_id: Token id that starts a sequence.
+        eos_ids: All token ids that end a response.
+        pad_id: Token id of padding.
+        family: Which family's files to write: see families.py. None means the first that fits.
+    """
 
     vocab_size: int
-    hidden_size: int = 64  # D
+    hidden_size: int = 64
     num_layers: int = 2
-    num_heads: int = 4  # H
-    num_kv_heads: int | None = None  # None: as many as num_heads
-    head_dim: int | None = None  # K; None: hidden_size / num_heads
-    intermediate_size: int | None = None  # width of the MLP; None: 4 * hidden_size
-    max_positions: int = 512  # longest sequence, prompt and response together
-    positions: str = "rope"  # "rope" | "learned"
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    max_positions: int = 512
+    positions: str = "rope"
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = (
-        None  # in config.json's words, with a "rope_type", see models/rope.py
-    )
-    sliding_window: int | None = (
-        None  # a token sees this many, itself included; None: all before it
-    )
-    norm: str = "rmsnorm"  # "rmsnorm" | "layernorm"
+    rope_scaling: dict | None = None
+    sliding_window: int | None = None
+    norm: str = "rmsnorm"
     norm_eps: float = 1e-5
-    activation: str = "silu"  # "silu" | "gelu" | "gelu_tanh"
-    gated_mlp: bool = True  # down(act(gate(x)) * up(x)) instead of down(act(up(x)))
+    activation: str = "silu"
+    gated_mlp: bool = True
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head's query and key
+    qk_norm: bool = False
     mlp_bias: bool = False
-    tie_embeddings: bool = True  # the output head is the embedding
-    dropout: float = 0.0  # of the embeddings and of what a block adds to them, in train mode only
-    attention_dropout: float = 0.0  # of attention's weights
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
     bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()  # every id that ends a response
+    eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
-    family: str | None = field(
-        default=None, compare=False
-    )  # written as one of these, see hub.py; None: the first that fits
+    family: str | None = field(default=None, compare=False)
 
     def __post_init__(self):
         for name, allowed in (
@@ -55,10 +79,9 @@ class TransformerConfig:
             ("norm", ("rmsnorm", "layernorm")),
             ("activation", tuple(ACTIVATIONS)),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
         may_be_none = ("num_kv_heads", "head_dim", "intermediate_size", "sliding_window")
         for name in (*sizes, *may_be_none):
@@ -72,28 +95,25 @@ class TransformerConfig:
                 raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
         fill = object.__setattr__
         if self.head_dim is None:
-            if self.hidden_size % self.num_heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}"
-                )
+            self._check_multiple("hidden_size", "num_heads")
             fill(self, "head_dim", self.hidden_size // self.num_heads)
         if self.num_kv_heads is None:
             fill(self, "num_kv_heads", self.num_heads)
         if self.intermediate_size is None:
             fill(self, "intermediate_size", 4 * self.hidden_size)
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
-            )
+        self._check_multiple("num_heads", "num_kv_heads")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling)
 
+    def _check_multiple(self, name: str, of: str) -> None:
+        value, divisor = getattr(self, name), getattr(self, of)
+        if value % divisor:
+            raise ValueError(f"{name} {value} is not a multiple of {of} {divisor}")
+
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
-        return (
-            self.num_heads * self.head_dim,
-            self.num_kv_heads * self.head_dim,
-            self.num_kv_heads * self.head_dim,
-        )
+        """Widths of all queries, keys and values of a token."""
+        kv = self.num_kv_heads * self.head_dim
+        return self.num_heads * self.head_dim, kv, kv

@@ -46,7 +46,8 @@ class Family:
         name: Its `model_type`.
         language_model: Their class name of its language models.
         classifier: Their class name of its sequence classifiers, such as reward models.
-        config_fields: (our config field, their field, their default). A default of ... means required.
+        config_fields: (our field of TransformerConfig, their field, their default). A default of
+            ... means that a config.json must have the field.
         fixed: Our config fields that have the same value in all its models.
         modules: Our module: their modules, whose rows make it up. {i} is the layer.
         transposed: Whether they store the matrices of a block transposed.
@@ -138,7 +139,7 @@ class Family:
 
 
 def read(config_json: dict) -> TransformerConfig:
-    """TransformerConfig of a config.json, by its `model_type`. Raises ValueError as `Family.read`."""
+    """TransformerConfig of a config.json of any family. Raises ValueError as `Family.read`."""
     name = config_json.get("model_type", "(no such field)")
     if name not in FAMILIES:
         raise ValueError(f"model_type {name!r} is not supported, only {', '.join(FAMILIES)}")

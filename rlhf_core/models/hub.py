@@ -1,6 +1,6 @@
 """Model files in the Hugging Face layout: config.json and *.safetensors, single or sharded.
 
-Reading them runs no code and opens no pickle. Left out: what their fields and names mean (families.py).
+Reading runs no code and opens no pickle. Left out: the meaning of fields and names (families.py).
 """
 
 from __future__ import annotations

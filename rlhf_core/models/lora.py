@@ -1,8 +1,9 @@
-"""Low-rank adapters (Hu et al. 2021): y = W x + (alpha / rank) B A dropout(x), W frozen; their files in PEFT's layout.
+"""Low-rank adapters (Hu et al. 2021): y = W x + (alpha / rank) B A dropout(x), with W frozen.
 
-An adapter belongs to a module under its Hugging Face name ("q_proj"), which may be some rows of one of ours (attn.qkv).
-Without its adapters a model computes what it did before it got them, to the last bit: the reference policy costs no
-second copy. Left out: DoRA, biases that train, ranks that differ between modules, adapters of embedding or output head.
+Files have PEFT's layout. An adapter belongs to a Hugging Face module ("q_proj"), which can be a
+part of one of our modules (rows of attn.qkv). With its adapters off, a model computes exactly what
+it did before it got them, so the reference policy needs no second copy. Left out: DoRA, biases that
+train, ranks that differ between modules, and adapters of the embedding or the output head.
 """
 
 from __future__ import annotations
@@ -27,47 +28,36 @@ from rlhf_core.models.hub import HEADS_FILE, has_scalar_head
 from rlhf_core.models.safetensors import DTYPES, stored_tensors, stored_texts, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_ALL = "all-linear"  # PEFT's word for every linear layer but the output head
+_ALL = "all-linear"  # PEFT's name for every linear layer except the output head
 _SCORE = "base_model.model.score."
-# adapter_config.json: fields with few right values, and fields that may hold anything. Any other must be off (false,
-# null, empty), as it asks for something that is left out here.
+# Fields of adapter_config.json that must have one of these values, and fields with any value.
+# Other fields must be off (false, null or empty), because they ask for something that is left out.
 _ALLOWED = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
 _FREE = {
-    *(
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "use_rslora",
-        "modules_to_save",
-        "base_model_name_or_path",
-    ),
-    *(
-        "task_type",
-        "revision",
-        "peft_version",
-        "auto_mapping",
-        "inference_mode",
-        "fan_in_fan_out",
-        "loftq_config",
-    ),
-    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
-}
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save",
+    "base_model_name_or_path", "task_type", "revision", "peft_version", "auto_mapping",
+    "inference_mode", "fan_in_fan_out", "loftq_config", "megatron_core", "qalora_group_size",
+    "ensure_weight_tying",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What adapters to add.
+    """The adapters to add.
 
-    rank, alpha: B A has this rank and is scaled by alpha / rank, with `rslora` by alpha / sqrt(rank) (Kalajdzievski
-        2023).
-    dropout: of the adapters' input, in train mode, so with the trainers' option `dropout`.
-    target_modules: Hugging Face names, or ends of them ("q_proj", "mlp.c_proj"); "all-linear": every linear layer of
-        the blocks; another string is a regular expression for the whole name.
+    Attributes:
+        rank: Rank of B A. More rank means more weights to train.
+        alpha: Scales B A by alpha / rank.
+        dropout: On the input of the adapters, in train mode (the trainers' option `dropout`).
+        target_modules: Hugging Face names or their ends ("q_proj", "mlp.c_proj"). "all-linear"
+            means every linear layer of the blocks. Any other string is a regular expression for
+            the whole name.
+        rslora: Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).
+        base: Folder or hub name of the model that the adapters belong to.
     """
 
     rank: int = 8
@@ -89,24 +79,20 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
+        """The factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class Adapter(nn.Module):
-    """x (..., in) -> scale * B A dropout(x) (..., out): 0 at first, as B is; A as nn.Linear is initialised."""
+    """Maps x (..., in) to scale * B A dropout(x) (..., out). B starts at 0, A as in nn.Linear."""
 
     def __init__(self, in_features: int, out_features: int, config: LoRAConfig, like: Tensor):
         super().__init__()
         self.config = config
-        dtype = torch.promote_types(
-            like.dtype, torch.float32
-        )  # beside 16-bit weights it trains in float32
-        self.lora_A = nn.Parameter(
-            torch.empty(config.rank, in_features, dtype=dtype, device=like.device)
-        )
-        self.lora_B = nn.Parameter(
-            torch.zeros(out_features, config.rank, dtype=dtype, device=like.device)
-        )
+        # An adapter of 16-bit weights trains in float32.
+        kind = dict(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        self.lora_A = nn.Parameter(torch.empty(config.rank, in_features, **kind))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, config.rank, **kind))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,18 +100,20 @@ class Adapter(nn.Module):
         return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.config.scale
 
     def product(self) -> Tensor:
-        """What it adds to W, (out, in)."""
+        """The change of W, (out, in)."""
         return self.lora_B @ self.lora_A * self.config.scale
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer, its weight and bias under their names, and adapters, each on its rows of the output."""
+    """A linear layer with adapters, each of which adds to its own rows of the output.
+
+    The weight and the bias keep their names, so files of the base model still fit.
+    """
 
     def __init__(self, linear: nn.Linear, sizes: dict[str, int]):
-        """sizes: the Hugging Face modules that the layer's rows are, in order, and how many each has."""
-        super().__init__(
-            linear.in_features, linear.out_features, linear.bias is not None, device="meta"
-        )
+        """sizes: the Hugging Face modules that make up the rows, in order: their row counts."""
+        features = linear.in_features, linear.out_features
+        super().__init__(*features, linear.bias is not None, device="meta")
         self.weight, self.bias, self.sizes = linear.weight, linear.bias, sizes
         self.adapters = nn.ModuleDict()
 
@@ -140,40 +128,37 @@ class LoRALinear(nn.Linear):
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(y.dtype)
 
     def product(self) -> Tensor:
-        """What its adapters add to the weight, (out, in)."""
-        parts = [
-            self.adapters[name].product()
-            if name in self.adapters
-            else self.weight.new_zeros(size, self.in_features)
-            for name, size in self.sizes.items()
-        ]
+        """The change of the weight, (out, in)."""
+        parts = []
+        for name, size in self.sizes.items():
+            zeros = self.weight.new_zeros(size, self.in_features)
+            parts.append(self.adapters[name].product() if name in self.adapters else zeros)
         return torch.cat(parts)
 
 
 def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
-    """Give a Transformer, RewardModel or ValueModel adapters that change nothing yet. They train, and a scalar head;
-    nothing else does.
+    """Add adapters, which change no output yet, to a Transformer, RewardModel or ValueModel.
 
-    Raises ValueError for a target that the model does not have, naming those that it has.
+    Afterwards the adapters and a scalar head train. Nothing else does.
+
+    Raises:
+        ValueError: The model has adapters already or lacks a target; the message lists its modules.
     """
     if has_adapters(model):
-        raise ValueError(
-            "the model has adapters already; merge_adapters folds them into its weights"
-        )
+        raise ValueError("the model already has adapters; call merge_adapters first")
     targets = _targets(model, config.target_modules)
     for ours, linear, sizes in _linears(model):
         if targets & sizes.keys():
             layer = LoRALinear(linear, {_last(name): size for name, size in sizes.items()})
             for name in (name for name in sizes if name in targets):
-                layer.adapters[_last(name)] = Adapter(
-                    layer.in_features, sizes[name], config, layer.weight
-                )
+                adapter = Adapter(layer.in_features, sizes[name], config, layer.weight)
+                layer.adapters[_last(name)] = adapter
             model.set_submodule(ours, layer.train(model.training))
     freeze_base(model)
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Let adapters and a scalar head train, and nothing else."""
+    """Let only adapters and a scalar head train."""
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, Adapter) or name == "score":
@@ -181,12 +166,12 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether `add_adapters` or `load_adapters` gave it some; also while they are off."""
+    """Whether the model has adapters, even if they are off."""
     return any(isinstance(module, LoRALinear) for module in model.modules())
 
 
 def adapter_config(model: nn.Module) -> LoRAConfig:
-    """The LoRAConfig of a model's adapters; ValueError where it has none."""
+    """Return the LoRAConfig of a model's adapters. Raises ValueError if it has none."""
     for module in model.modules():
         if isinstance(module, Adapter):
             return module.config
@@ -197,9 +182,10 @@ def adapter_config(model: nn.Module) -> LoRAConfig:
 def adapters_off(
     model: nn.Module, instead: Sequence[nn.ModuleDict] | None = None
 ) -> Iterator[None]:
-    """Inside, the model computes without its adapters, or with those that `frozen_adapters` kept.
+    """Switch a model's adapters off, or replace them with the result of `frozen_adapters`.
 
-    Raises ValueError where the model has none: then it would be its own reference.
+    Raises:
+        ValueError: The model has no adapters, so it would be its own reference.
     """
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if not layers:
@@ -215,7 +201,7 @@ def adapters_off(
 
 
 def frozen_adapters(model: nn.Module) -> list[nn.ModuleDict] | None:
-    """The adapters as they are now, for `adapters_off`; None where they change nothing, as new ones."""
+    """Copy the adapters for `adapters_off`. None if they have no effect, like new ones."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if not any(adapter.lora_B.any() for layer in layers for adapter in layer.adapters.values()):
         return None
@@ -224,29 +210,33 @@ def frozen_adapters(model: nn.Module) -> list[nn.ModuleDict] | None:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> None:
-    """Fold the adapters into the weights, which then train again: a plain model, equal up to rounding.
+    """Fold the adapters into the weights. The result is a plain model, equal up to rounding.
 
-    Raises ValueError where there are none.
+    All its weights train again.
+
+    Raises:
+        ValueError: The model has no adapters.
     """
-    adapter_config(model)
+    adapter_config(model)  # raises
     for ours, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
             layer.weight += layer.product()
-            linear = nn.Linear(
-                layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-            )
+            sizes = layer.in_features, layer.out_features
+            linear = nn.Linear(*sizes, layer.bias is not None, device="meta")
             linear.weight, linear.bias = layer.weight, layer.bias
             model.set_submodule(ours, linear.train(layer.training))
     model.requires_grad_(True)
 
 
 def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write adapters, and a scalar head, in PEFT's layout: adapter_model.safetensors and, last, adapter_config.json."""
+    """Write adapters and a scalar head in PEFT's layout.
+
+    The files are adapter_model.safetensors and adapter_config.json, which is written last.
+    """
     config, path = adapter_config(model), Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    (path / HEADS_FILE).unlink(
-        missing_ok=True
-    )  # of an earlier save, which a reader would take for this model's
+    # A reader would take the value heads of an earlier save for this model's.
+    (path / HEADS_FILE).unlink(missing_ok=True)
     texts = {"of_steps": json.dumps(model.of_steps)} if hasattr(model, "of_steps") else {}
     write_tensors(path / WEIGHTS_FILE, _tensors(model), texts)
     targets, scalar = config.target_modules, hasattr(model, "score")
@@ -269,21 +259,20 @@ def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
 
 @torch.no_grad()
 def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
-    """Give a model the adapters, and the scalar head, of a folder in PEFT's layout; what trains is as after
-    `add_adapters`.
+    """Load adapters and a scalar head from a folder in PEFT's layout. Afterwards only they train.
 
-    Raises FileNotFoundError for a missing file, ValueError for a field that asks for what is left out here, and for
-    tensors that are missing, unknown or of another shape, naming them; the model is then as it was.
+    A failed call leaves the model as it was.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A config field is not supported, or a tensor is missing, unknown or of another
+            shape; the message names it.
     """
     config, file = read_adapter_config(path), Path(path) / WEIGHTS_FILE
     if not file.is_file():
         pickle = file.with_suffix(".bin")
-        reason = (
-            f"; {pickle.name} is a pickle, which can run code on loading: convert it"
-            if pickle.is_file()
-            else ""
-        )
-        raise FileNotFoundError(f"{file}: no such file{reason}")
+        reason = f"; {pickle.name} is a pickle, which can run code on loading: convert it first"
+        raise FileNotFoundError(f"{file}: no such file{reason if pickle.is_file() else ''}")
     found = stored_tensors(file)
     targets = _targets(model, config.target_modules)
     shapes = {name: tuple(parameter.shape) for name, parameter in _head(model).items()}
@@ -291,21 +280,19 @@ def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
         shapes[f"{_SCORE}bias"] = (1,)
     for _, linear, sizes in _linears(model):
         for name in (name for name in sizes if name in targets):
-            shapes |= zip(
-                _names(name), ((config.rank, linear.in_features), (sizes[name], config.rank))
-            )
+            a, b = _names(name)
+            shapes |= {a: (config.rank, linear.in_features), b: (sizes[name], config.rank)}
     for name, shape in shapes.items():
         if name not in found:
             raise ValueError(f"{file}: no tensor {name!r}")
         if found[name].shape != shape or found[name].dtype not in DTYPES:
             got = f"{found[name].dtype} {found[name].shape}"
-            raise ValueError(
-                f"{file}: {name!r} is {got}; with r={config.rank} this model takes floats {shape}"
-            )
+            needs = f"with r={config.rank} this model needs floats {shape}"
+            raise ValueError(f"{file}: {name!r} is {got}; {needs}")
     unknown = sorted(found.keys() - shapes.keys())
     if unknown:
         raise ValueError(
-            f"{file}: {len(unknown)} tensors that this model has no place for, e.g. {unknown[0]!r}"
+            f"{file}: {len(unknown)} tensors that do not belong to this model, e.g. {unknown[0]!r}"
         )
     if f"{_SCORE}bias" in shapes:
         model.score.bias = nn.Parameter(model.score.weight.new_zeros(1))
@@ -317,19 +304,24 @@ def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def is_adapter(source: str | os.PathLike) -> bool:
-    """Whether a folder holds adapters in place of a model."""
+    """Whether a folder holds adapters instead of a model."""
     return (Path(source) / CONFIG_FILE).is_file()
 
 
 def is_reward_model(source: str | os.PathLike) -> bool:
-    """Whether a folder or hub repository holds a reward model, or adapters that make one."""
+    """Whether a folder or hub repository holds a reward model or the adapters of one."""
     if is_adapter(source):
         return read_object(Path(source) / CONFIG_FILE).get("task_type") == "SEQ_CLS"
     return has_scalar_head(source)
 
 
 def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
-    """LoRAConfig of a folder's adapter_config.json; ValueError naming the field that is not supported."""
+    """Return the LoRAConfig of a folder's adapter_config.json.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A field is missing or not supported; the message names it.
+    """
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
@@ -337,22 +329,17 @@ def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
     for name, value in fields.items():
         allowed = _ALLOWED.get(name)
         if value not in allowed if allowed else value and name not in _FREE:
-            raise ValueError(
-                f"{file}: {name}={value!r} is not supported{f', only {allowed}' if allowed else ''}"
-            )
-    others = set(fields.get("modules_to_save") or ()) - {
-        "score",
-        "classifier",
-    }  # PEFT lists both, whichever is there
+            only = f", only {allowed}" if allowed else ""
+            raise ValueError(f"{file}: {name}={value!r} is not supported{only}")
+    # PEFT lists both names of the head, although a model has one of them.
+    others = set(fields.get("modules_to_save") or ()) - {"score", "classifier"}
     if others:
         raise ValueError(
             f"{file}: modules_to_save with {min(others)!r} is not supported, only 'score'"
         )
-    missing = [
-        name for name in ("peft_type", "r", "lora_alpha", "target_modules") if name not in fields
-    ]
-    if missing:
-        raise ValueError(f"{file}: field {missing[0]!r} is missing")
+    for name in ("peft_type", "r", "lora_alpha", "target_modules"):
+        if name not in fields:
+            raise ValueError(f"{file}: field {name!r} is missing")
     return LoRAConfig(
         rank=fields["r"],
         alpha=fields["lora_alpha"],
@@ -364,7 +351,7 @@ def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, dict[str, int]]]:
-    """Name and linear layer of the blocks, and the Hugging Face modules that its rows are, with how many each has."""
+    """The linear layers of the blocks: name, layer, row counts of its Hugging Face modules."""
     family = family_of(model.config)
     for ours, module in model.named_modules():
         if ours.startswith("trunk.blocks.") and isinstance(module, nn.Linear):
@@ -372,7 +359,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, dict[str, int]]
 
 
 def _targets(model: nn.Module, wanted: str | Sequence[str]) -> set[str]:
-    """Full Hugging Face names of the modules that target_modules means."""
+    """Full Hugging Face names of the modules that `target_modules` selects."""
     names = [name for _, _, sizes in _linears(model) for name in sizes]
     if wanted == _ALL:
         return set(names)
@@ -390,7 +377,7 @@ def _targets(model: nn.Module, wanted: str | Sequence[str]) -> set[str]:
 
 
 def _tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's adapters and scalar head by their names in PEFT's files."""
+    """The adapters and the scalar head by their names in PEFT's files."""
     tensors = _head(model)
     for _, layer, sizes in _linears(model):
         for name in sizes if isinstance(layer, LoRALinear) else ():
@@ -401,12 +388,9 @@ def _tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _head(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A scalar head, where there is one, by the names in PEFT's files."""
-    return (
-        {_SCORE + kind: p for kind, p in model.score.named_parameters()}
-        if hasattr(model, "score")
-        else {}
-    )
+    """The scalar head, if there is one, by the names in PEFT's files."""
+    parameters = model.score.named_parameters() if hasattr(model, "score") else ()
+    return {_SCORE + kind: parameter for kind, parameter in parameters}
 
 
 def _names(module: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The class that reads models from folders and writes them: whole models, and adapters on a base."""
+"""The class that reads and writes model folders: whole models, and adapters on a base model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Rotary positions (Su et al. 2021): their frequencies, and how those are scaled beyond the trained length.
+"""Rotary positions (Su et al. 2021): their frequencies, and scaling beyond the trained length.
 
-The float32 steps are those of `transformers`, bit for bit: a frequency that differs in its last bit turns a pair by
-0.006 rad at position 100,000. Left out: longrope, and rotating a part of a head only.
+The float32 results equal those of `transformers` bit for bit, because an error in the last bit of a
+frequency turns a pair by 0.006 rad at position 100,000. Left out: longrope, and rotating only part
+of a head.
 """
 
 from __future__ import annotations
@@ -11,43 +12,41 @@ import math
 import torch
 from torch import Tensor
 
-# rope_type -> its options; those in brackets have a default.
+# rope_type: its options. Options in brackets are optional.
 _OPTIONS = {
     "default": "",
     "linear": "factor",
     "dynamic": "factor",
     "llama3": "factor low_freq_factor high_freq_factor [original_max_position_embeddings]",
-    "yarn": "factor [original_max_position_embeddings] [attention_factor] [beta_fast] [beta_slow] [mscale] "
-    "[mscale_all_dim] [truncate]",
+    "yarn": "factor [original_max_position_embeddings] [attention_factor] [beta_fast] [beta_slow] "
+    "[mscale] [mscale_all_dim] [truncate]",
 }
 
 
 def check_scaling(scaling: dict) -> None:
-    """ValueError for a rope_scaling (config.json's words, with a "rope_type") that cannot be computed as it says."""
+    """Raise ValueError if a rope_scaling (config.json, with a "rope_type") is not supported."""
     kind = scaling.get("rope_type")
     if kind not in _OPTIONS:
         raise ValueError(f"rope scaling {kind!r} is not supported, only {', '.join(_OPTIONS)}")
     options = {name.strip("[]"): name[0] != "[" for name in _OPTIONS[kind].split()}
     for name, required in options.items():
-        if required and not isinstance(scaling.get(name), (int, float)):
-            raise ValueError(
-                f"rope scaling {kind!r} needs a number {name!r}, got {scaling.get(name)!r}"
-            )
+        value = scaling.get(name)
+        if required and not isinstance(value, (int, float)):
+            raise ValueError(f"rope scaling {kind!r} needs a number {name!r}, got {value!r}")
     for name in scaling.keys() - options - {"rope_type"}:
         raise ValueError(f"rope scaling {kind!r} has no option {name!r}, only {', '.join(options)}")
 
 
 def rope_tables(config, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, K/2) float32 of the positions 0, 1, ... for a TransformerConfig, on the CPU."""
+    """Return cos and sin, (length, K/2) float32 on the CPU, of positions 0 to length - 1."""
     frequencies, magnitude = rope_frequencies(config)
-    angles = (
-        torch.arange(length, dtype=torch.float32, device="cpu")[:, None] * frequencies
-    )  # (S, K/2)
+    positions = torch.arange(length, dtype=torch.float32, device="cpu")
+    angles = positions[:, None] * frequencies  # (S, K/2)
     return angles.cos() * magnitude, angles.sin() * magnitude
 
 
 def rope_frequencies(config) -> tuple[Tensor, float]:
-    """Radians per position of each pair, (K/2,) float32, and the factor that cos and sin are multiplied by."""
+    """Return radians per position of each pair, (K/2,) float32, and the factor of cos and sin."""
     K, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
     powers = base ** (torch.arange(0, K, 2, dtype=torch.float32, device="cpu") / K)
     plain = 1.0 / powers
@@ -55,29 +54,21 @@ def rope_frequencies(config) -> tuple[Tensor, float]:
     trained = scaling.get("original_max_position_embeddings") or config.max_positions
     if kind == "linear":  # position interpolation (Chen et al. 2023)
         return plain / factor, 1.0
-    if (
-        kind == "llama3"
-    ):  # Llama 3.1: long waves are interpolated, short ones kept, between them a blend
+    if kind == "llama3":  # Llama 3.1: interpolate long waves, keep short ones, blend in between
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         waves = 2 * math.pi / plain
         blend = (trained / waves - low) / (high - low)
         blended = (1 - blend) * plain / factor + blend * plain
-        return torch.where(
-            waves > trained / low,
-            plain / factor,
-            torch.where(waves < trained / high, plain, blended),
-        ), 1.0
+        shorter = torch.where(waves < trained / high, plain, blended)
+        return torch.where(waves > trained / low, plain / factor, shorter), 1.0
     if kind == "yarn":  # Peng et al. 2023, equations 17, 18, 22
         ramp = _yarn_ramp(scaling, trained, base, K)
         return 1.0 / (factor * powers) * ramp + plain * (1 - ramp), _yarn_magnitude(scaling)
-    return (
-        plain,
-        1.0,
-    )  # also "dynamic", which scales beyond max_positions only, where the model takes no sequence
+    return plain, 1.0  # also for "dynamic", which scales only beyond max_positions
 
 
 def _yarn_ramp(scaling: dict, trained: int, base: float, K: int) -> Tensor:
-    """How far each pair (K/2,) is interpolated: 0 where it turns often over the trained length, 1 where seldom."""
+    """How far each pair (K/2,) is interpolated: from 0 for high frequencies to 1 for low ones."""
 
     def pair_that_turns(times: float) -> float:
         return K * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(base))
@@ -89,7 +80,7 @@ def _yarn_ramp(scaling: dict, trained: int, base: float, K: int) -> Tensor:
     low, high = max(low, 0), min(high, K - 1)
     width = high - low or 0.001
     keep = 1 - ((torch.arange(K // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
-    return 1 - keep  # as `transformers` rounds it
+    return 1 - keep  # rounds as in `transformers`
 
 
 def _yarn_magnitude(scaling: dict) -> float:

@@ -1,7 +1,7 @@
-"""Tensors in safetensors files, read piece by piece, so that a model is never held twice.
+"""Safetensors files, read piece by piece, so that a model is never in memory twice.
 
-The package maps files into memory, and pages that were read count as memory in use until the file is closed: so it is
-opened for every piece.
+The package maps files into memory, and the pages that were read stay in memory until the file is
+closed. The file is therefore opened again for every piece.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PIECE_BYTES = 16 * 2**20
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a file, not read yet."""
+    """A tensor in a file, not yet read."""
 
     file: Path
     name: str
@@ -30,11 +30,10 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Its rows a few at a time, and the index of the first of them."""
+        """Yield a few rows at a time, each time with the index of the first one."""
         if self.dtype not in DTYPES:
-            raise ValueError(
-                f"{self.file}: tensor {self.name!r} is stored as {self.dtype}, not as {', '.join(DTYPES)}"
-            )
+            stored = f"stored as {self.dtype}, not as {', '.join(DTYPES)}"
+            raise ValueError(f"{self.file}: tensor {self.name!r} is {stored}")
         rows, *row = self.shape
         at_once = max(1, PIECE_BYTES // max(1, math.prod(row) * DTYPES[self.dtype].itemsize))
         for first in range(0, rows, at_once):
@@ -42,49 +41,53 @@ class StoredTensor(NamedTuple):
                 yield first, file.get_slice(self.name)[first : first + at_once]
 
     def copy_to(self, target: Tensor) -> None:
-        """Fill target, of this shape, any dtype and any strides."""
+        """Fill `target`, which has this shape, any dtype and any strides."""
         for first, rows in self.pieces():
             target[first : first + len(rows)] = rows
-            del rows  # before the file is closed: else its pages stay
+            del rows  # before the file is closed, or its pages stay in memory
 
 
 def stored_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
-    """The tensors of a file by name; ValueError naming the file where its bytes are not what its header says."""
+    """Return the tensors of a file by name. Raises ValueError if the file is damaged."""
     path = Path(path)
     with _open(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {
-            name: StoredTensor(path, name, x.get_dtype(), tuple(x.get_shape()))
-            for name, x in slices.items()
+            name: StoredTensor(path, name, part.get_dtype(), tuple(part.get_shape()))
+            for name, part in slices.items()
         }
 
 
 def stored_texts(path: str | os.PathLike) -> dict[str, str]:
-    """The texts in a file by name; ValueError as for `stored_tensors`."""
+    """Return the texts in a file by name. Raises ValueError if the file is damaged."""
     with _open(Path(path)) as file:
         return file.metadata() or {}
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """A whole file: the texts and the tensors that `write_tensors` wrote; ValueError as for `stored_tensors`."""
+    """Return the texts and tensors that `write_tensors` wrote. Raises ValueError if damaged."""
     with _open(Path(path)) as file:
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return file.metadata() or {}, tensors
 
 
 def write_tensors(
     path: str | os.PathLike, tensors: dict[str, Tensor], texts: dict[str, str] | None = None
 ) -> None:
-    """Write tensors, of any strides and on any device, and named texts into one file, atomically; contiguous tensors
-    are not copied. OSError, naming the file, where the disk refuses."""
+    """Write tensors, of any strides and on any device, and named texts into one file, atomically.
+
+    Contiguous tensors on the CPU are not copied.
+
+    Raises:
+        OSError: The file cannot be written, for example because the disk is full.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    package, save_file = (
-        require("safetensors", "train"),
-        require("safetensors.torch", "train").save_file,
-    )
+    package = require("safetensors", "train")
+    save_file = require("safetensors.torch", "train").save_file
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": "pt", **(texts or {})})
-        except package.SafetensorError as error:  # in place of an OSError, such as a full disk
+        except package.SafetensorError as error:  # the package raises it for a full disk, too
             raise OSError(f"{path}: not written: {error}") from None
 
 
