@@ -511,7 +511,7 @@ def test_of_a_pairs_turns_those_of_the_assistant_count(chatting, max_length):
 
 
 def test_what_is_no_example_is_refused(chatting, tmp_path):
-    with pytest.raises(ValueError, match="the completion holds no message of the assistant"):
+    with pytest.raises(ValueError, match="the completion has no message of the assistant"):
         encode_text(Text(chat(("user", "one")), chat(("user", "two"))), chatting, 50)
     answers_first = (
         "{{ messages[-1].content }}"
@@ -519,7 +519,7 @@ def test_what_is_no_example_is_refused(chatting, tmp_path):
     )
     tokenizer = load_tokenizer(build(tmp_path / "other", "bytes", answers_first))
     with pytest.raises(
-        ValueError, match="renders the prompt of one completion otherwise than that of another"
+        ValueError, match="renders the prompt in different ways for different completions"
     ):
         encode_preference(Preference(chat(("user", "one")), "two", "so"), tokenizer, 50)
 
@@ -701,7 +701,7 @@ def test_every_shape_of_conversation_is_read(tmp_path):
 
 
 BAD = [
-    (read_texts, {"messages": []}, "'messages' holds no message"),
+    (read_texts, {"messages": []}, "'messages' is an empty list"),
     (read_texts, {"messages": "hi"}, "'messages' must be a list of messages, got 'hi'"),
     (read_texts, {"messages": {"role": "user"}}, "'messages' must be a list of messages"),
     (
@@ -717,7 +717,7 @@ BAD = [
     (
         read_texts,
         {"messages": [{"from": "human"}]},
-        r"'messages\[0\].role' is missing, the line has 'from'",
+        r"'messages\[0\].role' is missing; the line has 'from'",
     ),
     (read_texts, {"messages": [HI, {"role": "assistant"}]}, r"'messages\[1\].content' is missing"),
     (read_texts, {"messages": [HI, {**YES, "content": " "}]}, r"'messages\[1\].content' is empty"),
@@ -734,7 +734,7 @@ BAD = [
     (
         read_texts,
         {"messages": [HI, {**YES, "content": "\ud800"}]},
-        r"'messages\[1\].content' holds a lone surrogate",
+        r"'messages\[1\].content' has a lone surrogate",
     ),
     (
         read_texts,
@@ -743,8 +743,8 @@ BAD = [
     ),
     (read_texts, {"messages": [HI, YES], "tools": [1]}, "'tools' is not supported"),
     (read_texts, {"messages": [HI, YES], "images": ["a.png"]}, "'images' is not supported"),
-    (read_texts, {"messages": [SYSTEM, HI]}, "'messages' holds no message of the assistant"),
-    (read_texts, {"prompt": [HI]}, "'response' is missing, the line has 'prompt'"),
+    (read_texts, {"messages": [SYSTEM, HI]}, "'messages' has no message of the assistant"),
+    (read_texts, {"prompt": [HI]}, "'response' is missing; the line has 'prompt'"),
     (
         read_texts,
         {"prompt": [HI], "completion": [HI]},
@@ -760,22 +760,22 @@ BAD = [
     (
         read_preferences,
         {"prompt": [HI], "chosen": [YES, HI], "rejected": [NO]},
-        "'chosen' must go on, .* assistant, user",
+        "'chosen' must start and end with messages of the assistant .* assistant, user",
     ),
     (
         read_preferences,
         {"chosen": [HI, YES], "rejected": [HI, YES]},
-        "'chosen' must go on, .*, got none",
+        "'chosen' must start and end with messages of the assistant .*, got none",
     ),
     (
         read_preferences,
         {"chosen": [HI, YES], "rejected": [HI]},
-        "'rejected' must go on, .*, got none",
+        "'rejected' must start and end with messages of the assistant .*, got none",
     ),
     (
         read_preferences,
         {"chosen": [HI, SYSTEM, YES], "rejected": [HI, NO]},
-        "'chosen' must go on, .*, got system",
+        "'chosen' must start and end with messages of the assistant .*, got system",
     ),
     (
         read_preferences,
@@ -791,10 +791,10 @@ BAD = [
     (
         read_preferences,
         {"prompt": "so", "chosen": [HI, YES], "rejected": [HI, NO]},
-        "'prompt' is no message",
+        "'prompt' is not a message",
     ),
-    (read_prompts, {"messages": [YES]}, "'messages' holds messages of the assistant only"),
-    (read_prompts, {"prompt": []}, "'prompt' holds no message"),
+    (read_prompts, {"messages": [YES]}, "'messages' has only messages of the assistant"),
+    (read_prompts, {"prompt": []}, "'prompt' is an empty list"),
 ]
 
 

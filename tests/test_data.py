@@ -230,7 +230,7 @@ BAD = [
     (read_texts, '{"prompt": "p", ', "not valid JSON"),
     (read_texts, "[1, 2]", r"expected a JSON object, got \[1, 2\]"),
     (read_texts, '"text"', "expected a JSON object"),
-    (read_texts, {"prompt": "p"}, "field 'response' is missing, the line has 'prompt'"),
+    (read_texts, {"prompt": "p"}, "field 'response' is missing; the line has 'prompt'"),
     (read_texts, {"completion": "c"}, "field 'prompt' is missing"),
     (
         read_texts,
@@ -276,7 +276,7 @@ BAD = [
     (
         read_preferences,
         {"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1},
-        "field 'margin' must be a number, at least 0, got -1",
+        "field 'margin' must be a number >= 0, got -1",
     ),
     (
         read_preferences,
@@ -302,27 +302,27 @@ BAD = [
     (
         read_comparisons,
         {"prompt": "p", "responses": ["a", "a"], "ranks": [0, 1]},
-        "holds one of them twice",
+        "has the same response twice",
     ),
     (
         read_comparisons,
         {"prompt": "p", "responses": ["a", "b"], "ranks": [0]},
-        r"'ranks' must hold 2 numbers, got \[0\]",
+        r"'ranks' must be a list of 2 numbers, got \[0\]",
     ),
     (
         read_comparisons,
         {"prompt": "p", "responses": ["a", "b"], "ranks": [0, float("nan")]},
-        "'ranks' must hold 2 numbers",
+        "'ranks' must be a list of 2 numbers",
     ),
     (
         read_comparisons,
         {"prompt": "p", "responses": ["a", "b"]},
-        "'ranks' must hold 2 numbers, got null",
+        "'ranks' must be a list of 2 numbers, got null",
     ),
     (
         read_comparisons,
         {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]},
-        r"'ranks' holds a tie.*\[1, 1\]",
+        r"'ranks' has a tie.*\[1, 1\]",
     ),
     (
         read_labelled,
@@ -339,7 +339,7 @@ BAD = [
         {"prompt": "p", "completion": "", "label": False},
         "field 'completion' is empty",
     ),
-    (read_prompts, {"other": "p"}, "field 'prompt' is missing, the line has 'other'"),
+    (read_prompts, {"other": "p"}, "field 'prompt' is missing; the line has 'other'"),
     (read_prompts, {}, "the line has none"),
 ]
 
@@ -360,14 +360,14 @@ def test_a_bad_line_is_named_or_dropped_and_counted(name, reader, line, message,
 @pytest.mark.parametrize("reader", GOOD)
 def test_a_file_without_a_usable_line_is_refused(reader, tmp_path):
     for path in (write(tmp_path / "empty.jsonl", ""), write(tmp_path / "bad.jsonl", "{}")):
-        with pytest.raises(DataError, match="holds no usable line"):
+        with pytest.raises(DataError, match=": no usable line"):
             reader(path, lambda error: None)
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
         reader(tmp_path / "absent.jsonl")
 
 
 def test_lines_of_plain_text_keep_the_same_rules(tmp_path):
-    with pytest.raises(DataError, match=r"empty\.txt: holds no usable line"):
+    with pytest.raises(DataError, match=r"empty\.txt: no usable line"):
         read_prompts(write(tmp_path / "empty.txt", "", " "))
 
     def encode(text):
@@ -393,9 +393,7 @@ def test_the_last_answer_of_a_conversation_is_what_is_labelled_or_scored(reader,
     assert reader(path) == [(messages[:3], messages[3:], *value.values())]
     for wrong, got in ((messages[:3], "user, assistant, user"), ([ANSWERED], "assistant")):
         path = write(tmp_path / "data.jsonl", {"messages": wrong, **value})
-        with pytest.raises(
-            DataError, match=f"must end with the assistant's answer to others, got {got}"
-        ):
+        with pytest.raises(DataError, match=f"must end with an answer of the assistant, got {got}"):
             reader(path)
 
 

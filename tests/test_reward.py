@@ -242,12 +242,12 @@ def test_solutions_are_read_with_labels_of_any_spelling(tmp_path):
     [
         (
             dict(labels=[True]),
-            r"'labels' must hold 2 times true, false or a number from 0 to 1, got \[true\]",
+            r"'labels' must be 2 of true, false or a number from 0 to 1, got \[true\]",
         ),
-        (dict(labels=[True, 2]), r"'labels' must hold .* got \[true, 2\]"),
-        (dict(labels=[True, None]), r"'labels' must hold .* got \[true, null\]"),
-        (dict(labels=True), "'labels' must hold .* got true"),
-        (dict(steps=["a", "b\nc"]), "'steps.1' holds a newline"),
+        (dict(labels=[True, 2]), r"'labels' must be .* got \[true, 2\]"),
+        (dict(labels=[True, None]), r"'labels' must be .* got \[true, null\]"),
+        (dict(labels=True), "'labels' must be .* got true"),
+        (dict(steps=["a", "b\nc"]), "'steps.1' contains a newline"),
         (dict(steps=["a", "\n"]), "'steps.1' is empty"),
         (dict(steps=["a", 3]), "'steps.1' must be a string, got 3"),
         (dict(steps=[]), r"'steps' must be a list of steps, got \[\]"),

@@ -1,8 +1,8 @@
-"""Token ids to batches, and the one place that shifts completions into targets.
+"""Token ids to batches. Only this file shifts completions into targets.
 
-A row holds a *group*, a prompt with its completions, or with packing several of them: a prompt is stored, and computed,
-once for all that continue it. Rows are padded on the right, prompts for generation on the left; what is real is known
-from lengths, never from `ids != pad_id`.
+A *group* is a prompt with its completions, which share it: it is stored and computed once. A row
+holds one group, or several with packing. Rows are padded on the right, prompts for generation on
+the left. Masks come from lengths, never from `ids != pad_id`.
 """
 
 from __future__ import annotations
@@ -18,46 +18,58 @@ from rlhf_core.data.encode import Example, Pair, Ranked, Steps
 
 
 class TokenBatch(NamedTuple):
-    """R rows of T tokens that hold N sequences (a prompt with one completion; of a group the best one first) with M
-    targets, the completion tokens that count, sequence after sequence. `last` and `read` index the R * T tokens."""
+    """R rows of T tokens that hold N sequences with M targets. All integers are int64.
 
-    input_ids: Tensor  # (R, T) int64
-    positions: (
-        Tensor | None
-    )  # (R, T) int64 and (R, T, T) bool, see `Trunk.forward`; None: a row is one sequence
+    A sequence is a prompt with one completion; a group lists its best completion first. Targets are
+    the completion tokens in the loss, sequence after sequence. Indices count the R * T tokens.
+
+    Attributes:
+        input_ids: (R, T).
+        positions: (R, T), see `Trunk.forward`. None if every row is one sequence.
+        visible: (R, T, T) bool, see `Trunk.forward`. None if every row is one sequence.
+        last: (N,) index of the last token of each sequence.
+        read: (M,) index of the token before each target, whose hidden state predicts the target.
+        targets: (M,) token ids.
+        lengths: (N,) number of targets of each sequence.
+    """
+
+    input_ids: Tensor
+    positions: Tensor | None
     visible: Tensor | None
-    last: Tensor  # (N,) the last token of each sequence
-    read: Tensor  # (M,) the token before each target, whose hidden state predicts it
-    targets: Tensor  # (M,)
-    lengths: Tensor  # (N,) how many targets each sequence has
+    last: Tensor
+    read: Tensor
+    targets: Tensor
+    lengths: Tensor
 
 
 def collate(
     examples: Sequence[Example | Pair | Ranked | Steps], pad_id: int, *, packing: int | None = None
 ) -> TokenBatch:
-    """Batch of examples, or of pairs or ranked lists, whose completions see their prompt but not each other.
+    """Return a batch in which a completion sees its prompt, but no other completion.
 
-    packing: rows of up to so many tokens, or of the longest group's, take up several groups, which see nothing of each
-        other; None: a row for each group.
+    Args:
+        examples: Examples or solutions, one completion each, or pairs or ranked lists.
+        pad_id: Token id of padding; any id works.
+        packing: Put groups, which do not see each other, into rows of at most this many tokens, or
+            of the longest group's. None means one row for each group.
     """
     groups = [as_group(example) for example in examples]
     sizes = [len(prompt) + sum(map(len, completions)) for prompt, completions, _ in groups]
     rows = [[g] for g in range(len(groups))] if packing is None else _pack(sizes, packing)
     width = max(sum(sizes[g] for g in row) for row in rows)
-    ids, positions, segments, stems = [], [], [], []  # of R * T tokens
-    sequences: list[list] = [[] for _ in groups]  # of each group: last, read, targets
+    ids, positions, segments, stems = [], [], [], []  # of each of the R * T tokens
+    sequences: list[list] = [[] for _ in groups]  # of each group: (last, read, targets)
     for r, row in enumerate(rows):
         segment = 0
         for g in row:
             prompt, completions, masks = groups[g]
-            segment = stem = (
-                segment + 1
-            )  # a prompt is a segment, and so is a completion; it also sees its stem
+            # Prompts and completions are segments. A completion also sees its prompt, the stem.
+            segment = stem = segment + 1
             ids += prompt
             positions += range(len(prompt))
             segments += [stem] * len(prompt)
             before = len(ids) - 1
-            skip = not prompt  # a first token that nothing precedes is no target
+            skip = not prompt  # the first token of a row without a prompt is not a target
             for completion, mask in zip(completions, masks):
                 segment += 1
                 read = [before, *range(len(ids), len(ids) + len(completion) - 1)]
@@ -73,13 +85,15 @@ def collate(
         for column, filler in ((ids, pad_id), (positions, 0), (segments, 0), (stems, 0)):
             column += [filler] * padding
     last, read, targets = zip(*chain.from_iterable(sequences))
-    shape, packed = (len(rows), width), len(last) > len(rows)
+    packed = len(last) > len(rows)
+
+    def in_rows(column: list[int]) -> Tensor:
+        return torch.tensor(column).view(len(rows), width)
+
     return TokenBatch(
-        torch.tensor(ids).view(shape),
-        torch.tensor(positions).view(shape) if packed else None,
-        _visible(torch.tensor(segments).view(shape), torch.tensor(stems).view(shape))
-        if packed
-        else None,
+        in_rows(ids),
+        in_rows(positions) if packed else None,
+        _visible(in_rows(segments), in_rows(stems)) if packed else None,
         torch.tensor(last),
         torch.tensor(list(chain.from_iterable(read)), dtype=torch.long),
         torch.tensor(list(chain.from_iterable(targets)), dtype=torch.long),
@@ -88,27 +102,27 @@ def collate(
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """prompt_ids (B, P) with padding on the left and their mask (B, P) bool, True = real token."""
+    """Return prompt ids (B, P) padded on the left and their mask (B, P) bool, True = real token."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    lengths = torch.tensor(list(map(len, prompts)))
     return ids, torch.arange(width) >= width - lengths[:, None]
 
 
 def length(example: Example | Pair | Ranked | Steps) -> int:
-    """Tokens of the prompt and its longest completion: how many positions a model needs."""
+    """Number of positions that a model needs: those of the prompt and its longest completion."""
     prompt, completions, _ = as_group(example)
     return len(prompt) + max(map(len, completions))
 
 
 def count_targets(example: Example) -> int:
-    """Tokens in the loss: those of the completion that count, but for a first token that nothing precedes."""
+    """Number of tokens in the loss: those of the completion that count and that follow a token."""
     counted = example.completion_mask or [True] * len(example.completion_ids)
     return sum(counted[not example.prompt_ids :])
 
 
 def misfit(example: Example | Pair | Ranked | Steps) -> str | None:
-    """What in an example does not fit together, in words."""
+    """Describe the first inconsistency in an example. None if there is none."""
     _, completions, masks = as_group(example)
     if not completions:
         return "has no completion"
@@ -121,14 +135,14 @@ def misfit(example: Example | Pair | Ranked | Steps) -> str | None:
         return None
     if len(example.labels) != count_targets(example):
         return f"has {len(example.labels)} labels for {count_targets(example)} steps"
-    wrong = [label for label in example.labels if not 0 <= label <= 1]
-    return f"has label {wrong[0]!r}, not in [0, 1]" if wrong else None
+    wrong = (label for label in example.labels if not 0 <= label <= 1)
+    return next((f"has label {label!r}, which is not in [0, 1]" for label in wrong), None)
 
 
 def as_group(
     example: Example | Pair | Ranked | Steps,
 ) -> tuple[list[int], list[list[int]], list[list[bool] | None]]:
-    """Prompt, completions and their masks; None: all of its tokens count."""
+    """Return prompt, completions and their masks. A mask of None means that all tokens count."""
     if isinstance(example, Pair):
         return example.prompt_ids, example.completions_ids, example.masks or [None, None]
     if isinstance(example, Ranked):
@@ -137,20 +151,20 @@ def as_group(
 
 
 def _pack(sizes: list[int], limit: int) -> list[list[int]]:
-    """Indices of groups, those of a row together, at most `limit` tokens or the longest group in each.
+    """Assign groups to rows of at most `limit` tokens or the longest group. Returns their indices.
 
-    First fit decreasing (Johnson et al. 1974), for the capacity from one to two longest groups that leaves the fewest
-    R * T tokens; the shorter of two, as a token looks along its whole row.
+    First fit decreasing (Johnson et al. 1974), at capacities of one to two longest groups. The
+    result with the fewest R * T tokens wins, or the narrowest one, because attention spans a row.
     """
-    longest = max(sizes)
-    capacities = [
-        longest,
-        *(min(longest * quarters // 4, limit) for quarters in range(5, 9) if longest < limit),
-    ]
+    capacities = [max(sizes)]
+    if max(sizes) < limit:
+        capacities += [min(max(sizes) * quarters // 4, limit) for quarters in range(5, 9)]
     packings = [_first_fit_decreasing(sizes, capacity) for capacity in capacities]
-    return min(
-        packings, key=lambda rows: len(rows) * max(sum(sizes[g] for g in row) for row in rows)
-    )
+
+    def area(rows: list[list[int]]) -> int:
+        return len(rows) * max(sum(sizes[g] for g in row) for row in rows)
+
+    return min(packings, key=area)
 
 
 def _first_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
@@ -167,6 +181,6 @@ def _first_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
 
 
 def _visible(segments: Tensor, stems: Tensor) -> Tensor:
-    """(R, T, T) bool: a token sees those before it and itself, of its own segment and of its stem."""
+    """(R, T, T) bool: a token sees itself and earlier tokens of its segment and of its stem."""
     own = segments[:, :, None] == segments[:, None, :]
     return (own | (stems[:, :, None] == segments[:, None, :])).tril_()

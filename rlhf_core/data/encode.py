@@ -1,4 +1,4 @@
-"""Text and conversations to examples: token ids of prompt and completion, cut to length."""
+"""Text and conversations to examples: the token ids of prompt and completion, cut to length."""
 
 from __future__ import annotations
 
@@ -10,41 +10,54 @@ from rlhf_core.data.tokenizer import Tokenizer
 
 
 class Example(NamedTuple):
-    """A tokenised prompt (BOS included) and completion (EOS included)."""
+    """A tokenised prompt and completion.
+
+    Attributes:
+        prompt_ids: With BOS.
+        completion_ids: With EOS.
+        completion_mask: True for completion tokens in the loss. None means all of them.
+        label: Whether the completion is desirable. None if not known.
+        reward: Of the completion; it arrives after the last token. None if not known.
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    completion_mask: list[bool] | None = None  # which of its tokens count; None: all
-    label: bool | None = None  # whether the completion is desirable, where that is known
-    reward: float | None = (
-        None  # of the completion, which arrives after its last token, where that is known
-    )
+    completion_mask: list[bool] | None = None
+    label: bool | None = None
+    reward: float | None = None
 
 
 class Pair(NamedTuple):
-    """A tokenised prompt with the completion that was preferred and the one that was not."""
+    """A tokenised prompt with a chosen and a rejected completion.
+
+    Attributes:
+        prompt_ids: With BOS.
+        chosen_ids: With EOS, like `rejected_ids`.
+        margin: How clearly the chosen completion won, for reward models.
+        masks: The completion masks of both, as in `Example`. None means that all tokens count.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    margin: float | None = None  # how clearly the first one won; for reward models
-    masks: list[list[bool] | None] | None = None  # which tokens of each count; None: all
+    margin: float | None = None
+    masks: list[list[bool] | None] | None = None
 
     @property
     def completions_ids(self) -> list[list[int]]:
-        """Both, the better one first."""
+        """Both completions, chosen first."""
         return [self.chosen_ids, self.rejected_ids]
 
 
 class Ranked(NamedTuple):
-    """A tokenised prompt with two or more completions, the best one first."""
+    """A tokenised prompt with two or more completions, best first."""
 
     prompt_ids: list[int]
     completions_ids: list[list[int]]
 
 
 class Steps(NamedTuple):
-    """A tokenised prompt and solution, whose mask is True at the last token of each step; the labels of these."""
+    """A tokenised prompt and solution. The mask is True at the last token of each labelled step."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -53,18 +66,18 @@ class Steps(NamedTuple):
 
 
 def encode_prompt(prompt: str | list[Message], tokenizer: Tokenizer) -> list[int]:
-    """Ids that a response follows: text with its BOS, or messages up to where the assistant's turn begins."""
+    """Return the ids before a response. Messages end with the header of the assistant's turn."""
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt)
     return tokenizer.encode_chat(prompt, start=len(prompt), add_generation_prompt=True)[0]
 
 
 def encode_text(text: Text, tokenizer: Tokenizer, max_length: int) -> Example:
-    """Tokenise; the completion ends with EOS. See `fit` for what max_length cuts.
+    """Tokenise a prompt and a completion, which ends with EOS. `fit` cuts them to max_length.
 
-    Of messages the prompt is everything before the completion's first turn of the assistant, its header included; of
-    the tokens after it those of the assistant count. What ends a turn is the template's to write: EOS is added where
-    the template ends the last one with none of the tokenizer's eos_ids, and what it writes after it is left out.
+    The prompt of messages ends with the header of the first assistant turn in the completion. After
+    it, only the tokens of the assistant count. If the chat template ends the last turn without one
+    of the tokenizer's eos_ids, EOS is added. Anything it writes after EOS is dropped.
     """
     example = _encode(*text, tokenizer)
     prompt, (completion,) = fit(
@@ -75,20 +88,23 @@ def encode_text(text: Text, tokenizer: Tokenizer, max_length: int) -> Example:
 
 
 def encode_labelled(labelled: Labelled, tokenizer: Tokenizer, max_length: int) -> Example:
-    """`encode_text`, with the label."""
+    """As `encode_text`, with the label."""
     return encode_text(Text(*labelled[:2]), tokenizer, max_length)._replace(label=labelled.label)
 
 
 def encode_scored(scored: Scored, tokenizer: Tokenizer, max_length: int) -> Example:
-    """`encode_text`, with the reward."""
+    """As `encode_text`, with the reward."""
     return encode_text(Text(*scored[:2]), tokenizer, max_length)._replace(reward=scored.reward)
 
 
 def encode_preference(
     preference: Preference | Ranking | Solution, tokenizer: Tokenizer, max_length: int
 ) -> Pair | Ranked | Steps:
-    """Tokenise; all completions end with EOS, as in `encode_text`. See `fit` for what max_length cuts. A solution goes
-    through `encode_solution`."""
+    """Tokenise a prompt and its completions like `encode_text`; a solution like `encode_solution`.
+
+    Raises:
+        ValueError: The chat template renders the prompt in different ways.
+    """
     if isinstance(preference, Solution):
         return encode_solution(preference, tokenizer, max_length)
     ranking = isinstance(preference, Ranking)
@@ -96,7 +112,7 @@ def encode_preference(
     first, *others = (_encode(preference.prompt, text, tokenizer) for text in texts)
     if any(other.prompt_ids != first.prompt_ids for other in others):
         raise ValueError(
-            "the chat template renders the prompt of one completion otherwise than that of another"
+            "the chat template renders the prompt in different ways for different completions"
         )
     masks = [example.completion_mask for example in (first, *others)]
     completions = [example.completion_ids for example in (first, *others)]
@@ -108,14 +124,18 @@ def encode_preference(
 
 
 def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -> Steps:
-    """Tokenise the steps, a newline between two, as `encode_text` does; where they end, says `step_ends`. See `fit` for
-    what max_length cuts: the steps that end beyond it do not count. ValueError where none is left, or where the tokens
-    have other steps."""
+    """Tokenise the steps, joined by newlines, as `encode_text` does.
+
+    Steps that `fit` cuts to max_length do not count.
+
+    Raises:
+        ValueError: No step is left, or `step_ends` finds another number of steps.
+    """
     example = _encode(solution.prompt, "\n".join(solution.steps), tokenizer)
     ends = step_ends(example.completion_ids, tokenizer)
     if sum(ends) != len(solution.labels):
         raise ValueError(
-            f"{len(solution.labels)} steps, but tokenised they end in {sum(ends)} places"
+            f"the solution has {len(solution.labels)} steps, but its tokens have {sum(ends)}"
         )
     prompt, (completion,) = fit(
         example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id
@@ -127,11 +147,11 @@ def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -
 
 
 def step_ends(ids: list[int], tokenizer: Tokenizer) -> list[bool]:
-    """Of each token of a completion, whether a step ends with it, where reward models learn of steps and score them.
+    """For each token of a completion, whether a step ends there. Process rewards belong there.
 
-    A step is a line that is not blank. It ends with the token that holds its newline, the last one also with one of the
-    tokenizer's eos_ids: neither an EOS behind a newline nor what was cut before its end is a step. Where the tokenizer
-    has no eos_ids nothing tells what was cut, and the last token is an end.
+    A step is a line that is not blank. It ends with the token that holds its newline. The last step
+    can also end with one of the tokenizer's eos_ids. An unfinished line is not a step, but if the
+    tokenizer has no eos_ids, the last line always counts as finished.
     """
     last = set(tokenizer.eos_ids)
     texts, ends, line = {i: "" if i in last else tokenizer.decode([i]) for i in set(ids)}, [], ""
@@ -147,15 +167,18 @@ def step_ends(ids: list[int], tokenizer: Tokenizer) -> list[bool]:
 def fit(
     prompt: list[int], completions: list[list[int]], max_length: int, bos_id: int | None = None
 ) -> tuple[list[int], list[list[int]]]:
-    """Cut a sequence to max_length tokens: first the prompt, down to half of max_length; then the end of the
-    completion, which loses its EOS, for it did not end there."""
+    """Cut a sequence to max_length tokens.
+
+    The start of the prompt is cut first, down to half of max_length, and then the end of the
+    completion. A completion that is cut has no EOS, because it does not end there.
+    """
     longest = max(map(len, completions))
     prompt = cut_prompt(prompt, max(max_length - longest, max_length // 2), bos_id)
     return prompt, [completion[: max_length - len(prompt)] for completion in completions]
 
 
 def cut_prompt(prompt: list[int], length: int, bos_id: int | None) -> list[int]:
-    """The last `length` tokens of a prompt, whose end matters most; a BOS stays in front."""
+    """Keep the last `length` tokens of a prompt, whose end matters most. A leading BOS stays."""
     if len(prompt) <= length:
         return prompt
     start = [bos_id] if prompt[0] == bos_id and length else []
@@ -166,27 +189,21 @@ def _encode(
     prompt: str | list[Message], completion: str | list[Message], tokenizer: Tokenizer
 ) -> Example:
     if not isinstance(prompt, str):
-        turns = (
-            [{"role": "assistant", "content": completion}]
-            if isinstance(completion, str)
-            else completion
-        )
-        return _encode_turns(prompt, turns, tokenizer)
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        return _encode_turns(prompt, completion, tokenizer)
     encode = tokenizer.encode_completion if prompt else tokenizer.encode
-    return Example(
-        tokenizer.encode_prompt(prompt), encode(completion) + list(tokenizer.eos_ids[:1])
-    )
+    ids = encode(completion) + list(tokenizer.eos_ids[:1])
+    return Example(tokenizer.encode_prompt(prompt), ids)
 
 
 def _encode_turns(prompt: list[Message], turns: list[Message], tokenizer: Tokenizer) -> Example:
     ids, mask = tokenizer.encode_chat([*prompt, *turns], start=len(prompt))
     if True not in mask:
-        raise ValueError("the completion holds no message of the assistant")
+        raise ValueError("the completion has no message of the assistant")
     first, end = mask.index(True), len(mask) - mask[::-1].index(True)
-    last = (
-        end - mask[end - 1 :: -1].index(False) if False in mask[:end] else 0
-    )  # where the last turn begins
-    # An EOS is in the last turn or, where the template does not count it as the assistant's, right after it.
+    # Where the last turn begins. Its EOS is in it, or right after it if the mask omits EOS.
+    last = end - mask[end - 1 :: -1].index(False) if False in mask[:end] else 0
     written = [i for i in range(last, min(end + 1, len(ids))) if ids[i] in tokenizer.eos_ids]
     end = written[0] + 1 if written else end
     completion = ids[first:end] + ([] if written else list(tokenizer.eos_ids[:1]))

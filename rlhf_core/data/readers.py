@@ -1,9 +1,9 @@
-"""Files to rows: JSONL (plain or .gz) with text or conversations for SFT, preference pairs, ranked lists, solutions in
-steps, and prompts.
+"""JSONL files (plain or .gz) to rows: texts, preference pairs, ranked lists, solutions and prompts.
 
-A conversation is a list of messages {"role", "content"}; tools, images and other content are refused by name. A bad
-line raises DataError with file, line and field, or goes to `on_bad`, which may count it and carry on. `encode` is
-applied to every row, so that its ValueErrors name the line too; the readers then return what it does.
+A conversation is a list of messages {"role", "content"}. Tools, images and other content are
+rejected. A bad line raises a DataError, or is skipped after `on_bad` was called with this error.
+`encode` is applied to every row, so that its ValueErrors name the line, too. The reader then
+returns the results of `encode`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ OnBad = Callable[["DataError"], None]
 
 
 class DataError(ValueError):
-    """A line of a data file that cannot be used; the message names file, line and field."""
+    """A line of a data file cannot be used. The message names file, line and field."""
 
 
 class Text(NamedTuple):
-    """What SFT learns: `completion` after `prompt`, which may be empty. Messages after messages, where the
-    completion begins with the assistant's turn and only the assistant's turns in it are learned, or text."""
+    """A prompt, which may be empty, and a completion to learn. Both are text, or both are messages.
+
+    Messages to learn begin with the assistant's turn. Only turns of the assistant are learned.
+    """
 
     prompt: str | list[Message]
     completion: str | list[Message]
 
 
 class Labelled(NamedTuple):
-    """A `Text`'s prompt and completion, and whether the completion is desirable."""
+    """Prompt and completion as in `Text`, and whether the completion is desirable."""
 
     prompt: str | list[Message]
     completion: str | list[Message]
@@ -47,7 +49,7 @@ class Labelled(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A `Text`'s prompt and completion, and the completion's reward."""
+    """Prompt and completion as in `Text`, and the reward of the completion."""
 
     prompt: str | list[Message]
     completion: str | list[Message]
@@ -55,8 +57,10 @@ class Scored(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """Two completions of one prompt, which is text or messages; after messages they may be messages, too, of which the
-    assistant's are compared. margin: how clearly the chosen one won, at least 0."""
+    """Two completions of one prompt. After a prompt of messages they can be text or messages.
+
+    margin: How clearly the chosen completion won, at least 0.
+    """
 
     prompt: str | list[Message]
     chosen: str | list[Message]
@@ -65,15 +69,14 @@ class Preference(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """Two or more responses to one prompt, which is text or messages; the best one first."""
+    """Two or more responses to one prompt, best first."""
 
     prompt: str | list[Message]
     responses: list[str]
 
 
 class Solution(NamedTuple):
-    """A prompt, which is text or messages, the steps that solve it, without newlines inside, and of each of them how
-    likely it is right: 1, 0, or between."""
+    """A prompt and the steps that solve it: a line each, labelled from 0 (wrong) to 1 (right)."""
 
     prompt: str | list[Message]
     steps: list[str]
@@ -83,17 +86,19 @@ class Solution(NamedTuple):
 def read_texts(
     path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
 ) -> list[Text]:
-    """Rows {"messages"}, {"prompt", "completion" or "response"}, {"question", "answer"} or {"text"}. In `messages`
-    every turn of the assistant counts. With a prompt of messages the completion is a string or messages."""
+    """Read {"messages"}, {"prompt", "completion" or "response"}, {"question", "answer"}, {"text"}.
+
+    In `messages` every turn of the assistant counts. After a prompt of messages, the completion can
+    be a string or messages.
+    """
 
     def parse(row: dict) -> Text:
         if "messages" in row:
             messages = _conversation(row, "messages")
-            first = next(
-                (i for i, message in enumerate(messages) if message["role"] == "assistant"), None
-            )
-            if first is None:
-                raise ValueError("field 'messages' holds no message of the assistant")
+            roles = [message["role"] for message in messages]
+            if "assistant" not in roles:
+                raise ValueError("field 'messages' has no message of the assistant")
+            first = roles.index("assistant")
             return Text(messages[:first], messages[first:])
         if "text" in row:
             return Text("", _string(row, "text"))
@@ -107,8 +112,10 @@ def read_texts(
 def read_labelled(
     path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
 ) -> list[Labelled]:
-    """Rows {"prompt", "completion" or "response", "label"} or {"messages", "label"}, of which the last one is the
-    completion; the label is true or 1 for desirable, false or 0."""
+    """Read {"prompt", "completion" or "response", "label"} or {"messages", "label"}.
+
+    The last message is the completion. The label is true or 1 for desirable, else false or 0.
+    """
 
     def parse(row: dict) -> Labelled:
         label = row.get("label")
@@ -122,8 +129,10 @@ def read_labelled(
 def read_scored(
     path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
 ) -> list[Scored]:
-    """Rows {"prompt", "completion" or "response", "reward"} or {"messages", "reward"}, of which the last one is the
-    completion; the reward is a finite number."""
+    """Read {"prompt", "completion" or "response", "reward"} or {"messages", "reward"}.
+
+    The last message is the completion. The reward is a finite number.
+    """
 
     def parse(row: dict) -> Scored:
         reward = row.get("reward")
@@ -139,18 +148,26 @@ def read_scored(
 def read_preferences(
     path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
 ) -> list[Preference]:
-    """Rows {"prompt", "chosen", "rejected"}, where a prompt of messages has strings or messages after it; or {"chosen",
-    "rejected"}: conversations that share their beginning, after which the assistant goes on, and ends, or strings that
-    share a dialogue up to its last "\n\nAssistant:" (Anthropic HH). Each may have a "margin", a number."""
+    """Read {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}, with an optional "margin".
+
+    After a prompt of messages, the completions are strings or messages. Without a prompt they are
+    conversations with the same beginning, after which the first and the last message are the
+    assistant's, or strings that share a dialogue up to the last "\n\nAssistant:" (Anthropic HH).
+    """
     return list(_rows(path, _preference, on_bad, encode))
 
 
 def read_comparisons(
     path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
 ) -> list[Preference | Ranking | Solution]:
-    """Rows {"prompt" or "messages", "responses", "ranks"}, strings with a rank each, the lowest the best, none twice;
-    {"prompt" or "messages", "steps" or "completions", "labels"}, strings with true or false each, or a number from 0
-    to 1; any other row as for `read_preferences`."""
+    """Read three kinds of rows.
+
+    {"prompt" or "messages", "responses", "ranks"}: strings, and their ranks. The lowest rank is the
+        best; ties are rejected.
+    {"prompt" or "messages", "steps" or "completions", "labels"}: strings, and for each one true,
+        false or a number from 0 to 1.
+    All other rows are read as by `read_preferences`.
+    """
 
     def parse(row: dict) -> Preference | Ranking | Solution:
         if "labels" in row:
@@ -163,8 +180,11 @@ def read_comparisons(
 def read_prompts(
     path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
 ) -> list[str | list[Message]]:
-    """Rows {"messages"}, {"prompt"}, {"question"} or {"text"}; other fields are ignored. Messages of the assistant at
-    the end are left out: they are what the model is asked for. A .txt file holds one prompt a line."""
+    """Read {"messages"}, {"prompt"}, {"question"}, {"text"}, or a .txt file with a prompt per line.
+
+    Other fields are ignored. Messages of the assistant at the end are dropped: the model writes
+    them.
+    """
     if str(path).endswith((".txt", ".txt.gz")):
         return list(_rows(path, None, on_bad, encode))
 
@@ -178,18 +198,18 @@ def read_prompts(
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
-            raise ValueError(f"field {field!r} holds messages of the assistant only")
+            raise ValueError(f"field {field!r} has only messages of the assistant")
         return messages
 
     return list(_rows(path, parse, on_bad, encode))
 
 
 def check_messages(value, field: str) -> list[Message]:
-    """The messages, each of a role and a text and nothing else that says something; ValueError that names the field."""
+    """Return the messages, stripped of empty fields. Raises ValueError, which names the field."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"field {field!r} must be a list of messages, got {repr(value)[:40]}")
     if not value:
-        raise ValueError(f"field {field!r} holds no message")
+        raise ValueError(f"field {field!r} is an empty list")
     messages = []
     for i, message in enumerate(value):
         where = f"{field}[{i}]"
@@ -199,17 +219,15 @@ def check_messages(value, field: str) -> list[Message]:
             )
         role = _string(message, "role", where)
         if role not in _ROLES:
-            raise ValueError(
-                f"field '{where}.role' must be one of {', '.join(_ROLES)}, got {role!r}"
-            )
+            roles = ", ".join(_ROLES)
+            raise ValueError(f"field '{where}.role' must be one of {roles}, got {role!r}")
         for name, extra in message.items():
             if name not in ("role", "content") and extra:
                 raise ValueError(
-                    f"field '{where}.{name}' is not supported: a message is a role and a text"
+                    f"field '{where}.{name}' is not supported: a message has only role and content"
                 )
-        messages.append(
-            {"role": role, "content": _string(message, "content", where, empty=role == "system")}
-        )
+        content = _string(message, "content", where, empty=role == "system")
+        messages.append({"role": role, "content": content})
     return messages
 
 
@@ -219,7 +237,7 @@ def _text(row: dict) -> Text:
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
-                f"field 'messages' must end with the assistant's answer to others, got {roles}"
+                f"field 'messages' must end with an answer of the assistant, got {roles}"
             )
         return Text(messages[:-1], messages[-1:])
     completion = "completion" if "completion" in row else "response"
@@ -240,7 +258,7 @@ def _preference(row: dict) -> Preference:
         if row.get("prompt") is not None and all(
             row["prompt"] != message["content"] for message in prompt
         ):
-            raise ValueError("field 'prompt' is no message that 'chosen' and 'rejected' share")
+            raise ValueError("field 'prompt' is not a message that 'chosen' and 'rejected' share")
     else:
         prompt, *answers = _strings(row)
         return _pair(row, prompt, *answers)
@@ -250,8 +268,8 @@ def _preference(row: dict) -> Preference:
         roles = [message["role"] for message in messages[shared:]]
         if not roles or {roles[0], roles[-1]} != {"assistant"}:
             raise ValueError(
-                f"field {field!r} must go on, and end, with messages of the assistant after what is shared, "
-                f"got {', '.join(roles) or 'none'}"
+                f"field {field!r} must start and end with messages of the assistant after the "
+                f"shared messages, got {', '.join(roles) or 'none'}"
             )
     turns = [messages[shared:] for messages in answers.values()]
     return _pair(row, prompt, *(x[0]["content"] if len(x) == 1 else x for x in turns))
@@ -279,9 +297,7 @@ def _pair(
         raise ValueError("fields 'chosen' and 'rejected' are equal")
     margin = row.get("margin")
     if margin is not None and not (_is_number(margin) and margin >= 0):
-        raise ValueError(
-            f"field 'margin' must be a number, at least 0, got {json.dumps(margin)[:40]}"
-        )
+        raise ValueError(f"field 'margin' must be a number >= 0, got {json.dumps(margin)[:40]}")
     return Preference(prompt, chosen, rejected, margin)
 
 
@@ -293,48 +309,41 @@ def _prompt(row: dict) -> str | list[Message]:
 def _solution(row: dict) -> Solution:
     field, labels = "completions" if "completions" in row else "steps", row["labels"]
     if not isinstance(row.get(field), list) or not row[field]:
-        raise ValueError(
-            f"field {field!r} must be a list of steps, got {json.dumps(row.get(field))[:40]}"
-        )
-    steps = [
-        _string({str(i): step}, str(i), field).strip("\n") for i, step in enumerate(row[field])
-    ]
+        got = json.dumps(row.get(field))[:40]
+        raise ValueError(f"field {field!r} must be a list of steps, got {got}")
+    steps = [step.strip("\n") for step in _list_of_strings(row[field], field)]
     for i, step in enumerate(steps):
         if "\n" in step:
             raise ValueError(
-                f"field '{field}.{i}' holds a newline, which ends a step: {step[:40]!r}"
+                f"field '{field}.{i}' contains a newline, which ends a step: {step[:40]!r}"
             )
     valid = isinstance(labels, list) and len(labels) == len(steps)
     if not valid or not all(
         isinstance(label, bool) or (_is_number(label) and 0 <= label <= 1) for label in labels
     ):
-        wanted = f"{len(steps)} times true, false or a number from 0 to 1"
-        raise ValueError(f"field 'labels' must hold {wanted}, got {json.dumps(labels)[:40]}")
+        wanted = f"{len(steps)} of true, false or a number from 0 to 1"
+        raise ValueError(f"field 'labels' must be {wanted}, got {json.dumps(labels)[:40]}")
     return Solution(_prompt(row), steps, list(map(float, labels)))
 
 
 def _ranking(row: dict) -> Ranking:
     responses, ranks = row["responses"], row.get("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
-        raise ValueError(
-            f"field 'responses' must be a list of at least 2, got {json.dumps(responses)[:40]}"
-        )
-    if (
-        not isinstance(ranks, list)
-        or len(ranks) != len(responses)
-        or not all(map(_is_number, ranks))
-    ):
-        raise ValueError(
-            f"field 'ranks' must hold {len(responses)} numbers, got {json.dumps(ranks)[:40]}"
-        )
-    if len(set(ranks)) < len(ranks):
-        raise ValueError(f"field 'ranks' holds a tie, which has no order: {json.dumps(ranks)[:40]}")
-    texts = [_string({str(i): text}, str(i), "responses") for i, text in enumerate(responses)]
-    if len(set(texts)) < len(texts):
-        raise ValueError("field 'responses' holds one of them twice")
-    return Ranking(
-        _prompt(row), [texts[i] for i in sorted(range(len(ranks)), key=ranks.__getitem__)]
-    )
+        got = json.dumps(responses)[:40]
+        raise ValueError(f"field 'responses' must be a list of at least 2, got {got}")
+    count, got = len(responses), json.dumps(ranks)[:40]
+    if not isinstance(ranks, list) or len(ranks) != count or not all(map(_is_number, ranks)):
+        raise ValueError(f"field 'ranks' must be a list of {count} numbers, got {got}")
+    if len(set(ranks)) < count:
+        raise ValueError(f"field 'ranks' has a tie, which gives no order: {got}")
+    texts = _list_of_strings(responses, "responses")
+    if len(set(texts)) < count:
+        raise ValueError("field 'responses' has the same response twice")
+    return Ranking(_prompt(row), [texts[i] for i in sorted(range(count), key=ranks.__getitem__)])
+
+
+def _list_of_strings(values: list, field: str) -> list[str]:
+    return [_string({str(i): value}, str(i), field) for i, value in enumerate(values)]
 
 
 def _is_number(value) -> bool:
@@ -342,17 +351,17 @@ def _is_number(value) -> bool:
 
 
 def _conversation(row: dict, field: str) -> list[Message]:
-    """The messages of a field, in a row that has no part beside text."""
+    """The messages of a field. Rejects a row with tools, documents or media."""
     for name in _UNSUPPORTED:
         if row.get(name):
-            raise ValueError(f"field {name!r} is not supported: messages are text without tools")
+            raise ValueError(f"field {name!r} is not supported: messages are plain text")
     if field not in row:
-        raise ValueError(f"field {field!r} is missing, the line has {', '.join(map(repr, row))}")
+        raise ValueError(f"field {field!r} is missing; the line has {', '.join(map(repr, row))}")
     return check_messages(row[field], field)
 
 
 def _turns(row: dict, field: str) -> list[Message]:
-    """What the assistant goes on with after messages: a string, or messages that begin with its own."""
+    """A completion after messages: a string, or messages that begin with the assistant's."""
     if isinstance(row.get(field), str):
         return [{"role": "assistant", "content": _string(row, field)}]
     messages = _conversation(row, field)
@@ -362,12 +371,11 @@ def _turns(row: dict, field: str) -> list[Message]:
 
 
 def _string(row: dict, field: str, where: str = "", empty: bool = False) -> str:
-    """The text of a field, of the row or of its part `where`."""
+    """The text of a field. where: Which part of the line `row` is, for errors."""
     name = f"{where}.{field}" if where else field
     if field not in row:
-        raise ValueError(
-            f"field {name!r} is missing, the line has {', '.join(map(repr, row)) or 'none'}"
-        )
+        names = ", ".join(map(repr, row)) or "none"
+        raise ValueError(f"field {name!r} is missing; the line has {names}")
     value = row[field]
     if not isinstance(value, str):
         raise ValueError(f"field {name!r} must be a string, got {json.dumps(value)[:40]}")
@@ -375,8 +383,8 @@ def _string(row: dict, field: str, where: str = "", empty: bool = False) -> str:
         raise ValueError(f"field {name!r} is empty")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise ValueError(f"field {name!r} holds a lone surrogate, which is no character") from None
+    except UnicodeEncodeError:  # JSON can hold half a surrogate pair, which tokenizers reject
+        raise ValueError(f"field {name!r} has a lone surrogate, which is not a character") from None
     return value
 
 
@@ -386,24 +394,20 @@ def _rows(
     on_bad: OnBad | None,
     encode: Callable | None,
 ) -> Iterator:
-    """Every good line, parsed from JSON, or as it is where there is no `parse`."""
+    """Yield every good line, parsed from JSON, or as it is if `parse` is None."""
     found = False
     for number, line in _lines(path, on_bad):
         try:
             item = line if parse is None else parse(_object(line))
             item = item if encode is None else encode(item)
         except ValueError as error:
-            reason = (
-                f"not valid JSON: {error}"
-                if isinstance(error, json.JSONDecodeError)
-                else str(error)
-            )
-            _report(DataError(f"{path}:{number}: {reason}"), on_bad)
+            invalid = "not valid JSON: " if isinstance(error, json.JSONDecodeError) else ""
+            _report(DataError(f"{path}:{number}: {invalid}{error}"), on_bad)
             continue
         found = True
         yield item
     if not found:
-        raise DataError(f"{path}: holds no usable line")
+        raise DataError(f"{path}: no usable line")
 
 
 def _object(line: str) -> dict:
@@ -420,7 +424,7 @@ def _report(bad: DataError, on_bad: OnBad | None) -> None:
 
 
 def _lines(path: str | os.PathLike, on_bad: OnBad | None) -> Iterator[tuple[int, str]]:
-    """Number and text of every line that is not blank."""
+    """Yield number and text of every line that is not blank."""
     path = Path(path)
     number = 0
     try:
