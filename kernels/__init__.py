@@ -1,14 +1,13 @@
 """The Triton backend: launchers with the names and signatures of `rlhf_core.cpp`, one file per op.
 
-Imports torch and triton and nothing else of ours. A launcher checks nothing: the public functions in `rlhf_core.ops`
-have done that. It allocates the outputs and launches one kernel on the tensors' own device.
+It imports only torch and triton. A launcher checks nothing, because the public functions in
+`rlhf_core.ops` already have. It allocates outputs and launches one kernel on the tensors' device.
 """
 
-if (
-    __name__ != "rlhf_core.kernels"
-):  # PyPI has an unrelated package named `kernels`, which this folder must not shadow
+# PyPI has an unrelated package named `kernels`, which this folder must not shadow.
+if __name__ != "rlhf_core.kernels":
     raise ImportError(
-        "the folder kernels/ is rlhf_core.kernels; install rlhf_core and import it by that name"
+        "the folder kernels/ is rlhf_core.kernels: install rlhf_core and import it by that name"
     )
 
 from rlhf_core.kernels.decode_attention import decode_attention_fwd

@@ -1,8 +1,9 @@
-"""Decode attention in Triton: one program per row and key/value head, for its whole group of query heads.
+"""Decode attention in Triton: one program per row and key/value head, for its query heads.
 
-The formulas are those of `rlhf_core.ops.decode_attention`. A program stores its new key and value, and starts its
-online softmax (Milakov & Gimelshein 2018) from the copies it has in registers: its own stores need not be visible to
-its other threads' loads, which end before them. Sums are float32 products and additions, as of the reference.
+The formulas are those of `rlhf_core.ops.decode_attention`. A program stores its new key and value,
+but starts its online softmax (Milakov & Gimelshein 2018) from the copies in registers. Its stores
+thus need not be visible to the loads of its other threads, which stop before the new position.
+Sums are float32 products and additions, as in the reference.
 """
 
 import torch
@@ -10,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096  # products of queries and keys at a time: 32 a thread
+TILE = 4096  # products of queries and keys at a time: 32 per thread
 
 
 @triton.jit
 def _rotate(row_ptr, x, cos_ptr, sin_ptr, n, inside, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """x, the heads at row_ptr, turned by the angles of position n, in float32."""
+    """x, the heads at row_ptr, rotated by the angles of position n, in float32."""
     x = x.to(tl.float32)
     if cos_ptr is not None:
         cols = tl.arange(0, BLOCK_K)
@@ -23,9 +24,8 @@ def _rotate(row_ptr, x, cos_ptr, sin_ptr, n, inside, K: tl.constexpr, BLOCK_K: t
         angle = n * (K // 2) + tl.where(left, cols, cols - K // 2)
         cos = tl.load(cos_ptr + angle, mask=cols < K, other=0.0)
         sin = tl.load(sin_ptr + angle, mask=cols < K, other=0.0)
-        other = tl.load(
-            row_ptr + tl.where(left, cols + K // 2, cols - K // 2), mask=inside, other=0.0
-        ).to(tl.float32)
+        partner = tl.where(left, cols + K // 2, cols - K // 2)
+        other = tl.load(row_ptr + partner, mask=inside, other=0.0).to(tl.float32)
         x = x * cos + tl.where(left, -other, other) * sin
     return x
 
@@ -34,7 +34,8 @@ def _rotate(row_ptr, x, cos_ptr, sin_ptr, n, inside, K: tl.constexpr, BLOCK_K: t
 def decode_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, lengths_ptr, slots_ptr, cos_ptr, sin_ptr, out_ptr,
     q_stride, k_stride, v_stride, N, Hkv, S, window, scale,
-    GROUP: tl.constexpr, K: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    GROUP: tl.constexpr, K: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     b, h = program // Hkv, program % Hkv
@@ -47,17 +48,8 @@ def decode_attention_fwd_kernel(
     cols, heads = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_G)
     is_col = cols < K
     k_row, v_row = k_ptr + b * k_stride + h * K, v_ptr + b * v_stride + h * K
-    k = _rotate(
-        k_row,
-        tl.load(k_row + cols, mask=is_col, other=0.0),
-        cos_ptr,
-        sin_ptr,
-        n,
-        is_col,
-        K,
-        BLOCK_K,
-    )
-    k = k.to(keys_ptr.dtype.element_ty)
+    k = tl.load(k_row + cols, mask=is_col, other=0.0)
+    k = _rotate(k_row, k, cos_ptr, sin_ptr, n, is_col, K, BLOCK_K).to(keys_ptr.dtype.element_ty)
     v = tl.load(v_row + cols, mask=is_col, other=0.0).to(values_ptr.dtype.element_ty)
     base = (slot * Hkv + h) * S * K
     tl.store(keys_ptr + base + n * K + cols, k, mask=is_col & fits)
@@ -76,12 +68,11 @@ def decode_attention_fwd_kernel(
         at = start + tl.arange(0, BLOCK_S)
         offsets = base + at[:, None] * K + cols[None, :]
         seen = (at < n)[:, None] & is_col[None, :]
-        keys = tl.load(keys_ptr + offsets, mask=seen, other=0.0).to(
-            tl.float32
-        )  # (BLOCK_S, BLOCK_K)
+        # keys and values are (BLOCK_S, BLOCK_K), scores (BLOCK_G, BLOCK_S).
+        keys = tl.load(keys_ptr + offsets, mask=seen, other=0.0).to(tl.float32)
         values = tl.load(values_ptr + offsets, mask=seen, other=0.0).to(tl.float32)
         scores = tl.sum(q[:, None, :] * keys[None, :, :], 2)
-        scores = tl.where((at < n)[None, :], scores, -float("inf"))  # (BLOCK_G, BLOCK_S)
+        scores = tl.where((at < n)[None, :], scores, -float("inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         p, factor = tl.exp(scores - higher[:, None]), tl.exp(highest - higher)
         total = total * factor + tl.sum(p, 1)
@@ -103,7 +94,10 @@ def decode_attention_fwd(
     sin: Tensor | None,
     window: int | None,
 ) -> Tensor:
-    """(B, H, K) of q's dtype, NaN for a slot that takes no token; the new tokens are in keys and values."""
+    """Attention output (B, H, K) in q's dtype. The new tokens are written to keys and values.
+
+    A row whose slot is out of range or full gives NaN and writes nothing.
+    """
     B, H, K = q.shape
     N, Hkv, S, _ = keys.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -113,7 +107,8 @@ def decode_attention_fwd(
         with torch.cuda.device_of(q):
             decode_attention_fwd_kernel[(B * Hkv,)](
                 q, k, v, keys, values, lengths, slots, cos, sin, out,
-                q.stride(0), k.stride(0), v.stride(0), N, Hkv, S, S if window is None else window, K**-0.5,
+                q.stride(0), k.stride(0), v.stride(0), N, Hkv, S,
+                S if window is None else window, K**-0.5,
                 GROUP=H // Hkv, K=K, BLOCK_G=block_g, BLOCK_K=block_k, BLOCK_S=block_s,
             )  # fmt: skip
     return out

@@ -1,13 +1,15 @@
-"""KL in Triton: per-token estimates k1, k2, k3 and abs elementwise, and the exact value of two rows of logits.
+"""KL in Triton: the estimators k1, k2, k3 and abs per token, and the exact KL of rows of logits.
 
-The formulas are those of `rlhf_core.ops.kl`. Under a False mask value and gradient are 0, whatever the inputs hold.
+The formulas are those of `rlhf_core.ops.kl`. Under a False mask the value and the gradient are 0,
+whatever the inputs hold.
 
-Exact, one program per row reads both rows once forward and once backward. With x_j and d of either row as in
-`rlhf_core.kernels.logprobs`, and s = sum 2^x_j (x_j - xref_j),
+For the exact KL, one program per row reads both rows once forward and once backward. With x_j and d
+of each row as in `rlhf_core.kernels.logprobs`, and s = sum 2^x_j (x_j - xref_j),
 
     kl = ln2 * (s / d + log2(dref / d))
 
-over offsets guessed from both first blocks, and a second time over the rows' own where either guess was bad.
+The offsets are guessed from the first block of each row. If either guess was bad, the program sums
+a second time with the offsets of the whole rows.
 """
 
 import math
@@ -31,9 +33,9 @@ from rlhf_core.kernels.logprobs import (
 )
 
 SERIES_BELOW = tl.constexpr(0.125)  # |d| under which exp(-d) - 1 + d cancels
-TANGENT_BELOW = tl.constexpr(-20.0)  # d under which k3 goes on along its tangent
+TANGENT_BELOW = tl.constexpr(-20.0)  # d under which k3 is replaced by its tangent
 EXP_20 = tl.constexpr(math.exp(20.0))
-BLOCK = 512  # 4 elements a thread: 128 bits of float32, 32 of the mask
+BLOCK = 512  # 4 elements per thread: 128 bits of float32, 32 of the mask
 
 
 @triton.jit
@@ -74,9 +76,8 @@ def _kl_slope(d, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def _load_d(logprobs_ptr, ref_ptr, mask_ptr, at, inside):
-    d = tl.load(logprobs_ptr + at, mask=inside) - tl.load(
-        ref_ptr + at, mask=inside
-    )  # masked ones too, hence wide
+    # Also load masked elements, so that the loads stay wide.
+    d = tl.load(logprobs_ptr + at, mask=inside) - tl.load(ref_ptr + at, mask=inside)
     counted = tl.full(d.shape, True, tl.int1)
     if mask_ptr is not None:
         counted = tl.load(mask_ptr + at, mask=inside) != 0
@@ -91,23 +92,16 @@ def _estimate(logprobs_ptr, ref_ptr, mask_ptr, kl_ptr, at, inside, ESTIMATOR: tl
 
 @triton.jit
 def _estimate_grad(
-    dkl_ptr,
-    logprobs_ptr,
-    ref_ptr,
-    mask_ptr,
-    dlogprobs_ptr,
-    dref_ptr,
-    at,
-    inside,
+    dkl_ptr, logprobs_ptr, ref_ptr, mask_ptr, dlogprobs_ptr, dref_ptr, at, inside,
     ESTIMATOR: tl.constexpr,
-):
+):  # fmt: skip
     d, counted = _load_d(logprobs_ptr, ref_ptr, mask_ptr, at, inside)
     grad = tl.where(counted, tl.load(dkl_ptr + at, mask=inside) * _kl_slope(d, ESTIMATOR), 0.0)
     tl.store(dlogprobs_ptr + at, grad, mask=inside)
     tl.store(dref_ptr + at, -grad, mask=inside)
 
 
-# Only the last block needs a mask. All others load 128 bits wide, whatever n is a multiple of.
+# Only the last block needs a mask. All others load 128 bits wide, for any n.
 @triton.jit(do_not_specialize=["n"])
 def kl_estimate_fwd_kernel(
     logprobs_ptr, ref_ptr, mask_ptr, kl_ptr, n, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr
@@ -122,16 +116,9 @@ def kl_estimate_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def kl_estimate_bwd_kernel(
-    dkl_ptr,
-    logprobs_ptr,
-    ref_ptr,
-    mask_ptr,
-    dlogprobs_ptr,
-    dref_ptr,
-    n,
-    ESTIMATOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dkl_ptr, logprobs_ptr, ref_ptr, mask_ptr, dlogprobs_ptr, dref_ptr, n,
+    ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:
@@ -148,48 +135,38 @@ def kl_estimate_bwd_kernel(
 def _accumulate(z, zref, m, mref, scale, d, dref, s):
     x, xref = (z.to(tl.float32) - m) * scale, (zref.to(tl.float32) - mref) * scale
     e = tl.exp2(x)
-    s = tl.where(
-        e == 0, s, tl.fma(e, x - xref, s)
-    )  # p_j = 0 adds 0, not 0 * inf; a NaN is in d anyway
+    s = tl.where(e == 0, s, tl.fma(e, x - xref, s))  # p_j = 0 adds 0, not 0 * inf; d keeps NaN
     return d + e, dref + tl.exp2(xref), s
 
 
 @triton.jit(
     do_not_specialize=[
-        "T",
-        "temp_sb",
-        "temp_st",
-        "z_sb",
-        "z_st",
-        "zref_sb",
-        "zref_st",
-        "mask_sb",
-        "mask_st",
+        "T", "temp_sb", "temp_st", "z_sb", "z_st", "zref_sb", "zref_st", "mask_sb", "mask_st",
     ]
-)
+)  # fmt: skip
 def full_kl_fwd_kernel(
     logits_ptr, ref_ptr, mask_ptr, temperature_ptr, kl_ptr, lse_ptr,
     T, V, temperature,
-    temp_sb, temp_st, z_sb: tl.int64, z_st: tl.int64, zref_sb: tl.int64, zref_st: tl.int64, mask_sb, mask_st,
+    temp_sb, temp_st, z_sb: tl.int64, z_st: tl.int64, zref_sb: tl.int64, zref_st: tl.int64,
+    mask_sb, mask_st,
     UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)  # strides times these pass 2^31
+    b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)  # strides times these exceed 2^31
     row_ptr = logits_ptr + (b * z_sb + t * z_st) * UNIT
     ref_row_ptr = ref_ptr + (b * zref_sb + t * zref_st) * UNIT
     cols = tl.arange(0, BLOCK)
     counted = True
     if mask_ptr is not None:
         counted = tl.load(mask_ptr + b * mask_sb + t * mask_st) != 0
-    n = tl.where(counted, V, 0)  # a masked row is an empty one: nothing is read
+    n = tl.where(counted, V, 0)  # a masked row counts as empty: nothing is read
     whole = n // BLOCK * BLOCK
-    scale = tl.div_rn(
-        LOG2_E, row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st)
-    )
+    temperature = row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st)
+    scale = tl.div_rn(LOG2_E, temperature)
 
     m, mref, d, dref, s = 0.0, 0.0, 0.0, 0.0, 0.0
     top, top_ref = -float("inf"), -float("inf")
-    seen = tl.minimum(n, BLOCK)  # as much of the rows as the guesses m and mref know
+    seen = tl.minimum(n, BLOCK)  # length of the rows that m and mref are computed from
     trying = True
     while trying:
         z = tl.load(row_ptr + cols, mask=cols < n, other=-float("inf"))  # -inf adds 0
@@ -203,22 +180,20 @@ def full_kl_fwd_kernel(
             d_lanes, dref_lanes, s_lanes = _accumulate(
                 z, zref, m, mref, scale, d_lanes, dref_lanes, s_lanes
             )
-        for start in range(
-            tl.maximum(whole, BLOCK), n, BLOCK
-        ):  # once, where BLOCK does not divide V
+        for start in range(tl.maximum(whole, BLOCK), n, BLOCK):  # once, unless BLOCK divides V
             z = tl.load(row_ptr + start + cols, mask=start + cols < n, other=-float("inf"))
             zref = tl.load(ref_row_ptr + start + cols, mask=start + cols < n, other=-float("inf"))
             d_lanes, dref_lanes, s_lanes = _accumulate(
                 z, zref, m, mref, scale, d_lanes, dref_lanes, s_lanes
             )
         d, dref, s = tl.sum(d_lanes, 0), tl.sum(dref_lanes, 0), tl.sum(s_lanes, 0)
-        trying = (seen < n) & ~((d < D_MAX) & (dref < D_MAX))  # NaN ends here the second time
+        trying = (seen < n) & ~((d < D_MAX) & (dref < D_MAX))  # NaN stops after the second pass
         if trying:
             top, top_ref = row_max(row_ptr, n, BLOCK), row_max(ref_row_ptr, n, BLOCK)
         seen = n
 
     kl = (s / d + tl.log2(dref / d)) * LN_2
-    kl = tl.where(kl < 0, 0.0, kl)  # rounding only; unlike maximum(), lets NaN through
+    kl = tl.where(kl < 0, 0.0, kl)  # rounding only; unlike maximum(), keeps NaN
     row = row.to(tl.int64)
     tl.store(kl_ptr + row, tl.where(counted, kl, 0.0))
     tl.store(lse_ptr + 4 * row, tl.where(counted, m, 0.0))
@@ -229,20 +204,9 @@ def full_kl_fwd_kernel(
 
 @triton.jit
 def _full_kl_grads(
-    row_ptr,
-    ref_row_ptr,
-    drow_ptr,
-    dref_row_ptr,
-    at,
-    inside,
-    m,
-    mref,
-    scale,
-    log2_d,
-    log2_dref,
-    kl2,
-    level,
-):
+    row_ptr, ref_row_ptr, drow_ptr, dref_row_ptr, at, inside,
+    m, mref, scale, log2_d, log2_dref, kl2, level,
+):  # fmt: skip
     z, zref = tl.load(row_ptr + at, mask=inside), tl.load(ref_row_ptr + at, mask=inside)
     x = (z.to(tl.float32) - m) * scale - log2_d  # log2 p
     xref = (zref.to(tl.float32) - mref) * scale - log2_dref
@@ -256,14 +220,15 @@ def _full_kl_grads(
 
 @triton.jit(
     do_not_specialize=[
-        "T", "temp_sb", "temp_st", "dkl_sb", "dkl_st", "z_sb", "z_st", "zref_sb", "zref_st", "mask_sb", "mask_st",
+        "T", "temp_sb", "temp_st", "dkl_sb", "dkl_st", "z_sb", "z_st", "zref_sb", "zref_st",
+        "mask_sb", "mask_st",
     ]
 )  # fmt: skip
 def full_kl_bwd_kernel(
     dkl_ptr, logits_ptr, ref_ptr, mask_ptr, temperature_ptr, kl_ptr, lse_ptr, dlogits_ptr, dref_ptr,
     T, V, temperature,
-    temp_sb, temp_st, dkl_sb, dkl_st, z_sb: tl.int64, z_st: tl.int64, zref_sb: tl.int64, zref_st: tl.int64,
-    mask_sb, mask_st,
+    temp_sb, temp_st, dkl_sb, dkl_st, z_sb: tl.int64, z_st: tl.int64,
+    zref_sb: tl.int64, zref_st: tl.int64, mask_sb, mask_st,
     UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -284,10 +249,8 @@ def full_kl_bwd_kernel(
         temperature = row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st)
         scale, level = tl.div_rn(LOG2_E, temperature), g * tl.div_rn(1.0, temperature)
         m, mref = tl.load(lse_ptr + 4 * row), tl.load(lse_ptr + 4 * row + 2)
-        log2_d, log2_dref = (
-            tl.load(lse_ptr + 4 * row + 1) / LN_2,
-            tl.load(lse_ptr + 4 * row + 3) / LN_2,
-        )
+        log2_d = tl.load(lse_ptr + 4 * row + 1) / LN_2
+        log2_dref = tl.load(lse_ptr + 4 * row + 3) / LN_2
         kl2 = tl.load(kl_ptr + row) / LN_2
         cols = tl.arange(0, BLOCK)
         whole = V // BLOCK * BLOCK
@@ -310,7 +273,7 @@ def full_kl_bwd_kernel(
 def kl_estimate_fwd(
     logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str
 ) -> Tensor:
-    """kl, shaped like logprobs; all tensors contiguous, float32 and bool."""
+    """KL estimates, shaped like logprobs. All tensors are contiguous, float32 or bool."""
     kl = torch.empty_like(logprobs)
     _launch(kl_estimate_fwd_kernel, (logprobs, ref_logprobs, as_bytes(mask), kl), estimator)
     return kl
@@ -319,7 +282,7 @@ def kl_estimate_fwd(
 def kl_estimate_bwd(
     dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str
 ) -> tuple[Tensor, Tensor]:
-    """(dlogprobs, dref_logprobs), the second the negative of the first."""
+    """(dlogprobs, dref_logprobs); the second is the negative of the first."""
     dlogprobs, dref_logprobs = torch.empty_like(logprobs), torch.empty_like(logprobs)
     _launch(
         kl_estimate_bwd_kernel,
@@ -340,10 +303,10 @@ def _launch(kernel, tensors: tuple[Tensor | None, ...], estimator: str) -> None:
 def full_kl_fwd(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(kl (B, T), lse (B, T, 4)), float32, for logits (B, T, V) of one dtype with last stride 1.
+    """(kl (B, T), lse (B, T, 4)), float32. Both logits are (B, T, V), same dtype, last stride 1.
 
-    lse holds offset and log sum exp as in token_logprobs_fwd, of the policy's row and of the reference's. Rows under a
-    False mask are not read and give 0 everywhere.
+    lse holds the offset and log sum exp of token_logprobs_fwd, first of the policy's row, then of
+    the reference's. Rows under a False mask are not read and give 0 everywhere.
     """
     B, T, V = logits.shape
     kl = torch.empty((B, T), dtype=torch.float32, device=logits.device)
@@ -373,9 +336,9 @@ def full_kl_bwd(
     needs_logits: bool,
     needs_ref_logits: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dlogits, dref_logits), contiguous (B, T, V) like logits, or None where not needed.
+    """(dlogits, dref_logits), contiguous (B, T, V) like logits, or None if not needed.
 
-    Rows under a False mask, and rows whose dkl is 0, become 0 without a look at their logits.
+    Rows under a False mask, and rows with dkl 0, become 0 without reading their logits.
     """
     B, T, V = logits.shape
     dlogits, dref_logits = (
@@ -389,13 +352,15 @@ def full_kl_bwd(
             full_kl_bwd_kernel[(B * T,)](
                 dkl, logits, ref_logits, as_bytes(mask), per_row, kl, lse, dlogits, dref_logits,
                 T, V, number,
-                *strides(per_row), *strides(dkl), *strides(logits, unit), *strides(ref_logits, unit), *strides(mask),
+                *strides(per_row), *strides(dkl), *strides(logits, unit),
+                *strides(ref_logits, unit), *strides(mask),
                 **_tile(V, unit),
             )  # fmt: skip
     return dlogits, dref_logits
 
 
 def _tile(V: int, unit: int) -> dict[str, int]:
-    # As for token_logprobs, but two rows at a time need the registers of 8 warps; narrow loads more of them.
+    # As for token_logprobs, but two rows at a time need the registers of 8 warps. Narrow loads need
+    # more registers, hence the smaller block.
     block = min(2048 if unit == 16 else 1024, max(256, triton.next_power_of_2(V)))
     return {"UNIT": unit, "BLOCK": block, "num_warps": 8}

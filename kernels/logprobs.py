@@ -1,16 +1,18 @@
-"""Token log-probs and entropy in Triton: one program per row, every logit read once forward, once backward.
+"""Token log-probs and entropy in Triton: one program per row reads each logit once per pass.
 
 With x_j = (z_j - m) * log2(e) / temperature for some offset m, d = sum 2^x_j and s = sum 2^x_j x_j:
 
     log_p_j = ln2 * (x_j - log2 d)        entropy = ln2 * (log2 d - s / d)
 
-Any m will do that neither overflows nor underflows d. The forward therefore takes the max of the row's first block
-and runs a loop without running max, rescaling, reduction or barrier; only where d shows that m was a bad guess does
-the program look for the row's own max and sum again. Which way a row goes depends on that row alone. x subtracts
-before it scales, so an offset common to all logits costs no digits; for the same reason logsumexp is kept as two
-numbers, (m, ln2 * log2 d). Left out: wide loads where V % 16 != 0. Peeling rows to alignment would tie the order of a
-row's sum to its address, and its last bits to its place in the batch. Narrow loads make it 10 instructions for a 16-bit
-logit and its entropy in place of 8, of the 14 that an H200 has time for while its memory delivers one.
+Any m works if d neither overflows nor underflows. The forward pass therefore takes the max of the
+row's first block, and its loop needs no running max, rescaling, reduction or barrier. Only if d
+shows that m was a bad guess, the program finds the max of the whole row and sums again. This
+decision depends on the row alone. x subtracts before it scales, so an offset common to all logits
+costs no digits. For the same reason logsumexp is kept as two numbers, (m, ln2 * log2 d).
+
+Left out: wide loads if V % 16 != 0. Peeling rows to alignment would tie the order of a row's sum to
+its address, and so its last bits to its place in the batch. With narrow loads a 16-bit logit with
+entropy takes 10 instructions instead of 8. An H200 has time for 14 while its memory delivers one.
 """
 
 import math
@@ -24,7 +26,8 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 # 2^x is 0 in float32 long before x = -1024. Clamping there keeps 0 * -inf out of the entropy.
 X_MIN = tl.constexpr(-1024.0)
-# A row's first block holds its m, so d >= 1. Up to here sum 2^x x is far from overflow and log2 d has digits to spare.
+# m occurs in the row's first block, so d >= 1. Up to this bound sum 2^x x is far from overflow, and
+# log2 d has digits to spare.
 D_MAX = tl.constexpr(2.0**40)
 
 
@@ -58,17 +61,9 @@ def _accumulate(z, m, scale, d, s, WITH_ENTROPY: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "T",
-        "temp_sb",
-        "temp_st",
-        "z_sb",
-        "z_st",
-        "targets_sb",
-        "targets_st",
-        "mask_sb",
-        "mask_st",
+        "T", "temp_sb", "temp_st", "z_sb", "z_st", "targets_sb", "targets_st", "mask_sb", "mask_st",
     ]
-)
+)  # fmt: skip
 def token_logprobs_fwd_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr, logprobs_ptr, entropy_ptr, lse_ptr,
     T, V, temperature,
@@ -76,21 +71,20 @@ def token_logprobs_fwd_kernel(
     WITH_ENTROPY: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)  # strides times these pass 2^31
+    b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)  # strides times these exceed 2^31
     row_ptr = logits_ptr + (b * z_sb + t * z_st) * UNIT
     cols = tl.arange(0, BLOCK)
     counted = True
     if mask_ptr is not None:
         counted = tl.load(mask_ptr + b * mask_sb + t * mask_st) != 0
-    n = tl.where(counted, V, 0)  # a masked row is an empty one: nothing is read
+    n = tl.where(counted, V, 0)  # a masked row counts as empty: nothing is read
     whole = n // BLOCK * BLOCK
-    scale = tl.div_rn(
-        LOG2_E, row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st)
-    )
+    temperature = row_temperature(temperature_ptr, temperature, b * temp_sb + t * temp_st)
+    scale = tl.div_rn(LOG2_E, temperature)
 
     m, d, s = 0.0, 0.0, 0.0
     top = -float("inf")
-    seen = tl.minimum(n, BLOCK)  # as much of the row as the guess m knows
+    seen = tl.minimum(n, BLOCK)  # length of the row that m is computed from
     trying = True
     while trying:
         first = tl.load(row_ptr + cols, mask=cols < n, other=-float("inf"))  # -inf adds 0
@@ -100,15 +94,11 @@ def token_logprobs_fwd_kernel(
         for start in range(BLOCK, whole, BLOCK):
             z = tl.load(row_ptr + start + cols)
             d_lanes, s_lanes = _accumulate(z, m, scale, d_lanes, s_lanes, WITH_ENTROPY)
-        for start in range(
-            tl.maximum(whole, BLOCK), n, BLOCK
-        ):  # once, where BLOCK does not divide V
+        for start in range(tl.maximum(whole, BLOCK), n, BLOCK):  # once, unless BLOCK divides V
             z = tl.load(row_ptr + start + cols, mask=start + cols < n, other=-float("inf"))
             d_lanes, s_lanes = _accumulate(z, m, scale, d_lanes, s_lanes, WITH_ENTROPY)
         d, s = tl.sum(d_lanes, 0), tl.sum(s_lanes, 0)
-        trying = (seen < n) & ~(
-            d < D_MAX
-        )  # a NaN in d comes back in the second sum if it is the row's own
+        trying = (seen < n) & ~(d < D_MAX)  # also on NaN, which a bad m can cause
         if trying:
             top = row_max(row_ptr, n, BLOCK)
         seen = n
@@ -117,9 +107,7 @@ def token_logprobs_fwd_kernel(
     y = tl.load(targets_ptr + b * targets_sb + t * targets_st)
     z_y = tl.load(row_ptr + y, mask=(y >= 0) & (y < n), other=float("nan")).to(tl.float32)
     logprob = ((z_y - m) * scale - log2_d) * LN_2
-    logprob = tl.where(
-        logprob > 0, 0.0, logprob
-    )  # rounding only; unlike minimum(), lets NaN through
+    logprob = tl.where(logprob > 0, 0.0, logprob)  # rounding only; unlike minimum(), keeps NaN
     row = row.to(tl.int64)
     tl.store(logprobs_ptr + row, tl.where(counted, logprob, 0.0))
     if WITH_ENTROPY:
@@ -127,9 +115,7 @@ def token_logprobs_fwd_kernel(
         entropy = tl.where(entropy < 0, 0.0, entropy)
         tl.store(entropy_ptr + row, tl.where(counted, entropy, 0.0))
     if lse_ptr is not None:
-        m = tl.where(
-            z_y == z_y, m, z_y
-        )  # no target, no log-prob, and no gradient that could pass for one
+        m = tl.where(z_y == z_y, m, z_y)  # target out of range: NaN in the gradient too
         tl.store(lse_ptr + 2 * row, tl.where(counted, m, 0.0))
         tl.store(lse_ptr + 2 * row + 1, tl.where(counted, log2_d * LN_2, 0.0))
 
@@ -148,22 +134,22 @@ def store_zeros(row_ptr, V, BLOCK: tl.constexpr):
 def _dlogits(z, cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY: tl.constexpr):
     x = (z.to(tl.float32) - m) * scale - log2_d  # log2 p
     factor = tl.fma(tl.maximum(x, X_MIN), slope, level) if WITH_ENTROPY else level
-    return tl.fma(
-        tl.exp2(x), factor, tl.where(cols == y, at_target, 0.0)
-    )  # rounded once, where it is stored
+    # Rounded only once, when it is stored.
+    return tl.fma(tl.exp2(x), factor, tl.where(cols == y, at_target, 0.0))
 
 
 @triton.jit(
     do_not_specialize=[
-        "T", "temp_sb", "temp_st", "dlp_sb", "dlp_st", "dent_sb", "dent_st", "z_sb", "z_st", "targets_sb",
-        "targets_st", "mask_sb", "mask_st", "dz_sb", "dz_st",
+        "T", "temp_sb", "temp_st", "dlp_sb", "dlp_st", "dent_sb", "dent_st", "z_sb", "z_st",
+        "targets_sb", "targets_st", "mask_sb", "mask_st", "dz_sb", "dz_st",
     ]
 )  # fmt: skip
 def token_logprobs_bwd_kernel(
-    dlogprobs_ptr, dentropy_ptr, logits_ptr, targets_ptr, mask_ptr, temperature_ptr, entropy_ptr, lse_ptr, dlogits_ptr,
+    dlogprobs_ptr, dentropy_ptr, logits_ptr, targets_ptr, mask_ptr, temperature_ptr, entropy_ptr,
+    lse_ptr, dlogits_ptr,
     T, V, temperature,
-    temp_sb, temp_st, dlp_sb, dlp_st, dent_sb, dent_st, z_sb: tl.int64, z_st: tl.int64, targets_sb, targets_st,
-    mask_sb, mask_st, dz_sb: tl.int64, dz_st: tl.int64,
+    temp_sb, temp_st, dlp_sb, dlp_st, dent_sb, dent_st, z_sb: tl.int64, z_st: tl.int64,
+    targets_sb, targets_st, mask_sb, mask_st, dz_sb: tl.int64, dz_st: tl.int64,
     UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     WITH_ENTROPY: tl.constexpr = dentropy_ptr is not None
@@ -194,7 +180,7 @@ def token_logprobs_bwd_kernel(
             level -= h * tl.load(entropy_ptr + row)
             slope = -h * LN_2 * inverse
         level *= inverse
-        y = y.to(tl.int32)  # outside [0, V) it is in another part of the vocabulary
+        y = y.to(tl.int32)  # outside [0, V): in another block of the vocabulary
         for start in range(0, whole, BLOCK):
             z = tl.load(row_ptr + start + cols)
             dz = _dlogits(
@@ -216,10 +202,11 @@ def token_logprobs_fwd(
     with_entropy: bool,
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Logprobs (B, T), entropy (B, T) or None, lse (B, T, 2) or None, float32, of logits (B, T, V) with last stride 1.
+    """(logprobs (B, T), entropy (B, T) or None, lse (B, T, 2) or None), float32.
 
-    lse holds each row's offset m, in units of logits, and log sum exp((z - m) / temperature). Rows under a False mask
-    are not read and give 0 everywhere; a counted target outside [0, V) gives NaN.
+    logits: (B, T, V) with last stride 1. lse holds each row's offset m, in units of logits, and
+    log sum exp((z - m) / temperature). Rows under a False mask are not read and give 0 everywhere.
+    A counted target outside [0, V) gives NaN.
     """
     B, T, V = logits.shape
     logprobs = torch.empty((B, T), dtype=torch.float32, device=logits.device)
@@ -250,9 +237,9 @@ def token_logprobs_bwd(
     lse: Tensor,
     inplace: bool,
 ) -> Tensor:
-    """dlogits (B, T, V), contiguous; or, inplace, the very logits with the gradient written over them.
+    """dlogits (B, T, V), contiguous; with inplace the gradient overwrites logits and is returned.
 
-    Rows under a False mask, and rows whose incoming gradients are 0, become 0 without a look at their logits.
+    Rows under a False mask, or whose incoming gradients are 0, become 0 without reading the logits.
     """
     B, T, V = logits.shape
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -264,31 +251,30 @@ def token_logprobs_bwd(
         token_logprobs_bwd_kernel[(B * T,)](
             dlogprobs, dentropy, logits, targets, as_bytes(mask), per_row, entropy, lse, dlogits,
             T, V, number,
-            *strides(per_row), *strides(dlogprobs), *strides(dentropy), *strides(logits, unit), *strides(targets),
-            *strides(mask), *strides(dlogits, unit),
-            **_tile(V, unit),
+            *strides(per_row), *strides(dlogprobs), *strides(dentropy), *strides(logits, unit),
+            *strides(targets), *strides(mask), *strides(dlogits, unit), **_tile(V, unit),
         )  # fmt: skip
     return dlogits
 
 
 def _tile(V: int, unit: int) -> dict[str, int]:
-    # A function of V and its alignment, so that a row gives the same bits in any batch. 2048 x 4 spills nowhere on
-    # sm_80 to sm_100 and keeps two (16-bit) or four (float32) 128-bit loads a thread in flight. Rows that cannot be
-    # loaded that wide need an address per element, hence the registers of 8 warps.
+    # It depends on V and alignment only, so that a row gives the same bits in any batch. 2048 x 4
+    # does not spill on sm_80 to sm_100, and keeps two (16-bit) or four (float32) 128-bit loads per
+    # thread in flight. Narrower loads need an address per element, hence the registers of 8 warps.
     block = min(2048, max(256, triton.next_power_of_2(V)))
     return {"UNIT": unit, "BLOCK": block, "num_warps": 4 if unit == 16 else 8}
 
 
 def stride_unit(*rows: Tensor) -> int:
-    """16 where every row (.., V) can be loaded 128 bits wide, else 1: the unit in which kernels take their strides.
+    """Unit of the strides passed to kernels: 16 if all rows (.., V) can load 128 bits wide, else 1.
 
-    As strides themselves they would have kernels recompiled whenever the length makes or unmakes a multiple of 16.
+    With plain strides, kernels would recompile whenever a length changes their divisibility by 16.
     """
     return 16 if all(n % 16 == 0 for x in rows for n in (x.shape[-1], *x.stride()[:2])) else 1
 
 
 def strides(x: Tensor | None, unit: int = 1) -> tuple[int, int]:
-    """Strides of the leading two axes, in units of `unit` elements."""
+    """Strides of the two leading axes, in units of `unit` elements."""
     return (0, 0) if x is None else (x.stride(0) // unit, x.stride(1) // unit)
 
 

@@ -1,8 +1,9 @@
 """PPO's loss in Triton: gradients, loss and statistics in one pass and one launch.
 
-The formulas are those of `rlhf_core.ops.policy_loss`. A program takes a block of tokens, or for a mean of sequences'
-means a whole row, whose length it counts first. It stores their gradients and its sums; the last program to arrive
-adds up the sums of all. Only then is the number of tokens known, so the gradients lack that factor: it is `scale`.
+The formulas are those of `rlhf_core.ops.policy_loss`. A program handles a block of tokens. For the
+mean of sequence means it handles a whole row and first counts its length. It stores the gradients
+and its sums; the last program to arrive adds up all sums. The number of tokens is known only then,
+so the gradients lack that factor, which is returned as `scale`.
 """
 
 import torch
@@ -14,35 +15,29 @@ from rlhf_core.kernels.arrival import arrives_last, counter
 from rlhf_core.kernels.kl import SERIES_BELOW, k3_series
 
 MAX_LOG_RATIO = tl.constexpr(20.0)
-# A program's sums: those of the statistics, in their order, then of the loss, and its part of what that is divided by.
-COUNT, LOSS, DIVISOR, NUM_SUMS = (
-    tl.constexpr(9),
-    tl.constexpr(10),
-    tl.constexpr(11),
-    tl.constexpr(16),
-)
+# Sums of a program: the statistics in their order, then the loss, then its share of the divisor.
+COUNT, LOSS, DIVISOR, NUM_SUMS = (tl.constexpr(n) for n in (9, 10, 11, 16))
 BLOCK = 512
 
 
 @triton.jit
 def _max(a, b):
-    """max(a, b), and the parts that both have in its gradient: half each on a tie, as in torch."""
+    """max(a, b), and its gradients with respect to a and b: half each on a tie, as in torch."""
     from_a = tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
     return tl.where((a > b) | (a != a), a, b), from_a, 1.0 - from_a
 
 
 @triton.jit
 def _finish(sums_ptr, loss_ptr, scale_ptr, stats_ptr, BLOCK: tl.constexpr):
-    """Add up the sums (NUM_SUMS, programs) of all programs and store what they come to."""
+    """Add up the sums (NUM_SUMS, programs) of all programs and store the results."""
     num_programs = tl.num_programs(0)
     lanes = tl.arange(0, NUM_SUMS)
     row_ptr = sums_ptr + lanes.to(tl.int64)[:, None] * num_programs
     parts = tl.zeros([NUM_SUMS, BLOCK], tl.float32)
     for start in range(0, num_programs, BLOCK):
         program = start + tl.arange(0, BLOCK)[None, :]
-        parts += tl.load(
-            row_ptr + program, mask=program < num_programs, other=0.0, cache_modifier=".cg"
-        )
+        inside = program < num_programs
+        parts += tl.load(row_ptr + program, mask=inside, other=0.0, cache_modifier=".cg")
     sums = tl.sum(parts, 1)
     count = tl.sum(tl.where(lanes == COUNT, sums, 0.0), 0)
     scale = tl.div_rn(1.0, tl.maximum(tl.sum(tl.where(lanes == DIVISOR, sums, 0.0), 0), 1.0))
@@ -54,8 +49,9 @@ def _finish(sums_ptr, loss_ptr, scale_ptr, stats_ptr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "length"])
 def ppo_loss_fwd_kernel(
-    logprobs_ptr, old_logprobs_ptr, advantages_ptr, values_ptr, old_values_ptr, returns_ptr, entropy_ptr, mask_ptr,
-    weights_ptr, loss_ptr, scale_ptr, stats_ptr, dlogprobs_ptr, dvalues_ptr, dentropy_ptr, sums_ptr, counter_ptr,
+    logprobs_ptr, old_logprobs_ptr, advantages_ptr, values_ptr, old_values_ptr, returns_ptr,
+    entropy_ptr, mask_ptr, weights_ptr, loss_ptr, scale_ptr, stats_ptr,
+    dlogprobs_ptr, dvalues_ptr, dentropy_ptr, sums_ptr, counter_ptr,
     n, length, ratio_min, ratio_max, value_clip_range, vf_coef, entropy_coef, dual_clip,
     SEQUENCE_MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -88,9 +84,8 @@ def ppo_loss_fwd_kernel(
         capped = tl.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio)
         capped = tl.where(capped < -MAX_LOG_RATIO, -MAX_LOG_RATIO, capped)
         ratio = tl.exp(capped)
-        clamped = tl.where(
-            ratio > ratio_max, ratio_max, tl.where(ratio < ratio_min, ratio_min, ratio)
-        )
+        clamped = tl.where(ratio < ratio_min, ratio_min, ratio)
+        clamped = tl.where(ratio > ratio_max, ratio_max, clamped)
         unclipped, clipped = -A * ratio, -A * clamped
         policy, from_unclipped, from_clipped = _max(unclipped, clipped)
         passes = from_unclipped + tl.where(clamped == ratio, from_clipped, 0.0)
@@ -119,9 +114,8 @@ def ppo_loss_fwd_kernel(
                 dvalue = dvalue * from_far + tl.where(bound == v, near * from_near, 0.0)
             value *= 0.5
             loss += vf_coef * value
-            tl.store(
-                dvalues_ptr + at, tl.where(counted, vf_coef * dvalue * weight, 0.0), mask=inside
-            )
+            dvalue = tl.where(counted, vf_coef * dvalue * weight, 0.0)
+            tl.store(dvalues_ptr + at, dvalue, mask=inside)
 
         entropy = tl.zeros([BLOCK], tl.float32)
         if entropy_ptr is not None:
@@ -130,9 +124,7 @@ def ppo_loss_fwd_kernel(
             tl.store(dentropy_ptr + at, -entropy_coef * weight, mask=inside)
 
         direct = ratio - 1 - log_ratio
-        direct = tl.where(
-            direct < 0, 0.0, direct
-        )  # rounding only; unlike maximum(), lets NaN through
+        direct = tl.where(direct < 0, 0.0, direct)  # rounding only; unlike maximum(), keeps NaN
         approx_kl = tl.where(tl.abs(log_ratio) < SERIES_BELOW, k3_series(-log_ratio), direct)
         one = counted.to(tl.float32)
         sums += tl.where(lanes == 0, tl.sum(policy, 0), 0.0)
@@ -175,17 +167,16 @@ def ppo_loss_fwd(
     entropy_coef: float,
     dual_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(loss (), scale (), stats (10,), dlogprobs, dvalues or None, dentropy or None) for contiguous (B, T) tensors.
+    """(loss (), scale (), stats (10,), dlogprobs, dvalues or None, dentropy or None).
 
-    The gradients still have to be multiplied by `scale`: 1 with `weights`, else one over the number of counted tokens,
-    or of sequences with any. A CUDA graph keeps the coefficients that it was captured with.
+    All inputs are contiguous (B, T). Multiply the gradients by `scale`: 1 with `weights`, otherwise
+    one over the number of counted tokens, or of sequences that have any. A CUDA graph keeps the
+    coefficients of its capture.
     """
     B, T = logprobs.shape
     by_row = sequence_mean and weights is None
     length = T if by_row else BLOCK
-    num_programs = max(
-        1, B if by_row else triton.cdiv(B * T, BLOCK)
-    )  # an empty loss is a result, too
+    num_programs = max(1, B if by_row else triton.cdiv(B * T, BLOCK))  # 1 stores an empty loss
     loss, scale, stats, sums = (
         torch.empty(shape, dtype=torch.float32, device=logprobs.device)
         for shape in ((), (), (COUNT.value + 1,), (NUM_SUMS.value, num_programs))
@@ -195,9 +186,10 @@ def ppo_loss_fwd(
     )
     with torch.cuda.device_of(logprobs):
         ppo_loss_fwd_kernel[(num_programs,)](
-            logprobs, old_logprobs, advantages, values, old_values, returns, entropy, mask.view(torch.uint8),
-            weights, loss, scale, stats, dlogprobs, dvalues, dentropy, sums, counter(logprobs),
-            B * T, length, 1 - clip_low, 1 + clip_high, value_clip_range, vf_coef, entropy_coef, dual_clip,
+            logprobs, old_logprobs, advantages, values, old_values, returns, entropy,
+            mask.view(torch.uint8), weights, loss, scale, stats,
+            dlogprobs, dvalues, dentropy, sums, counter(logprobs), B * T, length,
+            1 - clip_low, 1 + clip_high, value_clip_range, vf_coef, entropy_coef, dual_clip,
             SEQUENCE_MEAN=by_row, BLOCK=BLOCK,
         )  # fmt: skip
     return loss, scale, stats, dlogprobs, dvalues, dentropy

@@ -1,10 +1,13 @@
-"""Sampling in Triton: one program per row, which finds its maximum, its mass and, in a third read, its token.
+"""Sampling in Triton: one program per row finds its maximum, its mass and then its token.
 
-What is drawn is defined in `rlhf_core.ops.sampling`. A block's mass is always summed in the same way and blocks are
-added in order, so that the search for the token meets the very total that it was given a part of. The threshold of a
-truncation is found by bisection over the bits of a float32, which are in its order, at a read of the row per bit; it
-ends as soon as one value is left, so after some log2 V + 4 reads unless values tie. Left out: several programs for a
-row. A decoding step has few rows, each of which a single multiprocessor reads from L2.
+`rlhf_core.ops.sampling` defines the distribution. The mass of a block is always summed in the same
+way and blocks are added in order. The search for the token therefore reproduces exactly the total
+from which its fraction was taken. A truncation threshold is found by bisection over the bits of a
+float32, which sort like its values, with one read of the row per bit. It stops once a single value
+is left, so after about log2 V + 4 reads unless values tie.
+
+Left out: several programs per row. A decoding step has few rows, and a single multiprocessor reads
+each from L2.
 """
 
 import math
@@ -19,31 +22,30 @@ from rlhf_core.kernels.logprobs import LN_2, LOG2_E, row_max, stride_unit, strid
 
 @triton.jit
 def _exponentials(row_ptr, cols, V, least, m, scale):
-    """exp((z - m) / temperature) of the logits that reach `least`, else 0; NaN of NaN."""
+    """exp((z - m) / temperature) of logits >= least, 0 of others, NaN of NaN."""
     z = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
     return tl.where(z < least, 0.0, tl.exp2((z - m) * scale))
 
 
 @triton.jit
 def _held(row_ptr, V, least, m, scale, BLOCK: tl.constexpr):
-    """The mass of the logits that reach `least`, in float64."""
+    """The mass of the logits >= least, in float64."""
     mass = tl.zeros([], tl.float64)
     for start in range(0, V, BLOCK):
-        mass += tl.sum(
-            _exponentials(row_ptr, start + tl.arange(0, BLOCK), V, least, m, scale), 0
-        ).to(tl.float64)
+        e = _exponentials(row_ptr, start + tl.arange(0, BLOCK), V, least, m, scale)
+        mass += tl.sum(e, 0).to(tl.float64)
     return mass
 
 
 @triton.jit
 def _as_ordered(bits):
-    """The bits of a float32 as an int32 in the order of floats, or back."""
+    """The bits of a float32 as an int32 that sorts like the float; its own inverse."""
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def _threshold(row_ptr, V, need, least, m, scale, OF_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest value that logits of this mass, or so many of them, reach; no less than `least`."""
+    """The largest value >= least such that the logits >= value have mass, or number, `need`."""
     cols = tl.arange(0, BLOCK)
     low = _as_ordered(least.to(tl.int32, bitcast=True)).to(tl.int64)
     high = _as_ordered(m.to(tl.int32, bitcast=True)).to(tl.int64) + 1
@@ -53,10 +55,9 @@ def _threshold(row_ptr, V, need, least, m, scale, OF_MASS: tl.constexpr, BLOCK: 
         value = _as_ordered(middle.to(tl.int32)).to(tl.float32, bitcast=True)
         mass, count = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
         for start in range(0, V, BLOCK):
-            z = tl.load(row_ptr + start + cols, mask=start + cols < V, other=-float("inf")).to(
-                tl.float32
-            )
-            count += (z >= value).to(tl.int32)  # value is above low, and so not -inf
+            z = tl.load(row_ptr + start + cols, mask=start + cols < V, other=-float("inf"))
+            z = z.to(tl.float32)
+            count += (z >= value).to(tl.int32)  # value is above low, so it is not -inf
             if OF_MASS:
                 mass += tl.where(z >= value, tl.exp2((z - m) * scale), 0.0)
         reach = tl.sum(count, 0)
@@ -64,10 +65,8 @@ def _threshold(row_ptr, V, need, least, m, scale, OF_MASS: tl.constexpr, BLOCK: 
         if OF_MASS:
             enough = tl.sum(mass, 0).to(tl.float64) >= need
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
-        reach_low, reach_high = (
-            tl.where(enough, reach, reach_low),
-            tl.where(enough, reach_high, reach),
-        )
+        reach_low = tl.where(enough, reach, reach_low)
+        reach_high = tl.where(enough, reach_high, reach)
     return _as_ordered(low.to(tl.int32)).to(tl.float32, bitcast=True)
 
 
@@ -75,14 +74,15 @@ def _threshold(row_ptr, V, need, least, m, scale, OF_MASS: tl.constexpr, BLOCK: 
 def sample_tokens_fwd_kernel(
     logits_ptr, seeds_ptr, counters_ptr, tokens_ptr, logprobs_ptr, full_logprobs_ptr,
     V, z_sb: tl.int64, temperature, top_k, top_p, log_min_p,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * z_sb * UNIT
     scale = tl.div_rn(LOG2_E, temperature)
     m = row_max(row_ptr, V, BLOCK)
     least = tl.full([], -float("inf"), tl.float32)
-    total = _held(row_ptr, V, least, m, scale, BLOCK)  # NaN if the row is no distribution
+    total = _held(row_ptr, V, least, m, scale, BLOCK)  # NaN if the row is not a distribution
     kept = total
     valid = total == total
     if TOP_K:
@@ -113,19 +113,18 @@ def sample_tokens_fwd_kernel(
         mass = tl.sum(e, 0)
     beyond = before + tl.cumsum(e, 0) > at
     first = tl.min(tl.where(beyond & (e > 0), cols, BLOCK), 0)
-    last = tl.max(tl.where(e > 0, cols, 0), 0)  # where rounding has left no element beyond
+    last = tl.max(tl.where(e > 0, cols, 0), 0)  # if rounding leaves no element beyond
     token = tl.where(valid, start + tl.where(first < BLOCK, first, last), 0)
 
     x = (tl.load(row_ptr + token).to(tl.float32) - m) * scale
     logprob = (x - tl.log2(kept.to(tl.float32))) * LN_2
+    logprob = tl.where(valid, tl.where(logprob > 0, 0.0, logprob), float("nan"))
     tl.store(tokens_ptr + row, token)
-    tl.store(logprobs_ptr + row, tl.where(valid, tl.where(logprob > 0, 0.0, logprob), float("nan")))
+    tl.store(logprobs_ptr + row, logprob)
     if full_logprobs_ptr is not None:
         logprob = (x - tl.log2(total.to(tl.float32))) * LN_2
-        tl.store(
-            full_logprobs_ptr + row,
-            tl.where(valid, tl.where(logprob > 0, 0.0, logprob), float("nan")),
-        )
+        logprob = tl.where(valid, tl.where(logprob > 0, 0.0, logprob), float("nan"))
+        tl.store(full_logprobs_ptr + row, logprob)
 
 
 def sample_tokens_fwd(
@@ -137,7 +136,10 @@ def sample_tokens_fwd(
     top_p: float | None,
     min_p: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(tokens, logprobs, full_logprobs, or None where nothing is truncated), each (B,), of logits (B, V)."""
+    """(tokens, logprobs, full_logprobs), each (B,), of logits (B, V).
+
+    full_logprobs is None if there is no truncation.
+    """
     B, V = logits.shape
     tokens = torch.empty_like(seeds)
     logprobs = torch.empty_like(seeds, dtype=torch.float32)

@@ -208,7 +208,7 @@ def test_greedy_in_a_padded_batch_is_the_argmax_loop_of_each_row_alone(family, o
 @families
 @pytest.mark.parametrize("options", [{}, dict(top_p=0.9, repetition_penalty=1.2)], ids=str)
 def test_a_row_is_drawn_by_its_seed_whatever_else_is_in_the_batch(family, options):
-    """Alone, in a batch, in another order, as one of several samples; rows end at different times."""
+    """Alone, in a batch, in another order, as one of several samples; rows end at varied times."""
     model, n = tiny(family), 3
     options = dict(max_new_tokens=12, eos_ids=(2, 3)) | options
     seeds = torch.tensor([5, -(2**63), 2**63 - 1, 0, 7, 7, 8, 9, 10, 11, 12, 13])
