@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench gpu lint sanitize clean
+.PHONY: demo test bench gpu lint docs sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/rlhf-core demo
@@ -23,6 +23,10 @@ gpu:
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site, into build/docs; a warning, such as a link that leads nowhere, is an error. Downloads nothing.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # csrc/ under gcc's sanitizers, in a copy of the package: memory and arithmetic, then races. Without OpenMP, whose
 # synchronisation ThreadSanitizer does not see: parallel_for takes std::thread.
