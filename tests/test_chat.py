@@ -557,8 +557,8 @@ FAILURES = [
     ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     ("{{ messages.append(1) }}", "SecurityError"),
     ("{{ messages | length }}", "enclose it in {% generation %}"),
-    ("{% generation %}{% endgeneration %}", "nothing as the assistant's"),
-    ("plain", "nothing as the assistant's"),
+    ("{% generation %}{% endgeneration %}", "no text of the assistant"),
+    ("plain", "no text of the assistant"),
 ]
 
 

@@ -1,8 +1,9 @@
-"""Conversations to text: a model's Jinja template in jinja2's sandbox, and which of its text the assistant wrote.
+"""Conversations to text with a model's Jinja template, run in jinja2's sandbox.
 
-What a message says is text, whatever it spells: a special token in it gets a character in its middle that stands
-nowhere else in the conversation, which whoever encodes the text takes out again. A template may strip or split a
-message; one that looks for a special token in it does not find it. Leaves out tools, documents and images.
+The content of a message is always plain text. If it spells a special token, a shield is put inside
+the token: a character that the conversation does not contain, to be removed by whoever encodes the
+text. Templates can strip or split a message, but they cannot find a special token in it. Left out:
+tools, documents and images.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content":
 
 
 class Rendered(NamedTuple):
-    """A conversation's text, the [start, end) of what the assistant wrote, and the character to take out again."""
+    """A conversation as text.
+
+    Attributes:
+        text: With shields.
+        spans: The [start, end) of each turn of the assistant.
+        shield: The character to remove from the text.
+    """
 
     text: str
     spans: list[tuple[int, int]]
@@ -29,14 +36,17 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """A Jinja chat template as Hugging Face's tokenizers carry it.
+    """A Jinja chat template of a Hugging Face tokenizer.
 
-    The assistant's text is what `{% generation %} ... {% endgeneration %}` encloses. A template without this tag
-    must render the messages before an assistant's turn, with add_generation_prompt, and those up to and with it, as
-    prefixes of the whole; the turn is what lies between.
+    `{% generation %} ... {% endgeneration %}` encloses the assistant's text. A template without this
+    tag must render two prefixes of the whole conversation: the messages before a turn, with
+    add_generation_prompt, and the messages up to and including the turn, which lies in between.
 
-    source: the template. file: named in errors. names: text of each special token by its name ("bos_token", ...).
-    special: every text that encodes as a special token.
+    Args:
+        source: The template.
+        file: Its file, which errors name.
+        names: Text of each special token by its name ("bos_token", ...).
+        special: All texts that encode as a special token.
     """
 
     def __init__(self, source: str, file: Path, names: dict[str, str], special: Iterable[str]):
@@ -49,21 +59,22 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], *, start: int = 0, add_generation_prompt: bool = False
     ) -> Rendered:
-        """The whole conversation, with the spans of the assistant's turns in messages[start:]. ValueError, naming
-        the template's file, where the template fails or its turns cannot be told apart."""
-        said = "".join(value for message in messages for value in message.values())
-        absent = (char for char in map(chr, range(0xFDD0, 0x110000)) if char not in said)
-        shield, opening, closing = (next(absent) for _ in range(3))
-        shielded = [
-            {
-                key: self._first_character.sub(lambda match: match[1] + shield, value)
-                for key, value in message.items()
-            }
-            for message in messages
-        ]
+        """Return the whole conversation, with the spans of the assistant in messages[start:].
+
+        Raises:
+            ValueError: The template fails, or the assistant's turns cannot be found.
+        """
+        used = {char for message in messages for value in message.values() for char in value}
+        unused = (char for char in map(chr, range(0xFDD0, 0x110000)) if char not in used)
+        shield, opening, closing = (next(unused) for _ in range(3))
+
+        def shielded(text: str) -> str:
+            return self._first_character.sub(lambda match: match[1] + shield, text)
+
+        safe = [{key: shielded(value) for key, value in message.items()} for message in messages]
 
         def text(count: int, add_generation_prompt: bool = False) -> str:
-            context = dict(messages=shielded[:count], tools=None, documents=None, **self._names)
+            context = dict(messages=safe[:count], tools=None, documents=None, **self._names)
             context.update(generation_opening=opening, generation_closing=closing)
             return self._run(
                 lambda: self._template.render(context, add_generation_prompt=add_generation_prompt)
@@ -73,24 +84,24 @@ class ChatTemplate:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self.tagged:
             skipped = text(start).count(opening) if any(i < start for i in turns) else 0
-            whole, spans = _take_out(whole, opening, closing)
+            whole, spans = _remove_marks(whole, opening, closing)
             return Rendered(whole, spans[skipped:], shield)
         spans = []
         for i in (i for i in turns if i >= start):
             before, after = text(i, add_generation_prompt=True), text(i + 1)
-            if not (
-                whole.startswith(before) and whole.startswith(after) and len(before) <= len(after)
-            ):
+            prefixes = whole.startswith(before) and whole.startswith(after)
+            if not prefixes or len(before) > len(after):
                 raise ValueError(
-                    f"{self.file}: the chat template renders messages[:{i}] with the generation prompt, or "
-                    f"messages[:{i + 1}], otherwise than in the whole conversation, so what the assistant wrote is not "
-                    "known: enclose it in {% generation %} and {% endgeneration %} in the template"
+                    f"{self.file}: the chat template renders messages[:{i}] with the generation "
+                    f"prompt, or messages[:{i + 1}], differently from the whole conversation. The "
+                    "assistant's text cannot be found: enclose it in {% generation %} and "
+                    "{% endgeneration %} in the template"
                 )
             spans.append((len(before), len(after)))
         return Rendered(whole, spans, shield)
 
     def _run(self, action):
-        """A template is a program from elsewhere: whatever it raises is an error of its file."""
+        """Turn any exception of the template, which is foreign code, into an error of its file."""
         try:
             return action()
         except ImportError:
@@ -101,8 +112,8 @@ class ChatTemplate:
             raise ValueError(f"{where}: the chat template fails: {kind}: {error}") from None
 
 
-def _take_out(text: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:
-    """Text without the two marks, and the spans that they enclosed."""
+def _remove_marks(text: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text without the two marks, and the spans that they enclosed."""
     spans, pieces, length = [], [], 0
     for piece in re.split(f"([{opening}{closing}])", text):
         if piece == opening:
@@ -117,13 +128,13 @@ def _take_out(text: str, opening: str, closing: str) -> tuple[str, list[tuple[in
 
 @functools.cache
 def _environment():
-    """jinja2's sandbox with what Hugging Face's templates rely on."""
+    """jinja2's sandbox with the extensions that Hugging Face's templates need."""
     sandbox, ext, nodes = (
         require(f"jinja2.{name}", "train") for name in ("sandbox", "ext", "nodes")
     )
 
     class Generation(ext.Extension):
-        """{% generation %} ... {% endgeneration %}: the body, between two marks from the context."""
+        """{% generation %} ... {% endgeneration %}: its body, between two marks of the context."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -140,13 +151,8 @@ def _environment():
         raise require("jinja2", "train").TemplateError(message)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
+        options = dict(indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]

@@ -1,9 +1,8 @@
-"""Text and conversations to ids and back: a byte-level tokenizer built in, and any `tokenizer.json` through the
-`tokenizers` package.
+"""Text and conversations to ids and back: a built-in byte tokenizer, and any `tokenizer.json`.
 
-Text is text: what spells a special token is encoded letter by letter, and only BOS, EOS and a chat template make
-special ids. A prompt starts with BOS where the tokenizer's own post-processor says so; whoever builds a sequence adds
-EOS. Prompt and completion are encoded apart, so that no token straddles their boundary.
+Text that spells a special token is encoded letter by letter. Only BOS, EOS and chat templates give
+special ids. A prompt starts with BOS if the tokenizer's post-processor adds it. EOS is added by the
+functions of encode.py. Prompt and completion are encoded separately, so no token spans both.
 """
 
 from __future__ import annotations
@@ -24,9 +23,18 @@ from rlhf_core.files import model_folder, read_object, replacing, require, write
 
 
 class Tokenizer(Protocol):
+    """The interface of all tokenizers.
+
+    Attributes:
+        vocab_size: Number of ids.
+        bos_id: Id that starts a sequence, if there is one.
+        eos_ids: All ids that end a response. The first one is appended to completions.
+        pad_id: Id of padding.
+    """
+
     vocab_size: int
     bos_id: int | None
-    eos_ids: tuple[int, ...]  # every id that ends a response; the first is the one to write
+    eos_ids: tuple[int, ...]
     pad_id: int
 
     def encode(self, text: str) -> list[int]: ...
@@ -40,7 +48,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes are the ids 0..255; padding, BOS and EOS follow. No dependency, any text, no unknown token."""
+    """Ids 0 to 255 are UTF-8 bytes; padding, BOS and EOS follow. It encodes any text."""
 
     vocab_size = 259
     pad_id, bos_id, eos_ids = 256, 257, (258,)
@@ -56,23 +64,22 @@ class ByteTokenizer:
     def encode_chat(
         self, messages: Sequence[Message], *, start: int = 0, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """As JsonTokenizer.encode_chat. The template is built in: BOS, then "role: content" and EOS for each message;
-        "assistant: " is the generation prompt."""
+        """As `JsonTokenizer.encode_chat`, with a built-in template.
+
+        It is BOS, then "role: content" and EOS per message. The generation prompt is "assistant: ".
+        """
         ids, mask = [self.bos_id], [False]
         for i, message in enumerate(check_messages(messages, "messages")):
-            header, content = (
-                self.encode(f"{message['role']}: "),
-                [*self.encode(message["content"]), *self.eos_ids],
-            )
+            header = self.encode(f"{message['role']}: ")
+            content = [*self.encode(message["content"]), *self.eos_ids]
+            counts = message["role"] == "assistant" and i >= start
             ids += header + content
-            mask += [False] * len(header) + [message["role"] == "assistant" and i >= start] * len(
-                content
-            )
+            mask += [False] * len(header) + [counts] * len(content)
         prompt = self.encode("assistant: " * add_generation_prompt)
         return ids + prompt, mask + [False] * len(prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the byte ids; special ids are left out, invalid UTF-8 becomes U+FFFD."""
+        """Return the text of the byte ids, without special ids. Invalid UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def save(self, path: str | os.PathLike) -> None:
@@ -80,14 +87,14 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A folder's tokenizer.json.
+    """The tokenizer.json of a folder, read with the `tokenizers` package.
 
-    BOS, EOS and padding are those that tokenizer_config.json names (special_tokens_map.json, where it does not),
-    then those whose ids generation_config.json gives, then config.json: `eos_ids` are all of them in this order,
-    `bos_id` and `pad_id` the first. Without padding it is 0: any id serves, masks come from lengths.
+    BOS, EOS and padding are those of tokenizer_config.json (or else special_tokens_map.json), then
+    of generation_config.json, then of config.json. `eos_ids` holds all of them in this order,
+    `bos_id` and `pad_id` are the first. Without padding, `pad_id` is 0, because any id works.
 
-    decode(encode(text)) == text as far as the tokenizer's own rules allow: a SentencePiece tokenizer writes a space
-    as U+2581 and reads that character back as a space.
+    decode(encode(text)) equals text as far as the tokenizer allows. SentencePiece, for example,
+    decodes U+2581 as a space.
     """
 
     _FILES = (
@@ -115,7 +122,7 @@ class JsonTokenizer:
             text for text in self._names.values() if self._tokenizer.token_to_id(text) is not None
         ]
         self._tokenizer.add_special_tokens(named)
-        # A SentencePiece normaliser puts a space in front of what it encodes; text that continues other text has none.
+        # SentencePiece normalizers put a space before a text, which a completion must not have.
         spec = read_object(file)
         unprefixed = {
             **spec,
@@ -132,14 +139,14 @@ class JsonTokenizer:
             if token.special or token.content in named
         }
         self._splits = _splits(token for token in added.values() if token.content in self._special)
-        # Whether the space comes after every special token too, or in front of the whole only.
+        # Whether the space comes after every special token, too, or only before the whole text.
         first = next(iter(self._special), "")
         spaced, alone = (
             self._tokenizer.encode(x, add_special_tokens=False).tokens for x in (first + "a", "a")
         )
         self._prefix_after_special = spaced[1:] == alone
         for tokenizer in (self._tokenizer, self._continuing):
-            tokenizer.encode_special_tokens = True  # their spelling is text
+            tokenizer.encode_special_tokens = True  # as plain text
 
         self.vocab_size = self._tokenizer.get_vocab_size()
         bos, self.eos_ids, pad = (self._ids_of(kind) for kind in ("bos", "eos", "pad"))
@@ -159,12 +166,12 @@ class JsonTokenizer:
             values = value if isinstance(value, list) else [value]
             if any(type(i) not in (int, type(None)) for i in values):
                 raise ValueError(
-                    f"{self._folder / name}: {kind}_token_id must be an id or a list of ids, got {value!r}"
+                    f"{self._folder / name}: {kind}_token_id must be an id or a list of ids, "
+                    f"got {value!r}"
                 )
             ids += values
-        return tuple(
-            dict.fromkeys(i for i in ids if i is not None and i >= 0)
-        )  # some configs write -1 for none
+        # Some configs write -1 for none.
+        return tuple(dict.fromkeys(i for i in ids if i is not None and i >= 0))
 
     def encode(self, text: str) -> list[int]:
         return _encode(self._tokenizer, text)
@@ -173,18 +180,22 @@ class JsonTokenizer:
         return self._prompt_prefix + self.encode(text)
 
     def encode_completion(self, text: str) -> list[int]:
-        """Ids of text that continues other text: decode(prompt ids + these) == prompt + text."""
+        """Return ids of text after a prompt: decode(prompt ids + these) equals prompt + text."""
         return _encode(self._continuing, text)
 
     def encode_chat(
         self, messages: Sequence[Message], *, start: int = 0, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """A conversation's ids by the folder's chat template, with one BOS in front where the template writes it or
-        the post-processor adds it, and their mask, True for tokens of the assistant in messages[start:].
+        """Return the ids of a conversation, by the folder's chat template, and their mask.
 
-        Each of the assistant's turns is encoded apart from what is around it. Where the template says what the
-        assistant wrote, by {% generation %}, the mask says the same; else a turn counts up to its first EOS.
-        FileNotFoundError without a template; ValueError from a template that fails or cannot tell turns apart.
+        The mask is True for tokens of the assistant in messages[start:]: those that the template
+        encloses in {% generation %} or, without this tag, each turn up to its first EOS. A turn is
+        encoded separately from the text around it. The ids start with one BOS if the template or
+        the post-processor adds it.
+
+        Raises:
+            FileNotFoundError: The folder has no template.
+            ValueError: The template fails, or the assistant's turns cannot be found.
         """
         messages = check_messages(messages, "messages")
         rendered = self._template.render(
@@ -199,14 +210,14 @@ class JsonTokenizer:
                 ended = turn
         if True not in mask and any(message["role"] == "assistant" for message in messages[start:]):
             raise ValueError(
-                f"{self._template.file}: the chat template renders nothing as the assistant's"
+                f"{self._template.file}: the chat template renders no text of the assistant"
             )
         leading = next((n for n, i in enumerate(ids) if i != self.bos_id), len(ids))
         bos = ids[: min(leading, 1)] or self._prompt_prefix
         return bos + ids[leading:], [False] * len(bos) + mask[leading:]
 
     def _pieces(self, rendered: Rendered) -> Iterator[tuple[int, list[int]]]:
-        """Special tokens and the text between them, cut where turns begin and end: (position, ids) of each."""
+        """Yield (position, ids) of special tokens and of the texts between them, cut at turns."""
         edges = sorted(edge for span in rendered.spans for edge in span)
         position, prefixed = 0, True
         for i, piece in enumerate(self._splits.split(rendered.text)):
@@ -216,9 +227,8 @@ class JsonTokenizer:
                 yield position + piece.index(token), [self._special[token]]
                 prefixed = self._prefix_after_special
             elif piece:
-                for first, last in pairwise(
-                    [position, *(edge for edge in edges if position < edge < end), end]
-                ):
+                inner = (edge for edge in edges if position < edge < end)
+                for first, last in pairwise([position, *inner, end]):
                     text = rendered.text[first:last].replace(rendered.shield, "")
                     yield first, _encode(self._tokenizer if prefixed else self._continuing, text)
                     prefixed = False
@@ -232,13 +242,13 @@ class JsonTokenizer:
         else:
             file, source = self._folder / "tokenizer_config.json", self._config.get("chat_template")
             if isinstance(source, list):  # named templates
-                source = {entry.get("name"): entry.get("template") for entry in source}.get(
-                    "default"
-                )
+                named = {entry.get("name"): entry.get("template") for entry in source}
+                source = named.get("default")
         if source is None:
             raise FileNotFoundError(
-                f"{self._folder}: the tokenizer has no chat template for messages: add {self._TEMPLATE}, or a field "
-                "'chat_template' (with named templates: one named 'default') to tokenizer_config.json"
+                f"{self._folder}: the tokenizer has no chat template for messages: add "
+                f"{self._TEMPLATE}, or a field 'chat_template' in tokenizer_config.json (if it has "
+                "named templates, one named 'default')"
             )
         return ChatTemplate(source, file, self._names, self._special)
 
@@ -246,7 +256,7 @@ class JsonTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Copy the files that it was loaded from; config.json is the model's to save."""
+        """Copy the tokenizer's files, without config.json, which belongs to the model."""
         for name in (*self._FILES, self._TEMPLATE):
             if (self._folder / name).is_file() and self._folder.resolve() != Path(path).resolve():
                 with replacing(Path(path) / name) as temporary:
@@ -254,7 +264,11 @@ class JsonTokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a model folder, or of "owner/name" on the hub. FileNotFoundError where the folder has none."""
+    """Return the tokenizer of a model folder or of "owner/name" on the hub.
+
+    Raises:
+        FileNotFoundError: The folder has no tokenizer.
+    """
     folder = model_folder(path)
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(folder)
@@ -282,8 +296,10 @@ def _encode(tokenizer, text: str) -> list[int]:
 
 
 def _without_prefix(part: dict | None) -> dict | None:
-    """A normalizer or pre_tokenizer of tokenizer.json that puts nothing in front of the text; None where that is all
-    that it does."""
+    """A normalizer or pre_tokenizer of tokenizer.json, changed to add nothing before the text.
+
+    None if it does nothing else.
+    """
     if part is None or part["type"] == "Prepend":
         return None
     if part["type"] == "Sequence":
@@ -296,7 +312,7 @@ def _without_prefix(part: dict | None) -> dict | None:
 
 
 def _splits(tokens) -> re.Pattern:
-    """Splits text at special tokens, the longest first; some take the white space around them."""
+    """A pattern that splits text at special tokens, longest first. Some include white space."""
     texts = [
         r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
         for token in sorted(tokens, key=lambda token: -len(token.content))
