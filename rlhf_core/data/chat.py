@@ -19,6 +19,7 @@ from typing import NamedTuple
 from rlhf_core.files import require
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+Content = str | list[Message]  # text, or a conversation
 
 
 class Rendered(NamedTuple):
@@ -38,8 +39,8 @@ class Rendered(NamedTuple):
 class ChatTemplate:
     """A Jinja chat template of a Hugging Face tokenizer.
 
-    `{% generation %} ... {% endgeneration %}` encloses the assistant's text. A template without this
-    tag must render two prefixes of the whole conversation: the messages before a turn, with
+    `{% generation %} ... {% endgeneration %}` encloses the assistant's text. A template without it
+    must render two prefixes of the whole conversation: the messages before a turn, with
     add_generation_prompt, and the messages up to and including the turn, which lies in between.
 
     Args:

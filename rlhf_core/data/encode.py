@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rlhf_core.data.chat import Message
+from rlhf_core.data.chat import Content, Message
 from rlhf_core.data.readers import Labelled, Preference, Ranking, Scored, Solution, Text
 from rlhf_core.data.tokenizer import Tokenizer
 
@@ -65,8 +65,8 @@ class Steps(NamedTuple):
     labels: list[float]
 
 
-def encode_prompt(prompt: str | list[Message], tokenizer: Tokenizer) -> list[int]:
-    """Return the ids before a response. Messages end with the header of the assistant's turn."""
+def encode_prompt(prompt: Content, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids before a response. After messages, add the header of the assistant's turn."""
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt)
     return tokenizer.encode_chat(prompt, start=len(prompt), add_generation_prompt=True)[0]
@@ -80,11 +80,9 @@ def encode_text(text: Text, tokenizer: Tokenizer, max_length: int) -> Example:
     of the tokenizer's eos_ids, EOS is added. Anything it writes after EOS is dropped.
     """
     example = _encode(*text, tokenizer)
-    prompt, (completion,) = fit(
-        example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id
-    )
+    prompt, (ids,) = fit(example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id)
     mask = example.completion_mask
-    return Example(prompt, completion, None if mask is None else mask[: len(completion)])
+    return Example(prompt, ids, None if mask is None else mask[: len(ids)])
 
 
 def encode_labelled(labelled: Labelled, tokenizer: Tokenizer, max_length: int) -> Example:
@@ -124,9 +122,7 @@ def encode_preference(
 
 
 def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -> Steps:
-    """Tokenise the steps, joined by newlines, as `encode_text` does.
-
-    Steps that `fit` cuts to max_length do not count.
+    """Tokenise the steps, joined by newlines, as `encode_text` does. Steps that are cut are lost.
 
     Raises:
         ValueError: No step is left, or `step_ends` finds another number of steps.
@@ -137,17 +133,15 @@ def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -
         raise ValueError(
             f"the solution has {len(solution.labels)} steps, but its tokens have {sum(ends)}"
         )
-    prompt, (completion,) = fit(
-        example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id
-    )
-    mask = ends[: len(completion)]
+    prompt, (ids,) = fit(example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id)
+    mask = ends[: len(ids)]
     if not any(mask):
         raise ValueError(f"no step ends within {max_length} tokens")
-    return Steps(prompt, completion, mask, solution.labels[: sum(mask)])
+    return Steps(prompt, ids, mask, solution.labels[: sum(mask)])
 
 
 def step_ends(ids: list[int], tokenizer: Tokenizer) -> list[bool]:
-    """For each token of a completion, whether a step ends there. Process rewards belong there.
+    """For each token of a completion, return whether a step ends there: where its reward belongs.
 
     A step is a line that is not blank. It ends with the token that holds its newline. The last step
     can also end with one of the tokenizer's eos_ids. An unfinished line is not a step, but if the
@@ -185,9 +179,7 @@ def cut_prompt(prompt: list[int], length: int, bos_id: int | None) -> list[int]:
     return start + prompt[len(prompt) - length + len(start) :]
 
 
-def _encode(
-    prompt: str | list[Message], completion: str | list[Message], tokenizer: Tokenizer
-) -> Example:
+def _encode(prompt: Content, completion: Content, tokenizer: Tokenizer) -> Example:
     if not isinstance(prompt, str):
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]

@@ -15,15 +15,16 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from rlhf_core.data.chat import Message
+from rlhf_core.data.chat import Content, Message
 
 _ROLES = ("system", "user", "assistant")
 _UNSUPPORTED = ("tools", "documents", "image", "images", "video", "videos", "audio", "audios")
 
-T = TypeVar("T")
-OnBad = Callable[["DataError"], None]
+StrPath = str | os.PathLike
+OnBad = Callable[["DataError"], None] | None
+Encode = Callable | None
 
 
 class DataError(ValueError):
@@ -36,23 +37,23 @@ class Text(NamedTuple):
     Messages to learn begin with the assistant's turn. Only turns of the assistant are learned.
     """
 
-    prompt: str | list[Message]
-    completion: str | list[Message]
+    prompt: Content
+    completion: Content
 
 
 class Labelled(NamedTuple):
     """Prompt and completion as in `Text`, and whether the completion is desirable."""
 
-    prompt: str | list[Message]
-    completion: str | list[Message]
+    prompt: Content
+    completion: Content
     label: bool
 
 
 class Scored(NamedTuple):
     """Prompt and completion as in `Text`, and the reward of the completion."""
 
-    prompt: str | list[Message]
-    completion: str | list[Message]
+    prompt: Content
+    completion: Content
     reward: float
 
 
@@ -62,34 +63,32 @@ class Preference(NamedTuple):
     margin: How clearly the chosen completion won, at least 0.
     """
 
-    prompt: str | list[Message]
-    chosen: str | list[Message]
-    rejected: str | list[Message]
+    prompt: Content
+    chosen: Content
+    rejected: Content
     margin: float | None = None
 
 
 class Ranking(NamedTuple):
     """Two or more responses to one prompt, best first."""
 
-    prompt: str | list[Message]
+    prompt: Content
     responses: list[str]
 
 
 class Solution(NamedTuple):
     """A prompt and the steps that solve it: a line each, labelled from 0 (wrong) to 1 (right)."""
 
-    prompt: str | list[Message]
+    prompt: Content
     steps: list[str]
     labels: list[float]
 
 
-def read_texts(
-    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
-) -> list[Text]:
+def read_texts(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> list[Text]:
     """Read {"messages"}, {"prompt", "completion" or "response"}, {"question", "answer"}, {"text"}.
 
-    In `messages` every turn of the assistant counts. After a prompt of messages, the completion can
-    be a string or messages.
+    In `messages` every turn of the assistant counts. After a prompt of messages, the completion is
+    text or messages.
     """
 
     def parse(row: dict) -> Text:
@@ -109,9 +108,7 @@ def read_texts(
     return list(_rows(path, parse, on_bad, encode))
 
 
-def read_labelled(
-    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
-) -> list[Labelled]:
+def read_labelled(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> list[Labelled]:
     """Read {"prompt", "completion" or "response", "label"} or {"messages", "label"}.
 
     The last message is the completion. The label is true or 1 for desirable, else false or 0.
@@ -126,9 +123,7 @@ def read_labelled(
     return list(_rows(path, parse, on_bad, encode))
 
 
-def read_scored(
-    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
-) -> list[Scored]:
+def read_scored(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> list[Scored]:
     """Read {"prompt", "completion" or "response", "reward"} or {"messages", "reward"}.
 
     The last message is the completion. The reward is a finite number.
@@ -137,18 +132,17 @@ def read_scored(
     def parse(row: dict) -> Scored:
         reward = row.get("reward")
         if not _is_number(reward):
-            raise ValueError(
-                f"field 'reward' must be a finite number, got {json.dumps(reward)[:40]}"
-            )
+            got = json.dumps(reward)[:40]
+            raise ValueError(f"field 'reward' must be a finite number, got {got}")
         return Scored(*_text(row), float(reward))
 
     return list(_rows(path, parse, on_bad, encode))
 
 
 def read_preferences(
-    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
+    path: StrPath, on_bad: OnBad = None, encode: Encode = None
 ) -> list[Preference]:
-    """Read {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}, with an optional "margin".
+    r"""Read {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}, with an optional "margin".
 
     After a prompt of messages, the completions are strings or messages. Without a prompt they are
     conversations with the same beginning, after which the first and the last message are the
@@ -158,15 +152,13 @@ def read_preferences(
 
 
 def read_comparisons(
-    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
+    path: StrPath, on_bad: OnBad = None, encode: Encode = None
 ) -> list[Preference | Ranking | Solution]:
-    """Read three kinds of rows.
+    """Read rankings and solutions, and any other row as `read_preferences` does.
 
-    {"prompt" or "messages", "responses", "ranks"}: strings, and their ranks. The lowest rank is the
-        best; ties are rejected.
-    {"prompt" or "messages", "steps" or "completions", "labels"}: strings, and for each one true,
-        false or a number from 0 to 1.
-    All other rows are read as by `read_preferences`.
+    Rankings are {"prompt" or "messages", "responses", "ranks"}. The lowest rank is the best. Ties
+    are rejected. Solutions are {"prompt" or "messages", "steps" or "completions", "labels"}. Labels
+    are true, false or numbers from 0 to 1.
     """
 
     def parse(row: dict) -> Preference | Ranking | Solution:
@@ -177,21 +169,17 @@ def read_comparisons(
     return list(_rows(path, parse, on_bad, encode))
 
 
-def read_prompts(
-    path: str | os.PathLike, on_bad: OnBad | None = None, encode: Callable | None = None
-) -> list[str | list[Message]]:
+def read_prompts(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> list[Content]:
     """Read {"messages"}, {"prompt"}, {"question"}, {"text"}, or a .txt file with a prompt per line.
 
-    Other fields are ignored. Messages of the assistant at the end are dropped: the model writes
-    them.
+    Other fields are ignored. Messages of the assistant at the end are dropped.
     """
     if str(path).endswith((".txt", ".txt.gz")):
         return list(_rows(path, None, on_bad, encode))
 
-    def parse(row: dict) -> str | list[Message]:
-        field = next(
-            (name for name in ("messages", "prompt", "question", "text") if name in row), "prompt"
-        )
+    def parse(row: dict) -> Content:
+        fields = (name for name in ("messages", "prompt", "question", "text") if name in row)
+        field = next(fields, "prompt")
         if field != "messages" and not isinstance(row.get(field), list):
             return _string(row, field)
         messages = _conversation(row, field)
@@ -205,7 +193,7 @@ def read_prompts(
 
 
 def check_messages(value, field: str) -> list[Message]:
-    """Return the messages, stripped of empty fields. Raises ValueError, which names the field."""
+    """Return the messages with only role and content. Raises ValueError if there is more."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"field {field!r} must be a list of messages, got {repr(value)[:40]}")
     if not value:
@@ -255,9 +243,8 @@ def _preference(row: dict) -> Preference:
         both = list(answers.values())
         shared = next((i for i, (a, b) in enumerate(zip(*both)) if a != b), min(map(len, both)))
         prompt = both[0][:shared]
-        if row.get("prompt") is not None and all(
-            row["prompt"] != message["content"] for message in prompt
-        ):
+        contents = [message["content"] for message in prompt]
+        if row.get("prompt") is not None and row["prompt"] not in contents:
             raise ValueError("field 'prompt' is not a message that 'chosen' and 'rejected' share")
     else:
         prompt, *answers = _strings(row)
@@ -287,12 +274,7 @@ def _strings(row: dict) -> tuple[str, str, str]:
     return chosen[:end], _string(answers, "chosen"), _string(answers, "rejected")
 
 
-def _pair(
-    row: dict,
-    prompt: str | list[Message],
-    chosen: str | list[Message],
-    rejected: str | list[Message],
-) -> Preference:
+def _pair(row: dict, prompt: Content, chosen: Content, rejected: Content) -> Preference:
     if chosen == rejected:
         raise ValueError("fields 'chosen' and 'rejected' are equal")
     margin = row.get("margin")
@@ -301,7 +283,7 @@ def _pair(
     return Preference(prompt, chosen, rejected, margin)
 
 
-def _prompt(row: dict) -> str | list[Message]:
+def _prompt(row: dict) -> Content:
     field = "messages" if "messages" in row else "prompt"
     return _conversation(row, field) if isinstance(row.get(field), list) else _string(row, field)
 
@@ -388,12 +370,7 @@ def _string(row: dict, field: str, where: str = "", empty: bool = False) -> str:
     return value
 
 
-def _rows(
-    path: str | os.PathLike,
-    parse: Callable[[dict], T] | None,
-    on_bad: OnBad | None,
-    encode: Callable | None,
-) -> Iterator:
+def _rows(path: StrPath, parse: Callable | None, on_bad: OnBad, encode: Encode) -> Iterator:
     """Yield every good line, parsed from JSON, or as it is if `parse` is None."""
     found = False
     for number, line in _lines(path, on_bad):
@@ -417,13 +394,13 @@ def _object(line: str) -> dict:
     return row
 
 
-def _report(bad: DataError, on_bad: OnBad | None) -> None:
+def _report(bad: DataError, on_bad: OnBad) -> None:
     if on_bad is None:
         raise bad from None
     on_bad(bad)
 
 
-def _lines(path: str | os.PathLike, on_bad: OnBad | None) -> Iterator[tuple[int, str]]:
+def _lines(path: StrPath, on_bad: OnBad) -> Iterator[tuple[int, str]]:
     """Yield number and text of every line that is not blank."""
     path = Path(path)
     number = 0

@@ -108,36 +108,26 @@ class JsonTokenizer:
     def __init__(self, path: str | os.PathLike):
         self._folder = Path(path)
         file = self._folder / "tokenizer.json"
-        self._config = {
-            **self._read("special_tokens_map.json"),
-            **self._read("tokenizer_config.json"),
-        }
+        self._config = self._read("special_tokens_map.json") | self._read("tokenizer_config.json")
         self._names = {
             name: token["content"] if isinstance(token, dict) else token
             for name, token in self._config.items()
             if name.endswith("_token") and isinstance(token, (dict, str))
         }
         self._tokenizer = _tokenizer("from_file", file, str(file))
-        named = [
-            text for text in self._names.values() if self._tokenizer.token_to_id(text) is not None
-        ]
+        known = self._tokenizer.token_to_id
+        named = [text for text in self._names.values() if known(text) is not None]
         self._tokenizer.add_special_tokens(named)
         # SentencePiece normalizers put a space before a text, which a completion must not have.
         spec = read_object(file)
-        unprefixed = {
-            **spec,
-            **{part: _without_prefix(spec.get(part)) for part in ("normalizer", "pre_tokenizer")},
-        }
+        parts = ("normalizer", "pre_tokenizer")
+        unprefixed = spec | {part: _without_prefix(spec.get(part)) for part in parts}
         self._continuing = self._tokenizer
         if unprefixed != spec:
             self._continuing = _tokenizer("from_str", file, json.dumps(unprefixed))
             self._continuing.add_special_tokens(named)
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {
-            token.content: i
-            for i, token in added.items()
-            if token.special or token.content in named
-        }
+        self._special = {x.content: i for i, x in added.items() if x.special or x.content in named}
         self._splits = _splits(token for token in added.values() if token.content in self._special)
         # Whether the space comes after every special token, too, or only before the whole text.
         first = next(iter(self._special), "")
@@ -165,10 +155,8 @@ class JsonTokenizer:
             value = self._read(name).get(f"{kind}_token_id")
             values = value if isinstance(value, list) else [value]
             if any(type(i) not in (int, type(None)) for i in values):
-                raise ValueError(
-                    f"{self._folder / name}: {kind}_token_id must be an id or a list of ids, "
-                    f"got {value!r}"
-                )
+                field = f"{self._folder / name}: {kind}_token_id"
+                raise ValueError(f"{field} must be an id or a list of ids, got {value!r}")
             ids += values
         # Some configs write -1 for none.
         return tuple(dict.fromkeys(i for i in ids if i is not None and i >= 0))
@@ -264,11 +252,7 @@ class JsonTokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Return the tokenizer of a model folder or of "owner/name" on the hub.
-
-    Raises:
-        FileNotFoundError: The folder has no tokenizer.
-    """
+    """Return the tokenizer of a folder or of "owner/name". Raises FileNotFoundError without one."""
     folder = model_folder(path)
     if (folder / "tokenizer.json").is_file():
         return JsonTokenizer(folder)
@@ -296,10 +280,7 @@ def _encode(tokenizer, text: str) -> list[int]:
 
 
 def _without_prefix(part: dict | None) -> dict | None:
-    """A normalizer or pre_tokenizer of tokenizer.json, changed to add nothing before the text.
-
-    None if it does nothing else.
-    """
+    """A normalizer or pre_tokenizer that adds nothing before the text. None if nothing is left."""
     if part is None or part["type"] == "Prepend":
         return None
     if part["type"] == "Sequence":

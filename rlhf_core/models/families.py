@@ -52,8 +52,8 @@ class Family:
         modules: Our module: their modules, whose rows make it up. {i} is the layer.
         transposed: Whether they store the matrices of a block transposed.
         only: Their fields of which only this value is supported.
-        on_read: Each rewrites a config.json in place before its fields are read.
-        on_write: Returns fields to add to a config.json.
+        on_read: Hooks that rewrite a config.json in place before its fields are read.
+        on_write: Hook that returns fields to add to a config.json.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Family:
     on_write: Callable[[TransformerConfig], dict] = lambda config: {}
 
     def read(self, config_json: dict) -> TransformerConfig:
-        """TransformerConfig of a config.json. Every field is used, irrelevant, or rejected.
+        """Return the config of a config.json, whose fields are used, irrelevant, or rejected.
 
         Raises:
             ValueError: A field is missing, is not supported, or contradicts another one.
@@ -99,7 +99,7 @@ class Family:
         return TransformerConfig(**options)
 
     def write(self, config: TransformerConfig, dtype: torch.dtype, scalar_head: bool) -> dict:
-        """config.json of a model. It loses what the family cannot express: see `family_of`."""
+        """Return the config.json of a model, without what the family cannot express."""
         eos = list(config.eos_ids)
         hf = {
             "model_type": self.name,
@@ -121,12 +121,10 @@ class Family:
         """Their modules that make up our module `ours`, in order, and how many rows each has."""
         layer = ours.split(".")[2] if ours.startswith("trunk.blocks.") else ""
         key = ours.replace(f".{layer}.", ".{i}.", 1) if layer else ours
-        # Ours and theirs agree on the names of the heads.
-        theirs = [name.format(i=layer) for name in self.modules.get(key, [key])]
-        is_qkv = len(theirs) == 3
-        return dict(
-            zip(theirs, config.qkv_sizes if is_qkv else [total // len(theirs)] * len(theirs))
-        )
+        names = self.modules.get(key, [key])  # the heads have the same name there and here
+        theirs = [name.format(i=layer) for name in names]
+        counts = config.qkv_sizes if len(theirs) == 3 else [total // len(theirs)] * len(theirs)
+        return dict(zip(theirs, counts))
 
     def parts(self, ours: str, tensor: Tensor, config: TransformerConfig) -> dict[str, Tensor]:
         """Their tensors that make up our tensor `ours`, by name: views of it in their layout."""
@@ -139,7 +137,7 @@ class Family:
 
 
 def read(config_json: dict) -> TransformerConfig:
-    """TransformerConfig of a config.json of any family. Raises ValueError as `Family.read`."""
+    """Return the TransformerConfig of a config.json of any family. Raises as `Family.read`."""
     name = config_json.get("model_type", "(no such field)")
     if name not in FAMILIES:
         raise ValueError(f"model_type {name!r} is not supported, only {', '.join(FAMILIES)}")
@@ -147,10 +145,10 @@ def read(config_json: dict) -> TransformerConfig:
 
 
 def family_of(config: TransformerConfig) -> Family:
-    """The family that `config` names, or the first one that can express it.
+    """Return the family that `config` names, or the first one that can express it.
 
     Raises:
-        ValueError: No family can, with the fields that each one loses.
+        ValueError: There is none. The message lists the fields that each family would lose.
     """
     if config.family not in (None, *FAMILIES):
         raise ValueError(f"family {config.family!r} is not supported, only {', '.join(FAMILIES)}")
