@@ -134,5 +134,5 @@ def test_reinforce_pp_whitens_tokens_not_responses():
 @pytest.mark.parametrize("advantages_of", [grpo_advantages, rloo_advantages])
 def test_a_group_of_one_has_no_baseline(advantages_of):
     scores = torch.zeros(4, 1)
-    with pytest.raises(ValueError, match=r"of n >= 2 responses a prompt, got shape \(4, 1\)"):
+    with pytest.raises(ValueError, match=r"n >= 2 responses per prompt, got \(4, 1\)"):
         advantages_of(scores, *tokens(scores))

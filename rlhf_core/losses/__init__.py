@@ -1,4 +1,4 @@
-"""Losses as pure functions: tensors in, unreduced loss out."""
+"""Losses as pure functions: tensors in, unreduced losses out."""
 
 from rlhf_core.losses.advantages import (
     grpo_advantages,

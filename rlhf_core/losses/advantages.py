@@ -1,11 +1,12 @@
-"""Advantages without a critic: a response's score against the scores of other responses. One signature for all.
+"""Advantages without a critic: each response's score against the scores of other responses.
 
-scores (P, n): n responses to each of P prompts. kl (P, n, R): what each token's KL takes off the reward, 0 where it
-does not count there. mask (P, n, R) bool: the tokens. The result (P, n, R) is float32, 0 where the mask is False; where
-nothing differs it is 0 and never NaN.
+All functions share one signature. Args: scores (P, n), n responses to each of P prompts; kl
+(P, n, R), the KL penalty that each token subtracts from the reward, 0 where the mask is False; mask
+(P, n, R) bool, True where a token counts. Returns: (P, n, R) float32, 0 where the mask is False. If
+all scores are equal, the result is 0 and never NaN.
 
-GRPO and RLOO take a response for one action, so that the sum of its KL counts for every token; ReMax and REINFORCE++
-take its tokens for actions: for each counts what is still to come.
+GRPO and RLOO treat a response as one action, so the sum of its KL counts for every token. ReMax and
+REINFORCE++ treat each token as an action, and count the KL of that and later tokens.
 """
 
 from torch import Tensor
@@ -14,10 +15,10 @@ from rlhf_core.masking import whiten
 
 
 def grpo_advantages(scores: Tensor, kl: Tensor, mask: Tensor, *, normalize: bool = True) -> Tensor:
-    """(score - group mean) / group standard deviation (Shao et al. 2024, section 4.1.2; unbiased variance).
+    """(score - group mean) / group standard deviation (Shao et al. 2024, section 4.1.2).
 
-    normalize=False leaves the division out (Liu et al. 2025, "Dr. GRPO"): with it easy and hard prompts, whose scores
-    hardly vary, weigh more.
+    The variance is the unbiased one. normalize=False omits the division (Liu et al. 2025, "Dr.
+    GRPO"). Dividing gives more weight to easy and hard prompts, because their scores hardly vary.
     """
     scores = scores.float() - kl.sum(dim=-1)
     centred = _centred(scores)
@@ -33,17 +34,21 @@ def rloo_advantages(scores: Tensor, kl: Tensor, mask: Tensor) -> Tensor:
 
 
 def reinforce_pp_advantages(scores: Tensor, kl: Tensor, mask: Tensor) -> Tensor:
-    """score - KL to come, whitened over the tokens of the batch (REINFORCE++, Hu et al. 2025); groups of n > 1 lose
-    their mean score first."""
-    # Whitening takes off any shift; with this one scores that are alike are 0 without a rest.
-    scores = (
-        _centred(scores.float()) if scores.shape[1] > 1 else scores.float() - scores[:1].float()
-    )
+    """score - KL to come, whitened over the batch's tokens (REINFORCE++, Hu et al. 2025).
+
+    Groups of n > 1 responses are centred first.
+    """
+    scores = scores.float()
+    # Whitening removes any shift. This one makes equal scores exactly 0.
+    scores = _centred(scores) if scores.shape[1] > 1 else scores - scores[:1]
     return whiten(scores[..., None] - _to_come(kl), mask)
 
 
 def remax_advantages(scores: Tensor, kl: Tensor, mask: Tensor, *, greedy_scores: Tensor) -> Tensor:
-    """score - the score (P,) of the prompt's greedy response (ReMax, Li et al. 2023, eq. 8) - KL to come."""
+    """score - score of the prompt's greedy response - KL to come (ReMax, Li et al. 2023, eq. 8).
+
+    greedy_scores: (P,).
+    """
     return ((scores.float() - greedy_scores.float()[:, None])[..., None] - _to_come(kl)) * mask
 
 
@@ -56,15 +61,15 @@ ESTIMATORS = {
 
 
 def _to_come(kl: Tensor) -> Tensor:
-    """Sums (..., R) of each token's and all later ones'."""
+    """Sums (..., R) over each token and all later ones."""
     return kl.flip(-1).cumsum(dim=-1).flip(-1)
 
 
 def _centred(scores: Tensor) -> Tensor:
-    """Scores without their group's mean; exactly 0 where a group's scores are all alike."""
+    """Scores minus their group's mean; exactly 0 if all scores of the group are equal."""
     if scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(
-            f"needs scores (P, n) of n >= 2 responses a prompt, got shape {tuple(scores.shape)}"
+            f"scores must be (P, n) with n >= 2 responses per prompt, got {tuple(scores.shape)}"
         )
-    alike = (scores == scores[:, :1]).all(dim=1, keepdim=True)
-    return (scores - scores.mean(dim=1, keepdim=True)).masked_fill(alike, 0)
+    equal = (scores == scores[:, :1]).all(dim=1, keepdim=True)
+    return (scores - scores.mean(dim=1, keepdim=True)).masked_fill(equal, 0)

@@ -1,21 +1,27 @@
-"""Implicit language Q-learning: the values of tokens from text whose reward is known (ILQL: Snell et al. 2022).
+"""Implicit language Q-learning from text with known rewards (ILQL: Snell et al. 2022).
 
-A token is an action, what stands before it the state: Q(s_t, a_t) and V(s_t) are read before token t, reward r_t comes
-after it, as in `ops.gae`. Beside these losses the Q heads have CQL's (Kumar et al. 2020), the cross-entropy of their
-values with the data's tokens: -log softmax(Q(s_t, .))[a_t], which is `ops.linear_token_logprobs` of a head.
+A token is an action, and the text before it is the state. Q(s_t, a_t) and V(s_t) are read before
+token t, and reward r_t arrives after it, as in `ops.gae`. The Q heads also use the loss of CQL
+(Kumar et al. 2020), the cross-entropy of their values with the data's tokens:
+-log softmax(Q(s_t, .))[a_t]. It is `ops.linear_token_logprobs` of a head. Losses are unreduced.
 """
 
 import torch
 from torch import Tensor
 
-MAX_WEIGHT = 100.0  # of a token in the cloning loss, as in IQL's own experiments
+MAX_WEIGHT = 100.0  # maximum weight of a token in the cloning loss, as in IQL's experiments
 
 
 def transitions(values: Tensor, scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards (M,) and next values V(s_{t+1}) (M,) of N sequences, one after the other.
+    """Rewards (M,) and next values V(s_{t+1}) (M,) of N concatenated sequences.
 
-    values: (M,) V(s_t). scores: (N,) the reward of each sequence, which comes after its last token. lengths: (N,) int64
-    tokens of each, M in all; one without tokens has no place for its score. After a last token the value is 0.
+    Args:
+        values: (M,) V(s_t).
+        scores: (N,) reward of each sequence, given after its last token; ignored without tokens.
+        lengths: (N,) int64, tokens of each sequence, M in total.
+
+    Returns:
+        (rewards, next_values). The value after a sequence's last token is 0.
     """
     last = (lengths.cumsum(0) - 1)[lengths > 0]
     rewards = torch.zeros_like(values).index_copy(0, last, scores[lengths > 0].to(values.dtype))
@@ -23,25 +29,27 @@ def transitions(values: Tensor, scores: Tensor, lengths: Tensor) -> tuple[Tensor
 
 
 def q_loss(q: Tensor, rewards: Tensor, next_values: Tensor, *, gamma: float) -> Tensor:
-    """Bellman error (r_t + gamma V(s_{t+1}) - Q(s_t, a_t))^2 (Kostrikov et al. 2021, IQL, eq. 6), unreduced.
+    """Bellman error (r_t + gamma V(s_{t+1}) - Q(s_t, a_t))^2 (Kostrikov et al. 2021, IQL, eq. 6).
 
-    The value learns nothing from it. gamma: discount, in [0, 1].
+    All are (M,). gamma: discount, in [0, 1]. next_values get no gradient.
     """
     return (rewards + gamma * next_values.detach() - q) ** 2
 
 
 def expectile_loss(values: Tensor, target_q: Tensor, *, expectile: float) -> Tensor:
-    """|expectile - 1(u < 0)| u^2, where u = target_q - values (IQL, eq. 5), unreduced; the target learns nothing.
+    """|expectile - 1(u < 0)| u^2, where u = target_q - values, both (M,) (IQL, eq. 5).
 
-    Its minimum is a mean of Q over the data's actions for 0.5, and nears their maximum for 1: in (0, 1).
+    expectile: in (0, 1). At 0.5 the minimum is the mean of Q over the data's actions; near 1 it
+    approaches their maximum. target_q gets no gradient.
     """
     u = target_q.detach() - values
     return torch.where(u < 0, 1 - expectile, expectile) * u**2
 
 
 def cloning_loss(logprobs: Tensor, advantages: Tensor, *, beta: float) -> Tensor:
-    """-exp(beta A) log pi(a_t | s_t) (AWAC: Nair et al. 2020; IQL, eq. 7), unreduced; A learns nothing.
+    """-exp(beta A) log pi(a_t | s_t), all (M,) (AWAC: Nair et al. 2020; IQL, eq. 7).
 
-    beta: per unit of reward, at least 0; 0: plain cloning of the data. The weight is at most 100.
+    beta: >= 0, per unit of reward; 0 is plain behaviour cloning, higher favours good actions more.
+    The weight exp(beta A) is at most 100. Advantages get no gradient.
     """
     return -(beta * advantages.detach()).exp().clamp(max=MAX_WEIGHT) * logprobs

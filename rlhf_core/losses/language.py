@@ -1,4 +1,4 @@
-"""The loss of supervised fine-tuning beside plain cross-entropy. Unreduced."""
+"""Cross-entropy with label smoothing and z-loss, for supervised fine-tuning. Unreduced."""
 
 from torch import Tensor
 
@@ -11,11 +11,15 @@ def regularized_cross_entropy(
     label_smoothing: float = 0.0,
     z_coef: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy with a smoothed target, and z-loss: (1 - s) -log p(target) + s mean_v(-log p(v)) + z (log Z)^2.
+    """-(1 - s) log p(target) - s mean_v(log p(v)) + z (log Z)^2, where Z = sum_v exp(logit_v).
 
-    logprobs, target_logits: (...) log p and the logit of the target. mean_logits: (...) over the vocabulary.
-    label_smoothing: s in [0, 1), the share of the target's probability spread over all tokens (Szegedy et al. 2016).
-    z_coef: z, which keeps log Z, the logits' logsumexp, near 0 (Chowdhery et al. 2022, PaLM, section 5: 1e-4).
+    Args:
+        logprobs, target_logits: (...) log p, in nats, and the logit of the target.
+        mean_logits: (...) mean logit over the vocabulary.
+        label_smoothing: s in [0, 1), share of the target's probability that is spread over all
+            tokens (Szegedy et al. 2016).
+        z_coef: z >= 0; higher keeps log Z closer to 0 (PaLM, Chowdhery et al. 2022, section 5, uses
+            1e-4).
     """
     log_z = target_logits - logprobs
     return (

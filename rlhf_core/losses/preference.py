@@ -1,9 +1,10 @@
 """Losses that learn from preferences without a reward model: DPO and its family, KTO, ORPO, SimPO.
 
-All work on one number a completion, (B,) in nats: `log_ratios` = logps - ref_logps, where logps are the log-probs of
-its tokens, summed or, where a loss says so, averaged. What the loss does not see is the caller's choice: without a
-reference log_ratios = logps; length-normalised DPO (Lambert et al. 2024) averages; `length_desensitized_weights`.
-The implicit reward of a completion is beta * log_ratio. All losses are per pair (KTO: per completion), unreduced.
+All take one number per completion, (B,) in nats: log_ratios = logps - ref_logps, where logps are
+the log-probs of its tokens, summed unless a loss says averaged. Variants are up to the caller:
+without a reference log_ratios = logps, length-normalised DPO (Lambert et al. 2024) averages, and
+LD-DPO uses `length_desensitized_weights`. The implicit reward of a completion is beta * log_ratio.
+All losses are unreduced, (B,) per pair (KTO: per completion).
 """
 
 import torch
@@ -18,10 +19,10 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """DPO (Rafailov et al. 2023, eq. 7); log 2 where policy and reference agree.
+    """DPO loss (Rafailov et al. 2023, eq. 7); log 2 if policy and reference agree.
 
-    beta: strength of the implicit KL penalty, > 0.
-    label_smoothing: cDPO (Mitchell 2023): share of labels taken to be the wrong way round, in [0, 0.5).
+    beta: > 0, strength of the implicit KL penalty; higher stays closer to the reference.
+    label_smoothing: in [0, 0.5), assumed share of flipped labels (cDPO, Mitchell 2023).
     """
     margins = beta * (chosen_log_ratios - rejected_log_ratios)
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
@@ -30,9 +31,9 @@ def dpo_loss(
 def robust_dpo_loss(
     chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, *, beta: float, label_smoothing: float
 ) -> Tensor:
-    """Robust DPO (Chowdhury et al. 2024): unbiased for the clean loss where that share of labels is flipped.
+    """Robust DPO (Chowdhury et al. 2024): an unbiased estimate of the loss with clean labels.
 
-    label_smoothing: the share, in [0, 0.5).
+    label_smoothing: in [0, 0.5), share of flipped labels in the data.
     """
     margins = beta * (chosen_log_ratios - rejected_log_ratios)
     noisy = (1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
@@ -40,41 +41,41 @@ def robust_dpo_loss(
 
 
 def ipo_loss(chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, *, beta: float) -> Tensor:
-    """IPO (Azar et al. 2023, eq. 17, with beta for tau): the margin is regressed on 1 / (2 beta), nats.
+    """IPO (Azar et al. 2023, eq. 17, beta is its tau): the margin regresses to 1 / (2 beta) nats.
 
-    Of summed log-ratios as in the paper, or of averages, which keeps the target in reach of long completions.
+    Log-ratios are summed as in the paper, or averaged, so that long completions reach the target.
     """
     return (chosen_log_ratios - rejected_log_ratios - 1 / (2 * beta)) ** 2
 
 
 def hinge_loss(chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, *, beta: float) -> Tensor:
-    """Hinge on DPO's margin (SLiC: Zhao et al. 2023, eq. 1; normalised by the reference: Liu et al. 2024, RSO)."""
+    """Hinge loss of DPO's margin (SLiC, Zhao et al. 2023, eq. 1; RSO, Liu et al. 2024)."""
     return F.relu(1 - beta * (chosen_log_ratios - rejected_log_ratios))
 
 
 def simpo_loss(
     chosen_logps: Tensor, rejected_logps: Tensor, *, beta: float, gamma: float
 ) -> Tensor:
-    """SimPO (Meng et al. 2024, eq. 6): no reference; log-probs averaged over the completion's tokens.
+    """SimPO (Meng et al. 2024, eq. 6): no reference; logps are averaged over a completion's tokens.
 
-    gamma: the margin, in units of reward, that the chosen completion should win by.
+    gamma: target margin of the chosen completion, in units of reward.
     """
     return -F.logsigmoid(beta * (chosen_logps - rejected_logps) - gamma)
 
 
 def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, *, orpo_lambda: float) -> Tensor:
-    """ORPO (Hong et al. 2024, eq. 6): the chosen one's cross-entropy and, weighed, the odds-ratio term (eq. 7).
+    """ORPO (Hong et al. 2024, eq. 6): cross-entropy of chosen, plus the odds-ratio loss (eq. 7).
 
-    No reference; log-probs averaged over the completion's tokens, below 0.
+    No reference. logps are averaged over a completion's tokens, and < 0. orpo_lambda: weight of
+    the odds-ratio loss.
     """
 
-    def log_odds(logps: Tensor) -> Tensor:  # log p - log(1 - p), finite where p rounds to 1
+    def log_odds(logps: Tensor) -> Tensor:  # log p - log(1 - p), finite if p rounds to 1
         logps = logps.clamp_max(-1e-7)
         return logps - torch.log(-torch.expm1(logps))
 
-    return -chosen_logps - orpo_lambda * F.logsigmoid(
-        log_odds(chosen_logps) - log_odds(rejected_logps)
-    )
+    odds_ratio = F.logsigmoid(log_odds(chosen_logps) - log_odds(rejected_logps))
+    return -chosen_logps - orpo_lambda * odds_ratio
 
 
 def kto_loss(
@@ -86,10 +87,10 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """KTO (Ethayarajh et al. 2024, eq. 8) of single completions, each desirable or not.
+    """KTO (Ethayarajh et al. 2024, eq. 8) for single completions, each desirable or not.
 
-    kl: the reference point z0, (): KL(policy || reference) as the mean log-ratio of prompts with other prompts'
-        completions, at least 0; a constant, no gradient flows into it.
+    desirable: (B,) bool. kl: scalar >= 0, the reference point z0, which estimates KL(policy ||
+    reference) by the mean log-ratio of prompts with other prompts' completions. No gradient.
     """
     gain = beta * (log_ratios - kl.detach())
     value = torch.sigmoid(torch.where(desirable, gain, -gain))
@@ -98,23 +99,19 @@ def kto_loss(
 
 
 def length_desensitized_weights(lengths: Tensor, *, alpha: float) -> Tensor:
-    """Weights (M,) of the tokens of pairs for LD-DPO (Liu et al. 2024): those beyond the length of the pair's shorter
-    completion weigh alpha, in [0, 1]; 1 is plain DPO.
+    """Token weights (M,) for LD-DPO (Liu et al. 2024).
 
-    lengths: (B, 2), tokens of each completion, M together.
+    Tokens beyond the length of the pair's shorter completion get weight alpha, others 1.
+
+    lengths: (B, 2), tokens of each completion, M in total. alpha: in [0, 1]; 1 is plain DPO.
     """
-    public = lengths.amin(dim=1, keepdim=True).expand_as(lengths)
-    runs = torch.stack(
-        [public, lengths - public], dim=-1
-    ).flatten()  # shared tokens, then those beyond, in turns
-    return (
-        lengths.new_tensor([1.0, alpha], dtype=torch.float32)
-        .repeat(lengths.numel())
-        .repeat_interleave(runs)
-    )
+    shared = lengths.amin(dim=1, keepdim=True).expand_as(lengths)
+    runs = torch.stack([shared, lengths - shared], dim=-1).flatten()
+    weights = lengths.new_tensor([1.0, alpha], dtype=torch.float32)
+    return weights.repeat(lengths.numel()).repeat_interleave(runs)
 
 
-# By name those of pairs, of the log-ratios of chosen and rejected; their options come by keyword.
+# Losses of pairs: functions of the two log-ratios, chosen and rejected, with keyword options.
 LOSSES = {
     "dpo": dpo_loss,
     "robust": robust_dpo_loss,

@@ -1,16 +1,17 @@
 """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over masked sequences.
 
-Reward r_t arrives after token t and V_t is read before it. Over the counted tokens of a row, in order:
+Reward r_t arrives after token t, and V_t is read before it. Over the counted tokens of a row:
 
     delta_t = r_t + gamma * V_{t+1} - V_t
     A_t     = delta_t + gamma * lam * A_{t+1}
     returns = A + V
 
-A gap in the mask is skipped as if the row were compacted. Beyond the last counted token A is 0 and V is 0, or
-`last_values` for a row that was cut off rather than ended.
+Gaps in the mask are skipped, as if the row were compacted. After the last counted token A is 0 and
+V is 0, or `last_values` for a row that was truncated rather than ended.
 
-Sequences come as rows of a (B, T) tensor, or packed: (N,) tokens, sequence b being [cu_seqlens[b], cu_seqlens[b + 1]).
-`ppo_advantages` is all of PPO between the rollout and its epochs: rewards from KL and score, then the above, whitened.
+Sequences are rows of a (B, T) tensor, or packed: (N,) tokens, where sequence b is
+[cu_seqlens[b], cu_seqlens[b + 1]). `ppo_advantages` does everything between the rollout and the PPO
+epochs: rewards from KL and score, then the above, then whitening.
 """
 
 from typing import NamedTuple
@@ -41,7 +42,7 @@ def gae_reference(
     last_values: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition: the recursion, one column at a time; packed sequences are laid out as rows first."""
+    """The definition: the recursion, column by column. Packed sequences are unpacked first."""
     if cu_seqlens is not None:
         rows = (unpack(x, cu_seqlens) for x in (rewards, values, mask))
         out = gae_reference(*rows, gamma, lam, last_values, None)
@@ -49,7 +50,7 @@ def gae_reference(
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     next_advantage = rewards.new_zeros(len(rewards))  # (B,)
     next_value = torch.zeros_like(next_advantage) if last_values is None else last_values
-    columns = [rewards[:, :0]]  # so that there is something to join where T is 0
+    columns = [rewards[:, :0]]  # so that cat has an input if T is 0
     for t in reversed(range(rewards.shape[1])):
         counts = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -65,26 +66,17 @@ class _GAE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, impl, rewards, values, mask, gamma, lam, last_values, cu_seqlens):
         ctx.save_for_backward(mask, cu_seqlens)
-        ctx.impl, ctx.gamma, ctx.lam, ctx.has_last_values = (
-            impl,
-            gamma,
-            lam,
-            last_values is not None,
-        )
+        ctx.impl, ctx.gamma, ctx.lam = impl, gamma, lam
+        ctx.has_last_values = last_values is not None
         return impl.gae_fwd(rewards, values, mask, gamma, lam, last_values, cu_seqlens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dadvantages, dreturns):
         mask, cu_seqlens = ctx.saved_tensors
+        dadvantages, dreturns = dadvantages.contiguous(), dreturns.contiguous()
         drewards, dvalues, dlast_values = ctx.impl.gae_bwd(
-            dadvantages.contiguous(),
-            dreturns.contiguous(),
-            mask,
-            ctx.gamma,
-            ctx.lam,
-            ctx.has_last_values,
-            cu_seqlens,
+            dadvantages, dreturns, mask, ctx.gamma, ctx.lam, ctx.has_last_values, cu_seqlens
         )
         return None, drewards, dvalues, None, None, None, dlast_values, None
 
@@ -106,17 +98,17 @@ def gae(
         rewards, values: (B, T) floats, or (N,) packed; masked positions may hold anything.
         response_mask: (B, T) or (N,) bool, True where a token counts, the EOS included.
         gamma, lam: discount and GAE's lambda, both in [0, 1].
-        last_values: (B,) value of the state after a row's last counted token; None means 0 (the episode ended).
-        cu_seqlens: (B + 1,) integers for packed input: where each sequence starts, and where the last one ends. Tokens
-            outside of every sequence give 0.
+        last_values: (B,) value after a row's last counted token; None: 0, the episode has ended.
+        cu_seqlens: (B + 1,) integers for packed input: the start of each sequence and the end of
+            the last. Tokens outside all sequences give 0.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
 
     Returns:
-        (advantages, returns), shaped like rewards, float32 (float64 for float64 input), exactly 0 where the mask is
-        False.
+        (advantages, returns), shaped like rewards, float32 (float64 for float64 input), exactly 0
+        where the mask is False.
 
     Raises:
-        ValueError or TypeError with the offending values.
+        ValueError or TypeError: with the offending value.
     """
     num_sequences, cu_seqlens = _check(
         {"rewards": rewards, "values": values}, response_mask, gamma, lam, cu_seqlens
@@ -138,7 +130,7 @@ def gae(
 
 
 class Advantages(NamedTuple):
-    """What PPO learns from, all (B, T) or (N,), exactly 0 where the mask is False."""
+    """The training signal of PPO, all (B, T) or (N,), exactly 0 where the mask is False."""
 
     advantages: Tensor
     returns: Tensor  # advantages before whitening, plus values
@@ -162,41 +154,44 @@ def ppo_advantages(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Advantages:
-    """Advantages and returns of PPO for language models, in one pass: `ppo_advantages_unfused` says of what.
+    """Advantages, returns, rewards and KL of PPO for language models, from one pass.
+
+    The formulas are in `ppo_advantages_unfused`, which runs if an input requires a gradient.
 
     Args:
-        scores: (B,) of the sequences; that of a sequence without a counted token is dropped. Or (B, T), what each
-            token of the rows earns, which takes the unfused form.
-        logprobs, ref_logprobs, values: (B, T) floats, or (N,) packed; masked positions may hold anything.
+        scores: (B,), one per sequence; ignored for a sequence without counted tokens. Or (B, T),
+            one per token, which uses the unfused form.
+        logprobs, ref_logprobs, values: (B, T) floats, or (N,) packed; logprobs in nats. Masked
+            positions may hold anything.
         response_mask: (B, T) or (N,) bool, True where a token counts, the EOS included.
-        kl_coef: weight of the KL penalty in the rewards.
+        kl_coef: weight of the KL penalty in the rewards; higher keeps the policy closer.
         kl_estimator: "k1", "k2", "k3" or "abs"; see `kl_estimate`.
         gamma, lam: discount and GAE's lambda, both in [0, 1].
-        whiten: give the advantages mean 0 and variance 1 over all counted tokens. Where these are a shard of a larger
-            batch, leave it off and whiten with the moments of all, `masking.Moments`.
-        kl: (B, T), such as `full_kl`'s, in place of the estimate; takes the unfused form.
+        whiten: give the advantages mean 0 and variance 1 over all counted tokens. For a shard of a
+            larger batch pass False, and whiten with the combined `masking.Moments`.
+        kl: (B, T), for example from `full_kl`, replaces the estimate; uses the unfused form.
         cu_seqlens: (B + 1,) integers for packed input, see `gae`.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
 
     Returns:
-        Advantages, float32 (float64 for float64 input). Where an input requires a gradient the unfused form runs.
+        `Advantages`, float32 (float64 for float64 input).
 
     Raises:
-        ValueError or TypeError with the offending values.
+        ValueError or TypeError: with the offending value.
     """
-    of_tokens = {"scores": scores} if scores.ndim == 2 else {}
-    tokens = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, **of_tokens}
+    token_scores = {"scores": scores} if scores.ndim == 2 else {}
+    tokens = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, **token_scores}
     if kl is not None:
         tokens["kl"] = kl
     num_sequences, cu_seqlens = _check(tokens, response_mask, gamma, lam, cu_seqlens)
     check_float("scores", scores)
-    if not of_tokens:
+    if not token_scores:
         _check_per_sequence("scores", scores, num_sequences, logprobs)
     check_estimator(kl_estimator)
     inputs = at_least_float32(scores, logprobs, ref_logprobs, values)
     impl = backends.resolve(backend, inputs[0])
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if impl is None or needs_grad or of_tokens or kl is not None:
+    if impl is None or needs_grad or token_scores or kl is not None:
         settings = (kl_coef, kl_estimator, gamma, lam, whiten, kl, cu_seqlens, backend)
         return ppo_advantages_unfused(*inputs, response_mask, *settings)
     inputs = (x.contiguous() for x in (*inputs, response_mask))
@@ -219,17 +214,13 @@ def ppo_advantages_unfused(
     cu_seqlens: Tensor | None,
     backend: str | None,
 ) -> Advantages:
-    """The lines that `ppo_advantages` replaces: its reference, and the way a gradient takes."""
+    """`ppo_advantages` in separate steps: its reference, and the version with a gradient."""
     if cu_seqlens is not None:
         rows = (unpack(x, cu_seqlens) for x in (logprobs, ref_logprobs, values, mask))
         kl = None if kl is None else unpack(kl, cu_seqlens)
         settings = (kl_coef, kl_estimator, gamma, lam, whitened, kl, None, backend)
-        return Advantages(
-            *(
-                pack(x, cu_seqlens, len(mask))
-                for x in ppo_advantages_unfused(scores, *rows, *settings)
-            )
-        )
+        results = ppo_advantages_unfused(scores, *rows, *settings)
+        return Advantages(*(pack(x, cu_seqlens, len(mask)) for x in results))
     if kl is None:
         kl = kl_estimate(logprobs, ref_logprobs, estimator=kl_estimator, mask=mask, backend=backend)
     else:
@@ -245,22 +236,20 @@ def ppo_advantages_unfused(
 
 
 def unpack(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Packed (N,) to rows (B, T), T the longest sequence; 0 or False fill them up."""
+    """Packed (N,) as rows (B, T), T the longest sequence, padded with 0 or False."""
     index, inside = _layout(cu_seqlens)
     return x[index].masked_fill(~inside, 0)
 
 
 def pack(x: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Rows (B, T) to packed (N,): the inverse of `unpack`, 0 outside of every sequence."""
+    """Rows (B, T) as packed (N,): the inverse of `unpack`, 0 outside all sequences."""
     index, inside = _layout(cu_seqlens)
-    spill = index.where(
-        inside, num_tokens
-    ).flatten()  # what fills up the rows goes into one element more
-    return x.new_zeros(num_tokens + 1).scatter(0, spill, x.flatten())[:num_tokens]
+    index = index.where(inside, num_tokens).flatten()  # padding goes to one extra element
+    return x.new_zeros(num_tokens + 1).scatter(0, index, x.flatten())[:num_tokens]
 
 
 def _layout(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of every place of the rows in the packed tensor, and whether a token is there, both (B, T)."""
+    """Index of each row position in the packed tensor, and whether it is a token, both (B, T)."""
     starts, lengths = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]
     t = torch.arange(int(lengths.max()) if len(lengths) else 0, device=cu_seqlens.device)
     inside = t < lengths
@@ -270,7 +259,7 @@ def _layout(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 def _check(
     tokens: dict[str, Tensor], mask: Tensor, gamma: float, lam: float, cu_seqlens: Tensor | None
 ):
-    """Validate; returns the number of sequences, and cu_seqlens as the launchers take it."""
+    """Number of sequences, and cu_seqlens in the launchers' format; raises on invalid input."""
     (first_name, first), *_ = tokens.items()
     for name, x in tokens.items():
         check_float(name, x)
@@ -288,7 +277,8 @@ def _check(
         raise TypeError(f"cu_seqlens must be int32 or int64, got {describe(cu_seqlens)}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0 or cu_seqlens.device != first.device:
         raise ValueError(
-            f"cu_seqlens must be (B + 1,) on {first.device}, got {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+            f"cu_seqlens must be (B + 1,) on {first.device}, "
+            f"got {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
         )
     if values_may_be_read(cu_seqlens):
         bounds = [0, *cu_seqlens.tolist(), len(first)]
@@ -302,5 +292,6 @@ def _check(
 def _check_per_sequence(name: str, x: Tensor, num_sequences: int, tokens: Tensor) -> None:
     if x.shape != (num_sequences,) or x.device != tokens.device:
         raise ValueError(
-            f"{name} must be ({num_sequences},) on {tokens.device}, got {tuple(x.shape)} on {x.device}"
+            f"{name} must be ({num_sequences},) on {tokens.device}, "
+            f"got {tuple(x.shape)} on {x.device}"
         )

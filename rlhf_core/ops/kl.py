@@ -1,4 +1,4 @@
-"""KL(policy || reference): per-token estimates from the tokens that the policy sampled, and the exact value.
+"""KL(policy || reference): per-token estimates from sampled tokens, and the exact value.
 
 `kl_estimate`, with d = logprobs - ref_logprobs (Schulman 2020, "Approximating KL Divergence"):
 
@@ -7,15 +7,16 @@
     k3 = exp(-d) - 1 + d      unbiased, low variance, >= 0
     abs = |d|
 
-k3 is a difference of near-equal numbers around d = 0, so a series replaces it for |d| < 1/8; below d = -20 it goes on
-along its tangent, so that value and gradient stay finite for any finite d.
+Near d = 0, k3 is a difference of almost equal numbers, so a series replaces it for |d| < 1/8. Below
+d = -20 its tangent replaces it, so that value and gradient are finite for any finite d.
 
 `full_kl` sums over the vocabulary, with p and q the softmax of both logits over the temperature:
 
     kl = sum_j p_j (log p_j - log q_j)
-    dlogits_j = g p_j (log p_j - log q_j - kl) / temperature        dref_logits_j = g (q_j - p_j) / temperature
+    dlogits_j = g p_j (log p_j - log q_j - kl) / temperature
+    dref_logits_j = g (q_j - p_j) / temperature
 
-A token that the policy cannot sample, p_j = 0, adds 0; one that only the reference cannot, q_j = 0 < p_j, makes it inf.
+A token that the policy cannot sample (p_j = 0) adds 0. If q_j = 0 < p_j, the KL is inf.
 """
 
 import math
@@ -66,9 +67,8 @@ class _KLEstimate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dkl):
         logprobs, ref_logprobs, mask = ctx.saved_tensors
-        grads = ctx.impl.kl_estimate_bwd(
-            dkl.contiguous(), logprobs, ref_logprobs, mask, ctx.estimator
-        )
+        dkl = dkl.contiguous()
+        grads = ctx.impl.kl_estimate_bwd(dkl, logprobs, ref_logprobs, mask, ctx.estimator)
         return None, *grads, None, None
 
 
@@ -83,16 +83,17 @@ def kl_estimate(
     """Per-token estimate of KL(policy || reference) in nats, from samples of the policy.
 
     Args:
-        logprobs, ref_logprobs: (...) log-probs of the sampled tokens, float32, bfloat16, float16 or float64.
-        estimator: "k1", "k2", "k3" or "abs"; see the module's formulas.
-        mask: (...) bool, True where a token counts; elsewhere result and gradient are exactly 0.
+        logprobs, ref_logprobs: (...) float, log-probs of the sampled tokens in nats.
+        estimator: "k1", "k2", "k3" or "abs"; see the formulas of this module.
+        mask: (...) bool, True where a token counts; None counts all. Elsewhere the result and the
+            gradient are exactly 0.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
 
     Returns:
         (...) float32 (float64 for float64 input).
 
     Raises:
-        ValueError or TypeError with the offending values.
+        ValueError or TypeError: with the offending value.
     """
     for name, x in (("logprobs", logprobs), ("ref_logprobs", ref_logprobs)):
         check_float(name, x)
@@ -121,18 +122,16 @@ def full_kl_reference(
     logits: Tensor, ref_logits: Tensor, temperature: float | Tensor, mask: Tensor | None
 ) -> Tensor:
     """The definition, float64 for float64 logits, else float32."""
-    log_p, log_q = (
-        log_softmax_reference(z, temperature, mask) for z in (logits, ref_logits)
-    )  # (..., V)
-    p = log_p.exp()
+    log_p, log_q = (log_softmax_reference(z, temperature, mask) for z in (logits, ref_logits))
+    p = log_p.exp()  # (..., V)
     impossible = p == 0  # p (log p - log q) is 0 there, not 0 * inf
     kl = (p * (log_p.masked_fill(impossible, 0) - log_q.masked_fill(impossible, 0))).sum(dim=-1)
-    kl = kl - kl.detach().clamp_max(0)  # rounding below 0 goes, the gradient stays
+    kl = kl - kl.detach().clamp_max(0)  # remove rounding below 0, keep the gradient
     return kl if mask is None else kl.masked_fill(~mask, 0)
 
 
 class _FullKL(torch.autograd.Function):
-    """The fused form: both (..., V) are read once forward, read once more backward for one write per gradient."""
+    """The fused form: each pass reads both logits once; backward writes each gradient once."""
 
     @staticmethod
     def forward(ctx, impl, logits, ref_logits, mask, temperature):
@@ -149,22 +148,10 @@ class _FullKL(torch.autograd.Function):
     def backward(ctx, dkl):
         logits, ref_logits, mask, temperatures, kl, lse = ctx.saved_tensors
         temperature = ctx.temperature if temperatures is None else as_rows(temperatures, 2)
-        grads = ctx.impl.full_kl_bwd(
-            as_rows(dkl, 2),
-            as_rows(logits, 3),
-            as_rows(ref_logits, 3),
-            as_rows(mask, 2),
-            temperature,
-            kl,
-            lse,
-            *ctx.needs_input_grad[1:3],
-        )
-        return (
-            None,
-            *(None if grad is None else grad.view(logits.shape) for grad in grads),
-            None,
-            None,
-        )
+        rows = (as_rows(dkl, 2), as_rows(logits, 3), as_rows(ref_logits, 3), as_rows(mask, 2))
+        grads = ctx.impl.full_kl_bwd(*rows, temperature, kl, lse, *ctx.needs_input_grad[1:3])
+        grads = (None if grad is None else grad.view(logits.shape) for grad in grads)
+        return None, *grads, None, None
 
 
 def full_kl(
@@ -175,20 +162,23 @@ def full_kl(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Exact KL(softmax(logits / temperature) || softmax(ref_logits / temperature)) of every row, in nats.
+    """Exact KL of softmax(logits / temperature) from the reference's, for every row, in nats.
 
     Args:
-        logits, ref_logits: (..., V) float32, bfloat16, float16 (float64 through the reference), of policy and
-            reference; strided views cost no copy, unequal dtypes one. Either may require a gradient.
-        temperature: > 0; a number, or a tensor that broadcasts to (...), which gets no gradient.
-        mask: (...) bool, True where a position counts; elsewhere result and gradient are exactly 0.
+        logits, ref_logits: (..., V) of policy and reference, float32, bfloat16 or float16; float64
+            uses the reference backend. Strided views need no copy, unequal dtypes need one. Either
+            may require a gradient.
+        temperature: > 0; a number or a tensor that broadcasts to (...) and gets no gradient.
+        mask: (...) bool, True where a position counts; None counts all. Elsewhere the result and
+            the gradient are exactly 0.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
 
     Returns:
-        (...) float32 (float64 for float64 logits), >= 0; inf where the policy can sample what the reference cannot.
+        (...) float32 (float64 for float64 logits), >= 0; inf if the policy can sample a token that
+        the reference cannot.
 
     Raises:
-        ValueError or TypeError with the offending values.
+        ValueError or TypeError: with the offending value.
     """
     for name, x in (("logits", logits), ("ref_logits", ref_logits)):
         check_float(name, x)

@@ -1,14 +1,14 @@
-"""Per-token log-probs of given targets, with the entropy of their distribution where asked.
+"""Per-token log-probs of given targets, optionally with the entropy of their distribution.
 
-    log_p = log_softmax(logits / temperature)        # (..., V), which the fused backends never store
-    logprobs = log_p.gather(-1, targets)             # (...)
-    entropy = -sum(exp(log_p) * log_p)               # (...)
+    log_p = log_softmax(logits / temperature)    # (..., V), never stored by the fused backends
+    logprobs = log_p.gather(-1, targets)         # (...)
+    entropy = -sum(exp(log_p) * log_p)           # (...)
 
 Backward (g, h are the gradients of logprobs and entropy, H the entropy, y the target):
 
     dlogits_j = (g * ([j == y] - p_j) - h * p_j * (log p_j + H)) / temperature
 
-Nothing here shifts: logits[..., t, :] and targets[..., t] belong together.
+Nothing is shifted here: logits[..., t, :] belongs to targets[..., t].
 """
 
 import math
@@ -40,20 +40,19 @@ def token_logprobs_reference(
 def log_softmax_reference(
     logits: Tensor, temperature: float | Tensor, mask: Tensor | None
 ) -> Tensor:
-    """log_softmax(logits / temperature), the logits of masked rows taken as 0."""
+    """log_softmax(logits / temperature); the logits of masked rows count as 0."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     if mask is not None:
         z = z.masked_fill(~mask[..., None], 0)
     if isinstance(temperature, Tensor):
         temperature = temperature[..., None].to(z.dtype)
-    z = (
-        z - z.detach().amax(dim=-1, keepdim=True)
-    ) / temperature  # max first: an offset of 1e4 costs no digits
+    # Subtract the max first, so that an offset of 1e4 costs no digits.
+    z = (z - z.detach().amax(dim=-1, keepdim=True)) / temperature
     return torch.log_softmax(z, dim=-1)
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """The fused form: (..., V) is read once forward, read and written once backward."""
+    """The fused form: forward reads (..., V) once, backward reads and writes it once."""
 
     @staticmethod
     def forward(ctx, impl, logits, targets, mask, temperature, with_entropy, inplace_backward):
@@ -83,7 +82,7 @@ class _TokenLogprobs(torch.autograd.Function):
             ctx.temperature if temperatures is None else as_rows(temperatures, 2),
             entropy,
             lse,
-            # Writing over the logits needs them to own their memory row by row, not an expanded or copied view.
+            # Writing over the logits requires that rows do not overlap and are not a copy.
             ctx.inplace and 0 not in logits.stride() and rows.data_ptr() == logits.data_ptr(),
         )
         return None, dlogits.view(logits.shape), None, None, None, None, None
@@ -101,22 +100,24 @@ def token_logprobs(
     """Log-prob in nats of each target under softmax(logits / temperature).
 
     Args:
-        logits: (..., V) float32, bfloat16, float16 (float64 through the reference); strided views cost no copy.
+        logits: (..., V) float32, bfloat16 or float16; float64 uses the reference. Strided views
+            need no copy.
         targets: (...) integer ids in [0, V); positions under a False mask may hold anything.
-        temperature: > 0, that of the distribution sampled from; a number, or a tensor that broadcasts to (...), which
-            gets no gradient.
-        mask: (...) bool, True where a position counts; None counts all. Elsewhere result and gradient are exactly 0.
-        inplace_backward: let backward write the gradient over `logits`, which saves a (..., V) buffer; nothing else
-            may need the logits afterwards. The reference backend has no such buffer to save and ignores it, as does
-            torch.compile.
+        temperature: > 0, that of the distribution sampled from; a number or a tensor that
+            broadcasts to (...) and gets no gradient.
+        mask: (...) bool, True where a position counts; None counts all. Elsewhere the result and
+            the gradient are exactly 0.
+        inplace_backward: if True, backward overwrites `logits` with the gradient, which saves a
+            (..., V) buffer. Nothing else may use the logits afterwards. The reference backend and
+            torch.compile ignore it.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
 
     Returns:
         (...) float32 (float64 for float64 logits), <= 0.
 
     Raises:
-        ValueError or TypeError with the offending values. On CUDA a counted target outside [0, V) gives NaN, since
-        looking at it would synchronise; RLHF_CORE_DEBUG=1 makes it raise.
+        ValueError or TypeError: with the offending value. On CUDA a counted target outside [0, V)
+            gives NaN, because a check would synchronise. RLHF_CORE_DEBUG=1 makes it raise.
     """
     return _token_logprobs(logits, targets, temperature, mask, False, inplace_backward, backend)[0]
 
@@ -130,9 +131,12 @@ def token_logprobs_and_entropy(
     inplace_backward: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` and, from the same read of the logits, the entropy in nats of softmax(logits / temperature).
+    """Log-probs of the targets and entropy of softmax(logits / temperature), both in nats.
 
-    Arguments and errors are those of `token_logprobs`. Returns (logprobs, entropy), both (...), entropy >= 0.
+    Both come from one read of the logits. Arguments and errors are those of `token_logprobs`.
+
+    Returns:
+        (logprobs, entropy), both (...), entropy >= 0.
     """
     return _token_logprobs(logits, targets, temperature, mask, True, inplace_backward, backend)
 
@@ -144,7 +148,7 @@ def _token_logprobs(logits, targets, temperature, mask, with_entropy, inplace_ba
     if mask is not None:
         check_mask(targets, mask)
     impl = backends.resolve(backend, logits)
-    if impl is None or impl.__name__ != "rlhf_core.cpp":  # which looks while it reads them
+    if impl is None or impl.__name__ != "rlhf_core.cpp":  # cpp checks while it reads them
         check_target_range(targets, logits.shape[-1], mask)
     if targets.dtype != torch.int64:
         targets = targets.long()
@@ -152,9 +156,8 @@ def _token_logprobs(logits, targets, temperature, mask, with_entropy, inplace_ba
         return token_logprobs_reference(logits, targets, temperature, mask)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    if not (
-        logits.requires_grad and torch.is_grad_enabled()
-    ):  # autograd would cost more than a small op itself
+    # Without a gradient skip autograd, which costs more than a small op itself.
+    if not (logits.requires_grad and torch.is_grad_enabled()):
         return _launch(impl, logits, targets, mask, temperature, with_entropy, False)[:2]
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     return _TokenLogprobs.apply(
@@ -168,17 +171,14 @@ def _launch(impl, logits, targets, mask, temperature, with_entropy, with_lse):
         return impl.token_logprobs_fwd(logits, targets, mask, temperature, with_entropy, with_lse)
     rows = (as_rows(logits, 3), as_rows(targets, 2), as_rows(mask, 2), as_rows(temperature, 2))
     logprobs, entropy, lse = impl.token_logprobs_fwd(*rows, with_entropy, with_lse)
-    return (
-        logprobs.view(targets.shape),
-        None if entropy is None else entropy.view(targets.shape),
-        lse,
-    )
+    entropy = None if entropy is None else entropy.view(targets.shape)
+    return logprobs.view(targets.shape), entropy, lse
 
 
 def as_rows(x: Tensor | float | None, ndim: int) -> Tensor | float | None:
-    """x with exactly ndim axes: leading ones added, or the leading ones merged (a copy only where strides force it).
+    """x with exactly ndim axes: leading axes are added or merged (copied only if strides force it).
 
-    What is no tensor comes back as it is.
+    Values other than tensors are returned unchanged.
     """
     if not isinstance(x, Tensor) or x.ndim == ndim:
         return x
@@ -186,26 +186,24 @@ def as_rows(x: Tensor | float | None, ndim: int) -> Tensor | float | None:
 
 
 def check_targets(targets: Tensor, logits: Tensor) -> None:
-    """Raise unless targets (...) are integers that go with logits (..., V)."""
+    """Raise unless targets are integers of shape (...), for logits of shape (..., V)."""
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"targets must be int64 or int32, got {describe(targets)}")
     shape = logits.shape
     if not shape or shape[-1] == 0 or shape[:-1] != targets.shape:
         raise ValueError(
-            f"logits (..., V) and targets (...) do not fit: {tuple(shape)} and {tuple(targets.shape)}"
+            "logits must be (..., V) and targets (...), got "
+            f"{tuple(shape)} and {tuple(targets.shape)}"
         )
-    if (
-        not (targets.is_cpu and logits.is_cpu) and targets.device != logits.device
-    ):  # a device object takes its time
+    # Test is_cpu first: reading .device is slow.
+    if not (targets.is_cpu and logits.is_cpu) and targets.device != logits.device:
         raise ValueError(f"targets are on {targets.device}, logits on {logits.device}")
 
 
 def check_temperature(temperature: float | Tensor, logits: Tensor) -> float | Tensor:
-    """A float, or a tensor expanded to the rows of logits (..., V); raises where it can be neither."""
+    """The temperature as a float, or as a tensor expanded to the rows of logits (..., V)."""
     if not isinstance(temperature, Tensor):
-        if not isinstance(
-            temperature, (float, Real)
-        ):  # asking Real, an abstract class, takes its time
+        if not isinstance(temperature, (float, Real)):  # float first: Real, an ABC, is slow
             raise TypeError(
                 f"temperature must be a number or a float tensor, got {type(temperature).__name__}"
             )
@@ -232,7 +230,7 @@ def check_temperature(temperature: float | Tensor, logits: Tensor) -> float | Te
 
 
 def check_target_range(targets: Tensor, vocab_size: int, mask: Tensor | None) -> None:
-    """Raise ValueError for a counted target outside [0, vocab_size), where looking costs no synchronisation."""
+    """Raise ValueError for a counted target outside [0, vocab_size), unless that synchronises."""
     if not values_may_be_read(targets):
         return
     bad = (targets < 0) | (targets >= vocab_size)
@@ -242,5 +240,5 @@ def check_target_range(targets: Tensor, vocab_size: int, mask: Tensor | None) ->
         position = tuple(bad.nonzero()[0].tolist())
         raise ValueError(
             f"target {targets[position].item()} at {position} is outside [0, {vocab_size}); "
-            "positions without a target need mask=targets != IGNORE_INDEX"
+            "for positions without a target pass mask=targets != IGNORE_INDEX"
         )

@@ -1,8 +1,10 @@
-"""Root mean square norm (Zhang & Sennrich 2019, eq. 4) of a decoding step's rows: x / sqrt(mean(x^2) + eps) * weight.
+"""RMS norm for decoding, x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, eq. 4).
 
-On CPU torch takes six small operations for it, which costs a step of a small model a tenth of its time. On CUDA it has
-a kernel, so there is none here. Left out: gradients. Training goes through torch whether it needs them or not: a
-policy and its reference must agree bit for bit where they are the same model.
+On CPU torch needs six small operations, a tenth of the decoding step of a small model. On CUDA
+torch has a fused kernel, so there is none here.
+
+Left out: gradients. Training always uses torch, also in passes without gradients: a policy and its
+reference must agree bit for bit if they are the same model.
 """
 
 import torch
@@ -13,7 +15,10 @@ from rlhf_core import backends
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
-    """x (B, D) normed along D, in its dtype; weight: (D,). What the fused code does not take goes through torch."""
+    """x (B, D) normalised along D, in its dtype, times weight (D,).
+
+    torch computes it if there is no fused launcher for the input, or if a gradient is needed.
+    """
     launch = getattr(backends.resolve(backend, x), "rms_norm_fwd", None)
     fits = x.ndim == 2 and weight.shape == x.shape[1:] and weight.dtype == x.dtype and weight.is_cpu
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

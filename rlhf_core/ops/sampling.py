@@ -1,17 +1,21 @@
-"""One token per row of logits, drawn by one uniform number of its own, with its log-probs; no gradient.
+"""One token per row of logits, drawn with one uniform number, and its log-probs. No gradient.
 
-    u = (w + 0.5) / 2^32, w the first word of Philox4x32-10 (Salmon et al. 2011): key seeds[b], counter counters[b]
+    u = (w + 0.5) / 2^32, w the first word of Philox4x32-10 (Salmon et al. 2011) with key seeds[b]
+        and counter counters[b]
     x = logits / temperature,  p = softmax(x)
-    kept: the top_k largest p; of these the fewest that hold >= top_p of what they hold together (Holtzman et al. 2020);
-          of these the ones with p >= min_p max(p) (Nguyen et al. 2024); always with all that tie with the last one kept
+    top_k keeps the k largest p
+    top_p keeps the smallest set of top tokens of these whose share of their total probability
+        reaches top_p (Holtzman et al. 2020)
+    min_p keeps those of these with p >= min_p max(p) (Nguyen et al. 2024)
+    tokens that tie with the last kept one are kept too
     token = the first j in order of the vocabulary with sum of kept p_0 .. p_j > u * sum of kept p
     logprobs = log(p_token / sum of kept p),  full_logprobs = log p_token
 
-So a row's draw depends on its logits, its seed and its counter, whatever else is in the batch and wherever it runs;
-backends differ only where u falls within rounding of the border between two tokens. All that is kept lies above one
-threshold, which the fused backends search for: nothing is sorted, and no noise is drawn but u.
+A row's draw thus depends only on its logits, seed and counter, not on the batch or the device.
+Backends differ only if u is within rounding of the border between two tokens. All kept logits lie
+above one threshold. The fused backends search for it without sorting, and draw no noise but u.
 
-Left out: a temperature per row, and logits processors, which belong before this.
+Left out: a temperature per row, and logits processors, which the caller applies before.
 """
 
 import math
@@ -33,13 +37,11 @@ WORD = 0xFFFFFFFF
 
 
 class Sample(NamedTuple):
-    """A token per row and what it was worth, in nats."""
+    """A token per row and its log-probs in nats."""
 
     tokens: Tensor  # (B,) int64
-    logprobs: (
-        Tensor  # (B,) under the distribution sampled from: temperature, truncation, renormalised
-    )
-    full_logprobs: Tensor  # (B,) under softmax(logits / temperature); the same tensor where nothing is truncated
+    logprobs: Tensor  # (B,) of the distribution sampled from: truncated and renormalised
+    full_logprobs: Tensor  # (B,) of softmax(logits / temperature); same tensor without truncation
 
 
 def sample_tokens_reference(
@@ -51,16 +53,15 @@ def sample_tokens_reference(
     top_p: float | None,
     min_p: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The definition, in float64: (tokens, logprobs, full_logprobs, or None where nothing is truncated)."""
+    """The definition, in float64: (tokens, logprobs, full_logprobs or None without truncation)."""
     z = logits.double()
     largest = z.amax(dim=-1, keepdim=True)
     kept = z >= truncation_threshold(z, temperature, top_k, top_p, min_p)
     p = ((z - largest) / temperature).exp()  # (B, V), relative to the largest
     cdf = (p * kept).cumsum(dim=-1)
     total = cdf[:, -1:]
-    tokens = torch.searchsorted(
-        cdf, uniform(seeds, counters)[:, None] * total, right=True
-    ).clamp_max(z.shape[-1] - 1)
+    draws = uniform(seeds, counters)[:, None] * total
+    tokens = torch.searchsorted(cdf, draws, right=True).clamp_max(z.shape[-1] - 1)
     tokens = tokens.where(total.isfinite(), 0)
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
     chosen = (z.gather(-1, tokens) - largest) / temperature
@@ -73,17 +74,16 @@ def sample_tokens_reference(
 def truncation_threshold(
     z: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> Tensor:
-    """(B, 1): kept are the logits z (B, V), float32 or float64, that reach it."""
+    """Threshold (B, 1): logits z (B, V), float32 or float64, are kept if they are >= it."""
     ordered = _descending(z)
     threshold = ordered[:, -1:]
     if top_k is not None:
         threshold = ordered[:, top_k - 1 : top_k]
     if top_p is not None:
         p = ((ordered - ordered[:, :1]) / temperature).exp() * (ordered >= threshold)
-        held = p.cumsum(dim=-1)
-        last = (held < top_p * held[:, -1:]).sum(
-            dim=-1, keepdim=True
-        )  # those before it hold too little
+        mass = p.cumsum(dim=-1)
+        # Index of the token with which the mass reaches top_p.
+        last = (mass < top_p * mass[:, -1:]).sum(dim=-1, keepdim=True)
         threshold = torch.maximum(threshold, ordered.gather(-1, last))
     if min_p is not None:
         threshold = torch.maximum(threshold, ordered[:, :1] + temperature * math.log(min_p))
@@ -91,20 +91,20 @@ def truncation_threshold(
 
 
 def _descending(z: Tensor) -> Tensor:
-    """Every row sorted, the largest first: on a CPU by numpy, many times faster than torch, which sorts indices too."""
+    """Rows sorted, largest first. On CPU numpy is many times faster: torch also sorts indices."""
     if z.is_cpu and not torch.compiler.is_compiling():
         return torch.from_numpy(np.sort(z.detach().numpy(), axis=-1)).flip(-1)
     return z.sort(dim=-1, descending=True).values
 
 
 def uniform(seeds: Tensor, counters: Tensor) -> Tensor:
-    """(B,) float64 in (0, 1), of which every row has its own: the centre of one of 2^32 equal intervals."""
+    """Numbers (B,) float64 in (0, 1), one per row: the centre of one of 2^32 equal intervals."""
     words = philox(counters & WORD, counters >> 32 & WORD, 0, 0, seeds & WORD, seeds >> 32 & WORD)
     return (words[0].double() + 0.5) / 2**32
 
 
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10: the four words of a counter and the two of a key, int64 in [0, 2^32), to four random ones."""
+    """Philox4x32-10: four random words of a counter c and a key k, int64 in [0, 2^32)."""
     for i in range(PHILOX_ROUNDS):
         (high0, low0), (high1, low1) = (
             _multiply(m, c) for m, c in zip(PHILOX_MULTIPLIERS, (c0, c2))
@@ -115,7 +115,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 def _multiply(m: int, x):
-    """Both words of a product of two words, without passing 63 bits."""
+    """High and low word of a product of two words, computed within 63 bits."""
     low = m * (x & 0xFFFF)
     high = m * (x >> 16) + (low >> 16)
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
@@ -133,26 +133,30 @@ def sample_tokens(
     min_p: float | None = None,
     backend: str | None = None,
 ) -> Sample:
-    """Draw a token from every row of softmax(logits / temperature), truncated where asked.
+    """A token from every row of softmax(logits / temperature), optionally truncated.
 
     Args:
-        logits: (B, V) float32, bfloat16, float16 (float64 through the reference), never modified; strided rows, such as
-            those of logits[:, -1], cost no copy.
+        logits: (B, V) float32, bfloat16 or float16, never modified; float64 uses the reference.
+            Strided rows, such as those of logits[:, -1], need no copy.
         seeds: (B,) int64, the generator's key: one stream of numbers per seed.
-        counters: (B,) int64, which number of its stream a row is drawn with, as the position of the token.
-        temperature: finite and >= 0; 0 takes the most likely token, the first of several.
-        top_k: keep the k most likely tokens; None for all.
-        top_p: in (0, 1]; then keep the fewest most likely ones that hold this part of what is left; None or 1 for all.
-        min_p: in [0, 1]; then keep those at least min_p times as likely as the most likely one; None or 0 for all.
+        counters: (B,) int64, index into the row's stream, such as the position of the token.
+        temperature: finite and >= 0; higher is more random. 0 takes the most likely token, the
+            first on a tie.
+        top_k: >= 1; keep the k most likely tokens. None for all.
+        top_p: in (0, 1]; keep the smallest set of top tokens whose probability (after top_k)
+            reaches top_p. None or 1 for all.
+        min_p: in [0, 1]; keep tokens at least min_p times as likely as the most likely one. None
+            or 0 for all.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
 
     Returns:
-        Sample: log-probs in float32 (float64 for float64 logits), <= 0. At temperature 0 the logprobs are 0 (all mass
-        on one token) and the full ones those of softmax(logits). A row that is no distribution, with NaN, +inf or
-        nothing but -inf, gives token 0 and NaN: looking would synchronise with a GPU and is left to the caller.
+        A `Sample`, log-probs in float32 (float64 for float64 logits), <= 0. At temperature 0
+        logprobs are 0 (all mass on one token) and full_logprobs are those of softmax(logits). A row
+        with NaN, +inf or only -inf gives token 0 and log-prob NaN. The caller must check for it,
+        because a check would synchronise with the GPU.
 
     Raises:
-        ValueError or TypeError with the offending values.
+        ValueError or TypeError: with the offending value.
     """
     _check(logits, seeds, counters, temperature, top_k, top_p, min_p)
     V = logits.shape[-1]
@@ -186,7 +190,7 @@ def _check(logits, seeds, counters, temperature, top_k, top_p, min_p):
             raise TypeError(f"{name} must be an int64 tensor, got {describe(x)}")
         if x.shape != logits.shape[:1]:
             raise ValueError(
-                f"{name} must be ({logits.shape[0]},), as there are rows, got {tuple(x.shape)}"
+                f"{name} must be ({logits.shape[0]},), one per row of logits, got {tuple(x.shape)}"
             )
         if not (x.is_cpu and logits.is_cpu) and x.device != logits.device:
             raise ValueError(f"{name} are on {x.device}, logits on {logits.device}")
