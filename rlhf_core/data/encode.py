@@ -17,7 +17,7 @@ class Example(NamedTuple):
         completion_ids: With EOS.
         completion_mask: True for completion tokens in the loss. None means all of them.
         label: Whether the completion is desirable. None if not known.
-        reward: Of the completion; it arrives after the last token. None if not known.
+        reward: Reward of the completion, which arrives after its last token. None if not known.
     """
 
     prompt_ids: list[int]

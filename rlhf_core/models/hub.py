@@ -32,7 +32,7 @@ def load(
 
     Args:
         source: A folder, or "owner/name" on the Hugging Face hub: see `files.model_folder`.
-        dtype: Of the weights, whatever their dtype in the files.
+        dtype: Dtype of the weights in memory.
 
     Raises:
         FileNotFoundError: A file is missing.

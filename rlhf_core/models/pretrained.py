@@ -25,7 +25,7 @@ class Pretrained:
 
         Args:
             source: A folder in the Hugging Face or PEFT layout, or "owner/name" on the hub.
-            dtype: Of the weights, whatever their dtype in the files.
+            dtype: Dtype of the weights in memory.
 
         Raises:
             FileNotFoundError: A file is missing.
