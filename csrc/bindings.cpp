@@ -1,6 +1,6 @@
-// rlhf_core._C: the launchers of rlhf_core/cpp.py on tensors that it allocated. The only file that knows Python; no GIL
-// is held while computing. Every function takes the launcher's arguments, then its outputs, then the number of threads;
-// None is an output not asked for or an argument not given.
+// The Python module rlhf_core._C, called by rlhf_core/cpp.py. Only this file knows about Python.
+// Each function takes a launcher's arguments, then allocated outputs, then the number of threads.
+// None stands for an absent argument or an output not requested. Kernels run without the GIL.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -17,8 +17,8 @@ using namespace rlhf;
 
 namespace {
 
-// A tensor's address, shape and strides straight from its owner, in 40 ns and without its headers. The layout of both
-// structs is fixed within major version 1 of DLPack: https://dmlc.github.io/dlpack/latest/c_api.html
+// DLPack's C API reads a tensor's address, shape and strides in 40 ns, without torch's headers. Its
+// major version 1 fixes both structs: https://dmlc.github.io/dlpack/latest/c_api.html
 struct DLTensor {
   void* data;
   int32_t device_type, device_id, ndim;
@@ -31,27 +31,33 @@ struct DLTensor {
 struct DLPackExchangeAPI {
   uint32_t major, minor;
   void *older_api, *allocate, *managed_tensor_from_py_object, *managed_tensor_to_py_object;
-  int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);  // borrows; -1: a Python error is set
+  int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);  // borrows; -1 on error
   void* current_stream;
 };
 
-const DLPackExchangeAPI* exchange = nullptr;  // of the one tensor type there is, set by `use` before any launch
+const DLPackExchangeAPI* exchange = nullptr;  // torch.Tensor's; set by `use` before any launch
 
 void use(const py::object& capsule) {
-  exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  PyErr_Clear();  // what was no such capsule gives null
+  void* const pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  exchange = static_cast<const DLPackExchangeAPI*>(pointer);
+  PyErr_Clear();  // any other object gives null and sets an error
   if (!exchange || exchange->major != 1 || !exchange->dltensor_from_py_object_no_sync)
-    throw py::import_error("needs torch.Tensor.__dlpack_c_exchange_api__ of DLPack 1, which torch >= 2.11 has");
+    throw py::import_error(
+        "torch.Tensor.__dlpack_c_exchange_api__ of DLPack 1 is missing: install torch >= 2.11");
 }
 
-// Becomes whatever field of kernels.h it is assigned to; None becomes null.
+// Converts to the type of any field of kernels.h that it is assigned to. None becomes null.
 struct Tensor : DLTensor {
-  template <class T>
-  operator T*() const { return reinterpret_cast<T*>(static_cast<char*>(data) + byte_offset); }
-  template <class T>
-  operator Grid<T>() const { return data ? Grid<T>{*this, strides[0], strides[1]} : Grid<T>{}; }
+  template <class T> operator T*() const {
+    return reinterpret_cast<T*>(static_cast<char*>(data) + byte_offset);
+  }
+  template <class T> operator Grid<T>() const {
+    return data ? Grid<T>{*this, strides[0], strides[1]} : Grid<T>{};
+  }
   operator Rows() const { return {*this, strides[0], strides[1]}; }
-  Dtype dtype() const { return dtype_code == 4 ? kBFloat16 : dtype_bits == 16 ? kFloat16 : kFloat32; }
+  Dtype dtype() const {
+    return dtype_code == 4 ? kBFloat16 : dtype_bits == 16 ? kFloat16 : kFloat32;
+  }
   int64_t size() const {
     int64_t n = 1;
     for (int i = 0; i < ndim; ++i) n *= shape[i];
@@ -59,15 +65,15 @@ struct Tensor : DLTensor {
   }
 };
 
-using Temperature = std::variant<double, Tensor>;  // of all rows, or one per row
+using Temperature = std::variant<double, Tensor>;  // one for all rows, or one per row
 
 }  // namespace
 
-template <>
-struct py::detail::type_caster<Tensor> {
+template <> struct py::detail::type_caster<Tensor> {
   PYBIND11_TYPE_CASTER(Tensor, const_name("Tensor | None"));
   bool load(handle object, bool) {
-    if (!object.is_none() && exchange->dltensor_from_py_object_no_sync(object.ptr(), &value)) throw error_already_set();
+    if (!object.is_none() && exchange->dltensor_from_py_object_no_sync(object.ptr(), &value))
+      throw error_already_set();
     return true;
   }
 };
@@ -75,7 +81,7 @@ struct py::detail::type_caster<Tensor> {
 namespace {
 
 template <class Args>
-Args rows_of(const Tensor& logits, const Tensor& mask, const Temperature& temperature) {
+Args rows_of(Tensor logits, Tensor mask, const Temperature& temperature) {
   Args a = {};
   a.dtype = logits.dtype(), a.B = logits.shape[0], a.T = logits.shape[1], a.V = logits.shape[2];
   a.logits = logits, a.mask = mask;
@@ -84,8 +90,8 @@ Args rows_of(const Tensor& logits, const Tensor& mask, const Temperature& temper
   return a;
 }
 
-// The sequences of a per-token tensor: its rows, or the pieces of (N,) that cu_seqlens cuts.
-GaeArgs sequences_of(const Tensor& x, const Tensor& mask, double gamma, double lam, const Tensor& cu_seqlens) {
+// The sequences are x's rows or, if cu_seqlens is given, consecutive pieces of a packed x (N,).
+GaeArgs sequences_of(Tensor x, Tensor mask, double gamma, double lam, Tensor cu_seqlens) {
   GaeArgs a = {};
   const bool packed = cu_seqlens.data;
   a.B = packed ? cu_seqlens.shape[0] - 1 : x.shape[0];
@@ -94,7 +100,7 @@ GaeArgs sequences_of(const Tensor& x, const Tensor& mask, double gamma, double l
   return a;
 }
 
-KlArgs estimate_of(const Tensor& logprobs, const Tensor& ref_logprobs, const Tensor& mask, int estimator) {
+KlArgs estimate_of(Tensor logprobs, Tensor ref_logprobs, Tensor mask, int estimator) {
   KlArgs a = {};
   a.estimator = static_cast<Estimator>(estimator);
   a.logprobs = logprobs, a.ref_logprobs = ref_logprobs, a.mask = mask;
@@ -109,129 +115,135 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", available_isas);
   m.def("threading", threading);
 
-  const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("token_logprobs_fwd", [](Tensor logits, Tensor targets, Tensor mask, Temperature temperature, Tensor logprobs,
-                                 Tensor entropy, Tensor lse, int threads) {
+  const auto def = [&m](const char* name, auto launcher) {
+    m.def(name, launcher, py::call_guard<py::gil_scoped_release>());
+  };
+  def("token_logprobs_fwd", [](Tensor logits, Tensor targets, Tensor mask, Temperature temperature,
+                               Tensor logprobs, Tensor entropy, Tensor lse, int threads) {
     auto a = rows_of<LogprobsArgs>(logits, mask, temperature);
-    a.targets = targets;
-    a.logprobs = logprobs, a.entropy = entropy, a.lse = lse;
+    a.targets = targets, a.logprobs = logprobs, a.entropy = entropy, a.lse = lse;
     token_logprobs_fwd(a, threads);
-  }, release);
-  m.def("token_logprobs_bwd", [](Tensor dlogprobs, Tensor dentropy, Tensor logits, Tensor targets, Tensor mask,
-                                 Temperature temperature, Tensor entropy, Tensor lse, Tensor dlogits, int threads) {
+  });
+  def("token_logprobs_bwd",
+      [](Tensor dlogprobs, Tensor dentropy, Tensor logits, Tensor targets, Tensor mask,
+         Temperature temperature, Tensor entropy, Tensor lse, Tensor dlogits, int threads) {
     auto a = rows_of<LogprobsArgs>(logits, mask, temperature);
-    a.dlogprobs = dlogprobs, a.dentropy = dentropy, a.targets = targets, a.entropy = entropy, a.lse = lse;
-    a.dlogits = dlogits;
+    a.dlogprobs = dlogprobs, a.dentropy = dentropy, a.targets = targets;
+    a.entropy = entropy, a.lse = lse, a.dlogits = dlogits;
     token_logprobs_bwd(a, threads);
-  }, release);
-  m.def("full_kl_fwd", [](Tensor logits, Tensor ref_logits, Tensor mask, Temperature temperature, Tensor kl, Tensor lse,
-                          int threads) {
+  });
+  def("full_kl_fwd", [](Tensor logits, Tensor ref_logits, Tensor mask, Temperature temperature,
+                        Tensor kl, Tensor lse, int threads) {
     auto a = rows_of<FullKlArgs>(logits, mask, temperature);
-    a.ref_logits = ref_logits;
-    a.kl = kl, a.lse = lse;
+    a.ref_logits = ref_logits, a.kl = kl, a.lse = lse;
     full_kl_fwd(a, threads);
-  }, release);
-  m.def("full_kl_bwd", [](Tensor dkl, Tensor logits, Tensor ref_logits, Tensor mask, Temperature temperature, Tensor kl,
-                          Tensor lse, Tensor dlogits, Tensor dref_logits, int threads) {
+  });
+  def("full_kl_bwd",
+      [](Tensor dkl, Tensor logits, Tensor ref_logits, Tensor mask, Temperature temperature,
+         Tensor kl, Tensor lse, Tensor dlogits, Tensor dref_logits, int threads) {
     auto a = rows_of<FullKlArgs>(logits, mask, temperature);
     a.dkl = dkl, a.ref_logits = ref_logits, a.kl = kl, a.lse = lse;
     a.dlogits = dlogits, a.dref_logits = dref_logits;
     full_kl_bwd(a, threads);
-  }, release);
-  m.def("kl_estimate_fwd", [](Tensor logprobs, Tensor ref_logprobs, Tensor mask, int estimator, Tensor kl,
-                              int threads) {
+  });
+  def("kl_estimate_fwd",
+      [](Tensor logprobs, Tensor ref_logprobs, Tensor mask, int estimator, Tensor kl, int threads) {
     auto a = estimate_of(logprobs, ref_logprobs, mask, estimator);
     a.kl = kl;
     kl_estimate_fwd(a, logprobs.size(), threads);
-  }, release);
-  m.def("kl_estimate_bwd", [](Tensor dkl, Tensor logprobs, Tensor ref_logprobs, Tensor mask, int estimator,
-                              Tensor dlogprobs, Tensor dref_logprobs, int threads) {
+  });
+  def("kl_estimate_bwd", [](Tensor dkl, Tensor logprobs, Tensor ref_logprobs, Tensor mask,
+                            int estimator, Tensor dlogprobs, Tensor dref_logprobs, int threads) {
     auto a = estimate_of(logprobs, ref_logprobs, mask, estimator);
-    a.dkl = dkl;
-    a.dlogprobs = dlogprobs, a.dref_logprobs = dref_logprobs;
+    a.dkl = dkl, a.dlogprobs = dlogprobs, a.dref_logprobs = dref_logprobs;
     kl_estimate_bwd(a, logprobs.size(), threads);
-  }, release);
-  m.def("gae_fwd", [](Tensor rewards, Tensor values, Tensor mask, double gamma, double lam, Tensor last_values,
-                      Tensor cu_seqlens, Tensor advantages, Tensor returns, int threads) {
+  });
+  def("gae_fwd",
+      [](Tensor rewards, Tensor values, Tensor mask, double gamma, double lam, Tensor last_values,
+         Tensor cu_seqlens, Tensor advantages, Tensor returns, int threads) {
     auto a = sequences_of(rewards, mask, gamma, lam, cu_seqlens);
     a.rewards = rewards, a.values = values, a.last_values = last_values;
     a.advantages = advantages, a.returns = returns;
     gae_fwd(a, threads);
-  }, release);
-  m.def("gae_bwd", [](Tensor dadvantages, Tensor dreturns, Tensor mask, double gamma, double lam, Tensor cu_seqlens,
-                      Tensor drewards, Tensor dvalues, Tensor dlast_values, int threads) {
+  });
+  def("gae_bwd",
+      [](Tensor dadvantages, Tensor dreturns, Tensor mask, double gamma, double lam,
+         Tensor cu_seqlens, Tensor drewards, Tensor dvalues, Tensor dlast_values, int threads) {
     auto a = sequences_of(dreturns, mask, gamma, lam, cu_seqlens);
     a.dadvantages = dadvantages, a.dreturns = dreturns;
     a.drewards = drewards, a.dvalues = dvalues, a.dlast_values = dlast_values;
     gae_bwd(a, threads);
-  }, release);
-  m.def("ppo_advantages_fwd", [](Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask,
-                                 double kl_coef, int estimator, double gamma, double lam, bool whiten,
-                                 Tensor cu_seqlens, Tensor advantages, Tensor returns, Tensor rewards, Tensor kl,
-                                 int threads) {
+  });
+  def("ppo_advantages_fwd",
+      [](Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask,
+         double kl_coef, int estimator, double gamma, double lam, bool whiten, Tensor cu_seqlens,
+         Tensor advantages, Tensor returns, Tensor rewards, Tensor kl, int threads) {
     AdvantagesArgs a = {};
     a.gae = sequences_of(logprobs, mask, gamma, lam, cu_seqlens);
     a.kl = estimate_of(logprobs, ref_logprobs, mask, estimator);
-    a.scores = scores, a.kl_coef = kl_coef, a.gae.values = values;
-    a.gae.advantages = advantages, a.gae.returns = returns, a.gae.rewards = a.rewards = rewards, a.kl.kl = kl;
+    a.scores = scores, a.kl_coef = kl_coef, a.kl.kl = kl, a.gae.values = values;
+    a.gae.advantages = advantages, a.gae.returns = returns, a.gae.rewards = a.rewards = rewards;
     ppo_advantages_fwd(a, whiten, threads);
-  }, release);
-  m.def("ppo_loss_fwd", [](Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor values, Tensor old_values,
-                           Tensor returns, Tensor entropy, Tensor mask, Tensor weights, bool sequence_mean,
-                           double clip_low, double clip_high, std::optional<double> value_clip_range,
-                           double vf_coef, double entropy_coef, std::optional<double> dual_clip, Tensor loss,
-                           Tensor scale, Tensor stats, Tensor dlogprobs, Tensor dvalues, Tensor dentropy, int threads) {
+  });
+  def("ppo_loss_fwd",
+      [](Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor values, Tensor old_values,
+         Tensor returns, Tensor entropy, Tensor mask, Tensor weights, bool sequence_mean,
+         double clip_low, double clip_high, std::optional<double> value_clip_range, double vf_coef,
+         double entropy_coef, std::optional<double> dual_clip, Tensor loss, Tensor scale,
+         Tensor stats, Tensor dlogprobs, Tensor dvalues, Tensor dentropy, int threads) {
     PpoLossArgs a = {};
     a.B = logprobs.shape[0], a.T = logprobs.shape[1];
-    a.logprobs = logprobs, a.old_logprobs = old_logprobs, a.advantages = advantages, a.entropy = entropy;
-    a.values = values, a.old_values = old_values, a.returns = returns, a.mask = mask, a.weights = weights;
-    a.sequence_mean = sequence_mean, a.clip_low = clip_low, a.clip_high = clip_high;
-    a.vf_coef = vf_coef, a.entropy_coef = entropy_coef;
-    a.value_clip_range = value_clip_range.value_or(INFINITY), a.dual_clip = dual_clip.value_or(INFINITY);
-    a.loss = loss, a.scale = scale, a.stats = stats;
+    a.logprobs = logprobs, a.old_logprobs = old_logprobs, a.advantages = advantages;
+    a.values = values, a.old_values = old_values, a.returns = returns, a.entropy = entropy;
+    a.mask = mask, a.weights = weights, a.sequence_mean = sequence_mean;
+    a.clip_low = clip_low, a.clip_high = clip_high, a.dual_clip = dual_clip.value_or(INFINITY);
+    a.value_clip_range = value_clip_range.value_or(INFINITY), a.vf_coef = vf_coef;
+    a.entropy_coef = entropy_coef, a.loss = loss, a.scale = scale, a.stats = stats;
     a.dlogprobs = dlogprobs, a.dvalues = dvalues, a.dentropy = dentropy;
     ppo_loss_fwd(a, threads);
-  }, release);
-  m.def("decode_attention_fwd", [](Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor lengths,
-                                   Tensor slots, Tensor cos, Tensor sin, std::optional<int64_t> window, Tensor out,
-                                   int threads) {
+  });
+  def("decode_attention_fwd",
+      [](Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor lengths, Tensor slots,
+         Tensor cos, Tensor sin, std::optional<int64_t> window, Tensor out, int threads) {
     DecodeAttentionArgs a = {};
-    a.dtype = q.dtype(), a.cache_dtype = keys.dtype();
-    a.B = q.shape[0], a.H = q.shape[1], a.K = q.shape[2];
-    a.N = keys.shape[0], a.Hkv = keys.shape[1], a.S = keys.shape[2], a.window = window.value_or(a.S);
-    a.q = {q, q.strides[0]}, a.k = {k, k.strides[0]}, a.v = {v, v.strides[0]};
-    a.keys = keys, a.values = values, a.lengths = lengths, a.slots = slots, a.cos = cos, a.sin = sin, a.out = out;
+    a.dtype = q.dtype(), a.B = q.shape[0], a.H = q.shape[1], a.K = q.shape[2];
+    a.cache_dtype = keys.dtype(), a.N = keys.shape[0], a.Hkv = keys.shape[1];
+    a.S = keys.shape[2], a.window = window.value_or(a.S);
+    a.q = q, a.k = k, a.v = v, a.keys = keys, a.values = values;
+    a.lengths = lengths, a.slots = slots, a.cos = cos, a.sin = sin, a.out = out;
     decode_attention_fwd(a, threads);
-  }, release);
-  m.def("packed_decode_fwd", [](Tensor tokens, Tensor counts, Tensor embedding, Tensor weights, Tensor keys, Tensor values,
-                                Tensor lengths, Tensor slots, Tensor cos, Tensor sin, std::optional<int64_t> window,
-                                int64_t heads, int64_t intermediate, bool qk_norm, double eps, Tensor logits,
-                                int threads) {
+  });
+  def("packed_decode_fwd",
+      [](Tensor tokens, Tensor counts, Tensor embedding, Tensor weights, Tensor keys, Tensor values,
+         Tensor lengths, Tensor slots, Tensor cos, Tensor sin, std::optional<int64_t> window,
+         int64_t heads, int64_t intermediate, bool qk_norm, double eps, Tensor logits,
+         int threads) {
     PackedDecodeArgs a = {};
-    a.attention.B = tokens.shape[0], a.T = tokens.ndim == 2 ? tokens.shape[1] : 1, a.attention.H = heads, a.layers = keys.shape[0];
-    a.attention.N = keys.shape[1], a.attention.Hkv = keys.shape[2], a.attention.S = keys.shape[3];
-    a.attention.K = keys.shape[4], a.attention.window = window.value_or(a.attention.S);
-    a.attention.keys = keys, a.attention.values = values, a.attention.lengths = a.lengths = lengths;
-    a.attention.slots = slots, a.attention.cos = cos, a.attention.sin = sin;
-    a.V = embedding.shape[0], a.D = embedding.shape[1], a.I = intermediate;
-    a.qk_norm = qk_norm, a.eps = static_cast<float>(eps);
-    a.tokens = tokens, a.counts = counts, a.embedding = embedding, a.weights = weights, a.logits = logits;
+    DecodeAttentionArgs& d = a.attention;
+    d.B = tokens.shape[0], a.T = tokens.ndim == 2 ? tokens.shape[1] : 1, d.H = heads;
+    a.layers = keys.shape[0], d.N = keys.shape[1], d.Hkv = keys.shape[2];
+    d.S = keys.shape[3], d.K = keys.shape[4], d.window = window.value_or(d.S);
+    d.keys = keys, d.values = values, d.lengths = a.lengths = lengths, d.slots = slots;
+    d.cos = cos, d.sin = sin, a.qk_norm = qk_norm, a.eps = static_cast<float>(eps);
+    a.V = embedding.shape[0], a.D = embedding.shape[1], a.I = intermediate, a.logits = logits;
+    a.tokens = tokens, a.counts = counts, a.embedding = embedding, a.weights = weights;
     packed_decode_fwd(a, weights.size(), threads);
-  }, release);
-  m.def("rms_norm_fwd", [](Tensor x, Tensor weight, double eps, Tensor out, int threads) {
+  });
+  def("rms_norm_fwd", [](Tensor x, Tensor weight, double eps, Tensor out, int threads) {
     RmsNormArgs a = {};
     a.dtype = x.dtype(), a.B = x.shape[0], a.D = x.shape[1], a.eps = static_cast<float>(eps);
     a.x = {x, x.strides[0], 0}, a.weight = weight, a.out = out;
     rms_norm_fwd(a, threads);
-  }, release);
-  m.def("sample_tokens_fwd", [](Tensor logits, Tensor seeds, Tensor counters, double temperature,
-                                std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p,
-                                Tensor tokens, Tensor logprobs, Tensor full_logprobs, int threads) {
+  });
+  def("sample_tokens_fwd",
+      [](Tensor logits, Tensor seeds, Tensor counters, double temperature,
+         std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p,
+         Tensor tokens, Tensor logprobs, Tensor full_logprobs, int threads) {
     SamplingArgs a = {};
     a.dtype = logits.dtype(), a.B = logits.shape[0], a.V = logits.shape[1], a.logits = logits;
     a.seeds = seeds, a.counters = counters, a.temperature = temperature;
     a.top_k = top_k.value_or(0), a.top_p = top_p.value_or(0), a.min_p = min_p.value_or(0);
     a.tokens = tokens, a.logprobs = logprobs, a.full_logprobs = full_logprobs;
     sample_tokens_fwd(a, threads);
-  }, release);
+  });
 }

@@ -1,21 +1,21 @@
-// One new token's attention over the cache, which it joins first; see rlhf_core/ops/decode_attention.py for the
-// formulas, simd.h for how this is included.
+// Appends each row's new key and value to the cache, then attends to it with the row's new query.
+// rlhf_core/ops/decode_attention.py has the formulas. ISA-generic; see simd.h.
 //
-// A unit of work is a row and a key/value head. Its keys and then its values are read once, in blocks, for up to
-// kHeads query heads together, with an online softmax (Milakov & Gimelshein 2018). A head is `vectors` long; where W
-// does not divide K, the last vector overlaps the one before, and the query is 0 where they do. Heads shorter than W
-// are staged: a block of them is copied to float rows of W, or of W / 2 where that is enough, filled up with 0.
+// A unit of work is a key/value head of a row. Its keys and values are read once, in blocks, for up
+// to kHeads query heads, with an online softmax (Milakov & Gimelshein 2018). If W does not divide
+// K, the last of a head's `vectors` overlaps the previous one, where the query is 0. If K < W,
+// blocks are staged: copied to float rows of length W, or W / 2 if that is enough, padded with 0.
 
-constexpr int64_t kKeys = 128;  // in a block
+constexpr int64_t kKeys = 128;  // per block
 constexpr int64_t kHeads = 8;
 
-SIMD I below(int64_t n) {  // the first n lanes
+SIMD I below(int64_t n) {  // true in the first n lanes
   I lane;
   for (int k = 0; k < W; ++k) lane[k] = k;
   return lane < static_cast<int32_t>(n);
 }
 
-// Most heads' halves are a multiple of it. Heads are short: what is done once per head must not outweigh its keys.
+// Half a head is usually a multiple of 4. Heads are short, so work per head must be cheap.
 typedef float F4 __attribute__((vector_size(16)));
 typedef float Half __attribute__((vector_size(2 * W)));
 
@@ -25,7 +25,7 @@ SIMD void copy(const float* from, int64_t n, float* to) {
   for (; i < n; ++i) to[i] = from[i];
 }
 
-// From n elements to floats, with room for a multiple of W.
+// Converts n elements to float. `to` has room for a multiple of W.
 template <class E>
 void widen(const char* from, int64_t n, float* to) {
   const E* p = reinterpret_cast<const E*>(from);
@@ -43,19 +43,21 @@ void narrow(const float* from, int64_t n, char* to) {
   if (i < n) store_partial(p + i, load_partial(from + i, n - i), n - i);
 }
 
-constexpr void (*kWiden[kDtypes])(const char*, int64_t, float*) = {widen<float>, widen<BF16>, widen<F16>};
-constexpr void (*kNarrow[kDtypes])(const float*, int64_t, char*) = {narrow<float>, narrow<BF16>, narrow<F16>};
+constexpr void (*kWiden[kDtypes])(const char*, int64_t, float*) = {widen<float>, widen<BF16>,
+                                                                   widen<F16>};
+constexpr void (*kNarrow[kDtypes])(const float*, int64_t, char*) = {narrow<float>, narrow<BF16>,
+                                                                    narrow<F16>};
 
 template <class V>
-SIMD void turn(const float* p, const float* cos, const float* sin, int64_t half, float scale, float* x) {
+SIMD void turn(const float* p, const float* cos, const float* sin, int64_t half, float scale,
+               float* x) {
   const V left = read<V>(p), right = read<V>(p + half), c = read<V>(cos), s = read<V>(sin);
   write(x, (left * c - right * s) * scale), write(x + half, (right * c + left * s) * scale);
 }
 
-// The K floats of a head times `scale`, turned by the angles of its position; x has room for a multiple of W unless the
-// dtype is float32.
-SIMD void load_head(Dtype dtype, const char* from, int64_t K, const float* cos, const float* sin, float scale,
-                    float* x) {
+// x = scale * head, rotated if cos is given. x has room for a multiple of W unless in float32.
+SIMD void load_head(Dtype dtype, const char* from, int64_t K, const float* cos, const float* sin,
+                    float scale, float* x) {
   const float* p = reinterpret_cast<const float*>(from);
   if (dtype != kFloat32) kWiden[dtype](from, K, x), p = x;
   int64_t i = 0;
@@ -69,9 +71,10 @@ SIMD void load_head(Dtype dtype, const char* from, int64_t K, const float* cos, 
   for (; i < half; ++i) turn<float>(p + i, cos + i, sin + i, half, scale, x + i);
 }
 
-// A head's key or value to its place in the cache; `head` is scratch.
+// Writes a head's key or value to its place in the cache. `head` is scratch.
 template <class E>
-SIMD void append(Dtype dtype, const char* from, int64_t K, const float* cos, const float* sin, float* head, E* to) {
+SIMD void append(Dtype dtype, const char* from, int64_t K, const float* cos, const float* sin,
+                 float* head, E* to) {
   float* x = head;
   if constexpr (std::is_same_v<E, float>) {
     if (dtype == kFloat32) x = to;
@@ -80,7 +83,7 @@ SIMD void append(Dtype dtype, const char* from, int64_t K, const float* cos, con
   if (x == head) narrow<E>(head, K, reinterpret_cast<char*>(to));
 }
 
-// Lane j is the sum of the lanes (or, of n < W vectors, of the j-th W / n-th of the lanes) of all, n a power of two.
+// Lane j is the sum of lanes [n j, n j + n) of v's n vectors, concatenated. n <= W is a power of 2.
 SIMD F sums(F* v, int64_t n) {
   for (; n > 1; n /= 2)
     for (int64_t i = 0; i < n / 2; ++i) v[i] = pair_sums(v[2 * i], v[2 * i + 1]);
@@ -88,20 +91,21 @@ SIMD F sums(F* v, int64_t n) {
 }
 
 struct Heads {
-  int64_t count, vectors, K;  // K: at least W
+  int64_t count, vectors, K;  // K >= W
   float *q, *out;             // (count, vectors, W)
   float* scores;              // (count, kKeys)
   int64_t offset(int64_t i) const { return std::min(i * W, K - W); }
 };
 
-// Scores of n keys, then anything up to a multiple of W. kRows: how many rows a vector holds.
+// Scores n keys; what follows, up to a multiple of W, is arbitrary. A vector holds kRows keys.
 template <class E, int kRows>
 SIMD void score(const Heads& h, const E* keys, int64_t n) {
   for (int64_t j = 0; j < n; j += W) {
     F products[kHeads][W];
     if (kRows == 2) {
       for (int64_t g = 0; g < h.count; ++g)
-        for (int64_t i = 0; i < W / 2; ++i) products[g][i] = load(h.q + g * W) * load(keys + j * (W / 2) + i * W);
+        for (int64_t i = 0; i < W / 2; ++i)
+          products[g][i] = load(h.q + g * W) * load(keys + j * (W / 2) + i * W);
     } else {
       for (int64_t u = 0; u < W; u += 4) {
         const E* row[4];
@@ -117,7 +121,8 @@ SIMD void score(const Heads& h, const E* keys, int64_t n) {
         }
       }
     }
-    for (int64_t g = 0; g < h.count; ++g) store(h.scores + g * kKeys + j, sums(products[g], W / kRows));
+    for (int64_t g = 0; g < h.count; ++g)
+      store(h.scores + g * kKeys + j, sums(products[g], W / kRows));
   }
 }
 
@@ -132,7 +137,8 @@ SIMD void weigh(const Heads& h, const E* values, int64_t n) {
       F even = load(h.out + g * W), odd = {};
       for (int64_t j = 0; j < n; j += 4) {
         even = fma(select(first, splat(p[j]), splat(p[j + 1])), load(values + j * (W / 2)), even);
-        odd = fma(select(first, splat(p[j + 2]), splat(p[j + 3])), load(values + (j + 2) * (W / 2)), odd);
+        const F weights = select(first, splat(p[j + 2]), splat(p[j + 3]));
+        odd = fma(weights, load(values + (j + 2) * (W / 2)), odd);
       }
       store(h.out + g * W, even + odd);
     }
@@ -153,13 +159,14 @@ SIMD void weigh(const Heads& h, const E* values, int64_t n) {
       } else {
         for (int64_t k = 0; k < n - j; ++k)
           for (int64_t i = 0; i < h.vectors; ++i)
-            store(out + i * W, fma(splat(p[k]), load(values + (j + k) * h.K + h.offset(i)), load(out + i * W)));
+            store(out + i * W,
+                  fma(splat(p[k]), load(values + (j + k) * h.K + h.offset(i)), load(out + i * W)));
       }
     }
   }
 }
 
-SIMD float largest(F v) {  // no lane is NaN
+SIMD float largest(F v) {  // no lane may be NaN
   float lanes[W];
   store(lanes, v);
   F4 best = read<F4>(lanes);
@@ -171,7 +178,7 @@ SIMD float largest(F v) {  // no lane is NaN
   return a > b ? a : b;
 }
 
-// From scores to exp(score - highest so far); returns the factor for what was summed before.
+// Replaces each score by exp(score - highest so far). Returns the factor that rescales older sums.
 SIMD float exponentiate(float* scores, int64_t n, float& highest, F& total) {
   F best = splat(-INFINITY);
   for (int64_t j = 0; j < n; j += W) {
@@ -181,7 +188,8 @@ SIMD float exponentiate(float* scores, int64_t n, float& highest, F& total) {
   }
   const float before = highest, block = largest(best);
   highest = block < before ? before : block;
-  const float factor = before == highest || before == -INFINITY ? 1 : exp(splat(before - highest))[0];
+  const bool same = before == highest || before == -INFINITY;
+  const float factor = same ? 1 : exp(splat(before - highest))[0];
   total = total * factor;
   for (int64_t j = 0; j < n; j += W) {
     const F e = exp(load(scores + j) - highest);
@@ -191,12 +199,13 @@ SIMD float exponentiate(float* scores, int64_t n, float& highest, F& total) {
   return factor;
 }
 
-// n rows of K elements to rows of `wide` floats, which are 0 behind K, and rows of 0 up to a multiple of 4.
+// Copies n rows of K elements to rows of `wide` floats, padded with 0, up to a multiple of 4 rows.
 template <class E>
 SIMD void stage(const E* rows, int64_t n, int64_t K, int64_t wide, float* to) {
   if (K == wide) widen<E>(reinterpret_cast<const char*>(rows), n * K, to);
   else
-    for (int64_t j = 0; j < n; ++j) store(to + j * wide, zero_unless(below(K), load_partial(rows + j * K, K)));
+    for (int64_t j = 0; j < n; ++j)
+      store(to + j * wide, zero_unless(below(K), load_partial(rows + j * K, K)));
   for (; n % 4; ++n) store(to + n * wide, F{});
 }
 
@@ -206,15 +215,18 @@ void decode_attention(const DecodeAttentionArgs& a, int64_t begin, int64_t end) 
   const bool staged = K < W, two = K <= W / 2;
   const int64_t wide = two ? W / 2 : W, stage_size = staged ? kKeys * wide + W : 0;
   const int64_t floats = kHeads * (2 * per_head + kKeys) + 2 * stage_size + per_head;
-  float* const scratch = static_cast<float*>(__builtin_alloca_with_align(floats * sizeof(float), 512));
-  Heads h = {0, vectors, staged ? W : K, scratch, scratch + kHeads * per_head, scratch + 2 * kHeads * per_head};
-  float* const staged_keys = h.scores + kHeads * kKeys;
+  float* const scratch =
+      static_cast<float*>(__builtin_alloca_with_align(floats * sizeof(float), 512));
+  float *const out = scratch + kHeads * per_head, *const scores = out + kHeads * per_head;
+  Heads h = {0, vectors, staged ? W : K, scratch, out, scores};
+  float* const staged_keys = scores + kHeads * kKeys;
   float *const staged_values = staged_keys + stage_size, *const head = staged_values + stage_size;
   const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(K)));
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / a.Hkv, kv = unit % a.Hkv, slot = a.slots[b], n = a.positions[b];
-    const float *cos = a.cos ? a.cos + n * (K / 2) : nullptr, *sin = a.cos ? a.sin + n * (K / 2) : nullptr;
+    const float* cos = a.cos ? a.cos + n * (K / 2) : nullptr;
+    const float* sin = a.cos ? a.sin + n * (K / 2) : nullptr;
     E* const keys = reinterpret_cast<E*>(a.keys) + (slot * a.Hkv + kv) * a.S * K;
     E* const values = reinterpret_cast<E*>(a.values) + (slot * a.Hkv + kv) * a.S * K;
     append(a.dtype, a.head(a.k, b, kv), K, cos, sin, head, keys + n * K);

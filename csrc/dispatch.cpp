@@ -1,7 +1,7 @@
-// The same loops compiled for every ISA, the choice between them at run time, and the split over threads.
+// Compiles the kernels for every ISA, chooses one at run time, and splits the work over threads.
 
 #ifndef __clang__
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 finds it in its own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns about its own headers
 #endif
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <sstream>
 #include <stdexcept>
 #include <type_traits>
 #ifdef __x86_64__
@@ -20,11 +21,12 @@
 #include "kernels.h"
 #include "parallel.h"
 
-// Everything included between BEGIN and END may use the target's instructions; so nothing of the standard library may
-// be included there, or its inline functions would carry them to CPUs that lack them.
+// Code between BEGIN and END may use the target's instructions. Never include a standard header
+// there: CPUs without these instructions could end up running its inline functions.
 #ifdef __clang__
 #define RLHF_PRAGMA(text) _Pragma(#text)
-#define RLHF_BEGIN_TARGET(isa) RLHF_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define RLHF_BEGIN_TARGET(isa) \
+  RLHF_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define RLHF_END_TARGET _Pragma("clang attribute pop")
 #else
 #define RLHF_PRAGMA(text) _Pragma(#text)
@@ -37,7 +39,7 @@ namespace rlhf {
 #define RLHF_ISA 0
 namespace scalar { namespace {
 #include "table.h"
-}}
+}}  // namespace scalar
 #undef RLHF_ISA
 
 #ifdef __x86_64__
@@ -45,7 +47,7 @@ namespace scalar { namespace {
 RLHF_BEGIN_TARGET("avx2,fma,f16c")
 namespace avx2 { namespace {
 #include "table.h"
-}}
+}}  // namespace avx2
 RLHF_END_TARGET
 #undef RLHF_ISA
 
@@ -53,7 +55,7 @@ RLHF_END_TARGET
 RLHF_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace avx512 { namespace {
 #include "table.h"
-}}
+}}  // namespace avx512
 RLHF_END_TARGET
 #undef RLHF_ISA
 
@@ -61,22 +63,31 @@ RLHF_END_TARGET
 RLHF_BEGIN_TARGET("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace avx512_bf16 { namespace {
 #include "table.h"
-}}
+}}  // namespace avx512_bf16
 RLHF_END_TARGET
 #undef RLHF_ISA
 #elif defined(__aarch64__)
 #define RLHF_ISA 1
 namespace neon { namespace {
 #include "table.h"
-}}
+}}  // namespace neon
 #undef RLHF_ISA
 #endif
 
 namespace {
 
-struct Isa { const char* name; const Table* table; };
+template <class... Parts> [[noreturn]] void reject(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
 
-// __builtin_cpu_supports asks cpuid and whether the operating system saves the registers.
+struct Isa {
+  const char* name;
+  const Table* table;
+};
+
+// __builtin_cpu_supports also checks that the operating system saves the registers.
 std::vector<Isa> supported() {
   std::vector<Isa> isas = {{"scalar", &scalar::table}};
 #ifdef __x86_64__
@@ -86,7 +97,8 @@ std::vector<Isa> supported() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       isas.push_back({"avx512", &avx512::table});
-      if (__builtin_cpu_supports("avx512bf16")) isas.push_back({"avx512_bf16", &avx512_bf16::table});
+      if (__builtin_cpu_supports("avx512bf16"))
+        isas.push_back({"avx512_bf16", &avx512_bf16::table});
     }
   }
 #elif defined(__aarch64__)
@@ -104,16 +116,16 @@ Isa choose() {
     if (std::strcmp(isa.name, wanted) == 0) return isa;
     possible += std::string(possible.empty() ? "" : ", ") + isa.name;
   }
-  throw std::invalid_argument("RLHF_CORE_CPU_ISA=" + std::string(wanted) + " is not possible here; this CPU runs " +
-                              possible);
+  reject("RLHF_CORE_CPU_ISA=", wanted, " is not available here: unset it, or choose from ",
+         possible);
 }
 
 const Isa& chosen() {
-  static const Isa isa = choose();  // at the first call; one that throws is asked again
+  static const Isa isa = choose();  // at the first call, or again after one that threw
   return isa;
 }
 
-// Rows in a chunk of work worth a thread's while: some 30 us, as waking one on a busy machine is not cheap.
+// Rows per chunk: about 30 us of work, because waking a thread on a busy machine is not cheap.
 int64_t row_grain(int64_t elements_per_row) {
   return std::max<int64_t>(1, (int64_t{1} << 17) / std::max<int64_t>(1, elements_per_row));
 }
@@ -123,9 +135,10 @@ void run(Kernel<Args> kernel, const Args& args, int64_t n, int64_t grain, int th
   parallel_for(n, grain, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// Both parts together (Chan, Golub & LeVeque 1979, eq. 2.1).
+// The moments of two parts combined (Chan, Golub & LeVeque 1979, eq. 2.1).
 Moments combine(const Moments& a, const Moments& b) {
-  const double count = a.count + b.count, delta = b.mean - a.mean, share = b.count / std::fmax(count, 1);
+  const double count = a.count + b.count, share = b.count / std::fmax(count, 1);
+  const double delta = b.mean - a.mean;
   return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 
@@ -134,26 +147,22 @@ void check_targets(const LogprobsArgs& a) {
     for (int64_t t = 0; t < a.T; ++t) {
       const int64_t y = a.targets.at(b, t);
       if ((y >= 0 && y < a.V) || (a.mask && !a.mask.at(b, t))) continue;
-      throw std::invalid_argument("target " + std::to_string(y) + " at (" + std::to_string(b) + ", " +
-                                  std::to_string(t) + ") is outside [0, " + std::to_string(a.V) +
-                                  "); positions without a target need mask=targets != IGNORE_INDEX");
+      reject("target ", y, " at (", b, ", ", t, ") is outside [0, ", a.V,
+             "); positions without a target need mask=targets != IGNORE_INDEX");
     }
 }
 
-// Where each row's new token goes.
+// The position of each row's new token.
 std::vector<int64_t> positions_of(const DecodeAttentionArgs& a) {
   std::vector<bool> taken(a.N);
   std::vector<int64_t> positions(a.B);
   for (int64_t b = 0; b < a.B; ++b) {
     const int64_t slot = a.slots[b];
-    const bool inside = slot >= 0 && slot < a.N;
-    const int64_t n = inside ? a.lengths[slot] : 0;
-    if (!inside || taken[slot] || n < 0 || n >= a.S)
-      throw std::invalid_argument("row " + std::to_string(b) + ": slot " + std::to_string(slot) +
-                                  (!inside        ? " is outside [0, " + std::to_string(a.N) + ")"
-                                   : taken[slot] ? " is an earlier row's"
-                                                 : " has length " + std::to_string(n) +
-                                                       ", no room for another token in " + std::to_string(a.S)));
+    const auto reject_slot = [&](auto... why) { reject("row ", b, ": slot ", slot, why...); };
+    if (slot < 0 || slot >= a.N) reject_slot(" is outside [0, ", a.N, ")");
+    if (taken[slot]) reject_slot(" is an earlier row's");
+    const int64_t n = a.lengths[slot];
+    if (n < 0 || n >= a.S) reject_slot(" has length ", n, ", no room for another token in ", a.S);
     taken[slot] = true;
     positions[b] = n;
   }
@@ -187,8 +196,13 @@ void kl_estimate_bwd(const KlArgs& a, int64_t n, int threads) {
   run(chosen().table->kl_bwd[a.estimator], a, n, row_grain(1), threads);
 }
 
-void gae_fwd(const GaeArgs& a, int threads) { run(chosen().table->gae_fwd, a, a.B, row_grain(a.T), threads); }
-void gae_bwd(const GaeArgs& a, int threads) { run(chosen().table->gae_bwd, a, a.B, row_grain(2 * a.T), threads); }
+void gae_fwd(const GaeArgs& a, int threads) {
+  run(chosen().table->gae_fwd, a, a.B, row_grain(a.T), threads);
+}
+
+void gae_bwd(const GaeArgs& a, int threads) {
+  run(chosen().table->gae_bwd, a, a.B, row_grain(2 * a.T), threads);
+}
 
 void ppo_advantages_fwd(AdvantagesArgs a, bool whitened, int threads) {
   std::vector<Moments> moments(whitened ? a.gae.B : 0);
@@ -201,7 +215,8 @@ void ppo_advantages_fwd(AdvantagesArgs a, bool whitened, int threads) {
   const int64_t first = a.gae.begin(0), n = a.gae.begin(a.gae.B) - first;
   const double scale = 1 / std::sqrt(all.m2 / std::fmax(all.count, 1) + 1e-8);
   parallel_for(n, row_grain(1), threads, [&](int64_t begin, int64_t end) {
-    table.whiten(a.gae.advantages + first + begin, a.gae.mask + first + begin, end - begin, all.mean, scale);
+    table.whiten(a.gae.advantages + first + begin, a.gae.mask + first + begin, end - begin,
+                 all.mean, scale);
   });
 }
 
@@ -214,7 +229,8 @@ void ppo_loss_fwd(PpoLossArgs a, int threads) {
   double sums[kPpoSums] = {};
   for (size_t i = 0; i < chunk_sums.size(); ++i) sums[i % kPpoSums] += chunk_sums[i];
   const double count = std::max(1.0, sums[kCount]);
-  const double scale = a.weights ? 1 : 1 / (a.sequence_mean ? std::max(1.0, sums[kSequences]) : count);
+  const double scale =
+      a.weights ? 1 : 1 / (a.sequence_mean ? std::max(1.0, sums[kSequences]) : count);
   *a.loss = static_cast<float>(sums[kLoss] * scale);
   *a.scale = static_cast<float>(scale);
   for (int k = 0; k < kCount; ++k) a.stats[k] = static_cast<float>(sums[k] / count);
@@ -224,32 +240,32 @@ void ppo_loss_fwd(PpoLossArgs a, int threads) {
 void decode_attention_fwd(DecodeAttentionArgs a, int threads) {
   const std::vector<int64_t> positions = positions_of(a);
   a.positions = positions.data();
-  int64_t keys = 0;  // that all rows together see
+  int64_t keys = 0;  // read by all rows together
   for (int64_t n : positions) keys += std::min(n + 1, a.window);
   const int64_t per_unit = keys / std::max<int64_t>(a.B, 1) * a.K * (1 + a.H / a.Hkv);
-  run(chosen().table->decode_attention[a.cache_dtype], a, a.B * a.Hkv, row_grain(per_unit), threads);
+  run(chosen().table->decode_attention[a.cache_dtype], a, a.B * a.Hkv, row_grain(per_unit),
+      threads);
 }
 
 void rms_norm_fwd(const RmsNormArgs& a, int threads) {
   run(chosen().table->rms_norm[a.dtype], a, a.B, row_grain(a.D), threads);
 }
 
-void packed_decode_fwd(const PackedDecodeArgs& args, int64_t size, int threads) {
+void packed_decode_fwd(const PackedDecodeArgs& args, int64_t num_weights, int threads) {
   const int64_t B = args.attention.B, T = args.T;
   const std::vector<int64_t> positions = positions_of(args.attention);
   for (int64_t b = 0; b < B; ++b) {
     const int64_t count = args.count(b);
     if (count < 1 || count > T || positions[b] + count > args.attention.S)
-      throw std::invalid_argument("row " + std::to_string(b) + ": " + std::to_string(count) + " of " +
-                                  std::to_string(T) + " tokens behind " + std::to_string(positions[b]) +
-                                  " in a cache of " + std::to_string(args.attention.S));
+      reject("row ", b, ": cannot append ", count, " of ", T, " tokens at position ", positions[b],
+             " of a cache of ", args.attention.S);
     for (int64_t t = b * T; t < b * T + count; ++t)
       if (args.tokens[t] < 0 || args.tokens[t] >= args.V)
-        throw std::invalid_argument("row " + std::to_string(b) + ": token " + std::to_string(args.tokens[t]) +
-                                    " is outside [0, " + std::to_string(args.V) + ")");
+        reject("row ", b, ": token ", args.tokens[t], " is outside [0, ", args.V, ")");
   }
-  // More rows than the work alone asks for: each time the weights are read anew.
-  const int64_t grain = std::max(row_grain(size * T / 8), std::min(kDecodeRows, (B + threads - 1) / threads));
+  // Larger chunks than the work alone requires, because every chunk reads all the weights.
+  const int64_t grain =
+      std::max(row_grain(num_weights * T / 8), std::min(kDecodeRows, (B + threads - 1) / threads));
   parallel_for(B, grain, threads, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[args.scratch_size()]);
     PackedDecodeArgs a = args;
@@ -261,7 +277,7 @@ void packed_decode_fwd(const PackedDecodeArgs& args, int64_t size, int threads) 
 void sample_tokens_fwd(const SamplingArgs& args, int threads) {
   const auto kernel = chosen().table->sample_tokens[args.dtype];
   parallel_for(args.B, row_grain(2 * args.V), threads, [&](int64_t begin, int64_t end) {
-    const int64_t blocks = args.V / 1024 + 1, lanes = 16;  // or fewer
+    const int64_t blocks = args.V / 1024 + 1, lanes = 16;  // kDraw; the widest W
     const std::unique_ptr<double[]> sums(new double[blocks]);
     const std::unique_ptr<float[]> scratch(new float[blocks + 3 * (args.V + lanes) + 1024]);
     SamplingArgs a = args;

@@ -1,8 +1,7 @@
-// Generalised advantage estimation over the counted tokens of each sequence, its adjoint, and the chain that PPO wants
-// around it: KL-shaped rewards before, whitening behind. Carried in double. What is masked is neither used nor waited
-// for, its outputs are 0. ISA-generic; see simd.h.
+// Generalised advantage estimation (GAE), its gradient, and PPO's steps around it: KL-shaped
+// rewards before, whitening after. Runs in double. Masked tokens are skipped and get 0.
 
-// What of a sequence lies behind the token at hand.
+// The next unmasked token of the sequence.
 struct Future { double value, advantage; };
 
 SIMD void gae_token(const GaeArgs& a, int64_t i, Future& next) {
@@ -14,14 +13,15 @@ SIMD void gae_token(const GaeArgs& a, int64_t i, Future& next) {
   a.returns[i] = static_cast<float>(next.advantage + value);
 }
 
-// kTokens doubles are a vector of the ISA's own width. Lane k of SHIFT is lane k + n, 0 where there is none.
+// kTokens doubles fill one register. Lane k of SHIFT(x, n) is lane k + n of x, or 0 past the end.
 constexpr int kTokens = W / 2;
 typedef double G __attribute__((vector_size(8 * kTokens)));
 typedef float GF __attribute__((vector_size(4 * kTokens)));
 #if !defined(__clang__) && __GNUC__ < 12
-#undef SHIFT  // one token at a time, then
+#undef SHIFT  // no shuffles before gcc 12: one token at a time
 #elif RLHF_ISA >= 512
-#define SHIFT(x, n) __builtin_shufflevector(x, G{}, n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7)
+#define SHIFT(x, n) \
+  __builtin_shufflevector(x, G{}, n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7)
 #elif RLHF_ISA == 2
 #define SHIFT(x, n) __builtin_shufflevector(x, G{}, n, n + 1, n + 2, n + 3)
 #else
@@ -29,8 +29,8 @@ typedef float GF __attribute__((vector_size(4 * kTokens)));
 #endif
 
 #ifdef SHIFT
-// As many counted tokens, from i on; powers_k = decay^(kTokens - k). The recursion x_k += decay * x_{k+1}, the last one
-// first, takes log2 kTokens steps.
+// kTokens unmasked tokens from i on; powers_k = decay^(kTokens - k). The recursion
+// x_k += decay * x_{k+1}, last token first, takes log2(kTokens) steps.
 SIMD void gae_tokens(const GaeArgs& a, int64_t i, G powers, Future& next) {
   const G rewards = __builtin_convertvector(read<GF>(a.rewards + i), G);
   const G values = __builtin_convertvector(read<GF>(a.values + i), G);
@@ -41,7 +41,7 @@ SIMD void gae_tokens(const GaeArgs& a, int64_t i, G powers, Future& next) {
   x += SHIFT(x, 1) * decay;
   if (kTokens > 2) decay *= decay, x += SHIFT(x, 2 % kTokens) * decay;
   if (kTokens > 4) decay *= decay, x += SHIFT(x, 4 % kTokens) * decay;
-  const double advantage = x[0] + powers[0] * next.advantage;  // all that the next tokens wait for
+  const double advantage = x[0] + powers[0] * next.advantage;  // all that the next call waits for
   x += powers * next.advantage;
   write(a.advantages + i, __builtin_convertvector(x, GF));
   write(a.returns + i, __builtin_convertvector(x + values, GF));
@@ -59,7 +59,7 @@ void gae_fwd(const GaeArgs& a, int64_t begin, int64_t end) {
     Future next = {a.last_values ? a.last_values[b] : 0, 0};
     const int64_t first = a.begin(b);
     int64_t stop = a.begin(b + 1);
-    while (stop > first) {  // in blocks that count from the sequence's end, the same wherever it lies
+    while (stop > first) {  // blocks align to the end, so a row's place in the batch is irrelevant
       const int64_t i = std::max(first, stop - kTokens);
 #ifdef SHIFT
       if (stop - i == kTokens && std::memcmp(a.mask + i, all, kTokens) == 0) {
@@ -77,7 +77,7 @@ void gae_fwd(const GaeArgs& a, int64_t begin, int64_t end) {
 void gae_bwd(const GaeArgs& a, int64_t begin, int64_t end) {
   const double decay = a.gamma * a.lam;
   for (int64_t b = begin; b < end; ++b) {
-    double ddelta = 0;  // of the counted token before
+    double ddelta = 0;  // of the previous unmasked token
     for (int64_t i = a.begin(b); i < a.begin(b + 1); ++i) {
       a.drewards[i] = a.dvalues[i] = 0;
       if (!a.mask[i]) continue;
@@ -90,7 +90,7 @@ void gae_bwd(const GaeArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Of the counted values. Sums of differences from one of them, so that equal ones have no variance to the last bit.
+// Of the unmasked values. Differences from the first one give equal values exactly zero variance.
 SIMD Moments moments(const float* x, const bool* mask, int64_t n) {
   int64_t i = 0;
   while (i < n && !mask[i]) ++i;
@@ -101,7 +101,8 @@ SIMD Moments moments(const float* x, const bool* mask, int64_t n) {
   for (; i < n; i += W) {
     const int64_t k = std::min<int64_t>(n - i, W);
     const I counted = load_mask(mask + i, k);
-    const D difference = __builtin_convertvector(select(counted, load_n(x + i, k), splat(pivot)), D) - double(pivot);
+    const F values = select(counted, load_n(x + i, k), splat(pivot));
+    const D difference = __builtin_convertvector(values, D) - double(pivot);
     counts -= counted;
     firsts += difference;
     seconds += difference * difference;
@@ -122,11 +123,12 @@ void ppo_advantages(const AdvantagesArgs& a, int64_t begin, int64_t end) {
     while (last >= first && !a.gae.mask[last]) --last;
     if (last >= first) a.rewards[last] = static_cast<float>(a.scores[b] - a.kl_coef * kl[last]);
     gae_fwd(a.gae, b, b + 1);
-    if (a.moments) a.moments[b] = moments(a.gae.advantages + first, a.gae.mask + first, stop - first);
+    if (a.moments)
+      a.moments[b] = moments(a.gae.advantages + first, a.gae.mask + first, stop - first);
   }
 }
 
-// Masked values become 0.
+// Whitens in place: (x - mean) * scale, and 0 where masked.
 void whiten(float* x, const bool* mask, int64_t n, double mean, double scale) {
   for (int64_t i = 0; i < n; i += W) {
     const int64_t k = std::min<int64_t>(n - i, W);

@@ -1,13 +1,14 @@
-// Log-probability of one target per row, optionally the entropy of the row, and the gradient of both. ISA-generic; see
-// simd.h for how it is included.
+// Log-probability of one target per row, optionally the row's entropy, and the gradient of both.
+// ISA-generic; see simd.h.
 //
-// With u = z - m and t = log2(e) / temperature * u, a row is d = sum 2^t and s = sum t 2^t; log-prob and entropy
-// follow. The offset m starts as the maximum of the row's first elements, not of the whole row: finding that would be
-// a second pass, and an online maximum costs more than the exponential. A block whose sum shows that m was too low is
-// done again with its true maximum. Nothing here depends on alignment or neighbours, nor d on s being asked for.
+// With u = z - m and t = log2(e) / temperature * u, both follow from d = sum 2^t and s = sum t 2^t.
+// The offset m starts as the maximum of the row's first elements: that of the whole row would need
+// a second pass, and an online maximum costs more than the exponential. A block whose sum shows
+// that m was too low is summed again with its true maximum. Nothing depends on alignment or on
+// other rows, and d does not depend on whether s is requested.
 
 constexpr int64_t kBlock = 4096;  // float32 sums within a block, double across blocks
-constexpr int64_t kFirst = 256;   // elements that the first offset is taken from
+constexpr int64_t kFirst = 256;   // the first offset is the maximum of this many elements
 constexpr float kFloor = -1024;   // keeps t * 2^t at 0 where t = -inf
 
 template <class E>
@@ -22,7 +23,7 @@ SIMD float block_max(const E* z, int64_t n) {
 template <bool kEntropy>
 SIMD void accumulate(F z, F m, F c, F lowest, F& d, F& s) {
   const F u = max(lowest, z - m), t = u * c, n = round(t);
-  const F e = exp2(n, fma(u, c, -n));  // not t - n: t is rounded, u * c is not
+  const F e = exp2(n, fma(u, c, -n));  // not t - n, because t is rounded
   d += e;
   if (kEntropy) s = fma(e, t, s);
 }
@@ -32,7 +33,7 @@ SIMD void block_sums(const E* z, int64_t n, float offset, float scale, double& d
   const F m = splat(offset), c = splat(scale), lowest = splat(kFloor / scale);
   F d_total = {}, s_total = {};
   int64_t i = 0;
-  while (i + 4 * W <= n) {  // few additions in a chain: equal elements would all round the same way
+  while (i + 4 * W <= n) {  // short chains of additions: equal elements all round the same way
     F ds[4] = {}, ss[4] = {};
     for (const int64_t stop = std::min(n, i + 64 * W); i + 4 * W <= stop; i += 4 * W) {
 #pragma GCC unroll 2
@@ -52,7 +53,10 @@ SIMD void block_sums(const E* z, int64_t n, float offset, float scale, double& d
   s = sum(s_total);
 }
 
-struct RowSums { float m; double d, s; };
+struct RowSums {
+  float m;
+  double d, s;
+};
 
 template <class E, bool kEntropy>
 RowSums row_sums(const E* z, int64_t V, float c) {
@@ -62,7 +66,7 @@ RowSums row_sums(const E* z, int64_t V, float c) {
     const int64_t n = std::min(V - i, kBlock);
     double block_d = NAN, block_s;
     if (m != -INFINITY) block_sums<E, kEntropy>(z + i, n, m, c, block_d, block_s);
-    if (!(block_d >= 0 && block_d <= n)) {  // some z is above m; or a NaN, or no offset yet
+    if (!(block_d >= 0 && block_d <= n)) {  // some z is above m, or NaN, or no offset yet
       const float higher = std::max(m, block_max(z + i, n));
       if (higher == -INFINITY) continue;
       if (d > 0) {
@@ -79,8 +83,7 @@ RowSums row_sums(const E* z, int64_t V, float c) {
   return {m, d, s};
 }
 
-template <class E>
-SIMD double element(const E* z, int64_t j) { return load_partial(z + j, 1)[0]; }
+template <class E> SIMD double element(const E* z, int64_t j) { return load_partial(z + j, 1)[0]; }
 
 template <class E>
 void logprobs_fwd(const LogprobsArgs& a, int64_t begin, int64_t end) {
@@ -90,15 +93,15 @@ void logprobs_fwd(const LogprobsArgs& a, int64_t begin, int64_t end) {
     if (!a.mask || a.mask.at(b, t)) {
       const E* z = a.logits.at<const E>(b, t);
       const float c = static_cast<float>(kLog2e / a.temperature_at(b, t));
-      const double inverse = c * kLn2;  // 1 / temperature as the sums have seen it: the rounding of c cancels
+      const double inverse = c * kLn2;  // 1 / temperature with the rounding of c, as in the sums
       const RowSums r = a.entropy ? row_sums<E, true>(z, a.V, c) : row_sums<E, false>(z, a.V, c);
       const double log_d = std::log(r.d);
       logprob = (element(z, a.targets.at(b, t)) - r.m) * inverse - log_d;
       entropy = log_d - r.s / r.d * kLn2;
-      if (logprob > 0) logprob = 0;  // NaN passes
+      if (logprob > 0) logprob = 0;  // keeps NaN
       if (entropy < 0) entropy = 0;
-      // The whole log-sum-exp as the offset, what its rounding lost as the rest: p = exp((z - offset) / T - rest) then
-      // costs the backward no digits.
+      // `offset` is the whole log-sum-exp and `rest` its rounding error, so that the backward loses
+      // no digits in p = exp((z - offset) / T - rest).
       offset = static_cast<float>(r.m + log_d / inverse);
       rest = (r.m - offset) * inverse + log_d;
     }
@@ -110,7 +113,7 @@ void logprobs_fwd(const LogprobsArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// dz_j = p_j * (slope * log2 p_j + level), the form that the gradient has everywhere but at the target.
+// The gradient everywhere except at the target: dz_j = p_j * (slope * log2 p_j + level).
 struct GradientLine { F m, c, rest, slope, level; };
 
 template <bool kEntropy>
@@ -153,8 +156,8 @@ void logprobs_bwd(const LogprobsArgs& a, int64_t begin, int64_t end) {
                                splat(static_cast<float>(-h * kLn2 / temperature)),
                                splat(static_cast<float>(-(g + h * entropy) / temperature))};
     E at_target = {};
-    if (y >= 0 && y < a.V) {  // else it is in another part of the vocabulary
-      double logp = (element(z, y) - m) * inverse - rest;  // before dz, which may be z, is written
+    if (y >= 0 && y < a.V) {  // otherwise in another part of the vocabulary
+      double logp = (element(z, y) - m) * inverse - rest;  // before gradient_row, as dz may be z
       if (logp > 0) logp = 0;
       double dz_y = -g * std::expm1(logp);  // 1 - p without cancellation
       if (h != 0 && logp != -INFINITY) dz_y -= h * std::exp(logp) * (logp + entropy);

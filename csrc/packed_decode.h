@@ -1,26 +1,26 @@
-// New tokens of some rows through all of a small model, to logits of each row's last one; see
-// rlhf_core/models/packed_decode.py for the order of `weights`, simd.h for how this is included.
+// Runs the new tokens of each row through a small model, to the logits of the row's last token.
+// rlhf_core/models/packed_decode.py gives the order of `weights`. ISA-generic; see simd.h.
 //
-// A row meets no other: a thread takes its rows through every layer without waiting for anybody, in blocks whose
-// activations lie in its cache beside the weights. An output is summed in one order whatever rows are beside it.
+// A thread takes its rows through all layers without waiting for others, in blocks whose
+// activations fit into its cache beside the weights. No sum's order depends on the other rows.
 
 constexpr int64_t kVectors = kPanel / W;
-constexpr int kTile = W == 16 ? 8 : W == 8 || RLHF_ISA == 1 ? 3 : 1;  // rows whose sums of a panel fit the registers
+constexpr int kTile = W == 16 ? 8 : W == 8 || RLHF_ISA == 1 ? 3 : 1;  // rows that fit in registers
 
 struct Linear {
   const float* x;  // (n, in)
   int64_t x_stride, in, n;
   float* y;  // (n, out)
   int64_t y_stride, out;
-  bool add;  // to what y holds
+  bool add;  // to y instead of overwriting it
 };
 
 __attribute__((noinline)) void finish(float* y, int64_t n, bool add, F sum) {
   store_partial(y, add ? load_partial(y, n) + sum : sum, n);
 }
 
-// kRows rows of x, from row r on, by the weights of the outputs from j on: kPanel biases, then kPanel weights for each
-// input.
+// kPanel outputs from j on, for kRows rows from r on. w holds kPanel biases, then kPanel weights
+// for each input.
 template <int kRows>
 SIMD void panel(const Linear& l, const float* w, int64_t j, int64_t r) {
   const float* x = l.x + r * l.x_stride;
@@ -55,14 +55,16 @@ void panel_of_rows(const Linear& l, const float* w, int64_t j, int64_t r) {
   if constexpr (kRows > 1) panel_of_rows<kRows - 1>(l, w, j, r);
 }
 
-// y = x W^T + b; returns what lies behind W and b.
+// y = x W^T + b. Returns the end of W and b.
 const float* linear(const Linear& l, const float* w) {
-  for (int64_t j = 0; j < l.out; j += kPanel, w += (1 + l.in) * kPanel) panel_of_rows<kTile>(l, w, j, 0);
+  for (int64_t j = 0; j < l.out; j += kPanel, w += (1 + l.in) * kPanel)
+    panel_of_rows<kTile>(l, w, j, 0);
   return w;
 }
 
-// out (n, D) = rms_norm(x), x's rows `stride` apart; returns what lies behind the norm's weights.
-const float* norm(const float* x, int64_t stride, int64_t n, int64_t D, float eps, const float* w, float* out) {
+// out (n, D) = rms_norm(x), where x has this row stride. Returns the end of the norm's weights.
+const float* norm(const float* x, int64_t stride, int64_t n, int64_t D, float eps, const float* w,
+                  float* out) {
   RmsNormArgs a = {};
   a.D = D, a.eps = eps, a.x = {reinterpret_cast<char*>(const_cast<float*>(x)), stride, 0};
   a.weight = reinterpret_cast<const char*>(w), a.out = reinterpret_cast<char*>(out);
@@ -70,7 +72,7 @@ const float* norm(const float* x, int64_t stride, int64_t n, int64_t D, float ep
   return w + D;
 }
 
-// x (2 I), with room for W more, to silu(first half) * second half in its first half.
+// x[:I] = silu(x[:I]) * x[I:2 I]. x has room for W more.
 SIMD void gate(float* x, int64_t I) {
   for (int64_t i = 0; i < I; i += W) {
     const F z = load(x + i), up = load(x + I + i);
@@ -80,13 +82,15 @@ SIMD void gate(float* x, int64_t I) {
 
 void packed_decode(const PackedDecodeArgs& a, int64_t begin, int64_t end) {
   const int64_t D = a.D, K = a.attention.K, heads = a.attention.H * K, kv = a.attention.Hkv * K;
-  const int64_t qkv = heads + 2 * kv, wide = a.wide(), store = a.attention.N * kv * a.attention.S * sizeof(float);
-  float *const x = a.scratch, *const h = x + kDecodeRows * D, *const y = h + kDecodeRows * std::max(D, heads);
+  const int64_t qkv = heads + 2 * kv, wide = a.wide();
+  const int64_t store = a.attention.N * kv * a.attention.S * sizeof(float);
+  float *const x = a.scratch, *const h = x + kDecodeRows * D;
+  float* const y = h + kDecodeRows * std::max(D, heads);
   const auto bytes = [](float* p) { return reinterpret_cast<char*>(p); };
   int64_t slots[kDecodeRows], positions[kDecodeRows], last[kDecodeRows];
 
   for (int64_t b = begin, t = 0; b < end;) {
-    int64_t n = 0, ends = 0;  // tokens in this block, one row's after the other's; rows whose last one is among them
+    int64_t n = 0, ends = 0;  // tokens in this block, and those that are a row's last
     for (; n < kDecodeRows && b < end; ++n) {
       copy(a.embedding + a.tokens[b * a.T + t] * D, D, x + n * D);
       slots[n] = a.attention.slots[b], positions[n] = a.lengths[slots[n]] + t;
@@ -94,7 +98,8 @@ void packed_decode(const PackedDecodeArgs& a, int64_t begin, int64_t end) {
     }
     DecodeAttentionArgs attention = a.attention;
     attention.slots = slots, attention.positions = positions, attention.out = bytes(h);
-    attention.q = {bytes(y), wide}, attention.k = {bytes(y + heads), wide}, attention.v = {bytes(y + heads + kv), wide};
+    attention.q = {bytes(y), wide, K}, attention.k = {bytes(y + heads), wide, K};
+    attention.v = {bytes(y + heads + kv), wide, K};
     const float* w = a.weights;
     for (int64_t layer = 0; layer < a.layers; ++layer) {
       w = norm(x, D, n, D, a.eps, w, h);
@@ -107,9 +112,9 @@ void packed_decode(const PackedDecodeArgs& a, int64_t begin, int64_t end) {
         }
         w += 2 * K;
       }
-      decode_attention<float>(attention, 0, n * attention.Hkv);  // in order: a token sees those before it
+      decode_attention<float>(attention, 0, n * attention.Hkv);  // in order, hence causal
       attention.keys += store, attention.values += store;
-      if (layer == a.layers - 1) {  // of the others nobody wants more than keys and values
+      if (layer == a.layers - 1) {  // from here on only each row's last token matters
         for (int64_t r = 0; r < ends; ++r) {
           std::memmove(x + r * D, x + last[r] * D, D * sizeof(float));
           std::memmove(h + r * heads, h + last[r] * heads, heads * sizeof(float));

@@ -1,5 +1,5 @@
-// parallel_for over independent rows. Threads draw chunks from a counter, so that masked rows and busy cores even out;
-// as no row is ever split, who computes it cannot change the result.
+// parallel_for over independent rows. Threads take chunks from a shared counter, which evens out
+// masked rows and busy cores. Rows are never split, so results do not depend on the threads.
 #pragma once
 
 #include <algorithm>
@@ -15,13 +15,13 @@
 namespace rlhf {
 
 #ifdef _OPENMP
-// A forked child has none of its parent's OpenMP threads, but libgomp would wait for them: there the caller works alone.
+// A forked child has lost its parent's OpenMP threads, but libgomp would wait for them.
 inline bool forked = false;
 inline const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
-// Calls body(begin, end) over [0, n) in chunks of `grain`. One chunk, or one thread, runs in the caller: a chunk should
-// be worth more than waking a thread (some 10 us).
+// Calls body(begin, end) over [0, n) in chunks of `grain`. A single chunk or thread runs in the
+// caller. A chunk should take longer than waking a thread, about 10 us.
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
   threads = static_cast<int>(std::min<int64_t>(threads, (n + grain - 1) / grain));
@@ -31,9 +31,10 @@ void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
   if (threads <= 1) return body(0, n);
   std::atomic<int64_t> next{0};
   const auto work = [&] {
-    for (int64_t i; (i = next.fetch_add(grain, std::memory_order_relaxed)) < n;) body(i, std::min(i + grain, n));
+    for (int64_t i; (i = next.fetch_add(grain, std::memory_order_relaxed)) < n;)
+      body(i, std::min(i + grain, n));
   };
-#ifdef _OPENMP  // torch's own libgomp, whose threads are already there
+#ifdef _OPENMP  // torch's own libgomp, whose threads already exist
 #pragma omp parallel num_threads(threads)
   work();
 #else

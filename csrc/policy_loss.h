@@ -1,30 +1,32 @@
-// PPO's clipped policy and value losses, their gradients and statistics in one pass; the formulas are in
-// rlhf_core/ops/policy_loss.py. ISA-generic; see simd.h.
+// PPO's clipped policy and value losses, their gradients and statistics, in one pass. The formulas
+// are in rlhf_core/ops/policy_loss.py. ISA-generic; see simd.h.
 //
-// Masked inputs become 0 as they are read, and then contribute nothing. Sums are float32 over a few vectors, double
-// beyond; a chunk of rows has sums of its own, and dispatch.cpp adds the chunks in order.
+// Masked inputs are read as 0 and contribute nothing. Sums are float32 over a few vectors, then
+// double. Each chunk of rows has its own sums, and dispatch.cpp adds the chunks in order.
 
-constexpr float kMaxLogRatio = 20;  // exp of more would overflow, and a zero advantage times it be NaN
+constexpr float kMaxLogRatio = 20;  // keeps exp finite, because 0 * inf would be NaN
 
-// The share of the gradient of torch.maximum(x, y) that goes to x.
-SIMD F share_of_maximum(F x, F y) { return select(x < y, F{}, select(x == y, splat(0.5f), splat(1.f))); }
+// The part of torch.maximum(x, y)'s gradient that goes to x.
+SIMD F share_of_maximum(F x, F y) {
+  return select(x < y, F{}, select(x == y, splat(0.5f), splat(1.f)));
+}
 
-SIMD F load_counted(I counted, const float* p, int64_t n) { return zero_unless(counted, load_n(p, n)); }
-
-// Limits first: a NaN passes.
+// min and max return their second argument if either is NaN, so x comes last.
 SIMD F clamp(F x, F low, F high) { return min(high, max(low, x)); }
 
-// Elements i .. i + n.
+// Elements [i, i + n).
 SIMD void ppo_step(const PpoLossArgs& a, int64_t i, int64_t n, float row_weight, F* sums) {
   const I counted = load_mask(a.mask + i, n);
+  const auto load_counted = [&](const float* p) { return zero_unless(counted, load_n(p + i, n)); };
   const F one = zero_unless(counted, splat(1.f));
-  const F weight = a.weights ? load_counted(counted, a.weights + i, n) : one * row_weight;
+  const F weight = a.weights ? load_counted(a.weights) : one * row_weight;
 
-  const F log_ratio = load_counted(counted, a.logprobs + i, n) - load_counted(counted, a.old_logprobs + i, n);
-  const F advantage = load_counted(counted, a.advantages + i, n);
+  const F log_ratio = load_counted(a.logprobs) - load_counted(a.old_logprobs);
+  const F advantage = load_counted(a.advantages);
   const F held = clamp(log_ratio, splat(-kMaxLogRatio), splat(kMaxLogRatio)), ratio = exp(held);
   const F near_ratio = clamp(ratio, splat(float(1 - a.clip_low)), splat(float(1 + a.clip_high)));
-  const F unclipped = -advantage * ratio, clipped = -advantage * near_ratio, bound = -advantage * a.dual_clip;
+  const F unclipped = -advantage * ratio, clipped = -advantage * near_ratio;
+  const F bound = -advantage * a.dual_clip;
   const F worse = select(clipped > unclipped, clipped, unclipped);
   const I bounded = (advantage < 0.f) & (bound < worse), flows = (held == log_ratio) & ~bounded;
   const F policy_loss = select(bounded, bound, worse);
@@ -40,10 +42,11 @@ SIMD void ppo_step(const PpoLossArgs& a, int64_t i, int64_t n, float row_weight,
   sums[kCount] += one;
 
   if (a.values) {
-    const F value = load_counted(counted, a.values + i, n), old = load_counted(counted, a.old_values + i, n);
-    const F target = load_counted(counted, a.returns + i, n);
+    const F value = load_counted(a.values), old = load_counted(a.old_values);
+    const F target = load_counted(a.returns);
     const F near = clamp(value, old - a.value_clip_range, old + a.value_clip_range);
-    const F error = value - target, squared = error * error, clipped_squared = (near - target) * (near - target);
+    const F error = value - target, squared = error * error;
+    const F clipped_squared = (near - target) * (near - target);
     const F value_loss = select(clipped_squared > squared, clipped_squared, squared) * 0.5f;
     const F share = select(near == value, splat(1.f), share_of_maximum(squared, clipped_squared));
     store_n(a.dvalues + i, error * share * (weight * a.vf_coef), n);
@@ -52,7 +55,7 @@ SIMD void ppo_step(const PpoLossArgs& a, int64_t i, int64_t n, float row_weight,
     sums[kValueClipped] += zero_unless(clipped_squared > squared, one);
   }
   if (a.entropy) {
-    const F entropy = load_counted(counted, a.entropy + i, n);
+    const F entropy = load_counted(a.entropy);
     store_n(a.dentropy + i, weight * -a.entropy_coef, n);
     loss -= entropy * a.entropy_coef;
     sums[kEntropy] += entropy;
@@ -64,7 +67,8 @@ void ppo_loss(const PpoLossArgs& a, int64_t begin, int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     D totals[kSequences] = {};
     double sequences = 0;
-    for (int64_t row = chunk * a.chunk_rows; row < std::min(a.B, (chunk + 1) * a.chunk_rows); ++row) {
+    const int64_t end_row = std::min(a.B, (chunk + 1) * a.chunk_rows);
+    for (int64_t row = chunk * a.chunk_rows; row < end_row; ++row) {
       int64_t i = row * a.T, length = 0;
       const int64_t stop = i + a.T;
       if (a.sequence_mean)

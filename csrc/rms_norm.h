@@ -1,5 +1,5 @@
-// x / sqrt(mean(x^2) + eps) * weight, row by row, in float32; see rlhf_core/ops/rms_norm.py, simd.h for how this is
-// included, and decode_attention.h for `below`.
+// x / sqrt(mean(x^2) + eps) * weight for each row, in float32; see rlhf_core/ops/rms_norm.py.
+// ISA-generic; see simd.h.
 
 template <class E>
 void rms_norm(const RmsNormArgs& a, int64_t begin, int64_t end) {

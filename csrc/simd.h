@@ -1,11 +1,11 @@
-// The vector of one ISA: W float lanes with the compiler's own vector operators, and the few operations those lack.
-// Included by table.h once per ISA, inside an unnamed namespace and a target region, hence no include guard.
-// RLHF_ISA is 513 (AVX-512 + BF16), 512 (AVX-512), 2 (AVX2 + FMA + F16C), 1 (NEON) or 0 (no instruction by name).
+// Vectors of W floats for one ISA: the compiler's vector operators, and the operations they lack.
+// RLHF_ISA is 513 (AVX-512 + BF16), 512 (AVX-512), 2 (AVX2 + FMA + F16C), 1 (NEON) or 0 (portable).
+// table.h includes this per ISA, in a namespace and target region of its own: no include guard.
 
 constexpr int W = RLHF_ISA >= 512 ? 16 : RLHF_ISA == 2 ? 8 : 4;
 typedef float F __attribute__((vector_size(4 * W)));
 typedef double D __attribute__((vector_size(8 * W)));
-typedef int32_t I __attribute__((vector_size(4 * W)));  // comparisons yield it: 0 or -1
+typedef int32_t I __attribute__((vector_size(4 * W)));  // from comparisons: 0 or -1
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint16_t H __attribute__((vector_size(2 * W)));
 typedef uint8_t B8 __attribute__((vector_size(W)));
@@ -21,17 +21,18 @@ constexpr double kLn2 = 0.69314718055994530942, kLog2e = 1.44269504088896340736;
 
 #define SIMD inline __attribute__((always_inline))
 
-template <class V, class P>
-SIMD V read(const P* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-template <class P, class V>
-SIMD void write(P* p, V v) { std::memcpy(p, &v, sizeof v); }
+template <class V, class P> SIMD V read(const P* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class P, class V> SIMD void write(P* p, V v) { std::memcpy(p, &v, sizeof v); }
 
 SIMD F splat(float x) { return x - F{}; }
 SIMD F select(I condition, F a, F b) { return (F)((condition & (I)a) | (~condition & (I)b)); }
 SIMD F zero_unless(I condition, F a) { return (F)(condition & (I)a); }
 
-// Lanes added in order, in double.
-SIMD double sum(F v) {
+SIMD double sum(F v) {  // in lane order, in double
   double total = 0;
   for (int k = 0; k < W; ++k) total += v[k];
   return total;
@@ -43,8 +44,9 @@ SIMD float max_lane(F v) {
   return best;
 }
 
-// fma(a, b, c) = a * b + c. pair_sums: the sum of every two neighbours, a's and then b's. min and max return b where either is NaN. scale2(p, n) = p * 2^n for integral n and p near
-// 1: 0 for n = -inf (or below -126), huge or inf for n > 127; NaN in p stays where n is not -inf.
+// fma(a, b, c) = a * b + c. pair_sums adds every two neighbouring lanes, those of a, then those of
+// b. min and max return b where either is NaN. scale2(p, n) = p * 2^n for integral n and p near 1:
+// 0 for n < -126 (even -inf), huge or inf for n > 127. A NaN in p stays NaN unless n is -inf.
 #if RLHF_ISA >= 512
 SIMD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 SIMD F min(F a, F b) { return _mm512_min_ps(a, b); }
@@ -53,7 +55,8 @@ SIMD F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _
 SIMD F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }
 SIMD F pair_sums(F a, F b) {
   const U low = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, even = 2 * low;
-  return _mm512_permutex2var_ps(a, (__m512i)even, b) + _mm512_permutex2var_ps(a, (__m512i)(even + 1), b);
+  return _mm512_permutex2var_ps(a, (__m512i)even, b) +
+         _mm512_permutex2var_ps(a, (__m512i)(even + 1), b);
 }
 SIMD F load(const F16* p) { return _mm512_cvtph_ps(read<__m256i>(p)); }
 SIMD H to_half(F v) { return (H)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -63,7 +66,7 @@ SIMD F min(F a, F b) { return _mm256_min_ps(a, b); }
 SIMD F max(F a, F b) { return _mm256_max_ps(a, b); }
 SIMD F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 SIMD F pair_sums(F a, F b) {
-  return (F)_mm256_permute4x64_pd((__m256d)_mm256_hadd_ps(a, b), 0xd8);  // hadd takes turns, every four lanes
+  return (F)_mm256_permute4x64_pd((__m256d)_mm256_hadd_ps(a, b), 0xd8);  // hadd alternates a and b
 }
 SIMD F load(const F16* p) { return _mm256_cvtph_ps(read<__m128i>(p)); }
 SIMD H to_half(F v) { return (H)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -76,18 +79,20 @@ SIMD H to_half(F v) { return (H)vcvt_f16_f32(v); }
 #else
 SIMD F fma(F a, F b, F c) { return a * b + c; }
 SIMD F pair_sums(F a, F b) { return F{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]}; }
-// Adding 1.5 * 2^23 leaves no fraction bits; beyond 2^22 nobody needs the rounding.
-SIMD F round(F x) { return select((x < 4194304.f) & (x > -4194304.f), (x + 12582912.f) - 12582912.f, x); }
+// Adding 1.5 * 2^23 leaves no fraction bits. Beyond 2^22 no caller needs the rounding.
+SIMD F round(F x) {
+  return select((x < 4194304.f) & (x > -4194304.f), (x + 12582912.f) - 12582912.f, x);
+}
 SIMD F load(const F16* p) {
   const U h = __builtin_convertvector(read<H>(p), U), magnitude = (h & 0x7fff) << 13;
-  const F x = (F)magnitude * 0x1p112f;  // moves the exponent's bias; exact for subnormals too
+  const F x = (F)magnitude * 0x1p112f;  // changes the exponent's bias; exact even for subnormals
   const U special = (U)((I)magnitude >= 0x0f800000) & 0x7f800000;
   return (F)((U)x | special | (h & 0x8000) << 16);
 }
 SIMD H to_half(F v) {
   const U u = (U)v, sign = u & 0x80000000, magnitude = u ^ sign;
-  const U normal = (magnitude - 0x37fff001 + ((magnitude >> 13) & 1)) >> 13;  // rebias and round to nearest even
-  const U subnormal = (U)((F)magnitude + 0.5f) - 0x3f000000;                  // the adder does the rounding
+  const U normal = (magnitude - 0x37fff001 + ((magnitude >> 13) & 1)) >> 13;  // rebias and round
+  const U subnormal = (U)((F)magnitude + 0.5f) - 0x3f000000;                  // the addition rounds
   U half = (U)((I)magnitude < 0x38800000 ? (I)subnormal : (I)normal);
   half = (U)((I)magnitude >= 0x47800000 ? (I)(U{} + 0x7c00) : (I)half);
   half = (U)((I)magnitude > 0x7f800000 ? (I)(U{} + 0x7e00) : (I)half);
@@ -96,29 +101,27 @@ SIMD H to_half(F v) {
 #endif
 
 #if RLHF_ISA < 2
-SIMD F min(F a, F b) { return select(a < b, a, b); }  // NEON's own make NaN of a NaN in a
+SIMD F min(F a, F b) { return select(a < b, a, b); }  // NEON's own return NaN for a NaN in a
 SIMD F max(F a, F b) { return select(a > b, a, b); }
 #endif
 #if RLHF_ISA < 512
 SIMD F scale2(F p, F n) {
   const I exponent = __builtin_convertvector(max(min(n, splat(127)), splat(-126)), I);
-  return zero_unless(~(n < -126.f), p * (F)((exponent + 127) << 23));  // a product, so that a NaN stays one
+  return zero_unless(~(n < -126.f), p * (F)((exponent + 127) << 23));  // keeps NaN
 }
 #endif
 
 SIMD F load(const float* p) { return read<F>(p); }
 SIMD F load(const BF16* p) { return (F)(__builtin_convertvector(read<H>(p), U) << 16); }
 
-// 2 W elements in any order, which for BF16 is cheaper than in theirs.
-template <class E>
-SIMD void load_pair(const E* p, F& a, F& b) { a = load(p), b = load(p + W); }
+// Loads 2 W elements in any order, because memory order costs more for BF16.
+template <class E> SIMD void load_pair(const E* p, F& a, F& b) { a = load(p), b = load(p + W); }
 SIMD void load_pair(const BF16* p, F& a, F& b) {
   const U pairs = read<U>(p);
   a = (F)(pairs << 16), b = (F)(pairs & 0xffff0000);
 }
 
-// Bit k for a lane k that is true.
-SIMD uint32_t lane_bits(I condition) {
+SIMD uint32_t lane_bits(I condition) {  // bit k is set if lane k is true
 #if RLHF_ISA >= 512
   return _mm512_movepi32_mask((__m512i)condition);
 #elif RLHF_ISA == 2
@@ -130,11 +133,11 @@ SIMD uint32_t lane_bits(I condition) {
 #endif
 }
 
-// Stores the lanes that are true one after the other, and rubbish behind them, but not from p + W on; where the next ones go.
+// Packs the true lanes at p, overwrites what follows up to p + W, and returns the lanes' end.
 SIMD float* compress(float* p, F v, I condition) {
   uint32_t bits = lane_bits(condition);
 #if RLHF_ISA >= 512
-  write(p, _mm512_maskz_compress_ps(bits, v));  // in memory it would take ten times as long on some CPUs
+  write(p, _mm512_maskz_compress_ps(bits, v));  // on some CPUs 10 times slower in memory
   return p + __builtin_popcount(bits);
 #else
   float lanes[W];
@@ -144,16 +147,17 @@ SIMD float* compress(float* p, F v, I condition) {
 #endif
 }
 
-SIMD U round_to_bfloat(F v) {  // in the upper half; the lower one holds rubbish
+SIMD U round_to_bfloat(F v) {  // in the upper half; the lower half is garbage
   const U u = (U)v, rounded = u + 0x7fff + ((u >> 16) & 1);
   return (U)(v != v ? (I)(U{} + 0x7fc00000) : (I)rounded);
 }
 
-// Rounded to nearest even; but where the CPU has instructions for BF16, they take numbers below 2^-126 for 0.
+// Rounds to nearest even. A CPU's own BF16 instructions treat numbers below 2^-126 as 0.
 #if RLHF_ISA == 513
 SIMD void store(BF16* p, F v) { write(p, _mm512_cvtneps_pbh(v)); }
 SIMD void store_pair(BF16* p, F a, F b) {
-  const U halves = (U)_mm512_cvtne2ps_pbh(b, a), low = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const U low = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const U halves = (U)_mm512_cvtne2ps_pbh(b, a);
   const U interleave = (low + 16) << 16 | low;
   write(p, _mm512_permutexvar_epi16((__m512i)interleave, (__m512i)halves));
 }
@@ -166,11 +170,10 @@ SIMD void store_pair(BF16* p, F a, F b) {
 SIMD void store(float* p, F v) { write(p, v); }
 SIMD void store(F16* p, F v) { write(p, to_half(v)); }
 
-// Undoes load_pair.
-template <class E>
-SIMD void store_pair(E* p, F a, F b) { store(p, a), store(p + W, b); }
+// The inverse of load_pair.
+template <class E> SIMD void store_pair(E* p, F a, F b) { store(p, a), store(p + W, b); }
 
-// The first n < W elements, filled up with -inf, which adds nothing to a max nor to a sum of exponentials.
+// The first n < W elements, padded with -inf, which is neutral in a max and a sum of exponentials.
 template <class E>
 SIMD F load_partial(const E* p, int64_t n) {
   E buffer[W];
@@ -185,8 +188,8 @@ SIMD void store_partial(E* p, F v, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(E));
 }
 
-// 2^(n + f) for integral n >= -126 and |f| <= 1/2: within 1.8 ulp, 2.1 without a fused multiply-add, of which the
-// polynomial itself is 1.1; 2^0 = 1 exactly.
+// 2^(n + f) for integral n >= -126 and |f| <= 1/2, within 1.8 ulp (2.1 without a fused
+// multiply-add). The polynomial accounts for 1.1 of them. 2^0 = 1 exactly.
 SIMD F exp2(F n, F f) {
   F p = splat(0.0013204988790675998f);
   p = fma(p, f, splat(0.009671968407928944f));
@@ -197,10 +200,10 @@ SIMD F exp2(F n, F f) {
   return scale2(p, n);
 }
 
-// Within 1.02 ulp on [-87, 88], exp(0) = 1 exactly. Not by exp2: rounding x log2(e) costs digits.
+// Within 1.02 ulp on [-87, 88], exp(0) = 1 exactly. exp2 would round x log2(e) and lose digits.
 SIMD F exp(F x) {
   const F n = round(x * static_cast<float>(kLog2e));
-  const F r = fma(n, splat(2.1219444e-4f), fma(n, splat(-0.693359375f), x));  // n ln 2 in two parts, the first exact
+  const F r = fma(n, splat(2.1219444e-4f), fma(n, splat(-0.693359375f), x));  // ln 2 in two parts
   F p = splat(0.0013787834905087948f);
   p = fma(p, r, splat(0.008368697948753834f));
   p = fma(p, r, splat(0.041668910533189774f));

@@ -1,4 +1,4 @@
-// All kernels of one ISA. dispatch.cpp includes this once per ISA, in a namespace and target region of its own.
+// All kernels of one ISA. dispatch.cpp includes this per ISA, in a namespace and target region.
 #include "simd.h"
 
 #include "logprobs.h"
@@ -20,7 +20,8 @@ const Table table = {
     {full_kl_fwd<float>, full_kl_fwd<BF16>, full_kl_fwd<F16>},
     {full_kl_bwd<float>, full_kl_bwd<BF16>, full_kl_bwd<F16>},
     {kKlFwd[kK1], kKlFwd[kK2], kKlFwd[kK3], kKlFwd[kAbs]},
-    {kl_estimate<kK1, true>, kl_estimate<kK2, true>, kl_estimate<kK3, true>, kl_estimate<kAbs, true>},
+    {kl_estimate<kK1, true>, kl_estimate<kK2, true>, kl_estimate<kK3, true>,
+     kl_estimate<kAbs, true>},
     gae_fwd,
     gae_bwd,
     ppo_advantages,
