@@ -1,8 +1,8 @@
-"""Which implementation of an op runs: reference (plain PyTorch), cpp (csrc/, CPU) or triton (kernels/, GPU).
+"""Selection of the implementation of an op: reference, cpp (csrc/, CPU) or triton (kernels/, GPU).
 
-A backend is a module of launchers, the same names and signatures in `rlhf_core.cpp` and `rlhf_core.kernels`. The op
-asks `resolve` for one, by name or by the tensor's device, and runs its reference where the answer is None.
-Nothing is imported, probed or printed before the first question.
+A backend is a module of launchers; `rlhf_core.cpp` and `rlhf_core.kernels` have the same names and
+signatures. An op calls `resolve` with a backend's name or None, and runs its reference if the
+result is None. Nothing is imported, probed or printed before the first call.
 """
 
 import functools
@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-DEFAULT = (
-    os.environ.get("RLHF_CORE_BACKEND") or None
-)  # read once: a lookup costs a tenth of a small op
+# Read only once: a lookup costs a tenth of a small op.
+DEFAULT = os.environ.get("RLHF_CORE_BACKEND") or None
 
 _MODULES = {"reference": None, "cpp": "rlhf_core.cpp", "triton": "rlhf_core.kernels"}
 _REMEDY = {
@@ -35,11 +33,16 @@ class Status(NamedTuple):
 
 
 def resolve(backend: str | None, x: Tensor) -> ModuleType | type | None:
-    """What holds the launchers that run an op on x; None means the op's reference.
+    """The launchers that run an op on x; None for the op's reference.
 
-    backend None takes what `RLHF_CORE_BACKEND` named at import, else triton for CUDA tensors and cpp for CPU tensors,
-    falling back to the reference (also for float64). A backend asked for by name is used or raises: ValueError for an
-    unknown or unusable one, TypeError for a dtype it does not take.
+    Args:
+        backend: a name, or None for the value of `RLHF_CORE_BACKEND` at import. If that is not set
+            either, CUDA tensors use triton and CPU tensors cpp; if these are missing, and for
+            float64, the reference is used.
+
+    Raises:
+        ValueError: the named backend is unknown or cannot run here.
+        TypeError: it does not support x's dtype.
     """
     name = _choose(backend, x.dtype, "cpu" if x.is_cpu else x.device.type)
     if name == "reference":
@@ -73,22 +76,22 @@ def _choose(backend: str | None, dtype: torch.dtype, device: str) -> str:
         )
     if name == "cpp" and device != "cpu":
         raise ValueError(
-            f"backend 'cpp' takes CPU tensors, got one on {device}; move it or leave backend=None"
+            f"backend 'cpp' needs CPU tensors, got one on {device}: move it or use backend=None"
         )
     if name == "triton" and device != "cuda" and not (device == "cpu" and _interpreting()):
         raise ValueError(
-            f"backend 'triton' takes CUDA tensors, got one on {device}; move it or leave backend=None"
+            f"backend 'triton' needs CUDA tensors, got one on {device}: move it or use backend=None"
         )
     if dtype not in FUSED_DTYPES:
         raise TypeError(
-            f"backend {name!r} takes float32, bfloat16 or float16, got {dtype}; use backend='reference'"
+            f"backend {name!r} needs float32, bfloat16 or float16, got {dtype}: "
+            "use backend='reference'"
         )
     return name
 
 
-_choose._dynamo_marked_constant = (
-    True  # torch.compiler.assume_constant_result, but for its second of imports
-)
+# Like torch.compiler.assume_constant_result, which takes a second to import.
+_choose._dynamo_marked_constant = True
 
 
 def status() -> list[Status]:
@@ -99,13 +102,8 @@ def status() -> list[Status]:
         if module is None:
             rows.append(Status(name, False, f"{reason}; {_REMEDY[name]}"))
         elif name == "cpp":
-            rows.append(
-                Status(
-                    name,
-                    True,
-                    f"rlhf_core._C, {module.isa()} code, {torch.get_num_threads()} threads",
-                )
-            )
+            threads = torch.get_num_threads()
+            rows.append(Status(name, True, f"rlhf_core._C, {module.isa()} code, {threads} threads"))
         elif torch.cuda.is_available():
             rows.append(Status(name, True, f"on {torch.cuda.get_device_name()}"))
         elif _interpreting():
@@ -116,13 +114,13 @@ def status() -> list[Status]:
 
 
 def report() -> None:
-    """Print the table of backends: name, available, reason."""
+    """Print a table of the backends: name, available, reason."""
     for name, available, reason in status():
         print(f"{name:<10} {'yes' if available else 'no':<4} {reason}")
 
 
 def debug() -> bool:
-    """Whether RLHF_CORE_DEBUG=1 asks for the checks that synchronise with the device."""
+    """Whether RLHF_CORE_DEBUG=1 enables checks that synchronise with the device."""
     return os.environ.get("RLHF_CORE_DEBUG") == "1"
 
 
@@ -136,7 +134,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 @functools.cache
 def _warn_without_cpp() -> None:
-    text = f"rlhf_core's C++ kernels are not installed ({_load('cpp')[1]}): CPU tensors take slower plain PyTorch; "
+    text = f"rlhf_core's C++ kernels are not installed ({_load('cpp')[1]}), so CPU ops run slower: "
     warnings.warn(text + _REMEDY["cpp"], RuntimeWarning, stacklevel=2)
 
 

@@ -1,4 +1,4 @@
-"""Validation at the public door: errors that name the argument and show what came."""
+"""Validation of public arguments. Errors name the argument and show the value."""
 
 from typing import Any
 
@@ -15,24 +15,23 @@ def check_float(name: str, x: Any) -> None:
 
 
 def check_mask(like: Tensor, mask: Any, name: str = "mask") -> None:
-    """Raise unless mask is a boolean tensor of `like`'s shape on its device."""
+    """Raise unless mask is a boolean tensor with the shape and device of `like`."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor, got {describe(mask)}")
     check_alike(name, mask, "its values", like)
 
 
 def check_alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise ValueError unless both have one shape and one device."""
+    """Raise ValueError unless both have the same shape and device."""
     if x.shape != other.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, {other_name} {tuple(other.shape)}")
-    if (
-        not (x.is_cpu and other.is_cpu) and x.device != other.device
-    ):  # a device object takes its time
+    # Test is_cpu first: reading .device is slow.
+    if not (x.is_cpu and other.is_cpu) and x.device != other.device:
         raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}")
 
 
 def at_least_float32(*tensors: Tensor) -> list[Tensor]:
-    """All tensors in float64 where one is, else in float32."""
+    """All tensors as float64 if any of them is, otherwise as float32."""
     dtypes = {x.dtype for x in tensors}
     if dtypes == {torch.float32}:
         return list(tensors)
@@ -40,10 +39,13 @@ def at_least_float32(*tensors: Tensor) -> list[Tensor]:
 
 
 def describe(x: Any) -> str:
-    """A tensor's dtype, any other object's type."""
+    """The dtype of a tensor, or the type of any other object."""
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
 def values_may_be_read(x: Tensor) -> bool:
-    """Whether a check may look at x's values: on CPU, elsewhere under RLHF_CORE_DEBUG=1, never under torch.compile."""
+    """Whether a check may read x's values without synchronising with a device.
+
+    True on CPU, and on other devices with RLHF_CORE_DEBUG=1; always False under torch.compile.
+    """
     return not torch.compiler.is_compiling() and (x.device.type == "cpu" or backends.debug())

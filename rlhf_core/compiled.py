@@ -1,13 +1,14 @@
-"""The launchers as operators `torch.ops.rlhf_core.*`, which torch.compile takes into a graph without looking inside.
+"""The launchers as operators `torch.ops.rlhf_core.*`, which torch.compile does not trace into.
 
-While torch.compile traces, `backends.resolve` answers with one of `launchers` in place of `rlhf_core.cpp` or
-`rlhf_core.kernels`. The ops cannot tell: their autograd.Functions, traced, give the gradient here too; the operators
-alone have none and raise when asked for one. Eager mode does not come this way, as an operator costs several times a
-plain call.
+While torch.compile traces, `backends.resolve` returns one of `launchers` instead of `rlhf_core.cpp`
+or `rlhf_core.kernels`. The ops do not notice: dynamo traces their autograd.Functions, so these give
+the gradient here too. The operators alone have no gradient and raise if asked for one. Eager mode
+does not use operators, because one costs several times a plain call.
 
-An operator has no way to return None: a result that is not there leaves it as an empty bool tensor. A launcher that
-writes to its arguments is no operator but breaks the graph: inductor loses what such a one writes to tensors that share
-memory, as the layers of a cache do (seen with torch 2.13 and dynamic shapes).
+An operator cannot return None, so an empty bool tensor stands for a missing result. A launcher that
+writes to its arguments is not an operator but breaks the graph: inductor loses writes of such an
+operator to tensors that share memory, as the layers of a cache do (seen with torch 2.13 and dynamic
+shapes).
 """
 
 import importlib
@@ -17,34 +18,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TEMPERATURE = (
-    "float temperature, Tensor? temperatures"  # the two types of a launcher's `temperature`
-)
+# The two types of a launcher's `temperature`.
+TEMPERATURE = "float temperature, Tensor? temperatures"
 
 _classes = {name: type(name, (), {}) for name in ("rlhf_core.cpp", "rlhf_core.kernels")}
 
 
 def launchers(module: str) -> type:
-    """The launchers of a backend's module, as static methods of a class with the module's name."""
+    """A class that has the name of a backend's module, and its launchers as static methods."""
     return _classes[module]
 
 
 def operator(name: str, parameters: str, fake: Callable, function: Callable | None = None) -> None:
-    """Register a launcher.
+    """Register a launcher as an operator.
 
-    parameters: in the schema's language, in the launcher's order.
-    fake: from the launcher's arguments to its results, shapes, strides and dtypes only.
-    function: the launcher itself where no backend has one: it takes the backend's module first.
+    Args:
+        name: of the launcher in the backends' modules.
+        parameters: in the schema language, in the launcher's order.
+        fake: maps the launcher's arguments to results with the right shapes, strides and dtypes.
+        function: the launcher, if the backends have none; its first argument is their module.
     """
     names = [parameter.split()[1] for parameter in parameters.split(",")]
     has_temperature = "temperatures" in names
     at = names.index("temperature") if has_temperature else 0
 
     def run(module: str, *args: Any) -> list[Tensor]:
+        args = join(args)
         module = importlib.import_module(module)
-        return _pack(
-            function(module, *join(args)) if function else getattr(module, name)(*join(args))
-        )
+        return _pack(function(module, *args) if function else getattr(module, name)(*args))
 
     def join(args):
         if not has_temperature:
@@ -57,10 +58,8 @@ def operator(name: str, parameters: str, fake: Callable, function: Callable | No
             if has_temperature:
                 two = (1.0, args[at]) if isinstance(args[at], Tensor) else (args[at], None)
                 args = (*args[:at], *two, *args[at + 1 :])
-            results = [
-                None if x.dtype == torch.bool else x
-                for x in getattr(torch.ops.rlhf_core, name)(module, *args)
-            ]
+            results = getattr(torch.ops.rlhf_core, name)(module, *args)
+            results = [None if x.dtype == torch.bool else x for x in results]
             return results[0] if len(results) == 1 else tuple(results)
 
         return staticmethod(call)
@@ -94,8 +93,8 @@ operator(
 )
 operator(
     "token_logprobs_bwd",
-    f"Tensor dlogprobs, Tensor? dentropy, Tensor logits, Tensor targets, Tensor? mask, {TEMPERATURE}, Tensor? entropy, "
-    "Tensor lse, bool inplace",  # inplace is False here: an operator's results are its own
+    "Tensor dlogprobs, Tensor? dentropy, Tensor logits, Tensor targets, Tensor? mask, "
+    f"{TEMPERATURE}, Tensor? entropy, Tensor lse, bool inplace",  # inplace must be False here
     lambda dlogprobs, dentropy, logits, *rest: _gradient(logits),
 )
 operator(
@@ -107,8 +106,8 @@ operator(
 )
 operator(
     "full_kl_bwd",
-    f"Tensor dkl, Tensor logits, Tensor ref_logits, Tensor? mask, {TEMPERATURE}, Tensor kl, Tensor lse, "
-    "bool needs_logits, bool needs_ref_logits",
+    f"Tensor dkl, Tensor logits, Tensor ref_logits, Tensor? mask, {TEMPERATURE}, Tensor kl, "
+    "Tensor lse, bool needs_logits, bool needs_ref_logits",
     lambda dkl, logits, ref, mask, temperature, kl, lse, needs_logits, needs_ref: (
         _gradient(logits) if needs_logits else None,
         _gradient(ref) if needs_ref else None,
@@ -126,13 +125,14 @@ operator(
 )
 operator(
     "gae_fwd",
-    "Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, Tensor? last_values, Tensor? cu_seqlens",
+    "Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, Tensor? last_values, "
+    "Tensor? cu_seqlens",
     lambda rewards, *rest: (torch.empty_like(rewards), torch.empty_like(rewards)),
 )
 operator(
     "gae_bwd",
-    "Tensor dadvantages, Tensor dreturns, Tensor mask, float gamma, float lam, bool has_last_values, "
-    "Tensor? cu_seqlens",
+    "Tensor dadvantages, Tensor dreturns, Tensor mask, float gamma, float lam, "
+    "bool has_last_values, Tensor? cu_seqlens",
     lambda dadvantages, dreturns, mask, gamma, lam, has_last_values, cu_seqlens: (
         torch.empty_like(dreturns),
         torch.empty_like(dreturns),
@@ -143,15 +143,16 @@ operator(
 )
 operator(
     "ppo_advantages_fwd",
-    "Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, float kl_coef, str estimator, "
-    "float gamma, float lam, bool whiten, Tensor? cu_seqlens",
+    "Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, "
+    "float kl_coef, str estimator, float gamma, float lam, bool whiten, Tensor? cu_seqlens",
     lambda scores, logprobs, *rest: tuple(torch.empty_like(logprobs) for _ in range(4)),
 )
 operator(
     "ppo_loss_fwd",
-    "Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? values, Tensor? old_values, Tensor? returns, "
-    "Tensor? entropy, Tensor mask, Tensor? weights, bool sequence_mean, float clip_low, float clip_high, "
-    "float? value_clip_range, float vf_coef, float entropy_coef, float? dual_clip",
+    "Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? values, Tensor? old_values, "
+    "Tensor? returns, Tensor? entropy, Tensor mask, Tensor? weights, bool sequence_mean, "
+    "float clip_low, float clip_high, float? value_clip_range, float vf_coef, "
+    "float entropy_coef, float? dual_clip",
     lambda logprobs, old, advantages, values, old_values, returns, entropy, *rest: (
         logprobs.new_empty(()),
         logprobs.new_empty(()),
@@ -161,7 +162,8 @@ operator(
 )
 operator(
     "sample_tokens_fwd",
-    "Tensor logits, Tensor seeds, Tensor counters, float temperature, int? top_k, float? top_p, float? min_p",
+    "Tensor logits, Tensor seeds, Tensor counters, float temperature, int? top_k, float? top_p, "
+    "float? min_p",
     lambda logits, seeds, counters, temperature, *truncation: (
         torch.empty_like(seeds),
         torch.empty_like(seeds, dtype=torch.float32),
@@ -176,9 +178,7 @@ def _breaking(module: str, name: str) -> Callable:
     def call(*args):
         return getattr(importlib.import_module(module), name)(*args)
 
-    call._torchdynamo_disable = (
-        True  # torch.compiler.disable, which would import dynamo here and now
-    )
+    call._torchdynamo_disable = True  # like torch.compiler.disable, which would import dynamo now
     return staticmethod(call)
 
 

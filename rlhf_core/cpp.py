@@ -1,27 +1,28 @@
-"""The CPU backend: allocates what `rlhf_core._C` computes. Its only importer.
+"""The CPU backend: allocates the outputs that `rlhf_core._C` fills. Only this file imports it.
 
-Same launchers as `rlhf_core.kernels`. Arguments are trusted, but for the range of targets and slots: the ops have
-validated them and made the last axis contiguous. A launcher runs on `torch.get_num_threads()` threads; the result does
-not depend on how many. Outputs come from `empty_like` where it can be: `empty` takes twice as long to read a shape.
+It has the launchers of `rlhf_core.kernels`. Arguments are trusted except for the range of targets
+and slots, because the ops have validated them and made the last axis contiguous. A launcher uses
+`torch.get_num_threads()` threads; their number does not change the result. Outputs come from
+`empty_like` where possible, because `empty` takes twice as long.
 """
 
 import torch
 from torch import Tensor
 
-import rlhf_core._C as _C  # not "from rlhf_core import": its error would not name the missing file
+import rlhf_core._C as _C  # not "from rlhf_core import", whose error does not name a missing file
 
-_C.use(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))  # how it gets at a tensor's memory
+_C.use(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))  # gives access to tensor memory
 
 _ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
 
 
 def isa() -> str:
-    """The instruction set in use: the CPU's best, or RLHF_CORE_CPU_ISA."""
+    """The instruction set in use: the CPU's best, or the value of RLHF_CORE_CPU_ISA."""
     return _C.isa()
 
 
 def cpu_features() -> dict[str, str]:
-    """The instruction sets that RLHF_CORE_CPU_ISA may name here, and how work is spread over threads."""
+    """The values that RLHF_CORE_CPU_ISA may have on this machine, and the threading library."""
     return {"instruction sets": ", ".join(_C.available_isas()), "threading": _C.threading()}
 
 
@@ -33,9 +34,9 @@ def token_logprobs_fwd(
     with_entropy: bool,
     with_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(B, T, V), (B, T), (B, T) -> logprobs (B, T), entropy (B, T) or None, lse (B, T, 2) or None, all float32.
+    """(logprobs (B, T), entropy (B, T) or None, lse (B, T, 2) or None), all float32.
 
-    Raises ValueError for a counted target outside [0, V).
+    logits: (B, T, V); targets and mask: (B, T). A counted target outside [0, V) raises ValueError.
     """
     logprobs = torch.empty_like(targets, dtype=torch.float32, memory_format=torch.contiguous_format)
     entropy = torch.empty_like(logprobs) if with_entropy else None
@@ -56,7 +57,7 @@ def token_logprobs_bwd(
     lse: Tensor,
     inplace: bool,
 ) -> Tensor:
-    """dlogits (B, T, V) of the logits' dtype: contiguous, or written over the logits."""
+    """dlogits (B, T, V) in the logits' dtype, contiguous; with inplace it overwrites the logits."""
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     threads = torch.get_num_threads()
     _C.token_logprobs_bwd(
@@ -68,10 +69,9 @@ def token_logprobs_bwd(
 def full_kl_fwd(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(B, T, V) twice -> kl (B, T), lse (B, T, 4), float32."""
-    kl, lse = (
-        logits.new_empty((*logits.shape[:2], *last), dtype=torch.float32) for last in ((), (4,))
-    )
+    """(kl (B, T), lse (B, T, 4)), float32, of two logits (B, T, V)."""
+    kl = logits.new_empty(logits.shape[:2], dtype=torch.float32)
+    lse = kl.new_empty((*kl.shape, 4))
     _C.full_kl_fwd(logits, ref_logits, mask, temperature, kl, lse, torch.get_num_threads())
     return kl, lse
 
@@ -87,30 +87,28 @@ def full_kl_bwd(
     needs_logits: bool,
     needs_ref_logits: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Contiguous gradients of those logits that need one."""
-    grads = [
-        logits.new_empty(logits.shape) if needed else None
-        for needed in (needs_logits, needs_ref_logits)
-    ]
-    _C.full_kl_bwd(
-        dkl, logits, ref_logits, mask, temperature, kl, lse, *grads, torch.get_num_threads()
-    )
-    return tuple(grads)
+    """(dlogits, dref_logits), contiguous, or None if not needed."""
+    needs = (needs_logits, needs_ref_logits)
+    grads = tuple(logits.new_empty(logits.shape) if needed else None for needed in needs)
+    threads = torch.get_num_threads()
+    _C.full_kl_bwd(dkl, logits, ref_logits, mask, temperature, kl, lse, *grads, threads)
+    return grads
 
 
 def kl_estimate_fwd(
     logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str
 ) -> Tensor:
+    """KL estimates, shaped like logprobs."""
     kl = torch.empty_like(logprobs)
-    _C.kl_estimate_fwd(
-        logprobs, ref_logprobs, mask, _ESTIMATORS[estimator], kl, torch.get_num_threads()
-    )
+    threads = torch.get_num_threads()
+    _C.kl_estimate_fwd(logprobs, ref_logprobs, mask, _ESTIMATORS[estimator], kl, threads)
     return kl
 
 
 def kl_estimate_bwd(
     dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str
 ) -> tuple[Tensor, Tensor]:
+    """(dlogprobs, dref_logprobs)."""
     grads = torch.empty_like(logprobs), torch.empty_like(logprobs)
     _C.kl_estimate_bwd(
         dkl, logprobs, ref_logprobs, mask, _ESTIMATORS[estimator], *grads, torch.get_num_threads()
@@ -127,18 +125,10 @@ def gae_fwd(
     last_values: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), shaped like rewards."""
     outputs = _per_token(2, rewards, cu_seqlens)
-    _C.gae_fwd(
-        rewards,
-        values,
-        mask,
-        gamma,
-        lam,
-        last_values,
-        cu_seqlens,
-        *outputs,
-        torch.get_num_threads(),
-    )
+    threads = torch.get_num_threads()
+    _C.gae_fwd(rewards, values, mask, gamma, lam, last_values, cu_seqlens, *outputs, threads)
     return outputs
 
 
@@ -151,11 +141,10 @@ def gae_bwd(
     has_last_values: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(drewards, dvalues, dlast_values or None)."""
     B = len(dreturns) if cu_seqlens is None else len(cu_seqlens) - 1
-    grads = (
-        *_per_token(2, dreturns, cu_seqlens),
-        dreturns.new_empty(B) if has_last_values else None,
-    )
+    dlast_values = dreturns.new_empty(B) if has_last_values else None
+    grads = (*_per_token(2, dreturns, cu_seqlens), dlast_values)
     _C.gae_bwd(dadvantages, dreturns, mask, gamma, lam, cu_seqlens, *grads, torch.get_num_threads())
     return grads
 
@@ -173,11 +162,11 @@ def ppo_advantages_fwd(
     whiten: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(advantages, returns, rewards, kl) in the shape of logprobs."""
+    """(advantages, returns, rewards, kl), shaped like logprobs."""
     outputs = _per_token(4, logprobs, cu_seqlens)
     _C.ppo_advantages_fwd(
-        scores, logprobs, ref_logprobs, values, mask, kl_coef, _ESTIMATORS[estimator], gamma, lam, whiten, cu_seqlens,
-        *outputs, torch.get_num_threads(),
+        scores, logprobs, ref_logprobs, values, mask, kl_coef, _ESTIMATORS[estimator], gamma, lam,
+        whiten, cu_seqlens, *outputs, torch.get_num_threads(),
     )  # fmt: skip
     return outputs
 
@@ -200,7 +189,10 @@ def ppo_loss_fwd(
     entropy_coef: float,
     dual_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(loss (), scale (), stats (10,), dlogprobs, dvalues or None, dentropy or None): gradients are of loss / scale."""
+    """(loss (), scale (), stats (10,), dlogprobs, dvalues or None, dentropy or None).
+
+    The gradients are those of loss / scale.
+    """
     outputs = [logprobs.new_empty(shape) for shape in ((), (), (10,))]
     outputs += [None if x is None else torch.empty_like(x) for x in (logprobs, values, entropy)]
     _C.ppo_loss_fwd(
@@ -223,7 +215,10 @@ def decode_attention_fwd(
     sin: Tensor | None,
     window: int | None,
 ) -> Tensor:
-    """(B, H, K) of q's dtype; the new tokens are in keys and values. ValueError for a slot that takes none."""
+    """Attention output (B, H, K) in q's dtype. The new tokens are written to keys and values.
+
+    A slot that is out of range, used twice or full raises ValueError.
+    """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _C.decode_attention_fwd(
         q, k, v, keys, values, lengths, slots, cos, sin, window, out, torch.get_num_threads()
@@ -232,7 +227,7 @@ def decode_attention_fwd(
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(B, D) contiguous, of x's dtype. Without a Triton counterpart: torch's own is fused there."""
+    """x (B, D) normalised, contiguous, in its dtype. On CUDA torch's own norm is already fused."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _C.rms_norm_fwd(x, weight, eps, out, torch.get_num_threads())
     return out
@@ -255,12 +250,16 @@ def packed_decode_fwd(
     qk_norm: bool,
     eps: float,
 ) -> Tensor:
-    """Logits (B, V) of the last of each row's `counts` of T tokens, or of its one token (B,); they are in keys and
-    values (L, N, Hkv, S, K) and counted in lengths. ValueError for a token out of range, a slot that has no room."""
+    """Logits (B, V) after each row's last token.
+
+    tokens: (B,), or (B, T) with counts (B,) of valid tokens per row. The tokens are added to keys
+    and values (L, N, Hkv, S, K) and to lengths. A token or slot that is out of range, or a slot
+    without room, raises ValueError.
+    """
     logits = embedding.new_empty(len(tokens), len(embedding))
     _C.packed_decode_fwd(
-        tokens, counts, embedding, weights, keys, values, lengths, slots, cos, sin, window, heads, intermediate,
-        qk_norm, eps, logits, torch.get_num_threads(),
+        tokens, counts, embedding, weights, keys, values, lengths, slots, cos, sin, window, heads,
+        intermediate, qk_norm, eps, logits, torch.get_num_threads(),
     )  # fmt: skip
     return logits
 
@@ -274,7 +273,10 @@ def sample_tokens_fwd(
     top_p: float | None,
     min_p: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(tokens, logprobs, full_logprobs, or None where nothing is truncated), each (B,), of logits (B, V)."""
+    """(tokens, logprobs, full_logprobs), each (B,), of logits (B, V).
+
+    full_logprobs is None if there is no truncation.
+    """
     tokens = torch.empty_like(seeds)
     logprobs = torch.empty_like(seeds, dtype=torch.float32)
     full_logprobs = None if top_k is top_p is min_p is None else torch.empty_like(logprobs)
@@ -286,6 +288,6 @@ def sample_tokens_fwd(
 
 
 def _per_token(count: int, like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-    """Outputs to fill; tokens that cu_seqlens leaves out are in no sequence and stay 0."""
+    """Outputs to fill. With cu_seqlens they start at 0, for tokens outside all sequences."""
     make = torch.empty_like if cu_seqlens is None else torch.zeros_like
     return tuple(make(like) for _ in range(count))

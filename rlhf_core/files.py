@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and an error that names the extra where a dependency is missing."""
+"""Atomic file writes, JSON with clear errors, downloads from the hub, optional dependencies."""
 
 import contextlib
 import importlib
@@ -13,7 +13,7 @@ from types import ModuleType
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over it."""
+    """Yield a temporary path next to `path`; on success sync it and rename it to `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -26,24 +26,23 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError unless a file could be written into the folder, which need not be there yet; it is not made."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    if not place.is_dir():
-        raise NotADirectoryError(f"{place} is no folder")
-    with tempfile.TemporaryFile(dir=place):
+    """Raise OSError unless files can be written to the folder, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is not a directory")
+    with tempfile.TemporaryFile(dir=existing):
         pass
 
 
 def write_json(path: str | os.PathLike, value) -> None:
     """Write value as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike):
-    """The JSON value in a file; ValueError naming file and line where it is malformed."""
+    """The JSON value in a file. A malformed file raises ValueError with file and line."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -53,7 +52,7 @@ def read_json(path: str | os.PathLike):
 
 
 def read_object(path: str | os.PathLike) -> dict:
-    """The same of a file that holds an object; ValueError where it holds another value."""
+    """The JSON object in a file; any other value raises ValueError."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {json.dumps(value)[:40]}")
@@ -61,35 +60,37 @@ def read_object(path: str | os.PathLike) -> dict:
 
 
 def model_folder(source: str | os.PathLike) -> Path:
-    """`source` itself, or where no such folder is there and it reads "owner/name", a local copy of that hub repository.
+    """`source` if it exists, otherwise a local copy of the hub repository "owner/name".
 
-    Raises FileNotFoundError where it is neither or the hub does not give it, ImportError where huggingface_hub is not
-    installed.
+    Raises:
+        FileNotFoundError: `source` is neither, or the download failed.
+        ImportError: a download needs huggingface_hub, which is not installed.
     """
     path = Path(source)
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         raise FileNotFoundError(
-            f"{source}: no such folder; a repository on the Hugging Face hub reads owner/name"
+            f"{source}: no such folder, and not a Hugging Face hub repository such as owner/name"
         )
     try:
         download = require("huggingface_hub", "hub").snapshot_download
-        return Path(
-            download(str(source), allow_patterns=["*.json", "*.jinja", "*model*.safetensors"])
-        )
+        patterns = ["*.json", "*.jinja", "*model*.safetensors"]
+        return Path(download(str(source), allow_patterns=patterns))
     except ImportError as error:
         raise ImportError(
             f"{source}: no such folder; to fetch it from the Hugging Face hub, {error}"
         ) from None
-    except Exception as error:  # every kind of failed request
+    except Exception as error:  # any failed request
         reason = (str(error) or repr(error)).splitlines()[0]
-        message = f"{source}: no such folder, and not fetched from the Hugging Face hub (offline?): {reason}"
-        raise FileNotFoundError(message) from None
+        raise FileNotFoundError(
+            f"{source}: no such folder, and not fetched from the Hugging Face hub (offline?): "
+            f"{reason}"
+        ) from None
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency; ImportError that says which extra brings it."""
+    """The imported optional dependency; if missing, ImportError names the extra to install."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -772,7 +772,7 @@ def test_an_out_that_cannot_be_written_is_told_before_anything_is_read(
         *sources.get(command, rewards),
         *(["--model", tmp_path / "absent"] if command != "demo" else []),
     ]
-    assert f"{file} is no folder" in fails(
+    assert f"{file} is not a directory" in fails(
         capsys, command, *arguments, "--out", file / "new" / "out"
     )
     assert file.read_text() == "in the way\n"
@@ -835,7 +835,7 @@ def test_a_file_of_a_model_that_holds_no_object_is_named(name, folders, tmp_path
 
 def test_a_model_that_is_not_there_is_told_with_the_form_of_a_hub_id(capsys):
     line = fails(capsys, "generate", "--model", "nope", "--prompt", "x")
-    assert "nope: no such folder; a repository on the Hugging Face hub reads owner/name" in line
+    assert "nope: no such folder, and not a Hugging Face hub repository such as owner/name" in line
 
 
 @pytest.mark.parametrize("beta", ["-1", "inf", "nan"])

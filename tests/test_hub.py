@@ -540,7 +540,7 @@ def test_a_path_that_is_no_name_on_the_hub_is_a_missing_folder(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         FileNotFoundError,
-        match=f"{path}: no such folder; a repository on the .* hub reads owner/name",
+        match=f"{path}: no such folder, and not a .* hub repository such as owner/name",
     ):
         Transformer.from_pretrained(path)
 
