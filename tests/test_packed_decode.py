@@ -202,15 +202,16 @@ def test_a_wrong_token_or_slot_is_named_and_nothing_written(backend):
         with pytest.raises(ValueError, match=message):
             decode(torch.tensor(tokens), cache, torch.tensor(slots))
     for counts, message in (
-        ([2, 0], "row 1: 0 of 2 tokens behind 5 in"),
-        ([3, 1], "row 0: 3 of 2"),
+        ([2, 0], "row 1: cannot append 0 of 2 tokens at position 5 of"),
+        ([3, 1], "row 0: cannot append 3 of 2"),
         ([2, 36], "36 of 2"),
     ):
         with pytest.raises(ValueError, match=message):
             packed(model)._run(
                 torch.ones(2, 2).long(), torch.tensor(counts), cache, torch.tensor([0, 2])
             )
-    with pytest.raises(ValueError, match=f"row 0: 36 of 36 tokens behind 5 in a cache of {S}"):
+    message = f"row 0: cannot append 36 of 36 tokens at position 5 of a cache of {S}"
+    with pytest.raises(ValueError, match=message):
         packed(model)._run(torch.ones(1, 36).long(), None, cache, torch.tensor([2]))
     assert torch.equal(cache.lengths, before.lengths)
     assert torch.equal(cache.keys.nan_to_num(), before.keys.nan_to_num())
