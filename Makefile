@@ -23,6 +23,7 @@ gpu:
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
 
 # The site, into build/docs; a warning, such as a link that leads nowhere, is an error. Downloads nothing.
 docs: $(STAMP)
