@@ -88,7 +88,7 @@ def options_of():
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_and_their_options_exist(name, options_of, capsys):
     text = re.sub(r"\\\n", " ", TEXTS[name])
-    for command, rest in re.findall(r"rlhf-core ([a-z][a-z-]*)([^\n`#|]*)", text):
+    for command, rest in re.findall(r"rlhf-core ([a-z][a-z0-9-]*)([^\n`#|]*)", text):
         known = options_of(command, capsys)
         for option in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", rest):
             assert option in known, f"{name}: rlhf-core {command} has no {option}"
