@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench gpu lint docs sanitize clean
+.PHONY: demo test test-quick bench gpu lint docs sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/rlhf-core demo
 
 test: $(STAMP)
 	$(BIN)/pytest
+
+test-quick: $(STAMP)
+	$(BIN)/pytest -m "not slow"
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/pytest benchmarks --benchmark-only --import-mode=importlib
@@ -31,8 +34,8 @@ docs: $(STAMP)
 
 # csrc/ under gcc's sanitizers, in a copy of the package: memory and arithmetic, then races. Without OpenMP, whose
 # synchronisation ThreadSanitizer does not see: parallel_for takes std::thread.
-SANITIZED_OPS := cpp logprobs linear_logprobs kl gae policy_loss decode_attention sampling packed_decode
-SANITIZED_TESTS := $(foreach op,$(SANITIZED_OPS),tests/test_$(op).py)
+SANITIZED_OPS := logprobs linear_logprobs kl gae policy_loss decode_attention sampling
+SANITIZED_TESTS := tests/test_cpp.py tests/models/test_packed_decode.py $(foreach op,$(SANITIZED_OPS),tests/ops/test_$(op).py)
 
 define sanitized
 	rm -rf build/$(1) && mkdir -p build/$(1) && cp -r rlhf_core build/$(1)/ && rm -f build/$(1)/rlhf_core/_C.*

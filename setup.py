@@ -11,7 +11,7 @@ import tempfile
 from glob import glob
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 REQUIRED = os.environ.get("RLHF_CORE_REQUIRE_EXT") == "1"
@@ -67,17 +67,9 @@ class BuildExt(build_ext):
 
 setup(
     packages=[
-        "rlhf_core",
+        *find_packages(include=["rlhf_core*"]),
         "rlhf_core.benchmarks",
-        "rlhf_core.benchmarks.learning",
-        "rlhf_core.benchmarks.peers",
-        "rlhf_core.data",
-        "rlhf_core.integrations",
         "rlhf_core.kernels",
-        "rlhf_core.losses",
-        "rlhf_core.models",
-        "rlhf_core.ops",
-        "rlhf_core.trainers",
     ],
     package_dir={"rlhf_core.benchmarks": "benchmarks", "rlhf_core.kernels": "kernels"},
     ext_modules=[

@@ -31,7 +31,8 @@ _HOME = {
     "rlhf_core.models": ["RewardModel", "Transformer", "TransformerConfig", "ValueModel"],
     "rlhf_core.ops": [
         *("token_logprobs", "token_logprobs_and_entropy"),
-        *("linear_token_logprobs", "linear_token_logprobs_and_entropy", "linear_token_statistics"),
+        *("linear_token_logprobs", "linear_token_logprobs_and_entropy"),
+        *("linear_token_statistics", "linear_token_loss"),
         *(
             "full_kl",
             "kl_estimate",

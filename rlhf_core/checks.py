@@ -44,8 +44,8 @@ def describe(x: Any) -> str:
 
 
 def values_may_be_read(x: Tensor) -> bool:
-    """Whether a check may read x's values without synchronising with a device.
+    """Whether a check may read x's values, which synchronises with a device unless x is on CPU.
 
-    True on CPU, and on other devices with RLHF_CORE_DEBUG=1; always False under torch.compile.
+    True on CPU, elsewhere only with RLHF_CORE_DEBUG=1; always False under torch.compile.
     """
     return not torch.compiler.is_compiling() and (x.device.type == "cpu" or backends.debug())

@@ -41,7 +41,7 @@ from rlhf_core.trainers import (
     SFTConfig,
     SFTTrainer,
 )
-from rlhf_core.trainers.reference import frozen_copy
+from rlhf_core.training.reference import frozen_copy
 
 # ---- the embedded task
 

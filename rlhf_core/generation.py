@@ -10,24 +10,22 @@ Generation out.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_core.data import Tokenizer
 from rlhf_core.models import KVCache, Transformer, eval_mode
-from rlhf_core.models.packed_decode import PackedModel, packed
+from rlhf_core.models.packed_decode import PackedModel, packed_for_decoding
 from rlhf_core.ops import token_logprobs
 from rlhf_core.ops.sampling import sample_tokens
 
 # Steps between checks for finished rows. A check makes the host wait for the GPU.
 STEPS_PER_CHECK = {"cpu": 1, "cuda": 16}
-PACKED_FROM = 2**16  # fewest weights of a packed layer: smaller layers fit a core's cache anyway
 
 
 class Generation(NamedTuple):
@@ -93,7 +91,7 @@ def generate(
             left, or a sequence longer than the model's positions.
         FloatingPointError: logits that are not finite; the message names the row and the token.
     """
-    device, config, n = model.head_weight.device, model.config, num_samples
+    device, config, n = model.device, model.config, num_samples
     prompt_ids, prompt_lengths = _right_padded(prompt_ids, attention_mask)
     B, P = prompt_ids.shape
     for name, value, least in (
@@ -127,8 +125,8 @@ def generate(
             f"seeds have shape {tuple(seeds.shape)}, but there are {B} prompts x {n} samples"
         )
 
-    with eval_mode(model), _packed_weights(model) as fast_model:
-        cache = KVCache(config, B * n, P + max_new_tokens, model.head_weight)
+    with eval_mode(model), packed_for_decoding(model) as fast_model:
+        cache = model.new_cache(B * n, P + max_new_tokens)
         logits = fast_model.prefill(prompt_ids, prompt_lengths, cache)  # (B, V)
         step = DecodeStep(
             fast_model,
@@ -337,47 +335,6 @@ class _Stops:
                 ):
                     return drawn - after
         return 0
-
-
-@contextlib.contextmanager
-def _packed_weights(model: Transformer) -> Iterator[Transformer | PackedModel]:
-    """The model in its fastest form: a small one packed as a whole, any other one itself.
-
-    On CPU the linear layers and the head of the latter use copies of their float32 weights in
-    oneDNN's own layout. A few rows then cost about one read of the weights; `F.linear` takes
-    several times as long.
-    """
-    if small := packed(model):
-        yield small
-        return
-    layers = []
-    if model.head_weight.is_cpu and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        for module in model.modules():
-            if isinstance(module, Transformer):  # the model, or one of those that it consists of
-                layers += [
-                    (linear, "forward", linear.weight, linear.bias)
-                    for linear in module.trunk.modules()
-                    if type(linear) is nn.Linear
-                ]
-                layers.append((module, "logits", module.head_weight, None))
-        layers = [
-            layer
-            for layer in layers
-            if layer[2].dtype == torch.float32 and layer[2].numel() >= PACKED_FROM
-        ]
-    try:
-        for owner, method, weight, bias in layers:
-            setattr(owner, method, _packed_linear(weight, bias))
-        yield model
-    finally:
-        for owner, method, _, _ in layers:
-            owner.__dict__.pop(method, None)  # uncovers the method of the class
-
-
-def _packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-    linear = torch.ops.mkldnn._linear_pointwise
-    return lambda x: linear(x, weight, bias, "none", [], "")
 
 
 def _right_padded(prompt_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,12 @@ class Moments(NamedTuple):
     mean: Tensor
     m2: Tensor
 
+    @property
+    def variance(self) -> Tensor:
+        """Population variance; 0 if the values differ by no more than rounding."""
+        variance = self.m2 / self.count
+        return variance.where(variance > 1e-10 * (variance + self.mean**2), 0)
+
     def combine(self, other: "Moments") -> "Moments":
         """Moments of both parts together (Chan, Golub & LeVeque 1979, eq. 2.1)."""
         count = self.count + other.count

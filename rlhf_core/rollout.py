@@ -1,27 +1,24 @@
-"""Prompts to rollouts, and what a model says of a rollout's tokens: log-probs, entropy, values.
+"""Rollouts: prompts with sampled responses, and a model's log-probs, entropy and values of them.
 
-The response's token t sits at position P + t of the sequence; what predicts it, and the value of the state before it,
-is read at position P - 1 + t.
+Response token t sits at position P + t of the sequence. Its prediction, and the value of the state
+before it, are read at position P - 1 + t.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rlhf_core.data.collate import left_pad
 from rlhf_core.generation import generate
 from rlhf_core.models import Transformer, ValueModel
-from rlhf_core.models.transformer import Trunk
-from rlhf_core.ops import full_kl, linear_token_logprobs_and_entropy
-
-FULL_KL_LOGITS = 2**22  # of each model at a time: 16 MB
+from rlhf_core.models.transformer import TrunkModel, in_chunks
+from rlhf_core.ops import full_kl
 
 
 class Rollout(NamedTuple):
@@ -66,14 +63,16 @@ def sample(
     seeds: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Rollout:
-    """Sample `num_samples` responses to every prompt (lists of token ids), those of a prompt one after the other.
+    """Sample `num_samples` responses to every prompt (token ids); a prompt's responses are adjacent.
 
-    Arguments as for `generate`. What scores a rollout knows the temperature only, so truncation warns, once.
+    Arguments as for `generate`. Truncation (top_k, top_p, min_p) warns once, because
+    `response_logprobs` knows the temperature only.
     """
     if not (top_k is top_p is min_p is None):
         _warn_of_truncation()
-    device = model.head_weight.device
-    prompt_ids, prompt_mask = (x.to(device) for x in left_pad(prompts, model.config.pad_id or 0))
+    prompt_ids, prompt_mask = (
+        x.to(model.device) for x in left_pad(prompts, model.config.pad_id or 0)
+    )
     response = generate(
         model,
         prompt_ids,
@@ -99,58 +98,40 @@ def sample(
 @functools.cache
 def _warn_of_truncation() -> None:
     warnings.warn(
-        "rollouts sampled with top_k, top_p or min_p: their log-probs are those of the truncated distribution, while "
-        "`response_logprobs`, and so PPO's ratio and KL, take softmax(logits / temperature)",
+        "rollouts sampled with top_k, top_p or min_p have log-probs of the truncated distribution, "
+        "but `response_logprobs`, and so PPO's ratio and KL, use softmax(logits / temperature)",
         stacklevel=3,
     )
 
 
-def response_hidden(trunk: Trunk, rollout: Rollout) -> Tensor:
-    """Hidden states (N, D) that the N counted response tokens are predicted from, row by row, with gradient.
+def response_hidden(model: TrunkModel, rollout: Rollout) -> Tensor:
+    """Hidden states (N, D) that predict the N counted response tokens, row by row, with gradient.
 
-    Prompt and response of a row stand side by side, padded on the right as far as the longest needs: then attention
-    needs no mask, which is its fast path.
+    Each row's prompt and response are moved next to each other and padded on the right, so that
+    attention needs no mask, which is its fast path.
     """
     ids, mask, device = rollout.input_ids, rollout.response_mask, rollout.input_ids.device
     prompts = rollout.prompt_mask.sum(dim=1, keepdim=True)  # (B, 1)
-    T = max(
-        int((prompts + mask.sum(dim=1, keepdim=True)).max()) - 1, 1
-    )  # a last token predicts none
+    # The last token of a row predicts nothing, so it is left out.
+    T = max(int((prompts + mask.sum(dim=1, keepdim=True)).max()) - 1, 1)
     P, R = rollout.prompt_ids.shape[1], mask.shape[1]
-    place = (
-        torch.arange(T, device=device) + P - prompts
-    )  # (B, T) of the T tokens in the rollout's own order
-    read = (
-        torch.arange(len(ids), device=device)[:, None] * T
-        + prompts
-        - 1
-        + torch.arange(R, device=device)
-    )  # (B, R)
-    return trunk(ids.gather(1, place.clamp_max(ids.shape[1] - 1)), read=read[mask])
+    place = torch.arange(T, device=device) + P - prompts  # (B, T) where the T tokens are in `ids`
+    starts = torch.arange(len(ids), device=device)[:, None] * T + prompts - 1
+    read = starts + torch.arange(R, device=device)  # (B, R)
+    return model.hidden_states(ids.gather(1, place.clamp_max(ids.shape[1] - 1)), read=read[mask])
 
 
 def response_logprobs(
-    model: Transformer,
-    rollout: Rollout,
-    temperature: float = 1.0,
-    hidden: Tensor | None = None,
-    loss_of: Callable[[Tensor, slice], Tensor] | None = None,
+    model: Transformer, rollout: Rollout, temperature: float = 1.0, hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy (B, R) of the response tokens under softmax(logits / temperature), with gradient.
+    """Log-probs and entropy (B, R) of the response tokens under softmax(logits / temperature).
 
-    hidden: what `response_hidden` gives for the model's trunk, where the caller has it.
-    loss_of: as for `linear_token_logprobs_and_entropy`; the rows are the tokens under the mask.
+    Both have a gradient. hidden: the model's `response_hidden`, if the caller has it.
     """
     mask = rollout.response_mask
-    hidden = response_hidden(model.trunk, rollout) if hidden is None else hidden
-    logprobs, entropy = linear_token_logprobs_and_entropy(
-        hidden,
-        model.head_weight,
-        rollout.response_ids[mask],
-        temperature=temperature,
-        loss_of=loss_of,
-    )
-    return scatter(logprobs, mask), scatter(entropy, mask)
+    hidden = response_hidden(model, rollout) if hidden is None else hidden
+    tokens = model.token_logprobs(hidden, rollout.response_ids[mask], temperature=temperature)
+    return scatter(tokens.logprobs, mask), scatter(tokens.entropy, mask)
 
 
 def response_full_kl(
@@ -161,33 +142,29 @@ def response_full_kl(
     hidden: Tensor,
     ref_hidden: Tensor,
 ) -> Tensor:
-    """Exact KL(model || reference) (B, R) over the vocabulary at every response token, with gradient to the model.
+    """Exact KL(model || reference) (B, R) over the vocabulary, with gradient to the model.
 
-    hidden, ref_hidden: what `response_hidden` gives for the two trunks. Logits exist for some tokens at a time, and are
-    computed again for the backward.
+    hidden, ref_hidden: `response_hidden` of the two models.
     """
 
-    def kl_of(h: Tensor, r: Tensor) -> Tensor:
+    def kl_of(h: Tensor, r: Tensor) -> tuple[Tensor]:
         with torch.no_grad():
             ref_logits = reference.logits(r)
-        return full_kl(model.logits(h), ref_logits, temperature=temperature)
+        return (full_kl(model.logits(h), ref_logits, temperature=temperature),)
 
-    size = max(1, FULL_KL_LOGITS // model.config.vocab_size)
-    parts = []
-    for h, r in zip(hidden.split(size), ref_hidden.split(size)):
-        parts.append(
-            checkpoint(kl_of, h, r, use_reentrant=False) if torch.is_grad_enabled() else kl_of(h, r)
-        )
-    return scatter(torch.cat(parts), rollout.response_mask)
+    (kl,) = in_chunks(kl_of, model.config.vocab_size, hidden, ref_hidden)
+    return scatter(kl, rollout.response_mask)
 
 
 def response_values(critic: ValueModel, rollout: Rollout, hidden: Tensor | None = None) -> Tensor:
-    """Values (B, R) of the states before the response tokens, 0 where the mask is False, with gradient; hidden as for
-    `response_logprobs`."""
-    hidden = response_hidden(critic.trunk, rollout) if hidden is None else hidden
+    """Values (B, R) of the states before the response tokens, 0 under a False mask, with gradient.
+
+    hidden: the critic's `response_hidden`, if the caller has it.
+    """
+    hidden = response_hidden(critic, rollout) if hidden is None else hidden
     return scatter(critic.read(hidden), rollout.response_mask)
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Values (N,) to the N True places of a mask (B, R), 0 elsewhere."""
+    """Place values (N,) at the N True positions of a mask (B, R), and 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -125,7 +125,7 @@ def test_every_part_of_the_package_has_a_floor():
         ("from rlhf_core import _C", "rlhf_core.backends"),
         ("from rlhf_core.trainers.config import option", "rlhf_core.losses.policy"),
         ("from rlhf_core.models import RewardModel", "rlhf_core.ops.gae"),
-        ("def f():\n    from rlhf_core.cli import main", "rlhf_core.trainers.sft"),
+        ("def f():\n    from rlhf_core.cli import main", "rlhf_core.algorithms.sft"),
         ("from rlhf_core import masking", "rlhf_core.kernels.gae"),
         ("import numpy", "rlhf_core.kernels.gae"),
         ("import rlhf_core\nrlhf_core.gae(1)", "rlhf_core.trainers.common"),

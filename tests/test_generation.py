@@ -575,7 +575,7 @@ def test_recorded_log_probs_of_a_real_model_are_those_of_the_training_forward(st
 
 def test_the_comparison_with_transformers_runs_and_tells_met_from_missed(monkeypatch):
     pytest.importorskip("transformers")
-    from rlhf_core.benchmarks.peers import generation as bench
+    from benchmarks.peers import generation as bench
 
     monkeypatch.setattr(torch, "compile", lambda f: lambda *args, **options: [][0])
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
@@ -590,7 +590,7 @@ def test_the_comparison_with_transformers_runs_and_tells_met_from_missed(monkeyp
 
 def test_the_comparison_refuses_log_probs_that_are_not_the_models(monkeypatch):
     pytest.importorskip("transformers")
-    from rlhf_core.benchmarks.peers import generation as bench
+    from benchmarks.peers import generation as bench
 
     theirs, ours = bench.theirs_and_ours("gpt2", None, n_embd=16, n_layer=1, n_head=2)
     prompts = torch.ones(2, 3, dtype=torch.long)

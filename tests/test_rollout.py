@@ -16,7 +16,7 @@ from rlhf_core.rollout import (
     response_values,
     sample,
 )
-from rlhf_core.trainers.completions import target_logprobs
+from rlhf_core.training.completions import target_logprobs
 
 GPT2 = dict(
     positions="learned",

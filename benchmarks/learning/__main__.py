@@ -1,6 +1,6 @@
 """Runs every method on the demo's tasks and prints what it brought, by gold.
 
-    OMP_NUM_THREADS=1 python -P -m rlhf_core.benchmarks.learning --task replies --seeds 0 1 2 --out runs/learning
+    OMP_NUM_THREADS=1 python -m benchmarks.learning --task replies --seeds 0 1 2 --out runs/learning
 
 A result that is in --out with the same settings is not made again, so that a run that was interrupted goes on.
 """
@@ -11,8 +11,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-from rlhf_core.benchmarks.learning.methods import METHODS
-from rlhf_core.benchmarks.learning.setup import TASKS, measure, prepare
+from benchmarks.learning.methods import METHODS
+from benchmarks.learning.setup import TASKS, measure, prepare
 from rlhf_core.files import read_json, write_json
 
 GAINS = {
@@ -34,7 +34,7 @@ HEAD = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rlhf_core.benchmarks.learning", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.learning", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--task", choices=TASKS, default="replies")
     parser.add_argument("--data", type=Path, help="stories: folder as for rlhf-core demo --real")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rlhf_core.benchmarks.learning.setup import Setup
+from benchmarks.learning.setup import Setup
 from rlhf_core.data import Example
 from rlhf_core.evaluation import Evaluation, best_of_n_kl
 from rlhf_core.models import ILQLModel, Transformer
@@ -21,8 +21,8 @@ from rlhf_core.trainers import (
     A2CTrainer,
     DPOConfig,
     DPOTrainer,
-    GroupConfig,
-    GroupTrainer,
+    GRPOConfig,
+    GRPOTrainer,
     ILQLConfig,
     ILQLTrainer,
     IteratedDPOConfig,
@@ -102,7 +102,7 @@ ppo, a2c, nlpo = (
     on_policy(A2CTrainer, A2CConfig),
     on_policy(NLPOTrainer, NLPOConfig),
 )
-group = on_policy(GroupTrainer, GroupConfig)
+group = on_policy(GRPOTrainer, GRPOConfig)
 
 
 def best_of(setup: Setup, **settings) -> Evaluation:

@@ -1,7 +1,7 @@
 """Over-optimisation (Gao et al. 2022): against a reward model of few pairs the gold score rises, then falls, while the
 reward model's own score, the proxy, keeps rising. By PPO with hardly any KL penalty, and by best-of-n.
 
-    OMP_NUM_THREADS=1 python -P -m rlhf_core.benchmarks.learning.overoptimisation --seeds 0 1 2 --out runs/learning
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.overoptimisation --seeds 0 1 2 --out runs/learning
 
 Writes the curves of each seed beside what the methods share, and a picture of all; both scores in deviations of SFT's,
 from its mean.
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlhf_core.benchmarks.learning.setup import TASKS, Setup, prepare
+from benchmarks.learning.setup import TASKS, Setup, prepare
 from rlhf_core.demo import evaluated, fitted_reward_model
 from rlhf_core.evaluation import best_of_n_curve, best_of_n_kl
 from rlhf_core.files import read_json, require, write_json
@@ -158,7 +158,7 @@ def draw(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rlhf_core.benchmarks.learning.overoptimisation",
+        prog="python -m benchmarks.learning.overoptimisation",
         description=__doc__.split("\n")[0],
     )
     parser.add_argument("--task", choices=TASKS, default="replies")

@@ -1,1 +1,1 @@
-"""Training beside TRL, and beside a bare loop over transformers models: `python -m rlhf_core.benchmarks.peers`."""
+"""Training beside TRL, and beside a bare loop over transformers models: `python -m benchmarks.peers`."""

@@ -1,6 +1,6 @@
 """Runs the comparison: every side in a process of its own, taking turns step by step; a Markdown table, and JSON.
 
-    OMP_NUM_THREADS=2 python -P -m rlhf_core.benchmarks.peers --ppo-python PY --json peers.json
+    OMP_NUM_THREADS=2 python -m benchmarks.peers --ppo-python PY --json peers.json
 
 It needs `pip install trl==1.16.0`; PY is the Python of an environment with trl==1.12.0, the last that had PPO.
 """
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rlhf_core.benchmarks.peers.task import METHODS, Task
+from benchmarks.peers.task import METHODS, Task
 
 SIDES = ("ours", "theirs", "bare")
 VOCAB_SIZES = (50257, 4096)
@@ -38,7 +38,7 @@ PACKAGES = ("trl", "transformers", "torch", "rlhf_core")
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rlhf_core.benchmarks.peers", description=__doc__.split("\n")[0]
+        prog="python -m benchmarks.peers", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--vocab-sizes", nargs="+", type=int, default=VOCAB_SIZES)
@@ -99,7 +99,7 @@ class Worker:
     """The process of one side. It reports when it is ready and after each step, and waits to be told to go on."""
 
     def __init__(self, python: str, side: str, file: Path):
-        command = [python, "-P", "-m", "rlhf_core.benchmarks.peers", "--worker", side, str(file)]
+        command = [python, "-P", "-m", "benchmarks.peers", "--worker", side, str(file)]
         self.log = file.with_name(f"{side}.log")
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
@@ -149,7 +149,7 @@ def work(side: str, file: str) -> None:
     """Train as `side`, in turns with the others."""
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what trainers print goes where it disturbs nobody
-    train = importlib.import_module(f"rlhf_core.benchmarks.peers.{side}").train
+    train = importlib.import_module(f"benchmarks.peers.{side}").train
     started = math.nan
 
     def turn(loss: float) -> None:

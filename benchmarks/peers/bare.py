@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_core.benchmarks.peers.task import Task, Turn
+from benchmarks.peers.task import Task, Turn
 
 
 def train(task: Task, turn: Turn) -> None:

@@ -1,6 +1,6 @@
 """Generation against transformers' `generate`: the same weights, prompts, sampling and number of tokens, in turns.
 
-    OMP_NUM_THREADS=2 python -P -m rlhf_core.benchmarks.peers.generation --json generation.json
+    OMP_NUM_THREADS=2 python -m benchmarks.peers.generation --json generation.json
 
 Theirs is the best of three: their default cache, a static one, and a static one under torch.compile. What dropping
 ended rows is worth is ours against ours: ids at random that hold 1/16 of the tokens end a row, a quarter of the way on
@@ -192,7 +192,7 @@ def row(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m rlhf_core.benchmarks.peers.generation", description=__doc__
+        prog="python -m benchmarks.peers.generation", description=__doc__
     )
     parser.add_argument("--models", nargs="+", choices=BATCH, default=list(BATCH))
     parser.add_argument(

@@ -19,7 +19,7 @@ from rlhf_core import (
     Transformer,
     ValueModel,
 )
-from rlhf_core.benchmarks.peers.task import Task, Turn
+from benchmarks.peers.task import Task, Turn
 from rlhf_core.data import Example, Pair
 from rlhf_core.rollout import response_logprobs
 

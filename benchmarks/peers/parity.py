@@ -1,6 +1,6 @@
 """How far our models are from transformers' at the same weights: a row for each family, random tiny models, float32.
 
-python -P -m rlhf_core.benchmarks.peers.parity
+python -m benchmarks.peers.parity
 """
 
 from __future__ import annotations

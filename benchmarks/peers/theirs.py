@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from rlhf_core.benchmarks.peers.task import Task, Turn
+from benchmarks.peers.task import Task, Turn
 
 
 def train(task: Task, turn: Turn) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers, file readers and collation."""
+"""Tokenizers, file readers, encoding and collation."""
 
 from rlhf_core.data.collate import TokenBatch, collate
 from rlhf_core.data.encode import (

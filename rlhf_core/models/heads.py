@@ -16,20 +16,16 @@ from rlhf_core.masking import last_token_index
 from rlhf_core.models import hub
 from rlhf_core.models.lora import freeze_base, has_adapters
 from rlhf_core.models.pretrained import Pretrained
-from rlhf_core.models.transformer import Transformer, TransformerConfig, Trunk
+from rlhf_core.models.transformer import Transformer, TransformerConfig, Trunk, TrunkModel
 
 
-class _ScalarHead(Pretrained, nn.Module):
+class _ScalarHead(Pretrained, TrunkModel):
     is_language_model = False
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.trunk = Trunk(config)
         self.score = _fresh_head(config)
-
-    @property
-    def config(self) -> TransformerConfig:
-        return self.trunk.config
 
     @classmethod
     def from_model(cls, model: Transformer | _ScalarHead, share_trunk: bool = False):

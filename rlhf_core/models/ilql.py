@@ -18,7 +18,8 @@ from rlhf_core.files import model_folder
 from rlhf_core.models.hub import HEADS_FILE
 from rlhf_core.models.lagging import lagging_copy
 from rlhf_core.models.safetensors import read_tensors, write_tensors
-from rlhf_core.models.transformer import Transformer, TransformerConfig, Trunk
+from rlhf_core.models.transformer import Transformer, Trunk, TrunkModel
+from rlhf_core.ops import linear_token_logprobs
 
 
 class QHead(nn.Module):
@@ -38,13 +39,17 @@ class QHead(nn.Module):
         """(..., D) -> (..., V)."""
         return self.out(self.features(hidden))
 
+    def token_logprobs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probs (N,) of tokens (N,) under softmax(values), from hidden states (N, D)."""
+        return linear_token_logprobs(self.features(hidden), self.out.weight, tokens)
+
     def of_tokens(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(..., D) and (...) ids -> (...) float32, under autocast too, without the values of all other tokens."""
         with torch.autocast(hidden.device.type, enabled=False):
             return (self.features(hidden) * self.out.weight[tokens]).sum(dim=-1).float()
 
 
-class ILQLModel(nn.Module):
+class ILQLModel(TrunkModel):
     """lm, a Transformer, with two Q heads `q`, their slow copies `target_q` and a V head; all values are 0 at first.
 
     beta: how much they count in its logits, per unit of reward; 0: not at all.
@@ -63,17 +68,8 @@ class ILQLModel(nn.Module):
             heads.to(lm.head_weight)
 
     @property
-    def config(self) -> TransformerConfig:
-        return self.lm.config
-
-    @property
     def trunk(self) -> Trunk:
         return self.lm.trunk
-
-    @property
-    def head_weight(self) -> Tensor:
-        """(V, D), of the language model."""
-        return self.lm.head_weight
 
     def values(self, hidden: Tensor) -> Tensor:
         """V(s) (...) float32 of hidden states (..., D), under autocast too."""

@@ -47,12 +47,12 @@ _FREE = {
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """The adapters to add.
+    """Which adapters to add.
 
     Attributes:
         rank: Rank of B A. More rank means more weights to train.
-        alpha: Scales B A by alpha / rank.
-        dropout: On the input of the adapters, in train mode (the trainers' option `dropout`).
+        alpha: B A is scaled by alpha / rank.
+        dropout: Dropout on the input of adapters, in train mode (the trainers' option `dropout`).
         target_modules: Hugging Face names or their ends ("q_proj", "mlp.c_proj"). "all-linear"
             means every linear layer of the blocks. Any other string is a regular expression for
             the whole name.
@@ -182,7 +182,7 @@ def adapter_config(model: nn.Module) -> LoRAConfig:
 def adapters_off(
     model: nn.Module, instead: Sequence[nn.ModuleDict] | None = None
 ) -> Iterator[None]:
-    """Switch a model's adapters off, or replace them with the result of `frozen_adapters`.
+    """Switch a model's adapters off in a `with` block, or replace them with `frozen_adapters`.
 
     Raises:
         ValueError: The model has no adapters, so it would be its own reference.
@@ -201,7 +201,7 @@ def adapters_off(
 
 
 def frozen_adapters(model: nn.Module) -> list[nn.ModuleDict] | None:
-    """Copy the adapters for `adapters_off`. None if they have no effect, like new ones."""
+    """Return a copy of the adapters for `adapters_off`, or None if they have no effect yet."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if not any(adapter.lora_B.any() for layer in layers for adapter in layer.adapters.values()):
         return None

@@ -8,7 +8,8 @@ or a plain MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,17 @@ from torch import Tensor, nn
 
 from rlhf_core import backends
 from rlhf_core.models.lora import Adapter, LoRALinear
-from rlhf_core.models.transformer import MLP, Attention, Block, KVCache, Transformer, Trunk
+from rlhf_core.models.transformer import (
+    MLP,
+    Attention,
+    Block,
+    KVCache,
+    Transformer,
+    Trunk,
+    TrunkModel,
+)
 
+PACKED_FROM = 2**16  # fewest weights of a packed layer: smaller layers fit a core's cache anyway
 PANEL = 32  # kPanel in csrc/kernels.h
 MOST_WEIGHTS = (
     2**22
@@ -37,10 +47,46 @@ PARTS = {
 PARTS |= {LoRALinear, Adapter, nn.ModuleDict}
 
 
-def packed(model: Transformer) -> PackedModel | None:
-    """A model that fits, with its weights as they are now; None for any other."""
-    launch = getattr(backends.resolve(None, model.head_weight), "packed_decode_fwd", None)
-    return None if launch is None or not _fits(model) else PackedModel(model, launch)
+@contextlib.contextmanager
+def packed_for_decoding(model: TrunkModel) -> Iterator[TrunkModel | PackedModel]:
+    """The model in its fastest form: a small one packed as a whole, any other one itself.
+
+    On CPU the linear layers and the head of the latter use copies of their float32 weights in
+    oneDNN's own layout. A few rows then cost about one read of the weights; `F.linear` takes
+    several times as long.
+    """
+    launch = getattr(backends.resolve(None, model.trunk.embed.weight), "packed_decode_fwd", None)
+    if launch is not None and _fits(model):
+        yield PackedModel(model, launch)
+        return
+    layers = []
+    if model.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for module in model.modules():
+            if isinstance(module, Transformer):  # the model, or one of those that it consists of
+                layers += [
+                    (linear, "forward", linear.weight, linear.bias)
+                    for linear in module.trunk.modules()
+                    if type(linear) is nn.Linear
+                ]
+                layers.append((module, "logits", module.head_weight, None))
+    layers = [
+        layer
+        for layer in layers
+        if layer[2].dtype == torch.float32 and layer[2].numel() >= PACKED_FROM
+    ]
+    try:
+        for owner, method, weight, bias in layers:
+            setattr(owner, method, _packed_linear(weight, bias))
+        yield model
+    finally:
+        for owner, method, _, _ in layers:
+            owner.__dict__.pop(method, None)  # uncovers the method of the class
+
+
+def _packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+    linear = torch.ops.mkldnn._linear_pointwise
+    return lambda x: linear(x, weight, bias, "none", [], "")
 
 
 class PackedModel:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,15 @@ from rlhf_core.models.config import ACTIVATIONS, TransformerConfig
 from rlhf_core.models.pretrained import Pretrained
 from rlhf_core.models.rope import rope_tables
 from rlhf_core.ops.decode_attention import decode_attention
+from rlhf_core.ops.linear_logprobs import (
+    Losses,
+    TokenStatistics,
+    linear_token_logprobs_and_entropy,
+    linear_token_loss,
+)
 from rlhf_core.ops.rms_norm import rms_norm
+
+LOGITS_AT_ONCE = 2**22
 
 
 class KVCache:
@@ -272,7 +280,51 @@ class Trunk(nn.Module):
         return tables
 
 
-class Transformer(Pretrained, nn.Module):
+class TrunkModel(nn.Module):
+    """A model with a `trunk`. Code outside models/ reaches the trunk through these methods only."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.trunk.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.embed.weight.device
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **packing: Tensor
+    ) -> Tensor:
+        """Hidden states (B, T, D), or (M, D) of the tokens at `read`; arguments as for `Trunk.forward`."""
+        return self.trunk(input_ids, attention_mask, **packing)
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for `batch_size` sequences of at most `max_length` tokens."""
+        return KVCache(self.config, batch_size, max_length, self.trunk.embed.weight)
+
+    def shares_trunk_with(self, other: TrunkModel) -> bool:
+        """Whether both models have one trunk, so that one forward gives the hidden states of both."""
+        return self.trunk is other.trunk
+
+    def prepare_training(self, *, freeze_layers: int, activation_checkpointing: bool) -> None:
+        """Set activation checkpointing, and freeze the embedding and the lowest `freeze_layers` blocks
+        (none for 0)."""
+        trunk = self.trunk
+        if freeze_layers > len(trunk.blocks):
+            raise ValueError(
+                f"freeze_layers is {freeze_layers}, but the model has {len(trunk.blocks)} blocks"
+            )
+        trunk.checkpointing = activation_checkpointing
+        if freeze_layers:
+            for part in (
+                trunk.embed,
+                getattr(trunk, "position", None),
+                *trunk.blocks[:freeze_layers],
+            ):
+                if part is not None:
+                    part.requires_grad_(False)
+
+
+class Transformer(Pretrained, TrunkModel):
     """A causal language model: trunk + output head, the embedding itself where `tie_embeddings`."""
 
     def __init__(self, config: TransformerConfig):
@@ -281,10 +333,6 @@ class Transformer(Pretrained, nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             nn.init.normal_(self.lm_head.weight, std=0.02)
-
-    @property
-    def config(self) -> TransformerConfig:
-        return self.trunk.config
 
     @property
     def head_weight(self) -> Tensor:
@@ -308,6 +356,57 @@ class Transformer(Pretrained, nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         return F.linear(hidden, self.head_weight)
+
+    def token_logprobs(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0
+    ) -> TokenStatistics:
+        """Log-probs and entropy (N,) float32 of targets under softmax(logits / temperature).
+
+        The (N, V) logits never exist as a whole, see `ops.linear_token_logprobs`.
+
+        Args:
+            hidden: (N, D) hidden states that predict the targets.
+            targets: (N,) int64 token ids.
+        """
+        return TokenStatistics(
+            *linear_token_logprobs_and_entropy(
+                hidden, self.head_weight, targets, temperature=temperature
+            ),
+            None,
+        )
+
+    def token_loss(
+        self, hidden: Tensor, targets: Tensor, losses: Losses, **options
+    ) -> tuple[Tensor, ...]:
+        """The loss () and further outputs that `losses` makes of the targets' log-probs.
+
+        Arguments as for `ops.linear_token_loss`, which computes the loss's gradient on the way.
+        """
+        return linear_token_loss(hidden, self.head_weight, targets, losses, **options)
+
+    def target_and_mean_logits(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The logit (N,) of each target and the mean (N,) of all logits, without the other logits."""
+        weight = self.head_weight
+        target_logits = (hidden * F.embedding(targets, weight)).sum(dim=-1)
+        return target_logits, (hidden * weight.mean(dim=0)).sum(dim=-1)
+
+
+def in_chunks(
+    function: Callable[..., tuple[Tensor, ...]], vocab_size: int, *rows: Tensor
+) -> tuple[Tensor, ...]:
+    """The results of `function(*rows)`, which makes logits (N, vocab_size) of tensors with N rows.
+
+    It is called for as many rows at a time as have 16 MB of float32 logits; the backward computes
+    these again.
+    """
+    size = max(1, LOGITS_AT_ONCE // vocab_size)
+    results = [
+        checkpoint(function, *part, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else function(*part)
+        for part in zip(*(x.split(size) for x in rows))
+    ]
+    return tuple(torch.cat(column) for column in zip(*results))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Tensor functions, most with autograd: the hot path. Each file reads reference, autograd.Function, public function."""
+"""Tensor functions of the hot path. Each file: reference, autograd.Function, public function."""
 
 from rlhf_core.ops.decode_attention import decode_attention
 from rlhf_core.ops.gae import gae, ppo_advantages
@@ -6,6 +6,7 @@ from rlhf_core.ops.kl import full_kl, kl_estimate
 from rlhf_core.ops.linear_logprobs import (
     linear_token_logprobs,
     linear_token_logprobs_and_entropy,
+    linear_token_loss,
     linear_token_statistics,
 )
 from rlhf_core.ops.logprobs import token_logprobs, token_logprobs_and_entropy
@@ -19,6 +20,7 @@ __all__ = [
     "kl_estimate",
     "linear_token_logprobs",
     "linear_token_logprobs_and_entropy",
+    "linear_token_loss",
     "linear_token_statistics",
     "ppo_advantages",
     "ppo_loss",

@@ -8,7 +8,6 @@ linear_logprobs_blocks.py holds the loops over rows and vocabulary.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from rlhf_core import backends, compiled
 from rlhf_core.checks import check_float, check_mask
 from rlhf_core.ops import linear_logprobs_blocks as blocks
+from rlhf_core.ops.linear_logprobs_blocks import TokenStatistics
 from rlhf_core.ops.logprobs import (
     check_target_range,
     check_targets,
@@ -24,13 +24,9 @@ from rlhf_core.ops.logprobs import (
     token_logprobs_reference,
 )
 
-
-class TokenStatistics(NamedTuple):
-    """Statistics of the model's distribution at each target token, all of shape (...)."""
-
-    logprobs: Tensor  # nats
-    entropy: Tensor  # nats
-    likeliest: Tensor  # bool: no token is more likely than the target
+# (statistics of a chunk's targets, slice of its groups, *extras) -> loss (), and outputs with a row
+# per group or target.
+Losses = Callable[..., tuple[Tensor, ...]]
 
 
 def linear_token_logprobs_reference(
@@ -115,45 +111,30 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
 
 class _LinearTokenLoss(torch.autograd.Function):
-    """`_LinearTokenLogprobs` that computes the gradients of a known loss in the forward pass."""
+    """A loss of log-probs whose gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx, impl, hidden, weight, bias, targets, mask, temperature, chunk_rows, loss_of, sizes,
-        *flags,
+        ctx, impl, hidden, weight, bias, targets, temperature, losses, sizes, with_likeliest,
+        *extras,
     ):  # fmt: skip
-        logprobs, entropy, likeliest, lse, expected, ctx.gradients = blocks.forward_and_gradients(
-            impl, hidden, weight, bias, targets, mask, temperature, loss_of, sizes, *flags,
-            ctx.needs_input_grad[1:4],
+        results, ctx.gradients = blocks.loss_and_gradients(
+            impl, hidden, weight, bias, targets, temperature, losses, sizes, with_likeliest,
+            ctx.needs_input_grad[1:4], extras,
         )  # fmt: skip
-        temperatures = temperature if isinstance(temperature, Tensor) else None
-        ctx.save_for_backward(
-            hidden, weight, bias, targets, mask, temperatures, entropy, lse, expected
-        )
-        ctx.set_materialize_grads(False)
-        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
-        ctx.impl, ctx.chunk_rows = impl, chunk_rows
-        if likeliest is not None:
-            ctx.mark_non_differentiable(likeliest)
-        return logprobs, entropy, likeliest
+        ctx.mark_non_differentiable(*results[1:])
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogprobs, dentropy, _):
-        hidden, weight, bias, targets, mask, temperatures, entropy, lse, expected = (
-            ctx.saved_tensors
-        )
+    def backward(ctx, dloss, *_):
+        if ctx.gradients is None:
+            raise RuntimeError("linear_token_loss: backward was called twice; call it once")
         # Once ctx holds no reference to the gradients, autograd may add to them in place.
         gradients, ctx.gradients = ctx.gradients, None
-        as_expected = dentropy is None and torch.allclose(dlogprobs, expected, rtol=1e-6, atol=0)
-        if gradients is None or not as_expected:
-            temperature = ctx.temperature if temperatures is None else temperatures
-            dlogprobs = torch.zeros_like(lse[:, 0]) if dlogprobs is None else dlogprobs
-            gradients = blocks.backward(
-                ctx.impl, dlogprobs, dentropy, hidden, weight, bias, targets, mask, temperature,
-                entropy, lse, ctx.chunk_rows, ctx.needs_input_grad[1:4],
-            )  # fmt: skip
-        return None, *gradients, *(None,) * 8
+        if dloss != 1:
+            gradients = [x if x is None else x.mul_(dloss) for x in gradients]
+        return None, *gradients[:3], *(None,) * 5, *gradients[3:]
 
 
 def linear_token_logprobs(
@@ -207,32 +188,18 @@ def linear_token_logprobs_and_entropy(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     chunk_rows: int | None = None,
-    loss_of: Callable[[Tensor, slice], Tensor] | None = None,
-    sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets, and entropy of the same distribution, both in nats.
 
-    Other arguments and all errors are those of `linear_token_logprobs`.
-
-    Args:
-        loss_of: function from the log-probs (n,) of some counted rows, and the slice of counted
-            rows that they are, to the part of the loss that they contribute. Use it if a row's
-            loss depends only on rows of its own group. The forward pass then also computes the
-            gradients, which saves a quarter of the arithmetic. If backward receives another
-            gradient, it starts from scratch: a wrong loss_of costs time, not correctness. Some
-            rows' logits exist over the whole vocabulary: 30 MB, or one group if that is larger.
-            On CUDA the forward and the backward pass each wait for the device once more.
-        sizes: (G,) int64, number of counted rows in each group, in order. loss_of then gets whole
-            groups and a slice of the groups. None: every row is a group.
+    Arguments and errors are those of `linear_token_logprobs`.
 
     Returns:
         (logprobs, entropy), both (...), entropy >= 0.
     """
     return _linear(
-        hidden, weight, targets, bias, temperature, mask, chunk_rows, True, False, backend,
-        loss_of, sizes,
-    )[:2]  # fmt: skip
+        hidden, weight, targets, bias, temperature, mask, chunk_rows, True, False, backend
+    )[:2]
 
 
 def linear_token_statistics(
@@ -244,8 +211,6 @@ def linear_token_statistics(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     chunk_rows: int | None = None,
-    loss_of: Callable[[Tensor, slice], Tensor] | None = None,
-    sizes: Tensor | None = None,
     backend: str | None = None,
 ) -> TokenStatistics:
     """Log-probs, entropy, and whether each target is the most likely token.
@@ -255,15 +220,79 @@ def linear_token_statistics(
     count as most likely. Under a False mask `likeliest` is False.
     """
     return _linear(
-        hidden, weight, targets, bias, temperature, mask, chunk_rows, True, True, backend,
-        loss_of, sizes,
-    )  # fmt: skip
+        hidden, weight, targets, bias, temperature, mask, chunk_rows, True, True, backend
+    )
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    losses: Losses,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    sizes: Tensor | None = None,
+    likeliest: bool = False,
+    extras: tuple[Tensor, ...] = (),
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """A loss of the targets' log-probs and entropy, with its gradients from the same pass.
+
+    Chunk by chunk, the forward computes logits, statistics, loss and gradients, which takes three
+    matrix products. `linear_token_logprobs` and a loss of its result take four.
+
+    Args:
+        hidden, weight, targets, bias, temperature, backend: as for `linear_token_logprobs`, with
+            hidden (N, D), targets (N,) and a temperature that broadcasts to (N,).
+        losses: maps the statistics (n,) of a chunk's targets, and the slice of groups that the
+            chunk holds, to the chunk's part of the loss, a scalar, and any number of outputs with
+            at least one dimension. The loss must depend on the model only through log-probs,
+            entropy and extras, and a group's loss on no other group. A chunk has 30 MB of logits,
+            or one group if that is larger.
+        sizes: (G,) int64, the number of targets in each group, in order; None: groups of one.
+        likeliest: whether the statistics tell which targets are the most likely tokens.
+        extras: (N,) tensors whose rows `losses` gets as further arguments, with gradient.
+
+    Returns:
+        The loss () with gradient, and the outputs of all chunks, concatenated and detached.
+
+    Raises:
+        ValueError or TypeError: as for `linear_token_logprobs`.
+        RuntimeError: backward was called twice.
+    """
+    impl, (hidden, weight, bias, targets, _, T) = _inputs(
+        hidden, weight, targets, bias, temperature, None, backend
+    )
+    if sizes is not None and sizes.sum() != len(targets):
+        raise ValueError(
+            f"sizes add up to {int(sizes.sum())}, but there are {len(targets)} targets"
+        )
+    trains = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    trains = trains and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if trains and impl is not None and len(targets):
+        return _LinearTokenLoss.apply(
+            impl, hidden, weight, bias, targets, T, losses, sizes, likeliest, *extras
+        )
+    statistics = _statistics(impl, hidden, weight, bias, targets, None, T, None, True, likeliest)
+    loss, *outputs = losses(statistics, slice(None), *extras)
+    return loss, *(x.detach() for x in outputs)
 
 
 def _linear(
     hidden, weight, targets, bias, temperature, mask, chunk_rows, with_entropy, with_likeliest,
-    backend, loss_of=None, sizes=None,
+    backend,
 ):  # fmt: skip
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
+    impl, inputs = _inputs(hidden, weight, targets, bias, temperature, mask, backend)
+    statistics = _statistics(impl, *inputs, chunk_rows, with_entropy, with_likeliest)
+    return TokenStatistics(*(x if x is None else x.view(targets.shape) for x in statistics))
+
+
+def _inputs(hidden, weight, targets, bias, temperature, mask, backend):
+    """The backend, and the checked inputs: hidden, weight, bias, targets, mask, temperature, with
+    one row for each of the N targets."""
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if x is not None:
             check_float(name, x)
@@ -288,16 +317,20 @@ def _linear(
     temperature = check_temperature(temperature, logits)
     if mask is not None:
         check_mask(targets, mask)
-    if sizes is not None and sizes.sum() != (targets.numel() if mask is None else mask.sum()):
-        raise ValueError(f"sizes add up to {int(sizes.sum())}, not to the number of counted rows")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
     impl = backends.resolve(backend, hidden)
     check_target_range(targets, len(weight), mask)
     targets = targets.long()
+    rows = [None if x is None else x.reshape(-1) for x in (targets, mask)]
+    T = temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature
+    return impl, (hidden.reshape(targets.numel(), hidden.shape[-1]), weight, bias, *rows, T)
+
+
+def _statistics(
+    impl, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_likeliest
+):
+    """TokenStatistics (N,) of flat inputs."""
     if impl is None:
         return linear_token_logprobs_reference(hidden, weight, bias, targets, mask, temperature)
-
     if chunk_rows is None:
         chunk_rows = blocks.GPU_CHUNK_ROWS if hidden.is_cuda else blocks.CPU_CHUNK_ROWS
     launch = (partial(blocks.forward, impl), partial(blocks.backward, impl))
@@ -306,17 +339,8 @@ def _linear(
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     frozen_head = torch.is_grad_enabled() and hidden.requires_grad and not head_trains
     with_dhidden = hidden.is_cuda and frozen_head and not with_entropy
-    rows = [None if x is None else x.reshape(-1) for x in (targets, mask)]
-    T = temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature
-    inputs = (hidden.reshape(targets.numel(), hidden.shape[-1]), weight, bias, *rows, T, chunk_rows)
-    trains = torch.is_grad_enabled() and (hidden.requires_grad or head_trains)
-    if loss_of is not None and trains and not torch.compiler.is_compiling():
-        results = _LinearTokenLoss.apply(
-            impl, *inputs, loss_of, sizes, with_entropy, with_likeliest
-        )
-    else:
-        results = _LinearTokenLogprobs.apply(
-            launch, *inputs, with_entropy, with_likeliest, with_dhidden
-        )
-    logprobs, entropy, likeliest = (None if x is None else x.view(targets.shape) for x in results)
+    logprobs, entropy, likeliest = _LinearTokenLogprobs.apply(
+        launch, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy,
+        with_likeliest, with_dhidden,
+    )  # fmt: skip
     return TokenStatistics(logprobs, entropy, None if likeliest is None else likeliest.bool())

@@ -18,6 +18,7 @@ and head at once, from whole rows: three products instead of four.
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,14 @@ CPU_CHUNK_ROWS, CPU_BLOCK = 1024, 2048
 GPU_CHUNK_ROWS, GPU_BLOCK = 8192, 16384
 # Maximum number of logits in whole rows. On CPU 30 MB: glibc unmaps larger blocks at every free.
 CPU_WHOLE, GPU_WHOLE = 30 * 2**18, GPU_CHUNK_ROWS * GPU_BLOCK
+
+
+class TokenStatistics(NamedTuple):
+    """Statistics of the model's distribution at each target token, all of shape (...)."""
+
+    logprobs: Tensor  # nats
+    entropy: Tensor  # nats
+    likeliest: Tensor | None = None  # bool: no token is more likely than the target
 
 
 def forward(
@@ -135,58 +144,61 @@ def backward(
     )
 
 
-def forward_and_gradients(
-    impl, hidden, weight, bias, targets, mask, temperature, loss_of, sizes, with_entropy,
-    with_likeliest, needs,
-):  # fmt: skip
-    """Statistics of the rows as from `forward`, and gradients of the loss.
+def loss_and_gradients(
+    impl, hidden, weight, bias, targets, temperature, losses, sizes, with_likeliest, needs, extras
+):
+    """The loss of all rows, chunk by chunk of whole groups, and its gradients.
 
-    Returns: logprobs, entropy, likeliest, lse; the gradient with respect to logprobs (N,); those
-    with respect to hidden, weight and bias where `needs` is True, else None.
+    Returns: the results of `losses`, the first one summed over the chunks and the others
+    concatenated; the gradients of hidden, weight and bias where `needs` is True, else None, and
+    those of the extras.
     """
-    logprobs, expected = hidden.new_zeros((2, len(hidden)), dtype=torch.float32)
-    entropy = torch.zeros_like(logprobs) if with_entropy else None
-    likeliest = torch.zeros_like(logprobs, dtype=torch.uint8) if with_likeliest else None
-    lse = logprobs.new_zeros((len(hidden), 2))
-    most = max(1, (GPU_WHOLE if hidden.is_cuda else CPU_WHOLE) // len(weight))
-    counted = _counted(targets, mask)
-    dhidden = torch.zeros_like(hidden) if needs[0] else None
-    if needs[1]:
-        dweight = torch.empty_like(weight, dtype=torch.float32)
-        dweight = dweight if len(counted) else dweight.zero_()
+    N, V = len(hidden), len(weight)
+    most = max(1, (GPU_WHOLE if hidden.is_cuda else CPU_WHOLE) // V)
+    workspace, results, dextras = None, [], [torch.zeros_like(x) for x in extras]
+    dhidden = torch.empty_like(hidden) if needs[0] else None
+    dweight = torch.empty_like(weight, dtype=torch.float32) if needs[1] else None
     dbias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
-    workspace = None
-    for groups, part in _whole_groups(len(counted), sizes, most):
-        rows = counted[part]
+    for groups, rows in _whole_groups(N, sizes, most):
         h, y = hidden[rows], targets[rows][None]
         T = temperature[rows][None] if isinstance(temperature, Tensor) else temperature
-        if workspace is None or len(workspace) < len(rows) * len(weight):
-            workspace = h.new_empty(max(len(rows), min(most, len(counted))) * len(weight))
-        ((_, logits),) = _blocks(h, weight, bias, len(weight), workspace)
-        (logprobs[rows],), H, L = impl.token_logprobs_fwd(logits, y, None, T, with_entropy, True)
-        lse[rows] = L[0]
-        if with_entropy:
-            entropy[rows] = H[0]
+        if workspace is None or len(workspace) < len(h) * V:
+            workspace = h.new_empty(max(len(h), min(most, N)) * V)
+        ((_, logits),) = _blocks(h, weight, bias, V, workspace)
+        logprobs, entropy, L = impl.token_logprobs_fwd(logits, y, None, T, True, True)  # (1, n)
+        likeliest = None
         if with_likeliest:
-            own = logits.gather(-1, y.clamp(0, len(weight) - 1)[..., None])[..., 0]
-            likeliest[rows] = (own == logits.amax(dim=-1))[0].to(torch.uint8)
+            own = logits.gather(-1, y.clamp(0, V - 1)[..., None])[..., 0]
+            likeliest = (own == logits.amax(dim=-1))[0]
         with torch.enable_grad():
-            leaf = logprobs[rows].requires_grad_()
-            (g,) = torch.autograd.grad(loss_of(leaf, groups), leaf)
-        expected[rows] = g
-        (dlogits,) = impl.token_logprobs_bwd(g[None], None, logits, y, None, T, None, L, True)
+            own_extras = [x[rows].detach().requires_grad_() for x in extras]
+            leaves = logprobs[0].requires_grad_(), entropy[0].requires_grad_()
+            loss, *outputs = losses(TokenStatistics(*leaves, likeliest), groups, *own_extras)
+            g, dH, *dx = torch.autograd.grad(loss, (*leaves, *own_extras), allow_unused=True)
+        for total, part in zip(dextras, dx):
+            if part is not None:
+                total[rows] = part
+        results.append((loss.detach(), *(x.detach() for x in outputs)))
+        if g is None:
+            g = torch.zeros_like(logprobs[0])
+        dH, H = (None, None) if dH is None else (dH[None], entropy.detach())
+        (dlogits,) = impl.token_logprobs_bwd(g[None], dH, logits, y, None, T, H, L, True)
         if needs[0]:
-            dhidden[rows] = dlogits @ weight
+            torch.mm(dlogits, weight, out=dhidden[rows])
         if needs[1]:
-            _add_product(dweight, dlogits.T, h, first=part.start == 0)
+            _add_product(dweight, dlogits.T, h, first=rows.start == 0)
         if needs[2]:
             dbias += dlogits.sum(dim=0, dtype=torch.float32)
-    gradients = (
-        dhidden,
-        dweight.to(weight.dtype) if needs[1] else None,
-        dbias.to(bias.dtype) if needs[2] else None,
+    losses_of_chunks, *columns = zip(*results)
+    return (
+        (sum(losses_of_chunks), *map(torch.cat, columns)),
+        (
+            dhidden,
+            dweight.to(weight.dtype) if needs[1] else None,
+            dbias.to(bias.dtype) if needs[2] else None,
+            *dextras,
+        ),
     )
-    return logprobs, entropy, likeliest, lse, expected, gradients
 
 
 def _whole_groups(count: int, sizes: Tensor | None, most: int) -> Iterator[tuple[slice, slice]]:

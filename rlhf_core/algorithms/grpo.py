@@ -1,0 +1,177 @@
+"""Policy gradients without a critic: the responses to a prompt are compared with each other.
+
+GRPO (Shao et al. 2024), RLOO (Ahmadian et al. 2024), REINFORCE++ (Hu et al. 2025) and ReMax (Li et
+al. 2023) differ in how scores become advantages, see losses/advantages.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhf_core.feedback.rewards import scores_of
+from rlhf_core.losses.advantages import ESTIMATORS
+from rlhf_core.options import option
+from rlhf_core.policy_gradient.config import (
+    KL_COEF,
+    ONE_UPDATE,
+    TEMPERATURE,
+    PolicyGradientConfig,
+)
+from rlhf_core.policy_gradient.trainer import Experience, PolicyGradientTrainer
+from rlhf_core.training.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class GRPOConfig(PolicyGradientConfig):
+    """Groups and advantages of GRPO, RLOO, REINFORCE++ and ReMax.
+
+    Dr. GRPO (Liu et al. 2025): normalize False, aggregation sequence_sum. DAPO's clip-higher (Yu et
+    al. 2025), with several updates per rollout: clip_range_high 0.28. GSPO (Zheng et al. 2025),
+    likewise: ratio sequence, aggregation sequence_mean, clip ranges near 3e-4.
+    """
+
+    lr: float = option(1e-6, "peak learning rate of AdamW", within="(0, inf)")
+    batch_size: int = option(8, "prompts of a rollout", within="[1, inf)")
+    num_samples: int = option(8, "responses to each prompt", within="[1, inf)")
+    minibatch_size: int | None = option(
+        None, "responses of an optimiser step; unset: the whole rollout"
+    )
+    ppo_epochs: int = option(1, "passes over each rollout", within="[1, inf)")
+    temperature: float = option(1.0, TEMPERATURE, within="(0, inf)")
+    kl_coef: float = option(0.0, KL_COEF, within="[0, inf)")
+    kl_in: str = option(
+        "loss",
+        "where the KL penalty enters: the loss, with its own gradient, or the reward, before the "
+        "advantages",
+        choices=("loss", "reward"),
+    )
+    advantage: str = option("grpo", "how scores become advantages", choices=tuple(ESTIMATORS))
+    normalize: bool = option(True, "grpo divides by the standard deviation of the group's scores")
+    ratio: str = option(
+        "token",
+        "the clipped ratio: that of each token, or the geometric mean of the sequence's (GSPO)",
+        choices=("token", "sequence"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        least = 2 if self.advantage in ("grpo", "rloo") else 1
+        unscaled = self.advantage != "remax" or self.whiten_scores == "none"
+        self.check(
+            ("num_samples", self.num_samples >= least, f"at least {least} for {self.advantage}"),
+            ("whiten_scores", unscaled, "none for remax: greedy responses would scale differently"),
+        )
+        kl_in_reward = self.kl_in == "reward" and self.kl_coef > 0
+        divides = self.advantage == "reinforce_pp" or (self.advantage == "grpo" and self.normalize)
+        scale_matters = self.score_clip is not None or kl_in_reward or not divides
+        per_token = self.importance_cap is not None or (
+            kl_in_reward and self.advantage in ("remax", "reinforce_pp")
+        )
+        self.warn_unused(
+            ("ratio", per_token or not self.at_ratio_1, ONE_UPDATE),
+            ("normalize", self.advantage == "grpo", f"on {self.advantage}, which never divides"),
+            ("whiten_scores", scale_matters, f"on {self.advantage}, which divides scores itself"),
+            (
+                "whiten_mean",
+                self.score_clip is not None,
+                "on centred advantages without score_clip",
+            ),
+        )
+
+    @property
+    def rollout_size(self) -> int:
+        return self.batch_size * self.num_samples
+
+    @property
+    def update_size(self) -> int:
+        return self.minibatch_size or self.rollout_size
+
+
+class GRPOTrainer(PolicyGradientTrainer):
+    """Arguments as for `PolicyGradientTrainer`, without a critic.
+
+    Further metrics: reward, reward_std (within groups), kl, clip_ratio, completions/mean_length,
+    frac_reward_zero_std.
+    """
+
+    main_metric = "reward"
+
+    @property
+    def algorithm(self) -> str:
+        return self.config.advantage
+
+    def step(self, batch: list[list[int]]) -> dict[str, float]:
+        """Sample a rollout, a group of responses per prompt, and take the optimiser steps on it."""
+        config, metrics = self.config, Metrics()
+
+        # 1. Sample a group of n responses to each of P prompts.
+        rollout = self.sample(batch, config.num_samples)
+        mask = rollout.response_mask  # (P n, R)
+
+        # 2. Score the responses; penalize, whiten and clip the scores.
+        rewards = self.score(rollout)  # (P n,), or (P n, R) from a reward per token
+        shaped = self.shape(rewards, mask)
+
+        # 3. Before any update: log-probs under policy and reference, (P n, R) each.
+        predictions = self.predict(rollout)
+
+        # 4. The advantage of each response over the others of its group.
+        groups = len(batch), config.num_samples
+        kl = predictions.kl * (self.kl_coef.value if config.kl_in == "reward" else 0.0)
+        grouped = [x.unflatten(0, groups) for x in (scores_of(shaped), kl, mask)]
+        advantages = self.advantages(*grouped, batch).flatten(0, 1)  # (P n, R)
+
+        # 5. Epochs of clipped updates.
+        experience = Experience(predictions.logprobs, advantages, predictions.ref_logprobs)
+        self.update(rollout, experience, metrics)
+
+        # 6. Report.
+        report = self.report(rollout, predictions, rewards, shaped, metrics)
+        return report | self.group_report(scores_of(rewards).view(groups), advantages, report)
+
+    def advantages(
+        self, scores: Tensor, kl: Tensor, mask: Tensor, batch: list[list[int]]
+    ) -> Tensor:
+        """Advantages (P, n, R); arguments as in losses/advantages.py."""
+        options = {}
+        if self.config.advantage == "grpo":
+            options["normalize"] = self.config.normalize
+        if self.config.advantage == "remax":
+            greedy = self.sample(batch, temperature=0.0)
+            shaped = self.shape(self.score(greedy), greedy.response_mask)
+            options["greedy_scores"] = scores_of(shaped)
+        return ESTIMATORS[self.config.advantage](scores, kl, mask, **options)
+
+    def group_report(
+        self, scores: Tensor, advantages: Tensor, report: dict[str, float]
+    ) -> dict[str, float]:
+        """GRPO's usual metrics of scores (P, n); warns if all advantages are 0."""
+        if not advantages.any():
+            warnings.warn(
+                f"step {self.steps_done + 1}: all advantages are 0, because no response scores "
+                "differently from its baseline. Use harder or easier prompts, a finer reward or a "
+                "higher temperature",
+                stacklevel=2,
+            )
+        kl = {}
+        if "objective/kl" in report:
+            kl["kl"] = report["objective/kl"] / report["response_length"]
+        equal = (scores == scores[:, :1]).all(dim=1)
+        return kl | {
+            "reward": report["objective/scores"],
+            "reward_std": scores.std(dim=1).mean().item() if scores.shape[1] > 1 else 0.0,
+            "frac_reward_zero_std": equal.float().mean().item(),
+            "clip_ratio": report["policy/clipfrac_avg"],
+            "completions/mean_length": report["response_length"],
+        }
+
+    def ratio_logprobs(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """With ratio sequence every token gets its response's mean log-ratio (GSPO, eq. 7)."""
+        if self.config.ratio == "token":
+            return logprobs
+        log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0).sum(dim=1, keepdim=True)
+        mean = log_ratio / mask.sum(dim=1, keepdim=True).clamp_min(1)
+        return old_logprobs.masked_fill(~mask, 0) + mean

@@ -1,0 +1,82 @@
+"""Iterated DPO: each round samples all prompts once and runs DPO on the pairs.
+
+Xu et al. 2023; Xiong et al. 2024. Every loss and option of DPO works here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from rlhf_core.algorithms.dpo import WITHOUT_REFERENCE, DPOTrainer
+from rlhf_core.algorithms.online_dpo import OnlineDPOConfig, sample_metrics
+from rlhf_core.data import Tokenizer
+from rlhf_core.feedback.candidates import candidates, make_scorer
+from rlhf_core.feedback.judges import Judge
+from rlhf_core.feedback.rewards import Reward
+from rlhf_core.models import Transformer
+from rlhf_core.options import option
+from rlhf_core.training.reference import frozen_copy
+from rlhf_core.training.rounds import resumed, run_rounds
+from rlhf_core.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class IteratedDPOConfig(OnlineDPOConfig):
+    """Online DPO's options; epochs and max_steps are those of a round."""
+
+    rounds: int = option(3, "rounds of sampling and DPO", within="[1, inf)")
+    reference_policy: str = option(
+        "round",
+        "DPO's reference: the policy at the start of the round, or the first policy",
+        choices=("round", "first"),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        compares = not self.reference_free and self.loss not in WITHOUT_REFERENCE
+        self.warn_unused(("reference_policy", compares, "without a reference"))
+
+
+def iterated_dpo(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: IteratedDPOConfig,
+    *,
+    reward: Reward | Sequence[tuple[Reward, float]] | None = None,
+    judge: Judge | None = None,
+    eos_ids: Sequence[int] | None = None,
+    tokenizer: Tokenizer | None = None,
+    out: str | os.PathLike | None = None,
+    resume: bool = False,
+) -> list[dict]:
+    """Train the model in place by rounds of DPO on its own samples; returns each round's metrics.
+
+    Arguments as for `OnlineDPOTrainer`; out and resume as for `rft`. Metrics: those of DPO's last
+    step and of all samples of the round, and the number of pairs.
+    """
+    scorer = make_scorer(model, config, reward=reward, judge=judge, tokenizer=tokenizer)
+    first = frozen_copy(model) if config.reference_policy == "first" else None
+    out = None if out is None else Path(out)
+    Trainer(model, prompts, config, out=out)  # checks the arguments before anything is sampled
+
+    def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
+        generator = torch.Generator().manual_seed(seed)
+        samples = candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
+        pairs = samples.pairs()
+        if not pairs:
+            raise ValueError(
+                "no pairs to learn from: the responses to every prompt tie. Raise num_samples or "
+                "the temperature, or use a finer reward"
+            )
+        options = dict(reference=first, tokenizer=tokenizer, out=folder)
+        trainer = resumed(DPOTrainer(model, pairs, replace(config, seed=seed), **options))
+        return trainer.train()[-1] | sample_metrics(samples) | {"pairs": len(pairs)}
+
+    options = dict(tokenizer=tokenizer, out=out, resume=resume)
+    fixed = list(prompts), eos_ids, *scorer.models
+    return run_rounds("iterated_dpo", model, config, train_round, fixed=fixed, **options)

@@ -1,0 +1,105 @@
+"""Online DPO: each step learns from the policy's own samples, labelled by a reward or a judge.
+
+Guo et al. 2024; Calandriello et al. 2024. Every loss and option of DPO works here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_core.algorithms.dpo import DPOConfig, DPOTrainer
+from rlhf_core.feedback.candidates import Candidates, SamplingConfig, candidates, make_scorer
+from rlhf_core.feedback.judges import Judge
+from rlhf_core.feedback.rewards import Reward
+from rlhf_core.models import Transformer
+from rlhf_core.options import option
+
+
+@dataclass(frozen=True)
+class OnlineDPOConfig(DPOConfig, SamplingConfig):
+    """DPO's options, with batch_size in prompts, and those of sampling."""
+
+    num_samples: int = option(
+        2, "responses to each prompt; the best and the worst are the pair", within="[2, inf)"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        unset = self.reference_logprobs is None
+        self.check(("reference_logprobs", unset, "unset: samples are not known in advance"))
+
+
+class OnlineDPOTrainer(DPOTrainer):
+    """Trains a Transformer on prompts (lists of token ids).
+
+    Metrics: DPO's, response_length, and of the samples objective/{scores,margin,ties}: the mean
+    score (one half with a judge), the mean of best minus worst, the share of prompts whose responses
+    tie. A step without pairs changes nothing and has no metrics of DPO.
+    """
+
+    algorithm = "online_dpo"
+    main_metric = "objective/scores"
+    kinds = ()
+
+    def __init__(
+        self,
+        model: Transformer,
+        examples: Sequence[Sequence[int]],
+        config: OnlineDPOConfig,
+        *,
+        reward: Reward | Sequence[tuple[Reward, float]] | None = None,
+        judge: Judge | None = None,
+        eos_ids: Sequence[int] | None = None,
+        **options,
+    ):
+        """
+        Args:
+            reward, judge: one of them. A judge maps (prompts, first, second) to the probability
+                that each first response is better, 0.5 for a tie. Responses that tie are no pair.
+            eos_ids, tokenizer, reference: as for PPO.
+        """
+        super().__init__(model, examples, config, **options)
+        if judge is not None:
+            self.main_metric = super().main_metric  # a judge's mean score is always one half
+        scorer = dict(reward=reward, judge=judge, tokenizer=self.tokenizer)
+        self.scorer = make_scorer(model, config, **scorer)
+        self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def fixed_models(self) -> list:
+        return [*super().fixed_models(), *self.scorer.models]
+
+    def settings(self) -> dict:
+        return {"eos_ids": self.eos_ids}
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {"sampling": self.generator.get_state()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
+        self.generator.set_state(state["sampling"])
+
+    def step(self, batch: list[list[int]]) -> dict[str, float]:
+        """Sample responses to the prompts, and take a step of DPO on the pairs among them."""
+        options = dict(eos_ids=self.eos_ids, generator=self.generator)
+        samples = candidates(self.model, batch, self.scorer, self.config, **options)
+        pairs, report = samples.pairs(), sample_metrics(samples)
+        if not pairs:
+            return report | {"lr": self.optimizer.param_groups[0]["lr"]}
+        return super().step(pairs) | report
+
+
+def sample_metrics(samples: Candidates) -> dict[str, float]:
+    """The metrics of samples, see `OnlineDPOTrainer`."""
+    lengths = [len(ids) for responses in samples.responses for ids in responses]
+    margins = samples.margins()
+    return {
+        "objective/scores": samples.scores.mean().item(),
+        "objective/margin": margins.mean().item(),
+        "objective/ties": (margins == 0).double().mean().item(),
+        "response_length": sum(lengths) / len(lengths),
+    }

@@ -1,0 +1,95 @@
+"""Rejection sampling: SFT on the policy's own best samples, in rounds.
+
+RAFT (Dong et al. 2023; Touvron et al. 2023, section 3.2.3) keeps the best response to each prompt,
+RFT (Yuan et al. 2023) every distinct one above a threshold. Each round samples from the policy that
+the round before has trained, and trains it further.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from rlhf_core.algorithms.sft import SFTConfig, SFTTrainer
+from rlhf_core.data import Example, Tokenizer
+from rlhf_core.feedback.candidates import Candidates, SamplingConfig, candidates, make_scorer
+from rlhf_core.feedback.rewards import Reward
+from rlhf_core.models import Transformer
+from rlhf_core.options import option
+from rlhf_core.training.rounds import resumed, run_rounds
+from rlhf_core.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class RFTConfig(SFTConfig, SamplingConfig):
+    """SFT's options, per round, and those of sampling; batch_size counts prompts in sampling too."""
+
+    rounds: int = option(1, "rounds of sampling and SFT", within="[1, inf)")
+    threshold: float | None = option(
+        None, "keep every distinct response with at least this score; unset: each prompt's best"
+    )
+
+
+def rft(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: RFTConfig,
+    *,
+    reward: Reward | Sequence[tuple[Reward, float]],
+    eos_ids: Sequence[int] | None = None,
+    tokenizer: Tokenizer | None = None,
+    out: str | os.PathLike | None = None,
+    resume: bool = False,
+) -> list[dict]:
+    """Train the model in place on the best of its own samples; returns each round's metrics.
+
+    Metrics: those of SFT's last step; objective/scores and objective/best, the mean score of all
+    samples and of each prompt's best; examples, the number kept.
+
+    Args:
+        prompts: lists of token ids.
+        reward, eos_ids, tokenizer: as for `PPOTrainer`.
+        out: folder for the model, metrics.jsonl with a line per round, and each round's SFT in
+            round-1, round-2, ...
+        resume: continue the run in `out`, with the original model, prompts and config.
+    """
+    scorer = make_scorer(model, config, reward=reward, tokenizer=tokenizer)
+    out = None if out is None else Path(out)
+    Trainer(model, prompts, config, out=out)  # checks the arguments before anything is sampled
+
+    def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
+        generator = torch.Generator().manual_seed(seed)
+        samples = candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
+        examples = kept(samples, config.threshold)
+        options = dict(tokenizer=tokenizer, out=folder)
+        trainer = resumed(SFTTrainer(model, examples, replace(config, seed=seed), **options))
+        return trainer.train()[-1] | {
+            "objective/scores": samples.scores.mean().item(),
+            "objective/best": samples.best()[1].mean().item(),
+            "examples": len(examples),
+        }
+
+    options = dict(tokenizer=tokenizer, out=out, resume=resume)
+    fixed = list(prompts), eos_ids, *scorer.models
+    return run_rounds("rft", model, config, train_round, fixed=fixed, **options)
+
+
+def kept(samples: Candidates, threshold: float | None) -> list[Example]:
+    """The examples to learn: each prompt's best response, or all distinct ones above threshold."""
+    if threshold is None:
+        return [Example(*row) for row in zip(samples.prompts, samples.best()[0])]
+    good = {
+        (tuple(prompt), tuple(ids)): None
+        for prompt, responses, scores in zip(*samples._replace(scores=samples.scores.tolist()))
+        for ids, score in zip(responses, scores)
+        if score >= threshold
+    }
+    if not good:
+        raise ValueError(
+            f"no response scores at least {threshold}; the best scores {samples.scores.max():.6g}"
+        )
+    return [Example(list(prompt), list(ids)) for prompt, ids in good]

@@ -1,0 +1,238 @@
+"""Arguments that several commands share, and what they stand for: configs, files, devices, rewards."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+import types
+import typing
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_core.data import encode_prompt, load_tokenizer, read_prompts
+from rlhf_core.files import check_writable
+from rlhf_core.models import Transformer, load_reward
+from rlhf_core.models.heads import AGGREGATES
+from rlhf_core.options import Options, describe
+
+MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hub"
+
+
+class Command(typing.NamedTuple):
+    """A command: its line in `rlhf-core --help`, its arguments, and the function that runs it."""
+
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], None]
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a default unless there is none or the help mentions it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, (), False) or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
+# ---- configs
+
+
+def add_config(parser: ArgumentParser, config: type[Options], without: Sequence[str] = ()) -> None:
+    """Add one argument for each field of a config, in the groups of the classes that declare them."""
+    hints, groups = typing.get_type_hints(config), {}
+    for field in dataclasses.fields(config):
+        if field.name in without:
+            continue
+        owner = next(c for c in reversed(config.__mro__) if field.name in _declared(c))
+        if owner not in groups:
+            title = (owner.__doc__ or "").split("\n")[0].rstrip(".")
+            groups[owner] = parser.add_argument_group(title)
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = typing.get_args(kind)[0]
+        if kind is bool:
+            action = argparse.BooleanOptionalAction if field.default else "store_true"
+            options = {"action": action}
+        else:
+            options = {
+                "type": seed if field.name == "seed" else kind,
+                "metavar": field.name.upper(),
+                "choices": field.metadata.get("choices"),
+            }
+        flag = "--" + field.name.replace("_", "-")
+        text = describe(field).replace("%", "%%")
+        groups[owner].add_argument(flag, default=field.default, help=text, **options)
+
+
+def _declared(owner: type) -> dict[str, Any]:
+    return owner.__dict__.get("__dataclass_fields__", {})
+
+
+def config_of(config: type[Options], arguments: Namespace) -> Options:
+    """The config with the values of the arguments."""
+    given = vars(arguments)
+    names = (field.name for field in dataclasses.fields(config))
+    return config(**{name: given[name] for name in names if name in given})
+
+
+def seed(text: str) -> int:
+    """A seed of at most 64 bits."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 64 bits, got {text}")
+    return value
+
+
+# ---- files and devices
+
+
+def add_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if available")
+
+
+def device_of(arguments: Namespace) -> torch.device:
+    """The device of --device; ValueError if it cannot hold a tensor."""
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # fails on "meta", which stores nothing
+        return probe.device
+    except (RuntimeError, AssertionError) as error:  # unknown, or this torch is built without it
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def add_skip_bad(parser: ArgumentParser) -> None:
+    help = "drop and count bad lines instead of stopping"
+    parser.add_argument("--skip-bad", action="store_true", help=help)
+
+
+def read(reader: Callable, path: Path, arguments: Namespace, encode: Callable) -> list:
+    """The encoded rows of a file; reports lines that --skip-bad drops."""
+    dropped = []
+    items = reader(path, dropped.append if arguments.skip_bad else None, encode)
+    if dropped:
+        print(f"dropped {len(dropped)} bad lines, the first: {dropped[0]}", file=sys.stderr)
+    return items
+
+
+def check_fresh(arguments: Namespace) -> None:
+    """Raise OSError unless the folder --out may be written."""
+    out, resume = arguments.out, getattr(arguments, "resume", False)
+    if out.is_dir() and any(out.iterdir()) and not (arguments.overwrite or resume):
+        raise FileExistsError(f"{out} is not empty. Choose another --out, or pass --overwrite")
+    check_writable(out)
+
+
+# ---- prompts and rewards
+
+
+def add_prompts_and_reward(parser: ArgumentParser, judged: bool = False) -> None:
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        type=Path,
+        help="JSONL[.gz] with messages, prompt, question or text; or .txt, one prompt per line",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--reward-model", type=Path, nargs="+", help="folders written by `rlhf-core reward`"
+    )
+    source.add_argument(
+        "--reward-function",
+        metavar="FILE.py:NAME",
+        help="a function from lists of prompts and responses (strings) to one number per response",
+    )
+    if judged:
+        source.add_argument(
+            "--judge",
+            metavar="FILE.py:NAME",
+            help="a function from lists of prompts, first and second responses to the probability "
+            "that each first one is better",
+        )
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument(
+        "--reward-weights", type=float, nargs="+", help="for a weighted sum of reward models"
+    )
+    several.add_argument(
+        "--reward-ensemble", choices=AGGREGATES, help="how reward models combine; default: mean"
+    )
+    parser.add_argument(
+        "--reward-coef", type=float, help="weight of the variance in the ensemble `uncertainty`"
+    )
+    add_eos_ids(parser)
+
+
+def add_eos_ids(parser: ArgumentParser) -> None:
+    help = "token ids that end a response; default: those of model and tokenizer"
+    parser.add_argument("--eos-ids", type=int, nargs="+", help=help)
+
+
+def eos_ids_of(arguments: Namespace, model: Transformer, tokenizer) -> tuple[int, ...]:
+    own = dict.fromkeys((*model.config.eos_ids, *tokenizer.eos_ids))
+    return tuple(arguments.eos_ids or own)
+
+
+def prompted(arguments: Namespace, config: Options) -> tuple[Transformer, list, dict]:
+    """The policy, (prompt, token ids) rows, and the options of methods that sample."""
+    torch.manual_seed(config.seed)
+    tokenizer, device = load_tokenizer(arguments.model), device_of(arguments)
+    model = Transformer.from_pretrained(arguments.model).to(device)
+    encode = lambda prompt: (prompt, encode_prompt(prompt, tokenizer))  # noqa: E731
+    rows = read(read_prompts, arguments.prompts, arguments, encode)
+    eos_ids = eos_ids_of(arguments, model, tokenizer)
+    reward = _reward_of(arguments, device)
+    return model, rows, dict(eos_ids=eos_ids, tokenizer=tokenizer, **reward)
+
+
+def _reward_of(arguments: Namespace, device: torch.device) -> dict:
+    """The reward or judge of the arguments, as the methods that sample take it."""
+    weights, folders = arguments.reward_weights, arguments.reward_model
+    if folders is None:
+        for name in ("reward_weights", "reward_ensemble", "reward_coef"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} needs --reward-model")
+        if arguments.reward_function is not None:
+            return {"reward": _function("--reward-function", arguments.reward_function)}
+        return {"judge": _function("--judge", arguments.judge)}
+    if weights is None:
+        reward = load_reward(folders, arguments.reward_ensemble, arguments.reward_coef)
+        return {"reward": reward.to(device)}
+    if arguments.reward_coef is not None:
+        raise ValueError(f"--reward-coef {arguments.reward_coef} contradicts --reward-weights")
+    if len(weights) != len(folders):
+        raise ValueError(f"there are {len(weights)} --reward-weights for {len(folders)} models")
+    models = [load_reward([folder]).to(device) for folder in folders]
+    return {"reward": list(zip(models, weights))}
+
+
+def _function(option: str, text: str) -> Callable:
+    """The function FILE.py:NAME. The file is executed, and may import modules beside it."""
+    file, _, name = text.rpartition(":")
+    if not file.endswith(".py") or not name:
+        raise ValueError(f"{option} must be FILE.py:NAME, got {text!r}")
+    spec = importlib.util.spec_from_file_location(f"_rlhf_core_{Path(file).stem}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(file).resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{option}: {file} raised {error!r}") from error
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"{option}: {file} has no function {name!r}")
+    return getattr(module, name)
+
+
+def print_result(metrics: dict[str, float], out: Path, note: str) -> None:
+    """Print the last step's metrics and where the model is."""
+    for name, value in metrics.items():
+        print(f"{name:<28} {value:.6g}")
+    print(f"{note}; written to {out}")

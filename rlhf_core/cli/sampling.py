@@ -1,0 +1,180 @@
+"""The commands that sample from a model or rewrite its folder: generate, best-of-n, merge."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+
+from rlhf_core.cli.arguments import (
+    MODEL,
+    Command,
+    add_config,
+    add_device,
+    add_eos_ids,
+    add_prompts_and_reward,
+    add_skip_bad,
+    check_fresh,
+    config_of,
+    device_of,
+    eos_ids_of,
+    prompted,
+    seed,
+)
+from rlhf_core.data import encode_prompt, load_tokenizer
+from rlhf_core.data.collate import left_pad
+from rlhf_core.evaluation import best_of_n_kl
+from rlhf_core.feedback.candidates import SamplingConfig, best_of_n
+from rlhf_core.files import check_writable, read_json, replacing
+from rlhf_core.generation import generate
+from rlhf_core.models import ILQLModel, RewardModel, Transformer
+from rlhf_core.models.ilql import has_values
+from rlhf_core.models.lora import CONFIG_FILE, is_reward_model, merge_adapters
+
+
+def _add_generate(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, help=MODEL)
+    parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
+    parser.add_argument(
+        "--chat", action="store_true", help="put each prompt into the model's chat template as user"
+    )
+    parser.add_argument(
+        "--beta", type=float, help="ILQL: weight of the values; default: as trained; 0: none"
+    )
+    parser.add_argument("--num-samples", type=int, default=1, help="responses to each prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest response")
+    parser.add_argument("--min-new-tokens", type=int, default=0, help="shortest response")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, help="sample among the k most likely tokens")
+    parser.add_argument(
+        "--top-p", type=float, help="sample among the top tokens whose probability reaches this"
+    )
+    parser.add_argument(
+        "--min-p", type=float, help="sample among tokens this likely, relative to the best one"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1: fewer repeated tokens"
+    )
+    add_eos_ids(parser)
+    parser.add_argument(
+        "--stop", nargs="+", default=(), metavar="STRING", help="strings that end a response"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of sampling")
+    add_device(parser)
+
+
+def run_generate(arguments: Namespace) -> None:
+    """Print responses to the prompts."""
+    device = device_of(arguments)
+    tokenizer = load_tokenizer(arguments.model)
+    valued = has_values(arguments.model)
+    model = (ILQLModel if valued else Transformer).from_pretrained(arguments.model).to(device)
+    if arguments.beta is not None:
+        if not valued:
+            raise ValueError(
+                f"--beta needs a model trained by ilql, {arguments.model} has no values"
+            )
+        if not 0 <= arguments.beta < math.inf:
+            raise ValueError(f"--beta must be finite and at least 0, got {arguments.beta}")
+        model.beta = arguments.beta
+    prompts = arguments.prompt
+    if arguments.chat:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    prompts = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    prompt_ids, attention_mask = (x.to(device) for x in left_pad(prompts, tokenizer.pad_id))
+    response = generate(
+        model,
+        prompt_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=arguments.max_new_tokens,
+        min_new_tokens=arguments.min_new_tokens,
+        num_samples=arguments.num_samples,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        eos_ids=eos_ids_of(arguments, model, tokenizer),
+        stop_strings=arguments.stop,
+        tokenizer=tokenizer,
+        generator=torch.Generator().manual_seed(arguments.seed),
+    )
+    for row, (ids, mask) in enumerate(zip(response.response_ids, response.response_mask)):
+        print(tokenizer.decode(prompts[row // arguments.num_samples] + ids[mask].tolist()))
+
+
+def _add_best_of_n(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, help=MODEL)
+    add_prompts_and_reward(parser)
+    parser.add_argument(
+        "--out", required=True, type=Path, help="JSONL file for prompt, completion and score"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    add_skip_bad(parser)
+    add_device(parser)
+    add_config(parser, SamplingConfig)
+
+
+def run_best_of_n(arguments: Namespace) -> None:
+    """Write each prompt's best response to a file."""
+    config, out = config_of(SamplingConfig, arguments), arguments.out
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a directory, not a file")
+    if out.exists() and not arguments.overwrite:
+        raise FileExistsError(f"{out} exists. Choose another --out, or pass --overwrite")
+    check_writable(out.parent)
+    model, rows, options = prompted(arguments, config)
+    samples = best_of_n(model, [ids for _, ids in rows], config, **options)
+    best, scores = samples.best()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for (prompt, _), ids, score in zip(rows, best, scores.tolist()):
+            completion = options["tokenizer"].decode(ids)
+            row = {"prompt": prompt, "completion": completion, "score": score}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(
+        f"mean score {samples.scores.mean():.6g}, of the best of {config.num_samples} "
+        f"{scores.mean():.6g}, at most {best_of_n_kl(config.num_samples):.3g} nats from the policy; "
+        f"{len(rows)} prompts; written to {out}"
+    )
+
+
+def _add_merge(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, help="folder of adapters")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the model")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write into --out even if it is not empty"
+    )
+
+
+def run_merge(arguments: Namespace) -> None:
+    """Write the plain model that adapters and their base make."""
+    check_fresh(arguments)
+    if arguments.out.resolve() == arguments.model.resolve():
+        raise ValueError(f"--out {arguments.out} is --model: the adapters would be lost")
+    tokenizer, file = load_tokenizer(arguments.model), arguments.model / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist, so there are no adapters to merge")
+    model_type = ILQLModel if has_values(arguments.model) else Transformer
+    model_type = RewardModel if is_reward_model(arguments.model) else model_type
+    model = model_type.from_pretrained(arguments.model)
+    merge_adapters(model)
+    model.save_pretrained(arguments.out)
+    tokenizer.save(arguments.out)
+    print(f"merged with {read_json(file)['base_model_name_or_path']}; written to {arguments.out}")
+
+
+COMMANDS = {
+    "generate": Command("sample from a model", _add_generate, run_generate),
+    "best-of-n": Command(
+        "sample, and keep each prompt's response with the highest reward",
+        _add_best_of_n,
+        run_best_of_n,
+    ),
+    "merge": Command(
+        "fold adapters into the weights of their base: a plain model", _add_merge, run_merge
+    ),
+}

@@ -1,0 +1,279 @@
+"""The commands that train: one line for each method in the tables below."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from rlhf_core.algorithms.a2c import A2CConfig, A2CTrainer
+from rlhf_core.algorithms.dpo import DPOConfig, DPOTrainer
+from rlhf_core.algorithms.grpo import GRPOConfig, GRPOTrainer
+from rlhf_core.algorithms.ilql import ILQLConfig, ILQLTrainer
+from rlhf_core.algorithms.iterated_dpo import IteratedDPOConfig, iterated_dpo
+from rlhf_core.algorithms.kto import KTOConfig, KTOTrainer
+from rlhf_core.algorithms.nlpo import NLPOConfig, NLPOTrainer
+from rlhf_core.algorithms.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from rlhf_core.algorithms.ppo import PPOConfig, PPOTrainer
+from rlhf_core.algorithms.reward import RewardConfig, RewardTrainer
+from rlhf_core.algorithms.rft import RFTConfig, rft
+from rlhf_core.algorithms.sft import SFTConfig, SFTTrainer
+from rlhf_core.cli.arguments import (
+    MODEL,
+    Command,
+    add_config,
+    add_device,
+    add_prompts_and_reward,
+    add_skip_bad,
+    check_fresh,
+    config_of,
+    device_of,
+    print_result,
+    prompted,
+    read,
+)
+from rlhf_core.data import (
+    encode_labelled,
+    encode_preference,
+    encode_scored,
+    encode_text,
+    load_tokenizer,
+    read_comparisons,
+    read_labelled,
+    read_preferences,
+    read_scored,
+    read_texts,
+)
+from rlhf_core.models import ILQLModel, RewardModel, Transformer
+from rlhf_core.models.ilql import has_values
+from rlhf_core.models.lora import LoRAConfig, add_adapters, is_reward_model
+from rlhf_core.options import Options
+from rlhf_core.policy_gradient.config import PolicyGradientConfig
+from rlhf_core.training.trainer import Trainer
+
+TEXTS = (
+    "JSONL[.gz] with messages; prompt and completion (or response); question and answer; or text"
+)
+LABELLED = "JSONL[.gz] with prompt and completion (or response), or messages; and label"
+SCORED = "JSONL[.gz] with prompt and completion (or response), or messages; and reward, a number"
+PAIRS = "JSONL[.gz] with prompt, chosen and rejected; or chosen and rejected conversations"
+LISTS = f"{PAIRS}; with margin; or prompt, responses and their ranks; or prompt, steps and labels"
+
+
+class OnData(NamedTuple):
+    """A method that learns from a file of examples."""
+
+    trainer: type[Trainer]
+    config: type[Options]
+    load: Callable[[Path], nn.Module]  # the model of --model
+    reader: Callable
+    encode: Callable
+    data: str  # help of --data
+    help: str
+
+
+class OnPrompts(NamedTuple):
+    """A method that samples responses to prompts; train is a trainer, or a function of rounds."""
+
+    train: type[Trainer] | Callable
+    config: type[Options]
+    help: str
+    judged: bool = False  # whether it takes a judge
+
+
+def _reward_model(source: Path) -> RewardModel:
+    if is_reward_model(source):
+        return RewardModel.from_pretrained(source)
+    return RewardModel.from_model(Transformer.from_pretrained(source))
+
+
+def _ilql_model(source: Path) -> ILQLModel:
+    if has_values(source):
+        return ILQLModel.from_pretrained(source)
+    return ILQLModel(Transformer.from_pretrained(source))
+
+
+ON_DATA = {
+    "sft": OnData(
+        SFTTrainer, SFTConfig, Transformer.from_pretrained, read_texts, encode_text, TEXTS,
+        "supervised fine-tuning",
+    ),
+    "reward": OnData(
+        RewardTrainer, RewardConfig, _reward_model, read_comparisons, encode_preference, LISTS,
+        "a reward model, from preferences or labelled steps",
+    ),
+    "dpo": OnData(
+        DPOTrainer, DPOConfig, Transformer.from_pretrained, read_preferences, encode_preference,
+        PAIRS, "direct preference optimisation, SimPO, ORPO",
+    ),
+    "kto": OnData(
+        KTOTrainer, KTOConfig, Transformer.from_pretrained, read_labelled, encode_labelled,
+        LABELLED, "KTO: from single labelled completions",
+    ),
+    "ilql": OnData(
+        ILQLTrainer, ILQLConfig, _ilql_model, read_scored, encode_scored, SCORED,
+        "ILQL: offline RL on text with rewards",
+    ),
+}  # fmt: skip
+ON_PROMPTS = {
+    "ppo": OnPrompts(PPOTrainer, PPOConfig, "PPO against a reward"),
+    "a2c": OnPrompts(A2CTrainer, A2CConfig, "A2C: PPO with one update per rollout and no clip"),
+    "nlpo": OnPrompts(NLPOTrainer, NLPOConfig, "NLPO: PPO limited to tokens a lagging copy likes"),
+    "grpo": OnPrompts(
+        GRPOTrainer, GRPOConfig, "GRPO, RLOO, REINFORCE++ or ReMax (--advantage): no critic"
+    ),
+    "online-dpo": OnPrompts(
+        OnlineDPOTrainer, OnlineDPOConfig, "DPO on its own samples, labelled as they come", True
+    ),
+    "iterated-dpo": OnPrompts(
+        iterated_dpo, IteratedDPOConfig, "DPO on its own samples, in rounds", True
+    ),
+    "rft": OnPrompts(rft, RFTConfig, "rejection sampling: SFT on its own best samples, in rounds"),
+}
+
+
+def _add_data_arguments(method: OnData, parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, help=MODEL)
+    parser.add_argument("--data", required=True, type=Path, help=method.data)
+    parser.add_argument("--eval-data", type=Path, help="file to evaluate on")
+    parser.add_argument(
+        "--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out"
+    )
+    _add_run(parser)
+    add_config(parser, method.config)
+
+
+def _add_prompt_arguments(method: OnPrompts, parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, help=MODEL)
+    add_prompts_and_reward(parser, method.judged)
+    if issubclass(method.config, PolicyGradientConfig):
+        parser.add_argument("--ptx-data", type=Path, help=f"examples for --ptx-coef: {TEXTS}")
+    _add_run(parser)
+    add_config(parser, method.config, without=("eval_every",))  # there are no examples to evaluate
+
+
+def _add_run(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder for the model, its config and metrics.jsonl"
+    )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--overwrite", action="store_true", help="write into --out even if it is not empty"
+    )
+    existing.add_argument(
+        "--resume", action="store_true", help="continue the checkpoint in --out, with same options"
+    )
+    add_skip_bad(parser)
+    add_device(parser)
+    lora = parser.add_argument_group(
+        "LoRA", "--out then holds adapters in PEFT's layout, with --model as their base"
+    )
+    lora.add_argument("--lora-rank", type=int, help="train adapters of this rank, not the weights")
+    lora.add_argument(
+        "--lora-alpha", type=float, help="adapters are scaled by this / rank; default: 16"
+    )
+    lora.add_argument(
+        "--lora-dropout", type=float, help="of the adapters' input, with --dropout; default: 0"
+    )
+    lora.add_argument(
+        "--lora-targets", nargs="+", metavar="MODULE", help="such as q_proj v_proj; default: all"
+    )
+
+
+def _add_adapters(model: Transformer, arguments: Namespace) -> None:
+    """Add the adapters that the --lora options ask for."""
+    options = {
+        "alpha": arguments.lora_alpha,
+        "dropout": arguments.lora_dropout,
+        "target_modules": arguments.lora_targets,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    if arguments.lora_rank is None:
+        if options:
+            raise ValueError("the --lora options need --lora-rank")
+        return
+    if arguments.lora_dropout and not arguments.dropout:
+        raise ValueError("--lora-dropout needs --dropout, which also turns on the model's own")
+    # A folder is stored with its full path, a hub id as it is.
+    base = arguments.model.resolve() if arguments.model.exists() else arguments.model
+    add_adapters(model, LoRAConfig(rank=arguments.lora_rank, base=str(base), **options))
+
+
+def train_on_data(method: OnData, arguments: Namespace) -> None:
+    """Read examples and model, train, print the last metrics."""
+    config = config_of(method.config, arguments)
+    check_fresh(arguments)
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(arguments.model)
+    model = method.load(arguments.model)
+    _add_adapters(getattr(model, "lm", model), arguments)
+    max_length = min(config.max_length, model.config.max_positions)
+
+    def load(path: Path) -> list:
+        encode = lambda row: method.encode(row, tokenizer, max_length)  # noqa: E731
+        return read(method.reader, path, arguments, encode)
+
+    examples = load(arguments.data)
+    if arguments.eval_data is not None:
+        held_out = load(arguments.eval_data)
+    else:
+        examples, held_out = _split(examples, arguments.eval_fraction, config.seed)
+    trainer = method.trainer(
+        model.to(device_of(arguments)),
+        examples,
+        config,
+        eval_examples=held_out,
+        tokenizer=tokenizer,
+        out=arguments.out,
+    )
+    if arguments.resume:
+        trainer.resume()
+    note = f"{len(examples)} to train on, {len(held_out)} held out"
+    print_result(trainer.train()[-1], arguments.out, note)
+
+
+def _split(examples: list, fraction: float, seed: int) -> tuple[list, list]:
+    """Training and held-out examples, drawn at random."""
+    if not 0 <= fraction < 1:
+        raise ValueError(f"--eval-fraction must be in [0, 1), got {fraction}")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    count = int(len(examples) * fraction)
+    return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
+
+
+def train_on_prompts(method: OnPrompts, arguments: Namespace) -> None:
+    """Read prompts, reward and model, train, print the last metrics."""
+    config = config_of(method.config, arguments)
+    check_fresh(arguments)
+    model, rows, options = prompted(arguments, config)
+    _add_adapters(model, arguments)
+    if getattr(arguments, "ptx_data", None) is not None:
+        limit, tokenizer = model.config.max_positions, options["tokenizer"]
+        encode = lambda text: encode_text(text, tokenizer, limit)  # noqa: E731
+        options["ptx_examples"] = read(read_texts, arguments.ptx_data, arguments, encode)
+    prompts, options["out"] = [ids for _, ids in rows], arguments.out
+    if isinstance(method.train, type):
+        trainer = method.train(model, prompts, config, **options)
+        if arguments.resume:
+            trainer.resume()
+        history = trainer.train()
+    else:
+        history = method.train(model, prompts, config, resume=arguments.resume, **options)
+    print_result(history[-1], arguments.out, f"{len(rows)} prompts")
+
+
+COMMANDS = {
+    name: Command(method.help, partial(_add_data_arguments, method), partial(train_on_data, method))
+    for name, method in ON_DATA.items()
+} | {
+    name: Command(
+        method.help, partial(_add_prompt_arguments, method), partial(train_on_prompts, method)
+    )
+    for name, method in ON_PROMPTS.items()
+}

@@ -1,0 +1,31 @@
+"""Statistics of preference data that reveal a bias."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_core.data.encode import Pair, Ranked
+from rlhf_core.losses import preferred
+
+
+def length_bias(examples: list[Pair] | list[Ranked], scores: Tensor) -> dict[str, float]:
+    """Whether length passes for quality: the correlation of score (N,) and length (tokens, EOS included) of every
+    completion, and the accuracy in pairs whose better completion is the shorter one. What is undefined is left out."""
+    lengths = [len(ids) for example in examples for ids in example.completions_ids]
+    pairs, first = [], 0
+    for example in examples:
+        end = first + len(example.completions_ids)
+        pairs += [
+            (i, j) for i in range(first, end) for j in range(i + 1, end) if lengths[i] < lengths[j]
+        ]
+        first = end
+    report, both = {}, torch.stack([scores, torch.tensor(lengths, dtype=scores.dtype)])
+    if both.std(dim=1, correction=0).all():
+        report["length_correlation"] = torch.corrcoef(both)[0, 1].item()
+    if pairs:
+        better, worse = torch.tensor(pairs).unbind(dim=1)
+        report["accuracy_where_shorter_won"] = (
+            preferred(scores[better], scores[worse]).mean().item()
+        )
+    return report

@@ -1,0 +1,1 @@
+"""Feedback on responses: rewards, judges, and candidates to compare."""

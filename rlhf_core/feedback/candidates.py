@@ -1,0 +1,153 @@
+"""Several scored responses to each prompt: best-of-n, and the samples of RFT and online DPO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_core.data import Pair, Tokenizer
+from rlhf_core.data.encode import cut_prompt
+from rlhf_core.feedback.judges import Judge, JudgeScorer
+from rlhf_core.feedback.rewards import Reward, Scorer
+from rlhf_core.models import Transformer
+from rlhf_core.options import Options, option
+from rlhf_core.rollout import sample
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Options):
+    """Sampling of candidates. In a trainer's config the trainer's own fields come first."""
+
+    num_samples: int = option(16, "responses to each prompt", within="[1, inf)")
+    response_length: int = option(53, "longest response, tokens", within="[1, inf)")
+    temperature: float = option(1.0, "of sampling", within="(0, inf)")
+    max_length: int = option(
+        1024, "tokens of prompt and response together; a longer prompt loses its start"
+    )
+    batch_size: int = option(
+        16, "prompts sampled at a time, and rows of a reward model's forward", within="[1, inf)"
+    )
+    seed: int = option(0, "of sampling")
+
+
+class Candidates(NamedTuple):
+    """n scored responses to each of B prompts, as token ids."""
+
+    prompts: list[list[int]]  # as truncated for sampling
+    responses: list[list[list[int]]]  # (B, n), EOS included
+    scores: Tensor  # (B, n), on the CPU
+
+    def best(self) -> tuple[list[list[int]], Tensor]:
+        """Each prompt's response with the highest score (the first of equals), and the scores (B,)."""
+        scores, index = self.scores.max(dim=1)
+        return [row[i] for row, i in zip(self.responses, index.tolist())], scores
+
+    def pairs(self) -> list[Pair]:
+        """Each prompt's best response against its worst, unless they tie."""
+        best, worst = self.scores.argmax(dim=1).tolist(), self.scores.argmin(dim=1).tolist()
+        rows = zip(self.prompts, self.responses, best, worst, self.margins().tolist())
+        return [Pair(prompt, ids[i], ids[j]) for prompt, ids, i, j, margin in rows if margin > 0]
+
+    def margins(self) -> Tensor:
+        """Best minus worst score (B,); 0 is a tie."""
+        return self.scores.amax(dim=1) - self.scores.amin(dim=1)
+
+
+def best_of_n(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    *,
+    reward: Reward | Sequence[tuple[Reward, float]],
+    eos_ids: Sequence[int] | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Candidates:
+    """Sample and score num_samples responses to each prompt; `best` of them are the answers.
+
+    `evaluation.best_of_n_kl` bounds their KL to the policy.
+
+    Args:
+        prompts: lists of token ids.
+        reward: as for `Scorer`.
+        eos_ids: tokens that end a response; None: the policy's own.
+    """
+    scorer = make_scorer(model, config, reward=reward, tokenizer=tokenizer)
+    generator = torch.Generator().manual_seed(config.seed)
+    return candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
+
+
+def candidates(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    scorer: Callable[[list[list[int]], list[list[int]]], Tensor],
+    config: SamplingConfig,
+    *,
+    eos_ids: Sequence[int] | None = None,
+    generator: torch.Generator,
+) -> Candidates:
+    """Sample n responses to each prompt and score them.
+
+    Every response has its own seed, so batch_size changes nothing but rounding.
+
+    Args:
+        scorer: (prompts, responses) -> scores (B n,), a prompt's responses in a row.
+    """
+    if not len(prompts):
+        raise ValueError("there are no prompts to sample responses to")
+    n, room = config.num_samples, _prompt_length(model, config)
+    prompts = [cut_prompt(list(prompt), room, model.config.bos_id) for prompt in prompts]
+    seeds = torch.randint(2**63 - 1, (len(prompts), n), generator=generator)
+    responses, scores = [], []
+    for start in range(0, len(prompts), config.batch_size):
+        part = slice(start, start + config.batch_size)
+        rollout = sample(
+            model,
+            prompts[part],
+            max_new_tokens=config.response_length,
+            num_samples=n,
+            temperature=config.temperature,
+            eos_ids=eos_ids,
+            seeds=seeds[part].flatten(),
+        )
+        flat = rollout.responses()
+        responses += [flat[i : i + n] for i in range(0, len(flat), n)]
+        scores.append(scorer(rollout.prompts(), flat).cpu().view(-1, n))
+    return Candidates(prompts, responses, torch.cat(scores))
+
+
+def make_scorer(
+    model: Transformer,
+    config: SamplingConfig,
+    *,
+    reward: Reward | Sequence[tuple[Reward, float]] | None = None,
+    judge: Judge | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Scorer | JudgeScorer:
+    """The scorer of a model's samples, from a reward or a judge, whichever is given.
+
+    Raises:
+        ValueError: both or neither is given, or they or the config's lengths do not fit the model.
+    """
+    _prompt_length(model, config)
+    if (reward is None) == (judge is None):
+        raise ValueError("pass either a reward or a judge")
+    if judge is not None:
+        return JudgeScorer(judge, config.num_samples, tokenizer)
+    options = dict(pad_id=model.config.pad_id or 0, batch_size=config.batch_size)
+    scorer = Scorer(reward, tokenizer=tokenizer, **options)
+    scorer.check_vocabulary(model)
+    return scorer
+
+
+def _prompt_length(model: Transformer, config: SamplingConfig) -> int:
+    """The longest prompt in tokens; ValueError if the response leaves no room for one."""
+    limit = min(config.max_length, model.config.max_positions)
+    if limit <= config.response_length:
+        raise ValueError(
+            f"response_length {config.response_length} leaves no room for a prompt in {limit} tokens"
+        )
+    return limit - config.response_length

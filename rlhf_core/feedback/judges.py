@@ -1,0 +1,83 @@
+"""Judges compare two responses to a prompt: the probability that the first one is better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.data import Tokenizer
+from rlhf_core.feedback.rewards import RewardError, first_failure
+
+# (prompts, first, second) -> for each row the probability that the first response is better.
+Judge = Callable[[list, list, list], Sequence[float]]
+
+
+class JudgeScorer:
+    """Scores (B * n,): a response's mean probability of winning against its prompt's other ones.
+
+    The scores of two responses are p and 1 - p. The judge sees each pair once, in sampling order.
+    """
+
+    models: Sequence[nn.Module] = ()  # as for `Scorer`
+
+    def __init__(self, judge: Judge, num_samples: int, tokenizer: Tokenizer | None = None):
+        if num_samples < 2:
+            raise ValueError(
+                f"a judge compares responses: num_samples must be >= 2, got {num_samples}"
+            )
+        self.judge, self.num_samples, self.tokenizer = judge, num_samples, tokenizer
+
+    def __call__(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        n, scores = self.num_samples, torch.zeros(len(responses), dtype=torch.float64)
+        groups = torch.arange(0, len(responses), n)[:, None]  # (B, 1) first row of each prompt
+        pairs = torch.triu_indices(n, n, 1)
+        first, second = ((groups + i).flatten() for i in pairs)  # (B n (n - 1) / 2,)
+        wins = judged(
+            self.judge,
+            [prompts[i] for i in first],
+            [responses[i] for i in first],
+            [responses[i] for i in second],
+            tokenizer=self.tokenizer,
+        )
+        return scores.index_add(0, first, wins).index_add(0, second, 1 - wins) / (n - 1)
+
+
+def judged(
+    judge: Judge,
+    prompts: list[list[int]],
+    first: list[list[int]],
+    second: list[list[int]],
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> Tensor:
+    """The judge's probabilities (B,) float64 that the first response is better.
+
+    The judge gets strings if there is a tokenizer, else token ids.
+
+    Raises:
+        ValueError: a returned value is not a probability.
+        RewardError: the judge raised. Both name the row, its prompt and its responses.
+    """
+    rows = list(zip(prompts, first, second))
+    if not rows:
+        raise ValueError("there are no responses to judge")
+    if tokenizer is not None:
+        rows = [tuple(tokenizer.decode(ids) for ids in row) for row in rows]
+    columns = [list(column) for column in zip(*rows)]
+    try:
+        wins = torch.as_tensor(judge(*columns), dtype=torch.float64, device="cpu")
+    except Exception as error:
+        where = first_failure(judge, *columns)
+        raise RewardError(f"the judge raised {error!r}; {where}") from error
+    if wins.shape != (len(rows),):
+        raise ValueError(f"the judge returned shape {tuple(wins.shape)} for {len(rows)} pairs")
+    for row, p in enumerate(wins.tolist()):
+        if not 0 <= p <= 1:
+            prompt, *responses = rows[row]
+            raise ValueError(
+                f"the judge returned {p} for row {row}, not a probability; prompt {prompt!r}, "
+                f"responses {responses!r}"
+            )
+    return wins

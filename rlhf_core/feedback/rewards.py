@@ -1,0 +1,202 @@
+"""Rewards of responses: from a reward model, any callable, or a weighted sum of several.
+
+A reward is one number for a response, earned by its last token, or one number for each token. A bad
+reward is an error that names its row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf_core.data import Example, Tokenizer, collate, step_ends
+from rlhf_core.data.batches import to_device
+from rlhf_core.models import EnsembleReward, RewardModel, Transformer
+
+Reward = RewardModel | EnsembleReward | Callable[[list, list], Sequence[float | Sequence[float]]]
+
+
+class RewardError(RuntimeError):
+    """A caller's reward or judge raised an error; the message names the row."""
+
+
+class Scorer:
+    """Scores rows of token ids with one or several rewards."""
+
+    def __init__(
+        self,
+        reward: Reward | Sequence[tuple[Reward, float]],
+        *,
+        tokenizer: Tokenizer | None = None,
+        pad_id: int = 0,
+        batch_size: int | None = None,
+        device: torch.device | str = "cpu",
+        of_steps: bool = False,
+    ):
+        """
+        Args:
+            reward: a RewardModel or EnsembleReward; a callable (prompts, responses) -> rewards; or
+                a list of (reward, weight), whose weighted sum counts. A callable gets lists of
+                strings without special tokens if there is a tokenizer, else lists of token ids. It
+                returns a finite number for each response, or one for each token of it.
+            batch_size: rows of a reward model's forward; None: all at once.
+            device: of the returned rewards.
+            of_steps: the reward models are process reward models. The end of a step earns the log
+                of the probability that the step is right, so a response scores the log-probability
+                that all its steps are right. Text that is not a step (see `step_ends`) earns 0.
+
+        Raises:
+            ValueError: the rewards are malformed, or a model scores steps where responses count, or
+                the reverse.
+        """
+        self.rewards = list(reward) if isinstance(reward, list | tuple) else [(reward, 1.0)]
+        if not self.rewards:
+            raise ValueError("the list of rewards is empty")
+        for row in self.rewards:
+            if not isinstance(row, list | tuple) or len(row) != 2:
+                raise ValueError(f"several rewards must be (reward, weight) pairs, got {row!r}")
+            if not isinstance(row[1], float | int) or not math.isfinite(row[1]):
+                raise ValueError(f"a reward's weight must be a finite number, got {row[1]!r}")
+        models = (
+            part for part, _ in self.rewards if isinstance(part, RewardModel | EnsembleReward)
+        )
+        self.models = [model.eval() for model in models]
+        self.tokenizer, self.pad_id = tokenizer, pad_id
+        self.batch_size, self.device, self.of_steps = batch_size, device, of_steps
+        if of_steps and (tokenizer is None or len(self.models) < len(self.rewards)):
+            raise ValueError(
+                "rewards of steps need a tokenizer, which finds their ends, and reward models only"
+            )
+        for i, model in enumerate(self.models):
+            if model.of_steps and not of_steps:
+                raise ValueError(f"reward model {i} scores steps: it needs process_rewards")
+            if of_steps and not model.of_steps:
+                raise ValueError(
+                    f"reward model {i} scores whole responses: process_rewards needs a model "
+                    "trained on steps"
+                )
+
+    def check_vocabulary(self, policy: Transformer) -> None:
+        """Raise ValueError if a reward model cannot read the policy's token ids.
+
+        Sizes within 1 % pass: models of one tokenizer may be padded differently, as Qwen2.5's are.
+        """
+        size = policy.config.vocab_size
+        for i, model in enumerate(self.models):
+            other = model.config.vocab_size
+            if abs(other - size) > 0.01 * size:
+                raise ValueError(
+                    f"the policy has {size} tokens, but reward model {i} has {other}: they must "
+                    "share a tokenizer"
+                )
+
+    def __call__(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        """Scores (B,) float32: the sum over each response's tokens."""
+        return scores_of(self.rewards_of(prompts, responses))
+
+    @torch.no_grad()
+    def rewards_of(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        """Rewards (B,), or (B, R) if they are per token, float32; R is the longest response.
+
+        Raises:
+            ValueError: a reward has a wrong shape or is not finite.
+            RewardError: a callable raised. Both name the row, its prompt and its response.
+        """
+        total = torch.zeros(len(responses), device=self.device)
+        for reward, weight in self.rewards:
+            if isinstance(reward, RewardModel | EnsembleReward):
+                part = self._model_scores(reward, prompts, responses)
+            else:
+                part = self._call(reward, prompts, responses)
+            self._check_finite(part, prompts, responses)
+            if part.ndim != total.ndim:
+                total, part = (_per_token(x, responses) for x in (total, part))
+            total = total + weight * part
+        return total
+
+    def _model_scores(
+        self, model: RewardModel | EnsembleReward, prompts: list[list[int]], responses: list
+    ) -> Tensor:
+        masks = [step_ends(ids, self.tokenizer) if self.of_steps else None for ids in responses]
+        examples = [Example(*row) for row in zip(prompts, responses, masks)]
+        size, device = self.batch_size or len(examples), next(model.parameters()).device
+        parts = []
+        for start in range(0, len(examples), size):
+            tokens = to_device(collate(examples[start : start + size], self.pad_id), device)
+            if self.of_steps:
+                parts.append(F.logsigmoid(model.token_scores(tokens)))
+            else:
+                parts.append(model.scores(tokens))
+        scores = torch.cat(parts).to(self.device)
+        if not self.of_steps:
+            return scores
+        ends = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True)  # (B, R)
+        ends = ends.to(self.device)
+        return scores.new_zeros(ends.shape).masked_scatter(ends, scores)
+
+    def _call(self, reward: Callable, prompts: list[list[int]], responses: list) -> Tensor:
+        texts = [[self.readable(ids) for ids in column] for column in (prompts, responses)]
+        try:
+            returned = reward(*texts)
+        except Exception as error:
+            where = first_failure(reward, *texts)
+            raise RewardError(f"the reward raised {error!r}; {where}") from error
+        try:
+            rows = [torch.as_tensor(row, dtype=torch.float32) for row in returned]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the reward returned {returned!r:.200}: {error}") from None
+        if len(rows) != len(responses):
+            raise ValueError(f"the reward returned {len(rows)} rows for {len(responses)} responses")
+        if all(row.ndim == 0 for row in rows):
+            return torch.stack(rows).to(self.device)
+        for i, (row, response) in enumerate(zip(rows, responses)):
+            if row.shape != (len(response),):
+                raise ValueError(
+                    f"the reward of row {i} has shape {tuple(row.shape)}, but the response has "
+                    f"{len(response)} tokens. Return one number per response, or one per token"
+                )
+        return pad_sequence(rows, batch_first=True).to(self.device)
+
+    def _check_finite(self, rewards: Tensor, prompts: list, responses: list) -> None:
+        bad = ~rewards.isfinite()
+        if bad.any():
+            place = bad.nonzero()[0].tolist()
+            prompt, response = (self.readable(x[place[0]]) for x in (prompts, responses))
+            raise ValueError(
+                f"the reward of row {place[0]} is {rewards[tuple(place)]}; prompt {prompt!r}, "
+                f"response {response!r}"
+            )
+
+    def readable(self, ids: list[int]) -> str | list[int]:
+        """The text of token ids, or the ids themselves without a tokenizer."""
+        return ids if self.tokenizer is None else self.tokenizer.decode(ids)
+
+
+def scores_of(rewards: Tensor) -> Tensor:
+    """The total of each response (B,), from rewards (B,) or (B, R)."""
+    return rewards if rewards.ndim == 1 else rewards.sum(dim=1)
+
+
+def first_failure(function: Callable, prompts: list, *responses: list) -> str:
+    """Call a reward or judge with single rows; says on which row it raises."""
+    for row, (prompt, *texts) in enumerate(zip(prompts, *responses)):
+        try:
+            function([prompt], *([text] for text in texts))
+        except Exception:
+            shown = " and ".join(map(repr, texts))
+            return f"it also raises on row {row} alone: prompt {prompt!r}, response {shown}"
+    return f"it raises on all {len(prompts)} rows together, on no row alone"
+
+
+def _per_token(rewards: Tensor, responses: list[list[int]]) -> Tensor:
+    """Rewards (B, R), with rewards (B,) moved to the last token of each response."""
+    if rewards.ndim == 2:
+        return rewards
+    lengths = torch.tensor([len(response) for response in responses], device=rewards.device)
+    per_token = rewards.new_zeros(len(lengths), int(lengths.max()))
+    return per_token.scatter(1, lengths[:, None] - 1, rewards[:, None])

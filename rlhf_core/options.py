@@ -1,0 +1,111 @@
+"""Config dataclasses: each field says what it means and which values it takes; the class checks them.
+
+The command line and `help()` show the same texts. A contradiction between fields is an error, an
+option without effect beside the others a warning, so that a sweep over one option runs.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, field, fields
+from typing import Any
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    within: str | None = None,
+    choices: Sequence[str] | None = None,
+    factory: Any = MISSING,
+) -> Any:
+    """A config field.
+
+    Args:
+        default, factory: as for `dataclasses.field`. A field whose default is None may be None.
+        help: meaning and unit; what happens when the value goes up.
+        within: interval of valid numbers, such as "(0, 1]" or "[0, inf)".
+        choices: valid strings.
+    """
+    metadata = {"help": help, "within": within, "choices": choices}
+    return field(default=default, default_factory=factory, metadata=metadata)
+
+
+class Options:
+    """Base of the config dataclasses. A ValueError names the field, its value and the valid ones."""
+
+    def __init_subclass__(cls, **options):
+        """List the fields in the class's docstring."""
+        super().__init_subclass__(**options)
+        listed: dict[str, Field] = {}
+        for base in reversed(cls.__mro__[1:]):
+            listed |= getattr(base, "__dataclass_fields__", {})
+        listed |= {name: value for name, value in vars(cls).items() if isinstance(value, Field)}
+        lines = [f"    {name}: {describe(entry)}" for name, entry in listed.items()]
+        summary = (
+            cls.__dict__.get("__doc__") or f"Options of {cls.__name__.removesuffix('Config')}."
+        )
+        cls.__doc__ = "\n".join([summary, "", "Attributes:", *lines])
+
+    def __post_init__(self):
+        for entry in fields(self):
+            value, valid = getattr(self, entry.name), entry.metadata.get("choices")
+            if value is None and entry.default is None:
+                continue
+            if valid is not None:
+                self.check((entry.name, value in valid, f"one of {', '.join(valid)}"))
+            interval = entry.metadata.get("within")
+            if interval is not None:
+                self.check((entry.name, _contains(interval, value), _in_words(interval)))
+
+    def check(self, *rules: tuple[str, Any, str]) -> None:
+        """Raise ValueError for the first rule (field, whether it is valid, what it must be) that fails."""
+        for name, valid, wanted in rules:
+            if not valid:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def warn_unused(self, *rules: tuple[str, Any, str]) -> None:
+        """Warn of each rule (field, whether it has an effect, why not) whose field is set in vain."""
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        for name, effective, reason in rules:
+            if not effective and getattr(self, name) != defaults[name]:
+                warnings.warn(
+                    f"{name}={getattr(self, name)!r} has no effect {reason}", stacklevel=5
+                )
+
+
+def describe(entry: Field) -> str:
+    """A field's help with its choices or interval and its default."""
+    help, choices, within = (entry.metadata.get(key) for key in ("help", "choices", "within"))
+    valid = f"one of {', '.join(choices)}" if choices else within and _in_words(within)
+    notes = "; ".join(filter(None, [valid, _default(entry)]))
+    return f"{help} ({notes})" if notes else str(help)
+
+
+def _default(entry: Field) -> str:
+    return "" if entry.default is MISSING or entry.default is None else f"default {entry.default}"
+
+
+def _bounds(interval: str) -> tuple[float, float]:
+    low, high = interval[1:-1].split(",")
+    return float(low), float(high)
+
+
+def _contains(interval: str, value: Any) -> bool:
+    if not isinstance(value, numbers.Real):
+        return False
+    low, high = _bounds(interval)
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below
+
+
+def _in_words(interval: str) -> str:
+    low, high = _bounds(interval)
+    if high < math.inf or low == -math.inf:
+        return f"in {interval}"
+    least = f"at least {low:g}" if interval[0] == "[" else f"> {low:g}"
+    return least if interval[-1] == "]" else f"{least} and finite"

@@ -1,0 +1,1 @@
+"""The shared parts of the methods that sample from the policy while they train it."""

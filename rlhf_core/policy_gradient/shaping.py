@@ -1,0 +1,68 @@
+"""Shaping of rewards: penalties, scaling and clipping, and coefficients steered to a target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_core.masking import Moments, last_token_index
+
+
+class Coefficient:
+    """A coefficient steered so that what it penalizes stays at a target (Ziegler et al. 2019, 2.2).
+
+    value *= 1 + clip(measured / target - 1, +-0.2) * n / horizon after n responses. sign is -1 for
+    the coefficient of a bonus.
+    """
+
+    def __init__(self, value: float, target: float | None, horizon: int, sign: int = 1):
+        self.value, self.target, self.horizon, self.sign = value, target, horizon, sign
+
+    def update(self, measured: float, n: int) -> None:
+        if self.target is not None:
+            error = min(max(measured / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + self.sign * error * n / self.horizon
+
+
+def penalized(
+    rewards: Tensor,
+    mask: Tensor,
+    ended: Tensor,
+    *,
+    length_penalty: float,
+    missing_eos_penalty: float | None,
+) -> Tensor:
+    """Rewards minus the penalties for length and for a missing EOS.
+
+    Args:
+        rewards: (B,) or (B, R).
+        mask: (B, R) bool, the response tokens.
+        ended: (B,) bool, whether the response ends with EOS.
+    """
+    penalty = length_penalty * mask.sum(dim=1)
+    if missing_eos_penalty is not None:
+        penalty = penalty + missing_eos_penalty * ~ended
+    return add_to_last(rewards, -penalty, mask)
+
+
+def scaled(rewards: Tensor, mask: Tensor, moments: Moments, *, subtract_mean: bool) -> Tensor:
+    """Rewards (B,) or (B, R) divided by the scores' standard deviation; by 1 if they are all equal.
+
+    Args:
+        mask: (B, R) bool, the response tokens.
+        moments: of the scores.
+        subtract_mean: also subtract the mean score from each response.
+    """
+    variance = moments.variance
+    scale = torch.rsqrt(variance.where(variance > 0, 1)).float()
+    if not subtract_mean:
+        return rewards * scale
+    mean = (moments.mean.float() * scale).expand(len(mask))
+    return add_to_last(rewards * scale, -mean, mask)
+
+
+def add_to_last(rewards: Tensor, amounts: Tensor, mask: Tensor) -> Tensor:
+    """Rewards (B,), or the last counted token's rewards of (B, R), plus amounts (B,)."""
+    if rewards.ndim == 1:
+        return rewards + amounts
+    return rewards.scatter_add(1, last_token_index(mask)[:, None], amounts[:, None])

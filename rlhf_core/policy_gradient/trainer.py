@@ -1,0 +1,593 @@
+"""The parts of a policy-gradient step: sample, score, predict, update, report.
+
+A method's `step` calls them in the order of its paper and turns rewards into advantages in between;
+see algorithms/ppo.py. shaping.py has the arithmetic on rewards.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_core.data import Example, Tokenizer
+from rlhf_core.data.batches import micro_batches, rows
+from rlhf_core.data.collate import count_targets
+from rlhf_core.data.encode import cut_prompt
+from rlhf_core.feedback.rewards import Reward, Scorer, scores_of
+from rlhf_core.losses.kl import kl_loss
+from rlhf_core.masking import Moments, last_token_index, loss_weights, masked_mean, masked_moments
+from rlhf_core.models import Transformer, ValueModel
+from rlhf_core.ops import kl_estimate, ppo_loss
+from rlhf_core.ops.linear_logprobs import TokenStatistics
+from rlhf_core.ops.policy_loss import PPOLossStats
+from rlhf_core.policy_gradient.config import PolicyGradientConfig
+from rlhf_core.policy_gradient.shaping import Coefficient, penalized, scaled
+from rlhf_core.rollout import (
+    Rollout,
+    response_full_kl,
+    response_hidden,
+    response_values,
+    sample,
+    scatter,
+)
+from rlhf_core.training.completions import target_loss
+from rlhf_core.training.metrics import Metrics
+from rlhf_core.training.reference import Reference
+from rlhf_core.training.trainer import Trainer
+
+# Largest error of the first minibatch's ratio: other padding rounds differently.
+MAX_FIRST_ERROR = {"float32": 1e-3, "bfloat16": 0.05}
+DIVERGED = "the weights have diverged (try a smaller lr or fewer ppo_epochs) or bfloat16 overflows"
+
+
+class Predictions(NamedTuple):
+    """What the models say of a rollout's tokens before any update, all (B, R) float32."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    ref_logprobs: Tensor  # the log-probs themselves if there is no reference
+    kl: Tensor  # per token, by the config's estimator; 0 without a reference
+    values: Tensor | None = None  # with a critic
+
+
+class Experience(NamedTuple):
+    """What the updates read beside the rollout, all (B, R); fixed while the policy changes."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor
+    old_values: Tensor | None = None  # with a critic
+    returns: Tensor | None = None
+    importance: Tensor | None = None  # with importance_cap; the advantages include these weights
+
+
+class PolicyGradientTrainer(Trainer):
+    """A trainer that samples from the policy; a subclass defines `step`."""
+
+    main_metric = "objective/scores"
+
+    def __init__(
+        self,
+        model: Transformer,
+        examples: Sequence[Sequence[int]],
+        config: PolicyGradientConfig,
+        *,
+        reward: Reward | Sequence[tuple[Reward, float]],
+        critic: ValueModel | None = None,
+        reference: Transformer | None = None,
+        eos_ids: tuple[int, ...] | None = None,
+        ptx_examples: Sequence[Example] = (),
+        tokenizer: Tokenizer | None = None,
+        out: str | os.PathLike | None = None,
+    ):
+        """
+        Args:
+            model: the policy.
+            examples: prompts as lists of token ids.
+            reward: as for `Scorer`: a RewardModel, a callable (prompts, responses) -> rewards, or
+                several with weights.
+            critic: trained with the policy, for methods that have one.
+            reference: as for `Reference`; with reference_ema a copy of it follows the policy. With
+                kl_coef 0 and no reference given there is none, and no KL is reported.
+            eos_ids: tokens that end a response; None: the policy's own.
+            ptx_examples: examples whose likelihood ptx_coef keeps up (Ouyang et al. 2022, eq. 2).
+        """
+        self.critic = critic
+        super().__init__(model, examples, config, tokenizer=tokenizer, out=out)
+        self.shares_trunk = critic is not None and critic.shares_trunk_with(model)
+        needed = config.kl_coef > 0 or reference is not None
+        moves = config.reference_ema is not None
+        self.reference = Reference(model, reference, moves=moves) if needed else None
+        self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
+        if bool(config.ptx_coef) != bool(ptx_examples):
+            raise ValueError(
+                f"ptx_coef is {config.ptx_coef}, but there are {len(ptx_examples)} ptx_examples; "
+                "pass both or neither"
+            )
+        self.check_examples("ptx example", ptx_examples, (Example,))
+        self.ptx_examples = ptx_examples
+        self.scorer = Scorer(
+            reward,
+            tokenizer=tokenizer,
+            pad_id=self.pad_id,
+            batch_size=config.micro_batch_size,
+            device=self.device,
+            of_steps=config.process_rewards,
+        )
+        self.scorer.check_vocabulary(model)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        positions = model.config.max_positions
+        self.prompt_length = min(config.max_prompt_length, positions - config.response_length)
+        if self.prompt_length < 1:
+            raise ValueError(
+                f"response_length {config.response_length} leaves no room for a prompt in the "
+                f"model's {positions} positions"
+            )
+        if config.kl_in == "reward" and config.kl_coef and config.estimator != "k1":
+            warnings.warn(
+                f"kl_estimator {config.estimator} in the reward: its policy gradient is not that of "
+                "the KL and may lead away from the reference. Use k1, or kl_in loss",
+                stacklevel=2,
+            )
+        self.kl_coef = Coefficient(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.entropy_coef = Coefficient(
+            config.entropy_coef, config.entropy_target, config.kl_horizon, sign=-1
+        )
+        self.score_moments = Moments(*torch.zeros(3, dtype=torch.float64, device=self.device))
+        self.episodes, self.started = 0, time.monotonic()
+
+    def trained_models(self) -> list[nn.Module]:
+        return [self.model] if self.critic is None else [self.model, self.critic]
+
+    @property
+    def policy_trains(self) -> bool:
+        """False while only the critic trains."""
+        return True
+
+    @property
+    def sampled_policy(self) -> nn.Module:
+        """What responses are sampled from."""
+        return self.model
+
+    def head(self, rollout: Rollout):
+        """What turns hidden states of the rollout's tokens into log-probs of `sampled_policy`."""
+        return self.model
+
+    # ---- before the updates
+
+    def sample(self, batch: list[list[int]], num_samples: int = 1, **options) -> Rollout:
+        """Responses to every prompt; a prompt's responses are adjacent. Options as for `sample`."""
+        prompts = [cut_prompt(ids, self.prompt_length, self.model.config.bos_id) for ids in batch]
+        settings = dict(
+            max_new_tokens=self.config.response_length,
+            temperature=self.config.temperature,
+            num_samples=num_samples,
+            eos_ids=self.eos_ids,
+            generator=self.generator,
+        )
+        return sample(self.sampled_policy, prompts, **(settings | options))
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Tensor:
+        """Rewards (B,) or (B, R) from the scorer, minus the penalties for length and missing EOS."""
+        rewards = self.scorer.rewards_of(rollout.prompts(), rollout.responses())
+        if rewards.ndim == 2:
+            rewards = F.pad(rewards, (0, rollout.response_ids.shape[1] - rewards.shape[1]))
+        return penalized(
+            rewards,
+            rollout.response_mask,
+            self.ended(rollout),
+            length_penalty=self.config.length_penalty,
+            missing_eos_penalty=self.config.missing_eos_penalty,
+        )
+
+    def ended(self, rollout: Rollout) -> Tensor:
+        """(B,) bool: whether the last counted token ends a response."""
+        index = last_token_index(rollout.response_mask)[:, None]
+        last = rollout.response_ids.gather(1, index)[:, 0]
+        return torch.isin(last, torch.tensor(self.eos_ids, device=last.device, dtype=last.dtype))
+
+    def shape(self, rewards: Tensor, mask: Tensor) -> Tensor:
+        """Rewards (B,) or (B, R), whitened and clipped as configured."""
+        config = self.config
+        if config.whiten_scores != "none":
+            scores = scores_of(rewards).double()
+            moments = masked_moments(scores, torch.ones_like(scores, dtype=torch.bool))
+            if config.whiten_scores == "running":
+                moments = self.score_moments = self.score_moments.combine(moments)
+            rewards = scaled(rewards, mask, moments, subtract_mean=config.whiten_mean)
+        if config.score_clip is None:
+            return rewards
+        return rewards.clamp(-config.score_clip, config.score_clip)
+
+    @torch.no_grad()
+    def predict(self, rollout: Rollout) -> Predictions:
+        """Log-probs, entropy, KL and values before any update.
+
+        The log-probs come from the training forward, not from sampling, so that the first
+        minibatch's ratio is 1 even if a fast decoder rounds differently; `val/rollout_mismatch`
+        reports the difference.
+        """
+        parts = []
+        for (part,) in micro_batches(self.config.micro_batch_size, rollout):
+            mask = part.response_mask
+            with self.autocast():
+                hidden = response_hidden(self.model, part)  # (N, D)
+                tokens = self.head(part).token_logprobs(
+                    hidden, part.response_ids[mask], temperature=self.config.temperature
+                )
+            logprobs, entropy = scatter(tokens.logprobs, mask), scatter(tokens.entropy, mask)
+            ref_logprobs, kl = self.compare(part, logprobs, hidden)
+            values = self.predict_values(part, hidden)
+            parts.append(Predictions(logprobs, entropy, ref_logprobs, kl, values))
+        columns = (None if x[0] is None else torch.cat(x) for x in zip(*parts))
+        predictions = Predictions(*columns)
+        self.check_predictions(predictions)
+        return predictions
+
+    def predict_values(self, rollout: Rollout, hidden: Tensor) -> Tensor | None:
+        """The critic's values (B, R), from the policy's hidden states if they share the trunk."""
+        if self.critic is None:
+            return None
+        with self.autocast():
+            return response_values(self.critic, rollout, hidden if self.shares_trunk else None)
+
+    def compare(self, rollout: Rollout, logprobs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The reference's log-probs and the policy's KL to it, both (B, R)."""
+        if self.reference is None:
+            return logprobs, torch.zeros_like(logprobs)
+        estimator, temperature = self.config.estimator, self.config.temperature
+        mask = rollout.response_mask
+        with self.reference.policy() as reference, self.autocast():
+            ref_hidden = response_hidden(reference, rollout)
+            tokens = reference.token_logprobs(
+                ref_hidden, rollout.response_ids[mask], temperature=temperature
+            )
+            ref_logprobs = scatter(tokens.logprobs, mask)
+            if estimator == "full" and self.config.kl_in == "reward":
+                kl = response_full_kl(
+                    self.model, reference, rollout, temperature, hidden, ref_hidden
+                )
+                return ref_logprobs, kl
+        estimator = "k3" if estimator == "full" else estimator
+        return ref_logprobs, kl_estimate(logprobs, ref_logprobs, estimator=estimator, mask=mask)
+
+    def check_predictions(self, predictions: Predictions) -> None:
+        """Raise FloatingPointError, naming row and token, for a value that cannot be."""
+        columns = {name: x for name, x in predictions._asdict().items() if x is not None}
+        bad_places = torch.stack([~x.isfinite() for x in columns.values()]).cpu()
+        for (name, x), bad in zip(columns.items(), bad_places):
+            if bad.any():
+                row, token = bad.nonzero()[0].tolist()
+                value = x[row, token]
+                raise FloatingPointError(
+                    f"{name} is {value} at row {row}, token {token}: {DIVERGED}"
+                )
+        kl, estimator = predictions.kl, self.config.estimator
+        if estimator != "k1" and (kl < 0).any():
+            row, token = (kl < 0).nonzero()[0].tolist()
+            raise FloatingPointError(
+                f"{estimator} is {kl[row, token]} < 0 at row {row}, token {token}. No log-probs give "
+                "that, so the op is wrong on this machine: try RLHF_CORE_BACKEND=reference, and see "
+                "`rlhf-core info` for the backends"
+            )
+
+    # ---- the updates
+
+    def update(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> None:
+        """Pass over the rollout ppo_epochs times in minibatches, one optimiser step for each.
+
+        The passes stop early when a minibatch's approximate KL exceeds max_approx_kl.
+        """
+        config, size = self.config, len(rollout.response_ids)
+        if config.importance_cap is not None:
+            log_weight = (experience.old_logprobs - rollout.logprobs).where(
+                rollout.response_mask, 0
+            )
+            weight = log_weight.exp().clamp_max(config.importance_cap)
+            advantages = experience.advantages * weight
+            experience = experience._replace(advantages=advantages, importance=weight)
+        first = True
+        for _ in range(config.ppo_epochs):
+            order = torch.randperm(size, generator=self.generator, device=self.device)
+            for index in order.split(config.update_size):
+                seen = Metrics()
+                losses = self.minibatch_losses(rows(rollout, index), rows(experience, index), seen)
+                losses = self.checked(losses, seen) if first else losses
+                first = False
+                try:
+                    norm = self.optimize(chain(losses, self.ptx_losses(len(index), seen)))
+                except FloatingPointError as error:
+                    self.predict(rollout)  # names the row and token at fault, if there is one
+                    raise FloatingPointError(f"{error}; perhaps {DIVERGED}") from None
+                metrics.merge(seen)
+                metrics.add("grad_norm", torch.tensor(norm))
+                approx_kl = seen.means()["policy/approxkl_avg"]
+                if config.max_approx_kl is not None and approx_kl > config.max_approx_kl:
+                    return
+
+    def minibatch_losses(
+        self, rollout: Rollout, experience: Experience, metrics: Metrics
+    ) -> Iterator[Tensor]:
+        """The loss of each micro-batch; they add up to the minibatch's loss."""
+        config = self.config
+        weights = loss_weights(
+            rollout.response_mask, config.aggregation, length=config.response_length
+        )  # (B, R)
+        for part, old, w in micro_batches(config.micro_batch_size, rollout, experience, weights):
+            mask = part.response_mask
+
+            losses_of = partial(
+                self.sequence_losses, old=old, mask=mask, weights=w, metrics=metrics
+            )
+            with (
+                torch.set_grad_enabled(torch.is_grad_enabled() and self.policy_trains),
+                self.autocast(),
+            ):
+                hidden = response_hidden(self.model, part)  # (N, D)
+                (loss,) = self.head(part).token_loss(
+                    hidden,
+                    part.response_ids[mask],
+                    losses_of,
+                    temperature=config.temperature,
+                    sizes=mask.sum(dim=1),
+                )
+            if self.kl_in_loss and config.estimator == "full":
+                loss = loss + self.kl_coef.value * (self.full_kl(part, hidden) * w).sum()
+            values = self.predict_values(part, hidden)
+            if values is not None:
+                value_loss, stats = self.value_loss(values, old, mask, w)
+                self.add_value_statistics(metrics, stats)
+                loss = loss + value_loss
+            yield loss
+
+    def sequence_losses(
+        self,
+        tokens: TokenStatistics,
+        some: slice,
+        *,
+        old: Experience,
+        mask: Tensor,
+        weights: Tensor,
+        metrics: Metrics,
+    ) -> tuple[Tensor]:
+        """The policy loss () of some sequences, see `ops.linear_token_loss`."""
+        mask = mask[some]
+        logprobs, entropy = scatter(tokens.logprobs, mask), scatter(tokens.entropy, mask)
+        loss, stats = self.policy_loss(logprobs, entropy, rows(old, some), mask, weights[some])
+        self.add_policy_statistics(metrics, stats)
+        return (loss,)
+
+    def policy_loss(
+        self, logprobs: Tensor, entropy: Tensor, old: Experience, mask: Tensor, weights: Tensor
+    ) -> tuple[Tensor, PPOLossStats]:
+        """The clipped loss () of tokens (B, R) with entropy bonus and KL penalty, and statistics."""
+        config, entropy_coef = self.config, self.entropy_coef.value
+        ratio_logprobs = self.ratio_logprobs(logprobs, old.old_logprobs, mask)
+        loss, stats = ppo_loss(
+            ratio_logprobs,
+            old.old_logprobs,
+            old.advantages,
+            None,
+            None,
+            None,
+            mask,
+            clip_range=config.clip_ranges,
+            value_clip_range=None,
+            vf_coef=0.0,
+            # For the statistics alone it needs no gradient, which would be all zeros.
+            entropy=entropy if entropy_coef else entropy.detach(),
+            entropy_coef=entropy_coef,
+            dual_clip=config.dual_clip,
+            weights=weights,
+        )
+        if ratio_logprobs is not logprobs:  # the approximate KL stays that of single tokens
+            kl = kl_estimate(old.old_logprobs, logprobs.detach(), estimator="k3", mask=mask)
+            stats = stats._replace(approx_kl=masked_mean(kl, mask))
+        if self.kl_in_loss and config.estimator != "full":
+            kl = kl_loss(
+                logprobs, old.old_logprobs, old.ref_logprobs, mask, estimator=config.estimator
+            )
+            kl = kl if old.importance is None else kl * old.importance
+            loss = loss + self.kl_coef.value * (kl * weights).sum()
+        return loss, stats
+
+    def ratio_logprobs(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """The log-probs (B, R) whose ratio to the old ones is clipped."""
+        return logprobs
+
+    def value_loss(
+        self, values: Tensor, old: Experience, mask: Tensor, weights: Tensor
+    ) -> tuple[Tensor, PPOLossStats]:
+        """vf_coef times the clipped value loss () of values (B, R), and statistics."""
+        zeros, clip = torch.zeros_like(old.old_values), self.config.value_clip_range
+        return ppo_loss(
+            zeros,  # with log-probs and advantages of 0 the policy's part is 0
+            zeros,
+            zeros,
+            values,
+            old.old_values,
+            old.returns,
+            mask,
+            clip_range=self.config.clip_ranges,
+            value_clip_range=None if clip == math.inf else clip,
+            vf_coef=self.config.vf_coef,
+            weights=weights,
+        )
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.config.kl_in == "loss" and self.kl_coef.value > 0 and self.policy_trains
+
+    def full_kl(self, rollout: Rollout, hidden: Tensor) -> Tensor:
+        """Exact KL (B, R) of the response tokens to the reference, with gradient to the policy."""
+        with self.reference.policy() as reference, self.autocast():
+            ref_hidden = response_hidden(reference, rollout)
+        with self.autocast():
+            models, temperature = (self.model, self.reference.model), self.config.temperature
+            return response_full_kl(*models, rollout, temperature, hidden, ref_hidden)
+
+    def ptx_losses(self, size: int, metrics: Metrics) -> Iterator[Tensor]:
+        """ptx_coef times the mean cross-entropy of `size` ptx examples, by micro-batches.
+
+        The examples are drawn with replacement.
+        """
+        coef = self.config.ptx_coef
+        if not coef or not self.policy_trains:
+            return
+        where = dict(generator=self.generator, device=self.device)
+        index = torch.randint(len(self.ptx_examples), (size,), **where).tolist()
+        batch = [self.ptx_examples[i] for i in index]
+        count = self.total(sum(map(count_targets, batch)))
+
+        def losses(tokens: TokenStatistics, some: slice) -> tuple[Tensor, Tensor]:
+            loss = -tokens.logprobs.sum() / count
+            return coef * loss, loss[None]
+
+        for _, tokens in self.parts(batch):
+            with self.autocast():
+                loss, parts = target_loss(self.model, tokens, losses)
+            n = len(tokens.targets)
+            if n:
+                metrics.add_mean("loss/ptx", parts.sum() * count / n, n)
+            yield loss
+
+    def checked(self, losses: Iterator[Tensor], metrics: Metrics) -> Iterator[Tensor]:
+        """The losses of a rollout's first minibatch, then a check before its update.
+
+        The policy must still be the one that the old log-probs belong to, with ratio 1 up to
+        rounding. Dropout is exempt.
+        """
+        yield from losses
+        means = metrics.means()
+        ratio, approx_kl = means["val/ratio"], means["policy/approxkl_avg"]
+        error = max(abs(ratio - 1), approx_kl)
+        if error > MAX_FIRST_ERROR[self.config.precision] and not self.config.dropout:
+            raise FloatingPointError(
+                f"the first minibatch has ratio {ratio:.6g} and approximate KL {approx_kl:.3g}, not "
+                "1 and 0; no weight was updated. Likely causes: the policy is in train mode, it "
+                "changed between rollout and update, or its forward depends on the other rows"
+            )
+
+    # ---- after the updates
+
+    @staticmethod
+    def add_policy_statistics(metrics: Metrics, stats: PPOLossStats) -> None:
+        for name, mean in {
+            "loss/policy_avg": stats.policy_loss,
+            "policy/approxkl_avg": stats.approx_kl,
+            "policy/clipfrac_avg": stats.clip_frac,
+            "policy/entropy_avg": stats.entropy,
+            "policy/dual_clipfrac_avg": stats.dual_clip_frac,
+            "val/ratio": stats.ratio,
+            "ratio_squared": stats.ratio_squared,
+        }.items():
+            metrics.add_mean(name, mean, stats.count)
+
+    @staticmethod
+    def add_value_statistics(metrics: Metrics, stats: PPOLossStats) -> None:
+        metrics.add_mean("loss/value_avg", stats.value_loss, stats.count)
+        metrics.add_mean("val/clipfrac_avg", stats.value_clip_frac, stats.count)
+
+    def report(
+        self,
+        rollout: Rollout,
+        predictions: Predictions,
+        rewards: Tensor,
+        shaped: Tensor,
+        metrics: Metrics,
+    ) -> dict[str, float]:
+        """The step's metrics. Also steers the coefficients and moves a reference that follows.
+
+        rewards, shaped: results of `score` and `shape`.
+        """
+        mask, n = rollout.response_mask, len(rollout.response_ids)
+        old_logprobs, ref_logprobs = predictions.logprobs, predictions.ref_logprobs
+        penalty = -self.kl_coef.value if self.config.kl_in == "reward" else 0.0
+        kl_reward = predictions.kl.sum(dim=1) * penalty
+        for name, values in {
+            "objective/kl": kl_estimate(old_logprobs, ref_logprobs, mask=mask).sum(dim=1),
+            "objective/entropy": predictions.entropy.sum(dim=1),
+            "objective/non_score_reward": kl_reward,
+            "objective/rlhf_reward": scores_of(shaped) + kl_reward,
+            "objective/scores": scores_of(rewards),
+            "response_length": mask.sum(dim=1).float(),
+        }.items():
+            metrics.add(name, values)
+        report = metrics.means()
+        if self.reference is None:
+            del report["objective/kl"]
+        report["val/ratio_var"] = report.pop("ratio_squared") - report["val/ratio"] ** 2
+        mismatch = (old_logprobs - rollout.logprobs).where(mask, 0).abs()
+        report["val/rollout_mismatch"] = float(mismatch.max())
+        report["val/rollout_mismatch_mean"] = float(masked_mean(mismatch, mask))
+        report["val/num_eos_tokens"] = int(self.ended(rollout).sum())
+        report["objective/kl_coef"] = self.kl_coef.value
+        report["policy/entropy_coef"] = self.entropy_coef.value
+        if self.policy_trains:
+            self.kl_coef.update(report.get("objective/kl", 0.0), n)
+            self.entropy_coef.update(float(masked_mean(predictions.entropy, mask)), n)
+        self._move_reference()
+        self.episodes += n
+        report |= {"lr": self.optimizer.param_groups[0]["lr"], "episode": self.episodes}
+        return report | {"eps": self.episodes / (time.monotonic() - self.started)}  # per second
+
+    @torch.no_grad()
+    def _move_reference(self) -> None:
+        """Take a step of the reference's exponential moving average."""
+        if self.reference is not None and self.reference.moves:
+            for slow, fast in zip(self.reference.model.parameters(), self.model.parameters()):
+                slow.lerp_(fast, 1 - self.config.reference_ema)
+
+    # ---- checkpoints
+
+    def settings(self) -> dict:
+        weights = [weight for _, weight in self.scorer.rewards]
+        return {"eos_ids": self.eos_ids, "reward_weights": weights}
+
+    def fixed_data(self) -> list:
+        return [*self.examples, *self.ptx_examples]
+
+    def fixed_models(self) -> list[nn.Module]:
+        critic = [] if self.critic is None else [self.critic]
+        reference = [] if self.reference is None else self.reference.fixed_models()
+        return [*critic, self.model, *reference, *self.scorer.models]
+
+    def state(self) -> dict[str, Tensor]:
+        numbers = {
+            "episodes": self.episodes,
+            "seconds": time.monotonic() - self.started,
+            "kl_coef": self.kl_coef.value,
+            "entropy_coef": self.entropy_coef.value,
+        }
+        state = {name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()}
+        state |= super().state()
+        state["sampling"] = self.generator.get_state()
+        state["score_moments"] = torch.stack([x.double() for x in self.score_moments])
+        if self.reference is not None and self.reference.moves:
+            weights = self.reference.model.state_dict()
+            state |= {f"reference:{name}": x for name, x in weights.items()}
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
+        self.generator.set_state(state["sampling"])
+        self.episodes = int(state["episodes"])
+        self.started = time.monotonic() - float(state["seconds"])
+        self.kl_coef.value = float(state["kl_coef"])
+        self.entropy_coef.value = float(state["entropy_coef"])
+        self.score_moments = Moments(*state["score_moments"].to(self.device))
+        if self.reference is not None and self.reference.moves:
+            names = self.reference.model.state_dict()
+            weights = {name: state[f"reference:{name}"] for name in names}
+            self.reference.model.load_state_dict(weights)

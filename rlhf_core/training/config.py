@@ -1,0 +1,58 @@
+"""The options that every trainer has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf_core.options import Options, option
+
+# Declared by every method that reads whole texts.
+MAX_LENGTH = "tokens of prompt and completion together; longer examples are cut"
+
+
+@dataclass(frozen=True)
+class TrainConfig(Options):
+    """Optimiser, batches, schedule and logging."""
+
+    lr: float = option(1e-5, "peak learning rate of AdamW", within="(0, inf)")
+    lr_schedule: str = option(
+        "linear", "linear decays lr to 0 over the run", choices=("linear", "constant")
+    )
+    warmup_steps: int = option(0, "steps over which lr rises from 0", within="[0, inf)")
+    batch_size: int = option(
+        16, "examples, pairs or prompts of an optimiser step; PPO: of a rollout", within="[1, inf)"
+    )
+    micro_batch_size: int | None = option(
+        None, "rows of one forward and backward; unset: the whole batch", within="[1, inf)"
+    )
+    epochs: int = option(1, "passes over the data", within="[1, inf)")
+    max_steps: int | None = option(
+        None, "stop after this many steps; unset: after all epochs", within="[1, inf)"
+    )
+    max_grad_norm: float = option(1.0, "clip the gradient's global norm to this", within="(0, inf]")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", within="[0, inf)")
+    adam_eps: float = option(1e-8, "AdamW's epsilon", within="[0, inf)")
+    dropout: bool = option(False, "train with the dropout of the model's config")
+    log_every: int = option(
+        10, "steps between printed lines where there is no progress bar", within="[1, inf)"
+    )
+    eval_every: int | None = option(
+        None, "steps between evaluations; unset: only at the end", within="[1, inf)"
+    )
+    save_every: int | None = option(
+        None,
+        "steps between checkpoints, with one at the end; unset: only when interrupted",
+        within="[1, inf)",
+    )
+    precision: str = option(
+        "float32",
+        "of the forward; weights and log-probs stay float32",
+        choices=("float32", "bfloat16"),
+    )
+    activation_checkpointing: bool = option(
+        False, "keep only each block's input and recompute the rest: less memory, more time"
+    )
+    freeze_layers: int = option(
+        0, "from 1: freeze the embedding and this many of the lowest blocks", within="[0, inf)"
+    )
+    seed: int = option(0, "of data order and sampling")

@@ -1,0 +1,37 @@
+"""Named means that add up exactly over unequal micro-batches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class Metrics:
+    """Means kept as sums and counts until they are read."""
+
+    def __init__(self):
+        self._sums: dict[str, list] = {}
+
+    def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Add the values under a True mask of the same shape, or all values."""
+        values = values.detach().float()
+        count = values.numel() if mask is None else mask.sum()
+        total = values.sum() if mask is None else values.masked_fill(~mask, 0).sum()
+        self._add(name, total, count)
+
+    def add_mean(self, name: str, mean: Tensor, count: Tensor | int) -> None:
+        """Add `count` values whose mean is known."""
+        self._add(name, mean.detach() * count, count)
+
+    def _add(self, name: str, total: Tensor, count: Tensor | int) -> None:
+        entry = self._sums.setdefault(name, [0, 0])
+        entry[0] += total
+        entry[1] += count
+
+    def merge(self, other: Metrics) -> None:
+        """Add everything that `other` holds."""
+        for name, (total, count) in other._sums.items():
+            self._add(name, total, count)
+
+    def means(self) -> dict[str, float]:
+        """The means; a name whose masks were all False is left out."""
+        return {n: float(total) / float(count) for n, (total, count) in self._sums.items() if count}

@@ -1,0 +1,426 @@
+"""The loop that all trainers share: batches, optimiser steps with exact accumulation, evaluation,
+checkpoints.
+
+Left out so far: several devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.data import TokenBatch, Tokenizer, collate
+from rlhf_core.data.batches import to_device
+from rlhf_core.data.collate import length, misfit
+from rlhf_core.feedback.rewards import RewardError
+from rlhf_core.models.lora import adapter_config, has_adapters
+from rlhf_core.training import checkpoint
+from rlhf_core.training.config import TrainConfig
+from rlhf_core.training.metrics import Metrics
+from rlhf_core.training.run_log import RunLog
+
+
+class Trainer:
+    """Runs `step` on batches of examples, logs its metrics, and saves the model at the end.
+
+    A subclass defines `losses`, or its own `step`, and these class attributes.
+    """
+
+    algorithm = "trainer"  # name in logs and checkpoints
+    main_metric = "loss"  # shown by the progress bar
+    model_type: type[nn.Module] = nn.Module
+    kinds: tuple[type, ...] = ()  # types of the examples; empty: prompts
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Sequence,
+        config: TrainConfig,
+        *,
+        tokenizer: Tokenizer | None = None,
+        eval_examples: Sequence = (),
+        out: str | os.PathLike | None = None,
+    ):
+        """
+        Args:
+            model: trained in place. Layers frozen by freeze_layers stay frozen afterwards.
+            examples, eval_examples: `step` and `losses` get them in batches.
+            tokenizer: saved with the model; methods that sample decode with it.
+            out: folder for metrics.jsonl, train_config.json, checkpoints and the model; None writes
+                nothing.
+        """
+        if not isinstance(model, self.model_type):
+            wanted = self.model_type.__name__
+            raise TypeError(
+                f"{self.algorithm} trains a model of type {wanted}, got {type(model).__name__}"
+            )
+        if not len(examples):
+            raise ValueError("there are no examples to train on")
+        self.model, self.config, self.tokenizer = model, config, tokenizer
+        self.examples, self.eval_examples = examples, eval_examples
+        self.out = None if out is None else Path(out)
+        if config.eval_every is not None and not len(eval_examples):
+            warnings.warn("eval_every has no effect without evaluation examples", stacklevel=3)
+        if config.save_every is not None and out is None:
+            warnings.warn("save_every has no effect without out", stacklevel=3)
+        self.device = model.device
+        self.pad_id = model.config.pad_id or 0
+        self.steps_done = 0
+        self.finished = False
+        self.check_examples("example", examples, self.kinds)
+        self.check_examples("evaluation example", eval_examples, self.kinds)
+        for trained in self.trained_models():
+            self._prepare(trained)
+        if config.dropout and not any(map(_has_dropout, self.trained_models())):
+            warnings.warn("dropout has no effect: the model's config has none", stacklevel=3)
+        settings = dict(eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=config.lr, **settings)
+        self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+
+    # ---- models and examples
+
+    def trained_models(self) -> list[nn.Module]:
+        """The models whose parameters the optimiser updates."""
+        return [self.model]
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that trains, once, also where two models share a trunk."""
+        parameters = [
+            p for model in self.trained_models() for p in model.parameters() if p.requires_grad
+        ]
+        return list(dict.fromkeys(parameters))
+
+    def parameter_groups(self) -> list[dict]:
+        """`trained_parameters` as AdamW takes them, in groups with their own learning rates."""
+        return [{"params": self.trained_parameters()}]
+
+    def _prepare(self, model: nn.Module) -> None:
+        model.train(self.config.dropout)
+        model.prepare_training(
+            freeze_layers=self.config.freeze_layers,
+            activation_checkpointing=self.config.activation_checkpointing,
+        )
+
+    def check_examples(self, name: str, examples: Sequence, kinds: tuple[type, ...]) -> None:
+        """Raise ValueError for the first example that cannot be trained on.
+
+        Without kinds the examples are prompts, which are truncated instead.
+        """
+        if kinds:
+            self.check_kinds(name, examples, kinds)
+            for i, example in enumerate(examples):
+                fault = misfit(example) or self._excess(length(example)) or self.fault(example)
+                if fault:
+                    raise ValueError(f"{name} {i} {fault}")
+
+    def check_kinds(self, name: str, examples: Sequence, kinds: tuple[type, ...]) -> None:
+        """Raise ValueError for the first example of another type."""
+        for i, example in enumerate(examples):
+            if not isinstance(example, kinds):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                found = type(example).__name__
+                raise ValueError(f"{name} {i} is of type {found}, {self.algorithm} takes {wanted}")
+
+    def _excess(self, tokens: int) -> str | None:
+        positions = self.model.config.max_positions
+        if tokens > positions:
+            return f"has {tokens} tokens, but the model has {positions} positions"
+        max_length = getattr(self.config, "max_length", positions)
+        if tokens > max_length:
+            return (
+                f"has {tokens} tokens, but max_length is {max_length}; the encoders of "
+                "rlhf_core.data truncate examples"
+            )
+        return None
+
+    def fault(self, example: Any) -> str | None:
+        """A method's own reason why an example cannot be trained on, or None."""
+        return None
+
+    # ---- batches
+
+    @property
+    def total_steps(self) -> int:
+        steps = self.config.epochs * math.ceil(len(self.examples) / self.config.batch_size)
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+    def batches(self) -> Iterator[list]:
+        """Lists of examples, shuffled anew every epoch."""
+        order = torch.Generator().manual_seed(self.config.seed)
+        for _ in range(self.config.epochs):
+            shuffled = torch.randperm(len(self.examples), generator=order).tolist()
+            for start in range(0, len(shuffled), self.config.batch_size):
+                yield [self.examples[i] for i in shuffled[start : start + self.config.batch_size]]
+
+    def parts(
+        self, batch: list, *, packing: int | None = None
+    ) -> Iterator[tuple[list, TokenBatch]]:
+        """Micro-batches: examples and their tokens on the model's device; packing as `collate`."""
+        size = self.config.micro_batch_size or len(batch)
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            yield part, to_device(collate(part, self.pad_id, packing=packing), self.device)
+
+    def total(self, count: int) -> int:
+        """The count over the whole batch: the one denominator of a mean loss; at least 1."""
+        return max(count, 1)
+
+    # ---- one step
+
+    def losses(self, batch: list, metrics: Metrics) -> Iterator[Tensor]:
+        """Add to the metrics and yield each micro-batch's loss; they add up to the batch's loss."""
+        raise TypeError(f"{type(self).__name__} defines neither losses nor step")
+
+    def autocast(self) -> torch.autocast:
+        """The context of one forward pass with the config's `precision`; not of its backward.
+
+        Enter it anew for each forward: it caches a weight's bfloat16 copy, and a copy made without
+        gradient would cut a later forward off from its weights.
+        """
+        enabled = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def step(self, batch: list) -> dict[str, float]:
+        """Take one optimiser step on a batch of examples; returns its metrics."""
+        metrics = Metrics()
+        try:
+            grad_norm = self.optimize(self.losses(batch, metrics))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; {self._blame(batch)}") from None
+        lr = self.optimizer.param_groups[0]["lr"]
+        return metrics.means() | {"grad_norm": grad_norm, "lr": lr}
+
+    @torch.no_grad()
+    def _blame(self, batch: list) -> str:
+        """Name the examples whose loss alone is not finite, or say what to try."""
+        bad = []
+        for at, row in enumerate(batch):
+            with contextlib.suppress(ValueError):  # some losses need several rows
+                if not all(loss.isfinite() for loss in self.losses([row], Metrics())):
+                    places = (f"example {i}" for i, x in enumerate(self.examples) if x is row)
+                    bad.append(next(places, f"row {at}, {row},"))  # a sampled row has no place
+        if len(bad) == len(batch):
+            return (
+                "no row has a finite loss, so the weights are at fault: try a smaller lr or "
+                "max_grad_norm, or a longer warmup"
+            )
+        if bad:
+            count = f"one of {len(bad)} such rows in {len(batch)}"
+            return f"the loss of {bad[0]} alone is not finite, {count}"
+        return "every row's loss alone is finite: try a smaller lr, or precision float32"
+
+    def optimize(self, losses: Iterator[Tensor]) -> float:
+        """Add up the gradients of the losses, clip them and step.
+
+        Returns:
+            The gradient's norm before clipping.
+
+        Raises:
+            FloatingPointError: loss or gradient are not finite; the weights are unchanged.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        total_loss = 0.0
+        for loss in losses:
+            loss.backward()
+            total_loss += loss.detach()
+        parameters = self.trained_parameters()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        total_norm = nn.utils.get_total_norm(gradients)
+        grad_norm = float(total_norm)
+        for name, value in (("gradient's norm", grad_norm), ("loss", float(total_loss))):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the {name} is {value}; no weight was updated")
+        if grad_norm > self.config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, total_norm)
+        self.optimizer.step()
+        return grad_norm
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on `eval_examples` without dropout; their names start with eval_."""
+        metrics = Metrics()
+        self.model.eval()
+        for start in range(0, len(self.eval_examples), self.config.batch_size):
+            for _ in self.losses(
+                self.eval_examples[start : start + self.config.batch_size], metrics
+            ):
+                pass
+        self.model.train(self.config.dropout)
+        return {f"eval_{name}": value for name, value in metrics.means().items()}
+
+    # ---- the run
+
+    def train(self) -> list[dict[str, float]]:
+        """Run the remaining steps, log each, save the model to `out`; returns all steps' metrics.
+
+        With `out`, the first Ctrl-C waits for the end of the step and leaves a checkpoint; the
+        second stops at once. For errors see `advance`.
+        """
+        log = RunLog(
+            self.algorithm,
+            asdict(self.config),
+            self.out,
+            main_metric=self.main_metric,
+            steps_done=self.steps_done,
+            total_steps=self.total_steps,
+        )
+        with log, checkpoint.delayed_interrupt(self.out is not None) as interrupted:
+            history = log.history
+            for batch in itertools.islice(self.batches(), self.steps_done, self.total_steps):
+                history.append(self.advance(batch))
+                log.write(history[-1])
+                last, every = self.steps_done == self.total_steps, self.config.save_every
+                stop = interrupted() and not last
+                due = every and self.out and (last or self.steps_done % every == 0)
+                if stop or due:
+                    log.sync()
+                    path = self.save_checkpoint()
+                if stop:
+                    raise KeyboardInterrupt(f"step {self.steps_done} is saved in {path}")
+        if not self.finished:
+            self.finish(history[-1])
+            self.finished = True
+        if self.out is not None:
+            self.save(self.out)
+        return history
+
+    def advance(self, batch: list) -> dict[str, float]:
+        """Take a step, then evaluate and compute `last_metrics` where they are due.
+
+        Raises:
+            FloatingPointError: the run has diverged.
+            ValueError, RewardError: a batch or reward is bad. All name the step. With `out`, the
+                state before the error is left in `out`/checkpoint-error.
+        """
+        step, every = self.steps_done + 1, self.config.eval_every
+        last = step == self.total_steps
+        self._set_lr()
+        try:
+            metrics = {"step": step, **self.step(batch)}
+            self.steps_done = step
+            if len(self.eval_examples) and (last or (every and step % every == 0)):
+                metrics |= self.evaluate()
+            return metrics | self.last_metrics() if last else metrics
+        except Exception as error:
+            saved = ""
+            if self.out:
+                saved = f"; the state is saved in {self.save_checkpoint(checkpoint.ERROR_NAME)}"
+            if type(error) not in (FloatingPointError, ValueError, RuntimeError, RewardError):
+                raise
+            raise type(error)(f"step {step}: {error}{saved}") from error
+
+    def last_metrics(self) -> dict[str, float]:
+        """Metrics of the last step only."""
+        return {}
+
+    def finish(self, last: dict[str, float]) -> None:
+        """Finish the model before it is saved, given the last step's metrics.
+
+        Checkpoints hold the model before this, so that a finished run can be extended.
+        """
+
+    def save(self, path: Path) -> None:
+        """Write the model, and the tokenizer if there is one, in the Hugging Face layout."""
+        self.model.save_pretrained(path)
+        if self.tokenizer is not None:
+            self.tokenizer.save(path)
+
+    def _set_lr(self) -> None:
+        factor, warmup = 1.0, self.config.warmup_steps
+        if self.steps_done < warmup:
+            factor = (self.steps_done + 1) / warmup
+        elif self.config.lr_schedule == "linear":
+            factor = (self.total_steps - self.steps_done) / (self.total_steps - warmup)
+        for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lrs):
+            group["lr"] = peak_lr * factor
+
+    # ---- checkpoints
+
+    def save_checkpoint(self, name: str = checkpoint.NAME) -> Path:
+        """Write the run's state to the file `name` in `out`; returns its path."""
+        path, run, parameters = self.out / name, self._run(), self._named_parameters()
+        checkpoint.save(path, run, self.state(), parameters, self.optimizer)
+        return path
+
+    def resume(self) -> None:
+        """Move to the step of the checkpoint in `out`; `train` then runs the remaining steps.
+
+        Build the trainer as for the original run. For errors see `checkpoint.load`.
+        """
+        if self.out is None:
+            raise ValueError("a trainer without out has no checkpoint to resume from")
+        path, run, parameters = self.out / checkpoint.NAME, self._run(), self._named_parameters()
+        self.steps_done = checkpoint.load(path, run, parameters, self.optimizer, self.load_state)
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint beside weights and optimiser: generators and counters."""
+        state = {"generator": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["generator_cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore the tensors that `state` returned."""
+        torch.set_rng_state(state["generator"])
+        if self.device.type == "cuda" and "generator_cuda" in state:
+            torch.cuda.set_rng_state(state["generator_cuda"], self.device)
+
+    def settings(self) -> dict:
+        """What a run depends on beside its config, for its checkpoint."""
+        return {}
+
+    def fixed_data(self) -> list:
+        """The examples that a resumed run must share with the checkpoint's run."""
+        return list(self.examples)
+
+    def fixed_models(self) -> list[nn.Module]:
+        """Models whose frozen weights a resumed run must share with the checkpoint's run."""
+        return [self.model]
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the data, and of every weight that no step changes."""
+        trained = set(map(id, self.trained_parameters()))
+        weights = nn.ModuleList(self.fixed_models()).parameters()
+        frozen = (weight for weight in weights if id(weight) not in trained)
+        data = checkpoint.digest(*map(repr, self.fixed_data()))
+        return {"examples": data, "frozen weights": checkpoint.digest(*frozen)}
+
+    def _run(self) -> dict[str, Any]:
+        """What a checkpoint says of its run; JSON values."""
+        settings = {"algorithm": self.algorithm, **asdict(self.config), **self.settings()}
+        if has_adapters(self.model):
+            lora = asdict(adapter_config(self.model))
+            del lora["base"]  # a path, which may change
+            settings["lora"] = lora
+        steps = {"steps_done": self.steps_done, "total_steps": self.total_steps}
+        settings = json.loads(json.dumps(settings))
+        return {**steps, "settings": settings, "digests": self.digests}
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter once, by the index of its model and its name there."""
+        named = {}
+        for i, model in enumerate(self.trained_models()):
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    named.setdefault(parameter, f"{i}.{name}")
+        return {name: parameter for parameter, name in named.items()}
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    """Whether the model's config, or that of its adapters, drops anything in train mode."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    names = ("dropout", "attention_dropout")
+    return any(getattr(config, name, 0) for config in configs for name in names)

@@ -1,0 +1,192 @@
+"""SFT's options: smoothing and z-loss as defined over whole logits, and the whole text as what is learned."""
+
+import random
+
+import pytest
+import torch
+from test_trainers import accumulated
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+from rlhf_core.data import Example, collate
+from rlhf_core.losses import regularized_cross_entropy
+from rlhf_core.models import Transformer, TransformerConfig
+from rlhf_core.models.lora import LoRAConfig, add_adapters
+from rlhf_core.ops import linear_logprobs_blocks
+from rlhf_core.trainers import SFTConfig, SFTTrainer
+from rlhf_core.training.completions import completion_loss
+
+OPTIONS = [dict(label_smoothing=0.1), dict(z_coef=0.03), dict(label_smoothing=0.3, z_coef=0.01)]
+options = pytest.mark.parametrize("options", OPTIONS, ids=[" ".join(option) for option in OPTIONS])
+
+
+@torch.no_grad()
+def tiny(**sizes):
+    torch.manual_seed(0)
+    defaults = dict(
+        vocab_size=12,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        max_positions=32,
+        eos_ids=(2,),
+        pad_id=0,
+    )
+    model = Transformer(TransformerConfig(**(defaults | sizes)))
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def rows(n=7):
+    """Unequal lengths, an empty prompt, a completion of which not all counts."""
+    rng = random.Random(0)
+    rows = [
+        Example(*([rng.randrange(3, 12) for _ in range(rng.randrange(1, 6))] for _ in "pc"))
+        for _ in range(n)
+    ]
+    return [*rows, Example([], [5, 6, 2]), Example([7], [8, 9, 10, 2], [True, False, False, True])]
+
+
+def make(examples=None, model=None, **config):
+    config = SFTConfig(**(dict(batch_size=9, lr=1e-3) | config))
+    return SFTTrainer(model or tiny(), rows() if examples is None else examples, config)
+
+
+def by_definition(model, batch, label_smoothing=0.0, z_coef=0.0):
+    """Loss and gradients from every row's logits in float64."""
+    model, losses = model.double(), []
+    for row in batch:
+        ids = torch.tensor([*row.prompt_ids, *row.completion_ids])
+        counts = torch.tensor(
+            [False] * len(row.prompt_ids)
+            + (row.completion_mask or [True] * len(row.completion_ids))
+        )
+        logits, targets = model(ids[None])[0, :-1][counts[1:]], ids[1:][counts[1:]]
+        smoothed = cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+        losses.append(smoothed + z_coef * logits.logsumexp(dim=-1) ** 2)
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    gradients = [p.grad.float() for p in model.parameters()]
+    model.zero_grad()
+    return loss.item(), gradients, model.float()
+
+
+@options
+def test_the_regularized_loss_and_its_gradient_are_those_of_the_whole_logits(options):
+    torch.manual_seed(0)
+    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    own = logits.gather(1, targets[:, None])[:, 0]
+    got = regularized_cross_entropy(
+        own - logits.logsumexp(dim=1), own, logits.mean(dim=1), **options
+    )
+    smoothing, z_coef = options.get("label_smoothing", 0.0), options.get("z_coef", 0.0)
+    want = cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+    want = want + z_coef * logits.logsumexp(dim=1) ** 2
+    assert_close(got, want)
+    assert_close(
+        *(torch.autograd.grad(loss.sum(), logits, retain_graph=True) for loss in (got, want))
+    )
+
+
+@options
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "split",
+    [{}, dict(micro_batch_size=2), dict(packing=True), dict(packing=True, micro_batch_size=4)],
+)
+def test_smoothing_and_z_loss_are_exact_under_micro_batches_and_packing(
+    options, tied, split, monkeypatch
+):
+    monkeypatch.setattr(
+        linear_logprobs_blocks, "CPU_WHOLE", 3 * 12
+    )  # three tokens' logits at a time
+    trainer = make(model=tiny(tie_embeddings=tied), **options, **split)
+    loss, gradients, _ = by_definition(tiny(tie_embeddings=tied), rows(), **options)
+    got = accumulated(trainer, rows())
+    assert got[0] == pytest.approx(loss, rel=1e-5) and got[1]["loss"] == pytest.approx(
+        loss, rel=1e-5
+    )
+    assert_close(got[2], gradients, rtol=1e-4, atol=1e-6)
+    nll = by_definition(tiny(tie_embeddings=tied), rows())[0]
+    assert got[1]["nll"] == pytest.approx(nll, rel=1e-5)
+
+
+@options
+def test_smoothing_and_z_loss_agree_in_bfloat16_up_to_its_rounding(options):
+    want, got = (accumulated(make(precision=p, **options), rows()) for p in ("float32", "bfloat16"))
+    a, b = (torch.cat([gradient.flatten() for gradient in result[2]]) for result in (got, want))
+    assert got[0] == pytest.approx(want[0], rel=0.01) and (a - b).norm() < 0.02 * b.norm()
+
+
+def test_smoothing_and_z_loss_train_adapters_of_a_frozen_head():
+    model = tiny()
+    add_adapters(model, LoRAConfig(rank=2))
+    trainer = make(model=model, label_smoothing=0.1, z_coef=0.01)
+    before = trainer.step(rows())
+    assert trainer.step(rows())["loss"] < before["loss"]
+
+
+def test_a_batch_of_another_trainer_gives_its_share_of_the_loss():
+    """As PPO-ptx calls it: the parts of a batch, with the tokens of the whole, without metrics."""
+    model, batch = tiny(), rows()
+    num_tokens = sum(len(collate([row], 0).targets) for row in batch)
+    parts = [
+        completion_loss(model, collate(part, 0), num_tokens, z_coef=0.01)
+        for part in (batch[:4], batch[4:])
+    ]
+    assert sum(parts).item() == pytest.approx(by_definition(model, batch, z_coef=0.01)[0], rel=1e-5)
+
+
+# ---- whole text
+
+
+def test_whole_text_learns_every_token_but_the_first():
+    got = accumulated(make(whole_text=True), whole := make(whole_text=True).examples)
+    everything = [Example([], [*row.prompt_ids, *row.completion_ids]) for row in rows()]
+    loss, gradients, _ = by_definition(tiny(), everything)
+    assert whole == everything and got[0] == pytest.approx(loss, rel=1e-5)
+    assert_close(got[2], gradients, rtol=1e-4, atol=1e-6)
+    metrics = make(whole_text=True).step(whole)
+    assert metrics["num_tokens"] == sum(
+        len(row.prompt_ids) + len(row.completion_ids) - 1 for row in rows()
+    )
+
+
+def test_whole_text_is_evaluated_alike():
+    trainer = SFTTrainer(
+        tiny(), rows(), SFTConfig(batch_size=9, whole_text=True), eval_examples=rows()
+    )
+    everything = [Example([], [*row.prompt_ids, *row.completion_ids]) for row in rows()]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(
+        by_definition(tiny(), everything)[0], rel=1e-5
+    )
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
+        (dict(label_smoothing=-0.1), r"label_smoothing must be in \[0, 1\), got -0.1"),
+        (dict(z_coef=-1.0), "z_coef must be at least 0, got -1.0"),
+        (dict(z_coef=float("nan")), "z_coef must be at least 0, got nan"),
+        (dict(max_length=1), "max_length must be at least 2, a token and one to learn, got 1"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        SFTConfig(**config)
+
+
+def test_whole_text_of_texts_without_prompts_is_refused():
+    with pytest.raises(ValueError, match="whole_text has no effect"):
+        make([Example([], [3, 4, 2])], whole_text=True)
+
+
+def test_examples_without_a_token_to_learn_are_refused():
+    with pytest.raises(ValueError, match="none of the 2 examples has a token to learn"):
+        make([Example([], [2]), Example([3], [4], [False])])

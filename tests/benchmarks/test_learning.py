@@ -1,0 +1,163 @@
+"""The comparison of methods: its table, what it counts, and that a run which was interrupted goes on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlhf_core import demo
+from benchmarks.learning import __main__ as learning
+from benchmarks.learning import methods, overoptimisation, setup
+from rlhf_core.files import read_json
+from rlhf_core.models import Transformer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A setup of the replies task with a few steps of a small model, and its folder."""
+
+    def task(seed):
+        task = demo.replies_task(seed)
+        torch.manual_seed(seed)
+        return replace(
+            task,
+            policy=Transformer(
+                replace(task.policy.config, hidden_size=16, num_layers=1, intermediate_size=32)
+            ),
+            prompts=task.prompts[:64],
+            eval_prompts=task.eval_prompts[:18],
+            response_length=8,
+            sft=replace(task.sft, max_steps=40),
+            reward=replace(task.reward, max_steps=2),
+        )
+
+    folder = tmp_path_factory.mktemp("learning")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "replies_task", task)
+        made = setup.prepare("replies", None, 0, folder)
+        again = setup.prepare("replies", None, 0, folder)
+    return made, again
+
+
+def result(gold, seed=0, **values):
+    return (
+        dict(gold=gold, seed=seed, gold_sd=2.0, gold_error=0.5, reward=0.1, kl=3.0, win_rate=0.75)
+        | values
+    )
+
+
+COST = dict(sampled=1500, trained=6000, seconds=12.4)
+
+
+def test_the_table_has_means_over_seeds_and_gains_in_deviations_of_sft():
+    results = {
+        "SFT": [result(1.0, **COST), result(2.0, seed=1, **COST)],
+        "PPO": [result(4.0, **COST, length=3), result(6.0, seed=1, **COST)],
+        "DPO": [result(2.0, **COST)],
+        "KTO": [result(1.9, seed=1, **COST)],
+    }
+    head, _, sft, ppo, dpo, kto = learning.table(results).split("\n")
+    assert head.count("|") == sft.count("|") == len(learning.HEAD) + 1
+    assert sft.startswith("| SFT | 1.50 ± 0.50 | +0.00 | 0.10 | 3.0 | 0.750 | 2 | 6 | 12 |")
+    assert ppo.startswith("| PPO | 5.00 ± 1.00 | +1.75 |")
+    assert dpo.startswith("| DPO (1 of 2 seeds) | 2.00 ± 0.50 | +0.50 |")
+    assert kto.startswith("| KTO (1 of 2 seeds) | 1.90 ± 0.50 | -0.05 |")
+    asked = ["DPO gained 0.50, and was to gain 1.00", "KTO gained -0.05, and was to gain 0.00"]
+    assert learning.missed(results) == asked
+
+
+def test_what_is_shared_is_read_back_as_it_was_made(tiny):
+    made, again = tiny
+    assert made.pairs == again.pairs and len(made.pairs) > 10
+    assert torch.equal(made.sft_scores, again.sft_scores) and len(made.sft_scores) == 18
+    assert again.evaluate(again.base).scores.tolist() == made.sft_scores.tolist()
+    responses = [pair.chosen_ids for pair in made.pairs]
+    prompts = [pair.prompt_ids for pair in made.pairs]
+    assert torch.equal(made.scores(prompts, responses), again.scores(prompts, responses))
+    assert not any(
+        p.requires_grad for p in (*made.base.parameters(), *made.reward_model.parameters())
+    )
+
+
+def test_pairs_train_every_completion_once_and_sample_nothing(tiny):
+    made, _ = tiny
+    found = setup.measure(made, methods.dpo, dict(batch_size=len(made.pairs)))
+    assert found["trained"] == sum(len(p.chosen_ids) + len(p.rejected_ids) for p in made.pairs)
+    assert found["sampled"] == 0 and found["seconds"] > 0
+
+
+def test_ppo_trains_what_it_samples_once_a_pass(tiny):
+    made, _ = tiny
+    found = setup.measure(made, methods.ppo, dict(batch_size=8, max_steps=2, ppo_epochs=3))
+    assert found["trained"] == 3 * found["sampled"] > 0
+    assert found["kl"] != 0 and 0 <= found["win_rate"] <= 1
+
+
+def test_best_of_n_answers_with_the_highest_of_n_and_trains_nothing(tiny):
+    made, _ = tiny
+    one, many = (setup.measure(made, methods.best_of, dict(num_samples=n)) for n in (1, 8))
+    assert many["reward"] > one["reward"] and many["trained"] == 0
+    assert many["sampled"] > 4 * one["sampled"] > 0
+    assert one["kl"] == 0 < many["kl"]
+
+
+def test_sft_is_where_all_start(tiny):
+    made, _ = tiny
+    found = setup.measure(made, methods.sft, {})
+    assert found["gold"] == made.sft_scores.mean().item()
+    assert found["win_rate"] == 0.5 and abs(found["kl"]) < 1e-3
+
+
+def test_an_error_of_one_seed_is_that_of_its_prompts(tiny):
+    """Two samples of a prompt that say the same are one."""
+    made, _ = tiny
+    found = setup.measure(made, methods.sft, {})
+    means = made.sft_scores.view(2, 9).mean(dim=0)
+    assert found["gold_error"] == pytest.approx(means.std().item() / 3)
+    assert learning.standard_error([found]) == found["gold_error"]
+
+
+def test_a_result_is_made_once_and_again_where_the_settings_are_others(tiny, tmp_path, monkeypatch):
+    runs, settings = [], dict(lr=1.0)
+
+    def measure(made, method, settings):
+        runs.append(settings)
+        return result(float(len(runs)), **COST)
+
+    monkeypatch.setattr(learning, "prepare", lambda *arguments: tiny[0])
+    monkeypatch.setattr(learning, "measure", measure)
+    monkeypatch.setattr(learning, "METHODS", {"DPO": methods.Method(methods.dpo, settings)})
+    for _ in range(2):
+        learning.learn("replies", None, 0, ["DPO"], tmp_path / "seed-0")
+    assert len(runs) == 1
+    settings["lr"] = 2.0
+    learning.learn("replies", None, 0, ["DPO"], tmp_path / "seed-0")
+    assert (
+        runs == [dict(lr=1.0), dict(lr=2.0)]
+        and read_json(tmp_path / "seed-0" / "DPO.json")["gold"] == 2.0
+    )
+    assert learning.read_results(tmp_path, [0, 1])["DPO"][0]["settings"] == dict(lr=2.0)
+
+
+def test_the_curves_start_at_sft_and_are_drawn(tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    made, _ = tiny
+    ppo = dict(batch_size=4, max_steps=2 * overoptimisation.EVERY, ppo_epochs=1, kl_coef=0.0)
+    found = overoptimisation.curves(
+        made, num_pairs=8, reward=dict(epochs=1), ppo=ppo, prompts=3, num_samples=4
+    )
+    assert [point["step"] for point in found["ppo"]] == [
+        0,
+        overoptimisation.EVERY,
+        2 * overoptimisation.EVERY,
+    ]
+    assert [point["n"] for point in found["best_of_n"]] == [1, 2, 4]
+    for points in (found["ppo"], found["best_of_n"]):
+        assert (
+            points[0]["kl"] == 0
+            and abs(points[0]["gold"]) < 1e-6
+            and abs(points[0]["proxy"]) < 1e-6
+        )
+    assert found["best_of_n"][2]["proxy"] > found["best_of_n"][1]["proxy"] > 0
+    overoptimisation.draw([found, found], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000

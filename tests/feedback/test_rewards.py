@@ -1,0 +1,207 @@
+"""Rewards of any kind to numbers, in their places; what is wrong with one is an error with its row."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_ppo import Letters, tiny
+from torch.testing import assert_close
+
+from rlhf_core.models import EnsembleReward, RewardModel
+from rlhf_core.trainers import GRPOConfig, GRPOTrainer, SamplingConfig, Scorer, best_of_n
+
+PROMPTS, RESPONSES = [[4, 5], [6], [7, 8, 9]], [[5, 2], [5, 6, 5, 2], [3]]
+
+
+def model(seed=1):
+    return RewardModel.from_model(tiny(seed=seed))
+
+
+def alone(reward):
+    """A reward model's scores, a row at a time."""
+    rows = (torch.tensor([p + r]) for p, r in zip(PROMPTS, RESPONSES))
+    return torch.cat([reward(row, torch.ones_like(row, dtype=torch.bool)) for row in rows]).detach()
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_reward_model_scores_whole_sequences(batch_size):
+    """Row 10: at the last token, though 2 and 3 end sequences."""
+    assert_close(Scorer(model(), batch_size=batch_size)(PROMPTS, RESPONSES), alone(model()))
+
+
+def test_an_ensemble_scores_as_its_aggregate_does():
+    models = [model(1), model(2), model(3)]
+    each = torch.stack([alone(m) for m in models])
+    assert_close(Scorer(EnsembleReward(models, "worst"))(PROMPTS, RESPONSES), each.amin(dim=0))
+    assert_close(Scorer(EnsembleReward(models))(PROMPTS, RESPONSES), each.mean(dim=0))
+
+
+@pytest.mark.parametrize("rewards", [[len, len], (len, 1.0), [(len, "1")]])
+def test_several_rewards_need_their_weights(rewards):
+    with pytest.raises(ValueError, match=r"several rewards are \(reward, weight\) each, got"):
+        Scorer(rewards)
+    with pytest.raises(ValueError, match="a reward's weight must be finite, got nan"):
+        Scorer([(len, math.nan)])
+
+
+def test_several_rewards_add_up_by_their_weights_also_those_of_tokens():
+    def count(prompts, responses):
+        return [float(len(response)) for response in responses]
+
+    def each(prompts, responses):
+        return [[float(token == 5) for token in response] for response in responses]
+
+    scorer = Scorer([(model(), 2.0), (count, -0.5), (each, 10.0)])
+    rewards = scorer.rewards_of(PROMPTS, RESPONSES)
+    ends = 2 * alone(model()) - 0.5 * torch.tensor([2.0, 4.0, 1.0])
+    want = torch.tensor([[10.0, ends[0], 0, 0], [10.0, 0, 10.0, ends[1]], [ends[2], 0, 0, 0]])
+    assert_close(rewards, want)
+    assert_close(scorer(PROMPTS, RESPONSES), want.sum(dim=1))
+    assert Scorer([(count, 1.0)]).rewards_of(PROMPTS, RESPONSES).tolist() == [2.0, 4.0, 1.0]
+
+
+class Lines(Letters):
+    """Token 6 is the end of a line."""
+
+    eos_ids = (2, 3)
+
+    def decode(self, ids):
+        return "".join("\n" if i == 6 else super(Lines, self).decode([i]) for i in ids)
+
+
+def test_the_end_of_a_step_earns_the_log_of_its_probability():
+    """So a response's score is the log of the probability that all of its steps are right. What training has not shown,
+    an end behind a newline, a blank line, or a step that was cut, earns nothing."""
+    reward, responses = (
+        model(),
+        [[5, 2], [5, 6, 5, 2], [3], [5, 6, 2], [5, 6, 5], [6, 7, 6, 6, 8, 3], [9]],
+    )
+    prompts, reward.of_steps = (PROMPTS * 3)[:7], True
+    scorer = Scorer(reward, tokenizer=Lines(), of_steps=True)
+    want = torch.zeros(7, 6)
+    for row, step in ((0, 1), (1, 1), (1, 3), (3, 1), (4, 1), (5, 2), (5, 5)):
+        ids = torch.tensor([prompts[row] + responses[row][: step + 1]])
+        want[row, step] = F.logsigmoid(reward(ids, torch.ones_like(ids, dtype=torch.bool)))[
+            0
+        ].detach()
+    assert_close(scorer.rewards_of(prompts, responses), want)
+    assert (want <= 0).all() and (want < 0).sum() == 7
+    assert scorer.rewards_of([[4], [5]], [[5, 7], [3]]).tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_callable_is_told_the_texts_or_the_ids():
+    """Row 35."""
+    calls = []
+
+    def reward(prompts, responses):
+        calls.append((prompts, responses))
+        return torch.ones(3, dtype=torch.bfloat16)
+
+    for tokenizer in (None, Letters()):
+        assert Scorer(reward, tokenizer=tokenizer)(PROMPTS, RESPONSES).tolist() == [1.0, 1.0, 1.0]
+    assert calls[0] == (PROMPTS, RESPONSES)
+    assert calls[1] == (["ef", "g", "hij"], ["f", "fgf", ""])
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (
+            [1.0, math.nan, 1.0],
+            r"the reward of row 1 is nan; prompt \[6\], response \[5, 6, 5, 2\]",
+        ),
+        (
+            [[1.0, 2.0], [1.0, 1.0, math.inf, 1.0], [0.0]],
+            r"the reward of row 1 is inf; prompt \[6\]",
+        ),
+        ([1.0, 2.0], "the reward returned 2 rows for 3 responses"),
+        ([[1.0, 2.0], [1.0, 2.0], [0.0]], r"the reward of row 1 has shape \(2,\), for 4 tokens"),
+        ([1.0, "good", 2.0], r"the reward returned \[1.0, 'good', 2.0\]: "),
+        (None, "the reward returned None: "),
+    ],
+)
+def test_what_is_no_reward_is_named(returned, message):
+    """Row 35."""
+    with pytest.raises(ValueError, match=message):
+        Scorer(lambda prompts, responses: returned)(PROMPTS, RESPONSES)
+
+
+def test_a_callable_that_raises_is_told_of_with_its_row():
+    """Row 35: the first row on which it raises alone; or that it raises on all at once."""
+
+    def on_the_third(prompts, responses):
+        if [7, 8, 9] in prompts:
+            raise KeyError("seven")
+        return [0.0] * len(prompts)
+
+    with pytest.raises(
+        RuntimeError, match=r"KeyError\('seven'\); so it does on row 2 alone: prompt \[7, 8, 9\]"
+    ):
+        Scorer(on_the_third)(PROMPTS, RESPONSES)
+
+    def on_several(prompts, responses):
+        assert len(prompts) == 1, "too many"
+        return [0.0]
+
+    with pytest.raises(RuntimeError, match="on all 3 rows at once, on no row alone"):
+        Scorer(on_several)(PROMPTS, RESPONSES)
+
+
+def test_a_reward_model_with_a_weight_that_is_no_number_is_named():
+    reward = model()
+    reward.score.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"the reward of row 0 is nan; prompt \[4, 5\]"):
+        Scorer(reward)(PROMPTS, RESPONSES)
+
+
+def test_scores_of_steps_and_of_responses_do_not_stand_for_each_other():
+    process = model(2)
+    process.of_steps = True
+    for reward, of_steps, message in (
+        (
+            [(model(), 1.0), (process, 1.0)],
+            False,
+            "reward model 1 scores steps, so it goes with process_rewards alone",
+        ),
+        (
+            [(process, 1.0), (model(), 1.0)],
+            True,
+            "reward model 1 scores responses: process_rewards needs",
+        ),
+        (EnsembleReward([process, process]), False, "reward model 0 scores steps"),
+        (RewardModel.from_model(process), False, "reward model 0 scores steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Scorer(reward, tokenizer=Lines(), of_steps=of_steps)
+    with pytest.raises(
+        ValueError, match=r"of the reward models of one ensemble \[1\] score steps, the others"
+    ):
+        EnsembleReward([model(), process])
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused():
+    policy = tiny()
+    other = RewardModel.from_model(tiny(vocab_size=policy.config.vocab_size + 1))
+    sizes = f"the policy has {policy.config.vocab_size} tokens, reward model 1 {other.config.vocab_size}: they must"
+    rewards = [(model(), 1.0), (other, 1.0)]
+    with pytest.raises(ValueError, match=sizes):
+        Scorer(rewards).check_vocabulary(policy)
+    with pytest.raises(ValueError, match=sizes):
+        GRPOTrainer(policy, PROMPTS, GRPOConfig(), reward=rewards)
+    with pytest.raises(ValueError, match="reward model 0"):
+        best_of_n(
+            policy,
+            PROMPTS,
+            SamplingConfig(response_length=4),
+            reward=EnsembleReward([other, other]),
+        )
+    Scorer([(model(), 1.0), (lambda prompts, responses: [0.0], 1.0)]).check_vocabulary(policy)
+
+
+def test_steps_are_for_reward_models_with_a_tokenizer():
+    for arguments in (dict(reward=model()), dict(reward=lambda p, r: [0.0], tokenizer=Lines())):
+        with pytest.raises(ValueError, match="rewards of steps need a tokenizer"):
+            Scorer(**arguments, of_steps=True)
+    with pytest.raises(ValueError, match="there is no reward"):
+        Scorer([])
