@@ -1,0 +1,207 @@
+"""What tests of several files share: small models, rows of data, trainers on them, the command line."""
+
+import json
+import random
+
+import torch
+
+from rlhf_core import cli
+from rlhf_core.data import ByteTokenizer, Example, Pair
+from rlhf_core.models import RewardModel, Transformer, TransformerConfig
+from rlhf_core.models.lora import LoRAConfig, add_adapters
+from rlhf_core.policy_gradient.trainer import Experience
+from rlhf_core.rollout import sample
+from rlhf_core.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from rlhf_core.training.metrics import Metrics
+
+NAN = float("nan")
+softplus = torch.nn.functional.softplus
+
+# ---- models
+
+
+@torch.no_grad()
+def tiny(cls=Transformer, seed=0, *, noise=0.2, **options):
+    """A model with noise on every weight, biases and norms too; equal for an equal seed."""
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=12,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        max_positions=32,
+        eos_ids=(2, 3),
+        pad_id=0,
+    )
+    model = cls(TransformerConfig(**(sizes | options)))
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * noise)
+    return model
+
+
+def adapted(seed=0, start=0.3, **options):
+    """`tiny` with adapters, as if trained already unless start is 0."""
+    model = tiny(seed=seed, **options)
+    add_adapters(model, LoRAConfig(rank=2))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=start)
+    return model
+
+
+def snapshot(module):
+    """A copy of every weight, by name."""
+    return {name: weight.clone() for name, weight in module.state_dict().items()}
+
+
+# ---- trainers on given completions
+
+KINDS = {
+    "sft": (SFTTrainer, SFTConfig, Transformer),
+    "reward": (RewardTrainer, RewardConfig, RewardModel),
+    "dpo": (DPOTrainer, DPOConfig, Transformer),
+}
+
+
+def rows(kind, n=8, seed=0):
+    """Examples or pairs of unequal lengths; the preferred completion holds a 5, the other a 6."""
+    rng = random.Random(seed)
+
+    def ids(low, high):
+        return [rng.randrange(7, 12) for _ in range(rng.randrange(low, high))]
+
+    if kind == "sft":
+        return [Example(ids(1, 5), [*ids(0, 7), 2]) for _ in range(n)]
+    return [
+        Pair(ids(1, 5), [*ids(0, 4), 5, *ids(0, 4), 2], [*ids(0, 4), 6, *ids(0, 4), 2])
+        for _ in range(n)
+    ]
+
+
+def make_trainer(kind, model=None, examples=None, others=None, **config):
+    """An SFT, reward or DPO trainer whose batch is all `rows`."""
+    trainer_type, config_type, model_type = KINDS[kind]
+    config = config_type(**(dict(batch_size=8, lr=1e-3) | config))
+    model = tiny(model_type) if model is None else model
+    return trainer_type(
+        model, rows(kind) if examples is None else examples, config, **(others or {})
+    )
+
+
+def accumulated(trainer, batch):
+    """Loss, metrics and gradients of the batch, as `optimize` adds them up."""
+    metrics = Metrics()
+    return added_up(trainer, trainer.losses(batch, metrics), metrics)
+
+
+def added_up(trainer, losses, metrics):
+    total = 0.0
+    trainer.optimizer.zero_grad()
+    for loss in losses:
+        loss.backward()
+        total += loss.item()
+    return total, metrics.means(), [p.grad.clone() for p in trainer.trained_parameters()]
+
+
+# ---- trainers that sample
+
+PROMPTS = [[5, 3, 7, 4], [8, 1], [6], [9, 9, 1], [4, 4], [3], [7, 8, 9], [1, 5]]
+
+
+class Letters:
+    """A tokenizer: token i is the i-th letter; 2 and 3 are special."""
+
+    def decode(self, ids):
+        return "".join("abcdefghijkl"[i] for i in ids if i not in (2, 3))
+
+    def save(self, path):
+        (path / "letters").touch()
+
+
+def fives(prompts, responses):
+    """A reward of 1 for every 5."""
+    return [float(response.count(5)) for response in responses]
+
+
+def lengths(prompts, responses):
+    """A reward of 1 for every token."""
+    return [float(len(response)) for response in responses]
+
+
+def make_ppo(model=None, reward=fives, prompts=PROMPTS, others=None, **config):
+    """A PPO trainer whose step is one minibatch, unless the config says otherwise."""
+    torch.manual_seed(5)
+    settings = dict(
+        batch_size=8, minibatch_size=8, ppo_epochs=1, response_length=6, temperature=1.0, lr=1e-3
+    )
+    config = PPOConfig(**(settings | config))
+    return PPOTrainer(
+        tiny() if model is None else model, prompts, config, reward=reward, **(others or {})
+    )
+
+
+def rollout_of(trainer, **options):
+    """Responses to PROMPTS of several lengths, equal for equal models."""
+    generator = torch.Generator().manual_seed(1)
+    rollout = sample(
+        trainer.model, PROMPTS, max_new_tokens=6, temperature=1.5, generator=generator, **options
+    )
+    assert len(rollout.response_mask.sum(dim=1).unique()) > 2  # lengths differ
+    return rollout
+
+
+def experience_of(trainer, rollout):
+    """As after some updates: the policy has moved, so that ratios differ and some clip."""
+    columns = trainer.predict(rollout)
+    noise = torch.Generator().manual_seed(2)
+    logprobs, values, advantages, returns = (
+        torch.randn(columns.values.shape, generator=noise) for _ in range(4)
+    )
+    old = Experience(columns.logprobs + logprobs * 0.2, advantages, columns.ref_logprobs)
+    return old._replace(old_values=columns.values + values * 0.2, returns=returns)
+
+
+def gradients(trainer, rollout, experience):
+    """Loss, metrics and gradients of the minibatch, as `optimize` adds them up."""
+    metrics = Metrics()
+    return added_up(trainer, trainer.minibatch_losses(rollout, experience, metrics), metrics)
+
+
+# ---- the command line
+
+
+def run(*arguments):
+    """The command line in this process; returns its exit status."""
+    return cli.main([str(argument) for argument in arguments])
+
+
+def write(path, rows):
+    """A JSONL file of the rows; a row that is a string is written as it is."""
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
+    return path
+
+
+def model_folders(root):
+    """Folders policy, reward and process (a reward model of steps) of tiny models with tokenizers."""
+    torch.manual_seed(0)
+    tokenizer = ByteTokenizer()
+    sizes = dict(vocab_size=259, hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
+    ids = dict(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+    policy = Transformer(TransformerConfig(**sizes, **ids))
+    reward, process = (RewardModel.from_model(policy) for _ in range(2))
+    process.of_steps = True
+    for model, name in ((policy, "policy"), (reward, "reward"), (process, "process")):
+        model.save_pretrained(root / name)
+        tokenizer.save(root / name)
+    return root
