@@ -85,7 +85,8 @@ def options_table(module, name):
             default = field.default_factory() if missing else field.default
             shown = f"`{default}`" if isinstance(default, (str, float, int)) else ""
             meaning = [field.metadata.get("help", "")]
-            meaning += [", ".join(f"`{x}`" for x in field.metadata.get("choices") or ())]
+            choices = ", ".join(f"`{x}`" for x in field.metadata.get("choices") or ())
+            meaning += [choices and f"one of {choices}"]
             meaning += [f"in {field.metadata['within']}" if field.metadata.get("within") else ""]
             text = "; ".join(filter(None, meaning)).replace("|", "/")
             rows.append(f"| `{field.name}` | {shown} | {text} |")
