@@ -45,10 +45,7 @@ class Options:
             listed |= getattr(base, "__dataclass_fields__", {})
         listed |= {name: value for name, value in vars(cls).items() if isinstance(value, Field)}
         lines = [f"    {name}: {describe(entry)}" for name, entry in listed.items()]
-        summary = (
-            cls.__dict__.get("__doc__") or f"Options of {cls.__name__.removesuffix('Config')}."
-        )
-        cls.__doc__ = "\n".join([summary, "", "Attributes:", *lines])
+        cls.__doc__ = "\n".join([cls.__doc__ or cls.__name__, "", "Attributes:", *lines])
 
     def __post_init__(self):
         for entry in fields(self):
@@ -59,7 +56,7 @@ class Options:
                 self.check((entry.name, value in valid, f"one of {', '.join(valid)}"))
             interval = entry.metadata.get("within")
             if interval is not None:
-                self.check((entry.name, _contains(interval, value), _in_words(interval)))
+                self.check((entry.name, _contains(interval, value), _as_text(interval, value)))
 
     def check(self, *rules: tuple[str, Any, str]) -> None:
         """Raise ValueError for the first rule (field, whether it is valid, what it must be) that fails."""
@@ -80,13 +77,14 @@ class Options:
 def describe(entry: Field) -> str:
     """A field's help with its choices or interval and its default."""
     help, choices, within = (entry.metadata.get(key) for key in ("help", "choices", "within"))
-    valid = f"one of {', '.join(choices)}" if choices else within and _in_words(within)
+    valid = f"one of {', '.join(choices)}" if choices else within and _as_text(within)
     notes = "; ".join(filter(None, [valid, _default(entry)]))
     return f"{help} ({notes})" if notes else str(help)
 
 
 def _default(entry: Field) -> str:
-    return "" if entry.default is MISSING or entry.default is None else f"default {entry.default}"
+    unset = any(entry.default is value for value in (MISSING, None, False))
+    return "" if unset else f"default {entry.default}"
 
 
 def _bounds(interval: str) -> tuple[float, float]:
@@ -103,9 +101,13 @@ def _contains(interval: str, value: Any) -> bool:
     return above and below
 
 
-def _in_words(interval: str) -> str:
+def _as_text(interval: str, value: Any = 0) -> str:
     low, high = _bounds(interval)
-    if high < math.inf or low == -math.inf:
+    if low > -math.inf and high < math.inf:
         return f"in {interval}"
-    least = f"at least {low:g}" if interval[0] == "[" else f"> {low:g}"
-    return least if interval[-1] == "]" else f"{least} and finite"
+    texts = []
+    if low > -math.inf:
+        texts.append(f"at least {low:g}" if interval[0] == "[" else f"> {low:g}")
+    if low == -math.inf or value in (math.inf, -math.inf) or value != value:
+        texts.append("finite")
+    return " and ".join(texts)

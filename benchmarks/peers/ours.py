@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from benchmarks.peers.task import Task, Turn
 from rlhf_core import (
     DPOConfig,
     DPOTrainer,
@@ -19,7 +20,6 @@ from rlhf_core import (
     Transformer,
     ValueModel,
 )
-from benchmarks.peers.task import Task, Turn
 from rlhf_core.data import Example, Pair
 from rlhf_core.rollout import response_logprobs
 

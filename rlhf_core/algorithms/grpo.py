@@ -20,7 +20,8 @@ from rlhf_core.policy_gradient.config import (
     TEMPERATURE,
     PolicyGradientConfig,
 )
-from rlhf_core.policy_gradient.trainer import Experience, PolicyGradientTrainer
+from rlhf_core.policy_gradient.experience import Experience
+from rlhf_core.policy_gradient.trainer import PolicyGradientTrainer
 from rlhf_core.training.metrics import Metrics
 
 

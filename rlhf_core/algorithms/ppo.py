@@ -13,7 +13,8 @@ from rlhf_core.models import RewardModel, Transformer, ValueModel
 from rlhf_core.ops import ppo_advantages
 from rlhf_core.options import option
 from rlhf_core.policy_gradient.config import ONE_UPDATE, PolicyGradientConfig
-from rlhf_core.policy_gradient.trainer import Experience, PolicyGradientTrainer
+from rlhf_core.policy_gradient.experience import Experience
+from rlhf_core.policy_gradient.trainer import PolicyGradientTrainer
 from rlhf_core.training.metrics import Metrics
 
 

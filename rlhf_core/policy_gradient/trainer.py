@@ -1,7 +1,7 @@
 """The parts of a policy-gradient step: sample, score, predict, update, report.
 
 A method's `step` calls them in the order of its paper and turns rewards into advantages in between;
-see algorithms/ppo.py. shaping.py has the arithmetic on rewards.
+see algorithms/ppo.py. shaping.py has the arithmetic on rewards, report.py the metrics.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,14 @@ from rlhf_core.ops import kl_estimate, ppo_loss
 from rlhf_core.ops.linear_logprobs import TokenStatistics
 from rlhf_core.ops.policy_loss import PPOLossStats
 from rlhf_core.policy_gradient.config import PolicyGradientConfig
+from rlhf_core.policy_gradient.experience import Experience, Predictions
+from rlhf_core.policy_gradient.report import (
+    POLICY_STATISTICS,
+    VALUE_STATISTICS,
+    add_objectives,
+    add_statistics,
+    rollout_mismatch,
+)
 from rlhf_core.policy_gradient.shaping import Coefficient, penalized, scaled
 from rlhf_core.rollout import (
     Rollout,
@@ -48,27 +55,6 @@ from rlhf_core.training.trainer import Trainer
 # Largest error of the first minibatch's ratio: other padding rounds differently.
 MAX_FIRST_ERROR = {"float32": 1e-3, "bfloat16": 0.05}
 DIVERGED = "the weights have diverged (try a smaller lr or fewer ppo_epochs) or bfloat16 overflows"
-
-
-class Predictions(NamedTuple):
-    """What the models say of a rollout's tokens before any update, all (B, R) float32."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    ref_logprobs: Tensor  # the log-probs themselves if there is no reference
-    kl: Tensor  # per token, by the config's estimator; 0 without a reference
-    values: Tensor | None = None  # with a critic
-
-
-class Experience(NamedTuple):
-    """What the updates read beside the rollout, all (B, R); fixed while the policy changes."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    ref_logprobs: Tensor
-    old_values: Tensor | None = None  # with a critic
-    returns: Tensor | None = None
-    importance: Tensor | None = None  # with importance_cap; the advantages include these weights
 
 
 class PolicyGradientTrainer(Trainer):
@@ -347,7 +333,7 @@ class PolicyGradientTrainer(Trainer):
             values = self.predict_values(part, hidden)
             if values is not None:
                 value_loss, stats = self.value_loss(values, old, mask, w)
-                self.add_value_statistics(metrics, stats)
+                add_statistics(metrics, stats, VALUE_STATISTICS)
                 loss = loss + value_loss
             yield loss
 
@@ -365,7 +351,7 @@ class PolicyGradientTrainer(Trainer):
         mask = mask[some]
         logprobs, entropy = scatter(tokens.logprobs, mask), scatter(tokens.entropy, mask)
         loss, stats = self.policy_loss(logprobs, entropy, rows(old, some), mask, weights[some])
-        self.add_policy_statistics(metrics, stats)
+        add_statistics(metrics, stats, POLICY_STATISTICS)
         return (loss,)
 
     def policy_loss(
@@ -481,24 +467,6 @@ class PolicyGradientTrainer(Trainer):
 
     # ---- after the updates
 
-    @staticmethod
-    def add_policy_statistics(metrics: Metrics, stats: PPOLossStats) -> None:
-        for name, mean in {
-            "loss/policy_avg": stats.policy_loss,
-            "policy/approxkl_avg": stats.approx_kl,
-            "policy/clipfrac_avg": stats.clip_frac,
-            "policy/entropy_avg": stats.entropy,
-            "policy/dual_clipfrac_avg": stats.dual_clip_frac,
-            "val/ratio": stats.ratio,
-            "ratio_squared": stats.ratio_squared,
-        }.items():
-            metrics.add_mean(name, mean, stats.count)
-
-    @staticmethod
-    def add_value_statistics(metrics: Metrics, stats: PPOLossStats) -> None:
-        metrics.add_mean("loss/value_avg", stats.value_loss, stats.count)
-        metrics.add_mean("val/clipfrac_avg", stats.value_clip_frac, stats.count)
-
     def report(
         self,
         rollout: Rollout,
@@ -511,32 +479,21 @@ class PolicyGradientTrainer(Trainer):
 
         rewards, shaped: results of `score` and `shape`.
         """
-        mask, n = rollout.response_mask, len(rollout.response_ids)
-        old_logprobs, ref_logprobs = predictions.logprobs, predictions.ref_logprobs
-        penalty = -self.kl_coef.value if self.config.kl_in == "reward" else 0.0
-        kl_reward = predictions.kl.sum(dim=1) * penalty
-        for name, values in {
-            "objective/kl": kl_estimate(old_logprobs, ref_logprobs, mask=mask).sum(dim=1),
-            "objective/entropy": predictions.entropy.sum(dim=1),
-            "objective/non_score_reward": kl_reward,
-            "objective/rlhf_reward": scores_of(shaped) + kl_reward,
-            "objective/scores": scores_of(rewards),
-            "response_length": mask.sum(dim=1).float(),
-        }.items():
-            metrics.add(name, values)
+        n = len(rollout.response_ids)
+        kl_coef, entropy_coef = self.kl_coef.value, self.entropy_coef.value
+        kl_weight = -kl_coef if self.config.kl_in == "reward" else 0.0
+        add_objectives(metrics, rollout, predictions, rewards, shaped, kl_weight)
         report = metrics.means()
         if self.reference is None:
             del report["objective/kl"]
         report["val/ratio_var"] = report.pop("ratio_squared") - report["val/ratio"] ** 2
-        mismatch = (old_logprobs - rollout.logprobs).where(mask, 0).abs()
-        report["val/rollout_mismatch"] = float(mismatch.max())
-        report["val/rollout_mismatch_mean"] = float(masked_mean(mismatch, mask))
+        report |= rollout_mismatch(rollout, predictions)
         report["val/num_eos_tokens"] = int(self.ended(rollout).sum())
-        report["objective/kl_coef"] = self.kl_coef.value
-        report["policy/entropy_coef"] = self.entropy_coef.value
+        report |= {"objective/kl_coef": kl_coef, "policy/entropy_coef": entropy_coef}
         if self.policy_trains:
+            entropy = masked_mean(predictions.entropy, rollout.response_mask)
             self.kl_coef.update(report.get("objective/kl", 0.0), n)
-            self.entropy_coef.update(float(masked_mean(predictions.entropy, mask)), n)
+            self.entropy_coef.update(float(entropy), n)
         self._move_reference()
         self.episodes += n
         report |= {"lr": self.optimizer.param_groups[0]["lr"], "episode": self.episodes}
