@@ -1,6 +1,7 @@
-"""The house: who may import whom, read off the sources; and that importing the package does no work.
+"""Which part of the package may import which, read from the sources; importing it does no work.
 
-A file imports from lower floors, or from its own folder. `floor` is the table of CONTRIBUTING.md.
+A file imports only parts that stand before its own in ORDER, and files of its own folder. Imports
+count wherever they stand: at the top, in functions, under TYPE_CHECKING.
 """
 
 import ast
@@ -10,138 +11,199 @@ from pathlib import Path
 
 import pytest
 
+import rlhf_core
+
 ROOT = Path(__file__).parents[1]
-FLOORS = [
-    {"kernels", "_C"},
-    {"backends", "compiled", "cpp", "masking", "checks", "files"},
-    {"ops", "models", "data"},
-    {"losses"},
-    {"generation", "rollout"},
-    {"trainers", "evaluation", "integrations"},
-    {"", "demo", "benchmarks"},  # "" is rlhf_core/__init__.py
-    {"commands", "cli"},
-]
-NEIGHBOURS = {  # on one floor, and one is made of the other
-    *(
-        ("masking", "checks"),
-        ("rollout", "generation"),
-        ("models", "ops"),
-        ("trainers", "evaluation"),
-    ),
-    ("cli", "commands"),
-    *(("backends", "compiled"), ("checks", "backends")),
-}
-ONLY_IN = {"triton": "kernels", "argparse": "cli"}
-FILES = sorted([*ROOT.glob("rlhf_core/**/*.py"), *ROOT.glob("kernels/**/*.py")])
-
-
-def part(module):
-    """The table's name for a module: "rlhf_core.ops.kl" -> "ops", "rlhf_core" -> ""."""
-    return [*module.split("."), ""][1]
-
-
-def floor(name):
-    (level,) = [level for level, names in enumerate(FLOORS) if name in names]
-    return level
+# "" is rlhf_core/__init__.py, which holds the version and imports a public name on its first use.
+ORDER = [
+    "", "_C", "kernels", "cpp", "compiled", "backends", "checks", "files", "masking", "options",
+    "ops", "losses", "data", "models", "generation", "rollout", "feedback", "evaluation",
+    "training", "policy_gradient", "algorithms", "trainers", "integrations", "demo", "benchmarks",
+    "cli", "__main__",
+]  # fmt: skip
+ONLY_IN = {"triton": {"kernels"}, "argparse": {"cli", "benchmarks"}, "rlhf_core._C": {"cpp"}}
+KERNELS_MAY_IMPORT = {"torch", "triton", "math", "functools", "concurrent", "rlhf_core"}
+INSIDES = {"head_weight", "trunk"}  # of a model, which only models/ reads
+FOLDERS = {name: f"rlhf_core.{name}" for name in ("kernels", "benchmarks")}
+FOLDERS["rlhf_core"] = "rlhf_core"
 
 
 def module_of(file):
-    relative = file.relative_to(ROOT).with_suffix("")
-    parts = relative.parts if relative.parts[0] == "rlhf_core" else ("rlhf_core", *relative.parts)
-    return ".".join(parts).removesuffix(".__init__")
+    """rlhf_core/ops/kl.py is rlhf_core.ops.kl, kernels/__init__.py is rlhf_core.kernels."""
+    folder, *rest = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join([FOLDERS[folder], *rest]).removesuffix(".__init__")
+
+
+FILES = {module_of(file): file for folder in FOLDERS for file in ROOT.glob(f"{folder}/**/*.py")}
+TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
+
+
+def part(module):
+    """The name in ORDER: rlhf_core.ops.kl is in ops, rlhf_core in ""."""
+    return [*module.split("."), ""][1]
 
 
 def imports(tree):
-    """Every module that is imported, anywhere in the file; `from rlhf_core import x` is rlhf_core.x."""
+    """Every module that is imported, anywhere in the file.
+
+    A public name counts as the part that defines it, also as an attribute: `rlhf_core.gae`.
+    """
+    names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute, so that grep finds them"
-            yield from (
-                (f"rlhf_core.{a.name}" for a in node.names)
-                if node.module == "rlhf_core"
-                else [node.module]
-            )
+            assert node.level == 0, "imports must be absolute, so that grep finds them"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "rlhf_core":
+            names.append(f"rlhf_core.{node.attr}")
+    return [module_that_holds(name) for name in names]
 
 
-def faults(source, module):
-    """What the imports of a source break, in words."""
-    tree, own = ast.parse(source), part(module)
+def module_that_holds(name):
+    """rlhf_core.ops for rlhf_core.gae, rlhf_core.data.collate for rlhf_core.data.collate.length."""
+    top, dot, rest = name.partition(".")
+    name = FOLDERS.get(top, top) + dot + rest
+    if top == "rlhf_core" and rest in rlhf_core._MODULE_OF:
+        return rlhf_core._MODULE_OF[rest]
+    return name if name in FILES or name in ONLY_IN else name.rpartition(".")[0] or name
+
+
+def faults(tree, module):
+    """What the imports of a file violate, as text."""
+    own = part(module)
     for name in imports(tree):
-        top, other = name.split(".")[0], part(name)
-        if ONLY_IN.get(top, own) != own:
-            yield f"{module} imports {top}, which belongs in {ONLY_IN[top]}"
-        if own == "kernels" and top not in {
-            "torch",
-            "triton",
-            "math",
-            "functools",
-            "concurrent",
-            "rlhf_core",
-        }:
-            yield f"{module} imports {top}"
-        if name == "rlhf_core._C" and own != "cpp":
-            yield f"{module} imports the extension, which belongs in cpp"
-        allowed = (
-            top != "rlhf_core"
-            or other == own
-            or (own, other) in NEIGHBOURS
-            or version_only(tree, name)
-        )
-        if not allowed and floor(other) >= floor(own):
-            yield f"{module} (F{floor(own)}) imports {name} (F{floor(other)})"
+        top = name.split(".")[0]
+        for owned in {top, name} & ONLY_IN.keys():
+            if own not in ONLY_IN[owned]:
+                yield f"{module} imports {name}, which belongs in {ONLY_IN[owned]}"
+        if own == "kernels" and top not in KERNELS_MAY_IMPORT:
+            yield f"{module} imports {name}, but kernels need torch and triton only"
+        if top == "rlhf_core" and part(name) != own and place(part(name)) >= place(own):
+            yield f"{module} imports {name}, which comes after {own or 'rlhf_core'} in ORDER"
 
 
-def version_only(tree, name):
-    """`import rlhf_core` for its version is no dependency: the package is always there."""
-    used = [
-        n.attr
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "rlhf_core"
+def place(name):
+    return ORDER.index(name)
+
+
+def insides_read(tree):
+    """Lines that read a model's `head_weight` or `trunk`, as attributes or through getattr."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in INSIDES:
+            yield node.lineno
+        is_getattr = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr"
+        if is_getattr and getattr(node.args[1], "value", None) in INSIDES:
+            yield node.lineno
+
+
+def cycle(graph):
+    """Modules that import each other in a circle, if there are any."""
+    done = set()
+
+    def search(name, path):
+        if name in path:
+            return path[path.index(name) :]
+        if name in done:
+            return []
+        for other in sorted(graph.get(name, ())):
+            if found := search(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in graph if (found := search(name, []))), [])
+
+
+# ---- the sources
+
+
+def test_a_file_imports_only_what_stands_before_it():
+    assert len(FILES) > 90
+    assert not [fault for name, tree in TREES.items() for fault in faults(tree, name)]
+
+
+def test_every_part_of_the_package_has_one_place():
+    assert len(set(ORDER)) == len(ORDER)
+    assert {part(name) for name in FILES} == set(ORDER) - {"_C"}
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    graph = {name: {x for x in imports(tree) if x in FILES} for name, tree in TREES.items()}
+    assert sum(map(len, graph.values())) > 300
+    assert not cycle(graph)
+
+
+def test_only_models_read_the_insides_of_a_model():
+    assert list(insides_read(TREES["rlhf_core.models.transformer"]))
+    library = {name: tree for name, tree in TREES.items() if "rlhf_core" in FILES[name].parts}
+    others = {name: tree for name, tree in library.items() if part(name) != "models"}
+    assert not [f"{name}:{line}" for name in others for line in insides_read(others[name])]
+
+
+def test_pybind11_is_included_in_the_bindings_only():
+    users = [
+        file.name
+        for file in (ROOT / "csrc").iterdir()
+        if "#include <pybind11" in file.read_text(encoding="utf-8")
     ]
-    return name == "rlhf_core" and set(used) == {"__version__"}
+    assert users == ["bindings.cpp"]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_a_file_imports_from_lower_floors_only(file):
-    assert not list(faults(file.read_text(encoding="utf-8"), module_of(file)))
-
-
-def test_every_part_of_the_package_has_a_floor():
-    assert len(FILES) > 25
-    found = {part(module_of(file)) for file in FILES}
-    assert found == set().union(*FLOORS) - {
-        "_C",
-        "benchmarks",
-    }  # a benchmark uses the package as any user does
+# ---- the rules themselves
 
 
 @pytest.mark.parametrize(
     "source, module",
     [
         ("import triton", "rlhf_core.ops.kl"),
+        ("import triton.language as tl", "rlhf_core.cpp"),
         ("import argparse", "rlhf_core.demo"),
+        ("from argparse import Namespace", "rlhf_core.options"),
         ("from rlhf_core import _C", "rlhf_core.backends"),
-        ("from rlhf_core.trainers.config import option", "rlhf_core.losses.policy"),
+        ("import rlhf_core._C as _C", "rlhf_core.backends"),
+        ("from rlhf_core.options import option", "rlhf_core.masking"),
         ("from rlhf_core.models import RewardModel", "rlhf_core.ops.gae"),
+        ("from rlhf_core.models import rope", "rlhf_core.data.collate"),
         ("def f():\n    from rlhf_core.cli import main", "rlhf_core.algorithms.sft"),
+        ("if TYPE_CHECKING:\n    from rlhf_core.demo import run", "rlhf_core.training.trainer"),
         ("from rlhf_core import masking", "rlhf_core.kernels.gae"),
         ("import numpy", "rlhf_core.kernels.gae"),
-        ("import rlhf_core\nrlhf_core.gae(1)", "rlhf_core.trainers.common"),
+        ("import rlhf_core\nrlhf_core.gae(1)", "rlhf_core.masking"),
+        ("from rlhf_core import gae", "rlhf_core.masking"),
+        ("from rlhf_core import PPOTrainer", "rlhf_core.training.trainer"),
+        ("from benchmarks.peers import task", "rlhf_core.demo"),
+        ("from rlhf_core.ops import kl", "rlhf_core"),
     ],
 )
-def test_the_rule_catches_what_it_should(source, module):
-    assert list(faults(source, module))
+def test_a_forbidden_import_is_found(source, module):
+    assert list(faults(ast.parse(source), module))
 
 
-def test_pybind11_is_included_in_the_bindings_only():
-    users = [
-        f.name
-        for f in (ROOT / "csrc").iterdir()
-        if "#include <pybind11" in f.read_text(encoding="utf-8")
-    ]
-    assert users == ["bindings.cpp"]
+@pytest.mark.parametrize(
+    "source, module",
+    [
+        ("import argparse", "rlhf_core.benchmarks.gpu"),
+        ("import rlhf_core\nrlhf_core.__version__", "rlhf_core.training.run_log"),
+        ("from rlhf_core.ops import kl", "rlhf_core.ops.gae"),
+        ("from rlhf_core import backends, gae", "rlhf_core.models.heads"),
+    ],
+)
+def test_an_allowed_import_is_let_through(source, module):
+    assert not list(faults(ast.parse(source), module))
+
+
+def test_a_circle_is_found():
+    assert not cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}}) == ["b", "c", "d"]
+
+
+@pytest.mark.parametrize("source", ["model.lm.trunk(ids)", "getattr(model, 'head_weight')"])
+def test_a_look_inside_a_model_is_found(source):
+    assert list(insides_read(ast.parse(source))) == [1]
+
+
+# ---- fresh interpreters
 
 
 def python(code, cwd):
@@ -151,12 +213,14 @@ def python(code, cwd):
     )
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_no_work(tmp_path):
     code = """
 import sys, threading, os
 before = set(sys.modules)
 import rlhf_core
-heavy = {"triton", "rlhf_core.cpp", "rlhf_core._C", "rlhf_core.kernels", "rlhf_core.trainers", "transformers"}
+heavy = {"torch", "triton", "transformers"}
+heavy |= {f"rlhf_core.{name}" for name in ("cpp", "_C", "kernels", "trainers")}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert len(set(sys.modules) - before) < 10, set(sys.modules) - before
 assert threading.active_count() == 1
@@ -166,6 +230,7 @@ assert not os.path.exists("/proc/self/task") or len(os.listdir("/proc/self/task"
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_every_public_name_is_there_and_none_needs_triton(tmp_path):
     code = """
 import sys
@@ -183,10 +248,9 @@ except AttributeError as error:
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_the_folder_kernels_cannot_be_imported_by_that_name():
     """A package of that name exists, and others look for it."""
     run = python("import kernels", ROOT)
-    assert (
-        run.returncode == 1
-        and "ImportError: the folder kernels/ is rlhf_core.kernels" in run.stderr
-    )
+    message = "ImportError: the folder kernels/ is rlhf_core.kernels"
+    assert run.returncode == 1 and message in run.stderr
