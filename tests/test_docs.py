@@ -7,6 +7,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from rlhf_core.cli import main
 
@@ -63,10 +66,45 @@ def test_python_compiles_and_imports_names_that_exist(name, _, code):
                     importlib.import_module(f"{node.module}.{alias.name}")
 
 
+def recipe(word):
+    """The names that the one code block with this word defines."""
+    (code,) = (x for _, _, x in blocks("python", titled=False) if word in x)
+    names = {}
+    exec(compile(code, "kernels.md", "exec"), names)
+    return names
+
+
 def test_the_recipe_of_the_ops_runs(capsys):
-    (code,) = (x for _, _, x in blocks("python", titled=False) if "backends.report()" in x)
-    exec(compile(code, "kernels.md", "exec"), {})
+    recipe("backends.report()")
     assert "reference" in capsys.readouterr().out
+
+
+def test_the_recipe_for_a_training_loop_is_cross_entropy():
+    torch.manual_seed(0)
+    x, head = torch.randn(2, 5, 8, requires_grad=True), nn.Linear(8, 11, bias=False)
+    targets = torch.tensor([[1, -1, 3, 4, 5], [-1, -1, 0, 10, 2]])
+    loss = recipe("def loss_of")["loss_of"](x, head, targets)
+    expected = F.cross_entropy(head(x).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, (x, head.weight)), torch.autograd.grad(expected, (x, head.weight))
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_recipe_for_a_transformers_model_gives_its_log_probs():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=19, hidden_size=8, intermediate_size=16, num_hidden_layers=1)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(config)
+    ids, mask = torch.randint(19, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    completion = torch.arange(6).expand(2, 6) >= 3
+    logprobs = recipe("def completion_logprobs")["completion_logprobs"](
+        model, ids, mask, completion
+    )
+    expected = model(ids).logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(logprobs, expected * completion[:, 1:])
 
 
 @pytest.fixture(scope="module")
