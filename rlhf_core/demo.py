@@ -1,8 +1,9 @@
-"""The whole chain on a task whose gold score is known, so that it can be checked: SFT, pairs, reward model, PPO, DPO.
+"""SFT, preference pairs, reward model, PPO and DPO on a task whose gold score is known.
 
-The embedded task is a grammar of replies to how-to questions; the gold rule rewards the right answer, courtesy and
-brevity. `--real DIR` takes a pretrained story model, prompts from stories, and the mean VADER valence of the words of
-the continuation (Hutto & Gilbert 2014) as gold. Training never sees the gold score, only pairs that it labelled.
+The embedded task is a grammar of replies to how-to questions. Its gold rule rewards the right
+answer, courtesy and brevity. `--real DIR` uses a pretrained story model and prompts from stories;
+gold is the mean VADER valence of the continuation's words (Hutto & Gilbert 2014). Training never
+sees the gold score, only pairs labelled by it.
 """
 
 from __future__ import annotations
@@ -53,41 +54,31 @@ ANSWERS = {
     "open a jar": "tap it",
     "catch a mouse": "get a cat",
 }
-QUESTIONS = (
-    "how do i {}?",
-    "how can i {}?",
-    "how to {}?",
-    "help me {}.",
-    "what helps to {}?",
-    "i want to {}.",
-)
+QUESTIONS = ("how do i {}?", "how can i {}?", "how to {}?")
+QUESTIONS += ("help me {}.", "what helps to {}?", "i want to {}.")
 COURTEOUS, RUDE = ("sure! ", "glad to. "), ("ugh. ", "meh. ")
 FILLER = (" you know.", " well well.")
 CLOSING = (" good luck!", " enjoy!")
 EVASIVE = ("no idea", "ask a pal")
-_WORDS = set(
-    re.findall(
-        r"[a-z]+", " ".join((*ANSWERS.values(), *COURTEOUS, *RUDE, *FILLER, *CLOSING, *EVASIVE))
-    )
-)
+_PHRASES = (*ANSWERS.values(), *COURTEOUS, *RUDE, *FILLER, *CLOSING, *EVASIVE)
+_WORDS = set(re.findall(r"[a-z]+", " ".join(_PHRASES)))
 
 
 def random_reply(thing: str, rng: random.Random) -> str:
-    """A reply of mixed quality: what the supervised data holds."""
+    """A reply of mixed quality, for the supervised data."""
     kind = rng.random()
-    answer = (
-        ANSWERS[thing]
-        if kind < 0.5
-        else rng.choice(list(ANSWERS.values()) if kind < 0.9 else EVASIVE)
-    )
+    if kind < 0.5:
+        answer = ANSWERS[thing]
+    else:
+        answer = rng.choice(list(ANSWERS.values()) if kind < 0.9 else EVASIVE)
     opening = rng.choice(("", "", *COURTEOUS, *RUDE))
     filler = "".join(rng.choices(FILLER, k=rng.choice((0, 1, 2))))
     return f"{opening}{answer}.{filler}{rng.choice(('', '', *CLOSING))}"
 
 
 def reply_score(prompt: str, reply: str) -> float:
-    """The gold rule: +2 for the right answer, +1 for a courteous and -1 for a rude opening, +1 for a friendly closing,
-    -1 for every empty phrase and for every word that is none."""
+    """The gold rule: +2 for the right answer, +1 for a courteous and -1 for a rude opening, +1 for a
+    friendly closing, -1 for every filler phrase and for every misspelt word."""
     thing = next(thing for thing in ANSWERS if thing in prompt)
     courtesy = reply.startswith(COURTEOUS) - reply.startswith(RUDE) + reply.endswith(CLOSING)
     padding = sum(reply.count(phrase) for phrase in FILLER)
@@ -100,18 +91,18 @@ def reply_score(prompt: str, reply: str) -> float:
 
 @dataclass
 class Task:
-    """Everything the chain needs to know; gold(prompts, responses) -> scores, of which training sees only labels."""
+    """The models, data and settings of the chain."""
 
     name: str
-    gold: Callable[[list[str], list[str]], list[float]]
+    gold: Callable[[list[str], list[str]], list[float]]  # (prompts, responses) -> scores
     tokenizer: Tokenizer
-    policy: Transformer  # untrained where there are sft_examples, else pretrained
+    policy: Transformer  # untrained if there are sft_examples, else pretrained
     sft_examples: list[Example]
     prompts: list[list[int]]
     eval_prompts: list[list[int]]
     eos_ids: tuple[int, ...]
     response_length: int
-    label_noise: float  # share of pairs labelled the wrong way round
+    label_noise: float  # share of pairs with swapped labels
     sft: SFTConfig | None
     reward: RewardConfig
     ppo: PPOConfig
@@ -119,7 +110,7 @@ class Task:
 
 
 def replies_task(seed: int) -> Task:
-    """The embedded default: byte-level, a Transformer from scratch."""
+    """The embedded task: bytes as tokens, a Transformer from scratch."""
     rng = random.Random(seed)
     tokenizer = ByteTokenizer()
     cases = [(question, thing) for question in QUESTIONS for thing in ANSWERS]
@@ -169,7 +160,7 @@ def replies_task(seed: int) -> Task:
 
 
 def stories_task(data: Path, seed: int) -> Task:
-    """Real input: the stories260k model and TinyStories prompts, gold the mean valence of words times 10."""
+    """The stories260k model on TinyStories prompts; gold is 10 times the words' mean valence."""
     valence = {}
     with gzip.open(data / "lexicons" / "vader_lexicon.txt.gz", "rt", encoding="utf-8") as file:
         for line in file:
@@ -178,9 +169,8 @@ def stories_task(data: Path, seed: int) -> Task:
 
     def gold(prompts: list[str], responses: list[str]) -> list[float]:
         words = [re.findall(r"[a-z']+", response.lower()) for response in responses]
-        return [
-            10 * sum(valence.get(word, 0.0) for word in row) / max(len(row), 1) for row in words
-        ]
+        sums = [sum(valence.get(word, 0.0) for word in row) for row in words]
+        return [10 * total / max(len(row), 1) for total, row in zip(sums, words)]
 
     model = data / "models" / "stories260k"
     tokenizer = load_tokenizer(model)
@@ -210,12 +200,13 @@ def stories_task(data: Path, seed: int) -> Task:
 
 
 def run(task: Task, out: Path, seed: int) -> str:
-    """Train everything into subfolders of `out`; returns the report, also written to out/report.txt."""
+    """Train everything into subfolders of `out`; returns the report, also in out/report.txt."""
     started = time.monotonic()
     lines = []
     base, history = supervised(task, out)
     if history:
-        lines.append(f"SFT loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} nats a token")
+        losses = f"{history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}"
+        lines.append(f"SFT loss {losses} nats per token")
     pairs, disagreement = labelled_pairs(task, base, seed)
     train_pairs, eval_pairs = split(pairs)
     reward_model, report = fitted_reward_model(task, base, train_pairs, eval_pairs, seed, out)
@@ -225,48 +216,34 @@ def run(task: Task, out: Path, seed: int) -> str:
     )
 
     ppo_policy, dpo_policy = (copy.deepcopy(base).requires_grad_(True) for _ in range(2))
-    PPOTrainer(
-        ppo_policy,
-        task.prompts,
-        task.ppo,
-        reward=reward_model,
-        reference=base,
-        eos_ids=task.eos_ids,
-        tokenizer=task.tokenizer,
-        out=out / "ppo",
-    ).train()
-    DPOTrainer(
-        dpo_policy, train_pairs, task.dpo, reference=base, tokenizer=task.tokenizer, out=out / "dpo"
-    ).train()
+    options = dict(reference=base, tokenizer=task.tokenizer)
+    rl = dict(reward=reward_model, eos_ids=task.eos_ids, out=out / "ppo")
+    PPOTrainer(ppo_policy, task.prompts, task.ppo, **rl, **options).train()
+    DPOTrainer(dpo_policy, train_pairs, task.dpo, out=out / "dpo", **options).train()
 
     policies = {"SFT": base, "PPO": ppo_policy, "DPO": dpo_policy}
     results = {name: evaluated(task, base, policy, seed) for name, policy in policies.items()}
-    lines += [
-        *table(results),
-        "",
-        *samples(task, results),
-        "",
-        f"{time.monotonic() - started:.0f} s",
-    ]
+    seconds = f"{time.monotonic() - started:.0f} s"
+    lines += [*table(results), "", *samples(task, results), "", seconds]
     report = "\n".join(lines)
     (out / "report.txt").write_text(report + "\n", encoding="utf-8")
     return report
 
 
 def supervised(task: Task, out: Path | None = None) -> tuple[Transformer, list[dict[str, float]]]:
-    """The policy that all else starts from, frozen, and the metrics of its training; none where it is pretrained."""
+    """The frozen policy that everything starts from, and the metrics of its SFT, if it has any."""
     history = []
     if task.sft is not None:
-        folder = out and out / "sft"
-        history = SFTTrainer(
-            task.policy, task.sft_examples, task.sft, tokenizer=task.tokenizer, out=folder
-        ).train()
+        options = dict(tokenizer=task.tokenizer, out=out and out / "sft")
+        history = SFTTrainer(task.policy, task.sft_examples, task.sft, **options).train()
     return frozen_copy(task.policy), history
 
 
 def labelled_pairs(task: Task, policy: Transformer, seed: int) -> tuple[list[Pair], float]:
-    """Two samples of the policy for each prompt, labelled by gold with some noise; ties are dropped. Also returns the
-    share of labels that are wrong."""
+    """Pairs of the policy's samples labelled by gold with some noise, and the share of wrong labels.
+
+    Ties are dropped.
+    """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     pairs, wrong = [], 0
@@ -282,23 +259,20 @@ def labelled_pairs(task: Task, policy: Transformer, seed: int) -> tuple[list[Pai
             generator=generator,
         )
         responses = [rollout.responses()[sample::2] for sample in range(2)]
-        scores = [
-            task.gold(texts, [task.tokenizer.decode(ids) for ids in part]) for part in responses
-        ]
+        decoded = [[task.tokenizer.decode(ids) for ids in part] for part in responses]
+        scores = [task.gold(texts, part) for part in decoded]
         for prompt, first, second, first_score, second_score in zip(prompts, *responses, *scores):
             if first_score == second_score:
                 continue
             flip = rng.random() < task.label_noise
             wrong += flip
-            chosen, rejected = (
-                (first, second) if (first_score > second_score) != flip else (second, first)
-            )
-            pairs.append(Pair(prompt, chosen, rejected))
+            ordered = (first, second) if (first_score > second_score) != flip else (second, first)
+            pairs.append(Pair(prompt, *ordered))
     return pairs, wrong / len(pairs)
 
 
 def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """To train on, and the eighth that is held out."""
+    """The pairs to train on, and an eighth that is held out."""
     return pairs[len(pairs) // 8 :], pairs[: len(pairs) // 8]
 
 
@@ -310,7 +284,7 @@ def fitted_reward_model(
     seed: int,
     out: Path | None = None,
 ) -> tuple[RewardModel, dict[str, float]]:
-    """The reward model that the pairs teach, and the metrics of its last step."""
+    """A reward model trained on the pairs, and the metrics of its last step."""
     torch.manual_seed(seed)
     reward_model = RewardModel.from_model(base)
     options = dict(eval_examples=held_out, tokenizer=task.tokenizer, out=out and out / "reward")
@@ -318,13 +292,13 @@ def fitted_reward_model(
 
 
 def evaluated(task: Task, base: Transformer, policy: Transformer, seed: int) -> Evaluation:
-    """A policy's responses to the held-out prompts, by gold, and its KL to the base."""
+    """Gold scores of a policy's responses to the held-out prompts, and its KL to the base."""
     options = dict(max_new_tokens=task.response_length, eos_ids=task.eos_ids, seed=seed + 1)
     return evaluate_policy(policy, base, task.eval_prompts, task.gold, task.tokenizer, **options)
 
 
 def table(results: dict[str, Evaluation]) -> list[str]:
-    """Gold score with standard error and deviation, KL and win rate against the first row."""
+    """Gold scores with standard error and deviation, KL and win rate against the first row."""
     first = next(iter(results.values()))
     lines = ["", "policy   gold score (± s.e.)   s.d.   KL to SFT, nats   win rate against SFT"]
     for name, result in results.items():

@@ -40,7 +40,7 @@ class IteratedRLHFConfig(Options):
     )
     reward: RewardConfig = option(help="training of the reward models", factory=RewardConfig)
     ppo: PPOConfig = option(help="training of the policy", factory=PPOConfig)
-    seed: int = option(0, "of the rounds")
+    seed: int = option(0, "seed of the rounds")
 
     def __post_init__(self):
         super().__post_init__()

@@ -9,21 +9,8 @@ from pathlib import Path
 
 import torch
 
-from rlhf_core.cli.arguments import (
-    MODEL,
-    Command,
-    add_config,
-    add_device,
-    add_eos_ids,
-    add_prompts_and_reward,
-    add_skip_bad,
-    check_fresh,
-    config_of,
-    device_of,
-    eos_ids_of,
-    prompted,
-    seed,
-)
+from rlhf_core.cli import arguments as shared
+from rlhf_core.cli.arguments import MODEL, Command
 from rlhf_core.data import encode_prompt, load_tokenizer
 from rlhf_core.data.collate import left_pad
 from rlhf_core.evaluation import best_of_n_kl
@@ -58,17 +45,17 @@ def _add_generate(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--repetition-penalty", type=float, default=1.0, help="above 1: fewer repeated tokens"
     )
-    add_eos_ids(parser)
+    shared.add_eos_ids(parser)
     parser.add_argument(
         "--stop", nargs="+", default=(), metavar="STRING", help="strings that end a response"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of sampling")
-    add_device(parser)
+    parser.add_argument("--seed", type=shared.seed, default=0, help="seed of sampling")
+    shared.add_device(parser)
 
 
 def run_generate(arguments: Namespace) -> None:
     """Print responses to the prompts."""
-    device = device_of(arguments)
+    device = shared.device_of(arguments)
     tokenizer = load_tokenizer(arguments.model)
     valued = has_values(arguments.model)
     model = (ILQLModel if valued else Transformer).from_pretrained(arguments.model).to(device)
@@ -97,7 +84,7 @@ def run_generate(arguments: Namespace) -> None:
         top_p=arguments.top_p,
         min_p=arguments.min_p,
         repetition_penalty=arguments.repetition_penalty,
-        eos_ids=eos_ids_of(arguments, model, tokenizer),
+        eos_ids=shared.eos_ids_of(arguments, model, tokenizer),
         stop_strings=arguments.stop,
         tokenizer=tokenizer,
         generator=torch.Generator().manual_seed(arguments.seed),
@@ -108,25 +95,25 @@ def run_generate(arguments: Namespace) -> None:
 
 def _add_best_of_n(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, help=MODEL)
-    add_prompts_and_reward(parser)
+    shared.add_prompts_and_reward(parser)
     parser.add_argument(
         "--out", required=True, type=Path, help="JSONL file for prompt, completion and score"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
-    add_skip_bad(parser)
-    add_device(parser)
-    add_config(parser, SamplingConfig)
+    shared.add_skip_bad(parser)
+    shared.add_device(parser)
+    shared.add_config(parser, SamplingConfig)
 
 
 def run_best_of_n(arguments: Namespace) -> None:
     """Write each prompt's best response to a file."""
-    config, out = config_of(SamplingConfig, arguments), arguments.out
+    config, out = shared.config_of(SamplingConfig, arguments), arguments.out
     if out.is_dir():
         raise IsADirectoryError(f"--out {out} is a directory, not a file")
     if out.exists() and not arguments.overwrite:
         raise FileExistsError(f"{out} exists. Choose another --out, or pass --overwrite")
     check_writable(out.parent)
-    model, rows, options = prompted(arguments, config)
+    model, rows, options = shared.prompted(arguments, config)
     samples = best_of_n(model, [ids for _, ids in rows], config, **options)
     best, scores = samples.best()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +139,7 @@ def _add_merge(parser: ArgumentParser) -> None:
 
 def run_merge(arguments: Namespace) -> None:
     """Write the plain model that adapters and their base make."""
-    check_fresh(arguments)
+    shared.check_fresh(arguments)
     if arguments.out.resolve() == arguments.model.resolve():
         raise ValueError(f"--out {arguments.out} is --model: the adapters would be lost")
     tokenizer, file = load_tokenizer(arguments.model), arguments.model / CONFIG_FILE

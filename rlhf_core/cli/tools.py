@@ -26,7 +26,7 @@ def _add_demo(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder of all files; default: runs/demo or runs/demo-real"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of everything")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of everything")
 
 
 def run_demo(arguments: Namespace) -> None:

@@ -11,44 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rlhf_core.algorithms.a2c import A2CConfig, A2CTrainer
-from rlhf_core.algorithms.dpo import DPOConfig, DPOTrainer
-from rlhf_core.algorithms.grpo import GRPOConfig, GRPOTrainer
-from rlhf_core.algorithms.ilql import ILQLConfig, ILQLTrainer
-from rlhf_core.algorithms.iterated_dpo import IteratedDPOConfig, iterated_dpo
-from rlhf_core.algorithms.kto import KTOConfig, KTOTrainer
-from rlhf_core.algorithms.nlpo import NLPOConfig, NLPOTrainer
-from rlhf_core.algorithms.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-from rlhf_core.algorithms.ppo import PPOConfig, PPOTrainer
-from rlhf_core.algorithms.reward import RewardConfig, RewardTrainer
-from rlhf_core.algorithms.rft import RFTConfig, rft
-from rlhf_core.algorithms.sft import SFTConfig, SFTTrainer
-from rlhf_core.cli.arguments import (
-    MODEL,
-    Command,
-    add_config,
-    add_device,
-    add_prompts_and_reward,
-    add_skip_bad,
-    check_fresh,
-    config_of,
-    device_of,
-    print_result,
-    prompted,
-    read,
-)
-from rlhf_core.data import (
-    encode_labelled,
-    encode_preference,
-    encode_scored,
-    encode_text,
-    load_tokenizer,
-    read_comparisons,
-    read_labelled,
-    read_preferences,
-    read_scored,
-    read_texts,
-)
+from rlhf_core import data, trainers
+from rlhf_core.cli import arguments as shared
+from rlhf_core.cli.arguments import MODEL, Command
+from rlhf_core.data import encode_text, load_tokenizer, read_texts
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
 from rlhf_core.models.ilql import has_values
 from rlhf_core.models.lora import LoRAConfig, add_adapters, is_reward_model
@@ -100,41 +66,49 @@ def _ilql_model(source: Path) -> ILQLModel:
 
 ON_DATA = {
     "sft": OnData(
-        SFTTrainer, SFTConfig, Transformer.from_pretrained, read_texts, encode_text, TEXTS,
-        "supervised fine-tuning",
+        trainers.SFTTrainer, trainers.SFTConfig, Transformer.from_pretrained,
+        read_texts, encode_text, TEXTS, "supervised fine-tuning",
     ),
     "reward": OnData(
-        RewardTrainer, RewardConfig, _reward_model, read_comparisons, encode_preference, LISTS,
+        trainers.RewardTrainer, trainers.RewardConfig, _reward_model,
+        data.read_comparisons, data.encode_preference, LISTS,
         "a reward model, from preferences or labelled steps",
     ),
     "dpo": OnData(
-        DPOTrainer, DPOConfig, Transformer.from_pretrained, read_preferences, encode_preference,
-        PAIRS, "direct preference optimisation, SimPO, ORPO",
+        trainers.DPOTrainer, trainers.DPOConfig, Transformer.from_pretrained,
+        data.read_preferences, data.encode_preference, PAIRS,
+        "direct preference optimisation, SimPO, ORPO",
     ),
     "kto": OnData(
-        KTOTrainer, KTOConfig, Transformer.from_pretrained, read_labelled, encode_labelled,
-        LABELLED, "KTO: from single labelled completions",
+        trainers.KTOTrainer, trainers.KTOConfig, Transformer.from_pretrained,
+        data.read_labelled, data.encode_labelled, LABELLED, "KTO: from single labelled completions",
     ),
     "ilql": OnData(
-        ILQLTrainer, ILQLConfig, _ilql_model, read_scored, encode_scored, SCORED,
-        "ILQL: offline RL on text with rewards",
+        trainers.ILQLTrainer, trainers.ILQLConfig, _ilql_model,
+        data.read_scored, data.encode_scored, SCORED, "ILQL: offline RL on text with rewards",
     ),
 }  # fmt: skip
 ON_PROMPTS = {
-    "ppo": OnPrompts(PPOTrainer, PPOConfig, "PPO against a reward"),
-    "a2c": OnPrompts(A2CTrainer, A2CConfig, "A2C: PPO with one update per rollout and no clip"),
-    "nlpo": OnPrompts(NLPOTrainer, NLPOConfig, "NLPO: PPO limited to tokens a lagging copy likes"),
+    "ppo": OnPrompts(trainers.PPOTrainer, trainers.PPOConfig, "PPO against a reward"),
+    "a2c": OnPrompts(
+        trainers.A2CTrainer, trainers.A2CConfig, "A2C: PPO with one update per rollout, no clip"
+    ),
+    "nlpo": OnPrompts(
+        trainers.NLPOTrainer, trainers.NLPOConfig, "NLPO: PPO without tokens that a copy finds unlikely"
+    ),
     "grpo": OnPrompts(
-        GRPOTrainer, GRPOConfig, "GRPO, RLOO, REINFORCE++ or ReMax (--advantage): no critic"
+        trainers.GRPOTrainer, trainers.GRPOConfig, "GRPO, RLOO, REINFORCE++, ReMax: no critic"
     ),
     "online-dpo": OnPrompts(
-        OnlineDPOTrainer, OnlineDPOConfig, "DPO on its own samples, labelled as they come", True
+        trainers.OnlineDPOTrainer, trainers.OnlineDPOConfig, "DPO on new samples at every step", True
     ),
     "iterated-dpo": OnPrompts(
-        iterated_dpo, IteratedDPOConfig, "DPO on its own samples, in rounds", True
+        trainers.iterated_dpo, trainers.IteratedDPOConfig, "DPO on its own samples, in rounds", True
     ),
-    "rft": OnPrompts(rft, RFTConfig, "rejection sampling: SFT on its own best samples, in rounds"),
-}
+    "rft": OnPrompts(
+        trainers.rft, trainers.RFTConfig, "rejection sampling: SFT on its own best samples, in rounds"
+    ),
+}  # fmt: skip
 
 
 def _add_data_arguments(method: OnData, parser: ArgumentParser) -> None:
@@ -145,16 +119,18 @@ def _add_data_arguments(method: OnData, parser: ArgumentParser) -> None:
         "--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out"
     )
     _add_run(parser)
-    add_config(parser, method.config)
+    shared.add_config(parser, method.config)
 
 
 def _add_prompt_arguments(method: OnPrompts, parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, help=MODEL)
-    add_prompts_and_reward(parser, method.judged)
+    shared.add_prompts_and_reward(parser, method.judged)
     if issubclass(method.config, PolicyGradientConfig):
         parser.add_argument("--ptx-data", type=Path, help=f"examples for --ptx-coef: {TEXTS}")
     _add_run(parser)
-    add_config(parser, method.config, without=("eval_every",))  # there are no examples to evaluate
+    shared.add_config(
+        parser, method.config, without=("eval_every",)
+    )  # there are no examples to evaluate
 
 
 def _add_run(parser: ArgumentParser) -> None:
@@ -168,8 +144,8 @@ def _add_run(parser: ArgumentParser) -> None:
     existing.add_argument(
         "--resume", action="store_true", help="continue the checkpoint in --out, with same options"
     )
-    add_skip_bad(parser)
-    add_device(parser)
+    shared.add_skip_bad(parser)
+    shared.add_device(parser)
     lora = parser.add_argument_group(
         "LoRA", "--out then holds adapters in PEFT's layout, with --model as their base"
     )
@@ -206,8 +182,8 @@ def _add_adapters(model: Transformer, arguments: Namespace) -> None:
 
 def train_on_data(method: OnData, arguments: Namespace) -> None:
     """Read examples and model, train, print the last metrics."""
-    config = config_of(method.config, arguments)
-    check_fresh(arguments)
+    config = shared.config_of(method.config, arguments)
+    shared.check_fresh(arguments)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(arguments.model)
     model = method.load(arguments.model)
@@ -216,7 +192,7 @@ def train_on_data(method: OnData, arguments: Namespace) -> None:
 
     def load(path: Path) -> list:
         encode = lambda row: method.encode(row, tokenizer, max_length)  # noqa: E731
-        return read(method.reader, path, arguments, encode)
+        return shared.read(method.reader, path, arguments, encode)
 
     examples = load(arguments.data)
     if arguments.eval_data is not None:
@@ -224,7 +200,7 @@ def train_on_data(method: OnData, arguments: Namespace) -> None:
     else:
         examples, held_out = _split(examples, arguments.eval_fraction, config.seed)
     trainer = method.trainer(
-        model.to(device_of(arguments)),
+        model.to(shared.device_of(arguments)),
         examples,
         config,
         eval_examples=held_out,
@@ -234,7 +210,7 @@ def train_on_data(method: OnData, arguments: Namespace) -> None:
     if arguments.resume:
         trainer.resume()
     note = f"{len(examples)} to train on, {len(held_out)} held out"
-    print_result(trainer.train()[-1], arguments.out, note)
+    shared.print_result(trainer.train()[-1], arguments.out, note)
 
 
 def _split(examples: list, fraction: float, seed: int) -> tuple[list, list]:
@@ -249,14 +225,14 @@ def _split(examples: list, fraction: float, seed: int) -> tuple[list, list]:
 
 def train_on_prompts(method: OnPrompts, arguments: Namespace) -> None:
     """Read prompts, reward and model, train, print the last metrics."""
-    config = config_of(method.config, arguments)
-    check_fresh(arguments)
-    model, rows, options = prompted(arguments, config)
+    config = shared.config_of(method.config, arguments)
+    shared.check_fresh(arguments)
+    model, rows, options = shared.prompted(arguments, config)
     _add_adapters(model, arguments)
     if getattr(arguments, "ptx_data", None) is not None:
         limit, tokenizer = model.config.max_positions, options["tokenizer"]
         encode = lambda text: encode_text(text, tokenizer, limit)  # noqa: E731
-        options["ptx_examples"] = read(read_texts, arguments.ptx_data, arguments, encode)
+        options["ptx_examples"] = shared.read(read_texts, arguments.ptx_data, arguments, encode)
     prompts, options["out"] = [ids for _, ids in rows], arguments.out
     if isinstance(method.train, type):
         trainer = method.train(model, prompts, config, **options)
@@ -265,7 +241,7 @@ def train_on_prompts(method: OnPrompts, arguments: Namespace) -> None:
         history = trainer.train()
     else:
         history = method.train(model, prompts, config, resume=arguments.resume, **options)
-    print_result(history[-1], arguments.out, f"{len(rows)} prompts")
+    shared.print_result(history[-1], arguments.out, f"{len(rows)} prompts")
 
 
 COMMANDS = {

@@ -24,14 +24,14 @@ class SamplingConfig(Options):
 
     num_samples: int = option(16, "responses to each prompt", within="[1, inf)")
     response_length: int = option(53, "longest response, tokens", within="[1, inf)")
-    temperature: float = option(1.0, "of sampling", within="(0, inf)")
+    temperature: float = option(1.0, "temperature of sampling", within="(0, inf)")
     max_length: int = option(
         1024, "tokens of prompt and response together; a longer prompt loses its start"
     )
     batch_size: int = option(
         16, "prompts sampled at a time, and rows of a reward model's forward", within="[1, inf)"
     )
-    seed: int = option(0, "of sampling")
+    seed: int = option(0, "seed of sampling")
 
 
 class Candidates(NamedTuple):

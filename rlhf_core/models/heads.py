@@ -1,5 +1,4 @@
-"""Scalar heads on a trunk: RewardModel scores a sequence or its steps, EnsembleReward is several of them, ValueModel
-values every position."""
+"""Scalar heads on a trunk: RewardModel, EnsembleReward of several, and ValueModel, the critic."""
 
 from __future__ import annotations
 
@@ -29,20 +28,17 @@ class _ScalarHead(Pretrained, TrunkModel):
 
     @classmethod
     def from_model(cls, model: Transformer | _ScalarHead, share_trunk: bool = False):
-        """A new model on a copy of `model`'s trunk, or on that trunk itself, with its head where it has a scalar one,
-        else a fresh one.
+        """Return a new model on a copy of `model`'s trunk, or on the trunk itself.
 
-        A copy trains also where `model` is frozen (a critic starts from a reward model that nobody trains): all of it,
-        or, where it has adapters, those and the head. A shared trunk trains as it did.
+        It gets a copy of the scalar head of `model`, or else a fresh head. A copied trunk trains,
+        even if `model` is frozen, because a critic can start from a frozen reward model. If it has
+        adapters, only these and the head train. A shared trunk trains as before.
         """
         with torch.device("meta"):
             new = cls(model.config)
         new.trunk = model.trunk if share_trunk else copy.deepcopy(model.trunk)
-        head = (
-            copy.deepcopy(model.score)
-            if isinstance(model, _ScalarHead)
-            else _fresh_head(model.config)
-        )
+        scalar = isinstance(model, _ScalarHead)
+        head = copy.deepcopy(model.score) if scalar else _fresh_head(model.config)
         new.score = head.to(new.trunk.embed.weight).requires_grad_(True)
         if isinstance(model, RewardModel) and isinstance(new, RewardModel):
             new.of_steps = model.of_steps
@@ -58,41 +54,43 @@ class _ScalarHead(Pretrained, TrunkModel):
 
     @torch.no_grad()
     def normalize(self, mean: float, std: float) -> None:
-        """Fold (score - mean) / std into the head, which then has a bias."""
+        """Change the head to give (score - mean) / std. It then has a bias."""
+        weight = self.score.weight
         if self.score.bias is None:
-            self.score.bias = nn.Parameter(
-                self.score.weight.new_zeros(1), self.score.weight.requires_grad
-            )
+            self.score.bias = nn.Parameter(weight.new_zeros(1), weight.requires_grad)
         self.score.bias.sub_(mean).div_(std)
-        self.score.weight.div_(std)
+        weight.div_(std)
 
     def read(self, hidden: Tensor) -> Tensor:
-        """The head on hidden states (..., D): (...) float32, under autocast too."""
+        """Apply the head to hidden states (..., D). Returns (...) float32, also under autocast."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score(hidden.to(self.score.weight.dtype))[..., 0].float()
 
 
 class RewardModel(_ScalarHead):
-    """Trunk + linear head, read at the last real token.
+    """A trunk and a linear head, read at the last real token.
 
-    of_steps: its scores are those of steps (a process reward model), not of responses; its folder says which.
+    Attributes:
+        of_steps: Whether it scores steps (a process reward model). Saved with the model.
     """
 
     of_steps = False
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores (B,) float32 of sequences (B, T); attention_mask (B, T) bool says where each one ends."""
+        """Return scores (B,) float32 of sequences (B, T) with attention_mask (B, T) bool."""
         B, T = input_ids.shape
         last = torch.arange(B, device=input_ids.device) * T + last_token_index(attention_mask)
         return self.read(self.trunk(input_ids, attention_mask, read=last))
 
     def scores(self, tokens) -> Tensor:
-        """Scores (N,) float32 of the sequences of a `data.TokenBatch`."""
+        """Return scores (N,) float32 of the sequences of a `data.TokenBatch`."""
         return self.read(self._hidden(tokens, tokens.last))
 
     def token_scores(self, tokens) -> Tensor:
-        """Scores (M,) float32 of a `data.TokenBatch` up to each target, which is counted in: of steps, where the mask
-        counts their last tokens. Each prompt has one completion."""
+        """Return scores (M,) float32 at the targets of a `data.TokenBatch`: the ends of steps.
+
+        Each prompt must have one completion.
+        """
         return self.read(self._hidden(tokens, tokens.read + 1))
 
     def _hidden(self, tokens, where: Tensor) -> Tensor:
@@ -105,10 +103,14 @@ AGGREGATES = ("mean", "worst", "uncertainty")
 
 
 class EnsembleReward(nn.Module):
-    """Several reward models that score as one (Coste et al. 2023), with the methods of `RewardModel`.
+    """Several reward models that score as one (Coste et al. 2023). Methods as in `RewardModel`.
 
-    Of the models' scores `mean` takes the mean, `worst` the least, and `uncertainty` the mean less `coef` times the
-    variance, all per sequence or step. The scores should be on one scale, as training leaves them.
+    The models should have one scale, as after training.
+
+    Args:
+        models: At least 2, with one vocabulary, all for steps or all for responses.
+        aggregate: "mean", "worst" (the minimum), or "uncertainty" (the mean minus coef * variance).
+        coef: Weight of the variance, > 0. Only for "uncertainty".
     """
 
     def __init__(
@@ -116,16 +118,16 @@ class EnsembleReward(nn.Module):
     ):
         super().__init__()
         if len(models) < 2:
-            raise ValueError(f"an ensemble has at least 2 reward models, got {len(models)}")
+            raise ValueError(f"an ensemble needs at least 2 reward models, got {len(models)}")
         sizes = [model.config.vocab_size for model in models]
         if len(set(sizes)) > 1:
             raise ValueError(
-                f"reward models of one ensemble read the same token ids; their vocabularies have {sizes}"
+                f"reward models of an ensemble must have one vocabulary, got sizes {sizes}"
             )
         if len({model.of_steps for model in models}) > 1:
             of_steps = [i for i, model in enumerate(models) if model.of_steps]
             raise ValueError(
-                f"of the reward models of one ensemble {of_steps} score steps, the others responses"
+                f"reward models {of_steps} of the ensemble score steps, the others responses"
             )
         if aggregate not in AGGREGATES:
             raise ValueError(
@@ -137,7 +139,7 @@ class EnsembleReward(nn.Module):
             )
         if aggregate != "uncertainty" and coef is not None:
             raise ValueError(
-                f"the coefficient {coef} has no effect: it goes with the ensemble 'uncertainty' alone"
+                f"the coefficient {coef} has no effect: only the ensemble 'uncertainty' uses it"
             )
         if coef is not None and not 0 < coef < math.inf:
             raise ValueError(f"the coefficient must be a finite number > 0, got {coef}")
@@ -145,18 +147,18 @@ class EnsembleReward(nn.Module):
         self.config, self.of_steps = models[0].config, models[0].of_steps
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Scores (B,) as from `RewardModel`."""
-        return self._joined([model(input_ids, attention_mask) for model in self.models])
+        """Return scores (B,) as `RewardModel.forward`."""
+        return self._combine([model(input_ids, attention_mask) for model in self.models])
 
     def scores(self, tokens) -> Tensor:
-        """Scores (N,) as from `RewardModel`."""
-        return self._joined([model.scores(tokens) for model in self.models])
+        """Return scores (N,) as `RewardModel.scores`."""
+        return self._combine([model.scores(tokens) for model in self.models])
 
     def token_scores(self, tokens) -> Tensor:
-        """Scores (M,) as from `RewardModel`."""
-        return self._joined([model.token_scores(tokens) for model in self.models])
+        """Return scores (M,) as `RewardModel.token_scores`."""
+        return self._combine([model.token_scores(tokens) for model in self.models])
 
-    def _joined(self, scores: list[Tensor]) -> Tensor:
+    def _combine(self, scores: list[Tensor]) -> Tensor:
         each = torch.stack(scores)
         if self.aggregate == "worst":
             return each.amin(dim=0)
@@ -167,23 +169,21 @@ class EnsembleReward(nn.Module):
 def load_reward(
     sources: Sequence[str | os.PathLike], aggregate: str | None = None, coef: float | None = None
 ) -> RewardModel | EnsembleReward:
-    """The reward model of a folder, or the ensemble of several, by default their mean."""
+    """Load one reward model, or an ensemble of several, which gives their mean by default."""
     models = [RewardModel.from_pretrained(source) for source in sources]
     if len(models) > 1:
         return EnsembleReward(models, aggregate or "mean", coef)
     for name, value in (("ensemble", aggregate), ("coefficient", coef)):
         if value is not None:
-            raise ValueError(
-                f"there is one reward model alone, so the {name} {value!r} has no effect"
-            )
+            raise ValueError(f"the {name} {value!r} has no effect on a single reward model")
     return models[0]
 
 
 class ValueModel(_ScalarHead):
-    """Trunk + linear head at every position: the critic."""
+    """The critic: a trunk and a linear head at every position."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values (B, T) float32; entry t has read tokens 0..t, so it values the state before token t + 1."""
+        """Return values (B, T) float32. Entry t is the value of the state after tokens 0 to t."""
         return self.read(self.trunk(input_ids, attention_mask))
 
 

@@ -1,8 +1,8 @@
-"""A language model that knows what its tokens are worth: Q and V heads on its trunk (Snell et al. 2022).
+"""A language model whose logits Q and V heads on its trunk shift (ILQL, Snell et al. 2022).
 
-`generate` samples from what the values make of its logits. Its folder is that of the language model, in the Hugging
-Face layout, and one more file with the heads, which `rlhf-core ilql`, `generate` and `merge` read; to whatever else
-reads it, as `best-of-n`, `ppo` or `sft`, it is the language model alone. Left out: value heads on a trunk of their own.
+Its folder is that of the language model, plus one file with the heads. `rlhf-core ilql`, `generate`
+and `merge` read this file. Other commands, such as `ppo` or `sft`, read only the language model.
+Left out: value heads on a separate trunk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlhf_core.ops import linear_token_logprobs
 
 
 class QHead(nn.Module):
-    """Hidden states to a value for each token of the vocabulary; 0 at first."""
+    """Hidden states to a value of each token in the vocabulary. All values start at 0."""
 
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__()
@@ -32,27 +32,27 @@ class QHead(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def features(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., 2 D), which `out` is linear in."""
+        """Map (..., D) to the input (..., 2 D) of `out`."""
         return F.relu(self.up(hidden.to(self.up.weight.dtype)))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
+        """Map (..., D) to (..., V)."""
         return self.out(self.features(hidden))
 
     def token_logprobs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Log-probs (N,) of tokens (N,) under softmax(values), from hidden states (N, D)."""
+        """Return log-probs (N,) of tokens (N,) under softmax(values) of hidden states (N, D)."""
         return linear_token_logprobs(self.features(hidden), self.out.weight, tokens)
 
     def of_tokens(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """(..., D) and (...) ids -> (...) float32, under autocast too, without the values of all other tokens."""
+        """Return only the values (...) float32 of given tokens (...), also under autocast."""
         with torch.autocast(hidden.device.type, enabled=False):
             return (self.features(hidden) * self.out.weight[tokens]).sum(dim=-1).float()
 
 
 class ILQLModel(TrunkModel):
-    """lm, a Transformer, with two Q heads `q`, their slow copies `target_q` and a V head; all values are 0 at first.
+    """A Transformer `lm` with two Q heads `q`, their lagging copies `target_q`, and a V head `v`.
 
-    beta: how much they count in its logits, per unit of reward; 0: not at all.
+    beta: Weight of the values in the logits, per unit of reward. All values start at 0.
     """
 
     def __init__(self, lm: Transformer, beta: float = 1.0):
@@ -72,19 +72,19 @@ class ILQLModel(TrunkModel):
         return self.lm.trunk
 
     def values(self, hidden: Tensor) -> Tensor:
-        """V(s) (...) float32 of hidden states (..., D), under autocast too."""
+        """Return V(s) (...) float32 of hidden states (..., D), also under autocast."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.v(hidden.to(self.v[0].weight.dtype))[..., 0].float()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V): the language model's + beta (min target_q - V)."""
+        """Map (..., D) to (..., V): the language model's logits + beta (min target_q - V)."""
         q = torch.minimum(*(head(hidden) for head in self.target_q))
         return self.lm.logits(hidden) + self.beta * (q - self.v(hidden))
 
-    prefill, decode = Transformer.prefill, Transformer.decode  # of these logits
+    prefill, decode = Transformer.prefill, Transformer.decode  # which call `logits`
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write the language model's folder (with adapters: these alone), and the heads beside it."""
+        """Write the heads, and the language model as `Transformer.save_pretrained` does."""
         self.lm.save_pretrained(path)
         write_tensors(Path(path) / HEADS_FILE, self._heads(), {"beta": repr(self.beta)})
 
@@ -93,37 +93,33 @@ class ILQLModel(TrunkModel):
     def from_pretrained(
         cls, source: str | os.PathLike, dtype: torch.dtype = torch.float32
     ) -> ILQLModel:
-        """Read what `save_pretrained` wrote; errors as of `Transformer.from_pretrained`, and ValueError where the heads
-        are damaged or not those of this language model."""
-        model, file = (
-            cls(Transformer.from_pretrained(source, dtype)),
-            model_folder(source) / HEADS_FILE,
-        )
+        """Read a folder that `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: A file is missing.
+            ValueError: A file is damaged or does not fit; the message names it.
+        """
+        model = cls(Transformer.from_pretrained(source, dtype))
+        file = model_folder(source) / HEADS_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file, so this is a plain language model")
         header, stored = read_tensors(file)
         heads = model._heads()
         for name in heads.keys() | stored.keys():
-            shapes = [
-                tuple(tensors[name].shape) if name in tensors else None
-                for tensors in (stored, heads)
-            ]
-            if shapes[0] != shapes[1]:
+            got, wanted = (tuple(x[name].shape) if name in x else None for x in (stored, heads))
+            if got != wanted:
                 raise ValueError(
-                    f"{file}: tensor {name!r} has shape {shapes[0]}, this model's is {shapes[1]}"
+                    f"{file}: tensor {name!r} has shape {got}, this model's is {wanted}"
                 )
             heads[name].copy_(stored[name])
         model.beta = float(header["beta"])
         return model.eval()
 
     def _heads(self) -> dict[str, Tensor]:
-        return {
-            name: x
-            for name, x in self.state_dict(keep_vars=True).items()
-            if not name.startswith("lm.")
-        }
+        tensors = self.state_dict(keep_vars=True).items()
+        return {name: tensor for name, tensor in tensors if not name.startswith("lm.")}
 
 
 def has_values(source: str | os.PathLike) -> bool:
-    """Whether a folder, or hub repository, is an ILQLModel's."""
+    """Whether a folder or hub repository holds an ILQLModel."""
     return (model_folder(source) / HEADS_FILE).is_file()

@@ -1,7 +1,7 @@
-"""Copies of a model that follow it at a distance: the target heads of Q-learning, the masks of NLPO.
+"""Copies of a model that follow it slowly: the target heads of Q-learning, the masks of NLPO.
 
-Their weights are buffers, as they are nothing that trains, nor what a checkpoint takes to stay as it is: a trainer that
-holds such a copy adds what `weights` gives to its `state`.
+Their weights are buffers, because they do not train, but change. A checkpoint needs them: a trainer
+that has such a copy adds its `weights` to its `state`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 
 def lagging_copy(model: nn.Module) -> nn.Module:
-    """A copy; parameters that do not train are shared, not copied, so of adapters their base."""
-    shared = {
-        id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad
-    }
+    """Return a copy. It shares parameters that do not train, such as the base of adapters."""
+    shared = {id(x): x for x in model.parameters() if not x.requires_grad}
     slow = copy.deepcopy(model, shared)
     for part in slow.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
@@ -26,17 +24,13 @@ def lagging_copy(model: nn.Module) -> nn.Module:
 
 
 def weights(slow: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """Those of the copy that follow the model's, by name."""
-    return {
-        name: slow.get_buffer(name)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """Return the weights of the copy that follow the model, by name."""
+    return {name: slow.get_buffer(name) for name, x in model.named_parameters() if x.requires_grad}
 
 
 @torch.no_grad()
 def follow(slow: nn.Module, model: nn.Module, share: float = 1.0) -> None:
-    """Move the copy's weights towards the model's by this share of the way (Polyak averaging)."""
+    """Move the copy's weights towards the model's by a share of 0 to 1 (Polyak averaging)."""
     parameters = dict(model.named_parameters())
     for name, weight in weights(slow, model).items():
         weight.lerp_(parameters[name], share)

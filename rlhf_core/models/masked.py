@@ -1,4 +1,4 @@
-"""A policy limited to the tokens that an earlier copy of it finds likely (NLPO, Ramamurthy et al. 2022)."""
+"""A policy limited to tokens that an earlier copy finds likely (NLPO, Ramamurthy et al. 2022)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from rlhf_core.ops.sampling import truncation_threshold
 
 
 class MaskedPolicy(TrunkModel):
-    """A policy whose tokens outside the top-p set of a lagging copy have no probability.
+    """A policy that gives tokens outside the top-p set of a lagging copy the probability 0.
 
-    `generate` samples from it. Its trunk is the policy's.
+    `generate` can sample from it. It has the trunk of the policy.
     """
 
     def __init__(self, policy: Transformer, top_p: float, temperature: float):
@@ -32,24 +32,24 @@ class MaskedPolicy(TrunkModel):
         return self.policy.trunk
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V), as `Transformer.prefill`; the cache also gets one of the lagging copy."""
+        """Return logits (B, V) as `Transformer.prefill`. Adds `cache.lagging`."""
         _, N, _, S, _ = cache.keys.shape
         cache.lagging = self.lagging.new_cache(N, S)
         hidden = self.policy.trunk.prefill(input_ids, lengths, cache)
         return self.logits(hidden, self.lagging.trunk.prefill(input_ids, lengths, cache.lagging))
 
     def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
-        """Logits (B, V), as `Transformer.decode`."""
+        """Return logits (B, V) as `Transformer.decode`."""
         hidden = self.policy.trunk.decode(token_ids, cache, slots)
         return self.logits(hidden, self.lagging.trunk.decode(token_ids, cache.lagging, slots))
 
     def logits(self, hidden: Tensor, lagging: Tensor, taken: Tensor | None = None) -> Tensor:
-        """Logits (N, V) of hidden states (N, D) of both models, -inf outside the mask.
+        """Return logits (N, V), -inf outside the mask, of hidden states (N, D) of both models.
 
         The mask is computed in float32, also under autocast.
 
         Args:
-            taken: (N,) sampled tokens; they stay allowed even if the copy now rounds differently.
+            taken: (N,) sampled tokens. They stay allowed even if the copy now rounds differently.
         """
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             z = self.lagging.logits(lagging).float()
@@ -69,7 +69,7 @@ class MaskedHead:
     def token_logprobs(
         self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0
     ) -> TokenStatistics:
-        """Log-probs and entropy (N,) under the masked distribution."""
+        """Return log-probs and entropy (N,) under the masked distribution."""
 
         def statistics(*rows: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.policy.logits(*rows)

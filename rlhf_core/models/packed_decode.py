@@ -1,9 +1,9 @@
-"""A small model's prompts and decoding steps as one call each: a copy of its weights in the order C++ reads them.
+"""Prompts and decoding steps of a small model as one C++ call each, on a copy of its weights.
 
-Where all weights lie in a core's cache, the hundred small operations of `Transformer.decode` cost more than their
-arithmetic. Adapters are folded into the copy. `Transformer` is the definition, and runs itself what is left out here:
-models on GPUs, in 16 bits, with hooks, under autocast, of more than `MOST_WEIGHTS`, with learned positions, LayerNorm
-or a plain MLP.
+If all weights are in a core's cache, the hundred small operations of `Transformer.decode` cost more
+than their arithmetic. Adapters are folded into the copy. `Transformer` is the definition. It also
+runs the models that are left out here: on GPUs, in 16 bits, with hooks, under autocast, with more
+than `MOST_WEIGHTS` weights, learned positions, LayerNorm or a plain MLP.
 """
 
 from __future__ import annotations
@@ -27,31 +27,19 @@ from rlhf_core.models.transformer import (
     TrunkModel,
 )
 
-PACKED_FROM = 2**16  # fewest weights of a packed layer: smaller layers fit a core's cache anyway
+PACKED_FROM = 2**16  # layers with fewer weights are not packed: they fit a core's cache anyway
 PANEL = 32  # kPanel in csrc/kernels.h
-MOST_WEIGHTS = (
-    2**22
-)  # each thread reads all of them; with more, threads that share every layer's out come level
-PARTS = {
-    Transformer,
-    Trunk,
-    Block,
-    Attention,
-    MLP,
-    nn.ModuleList,
-    nn.Linear,
-    nn.RMSNorm,
-    nn.Embedding,
-    nn.Dropout,
-}
-PARTS |= {LoRALinear, Adapter, nn.ModuleDict}
+# Each thread reads all weights. With more weights, splitting every layer over threads is as fast.
+MOST_WEIGHTS = 2**22
+PARTS = {Transformer, Trunk, Block, Attention, MLP, LoRALinear, Adapter, nn.ModuleList}
+PARTS |= {nn.Linear, nn.RMSNorm, nn.Embedding, nn.Dropout, nn.ModuleDict}
 
 
 @contextlib.contextmanager
 def packed_for_decoding(model: TrunkModel) -> Iterator[TrunkModel | PackedModel]:
-    """The model in its fastest form: a small one packed as a whole, any other one itself.
+    """Yield the model in its fastest form: a small model as a PackedModel, any other as it is.
 
-    On CPU the linear layers and the head of the latter use copies of their float32 weights in
+    On CPUs, the linear layers and the head of other models use copies of their float32 weights in
     oneDNN's own layout. A few rows then cost about one read of the weights; `F.linear` takes
     several times as long.
     """
@@ -62,18 +50,14 @@ def packed_for_decoding(model: TrunkModel) -> Iterator[TrunkModel | PackedModel]
     layers = []
     if model.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in model.modules():
-            if isinstance(module, Transformer):  # the model, or one of those that it consists of
+            if isinstance(module, Transformer):  # the model, or a part of it
                 layers += [
                     (linear, "forward", linear.weight, linear.bias)
                     for linear in module.trunk.modules()
                     if type(linear) is nn.Linear
                 ]
                 layers.append((module, "logits", module.head_weight, None))
-    layers = [
-        layer
-        for layer in layers
-        if layer[2].dtype == torch.float32 and layer[2].numel() >= PACKED_FROM
-    ]
+    layers = [x for x in layers if x[2].dtype == torch.float32 and x[2].numel() >= PACKED_FROM]
     try:
         for owner, method, weight, bias in layers:
             setattr(owner, method, _packed_linear(weight, bias))
@@ -90,15 +74,12 @@ def _packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Te
 
 
 class PackedModel:
-    """`prefill` and `decode` of a Transformer up to rounding. A row's bits do not depend on the other rows."""
+    """`prefill` and `decode` of a Transformer, up to rounding. No row depends on other rows."""
 
     def __init__(self, model: Transformer, launch: Callable[..., Tensor]):
         config = model.config
-        self.launch, self.embedding, self.weights = (
-            launch,
-            model.trunk.embed.weight.contiguous(),
-            _weights(model),
-        )
+        self.launch, self.weights = launch, _weights(model)
+        self.embedding = model.trunk.embed.weight.contiguous()
         self.rope_tables, self.window = model.trunk._rope_tables, config.sliding_window
         self.sizes = config.num_heads, config.intermediate_size, config.qk_norm, config.norm_eps
 
@@ -107,9 +88,8 @@ class PackedModel:
         logits = self._run(input_ids, lengths, cache, torch.arange(0, len(cache.lengths), samples))
         if samples > 1:
             for store in (cache.keys, cache.values):
-                rows = store[:, :, :, : input_ids.shape[1]].unflatten(
-                    1, (-1, samples)
-                )  # (L, B, N / B, Hkv, P, K)
+                filled = store[:, :, :, : input_ids.shape[1]]
+                rows = filled.unflatten(1, (-1, samples))  # (L, B, N / B, Hkv, P, K)
                 rows[:, :, 1:] = rows[:, :, :1]
             cache.lengths[:] = lengths.repeat_interleave(samples)
         return logits
@@ -122,17 +102,14 @@ class PackedModel:
     ) -> Tensor:
         rope = self.rope_tables(cache.keys.shape[3], slots.device)
         return self.launch(
-            token_ids.contiguous(), counts, self.embedding, self.weights, cache.keys, cache.values, cache.lengths,
-            slots.contiguous(), *rope, self.window, *self.sizes,
+            token_ids.contiguous(), counts, self.embedding, self.weights, cache.keys, cache.values,
+            cache.lengths, slots.contiguous(), *rope, self.window, *self.sizes,
         )  # fmt: skip
 
 
 def _fits(model: Transformer) -> bool:
-    config, modules, weights = (
-        model.config,
-        list(model.modules()),
-        [*model.parameters(), *model.buffers()],
-    )
+    config, modules = model.config, list(model.modules())
+    weights = [*model.parameters(), *model.buffers()]
     return (
         (config.positions, config.norm, config.activation, config.gated_mlp)
         == ("rope", "rmsnorm", "silu", True)
@@ -159,14 +136,12 @@ def _weights(model: Transformer) -> Tensor:
 
 
 def _linear(layer: nn.Linear) -> Tensor:
-    return _panels(
-        layer.weight + layer.product() if isinstance(layer, LoRALinear) else layer.weight,
-        layer.bias,
-    )
+    adapted = isinstance(layer, LoRALinear)
+    return _panels(layer.weight + layer.product() if adapted else layer.weight, layer.bias)
 
 
 def _panels(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(out, in) to (out / PANEL, 1 + in, PANEL), zeros behind the last output: each panel's bias, then its weights."""
+    """(out, in) to (out / PANEL, 1 + in, PANEL), zero-padded: a panel's bias, then its weights."""
     rows = F.pad(weight, (1, 0, 0, -len(weight) % PANEL))
     if bias is not None:
         rows[: len(bias), 0] = bias

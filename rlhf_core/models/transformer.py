@@ -1,10 +1,11 @@
-"""One decoder-only transformer whose config spans GPT-2, Llama, Mistral, Qwen2 and Qwen3, with a KV cache.
+"""A decoder-only transformer with a KV cache: GPT-2, Llama, Mistral, Qwen2 and Qwen3 by config.
 
-GPT-2: learned positions, LayerNorm, GELU, biases (Radford et al. 2019). Llama: rotary positions, RMSNorm, SwiGLU,
-grouped key/value heads (Touvron et al. 2023). Mistral adds a sliding window, Qwen2 biases of q, k, v, Qwen3 norms of
-q and k in their place. Left out: everything about files (hub.py) and sampling (generation.py).
+GPT-2 has learned positions, LayerNorm, GELU and biases (Radford et al. 2019). Llama has rotary
+positions, RMSNorm, SwiGLU and grouped key/value heads (Touvron et al. 2023). Mistral adds a sliding
+window. Qwen2 adds biases of q, k and v, Qwen3 norms of q and k instead. Left out: files (hub.py)
+and sampling (generation.py).
 
-Dropout follows `module.train()`; the trainers keep models in eval mode unless their config asks for it.
+Dropout is on in train mode. Trainers keep models in eval mode unless their config sets dropout.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ LOGITS_AT_ONCE = 2**22
 
 
 class KVCache:
-    """Keys and values of `batch_size` sequences of at most `max_length` tokens, in one allocation for all layers.
+    """Keys and values of `batch_size` sequences of at most `max_length` tokens, in all layers.
 
-    Row n holds lengths[n] tokens, at 0, 1, ...; what lies beyond is garbage that nobody reads.
+    Row n holds lengths[n] tokens, from index 0 on. Values beyond them are undefined and never read.
     """
 
     def __init__(self, config: TransformerConfig, batch_size: int, max_length: int, like: Tensor):
@@ -45,7 +46,7 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k, v (B, Hkv, T, K) as the first T tokens; each of the B in N / B rows."""
+        """Store k and v (B, Hkv, T, K) as the first T tokens, each sequence in N / B rows."""
         for store, x in ((self.keys, k), (self.values, v)):
             store[layer].unflatten(0, (len(x), -1))[:, :, :, : x.shape[2]] = x[:, None]
 
@@ -55,13 +56,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.qkv = nn.Linear(config.hidden_size, sum(config.qkv_sizes), bias=config.qkv_bias)
-        self.out = nn.Linear(
-            config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias
-        )
+        self.out = nn.Linear(config.qkv_sizes[0], config.hidden_size, bias=config.out_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = (
-                nn.RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2)
-            )
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(
         self,
@@ -89,7 +87,7 @@ class Attention(nn.Module):
         return self.out(_only(y.transpose(1, 2).flatten(2), read))
 
     def decode(self, x: Tensor, rope, cache: KVCache, layer: int, slots: Tensor) -> Tensor:
-        """x (B, D): the next token of the rows `slots` of the cache, against those before it."""
+        """Attend from x (B, D), the next token of cache rows `slots`, to the tokens before it."""
         store = cache.keys[layer], cache.values[layer], cache.lengths
         y = decode_attention(
             *self._project(x), *store, slots, rope=rope, window=self.config.sliding_window
@@ -97,7 +95,7 @@ class Attention(nn.Module):
         return self.out(y.flatten(1))  # (B, H, K) -> (B, D)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., D) -> q (..., H, K), k and v (..., Hkv, K)."""
+        """Map (..., D) to q (..., H, K), k and v (..., Hkv, K)."""
         heads, kv = self.qkv(x).unflatten(-1, (-1, self.config.head_dim)), self.config.num_kv_heads
         q, k, v = heads.split((self.config.num_heads, kv, kv), dim=-2)
         return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
@@ -108,9 +106,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated, self.activation = config.gated_mlp, ACTIVATIONS[config.activation]
         width = config.intermediate_size
-        self.up = nn.Linear(
-            config.hidden_size, width * (1 + self.gated), bias=config.mlp_bias
-        )  # gate, then up
+        rows = 2 * width if self.gated else width  # gate, then up
+        self.up = nn.Linear(config.hidden_size, rows, bias=config.mlp_bias)
         self.down = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,12 +125,15 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, *context) -> Tensor:
-        """(B, T, D) to the same, or (M, D) where `read` is not None; context as for `Attention.forward`, read last."""
+        """Map (B, T, D) to (B, T, D), or to (M, D) of the tokens at `read`, the last of `context`.
+
+        context: The other arguments of `Attention.forward`.
+        """
         x = _only(x, context[-1]) + self.dropout(self.attn(self.norm1(x), *context))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
     def decode(self, x: Tensor, *context) -> Tensor:
-        """(B, D); context as for `Attention.decode`."""
+        """Map (B, D) to (B, D). context: The other arguments of `Attention.decode`."""
         x = x + self.attn.decode(_normed(self.norm1, x), *context)
         return x + self.mlp(_normed(self.norm2, x))
 
@@ -141,7 +141,8 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Everything below the head: token ids to hidden states.
 
-    With `checkpointing` a block keeps only its input for the backward and computes the rest again (Chen et al. 2016).
+    With `checkpointing`, a block keeps only its input for the backward pass and recomputes the rest
+    (Chen et al. 2016).
     """
 
     checkpointing = False
@@ -159,7 +160,7 @@ class Trunk(nn.Module):
         self.apply(self._init)
 
     def _init(self, module: nn.Module) -> None:
-        """GPT-2's initialisation: normal(0, 0.02), what writes to the residual stream scaled by 1/sqrt(2 layers)."""
+        """Initialise as GPT-2: std 0.02, divided by sqrt(2 layers) before residual additions."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
@@ -177,16 +178,17 @@ class Trunk(nn.Module):
         visible: Tensor | None = None,
         read: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, D) after the last norm, or (M, D) of the tokens at `read`.
+        """Return hidden states (B, T, D) after the last norm, or (M, D) of the tokens at `read`.
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, T) bool, True = real token; positions count the real tokens. None means that every
-                token is real, or that padding is on the right: a causal model's real tokens never see it.
-            positions, visible: (B, T) int64 and (B, T, T) bool in place of attention_mask, for rows that hold several
-                sequences: where each token stands in its own, and which tokens (last axis) it sees, itself included.
-            read: (M,) int64, those of the B * T tokens that are wanted: of the others the last block computes keys and
-                values only, which spares most of it where few are.
+            attention_mask: (B, T) bool, True = real token. Positions count real tokens. None means
+                that all tokens are real, or that padding is on the right, unseen by real tokens.
+            positions: (B, T) int64, the position of each token in its sequence, for rows that hold
+                several sequences. Use it with `visible`, instead of attention_mask.
+            visible: (B, T, T) bool, True where a token sees another token (last axis) or itself.
+            read: (M,) int64, indices of the wanted tokens among the B * T. The last block computes
+                only keys and values of the others, which saves most of its time if M is small.
         """
         T, device = input_ids.shape[1], input_ids.device
         mask = None
@@ -194,22 +196,23 @@ class Trunk(nn.Module):
             mask = visible
         elif attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)}, not {tuple(input_ids.shape)}"
-                )
+                shapes = f"{tuple(attention_mask.shape)}, not {tuple(input_ids.shape)}"
+                raise ValueError(f"attention_mask has shape {shapes}")
             positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)  # (B, T)
-            # A padding token sees itself: a softmax over nothing would be NaN, and NaN spreads through 0 * NaN.
-            mask = _causal(T, device) & attention_mask[:, None, :] | torch.eye(
-                T, dtype=torch.bool, device=device
-            )
+            # Padding tokens see themselves: a softmax over nothing is NaN, and 0 * NaN spreads it.
+            itself = torch.eye(T, dtype=torch.bool, device=device)
+            mask = _causal(T, device) & attention_mask[:, None, :] | itself
         else:
             positions = torch.arange(T, device=device)[None]  # (1, T)
         return self._run(input_ids, positions, mask, read, packed=visible is not None)
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-        """Hidden states (B, D) of the last token of each of B prompts; fills the empty cache, N / B rows with each.
+        """Return hidden states (B, D) of the last tokens of B prompts, and fill the cache.
 
-        input_ids: (B, P), padded on the right. lengths: (B,) int64, their real tokens, at least 1.
+        Args:
+            input_ids: (B, P), padded on the right.
+            lengths: (B,) int64, the number of real tokens of each prompt, at least 1.
+            cache: Empty. Each prompt fills N / B of its N rows.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         B, P = input_ids.shape
@@ -219,7 +222,7 @@ class Trunk(nn.Module):
         return x
 
     def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
-        """Hidden states (B, D) of one more token (B,) for the rows `slots` (B,) of the cache, which takes it up."""
+        """Append one token (B,) to the cache rows `slots` (B,). Return its hidden states (B, D)."""
         x = self.embed(token_ids)  # (B, D)
         rope = None
         if self.config.positions == "learned":
@@ -240,8 +243,8 @@ class Trunk(nn.Module):
         cache: KVCache | None = None,
         packed: bool = False,
     ) -> Tensor:
-        """mask (B, T, T): what each token sees; None: itself and all before it. Only a packed row may be longer than a
-        sequence."""
+        """mask: (B, T, T) bool as `visible`. None means causal. packed: Rows hold several sequences
+        and can therefore be longer than max_positions."""
         T, window, limit = input_ids.shape[1], self.config.sliding_window, self.config.max_positions
         if limit < T and not packed:
             raise ValueError(f"sequence of {T} tokens is longer than the model's {limit} positions")
@@ -249,10 +252,9 @@ class Trunk(nn.Module):
             mask = _causal(T, input_ids.device) if mask is None else mask
             mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
         x = self.embed(input_ids)  # (B, T, D)
-        if mask is not None:  # added to the scores: once here, not in every layer
-            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)[
-                :, None
-            ]  # (B, 1, T, T)
+        if mask is not None:  # as a bias of the attention scores, made once for all layers
+            bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)
+            mask = bias[:, None]  # (B, 1, T, T)
         rope = None
         if self.config.positions == "learned":
             x = x + self.position(positions)
@@ -272,7 +274,7 @@ class Trunk(nn.Module):
         return self.norm(x)
 
     def _rope_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin (S, K/2) float32 of at least `length` positions, kept for the next call."""
+        """Return cos and sin (S, K/2) float32 of at least `length` positions. They are cached."""
         tables = self._tables
         if tables is None or len(tables[0]) < length or tables[0].device != device:
             size = min(self.config.max_positions, 1 << (length - 1).bit_length())
@@ -294,20 +296,22 @@ class TrunkModel(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **packing: Tensor
     ) -> Tensor:
-        """Hidden states (B, T, D), or (M, D) of the tokens at `read`; arguments as for `Trunk.forward`."""
+        """Return hidden states (B, T, D), or (M, D) at `read`. Arguments as in `Trunk.forward`."""
         return self.trunk(input_ids, attention_mask, **packing)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for `batch_size` sequences of at most `max_length` tokens."""
+        """Return an empty cache for `batch_size` sequences of at most `max_length` tokens."""
         return KVCache(self.config, batch_size, max_length, self.trunk.embed.weight)
 
     def shares_trunk_with(self, other: TrunkModel) -> bool:
-        """Whether both models have one trunk, so that one forward gives the hidden states of both."""
+        """Whether both models have one trunk, so that they have the same hidden states."""
         return self.trunk is other.trunk
 
     def prepare_training(self, *, freeze_layers: int, activation_checkpointing: bool) -> None:
-        """Set activation checkpointing, and freeze the embedding and the lowest `freeze_layers` blocks
-        (none for 0)."""
+        """Set activation checkpointing. Freeze embeddings and the lowest `freeze_layers` blocks.
+
+        With freeze_layers = 0 nothing is frozen.
+        """
         trunk = self.trunk
         if freeze_layers > len(trunk.blocks):
             raise ValueError(
@@ -315,17 +319,14 @@ class TrunkModel(nn.Module):
             )
         trunk.checkpointing = activation_checkpointing
         if freeze_layers:
-            for part in (
-                trunk.embed,
-                getattr(trunk, "position", None),
-                *trunk.blocks[:freeze_layers],
-            ):
+            embeddings = [trunk.embed, getattr(trunk, "position", None)]
+            for part in (*embeddings, *trunk.blocks[:freeze_layers]):
                 if part is not None:
                     part.requires_grad_(False)
 
 
 class Transformer(Pretrained, TrunkModel):
-    """A causal language model: trunk + output head, the embedding itself where `tie_embeddings`."""
+    """A causal language model: a trunk and an output head, which is the embedding if tied."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -342,50 +343,49 @@ class Transformer(Pretrained, TrunkModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **packing: Tensor
     ) -> Tensor:
-        """Logits (B, T, V); arguments as for `Trunk.forward`."""
+        """Return logits (B, T, V). Arguments as in `Trunk.forward`."""
         return self.logits(self.trunk(input_ids, attention_mask, **packing))
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V); arguments as for `Trunk.prefill`."""
+        """Return logits (B, V). Arguments as in `Trunk.prefill`."""
         return self.logits(self.trunk.prefill(input_ids, lengths, cache))
 
     def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
-        """Logits (B, V); arguments as for `Trunk.decode`."""
+        """Return logits (B, V). Arguments as in `Trunk.decode`."""
         return self.logits(self.trunk.decode(token_ids, cache, slots))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
+        """Map hidden states (..., D) to logits (..., V)."""
         return F.linear(hidden, self.head_weight)
 
     def token_logprobs(
         self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0
     ) -> TokenStatistics:
-        """Log-probs and entropy (N,) float32 of targets under softmax(logits / temperature).
+        """Return log-probs and entropy (N,) float32 of targets under softmax(logits / temperature).
 
-        The (N, V) logits never exist as a whole, see `ops.linear_token_logprobs`.
+        The (N, V) logits never exist as a whole: see `ops.linear_token_logprobs`.
 
         Args:
             hidden: (N, D) hidden states that predict the targets.
             targets: (N,) int64 token ids.
         """
+        weight = self.head_weight
         return TokenStatistics(
-            *linear_token_logprobs_and_entropy(
-                hidden, self.head_weight, targets, temperature=temperature
-            ),
+            *linear_token_logprobs_and_entropy(hidden, weight, targets, temperature=temperature),
             None,
         )
 
     def token_loss(
         self, hidden: Tensor, targets: Tensor, losses: Losses, **options
     ) -> tuple[Tensor, ...]:
-        """The loss () and further outputs that `losses` makes of the targets' log-probs.
+        """Return the loss () and other outputs of `losses` for the log-probs of the targets.
 
-        Arguments as for `ops.linear_token_loss`, which computes the loss's gradient on the way.
+        Arguments as in `ops.linear_token_loss`, which also computes the gradient of the loss.
         """
         return linear_token_loss(hidden, self.head_weight, targets, losses, **options)
 
     def target_and_mean_logits(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The logit (N,) of each target and the mean (N,) of all logits, without the other logits."""
+        """Return the logits (N,) of the targets and the means (N,) over the vocabulary."""
         weight = self.head_weight
         target_logits = (hidden * F.embedding(targets, weight)).sum(dim=-1)
         return target_logits, (hidden * weight.mean(dim=0)).sum(dim=-1)
@@ -394,10 +394,10 @@ class Transformer(Pretrained, TrunkModel):
 def in_chunks(
     function: Callable[..., tuple[Tensor, ...]], vocab_size: int, *rows: Tensor
 ) -> tuple[Tensor, ...]:
-    """The results of `function(*rows)`, which makes logits (N, vocab_size) of tensors with N rows.
+    """Return `function(*rows)`, which makes logits (N, vocab_size) from tensors with N rows.
 
-    It is called for as many rows at a time as have 16 MB of float32 logits; the backward computes
-    these again.
+    The function is called for chunks of rows with 16 MB of float32 logits. The backward pass
+    recomputes the logits.
     """
     size = max(1, LOGITS_AT_ONCE // vocab_size)
     results = [
@@ -411,7 +411,7 @@ def in_chunks(
 
 @contextlib.contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Dropout off in all of them; afterwards each is in the mode it was in, also after an error."""
+    """Put all models into eval mode, and afterwards back into the modes that they had."""
     modes = [model.training for model in models]
     try:
         for model in models:
@@ -423,18 +423,17 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def _norm(config: TransformerConfig) -> nn.Module:
-    return {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm](
-        config.hidden_size, eps=config.norm_eps
-    )
+    norm = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.norm_eps)
 
 
 def _only(x: Tensor, read: Tensor | None) -> Tensor:
-    """x (B, T, D), or of its B * T tokens those at read, (M, D)."""
+    """Return x (B, T, D), or its tokens at `read`, (M, D)."""
     return x if read is None else x.flatten(0, 1).index_select(0, read)
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(x) for the rows of a decoding step."""
+    """Return norm(x) for the rows of a decoding step."""
     return rms_norm(x, norm.weight, norm.eps) if type(norm) is nn.RMSNorm else norm(x)
 
 
@@ -443,5 +442,5 @@ def _causal(T: int, device: torch.device) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021) in Llama's order: element i of x (..., K) is paired with i + K/2."""
+    """Apply rotary positions (Su et al. 2021). As in Llama, elements i and i + K/2 are a pair."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

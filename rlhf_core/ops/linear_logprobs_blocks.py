@@ -202,14 +202,17 @@ def loss_and_gradients(
 
 
 def _whole_groups(count: int, sizes: Tensor | None, most: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of the groups and of the rows of each chunk: at most `most` rows, or one group."""
+    """Slices of the groups and of the rows of each chunk: at most `most` rows, or one group.
+
+    An empty group joins the chunk before it.
+    """
     if sizes is None:
         for start in range(0, count, most):
             yield slice(start, start + most), slice(start, start + most)
         return
     first = begin = end = 0
     for group, size in enumerate(sizes.tolist()):
-        if end > begin and end + size - begin > most:
+        if size and end > begin and end + size - begin > most:
             yield slice(first, group), slice(begin, end)
             first, begin = group, end
         end += size

@@ -11,7 +11,7 @@ from rlhf_core.training.config import TrainConfig
 
 ONE_UPDATE = "with one update per rollout; raise ppo_epochs or lower minibatch_size"
 KL_COEF = "weight of the KL to the reference; higher keeps the policy closer to it"
-TEMPERATURE = "of sampling, and so of all log-probs, entropies and KLs"
+TEMPERATURE = "temperature of sampling, and so of all log-probs, entropies and KLs"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class PolicyGradientConfig(TrainConfig):
     )
     aggregation: str = option(
         "token_mean",
-        "of token losses; sequence_sum divides by response_length",
+        "how token losses are averaged; sequence_sum divides by response_length",
         choices=("token_mean", "sequence_mean", "sequence_sum"),
     )
 

@@ -43,6 +43,7 @@ from rlhf_core.rollout import (
     Rollout,
     response_full_kl,
     response_hidden,
+    response_logprobs,
     response_values,
     sample,
     scatter,
@@ -233,19 +234,16 @@ class PolicyGradientTrainer(Trainer):
         if self.reference is None:
             return logprobs, torch.zeros_like(logprobs)
         estimator, temperature = self.config.estimator, self.config.temperature
-        mask = rollout.response_mask
         with self.reference.policy() as reference, self.autocast():
             ref_hidden = response_hidden(reference, rollout)
-            tokens = reference.token_logprobs(
-                ref_hidden, rollout.response_ids[mask], temperature=temperature
-            )
-            ref_logprobs = scatter(tokens.logprobs, mask)
+            ref_logprobs, _ = response_logprobs(reference, rollout, temperature, ref_hidden)
             if estimator == "full" and self.config.kl_in == "reward":
                 kl = response_full_kl(
                     self.model, reference, rollout, temperature, hidden, ref_hidden
                 )
                 return ref_logprobs, kl
         estimator = "k3" if estimator == "full" else estimator
+        mask = rollout.response_mask
         return ref_logprobs, kl_estimate(logprobs, ref_logprobs, estimator=estimator, mask=mask)
 
     def check_predictions(self, predictions: Predictions) -> None:
@@ -255,10 +253,8 @@ class PolicyGradientTrainer(Trainer):
         for (name, x), bad in zip(columns.items(), bad_places):
             if bad.any():
                 row, token = bad.nonzero()[0].tolist()
-                value = x[row, token]
-                raise FloatingPointError(
-                    f"{name} is {value} at row {row}, token {token}: {DIVERGED}"
-                )
+                place = f"row {row}, token {token}"
+                raise FloatingPointError(f"{name} is {x[row, token]} at {place}: {DIVERGED}")
         kl, estimator = predictions.kl, self.config.estimator
         if estimator != "k1" and (kl < 0).any():
             row, token = (kl < 0).nonzero()[0].tolist()
@@ -277,9 +273,8 @@ class PolicyGradientTrainer(Trainer):
         """
         config, size = self.config, len(rollout.response_ids)
         if config.importance_cap is not None:
-            log_weight = (experience.old_logprobs - rollout.logprobs).where(
-                rollout.response_mask, 0
-            )
+            log_weight = experience.old_logprobs - rollout.logprobs
+            log_weight = log_weight.where(rollout.response_mask, 0)
             weight = log_weight.exp().clamp_max(config.importance_cap)
             advantages = experience.advantages * weight
             experience = experience._replace(advantages=advantages, importance=weight)
@@ -312,7 +307,6 @@ class PolicyGradientTrainer(Trainer):
         )  # (B, R)
         for part, old, w in micro_batches(config.micro_batch_size, rollout, experience, weights):
             mask = part.response_mask
-
             losses_of = partial(
                 self.sequence_losses, old=old, mask=mask, weights=w, metrics=metrics
             )

@@ -46,7 +46,7 @@ class TrainConfig(Options):
     )
     precision: str = option(
         "float32",
-        "of the forward; weights and log-probs stay float32",
+        "precision of the forward pass; weights and log-probs stay float32",
         choices=("float32", "bfloat16"),
     )
     activation_checkpointing: bool = option(
@@ -55,4 +55,4 @@ class TrainConfig(Options):
     freeze_layers: int = option(
         0, "from 1: freeze the embedding and this many of the lowest blocks", within="[0, inf)"
     )
-    seed: int = option(0, "of data order and sampling")
+    seed: int = option(0, "seed of data order and sampling")
