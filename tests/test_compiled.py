@@ -1,4 +1,4 @@
-"""Every op under torch.compile(fullgraph=True), forward and backward, and its operators under torch.library.opcheck."""
+"""Every op under torch.compile(fullgraph=True), forward and backward, and under opcheck."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ B, T, D, V = 2, 3, 4, 5
 
 @pytest.fixture(params=["cpp", "triton"])
 def fused(request):
-    """A backend that torch.compile can run here: the interpreter's Triton cannot be one, as it needs no device."""
+    """A backend that torch.compile can run here. Interpreted Triton cannot be compiled."""
     usable = {s.name: s.available for s in backends.status()}[request.param]
     if not usable or (request.param == "triton" and not torch.cuda.is_available()):
         pytest.skip(f"{request.param} is not available" if not usable else "no CUDA device")
@@ -24,7 +24,7 @@ def fused(request):
 
 
 def inputs(name):
-    """Positional arguments that may require a gradient, the others, and keyword arguments of the public op."""
+    """Arguments of the public op: those that may require a gradient, others, keywords."""
     z, ref, hidden, weight = (
         torch.randn(B, T, V),
         torch.randn(B, T, V),
@@ -87,7 +87,7 @@ def inputs(name):
     }[name]
 
 
-OPS = [name for name in ops.__all__ if name != "decode_attention"]  # which breaks the graph
+OPS = [name for name in ops.__all__ if name != "decode_attention"]  # it breaks the graph
 
 
 def run(op, name, backend):
@@ -165,7 +165,7 @@ def test_every_launcher_is_an_operator():
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the operators of ours that are called, with their arguments."""
+    """Records our operators that are called, with their arguments."""
 
     def __init__(self):
         super().__init__()
@@ -181,7 +181,7 @@ def test_every_operator_passes_opcheck_on_what_the_ops_give_it(fused, monkeypatc
     with monkeypatch.context() as patch, Recorder() as recorder:
         patch.setattr(
             torch.compiler, "is_compiling", lambda: True
-        )  # the ops take the operators, eagerly
+        )  # the ops use the operators in eager mode
         for name in OPS:
             leaves, loss = run(getattr(rlhf_core, name), name, fused)
             _, total = loss(*leaves)

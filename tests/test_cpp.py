@@ -1,6 +1,6 @@
-"""What only the C++ backend can get wrong: its instruction sets, its threads, its strides, its own exponential.
+"""Errors that only the C++ backend can make: instruction sets, threads, strides, exponential.
 
-That its launchers compute what the ops promise on ordinary and special values is tested op by op, over all backends.
+The tests of each op check on all backends that the launchers compute the right values.
 """
 
 import math
@@ -20,7 +20,7 @@ cpp = pytest.importorskip("rlhf_core.cpp", reason="the C++ extension is not buil
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 2, 127, 128, 129, 1000, 8191, 50257]
 ISAS = cpp.cpu_features()["instruction sets"].split(", ")
-# Of the largest gradient in a tensor, by the dtype that it is rounded to.
+# Tolerance relative to the largest gradient in a tensor, by the dtype it is rounded to.
 EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -150,7 +150,7 @@ def test_impossible_isa_names_the_possible_ones():
 
 
 def test_exponential_of_logits():
-    # Two logits [0, -x]: the log-prob's gradient at the second is -p, and p = exp(-x) / (1 + exp(-x)).
+    # Logits [0, -x]: the log-prob's gradient at the second is -p, and p = exp(-x) / (1 + exp(-x)).
     x = torch.linspace(0, 87, 200_001).view(1, -1)
     logits = torch.stack([torch.zeros_like(x), -x], dim=-1)
     _, _, dlogits, _ = forward_backward(logits, torch.zeros(x.shape, dtype=torch.int64))
@@ -221,7 +221,7 @@ def test_result_is_independent_of_threads_batch_and_alignment(dtype, threads):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_offset_that_starts_too_low(dtype):
-    """The maximum comes late, far above what the first offset was taken from, in its own block or in a later one."""
+    """The maximum is late and far above the first offset, in the first block or a later one."""
     torch.manual_seed(0)
     for position in (0, 300, 8191, 8192, 20_000, 29_999):
         for height in (12.0, 40.0, 300.0, 3e4):
@@ -316,7 +316,7 @@ def test_rows_that_do_not_count_are_never_read():
     mask = torch.zeros(2, 3, dtype=torch.bool)
     for x in forward_backward(logits, targets, mask, dentropy=torch.full((2, 3), math.nan)):
         assert (x == 0).all()
-    targets.zero_()  # counted, but nothing comes back
+    targets.zero_()  # counted, but has no incoming gradient
     _, _, dlogits, _ = forward_backward(
         logits, targets, None, 1.0, torch.zeros(2, 3), torch.zeros(2, 3)
     )
@@ -355,7 +355,7 @@ def test_gradients_are_rounded_once_to_nearest(dtype):
 
 
 def test_every_half_is_read_exactly_and_written_back():
-    """A one-element row passes z through load_partial alone, so go through the offset that a row of one gives back."""
+    """A row of one element uses only load_partial for z, and returns z as its offset."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for dtype in DTYPES[1:]:
         values = bits.view(dtype)
@@ -369,11 +369,13 @@ def test_every_half_is_read_exactly_and_written_back():
 
 NEON = """
 #include "dispatch.cpp"
-extern "C" void rows(int64_t dtype, int64_t n, int64_t V, char* z, int64_t* y, float* out, char* dz) {
+extern "C" void rows(
+    int64_t dtype, int64_t n, int64_t V, char* z, int64_t* y, float* out, char* dz) {
   rlhf::LogprobsArgs a = {};
   a.dtype = static_cast<rlhf::Dtype>(dtype), a.temperature = 0.7, a.B = 1, a.T = n, a.V = V;
   a.logits = {z, 0, V}, a.targets = {y, 0, 1}, a.dlogits = {dz, 0, V}, a.lse = out + 4 * n;
-  a.logprobs = out, a.entropy = out + n, a.dlogprobs = {out + 2 * n, 0, 1}, a.dentropy = {out + 3 * n, 0, 1};
+  a.logprobs = out, a.entropy = out + n;
+  a.dlogprobs = {out + 2 * n, 0, 1}, a.dentropy = {out + 3 * n, 0, 1};
   rlhf::neon::table.logprobs_fwd[dtype](a, 0, n);
   rlhf::neon::table.logprobs_bwd[dtype](a, 0, n);
 }
@@ -382,7 +384,7 @@ extern "C" void rows(int64_t dtype, int64_t n, int64_t V, char* z, int64_t* y, f
 
 @pytest.fixture(scope="module")
 def neon_rows(tmp_path_factory):
-    """`rows`, cross-compiled for AArch64 and called in an emulator, which leaves libm and libc to Python."""
+    """`rows`, cross-compiled for AArch64 and run in an emulator; Python provides libm and libc."""
     pytest.importorskip("ziglang", reason="cross-compiling needs ziglang")
     unicorn = pytest.importorskip("unicorn", reason="emulating AArch64 needs unicorn")
     from unicorn import arm64_const as arm
@@ -399,8 +401,9 @@ def neon_rows(tmp_path_factory):
         0x1000 + 16 * i: name
         for i, name in enumerate(["exp", "exp2", "expm1", "log", "memcpy", "memset"])
     }
-    build = "c++ -target aarch64-linux-musl -std=c++17 -O3 -ffp-contract=off -fno-trapping-math -fno-sanitize=all"
-    build += f" -ffunction-sections -I {os.path.abspath(os.path.join(__file__, '../../csrc'))} -c rows.cpp -o rows.o"
+    build = "c++ -target aarch64-linux-musl -std=c++17 -O3 -ffp-contract=off -fno-trapping-math"
+    build += f" -fno-sanitize=all -ffunction-sections -I {Path(__file__).parents[1] / 'csrc'}"
+    build += " -c rows.cpp -o rows.o"
     link = "ld.lld --gc-sections --unresolved-symbols=ignore-all -e rows rows.o -o rows"
     link += "".join(f" --defsym={name}={at}" for at, name in outside.items())
     for command in (build, link):

@@ -1,7 +1,7 @@
-"""The kernels as such: which backend answers, what their launchers share, and what compilers make of the Triton ones.
+"""Backends and kernels: selection, what launchers have in common, compilation of the Triton ones.
 
-Their values are tested through the public ops, file by file. Run as a script, this file takes what the Triton launchers
-launch to the compiler instead of a GPU; that needs a process of its own, as the tests' one interprets the kernels.
+The tests of the public ops check the values. Run as a script, this file compiles what the Triton
+launchers launch, without a GPU. That needs its own process, because the tests interpret kernels.
 """
 
 import functools
@@ -103,7 +103,7 @@ def test_the_default_backend_runs_every_op_not_told_otherwise(op, monkeypatch):
     monkeypatch.setattr(backends, "DEFAULT", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         OPS[op]()
-    OPS[op](backend="reference")  # a name given in the call wins
+    OPS[op](backend="reference")  # a name passed in the call has priority
 
 
 def test_fused_backends_refuse_float64_and_foreign_devices(backend):
@@ -197,9 +197,8 @@ def test_triton_rows_lie_on_the_one_grid_axis_that_is_long_enough(monkeypatch):
     for module in {sys.modules[getattr(kernels, name).__module__] for name in LAUNCHERS}:
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder())
-    call_every_launcher(
-        kernels, V=1, B=70_000, T=1
-    )  # more than a grid's second and third axis take
+    # More rows than the second and third axis of a grid allow.
+    call_every_launcher(kernels, V=1, B=70_000, T=1)
     assert all(len(grid) == 1 for grid in grids) and max(grids) == (70_000,)
 
 
@@ -209,9 +208,9 @@ def needs_interpreter():
 
 
 class Meter:
-    """Watches launches in Triton's interpreter: bytes per tensor, accesses outside all of them, races of programs.
+    """Monitors interpreted Triton launches: bytes per tensor, accesses out of bounds, and races.
 
-    A race is two programs at one element, one of them writing, with no arrival of all programs in between.
+    A race: two programs access one element, one of them writes, and not all arrive in between.
     """
 
     def __init__(self, monkeypatch, reverse=False):
@@ -250,7 +249,7 @@ class Meter:
                     "size": x.element_size(),
                     **touched,
                 }
-        with np.errstate(all="ignore"):  # numpy warns of inf - inf
+        with np.errstate(all="ignore"):  # numpy warns about inf - inf
             original(executor, *args, **kwargs)
 
     def set_program(self, original, builder, x, y, z):
@@ -263,9 +262,7 @@ class Meter:
             if kind == "atomics"
             else (args[0], args[2 if kind == "stores" else 1])
         )
-        inside = np.broadcast_to(mask.data, pointers.data.shape).astype(
-            bool
-        )  # may come as integers
+        inside = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)  # may be integers
         addresses = pointers.data[inside].astype(np.int64)
         self.arrivals += kind == "atomics"
         for start, region in self.regions.items():
@@ -342,10 +339,8 @@ def test_every_key_and_value_that_is_seen_is_loaded_once_for_its_group_of_heads(
     q, k, v = torch.randn(2, 8, 20), torch.randn(2, 2, 20), torch.randn(2, 2, 20)
     keys, values = torch.randn(3, 2, 300, 20), torch.randn(3, 2, 300, 20)
     lengths, slots = torch.tensor([299, 9, 5]), torch.tensor([2, 0])
-    for window, seen in (
-        (None, 299 + 5),
-        (200, 199 + 5),
-    ):  # the new one is not loaded but in a register
+    # The new token is in a register and not loaded.
+    for window, seen in ((None, 299 + 5), (200, 199 + 5)):
         kernels.decode_attention_fwd(q, k, v, keys, values, lengths, slots, None, None, window)
         for x in (keys, values):
             assert (meter.bytes("loads", x), meter.bytes("stores", x)) == (
@@ -372,7 +367,7 @@ def test_triton_turns_a_row_without_room_or_place_into_nan_and_leaves_the_cache(
 def call_every_launcher(
     kernels, V=300, dtype=torch.float32, B=2, T=17, number=0.5, temperature_per_row=(False, True)
 ):
-    """Every launcher once or more often, in all its modes; the results in one list."""
+    """Results of all launchers in all their modes, in one list."""
     logits, ref = (torch.randn(B, T, V).to(dtype) for _ in range(2))
     targets, mask = torch.randint(0, V, (B, T)), torch.rand(B, T) < 0.7
     x = [torch.randn(B, T) for _ in range(8)]
@@ -390,9 +385,8 @@ def call_every_launcher(
         kernels.kl_estimate_fwd(x[0], x[1], mask, "k3"),
         *kernels.kl_estimate_bwd(*x[:3], mask, "k3"),
     ]
-    cu_seqlens = (
-        torch.arange(B + 1) * ((B * T - 1) // B) + 1
-    )  # a token before the first, one or more behind the last
+    # One token before the first sequence, one or more after the last.
+    cu_seqlens = torch.arange(B + 1) * ((B * T - 1) // B) + 1
     for cu, shape in ((None, (B, T)), (cu_seqlens, (B * T,))):
         y, m, last = [a.view(shape) for a in x], mask.view(shape), torch.randn(B)
         out += kernels.gae_fwd(y[0], y[1], m, number, 0.9, last, cu)
@@ -440,15 +434,11 @@ def test_programs_stay_inside_their_tensors_and_apart_and_any_order_gives_the_sa
 
 @pytest.mark.parametrize("count, stride", [(2, 2**31 + 16), (3, 2**30 + 16)])
 def test_exact_kl_of_rows_further_apart_than_int32_can_say(backend, count, stride, tmp_path):
-    module, start = (
-        launchers(backend),
-        2**31,
-    )  # an offset that wraps around lands in the memory before, not in a crash
+    module = launchers(backend)
+    start = 2**31  # an offset that wraps around then reads the memory before, and does not crash
     if torch.cuda.is_available() and backend == "triton":
-        pytest.skip("needs the interpreter: on a GPU the memory is not to be had for nothing")
-    size = (
-        start + (count - 1) * stride + 32
-    )  # in a sparse file, of which only the pages that are touched exist
+        pytest.skip("needs the interpreter: a GPU would have to allocate all the memory")
+    size = start + (count - 1) * stride + 32  # in a sparse file, which stores only touched pages
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=torch.float16)
     rows, ref = torch.randn(2, count, 1, 32).half()
     for shape, strides in (((count, 1, 32), (stride, 32, 1)), ((1, count, 32), (32, stride, 1))):
@@ -480,7 +470,8 @@ torch.manual_seed(0)
 out = [cpp.isa()]
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     z = (torch.randn(2, 3, 4099) * 4).to(dtype).requires_grad_()
-    lp, h = token_logprobs_and_entropy(z, torch.randint(0, 4099, (2, 3)), temperature=0.7, backend="cpp")
+    y = torch.randint(0, 4099, (2, 3))
+    lp, h = token_logprobs_and_entropy(z, y, temperature=0.7, backend="cpp")
     (lp.sum() + h.sum()).backward()
     out += [lp.detach(), h.detach(), z.grad.float()]
 a, b = torch.randn(2, 77, requires_grad=True), torch.randn(2, 77)
@@ -523,8 +514,8 @@ def test_new_lengths_batches_temperatures_and_coefficients_compile_nothing():
     in_a_process_that_compiles("count")
 
 
-# What each kernel may use of 255 registers a thread; and which load 128 bits at a time wherever V % 16 == 0. (On AMD, a
-# block of the elementwise ones has two elements for each of its threads, which number twice as many.)
+# Registers that each kernel may use, of 255 per thread, and kernels that load 128 bits at a time if
+# V % 16 == 0. (On AMD, elementwise kernels have twice the threads, with two elements each.)
 REGISTERS = {
     **{"token_logprobs_fwd": 72, "token_logprobs_bwd": 64, "full_kl_fwd": 88, "full_kl_bwd": 64},
     **{"kl_estimate_fwd": 40, "kl_estimate_bwd": 40, "gae_fwd": 120, "gae_bwd": 120},
@@ -550,7 +541,7 @@ TARGETS["gfx942"] = ("hip", "gfx942", 64)
 
 
 def record_launches():
-    """The list to which every launch of a kernel, on CPU tensors too, from now on adds (kernel, args, kwargs)."""
+    """A list to which each later launch adds (kernel, args, kwargs), also for CPU tensors."""
     from triton.runtime.jit import JITFunction
 
     launches = []
@@ -561,7 +552,7 @@ def record_launches():
 
 
 def specialise(launch, backend):
-    """What the launch would be compiled as: (signature, constants, attributes, options)."""
+    """What the launch would compile: (signature, constants, attributes, options)."""
     from triton.runtime.jit import create_function_from_signature
 
     kernel, args, kwargs = launch
@@ -573,7 +564,7 @@ def specialise(launch, backend):
 
 
 def compile_all():
-    """Compile what the launchers launch; print a line each, with BAD where it spills, loads narrowly or uses much."""
+    """Compile all launches; print a line each, BAD for spills, narrow loads or many registers."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
@@ -595,7 +586,7 @@ def compile_all():
         backend, done = make_backend(target), set()
         for V, launches in by_vocabulary.items():
             if V % 16 and name != "sm_90":
-                continue  # one will do for narrow loads
+                continue  # one is enough for narrow loads
             for launch in launches:
                 *source, options = specialise(launch, backend)
                 if str((launch[0], source)) not in done:

@@ -1,4 +1,4 @@
-"""Advantages from the scores of other responses, against their papers' formulas row by row in float64."""
+"""Advantages from other responses' scores, against the papers' formulas in float64."""
 
 import math
 
@@ -25,7 +25,7 @@ def deviation(x, freedom):
 
 
 def tokens(scores, kl=0.0, seed=3):
-    """KL and mask (P, n, R) of responses of 1 to R tokens to go with scores (P, n)."""
+    """KL and mask (P, n, R) of responses of 1 to R tokens, for scores (P, n)."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, R + 1, scores.shape, generator=generator)
     mask = torch.arange(R) < lengths[..., None]
@@ -33,7 +33,7 @@ def tokens(scores, kl=0.0, seed=3):
 
 
 def of_groups(estimate, baseline):
-    """A response's own formula, over scores without their KL, for all its tokens."""
+    """Applies a formula of the scores minus KL to all tokens of each response."""
 
     def formula(scores, kl, mask):
         scores = [[s - math.fsum(k) for s, k in zip(*row)] for row in zip(scores, kl)]
@@ -55,7 +55,7 @@ def reinforce_pp(scores, kl, mask):
     ]
 
 
-BASELINES = {  # estimator, and what the papers make of scores (P, n), KL and mask (P, n, R) as lists
+BASELINES = {  # estimator, and the papers' version for scores (P, n), KL and mask (P, n, R)
     "grpo": of_groups(grpo_advantages, lambda s, i: (s[i] - mean(s)) / (deviation(s, 1) + 1e-4)),
     "dr. grpo": of_groups(
         lambda *x: grpo_advantages(*x, normalize=False), lambda s, i: s[i] - mean(s)
@@ -76,7 +76,7 @@ BASELINES = {  # estimator, and what the papers make of scores (P, n), KL and ma
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("weight", [0.0, 2.0])
 def test_every_baseline_is_its_papers(method, dtype, weight):
-    """Row 26: a 16-bit score is promoted before anything is subtracted; a group's other rows do not matter."""
+    """Row 26: a 16-bit score is promoted before any subtraction; other groups do not matter."""
     advantages_of, formula = BASELINES[method]
     torch.manual_seed(0)
     scores = (torch.randn(P, N) * 3 + 100).to(dtype)
@@ -90,7 +90,7 @@ def test_every_baseline_is_its_papers(method, dtype, weight):
 @pytest.mark.parametrize("method", ["grpo", "dr. grpo", "rloo"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_group_whose_scores_are_alike_has_no_advantage(method, dtype):
-    """Row 26: exactly 0, though the mean of three times 0.1 is not 0.1; beside a group that differs, and alone."""
+    """Row 26: exactly 0, although the mean of three 0.1 is not 0.1; alone or with another group."""
     advantages_of, _ = BASELINES[method]
     for value in (0.1, 1e6 + 0.1, -7.7):
         alike, differs = (

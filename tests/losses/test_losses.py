@@ -115,7 +115,7 @@ def test_dpo_of_the_reference_itself_is_log_two_to_the_last_bit():
 
 
 def test_robust_dpo_is_unbiased_for_flipped_labels():
-    """Its mean over labels flipped with that probability is DPO's loss of the clean label; cDPO's is not."""
+    """Its mean over labels flipped at that rate is DPO's loss of the clean label; cDPO's is not."""
     chosen, rejected = leaves(CHOSEN, REJECTED)
     settings = dict(beta=0.5, label_smoothing=0.2)
     clean, flipped = (
@@ -145,9 +145,8 @@ def test_orpo_is_the_cross_entropy_and_the_log_sigmoid_of_the_odds_ratio():
         loss.tolist(), [-c - 0.4 * math.log(r / (1 + r)) for c, r in zip(chosen.tolist(), ratios)]
     )
     loss.sum().backward()
-    slope = [
-        1 / (1 + ratio) / (1 - math.exp(c)) for ratio, c in zip(ratios, chosen.tolist())
-    ]  # of log odds: 1 / (1-p)
+    # The slope of log odds is 1 / (1 - p).
+    slope = [1 / (1 + ratio) / (1 - math.exp(c)) for ratio, c in zip(ratios, chosen.tolist())]
     assert_close(chosen.grad.tolist(), [-1 - 0.4 * s for s in slope])
 
 
@@ -237,7 +236,7 @@ def test_plackett_luce_ignores_what_is_behind_a_lists_end():
 
 @pytest.mark.parametrize("moved", [False, True], ids=["on-policy", "after updates"])
 def test_the_kl_in_the_loss_has_the_gradient_of_the_exact_kl(moved):
-    """Row 18: on a vocabulary of 7 the mean over samples is a sum, weighed by the policy that sampled."""
+    """Row 18: with a vocabulary of 7 the mean over samples is an exact weighted sum."""
     torch.manual_seed(0)
     logits, ref_logits = torch.randn(7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     old = (logits + 0.5 * torch.randn(7, dtype=torch.float64) * moved).log_softmax(0)
@@ -257,7 +256,7 @@ def test_the_kl_in_the_loss_has_the_gradient_of_the_exact_kl(moved):
     value, gradient = mean_over_samples(lambda *x: kl_loss(*x, estimator="k2"))
     assert_close(gradient, slope)
     assert not torch.allclose(value, exact.detach())  # as its docstring says
-    for estimator in ("k1", "k3"):  # differentiated as it stands, it has not
+    for estimator in ("k1", "k3"):  # differentiated directly, it does not
         _, naive = mean_over_samples(
             lambda lp, _, ref, mask, e=estimator: kl_estimate(lp, ref, estimator=e, mask=mask)
         )

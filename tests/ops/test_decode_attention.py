@@ -1,4 +1,4 @@
-"""decode_attention on every backend, judged against a loop by hand in float64 over what the cache holds afterwards."""
+"""decode_attention on every backend, against a manual float64 loop over the resulting cache."""
 
 import math
 
@@ -15,13 +15,11 @@ CACHE = ("keys", "values")
 def inputs(
     lengths, H=4, Hkv=2, K=8, S=None, N=None, rope=True, dtype=torch.float32, cache_dtype=None
 ):
-    """Arguments by name: one row per length, in slots drawn from N; NaN wherever nobody may look."""
+    """Arguments by name: one row per length, in random slots of N; unused memory is NaN."""
     B = len(lengths)
     N, S = N or B + 2, S or max([*lengths, 0]) + 1
-    slots, all_lengths = (
-        torch.randperm(N)[:B],
-        torch.full((N,), S),
-    )  # rows that are left out are full
+    slots = torch.randperm(N)[:B]
+    all_lengths = torch.full((N,), S)  # other rows are full
     keys, values = torch.full((2, N, Hkv, S, K), math.nan).to(cache_dtype or dtype).unbind()
     for slot, n in zip(slots.tolist(), lengths):
         all_lengths[slot] = n
@@ -47,7 +45,7 @@ def run(x, backend, **settings):
 
 
 def rotated(heads, rope, n):
-    """(H, K) in float64, each pair a complex number turned by its angle."""
+    """(H, K) in float64, each pair a complex number rotated by its angle."""
     if rope is None:
         return heads.double()
     left, right = heads.double().chunk(2, -1)
@@ -56,7 +54,7 @@ def rotated(heads, rope, n):
 
 
 def by_hand(x, keys, values, window=None):
-    """Attention in float64 over the cache as it is after the step."""
+    """Attention in float64 over the cache after the step."""
     out = torch.zeros_like(x["q"], dtype=torch.float64)
     _, H, K = out.shape
     for b, slot in enumerate(x["slots"].tolist()):
@@ -70,7 +68,7 @@ def by_hand(x, keys, values, window=None):
 
 
 def check(x, backend, **settings):
-    """The result, the new tokens in the cache, and that nothing else in the cache has changed."""
+    """Check the result and the new tokens, and that the rest of the cache is unchanged."""
     (out, *cache), (other, *other_cache) = (
         run(x, name, **settings) for name in (backend, "reference")
     )
@@ -106,9 +104,8 @@ def test_any_head_dim_matches_float64(backend, K):
 @pytest.mark.parametrize("length", [127, 128, 129, 255, 256, 400, 1000])
 def test_blocks_of_keys_join_without_a_seam(backend, length):
     x = inputs([length, length // 2], 2, 1, 8)
-    x["keys"][x["slots"][0], 0, :length] *= torch.linspace(0.1, 20, length)[
-        :, None
-    ]  # later blocks have the maximum
+    scale = torch.linspace(0.1, 20, length)[:, None]  # puts the maximum into later blocks
+    x["keys"][x["slots"][0], 0, :length] *= scale
     check(x, backend)
     x["keys"][x["slots"][0], 0, :length] = x["keys"][x["slots"][0], 0, :length].flip(0)
     check(x, backend)
@@ -118,7 +115,7 @@ def test_blocks_of_keys_join_without_a_seam(backend, length):
 def test_a_window_hides_all_but_the_last_tokens(backend, window):
     x = inputs([0, 1, 15, 32, 64, 200], K=16)
     check(x, backend, window=window)
-    for slot in x["slots"].tolist():  # what it hides is not even read
+    for slot in x["slots"].tolist():  # hidden entries are not even read
         hidden = max(0, x["lengths"][slot].item() + 1 - window)
         x["keys"][slot, :, :hidden], x["values"][slot, :, :hidden] = math.nan, math.nan
     check(x, backend, window=window)
@@ -265,4 +262,4 @@ def test_wrong_arguments_are_named(backend):
     ):
         with pytest.raises(error, match=message):
             decode_attention(**x | wrong, backend=backend)
-    run(x | half, backend)  # a cache of another precision is none
+    run(x | half, backend)  # a cache of another precision is allowed

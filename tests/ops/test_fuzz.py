@@ -1,6 +1,6 @@
-"""Every op on drawn shapes, layouts, dtypes, masks, special values and settings, against its reference in float64.
+"""Every op on random shapes, layouts, dtypes, masks, special values, settings against float64.
 
-RLHF_CORE_FUZZ=N makes it N examples an op on cpp, and an eighth of that where Triton's interpreter is slow.
+RLHF_CORE_FUZZ=N runs N examples per op on cpp, and an eighth of that in Triton's slow interpreter.
 """
 
 import math
@@ -25,7 +25,7 @@ GRIDS = st.tuples(st.integers(0, 4), st.sampled_from([0, 1, 2, 5, 16, 17, 40])) 
 
 
 def normal(draw, shape, dtype=torch.float32, specials=(), offset=None):
-    """Of a drawn scale and offset, with special values here and there."""
+    """Values with a random scale and offset, and some special values."""
     offset = draw(OFFSETS) if offset is None else offset
     x = torch.randn(shape) * draw(st.sampled_from([1.0, 1e-3, 4.0, 30.0])) + offset
     if specials:
@@ -35,7 +35,7 @@ def normal(draw, shape, dtype=torch.float32, specials=(), offset=None):
 
 
 def laid_out(draw, x):
-    """x in another layout of memory; expanded, with other values too."""
+    """x in another memory layout; an expanded one also changes values."""
     kinds = ["contiguous", "unaligned"]
     if x.ndim > 0:
         kinds += ["sliced", "every other", "wider", "last axis outermost"] + ["expanded"] * (
@@ -81,7 +81,7 @@ def temperatures(draw, shape):
 
 
 def run(call, leaves, upstream, backend, dtype=None):
-    """(outputs, gradients); the leaves in another dtype where one is given."""
+    """(outputs, gradients); the leaves in another dtype if one is given."""
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in leaves]
     outputs = call(*leaves, backend=backend)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -93,9 +93,10 @@ def run(call, leaves, upstream, backend, dtype=None):
 def check(
     call, leaves, upstream, backend, scale=lambda *truth: 1.0, comparable=None, gradient_scale=None
 ):
-    """Values everywhere, gradients where `comparable(*values)` says.
+    """Compare values everywhere, and gradients where `comparable(*values)` is True.
 
-    Errors of values are measured in units of scale(*values), those of gradients in units of gradient_scale(*values).
+    Errors of values are in units of scale(*values), those of gradients in units of
+    gradient_scale(*values).
     """
     got, reference = (run(call, leaves, upstream, b) for b in (backend, "reference"))
     truth = run(call, leaves, upstream, "reference", torch.float64)
@@ -124,7 +125,7 @@ def fuzz_token_logprobs(draw, backend, op=rlhf_core.token_logprobs_and_entropy):
     if mask is not None and V % 2:
         targets = targets.masked_fill(~mask, -100)
     targets = laid_out(draw, targets.to(draw(st.sampled_from([torch.int64, torch.int32]))))
-    if mask is not None and ((targets < 0) & mask).any():  # expanded over a mask that was not
+    if mask is not None and ((targets < 0) & mask).any():  # expanded, although the mask is not
         targets = targets.clamp_min(0)
     T = temperatures(draw, shape)
     g, h = upstreams(draw, shape), upstreams(draw, shape)
@@ -135,9 +136,10 @@ def fuzz_token_logprobs(draw, backend, op=rlhf_core.token_logprobs_and_entropy):
 
     check(
         call, [logits], [g, h], backend,
-        comparable=lambda logprobs, entropy: entropy.isfinite(), gradient_scale=lambda *_: unit[..., None],
+        comparable=lambda logprobs, entropy: entropy.isfinite(),
+        gradient_scale=lambda *_: unit[..., None],
     )  # fmt: skip
-    if mask is None:  # without a gradient, and without the entropy, another path
+    if mask is None:  # without gradient or entropy the code path differs
         alone = rlhf_core.token_logprobs(logits, targets, temperature=T, backend=backend)
         torch.testing.assert_close(alone, call(logits, backend)[0], rtol=0, atol=0, equal_nan=True)
 
@@ -170,7 +172,7 @@ def fuzz_linear_token_logprobs(draw, backend):
         settings = dict(temperature=T, mask=mask, backend=backend, chunk_rows=chunk_rows)
         return op(hidden, weight, targets, bias=bias, **settings)
 
-    # What each rounding of a logit to its dtype, in whatever order its products add up, may make of the rest.
+    # Effect of rounding each logit to its dtype, for any order of summing its products.
     rounding = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     unit = (
         10
@@ -203,7 +205,7 @@ def fuzz_full_kl(draw, backend):
     ):  # p may be 0 in float32 alone
         ref_logits = torch.where((ref_logits == -INF) & (logits != -INF), 0, ref_logits)
 
-    difference = largest(logits.float() - ref_logits.float())  # what log p - log q is formed from
+    difference = largest(logits.float() - ref_logits.float())  # log p - log q is computed from it
     unit = (1 + g.abs()) * (1 + 1 / torch.as_tensor(T))
 
     def call(z, ref, backend):
@@ -268,7 +270,8 @@ def fuzz_gae(draw, backend):
     unit = largest(rewards, values, last_values) * 10
     check(
         call, [rewards, values, last_values] if bounded else [rewards, values], [g, h], backend,
-        scale=lambda *truth: unit + largest(*truth), gradient_scale=lambda *_: 10 * math.prod(shape) * largest(g, h),
+        scale=lambda *truth: unit + largest(*truth),
+        gradient_scale=lambda *_: 10 * math.prod(shape) * largest(g, h),
     )  # fmt: skip
 
 
@@ -330,8 +333,8 @@ def fuzz_ppo_loss(draw, backend):
 
     def call(logprobs, values, entropy, backend):
         loss, stats = rlhf_core.ppo_loss(
-            logprobs, old_logprobs, advantages, values, old_values, returns, mask, entropy=entropy, backend=backend,
-            **settings,
+            logprobs, old_logprobs, advantages, values, old_values, returns, mask,
+            entropy=entropy, backend=backend, **settings,
         )  # fmt: skip
         return loss, *stats
 

@@ -1,4 +1,4 @@
-"""gae and ppo_advantages on every backend, judged against the recursion in float64 over the compacted sequence."""
+"""gae and ppo_advantages on every backend, against the float64 recursion over compacted rows."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ def batch(B, T, keep=0.7):
 
 
 def compacted(rewards, values, mask, gamma=GAMMA, lam=LAM, last_values=None):
-    """(advantages, returns) in the inputs' dtype: each row's counted tokens alone, then put back. Differentiable."""
+    """(advantages, returns): each row's counted tokens, compacted and put back. Differentiable."""
     advantages = torch.zeros_like(rewards)
     for b in range(len(rewards)):
         steps = mask[b].nonzero()[:, 0].tolist()
@@ -31,7 +31,7 @@ def compacted(rewards, values, mask, gamma=GAMMA, lam=LAM, last_values=None):
 
 
 def run(rewards, values, mask, backend, upstream=None, last_values=None, gamma=GAMMA, lam=LAM):
-    """(advantages, returns, drewards, dvalues[, dlast_values]); compacted in float64 where backend is None."""
+    """(advantages, returns, drewards, dvalues[, dlast_values]); backend None: compacted float64."""
     dtype = torch.float64 if backend is None else torch.float32
     inputs = [
         x.to(dtype).clone().requires_grad_()
@@ -241,8 +241,10 @@ LENGTHS = [0, 1, 5, 37, 0, 2, 64, 1, 0]
 
 
 def packed_batch(lengths, *num_features):
-    """(rows, packed, cu_seqlens): lists of random tensors, then the mask, as (B, T) and as (N,). Before and after the
-    sequences lie tokens that belong to none."""
+    """(rows, packed, cu_seqlens): lists of random tensors and the mask, as (B, T) and as (N,).
+
+    Before and after the sequences there are tokens outside all of them.
+    """
     T, before, after = max(lengths, default=0), 3, 2
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0) + before
     inside = torch.arange(T) < torch.tensor(lengths, dtype=torch.int64)[:, None]
@@ -253,7 +255,7 @@ def packed_batch(lengths, *num_features):
 
 
 def laid_out(x, cu_seqlens, like):
-    """Packed (N,) as rows like (B, T), 0 outside; what belongs to no sequence must be 0."""
+    """Packed (N,) as rows (B, T), 0 outside. Tokens outside all sequences must be 0."""
     out = torch.zeros_like(like)
     for b, (start, stop) in enumerate(itertools.pairwise(cu_seqlens)):
         out[b, : stop - start] = x[start:stop]
@@ -377,7 +379,7 @@ def test_rewards_add_up_to_the_score_minus_the_kl_and_the_last_counted_token_car
     scores, logprobs, ref_logprobs, values, _ = advantages_batch(4, 8)
     lengths = torch.tensor([[3], [8], [1], [0]])  # short, full width, EOS first, nothing
     mask = torch.arange(8) < lengths
-    scores[3] = math.nan  # of nothing
+    scores[3] = math.nan  # a sequence without tokens
     got = ppo_advantages(scores, logprobs, ref_logprobs, values, mask, kl_coef=0.5, backend=backend)
     torch.testing.assert_close(got.rewards.sum(1)[:3], (scores - 0.5 * got.kl.sum(1))[:3])
     assert all((x[3] == 0).all() for x in got)
@@ -425,7 +427,7 @@ def test_ppo_advantages_of_packed_sequences_are_those_of_the_rows(backend, white
 
 def test_whitened_advantages_have_mean_0_and_variance_1_whatever_their_offset(backend):
     scores, logprobs, _, values, mask = advantages_batch(6, 40)
-    scores += 1000  # all advantages are near it, as lam is 1
+    scores += 1000  # with lam 1 all advantages are close to it
     got = ppo_advantages(
         scores, logprobs, logprobs, values, mask, kl_coef=0.0, lam=1.0, backend=backend
     )

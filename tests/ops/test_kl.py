@@ -1,4 +1,4 @@
-"""kl_estimate and full_kl on every backend: values, gradients, and where they must not cancel, overflow or be NaN."""
+"""kl_estimate and full_kl on every backend: values, gradients, cancellation, overflow and NaN."""
 
 import math
 
@@ -169,7 +169,7 @@ def exact_kl(logits, ref_logits, temperature=1.0):
 
 
 def run_full(logits, ref_logits, backend, upstream=None, temperature=1.0, mask=None):
-    """(kl, dlogits, dref_logits); in float64 where backend is None."""
+    """(kl, dlogits, dref_logits); in float64 if backend is None."""
     leaves = [z.clone().requires_grad_() for z in (logits, ref_logits)]
     if backend is None:
         leaves = [z.detach().double().requires_grad_() for z in leaves]
@@ -187,9 +187,8 @@ def check_full(logits, ref_logits, backend, temperature=1.0):
     truth = run_full(logits, ref_logits, None, upstream, temperature)
     assert got[0].dtype == torch.float32 and (got[0] >= 0).all()
     assert_as_accurate(got[0], reference[0], truth[0], "value")
-    for x, r, t in zip(
-        got[1:], reference[1:], truth[1:]
-    ):  # dlogits is a difference of numbers as large as the kl
+    # dlogits is a difference of numbers as large as the kl
+    for x, r, t in zip(got[1:], reference[1:], truth[1:]):
         scale = truth[0].max().clamp_min(10).item() / 10
         assert_as_accurate(x / scale, r / scale, t / scale, logits.dtype)
 
@@ -431,7 +430,7 @@ def test_bad_input_to_full_kl_raises_with_the_offending_value(backend):
 
 
 def test_full_kl_ignores_what_the_policy_cannot_sample_in_float32(backend):
-    """p underflows to 0 where q is 0: nothing, not 0 * inf."""
+    """p underflows to 0 and q is 0: adds 0, not 0 * inf."""
     logits, ref_logits = torch.tensor([[0.0, 0.0, -200.0]]), torch.tensor([[0.0, 1.0, -math.inf]])
     want = full_kl(logits[:, :2], ref_logits[:, :2], backend="reference")
     torch.testing.assert_close(full_kl(logits, ref_logits, backend=backend), want)

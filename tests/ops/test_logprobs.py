@@ -1,4 +1,4 @@
-"""token_logprobs and its entropy on every backend, judged against float64 log_softmax of the very same logits."""
+"""token_logprobs and entropy on every backend, against float64 log_softmax of the same logits."""
 
 import math
 
@@ -29,7 +29,7 @@ def exact(logits, targets, temperature=1.0, mask=None, g=None, h=None):
 
 
 def run(logits, targets, backend, g=None, h=None, **kwargs):
-    """(logprobs, entropy, dlogits) of an op call with incoming gradients g and h, ones by default."""
+    """(logprobs, entropy, dlogits) of an op call with incoming gradients g and h, default ones."""
     logits = logits.detach().clone().requires_grad_()
     logprobs, entropy = token_logprobs_and_entropy(logits, targets, backend=backend, **kwargs)
     g = torch.ones_like(logprobs) if g is None else g
@@ -98,7 +98,7 @@ def test_an_offset_common_to_all_logits_costs_no_digits(backend, dtype, offset):
 
 
 def adversarial_rows():
-    """name -> a row of LONG logits on which a careless softmax fails."""
+    """name -> a row of LONG logits for which a naive softmax fails."""
     ramp = torch.linspace(-3, 3, LONG)
     spike = ramp.clone()
     spike[-1] = 90.0
@@ -165,7 +165,7 @@ def test_a_target_that_cannot_be_drawn_has_logprob_minus_infinity_and_a_finite_g
 def test_rounding_makes_no_log_prob_positive_and_no_entropy_negative(backend):
     logits = torch.full((64, 3000), -400.0)
     logits[:, 7] = 0.0
-    logits[:, 2500] = torch.linspace(17, 88.5, 64)  # far above what the row shows first
+    logits[:, 2500] = torch.linspace(17, 88.5, 64)  # far above the row's first block
     logits[1::2, 2501] = logits[1::2, 2500]  # alone in the even rows, one of two in the odd ones
     logprobs, entropy, _ = run(logits, torch.full((64,), 2500), backend)
     assert (logprobs <= 0).all() and (entropy >= 0).all()
@@ -206,7 +206,7 @@ def test_one_gradient_at_a_time(backend):
     for g, h in ((1.0, 0.0), (0.0, 1.0)):
         z = logits.clone().requires_grad_()
         logprobs, entropy = token_logprobs_and_entropy(z, targets, backend=backend)
-        (logprobs if g else entropy).sum().backward()  # the other output has no gradient at all
+        (logprobs if g else entropy).sum().backward()  # the other output gets no gradient
         truth = exact(logits, targets, g=torch.full((2, 3), g), h=torch.full((2, 3), h))[2]
         torch.testing.assert_close(z.grad.double(), truth, rtol=1e-5, atol=1e-6)
 
@@ -279,9 +279,8 @@ def test_a_strided_view_gives_the_bits_of_its_copy_and_the_gradient_of_its_base(
         logprobs, entropy = token_logprobs_and_entropy(
             logits, targets, temperature=0.9, backend=backend
         )
-        (
-            logprobs.sum() + (entropy * entropy).sum()
-        ).backward()  # one expanded upstream gradient, one dense
+        # One upstream gradient is expanded, the other dense.
+        (logprobs.sum() + (entropy * entropy).sum()).backward()
         results.append((logprobs, entropy, leaf.grad))
     for strided, contiguous in zip(*results):
         torch.testing.assert_close(strided, contiguous, rtol=1e-6, atol=1e-6)
@@ -302,9 +301,8 @@ def test_unaligned_and_strided_targets_and_masks(backend):
 @pytest.mark.parametrize("count, stride", [(2, 2**31 + 8), (3, 2**30 + 8)])
 def test_offsets_beyond_2_to_the_31(backend, count, stride, tmp_path):
     on_gpu = torch.cuda.is_available() and backend == "triton"
-    start = (
-        0 if on_gpu else 2**31
-    )  # an offset that wraps around lands in the memory before, not in a crash
+    # An offset that wraps around then reads the memory before, and does not crash.
+    start = 0 if on_gpu else 2**31
     size = start + (count - 1) * stride + 64
     if on_gpu:
         memory = torch.zeros(size, dtype=torch.float16)
@@ -380,7 +378,7 @@ def test_inplace_backward_gives_the_same_gradient_in_the_logits_own_memory(
     grads = []
     for inplace in (False, True):
         hidden = logits.clone().requires_grad_()
-        z = hidden * 1  # as a head produces them: not a leaf
+        z = hidden * 1  # not a leaf, like the output of a head
         logprobs, entropy = token_logprobs_and_entropy(
             z, targets, mask=mask, inplace_backward=inplace, backend=backend
         )
@@ -431,7 +429,7 @@ def test_targets_on_another_device_raise(backend):
 
 @pytest.mark.parametrize("bad", [-1, 5, -100, 2**40])
 def test_a_counted_target_outside_the_vocabulary_raises_with_its_value(backend, bad, monkeypatch):
-    monkeypatch.setenv("RLHF_CORE_DEBUG", "1")  # on a GPU nobody looks otherwise
+    monkeypatch.setenv("RLHF_CORE_DEBUG", "1")  # otherwise GPU values are not checked
     with pytest.raises(ValueError, match=rf"{bad}\b.*\[0, 5\)"):
         token_logprobs(torch.zeros(3, 5), torch.tensor([0, bad, 4]), backend=backend)
 

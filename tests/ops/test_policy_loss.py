@@ -1,4 +1,4 @@
-"""ppo_loss on every backend, judged against autograd of its reference in float64, and that against a loop by hand."""
+"""ppo_loss on every backend against its float64 reference, and that against a manual loop."""
 
 import math
 
@@ -14,7 +14,7 @@ GRADIENTS = ("logprobs", "values", "entropy")
 
 
 def batch(B, T, keep=0.7):
-    """All inputs by name. Values lie on a grid of 1/64, so that where clipping them binds is no matter of rounding."""
+    """All inputs by name. Values are multiples of 1/64, so that rounding never decides clipping."""
     old_values, returns = (torch.randn(2, B, T) * 64).round() / 64
     old_logprobs = -torch.rand(B, T) * 3
     return {
@@ -31,7 +31,7 @@ def batch(B, T, keep=0.7):
 
 
 def run(inputs, backend, upstream=1.0, **settings):
-    """({loss and statistics}, {gradients}), all float64 by the reference where backend is None."""
+    """({loss and statistics}, {gradients}); if backend is None, by the reference in float64."""
     dtype = torch.float64 if backend is None else torch.float32
     inputs = {
         k: x.to(dtype) if x is not None and x.is_floating_point() else x for k, x in inputs.items()
@@ -81,7 +81,7 @@ def test_without_a_critic_or_entropy(backend):
 
 
 def by_hand(x, clip_range, value_clip_range, vf_coef, entropy_coef, dual_clip):
-    """(policy, value, loss, approx_kl, clipped, value_clipped, dual_clipped) of one token, Python floats."""
+    """(policy, value, loss, approx_kl, clipped, value_clipped, dual_clipped) of one token."""
     ratio = math.exp(x["logprobs"] - x["old_logprobs"])
     unclipped = -x["advantages"] * ratio
     low, high = clip_range
@@ -156,7 +156,8 @@ def test_a_value_inside_its_range_is_not_counted_as_clipped(backend):
 
 
 @pytest.mark.parametrize("advantage, log_ratio, slope", [
-    (1.0, 0.5, 0), (1.0, -0.5, 1), (-1.0, 0.5, 1), (-1.0, -0.5, 0), (1.0, 0.1, 1), (-1.0, -0.1, 1), (0.0, 0.5, 1),
+    (1.0, 0.5, 0), (1.0, -0.5, 1), (-1.0, 0.5, 1), (-1.0, -0.5, 0), (1.0, 0.1, 1),
+    (-1.0, -0.1, 1), (0.0, 0.5, 1),
 ])  # fmt: skip
 def test_a_clipped_ratio_passes_no_gradient(backend, advantage, log_ratio, slope):
     inputs = batch(1, 1, keep=1.0) | {"weights": None}
@@ -184,9 +185,8 @@ def test_a_value_beyond_its_range_passes_gradient_only_where_clipping_makes_it_b
     inputs = batch(1, 4, keep=1.0) | {"weights": None}
     inputs["old_values"] = torch.zeros(1, 4)
     inputs["values"] = torch.tensor([[1.0, 1.0, 0.25, 1.0]])  # beyond, beyond, on the edge, beyond
-    inputs["returns"] = torch.tensor(
-        [[2.0, -1.0, 2.0, 0.625]]
-    )  # the last as far from both: half the gradient
+    # The last return is equally far from both, so each gets half the gradient.
+    inputs["returns"] = torch.tensor([[2.0, -1.0, 2.0, 0.625]])
     stats, gradients = run(inputs, backend, vf_coef=4.0)
     torch.testing.assert_close(gradients["values"], torch.tensor([[0.0, 2.0, -1.75, 0.1875]]))
     assert stats["value_clip_frac"] == 0.25
@@ -195,9 +195,8 @@ def test_a_value_beyond_its_range_passes_gradient_only_where_clipping_makes_it_b
 @pytest.mark.parametrize("log_ratio", [-0.3, -0.15, 0.35, 0.45])
 def test_below_and_above_one_the_ratio_is_clipped_at_bounds_of_their_own(backend, log_ratio):
     inputs = batch(1, 1, keep=1.0) | {"weights": None}
-    inputs["advantages"].fill_(
-        math.copysign(1, log_ratio)
-    )  # the sign for which a ratio beyond its bound is clipped
+    # The sign with which a ratio beyond its bound is clipped.
+    inputs["advantages"].fill_(math.copysign(1, log_ratio))
     inputs["logprobs"] = inputs["old_logprobs"] + log_ratio
     for low, high, clipped in (
         (0.2, 0.5, not -0.2 < math.expm1(log_ratio) < 0.5),
@@ -379,7 +378,7 @@ def test_reference_gradients_pass_gradcheck():
             **inputs, **dict(zip(GRADIENTS, tensors)), **SETTINGS, entropy_coef=0.1, dual_clip=1.1
         )[0]
 
-    leaves[0].data += 0.01  # away from ratio 1, on no corner
+    leaves[0].data += 0.01  # away from the kink at ratio 1
     leaves[1].data += 1 / 128
     assert torch.autograd.gradcheck(loss, leaves)
 

@@ -1,4 +1,4 @@
-"""rms_norm on every backend, judged against float64; and that training never meets the fused code."""
+"""rms_norm on every backend against float64. Training must never use the fused code."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def truth(x, weight):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("D", [1, 3, 8, 15, 16, 17, 64, 100, 4096])
 def test_rows_of_any_width_match_float64(backend, D, dtype):
-    for scale in (1e-2, 1, 30):  # eps decides, or does not matter
+    for scale in (1e-2, 1, 30):  # eps dominates, or does not matter
         x, weight = (torch.randn(5, D) * scale).to(dtype), torch.randn(D).to(dtype)
         out = rms_norm(x, weight, EPS, backend=backend)
         want = truth(x, weight)

@@ -1,4 +1,4 @@
-"""sample_tokens on every backend: what it keeps and draws, judged against the definition in float64, row by row."""
+"""sample_tokens on every backend: kept and drawn tokens against the float64 definition."""
 
 import math
 
@@ -20,11 +20,11 @@ TRUNCATIONS = [
     dict(top_k=50, top_p=0.9),
     dict(top_k=40, top_p=0.95, min_p=0.02),
 ]
-ROUNDING = 2e-6  # part of a row's mass that float32 sums may be off by
+ROUNDING = 2e-6  # relative error of float32 sums of a row's mass
 
 
 def definition(z, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """(kept, p) of one row, by sorting and exact sums: a list of bool and the p relative to the largest."""
+    """(kept, p) of one row by sorting and exact sums: bools, and p relative to the largest."""
     z = z.double().tolist()
     largest = max(z)
     p = [math.exp((x - largest) / temperature) for x in z]
@@ -35,7 +35,7 @@ def definition(z, temperature=1.0, top_k=None, top_p=None, min_p=None):
     if top_p is not None:
         order = [j for j in order if z[j] >= least]
         total = math.fsum(p[j] for j in order)
-        held, rest = 0.0, 0.0  # Neumaier's sum, next to exact
+        held, rest = 0.0, 0.0  # Neumaier summation, almost exact
         for j in order:
             new = held + p[j]
             rest += held - new + p[j]
@@ -50,7 +50,7 @@ def masses(z, kept):
 
 
 def assert_drawn_by_definition(logits, seeds, counters, backend, temperature=1.0, **truncation):
-    """The kept mass, the token and both log-probs of every row; in doubt only where rounding decides."""
+    """Check kept mass, token and both log-probs of every row, up to rounding."""
     got = sample_tokens(
         logits, seeds, counters, temperature=temperature, backend=backend, **truncation
     )
@@ -90,7 +90,7 @@ def assert_drawn_by_definition(logits, seeds, counters, backend, temperature=1.0
 
 
 def streams(count, first=0):
-    """Seeds and counters that use both words of each, and their signs."""
+    """Seeds and counters that use both words and both signs."""
     i = torch.arange(first, first + count)
     return (i - 3) * 0x123456789ABCD, (i + 1) * 0x1FEDCBA98765 - 2**45
 
@@ -126,10 +126,9 @@ def test_a_row_is_drawn_by_the_first_word_of_its_seed_and_counter(backend, seed,
         seed & 0xFFFFFFFF,
         seed >> 32 & 0xFFFFFFFF,
     )[0]
-    assert (
-        uniform(torch.tensor([seed]), torch.tensor([counter])).item() == (word + 0.5) / 2**32
-    )  # never 0, nor 1
-    V = 4096  # equal logits: the token is the word's first 12 bits, and other words have others
+    u = uniform(torch.tensor([seed]), torch.tensor([counter])).item()
+    assert u == (word + 0.5) / 2**32  # never 0 or 1
+    V = 4096  # equal logits: the token is the word's first 12 bits
     got = sample_tokens(
         torch.zeros(1, V), torch.tensor([seed]), torch.tensor([counter]), backend=backend
     )
@@ -155,7 +154,7 @@ def test_at_the_vocabulary_of_a_real_model_in_every_dtype_with_many_ties(
 
 
 def difficult_rows(V=4500):
-    """Rows on which a careless search for a threshold, or softmax, fails."""
+    """Rows for which a naive threshold search, or a naive softmax, fails."""
     ramp = torch.linspace(-6, 6, V)
     spike, late, two, empty = (
         ramp.clone(),
@@ -237,14 +236,13 @@ def test_what_is_kept_ties_included(backend, truncation, kept):
     p = torch.tensor([0.0625, 0.125, 0.25, 0.03125, 0.1875, 0, 0.125, 0.1875])
     got = sample_tokens(p.log().expand(4, 8), *streams(4), backend=backend, **truncation)
     assert set(got.tokens.tolist()) <= set(kept)
-    held = (got.full_logprobs - got.logprobs).exp() * p.sum()  # no two such sets hold as much
+    held = (got.full_logprobs - got.logprobs).exp() * p.sum()  # no two such sets have the same mass
     assert_close(held, p[kept].sum().expand(4))
 
 
 def test_frequencies_are_the_probabilities(backend):
-    n = (
-        20_000 if backend != "triton" or torch.cuda.is_available() else 500
-    )  # the interpreter is slow
+    slow = backend == "triton" and not torch.cuda.is_available()  # the interpreter
+    n = 500 if slow else 20_000
     logits = torch.tensor([0.0, 1.0, -1.0, 0.5, -INF, -2.0, 1.5, 0.2])
     got = sample_tokens(
         logits.expand(n, 8),
@@ -257,9 +255,8 @@ def test_frequencies_are_the_probabilities(backend):
     expected = n * torch.softmax(logits.double() / 1.3, -1)
     assert counts[4] == 0
     possible = expected > 0
-    assert (
-        (counts - expected)[possible] ** 2 / expected[possible]
-    ).sum() < 27.9  # chi-square, 6 degrees: 1 in 10^4
+    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_square < 27.9  # 6 degrees of freedom: exceeded once in 10^4
 
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)

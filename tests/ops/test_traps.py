@@ -1,6 +1,6 @@
-"""The traps that kernels of this kind have fallen into, each one in words with the tests that hold it shut.
+"""Known pitfalls of kernels of this kind, each with a description and the tests that cover it.
 
-Tests of one op lie with that op. Here are those over all ops, and what a process does to them: threads and fork.
+The tests of a single op are in that op's file. Tests over all ops are here, also threads and fork.
 """
 
 import ast
@@ -45,14 +45,19 @@ TRAPS = {
     22: "rows of an odd vocabulary, as of 50257, are loaded narrowly or beyond their end",
 }
 HELD_BY = {
-    1: ("logprobs::adversarial_rows_match_float64", "kl::full_kl_of_rows_whose_first_blocks_are_all_masked_out"),
-    2: ("logprobs::adversarial_rows_match_float64", "kl::full_kl_ignores_tokens_that_neither_can_sample",
+    1: ("logprobs::adversarial_rows_match_float64",
+        "kl::full_kl_of_rows_whose_first_blocks_are_all_masked_out"),
+    2: ("logprobs::adversarial_rows_match_float64",
+        "kl::full_kl_ignores_tokens_that_neither_can_sample",
         "kl::full_kl_is_inf_where_the_reference_cannot_sample_what_the_policy_can"),
     3: ("logprobs::values_entropy_and_gradient_match_float64_for_any_vocabulary",
-        "kl::full_kl_and_both_gradients_match_float64", "cpp::every_size_and_dtype_matches_float64"),
-    4: ("logprobs::an_offset_common_to_all_logits_costs_no_digits", "kl::full_kl_finds_maxima_that_come_late",
+        "kl::full_kl_and_both_gradients_match_float64",
+        "cpp::every_size_and_dtype_matches_float64"),
+    4: ("logprobs::an_offset_common_to_all_logits_costs_no_digits",
+        "kl::full_kl_finds_maxima_that_come_late",
         "cpp::offset_that_starts_too_low"),
-    5: ("logprobs::offsets_beyond_2_to_the_31", "kernels::exact_kl_of_rows_further_apart_than_int32_can_say"),
+    5: ("logprobs::offsets_beyond_2_to_the_31",
+        "kernels::exact_kl_of_rows_further_apart_than_int32_can_say"),
     6: ("kernels::triton_rows_lie_on_the_one_grid_axis_that_is_long_enough",),
     7: ("kernels::new_lengths_batches_temperatures_and_coefficients_compile_nothing",),
     8: ("logprobs::the_gradient_of_a_near_certain_target_is_formed_before_rounding",
@@ -60,14 +65,19 @@ HELD_BY = {
         "linear_logprobs::16_bit_gradients_of_the_weight_add_up_in_float32"),
     9: ("logprobs::values_entropy_and_gradient_match_float64_for_any_vocabulary",
         "linear_logprobs::values_and_gradients_are_those_of_the_whole_logits",
-        "kl::full_kl_and_both_gradients_match_float64", "kl::values_and_gradients_match_the_float64_formula",
-        "gae::a_mask_with_gaps_equals_the_compacted_sequence", "policy_loss::gradients_scale_with_the_upstream_one"),
-    10: ("logprobs::any_number_of_leading_axes", "kl::values_and_gradients_match_the_float64_formula",
+        "kl::full_kl_and_both_gradients_match_float64",
+        "kl::values_and_gradients_match_the_float64_formula",
+        "gae::a_mask_with_gaps_equals_the_compacted_sequence",
+        "policy_loss::gradients_scale_with_the_upstream_one"),
+    10: ("logprobs::any_number_of_leading_axes",
+         "kl::values_and_gradients_match_the_float64_formula",
          "linear_logprobs::values_and_gradients_are_those_of_the_whole_logits"),
-    11: ("traps::every_op_works_in_a_thread_of_autograds_own", "traps::backward_runs_in_another_thread"),
+    11: ("traps::every_op_works_in_a_thread_of_autograds_own",
+         "traps::backward_runs_in_another_thread"),
     12: ("compiled::compiled_as_one_graph_it_gives_what_it_gives_eagerly",
          "traps::numbers_that_change_under_torch_compile_leave_results_float32"),
-    13: ("logprobs::unaligned_and_strided_targets_and_masks", "traps::unaligned_tensors_give_the_bits_of_aligned_ones"),
+    13: ("logprobs::unaligned_and_strided_targets_and_masks",
+         "traps::unaligned_tensors_give_the_bits_of_aligned_ones"),
     14: ("masking::masked_values_change_nothing_bitwise_and_come_out_as_zero",
          "linear_logprobs::masked_rows_are_not_computed_and_their_junk_goes_nowhere",
          "kl::full_kl_and_its_gradients_are_zero_where_the_mask_is_false",
@@ -76,9 +86,11 @@ HELD_BY = {
     15: ("masking::a_batch_that_counts_nothing_gives_zeros_and_zero_gradients",
          "linear_logprobs::nothing_to_compute_gives_zeros",
          "policy_loss::a_batch_that_counts_nothing_has_loss_zero_and_no_gradient"),
-    16: ("kernels::every_instruction_set_of_this_cpu_gives_the_same_answers", "cpp::other_isas_match_float64"),
+    16: ("kernels::every_instruction_set_of_this_cpu_gives_the_same_answers",
+         "cpp::other_isas_match_float64"),
     17: ("logprobs::an_empty_batch_gives_empty_results_and_gradients", "gae::one_token_rows",
-         "gae::packed_input_of_few_or_empty_sequences", "gae::ppo_advantages_of_an_empty_batch_are_empty"),
+         "gae::packed_input_of_few_or_empty_sequences",
+         "gae::ppo_advantages_of_an_empty_batch_are_empty"),
     18: ("logprobs::the_same_call_gives_the_same_bits",
          "policy_loss::the_result_is_the_same_bit_for_bit_every_time",
          "kernels::programs_stay_inside_their_tensors_and_apart_and_any_order_gives_the_same_bits"),
@@ -130,7 +142,7 @@ def test_backward_runs_in_another_thread(backend, name):
 
 
 class Nested(torch.autograd.Function):
-    """Its backward runs another backward, `depth` of them deep: beyond 60 autograd takes threads of its own."""
+    """Its backward runs another one, `depth` levels deep; beyond 60 autograd uses new threads."""
 
     @staticmethod
     def forward(ctx, x, depth, function):
@@ -175,17 +187,15 @@ def test_numbers_that_change_under_torch_compile_leave_results_float32():
         advantages, _ = rlhf_core.gae(*tokens[:2], mask, gamma=number / 10, lam=number / 9)
         loss, _ = rlhf_core.ppo_loss(
             logprobs, tokens[2], advantages, None, None, None, mask, entropy=entropy,
-            clip_range=(number, 2 * number), value_clip_range=None, vf_coef=0.0, entropy_coef=number,
-            dual_clip=1 + number,
+            clip_range=(number, 2 * number), value_clip_range=None, vf_coef=0.0,
+            entropy_coef=number, dual_clip=1 + number,
         )  # fmt: skip
         return number * loss + (number * kl).sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True)
-    for number in (
-        0.7,
-        1.3,
-    ):  # a constant in the first graph, an input to the second where dynamo can make it one
+    # A constant in the first graph, and if dynamo can do that, an input to the second.
+    for number in (0.7, 1.3):
         results = []
         for function in (step, compiled):
             leaf = z.clone().requires_grad_()
@@ -248,7 +258,7 @@ def test_every_launch_is_on_the_tensors_own_gpu(monkeypatch):
 
 
 class Waits(TorchDispatchMode):
-    """Counts what on a GPU would wait for it: values or numbers of elements on their way to Python."""
+    """Counts calls that would wait for a GPU: values or element counts that Python reads."""
 
     count = 0
 
@@ -284,7 +294,7 @@ def test_no_op_waits_for_the_device(backend, name, monkeypatch):
 
 
 def python(code, *args):
-    """Run the code in a process of its own, two threads to an op."""
+    """Run the code in its own process, with two threads per op."""
     code = "import os, sys, threading, torch\ntorch.set_num_threads(2)\n" + code
     done = subprocess.run(
         [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120
@@ -300,10 +310,12 @@ def work():
     logprobs, entropy = rlhf_core.token_logprobs_and_entropy(z, torch.full((2, 40), 7))
     kl = rlhf_core.full_kl(z, z.detach().flip(-1))
     x = torch.linspace(-1, 1, 300 * 400).view(300, 400)
-    done = rlhf_core.ppo_advantages(x[:, 0], x, x.flip(0), x * 2, x > -0.9, kl_coef=0.1, kl_estimator="k3")
+    done = rlhf_core.ppo_advantages(x[:, 0], x, x.flip(0), x * 2, x > -0.9, kl_coef=0.1,
+                                    kl_estimator="k3")
     loss, stats = rlhf_core.ppo_loss(x, x.flip(0) / 9, *done[:2], x, x * 2, x > 0, clip_range=0.2,
                                      value_clip_range=0.2, vf_coef=0.1)
-    return [logprobs, entropy, kl, *torch.autograd.grad((logprobs + entropy + kl).sum(), z), *done, loss, *stats]
+    gradients = torch.autograd.grad((logprobs + entropy + kl).sum(), z)
+    return [logprobs, entropy, kl, *gradients, *done, loss, *stats]
 
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -320,7 +332,8 @@ def loop(out):
 threads = [threading.Thread(target=loop, args=(out,)) for out in results]
 [t.start() for t in threads], [t.join() for t in threads]
 alone = work()
-assert [len(out) for out in results] == [10, 10] and all(same(x, alone) for out in results for x in out)
+assert [len(out) for out in results] == [10, 10]
+assert all(same(x, alone) for out in results for x in out)
 """)
 
 
@@ -352,8 +365,9 @@ sys.exit("the child hangs")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("threads, used", [(2, 0), (1, 1), (2, 1)])
 def test_a_forked_child_computes(threads, used):
-    """With so many threads, where the parent has used two or none before; DataLoader's workers have one.
+    """Children with this many threads, of a parent that used two or none; DataLoader uses one.
 
-    torch's own ops hang in the last case, as libgomp does not fork its threads but waits for them: ours do not.
+    In the last case torch's own ops hang, because libgomp waits for threads that are not forked.
+    Ours do not hang.
     """
     python(FORK, str(threads), str(used))
