@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and what they stand for: configs, files, devices, rewards."""
+"""Arguments that several commands share: configs, files, devices, prompts and rewards."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def _reward_of(arguments: Namespace, device: torch.device) -> dict:
 
 
 def _function(option: str, text: str) -> Callable:
-    """The function FILE.py:NAME. The file is executed, and may import modules beside it."""
+    """The function FILE.py:NAME. The file is executed; it may import modules of its folder."""
     file, _, name = text.rpartition(":")
     if not file.endswith(".py") or not name:
         raise ValueError(f"{option} must be FILE.py:NAME, got {text!r}")

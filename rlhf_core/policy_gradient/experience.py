@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Predictions(NamedTuple):
-    """What the models say of a rollout's tokens before any update, all (B, R) float32."""
+    """The models' predictions of a rollout's tokens before any update, all (B, R) float32."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -18,7 +18,7 @@ class Predictions(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """What the updates read beside the rollout, all (B, R); fixed while the policy changes."""
+    """The columns (B, R) that the updates read; they stay fixed while the policy changes."""
 
     old_logprobs: Tensor
     advantages: Tensor

@@ -1,4 +1,4 @@
-"""The files of a run beside its model, and its progress on the terminal."""
+"""A run's metrics and options on disk, and its progress on the terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RunLog:
         Args:
             config: the options of the run, for train_config.json.
             out: folder of the files; None writes none.
-            main_metric: the metric on the terminal, beside those of evaluations.
+            main_metric: the metric on the terminal; those of evaluations are shown, too.
             steps_done: steps before this process, whose lines are kept.
         """
         self.algorithm, self.config, self.out = algorithm, config, out

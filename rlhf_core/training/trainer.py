@@ -365,7 +365,7 @@ class Trainer:
         self.steps_done = checkpoint.load(path, run, parameters, self.optimizer, self.load_state)
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint beside weights and optimiser: generators and counters."""
+        """Generators and counters, for a checkpoint; weights and optimiser are included anyway."""
         state = {"generator": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["generator_cuda"] = torch.cuda.get_rng_state(self.device)
@@ -378,7 +378,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["generator_cuda"], self.device)
 
     def settings(self) -> dict:
-        """What a run depends on beside its config, for its checkpoint."""
+        """Further values that a run depends on, for its checkpoint; the config is included anyway."""
         return {}
 
     def fixed_data(self) -> list:
@@ -399,7 +399,7 @@ class Trainer:
         return {"examples": data, "frozen weights": checkpoint.digest(*frozen)}
 
     def _run(self) -> dict[str, Any]:
-        """What a checkpoint says of its run; JSON values."""
+        """The description of the run in its checkpoint; JSON values."""
         settings = {"algorithm": self.algorithm, **asdict(self.config), **self.settings()}
         if has_adapters(self.model):
             lora = asdict(adapter_config(self.model))
