@@ -1,11 +1,11 @@
-"""Rewards of any kind to numbers, in their places; what is wrong with one is an error with its row."""
+"""Every kind of reward becomes numbers; a bad reward is an error with its row."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ppo import Letters, tiny
+from helpers import Letters, tiny
 from torch.testing import assert_close
 
 from rlhf_core.models import EnsembleReward, RewardModel
@@ -90,7 +90,7 @@ def test_the_end_of_a_step_earns_the_log_of_its_probability():
     assert scorer.rewards_of([[4], [5]], [[5, 7], [3]]).tolist() == [[0, 0], [0, 0]]
 
 
-def test_a_callable_is_told_the_texts_or_the_ids():
+def test_a_callable_gets_the_texts_or_the_ids():
     """Row 35."""
     calls = []
 
@@ -121,13 +121,13 @@ def test_a_callable_is_told_the_texts_or_the_ids():
         (None, "the reward returned None: "),
     ],
 )
-def test_what_is_no_reward_is_named(returned, message):
+def test_a_bad_reward_is_reported_with_its_row(returned, message):
     """Row 35."""
     with pytest.raises(ValueError, match=message):
         Scorer(lambda prompts, responses: returned)(PROMPTS, RESPONSES)
 
 
-def test_a_callable_that_raises_is_told_of_with_its_row():
+def test_a_callable_that_raises_is_reported_with_its_row():
     """Row 35: the first row on which it raises alone; or that it raises on all at once."""
 
     def on_the_third(prompts, responses):
@@ -148,14 +148,14 @@ def test_a_callable_that_raises_is_told_of_with_its_row():
         Scorer(on_several)(PROMPTS, RESPONSES)
 
 
-def test_a_reward_model_with_a_weight_that_is_no_number_is_named():
+def test_a_reward_model_with_a_nan_weight_is_reported():
     reward = model()
     reward.score.weight.data.fill_(math.nan)
     with pytest.raises(ValueError, match=r"the reward of row 0 is nan; prompt \[4, 5\]"):
         Scorer(reward)(PROMPTS, RESPONSES)
 
 
-def test_scores_of_steps_and_of_responses_do_not_stand_for_each_other():
+def test_scores_of_steps_and_of_responses_cannot_replace_each_other():
     process = model(2)
     process.of_steps = True
     for reward, of_steps, message in (
@@ -199,7 +199,7 @@ def test_a_reward_model_of_another_vocabulary_is_refused():
     Scorer([(model(), 1.0), (lambda prompts, responses: [0.0], 1.0)]).check_vocabulary(policy)
 
 
-def test_steps_are_for_reward_models_with_a_tokenizer():
+def test_rewards_of_steps_need_reward_models_and_a_tokenizer():
     for arguments in (dict(reward=model()), dict(reward=lambda p, r: [0.0], tokenizer=Lines())):
         with pytest.raises(ValueError, match="rewards of steps need a tokenizer"):
             Scorer(**arguments, of_steps=True)

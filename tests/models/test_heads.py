@@ -98,7 +98,7 @@ def test_reward_models_are_loaded_from_one_folder_or_several(tmp_path):
         (dict(coef=0.5), "coefficient 0.5"),
     ):
         with pytest.raises(
-            ValueError, match=f"one reward model alone, so the {message} has no effect"
+            ValueError, match=f"the {message} has no effect on a single reward model"
         ):
             load_reward(folders[:1], **options)
 
@@ -111,7 +111,7 @@ def test_reward_models_are_loaded_from_one_folder_or_several(tmp_path):
         (
             2,
             dict(aggregate="mean", coef=0.5),
-            "the coefficient 0.5 has no effect: it goes with the ensemble 'uncertainty' alone",
+            "the coefficient 0.5 has no effect: only the ensemble 'uncertainty' uses it",
         ),
         (2, dict(aggregate="uncertainty"), "the ensemble 'uncertainty' needs a coefficient"),
         (
@@ -127,5 +127,5 @@ def test_an_ensemble_that_is_none_is_refused(models, options, message):
 
 
 def test_an_ensemble_over_two_vocabularies_is_refused():
-    with pytest.raises(ValueError, match=r"vocabularies have \[12, 13\]"):
+    with pytest.raises(ValueError, match=r"got sizes \[12, 13\]"):
         EnsembleReward([tiny(), tiny(vocab_size=13)])
