@@ -3,13 +3,15 @@
 import json
 import random
 
+import pytest
 import torch
 
 from rlhf_core import cli
 from rlhf_core.data import ByteTokenizer, Example, Pair
-from rlhf_core.models import RewardModel, Transformer, TransformerConfig
+from rlhf_core.models import RewardModel, Transformer, TransformerConfig, transformer
 from rlhf_core.models.lora import LoRAConfig, add_adapters
-from rlhf_core.policy_gradient.trainer import Experience
+from rlhf_core.ops import linear_logprobs_blocks
+from rlhf_core.policy_gradient.experience import Experience
 from rlhf_core.rollout import sample
 from rlhf_core.trainers import (
     DPOConfig,
@@ -63,6 +65,13 @@ def snapshot(module):
     return {name: weight.clone() for name, weight in module.state_dict().items()}
 
 
+def input_shapes(module):
+    """A list that gets the shape of the module's input at every call from now on."""
+    shapes = []
+    module.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    return shapes
+
+
 # ---- trainers on given completions
 
 KINDS = {
@@ -104,12 +113,39 @@ def accumulated(trainer, batch):
 
 
 def added_up(trainer, losses, metrics):
+    """Loss, metrics and gradients of an iterator of losses."""
     total = 0.0
     trainer.optimizer.zero_grad()
     for loss in losses:
         loss.backward()
         total += loss.item()
     return total, metrics.means(), [p.grad.clone() for p in trainer.trained_parameters()]
+
+
+def head_calls(monkeypatch, rows_at_once):
+    """A list with one entry per call of `linear_token_loss` from now on.
+
+    An entry lists the calls of the loss function: the slice of groups, and the number of targets.
+    Chunks hold at most rows_at_once targets, and a separate backward pass of the head is an error.
+    """
+    calls, op = [], transformer.linear_token_loss
+
+    def counted(hidden, weight, targets, losses, **options):
+        chunks = []
+        calls.append(chunks)
+
+        def noted(statistics, groups, *extras):
+            chunks.append((groups, len(statistics.logprobs)))
+            return losses(statistics, groups, *extras)
+
+        return op(hidden, weight, targets, noted, **options)
+
+    monkeypatch.setattr(transformer, "linear_token_loss", counted)
+    monkeypatch.setattr(linear_logprobs_blocks, "CPU_WHOLE", rows_at_once * 12)
+    monkeypatch.setattr(
+        linear_logprobs_blocks, "backward", lambda *_: pytest.fail("logits computed again")
+    )
+    return calls
 
 
 # ---- trainers that sample
