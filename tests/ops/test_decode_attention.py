@@ -212,7 +212,7 @@ def test_lengths_and_inputs_are_not_changed(backend):
 
 def test_a_row_without_room_or_place_is_named(backend):
     if torch.cuda.is_available() and backend == "triton":
-        pytest.skip("values are not looked at on a GPU")
+        pytest.skip("values are not checked on a GPU")
     x = inputs([3, 2, 7], N=5, S=8)
     before = [x[name].clone().nan_to_num() for name in CACHE]
     for slot, length, message in (

@@ -344,7 +344,7 @@ import rlhf_core
 threads, used = map(int, sys.argv[1:])
 logits, targets = torch.randn(64, 9000), torch.randint(9000, (64,))
 
-def ours():  # work for several threads, and none of torch's beside it
+def ours():  # work for several threads, without torch's own ops
     return [rlhf_core.token_logprobs(logits, targets)]
 
 want = ours() if used else None
