@@ -81,9 +81,7 @@ def assert_drawn_by_definition(logits, seeds, counters, backend, temperature=1.0
             ):
                 fault = f"row {row}: full log-prob {full_logprob}"
             elif abs(logprob - math.log(p[token] / total)) > 1e-5 * (1 + abs(logprob)):
-                fault = (
-                    f"row {row}: log-prob {logprob}, of the kept tokens {math.log(p[token] / total)}"
-                )
+                fault = f"row {row}: log-prob {logprob}, expected {math.log(p[token] / total)}"
             faults.append(fault)
         assert None in faults, faults[0]
     return got
