@@ -241,3 +241,8 @@ def model_folders(root):
         model.save_pretrained(root / name)
         tokenizer.save(root / name)
     return root
+
+
+TEXTS = [{"prompt": f"{i} + 1 = ", "completion": str(i + 1)} for i in range(10)]
+PAIRS = [{"prompt": f"say {i}", "chosen": " yes", "rejected": " no way"} for i in range(10)]
+SMALL = ["--batch-size", 4, "--max-steps", 2, "--device", "cpu"]
