@@ -38,8 +38,11 @@ class IteratedDPOConfig(OnlineDPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        compares = not self.reference_free and self.loss not in WITHOUT_REFERENCE
-        self.warn_unused(("reference_policy", compares, "without a reference"))
+        self.warn_unused(("reference_policy", self.has_reference, "without a reference"))
+
+    @property
+    def has_reference(self) -> bool:
+        return not self.reference_free and self.loss not in WITHOUT_REFERENCE
 
 
 def iterated_dpo(
@@ -60,7 +63,8 @@ def iterated_dpo(
     step and of all samples of the round, and the number of pairs.
     """
     scorer = make_scorer(model, config, reward=reward, judge=judge, tokenizer=tokenizer)
-    first = frozen_copy(model) if config.reference_policy == "first" else None
+    keeps_first = config.has_reference and config.reference_policy == "first"
+    first = frozen_copy(model) if keeps_first else None
     out = None if out is None else Path(out)
     Trainer(model, prompts, config, out=out)  # checks the arguments before anything is sampled
 
