@@ -1,7 +1,8 @@
 """What pyproject.toml cannot say: where the packages lie, and the C++ extension rlhf_core._C.
 
-The extension is optional: without a C++17 compiler the install is pure Python and says so once, and CPU tensors take
-the reference backend. RLHF_CORE_REQUIRE_EXT=1 turns a failed build into an error.
+The extension is optional. Without a C++17 compiler the install is pure Python and prints a warning;
+CPU tensors then use the reference backend. RLHF_CORE_REQUIRE_EXT=1 turns a failed build into an
+error.
 """
 
 import os
@@ -16,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 REQUIRED = os.environ.get("RLHF_CORE_REQUIRE_EXT") == "1"
 
-# No -march: dispatch.cpp compiles each ISA for itself. No contraction: it would depend on what gets inlined where.
+# No -march: dispatch.cpp compiles each ISA for itself. No contraction: it would depend on inlining.
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -41,13 +42,14 @@ class BuildExt(build_ext):
             if REQUIRED:
                 raise
             print(
-                f"WARNING: rlhf_core is installed without its C++ kernels, CPU tensors will use slower plain PyTorch: "
-                f"{error}. Install a C++17 compiler (g++ or clang++) and the Python headers, then reinstall.",
+                "WARNING: rlhf_core is installed without its C++ kernels, so CPU tensors will use "
+                f"slower plain PyTorch: {error}. Install a C++17 compiler (g++ or clang++) and the "
+                "Python headers, then reinstall.",
                 file=sys.stderr,
             )
 
     def has_openmp(self):
-        """Whether the compiler takes -fopenmp and finds its runtime. On macOS it would be another one than torch's."""
+        """Whether the compiler has OpenMP. On macOS its runtime would differ from torch's."""
         if sys.platform == "darwin":
             return False
         with tempfile.TemporaryDirectory() as folder:

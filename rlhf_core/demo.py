@@ -77,8 +77,11 @@ def random_reply(thing: str, rng: random.Random) -> str:
 
 
 def reply_score(prompt: str, reply: str) -> float:
-    """The gold rule: +2 for the right answer, +1 for a courteous and -1 for a rude opening, +1 for a
-    friendly closing, -1 for every filler phrase and for every misspelt word."""
+    """The gold rule.
+
+    +2 for the right answer, +1 for a courteous and -1 for a rude opening, +1 for a friendly
+    closing, -1 for every filler phrase and for every misspelt word.
+    """
     thing = next(thing for thing in ANSWERS if thing in prompt)
     courtesy = reply.startswith(COURTEOUS) - reply.startswith(RUDE) + reply.endswith(CLOSING)
     padding = sum(reply.count(phrase) for phrase in FILLER)
@@ -240,7 +243,7 @@ def supervised(task: Task, out: Path | None = None) -> tuple[Transformer, list[d
 
 
 def labelled_pairs(task: Task, policy: Transformer, seed: int) -> tuple[list[Pair], float]:
-    """Pairs of the policy's samples labelled by gold with some noise, and the share of wrong labels.
+    """Pairs of the policy's samples, labelled by gold with some noise; the share of wrong labels.
 
     Ties are dropped.
     """

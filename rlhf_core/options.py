@@ -1,7 +1,8 @@
-"""Config dataclasses: each field says what it means and which values it takes; the class checks them.
+"""Config dataclasses whose fields carry their meaning and their valid values.
 
-The command line and `help()` show the same texts. A contradiction between fields is an error, an
-option without effect beside the others a warning, so that a sweep over one option runs.
+The class checks the values; the command line and `help()` show them. A contradiction between fields
+is an error. A field that has no effect, given the others, is a warning, so that a sweep over it
+runs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def option(
 
 
 class Options:
-    """Base of the config dataclasses. A ValueError names the field, its value and the valid ones."""
+    """Base of the config dataclasses. Its ValueErrors name the field, its value and valid ones."""
 
     def __init_subclass__(cls, **options):
         """List the fields in the class's docstring."""
@@ -59,13 +60,13 @@ class Options:
                 self.check((entry.name, _contains(interval, value), _as_text(interval, value)))
 
     def check(self, *rules: tuple[str, Any, str]) -> None:
-        """Raise ValueError for the first rule (field, whether it is valid, what it must be) that fails."""
+        """Raise ValueError for the first rule (field, is it valid, what it must be) that fails."""
         for name, valid, wanted in rules:
             if not valid:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
 
     def warn_unused(self, *rules: tuple[str, Any, str]) -> None:
-        """Warn of each rule (field, whether it has an effect, why not) whose field is set in vain."""
+        """Warn for each rule (field, has it an effect, why not) whose field is set in vain."""
         defaults = {entry.name: entry.default for entry in fields(self)}
         for name, effective, reason in rules:
             if not effective and getattr(self, name) != defaults[name]:

@@ -63,7 +63,7 @@ def sample(
     seeds: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Rollout:
-    """Sample `num_samples` responses to every prompt (token ids); a prompt's responses are adjacent.
+    """Sample `num_samples` responses to every prompt of token ids, grouped by prompt.
 
     Arguments as for `generate`. Truncation (top_k, top_p, min_p) warns once, because
     `response_logprobs` knows the temperature only.

@@ -47,8 +47,7 @@ class DPOConfig(TrainConfig):
     )
     beta: float = option(
         0.1,
-        "strength of the implicit KL penalty; higher stays closer. simpo: scale of the reward, 2 to "
-        "10",
+        "strength of the implicit KL penalty; higher stays closer. simpo: the reward's scale, 2-10",
         within="(0, inf)",
     )
     label_smoothing: float = option(
@@ -113,8 +112,8 @@ class DPOTrainer(Trainer):
     No reference is held if the loss needs none, or with `reference_logprobs`; those belong to the
     reference given, else to the policy as it is now.
 
-    Metrics: loss, rewards/{chosen,rejected,accuracies,margins}, entropy, and logps/{chosen,rejected}
-    as the loss takes them (summed, averaged or weighted).
+    Metrics: loss, rewards/{chosen,rejected,accuracies,margins}, entropy, logps/{chosen,rejected} as
+    the loss takes them (summed, averaged or weighted).
     """
 
     algorithm = "dpo"

@@ -1,4 +1,4 @@
-"""Iterated online RLHF (Bai et al. 2022, section 4.5): rounds of pairs, a judge, a reward model and PPO.
+"""Iterated online RLHF: rounds of judged pairs, a reward model and PPO (Bai et al. 2022, 4.5).
 
 Each round's reward model starts from the first policy and learns from all pairs so far, so it has
 seen what the policy does now. PPO continues from the policy of the round before, with the first
@@ -44,10 +44,9 @@ class IteratedRLHFConfig(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sampling.num_samples < 2:
-            raise ValueError(
-                f"sampling.num_samples must be at least 2 for a pair, got {self.sampling.num_samples}"
-            )
+        n = self.sampling.num_samples
+        if n < 2:
+            raise ValueError(f"sampling.num_samples must be at least 2 for a pair, got {n}")
 
 
 def iterated_rlhf(

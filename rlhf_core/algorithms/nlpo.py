@@ -1,4 +1,4 @@
-"""NLPO (Ramamurthy et al. 2022, algorithm 1): PPO limited to tokens that an earlier policy finds likely.
+"""NLPO: PPO limited to tokens that an earlier policy finds likely (Ramamurthy et al. 2022, alg. 1).
 
 At every token the policy's distribution is restricted to the top-p set of a lagging copy and
 renormalized. Responses are sampled from that distribution, and log-probs, entropy, ratio and KL

@@ -36,9 +36,9 @@ class OnlineDPOConfig(DPOConfig, SamplingConfig):
 class OnlineDPOTrainer(DPOTrainer):
     """Trains a Transformer on prompts (lists of token ids).
 
-    Metrics: DPO's, response_length, and of the samples objective/{scores,margin,ties}: the mean
-    score (one half with a judge), the mean of best minus worst, the share of prompts whose responses
-    tie. A step without pairs changes nothing and has no metrics of DPO.
+    Metrics: DPO's, response_length, and objective/{scores,margin,ties} of the samples: the mean
+    score (one half with a judge), the mean of best minus worst, and the share of prompts whose
+    responses tie. A step without pairs changes nothing and has no metrics of DPO.
     """
 
     algorithm = "online_dpo"

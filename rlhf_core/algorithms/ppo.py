@@ -1,6 +1,6 @@
-"""PPO for language models, with a critic (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022).
+"""PPO for language models, with a critic.
 
-`PPOTrainer.step` is the algorithm; policy_gradient/trainer.py has the parts that it calls.
+Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022. `PPOTrainer.step` is the algorithm; policy_gradient/trainer.py has the parts that it calls.
 """
 
 from __future__ import annotations
@@ -85,14 +85,13 @@ class PPOTrainer(PolicyGradientTrainer):
             from_reward = isinstance(reward, RewardModel) and config.critic_init == "reward"
             critic = ValueModel.from_model(reward if from_reward else model)
         if critic.shares_trunk_with(model) != (config.critic == "head"):
-            raise ValueError(
-                f"critic={config.critic!r} does not fit the critic passed: it "
-                f"{'shares' if critic.shares_trunk_with(model) else 'does not share'} the policy's trunk"
-            )
+            trunk = "the policy's trunk" if config.critic == "separate" else "a trunk of its own"
+            raise ValueError(f"critic is {config.critic!r}, but the critic passed has {trunk}")
         super().__init__(model, examples, config, reward=reward, critic=critic, **options)
         if self.total_steps <= config.critic_warmup_steps > 0:
             raise ValueError(
-                f"critic_warmup_steps {config.critic_warmup_steps} covers all {self.total_steps} steps"
+                f"critic_warmup_steps is {config.critic_warmup_steps}, but the run has only "
+                f"{self.total_steps} steps"
             )
 
     @property

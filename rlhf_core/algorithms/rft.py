@@ -26,7 +26,7 @@ from rlhf_core.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class RFTConfig(SFTConfig, SamplingConfig):
-    """SFT's options, per round, and those of sampling; batch_size counts prompts in sampling too."""
+    """SFT's options, per round, and those of sampling; batch_size is also that of sampling."""
 
     rounds: int = option(1, "rounds of sampling and SFT", within="[1, inf)")
     threshold: float | None = option(

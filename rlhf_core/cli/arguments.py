@@ -45,7 +45,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def add_config(parser: ArgumentParser, config: type[Options], without: Sequence[str] = ()) -> None:
-    """Add one argument for each field of a config, in the groups of the classes that declare them."""
+    """Add an argument for each field of a config, grouped by the classes that declare them."""
     hints, groups = typing.get_type_hints(config), {}
     for field in dataclasses.fields(config):
         if field.name in without:

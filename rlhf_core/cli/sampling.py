@@ -115,7 +115,7 @@ def run_best_of_n(arguments: Namespace) -> None:
     check_writable(out.parent)
     model, rows, options = shared.prompted(arguments, config)
     samples = best_of_n(model, [ids for _, ids in rows], config, **options)
-    best, scores = samples.best()
+    n, (best, scores) = config.num_samples, samples.best()
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for (prompt, _), ids, score in zip(rows, best, scores.tolist()):
@@ -123,9 +123,8 @@ def run_best_of_n(arguments: Namespace) -> None:
             row = {"prompt": prompt, "completion": completion, "score": score}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(
-        f"mean score {samples.scores.mean():.6g}, of the best of {config.num_samples} "
-        f"{scores.mean():.6g}, at most {best_of_n_kl(config.num_samples):.3g} nats from the policy; "
-        f"{len(rows)} prompts; written to {out}"
+        f"mean score {samples.scores.mean():.6g}, of the best of {n} {scores.mean():.6g}, "
+        f"at most {best_of_n_kl(n):.3g} nats from the policy; {len(rows)} prompts; written to {out}"
     )
 
 

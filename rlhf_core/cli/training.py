@@ -94,19 +94,21 @@ ON_PROMPTS = {
         trainers.A2CTrainer, trainers.A2CConfig, "A2C: PPO with one update per rollout, no clip"
     ),
     "nlpo": OnPrompts(
-        trainers.NLPOTrainer, trainers.NLPOConfig, "NLPO: PPO without tokens that a copy finds unlikely"
+        trainers.NLPOTrainer, trainers.NLPOConfig, "NLPO: PPO without unlikely tokens"
     ),
     "grpo": OnPrompts(
         trainers.GRPOTrainer, trainers.GRPOConfig, "GRPO, RLOO, REINFORCE++, ReMax: no critic"
     ),
     "online-dpo": OnPrompts(
-        trainers.OnlineDPOTrainer, trainers.OnlineDPOConfig, "DPO on new samples at every step", True
+        trainers.OnlineDPOTrainer, trainers.OnlineDPOConfig, "DPO on new samples in every step",
+        judged=True,
     ),
     "iterated-dpo": OnPrompts(
-        trainers.iterated_dpo, trainers.IteratedDPOConfig, "DPO on its own samples, in rounds", True
+        trainers.iterated_dpo, trainers.IteratedDPOConfig, "DPO on its own samples, in rounds",
+        judged=True,
     ),
     "rft": OnPrompts(
-        trainers.rft, trainers.RFTConfig, "rejection sampling: SFT on its own best samples, in rounds"
+        trainers.rft, trainers.RFTConfig, "rejection sampling: SFT on its own best samples"
     ),
 }  # fmt: skip
 

@@ -10,8 +10,17 @@ from rlhf_core.losses import preferred
 
 
 def length_bias(examples: list[Pair] | list[Ranked], scores: Tensor) -> dict[str, float]:
-    """Whether length passes for quality: the correlation of score (N,) and length (tokens, EOS included) of every
-    completion, and the accuracy in pairs whose better completion is the shorter one. What is undefined is left out."""
+    """Whether a reward model confuses length with quality.
+
+    Args:
+        examples: pairs or ranked lists.
+        scores: (N,) of every completion, in order.
+
+    Returns:
+        length_correlation, of score and length (tokens, EOS included), and
+        accuracy_where_shorter_won, over pairs whose better completion is the shorter one. Undefined
+        values are left out.
+    """
     lengths = [len(ids) for example in examples for ids in example.completions_ids]
     pairs, first = [], 0
     for example in examples:

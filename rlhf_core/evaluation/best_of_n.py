@@ -9,21 +9,25 @@ from torch import Tensor
 
 
 def best_of_n_kl(n: int) -> float:
-    """log n - (n - 1) / n nats: KL(best of n || policy) where no two responses tie (Stiennon et al. 2020, app. G.3), an
-    upper bound where some do (Beirami et al. 2024)."""
+    """KL(best of n || policy) in nats: log n - (n - 1) / n.
+
+    It is exact if no two responses tie (Stiennon et al. 2020, appendix G.3), else an upper bound
+    (Beirami et al. 2024).
+    """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     return math.log(n) - (n - 1) / n
 
 
 def best_of_n_curve(proxy: Tensor, gold: Tensor) -> Tensor:
-    """Expected gold score (N,) float64 of the best of n by proxy, for n = 1..N, from N samples of each of B prompts.
+    """Expected gold score (N,) float64 of the best of n by proxy, for n = 1..N.
 
-    The mean over all subsets of n samples, so without bias and without drawing any (Nakano et al. 2021, appendix): the
-    i-th best from below is the best of C(i - 1, n - 1) of the C(N, n). Among samples that tie one is taken at random.
-    With the proxy as gold it is the curve of what was optimised.
+    The exact mean over all subsets of n samples (Nakano et al. 2021, appendix): the i-th sample in
+    ascending order is the best of C(i - 1, n - 1) of the C(N, n) subsets. Ties are broken at
+    random. With the proxy as gold the curve shows the optimised score.
 
-    proxy, gold: (B, N), scores of the same samples.
+    Args:
+        proxy, gold: (B, N), scores of the same N samples of each of B prompts.
     """
     if proxy.ndim != 2 or proxy.shape != gold.shape or not proxy.numel():
         raise ValueError(

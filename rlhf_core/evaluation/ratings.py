@@ -17,13 +17,19 @@ def win_rate(scores: Tensor, other: Tensor) -> float:
 
 
 def elo(wins: Tensor, *, prior: float = 0.0) -> Tensor:
-    """Ratings (K,) float64 of K players, the first one's 0: 400 more is ten wins to one.
+    """Elo ratings (K,) float64 of K players, 0 for the first: 400 more means ten wins to one.
 
-    The maximum of the Bradley-Terry likelihood (Bradley & Terry 1952), by Newton's method.
+    They maximize the Bradley-Terry likelihood (Bradley & Terry 1952), by Newton's method.
 
-    wins: (K, K), how often the row's player beat the column's; a draw is half a win for both. The diagonal is ignored.
-    prior: draws added between every two players, which holds the rating of one who won, or lost, all games finite.
-    Raises ValueError where the ratings are not finite (some players never lost to the others), or not found.
+    Args:
+        wins: (K, K), how often the row's player beat the column's; a draw is half a win for both.
+            The diagonal is ignored.
+        prior: draws added between every two players. It keeps the rating of a player who won, or
+            lost, all games finite.
+
+    Raises:
+        ValueError: the ratings are not finite (some players never lost to the others), or Newton's
+            method does not converge.
     """
     wins = torch.as_tensor(wins, dtype=torch.float64)
     if (
@@ -40,8 +46,8 @@ def elo(wins: Tensor, *, prior: float = 0.0) -> Tensor:
     if not reached.all():
         one, other = (reached == 0).nonzero()[0].tolist()
         raise ValueError(
-            f"player {one} has beaten player {other} neither itself nor through others: no finite ratings are the "
-            "likeliest; prior=1 adds a draw between every two"
+            f"player {one} has beaten player {other} neither directly nor through others, so no "
+            "finite ratings have the highest likelihood. prior=1 adds a draw between every two"
         )
     games, strengths = wins + wins.T, wins.new_zeros(len(wins))
 
@@ -54,12 +60,12 @@ def elo(wins: Tensor, *, prior: float = 0.0) -> Tensor:
         curvature = games * expected * expected.T
         step = torch.linalg.solve(curvature.sum(dim=1).diag() - curvature + curvature.mean(), slope)
         change, size = float(step.max() - step.min()), 1.0
-        # A step of at most 1 always climbs: the third derivative of log sigmoid is at most its second.
+        # A step of at most 1 always climbs: log sigmoid's third derivative is at most its second.
         while size * change > 1 and likelihood(strengths + size * step) < likelihood(strengths):
             size /= 2
         strengths += size * step
         if change < 1e-9:  # the next one's would be its square
             break
     else:
-        raise ValueError(f"no likeliest ratings found in 1000 steps, the last one of {change:.3g}")
+        raise ValueError(f"no convergence in 1000 steps, the last one of size {change:.3g}")
     return (strengths - strengths[0]) * 400 / math.log(10)

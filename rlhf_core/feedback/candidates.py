@@ -42,7 +42,7 @@ class Candidates(NamedTuple):
     scores: Tensor  # (B, n), on the CPU
 
     def best(self) -> tuple[list[list[int]], Tensor]:
-        """Each prompt's response with the highest score (the first of equals), and the scores (B,)."""
+        """Each prompt's response with the highest score (the first of equals), and its score."""
         scores, index = self.scores.max(dim=1)
         return [row[i] for row, i in zip(self.responses, index.tolist())], scores
 
@@ -148,6 +148,6 @@ def _prompt_length(model: Transformer, config: SamplingConfig) -> int:
     limit = min(config.max_length, model.config.max_positions)
     if limit <= config.response_length:
         raise ValueError(
-            f"response_length {config.response_length} leaves no room for a prompt in {limit} tokens"
+            f"response_length {config.response_length} leaves no prompt in a sequence of {limit}"
         )
     return limit - config.response_length

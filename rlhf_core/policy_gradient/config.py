@@ -60,7 +60,7 @@ class PolicyGradientConfig(TrainConfig):
 
     clip_range: float = option(
         0.2,
-        "the policy ratio is clipped at 1 - clip_range and, without clip_range_high, 1 + clip_range",
+        "the ratio is clipped at 1 - clip_range and, without clip_range_high, at 1 + clip_range",
         within="(0, inf]",
     )
     clip_range_high: float | None = option(

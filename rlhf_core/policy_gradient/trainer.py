@@ -122,8 +122,8 @@ class PolicyGradientTrainer(Trainer):
             )
         if config.kl_in == "reward" and config.kl_coef and config.estimator != "k1":
             warnings.warn(
-                f"kl_estimator {config.estimator} in the reward: its policy gradient is not that of "
-                "the KL and may lead away from the reference. Use k1, or kl_in loss",
+                f"kl_estimator {config.estimator} in the reward: its policy gradient is not the "
+                "KL's and may lead away from the reference. Use k1, or kl_in loss",
                 stacklevel=2,
             )
         self.kl_coef = Coefficient(config.kl_coef, config.kl_target, config.kl_horizon)
@@ -166,7 +166,7 @@ class PolicyGradientTrainer(Trainer):
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Tensor:
-        """Rewards (B,) or (B, R) from the scorer, minus the penalties for length and missing EOS."""
+        """Rewards (B,) or (B, R), minus the penalties for length and missing EOS."""
         rewards = self.scorer.rewards_of(rollout.prompts(), rollout.responses())
         if rewards.ndim == 2:
             rewards = F.pad(rewards, (0, rollout.response_ids.shape[1] - rewards.shape[1]))
@@ -259,9 +259,9 @@ class PolicyGradientTrainer(Trainer):
         if estimator != "k1" and (kl < 0).any():
             row, token = (kl < 0).nonzero()[0].tolist()
             raise FloatingPointError(
-                f"{estimator} is {kl[row, token]} < 0 at row {row}, token {token}. No log-probs give "
-                "that, so the op is wrong on this machine: try RLHF_CORE_BACKEND=reference, and see "
-                "`rlhf-core info` for the backends"
+                f"{estimator} is {kl[row, token]} < 0 at row {row}, token {token}. No log-probs "
+                "give that, so the op is wrong on this machine: try RLHF_CORE_BACKEND=reference, "
+                "and see `rlhf-core info` for the backends"
             )
 
     # ---- the updates
@@ -351,7 +351,7 @@ class PolicyGradientTrainer(Trainer):
     def policy_loss(
         self, logprobs: Tensor, entropy: Tensor, old: Experience, mask: Tensor, weights: Tensor
     ) -> tuple[Tensor, PPOLossStats]:
-        """The clipped loss () of tokens (B, R) with entropy bonus and KL penalty, and statistics."""
+        """Clipped loss () of tokens (B, R) with entropy bonus and KL penalty; its statistics."""
         config, entropy_coef = self.config, self.entropy_coef.value
         ratio_logprobs = self.ratio_logprobs(logprobs, old.old_logprobs, mask)
         loss, stats = ppo_loss(
@@ -454,8 +454,8 @@ class PolicyGradientTrainer(Trainer):
         error = max(abs(ratio - 1), approx_kl)
         if error > MAX_FIRST_ERROR[self.config.precision] and not self.config.dropout:
             raise FloatingPointError(
-                f"the first minibatch has ratio {ratio:.6g} and approximate KL {approx_kl:.3g}, not "
-                "1 and 0; no weight was updated. Likely causes: the policy is in train mode, it "
+                f"the first minibatch has ratio {ratio:.6g} and approximate KL {approx_kl:.3g}, "
+                "not 1 and 0; no weight was updated. Likely causes: the policy is in train mode, it "
                 "changed between rollout and update, or its forward depends on the other rows"
             )
 

@@ -112,7 +112,7 @@ def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> No
         if digest != then["digests"][name]:
             raise ValueError(
                 f"{path}: the checkpoint was written by a run with different {name} (digest "
-                f"{then['digests'][name]:.8}, now {digest:.8}). Build the trainer from the same ones"
+                f"{then['digests'][name]:.8}, now {digest:.8}). Build the trainer from the same"
             )
     steps, total = then["steps_done"], now["total_steps"]
     if total < steps:

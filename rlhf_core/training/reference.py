@@ -36,8 +36,8 @@ class Reference:
     """The reference model: the one given, else the policy as it is now.
 
     For a policy with adapters, "as it is now" is the policy itself with its adapters frozen or, if
-    they are new, switched off: its weights are held once. Otherwise it is a frozen copy. A reference
-    that `moves` (its holder moves it) is a copy, too.
+    they are new, switched off: its weights are held once. Otherwise it is a frozen copy. A
+    reference that `moves` (its holder moves it) is a copy, too.
     """
 
     def __init__(self, model: nn.Module, given: nn.Module | None = None, *, moves: bool = False):

@@ -378,7 +378,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["generator_cuda"], self.device)
 
     def settings(self) -> dict:
-        """Further values that a run depends on, for its checkpoint; the config is included anyway."""
+        """Further values that a run depends on, for its checkpoint, which includes the config."""
         return {}
 
     def fixed_data(self) -> list:
