@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
 from rlhf_core.training.reference import frozen_copy
-from rlhf_core.training.rounds import resumed, run_rounds
+from rlhf_core.training.rounds import resumed, run_rounds, with_seed
 from rlhf_core.training.trainer import Trainer
 
 
@@ -78,7 +78,7 @@ def iterated_dpo(
                 "the temperature, or use a finer reward"
             )
         options = dict(reference=first, tokenizer=tokenizer, out=folder)
-        trainer = resumed(DPOTrainer(model, pairs, replace(config, seed=seed), **options))
+        trainer = resumed(DPOTrainer(model, pairs, with_seed(config, seed), **options))
         return trainer.train()[-1] | sample_metrics(samples) | {"pairs": len(pairs)}
 
     options = dict(tokenizer=tokenizer, out=out, resume=resume)

@@ -25,7 +25,7 @@ from rlhf_core.files import read_json, write_json
 from rlhf_core.models import RewardModel, Transformer
 from rlhf_core.options import Options, option
 from rlhf_core.training.reference import frozen_copy
-from rlhf_core.training.rounds import resumed, run_rounds
+from rlhf_core.training.rounds import resumed, run_rounds, with_seed
 
 SAMPLES = "samples.json"  # in a round's folder: its pairs and answers, for the later rounds
 
@@ -115,13 +115,13 @@ def iterated_rlhf(
 
         # 2. Train a reward model on all pairs so far.
         reward_model = RewardModel.from_model(first)
-        reward_config = replace(config.reward, seed=seed)
+        reward_config = with_seed(config.reward, seed)
         options = dict(tokenizer=tokenizer, out=folder and folder / "reward")
         reward_report = RewardTrainer(reward_model, all_pairs, reward_config, **options).train()[-1]
 
         # 3. Continue PPO of the policy against it.
         options = dict(reference=first, eos_ids=eos_ids, tokenizer=tokenizer, out=folder)
-        ppo_config = replace(config.ppo, seed=seed)
+        ppo_config = with_seed(config.ppo, seed)
         trainer = resumed(PPOTrainer(model, prompts, ppo_config, reward=reward_model, **options))
         report = trainer.train()[-1]
         report |= {f"reward/{name}": value for name, value in reward_report.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from rlhf_core.feedback.candidates import Candidates, SamplingConfig, candidates
 from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
-from rlhf_core.training.rounds import resumed, run_rounds
+from rlhf_core.training.rounds import resumed, run_rounds, with_seed
 from rlhf_core.training.trainer import Trainer
 
 
@@ -66,7 +66,7 @@ def rft(
         samples = candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
         examples = kept(samples, config.threshold)
         options = dict(tokenizer=tokenizer, out=folder)
-        trainer = resumed(SFTTrainer(model, examples, replace(config, seed=seed), **options))
+        trainer = resumed(SFTTrainer(model, examples, with_seed(config, seed), **options))
         return trainer.train()[-1] | {
             "objective/scores": samples.scores.mean().item(),
             "objective/best": samples.best()[1].mean().item(),

@@ -8,11 +8,13 @@ own checkpoint.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +28,7 @@ from rlhf_core.training.trainer import Trainer
 
 FREE = checkpoint.FREE | {"rounds", "versions"}  # finished rounds do not depend on these
 History = list[dict]
+Config = TypeVar("Config")
 
 
 def run_rounds(
@@ -78,6 +81,13 @@ def run_rounds(
         if tokenizer is not None:
             tokenizer.save(out)
     return history
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """The config with another seed. Unlike `replace` it does not repeat the config's warnings."""
+    config = copy.copy(config)
+    object.__setattr__(config, "seed", seed)
+    return config
 
 
 def resumed(trainer: Trainer) -> Trainer:
