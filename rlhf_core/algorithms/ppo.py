@@ -1,6 +1,7 @@
 """PPO for language models, with a critic.
 
-Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022. `PPOTrainer.step` is the algorithm; policy_gradient/trainer.py has the parts that it calls.
+Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022. `PPOTrainer.step` is the algorithm;
+policy_gradient/trainer.py has the parts that it calls.
 """
 
 from __future__ import annotations

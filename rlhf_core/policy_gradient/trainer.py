@@ -455,8 +455,8 @@ class PolicyGradientTrainer(Trainer):
         if error > MAX_FIRST_ERROR[self.config.precision] and not self.config.dropout:
             raise FloatingPointError(
                 f"the first minibatch has ratio {ratio:.6g} and approximate KL {approx_kl:.3g}, "
-                "not 1 and 0; no weight was updated. Likely causes: the policy is in train mode, it "
-                "changed between rollout and update, or its forward depends on the other rows"
+                "not 1 and 0; no weight was updated. Likely causes: the policy is in train mode, "
+                "it changed between rollout and update, or its forward depends on the other rows"
             )
 
     # ---- after the updates
