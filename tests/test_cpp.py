@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import poison_uninitialised_memory
+from op_helpers import poison_uninitialised_memory
 
 cpp = pytest.importorskip("rlhf_core.cpp", reason="the C++ extension is not built")
 

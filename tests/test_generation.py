@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import poison_uninitialised_memory
+from op_helpers import poison_uninitialised_memory
 from torch.testing import assert_close
 
 from rlhf_core import generation

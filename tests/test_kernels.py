@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from op_helpers import LAUNCHERS, call_every_launcher
 
 from rlhf_core import (
     backends,
@@ -30,24 +31,6 @@ from rlhf_core import (
 )
 
 ROOT = Path(__file__).parents[1]
-LAUNCHERS = [
-    *(
-        "decode_attention_fwd",
-        "full_kl_bwd",
-        "full_kl_fwd",
-        "gae_bwd",
-        "gae_fwd",
-        "kl_estimate_bwd",
-        "kl_estimate_fwd",
-    ),
-    *(
-        "ppo_advantages_fwd",
-        "ppo_loss_fwd",
-        "sample_tokens_fwd",
-        "token_logprobs_bwd",
-        "token_logprobs_fwd",
-    ),
-]
 X, LOGITS, MASK = torch.zeros(2, 3), torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.bool)
 OPS = {
     "token_logprobs": lambda **kw: token_logprobs(LOGITS, X.long(), **kw),
@@ -362,59 +345,6 @@ def test_triton_turns_a_row_without_room_or_place_into_nan_and_leaves_the_cache(
     before, lengths, slots = cache.clone(), torch.tensor([5, 2, -1]), torch.tensor([0, 3, -1, 2])
     out = kernels.decode_attention_fwd(q, k, v, *cache, lengths, slots, None, None, None)
     assert out.isnan().all() and torch.equal(cache, before) and not meter.bytes("stores", cache)
-
-
-def call_every_launcher(
-    kernels, V=300, dtype=torch.float32, B=2, T=17, number=0.5, temperature_per_row=(False, True)
-):
-    """Results of all launchers in all their modes, in one list."""
-    logits, ref = (torch.randn(B, T, V).to(dtype) for _ in range(2))
-    targets, mask = torch.randint(0, V, (B, T)), torch.rand(B, T) < 0.7
-    x = [torch.randn(B, T) for _ in range(8)]
-    out = []
-    for per_row in temperature_per_row:
-        temperature = torch.rand(B, T) + 0.5 if per_row else number
-        logprobs, entropy, lse = kernels.token_logprobs_fwd(
-            logits, targets, mask, temperature, True
-        )
-        args = (logits, targets, mask, temperature, entropy, lse, False)
-        out += [logprobs, entropy, kernels.token_logprobs_bwd(x[0], x[1], *args)]
-        kl, lse = kernels.full_kl_fwd(logits, ref, mask, temperature)
-        out += [kl, *kernels.full_kl_bwd(x[0], logits, ref, mask, temperature, kl, lse, True, True)]
-    out += [
-        kernels.kl_estimate_fwd(x[0], x[1], mask, "k3"),
-        *kernels.kl_estimate_bwd(*x[:3], mask, "k3"),
-    ]
-    # One token before the first sequence, one or more after the last.
-    cu_seqlens = torch.arange(B + 1) * ((B * T - 1) // B) + 1
-    for cu, shape in ((None, (B, T)), (cu_seqlens, (B * T,))):
-        y, m, last = [a.view(shape) for a in x], mask.view(shape), torch.randn(B)
-        out += kernels.gae_fwd(y[0], y[1], m, number, 0.9, last, cu)
-        out += kernels.gae_bwd(y[0], y[1], m, number, 0.9, True, cu)
-        out += kernels.ppo_advantages_fwd(last, *y[:3], m, number, "k3", 0.9, number, True, cu)
-    numbers = (*[number] * 5, 1 + number)
-    for weights, sequence_mean in ((None, False), (None, True), (x[7], False)):
-        out += kernels.ppo_loss_fwd(*x[:7], mask, weights, sequence_mean, *numbers)
-    heads, cache = torch.randn(3, B, 2, 64).to(dtype), torch.randn(2, B + 1, 1, T + 1, 64).to(dtype)
-    for rope in ((None, None), torch.randn(2, T + 1, 32).unbind()):
-        slots, lengths = torch.arange(B).flip(0) + 1, torch.arange(B + 1) % (T + 1)
-        out += [
-            kernels.decode_attention_fwd(
-                heads[0], *heads[1:, :, :1], *cache, lengths, slots, *rope, None
-            ),
-            cache,
-        ]
-    seeds, counters = targets.flatten(), targets.flatten() - 2**40
-    for truncation in (
-        (None, None, None),
-        (3, None, None),
-        (None, number / 2, 0.1),
-        (V // 2, number, None),
-    ):
-        out += kernels.sample_tokens_fwd(
-            logits.view(B * T, V), seeds, counters, number, *truncation
-        )
-    return [x for x in out if x is not None]
 
 
 def test_programs_stay_inside_their_tensors_and_apart_and_any_order_gives_the_same_bits(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_as_accurate
+from op_helpers import assert_as_accurate
 
 from rlhf_core import decode_attention
 

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from conftest import assert_as_accurate
+from op_helpers import assert_as_accurate
 
 import rlhf_core
 

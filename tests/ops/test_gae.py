@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_as_accurate
+from op_helpers import assert_as_accurate
 
 from rlhf_core import gae, kl_estimate, ppo_advantages
 from rlhf_core.ops.gae import gae_reference

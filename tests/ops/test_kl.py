@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_as_accurate
+from op_helpers import assert_as_accurate
 
 from rlhf_core import full_kl, kl_estimate
 from rlhf_core.ops.kl import full_kl_reference, kl_estimate_reference

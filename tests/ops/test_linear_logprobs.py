@@ -5,17 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_as_accurate
+from op_helpers import assert_as_accurate
 from torch.testing import assert_close
 
 from rlhf_core import (
     backends,
     linear_token_logprobs,
     linear_token_logprobs_and_entropy,
+    linear_token_loss,
     linear_token_statistics,
     token_logprobs_and_entropy,
 )
-from rlhf_core.ops import linear_logprobs, linear_logprobs_blocks
+from rlhf_core.ops import linear_logprobs_blocks
 
 NAN = float("nan")
 
@@ -296,85 +297,272 @@ def test_with_a_frozen_head_the_forward_can_say_the_gradient(backend, block):
     assert_close(got[4].double(), leaf.grad, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("most", [1, 4, 100])
-@pytest.mark.parametrize("sizes", [None, (3, 0, 1, 5)])
-def test_a_loss_known_in_advance_gives_the_same_gradients_without_a_second_pass(
-    backend, most, sizes, monkeypatch
-):
-    hidden, weight, b, targets, _ = case()
-    mask = torch.ones(3, 5, dtype=torch.bool)
-    mask.view(-1)[[0, 4, 5, 9, 13, 14]] = False
-    hidden[~mask] = NAN
-    weights = torch.linspace(-1, 2, 9)
-    groups = (
-        torch.arange(9)
-        if sizes is None
-        else torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
+# ---- linear_token_loss
+
+N = 11
+SIZES = (0, 3, 0, 1, 5, 0, 2, 0)  # groups without a target lie first, between and last
+
+
+def loss_case(dtype=torch.float32):
+    """Leaves (hidden, weight, bias, two extras), targets, temperature (N,)."""
+    hidden, weight, b, targets, _ = case((N,), dtype=dtype)
+    extras = torch.randn(N), torch.randn(N, 2)
+    leaves = [x.requires_grad_() for x in (hidden, weight, b, *extras)]
+    return leaves, targets, torch.linspace(0.5, 2, N)
+
+
+@pytest.fixture
+def chunk(monkeypatch):
+    """Sets how many whole rows of logits a chunk may have."""
+
+    def set_chunk(most, V=50):
+        for name in ("CPU_WHOLE", "GPU_WHOLE"):
+            monkeypatch.setattr(linear_logprobs_blocks, name, most * V)
+
+    return set_chunk
+
+
+def grouped_losses(sizes, seen=None):
+    """Losses in which every target of a group matters to the others: squared sums of a group.
+
+    They depend on the log-probs, the entropy and two extras, and differ from group to group.
+    """
+    sizes = torch.ones(N, dtype=torch.int64) if sizes is None else torch.tensor(sizes)
+
+    def losses(found, groups, x, y):
+        seen is None or seen.append(len(found.logprobs))
+        counts = sizes[groups].tolist()
+        scale = torch.arange(1, 1 + len(sizes))[groups]
+        rows = found.logprobs + 0.3 * found.entropy * x + y.square().sum(dim=-1)
+        sums = torch.stack([part.sum() for part in rows.split(counts)])
+        return (scale * sums.square()).sum(), sums, torch.stack((rows, x), dim=-1)
+
+    return losses
+
+
+def outputs_and_gradients(results, leaves):
+    assert not any(x.requires_grad for x in results[1:])
+    return [*results, *torch.autograd.grad(results[0], leaves)]
+
+
+def plainly(leaves, targets, temperature, losses):
+    """The loss from whole logits, log_softmax and autograd, in the dtype of the leaves."""
+    hidden, weight, b, *extras = leaves
+    z = F.linear(hidden, weight, b) / temperature.to(hidden.dtype)[:, None]
+    log_p = z.log_softmax(-1)
+    found = linear_logprobs_blocks.TokenStatistics(
+        log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     )
+    loss, *outputs = losses(found, slice(None), *extras)
+    return outputs_and_gradients((loss, *(x.detach() for x in outputs)), leaves)
+
+
+@pytest.mark.parametrize("most", [1, 4, 100])
+@pytest.mark.parametrize("sizes", [None, SIZES], ids=["every target alone", "groups"])
+def test_a_loss_its_outputs_and_all_gradients_match_float64(backend, most, sizes, chunk):
+    """Groups stay whole, whatever fits a chunk, and outputs come in the order of the rows."""
+    leaves, targets, T = loss_case()
+    chunk(most)
     seen = []
-    for x in (hidden, weight, b):
-        x.requires_grad_()
+    got = linear_token_loss(
+        *leaves[:2], targets, grouped_losses(sizes, seen), bias=leaves[2], temperature=T,
+        sizes=None if sizes is None else torch.tensor(sizes), extras=tuple(leaves[3:]),
+        backend=backend,
+    )  # fmt: skip
+    got = outputs_and_gradients(got, leaves)
+    losses = grouped_losses(sizes)
+    truth = plainly([x.detach().double().requires_grad_() for x in leaves], targets, T, losses)
+    assert [x.shape for x in got] == [x.shape for x in truth]
+    for x, float32, true in zip(got, plainly(leaves, targets, T, losses), truth):
+        unit = true.abs().max()
+        assert_as_accurate(x / unit, float32 / unit, true / unit)
+    if backend == "reference":
+        assert seen == [N]
+    elif sizes is None:
+        assert seen == {1: [1] * N, 4: [4, 4, 3], 100: [N]}[most]
+    else:
+        assert seen == {1: [3, 1, 5, 2], 4: [4, 5, 2], 100: [N]}[most]
 
-    def loss(logprobs, part=slice(None)):
-        """Sum over the groups of their squared weighted sums."""
-        seen.append(len(logprobs))
-        some = torch.isin(groups, torch.arange(9 if sizes is None else 4)[part])
-        return torch.zeros(9).index_add(0, groups[some], weights[some] * logprobs).square().sum()
 
-    def step(**known):
-        found = linear_token_statistics(
-            hidden, weight, targets, bias=b, temperature=torch.linspace(0.5, 2, 3)[:, None],
-            mask=mask, backend=backend, **known,
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradients_of_a_loss_in_16_bits_add_up_in_float32(backend, dtype, chunk):
+    leaves, targets, T = loss_case(dtype)
+    chunk(1)
+    losses = grouped_losses(None)
+    got = linear_token_loss(
+        *leaves[:2], targets, losses, bias=leaves[2], temperature=T, extras=tuple(leaves[3:]),
+        backend=backend,
+    )  # fmt: skip
+    got = outputs_and_gradients(got, leaves)
+    assert [x.dtype for x in got] == [torch.float32] * 3 + [dtype] * 3 + [torch.float32] * 2
+    truth = plainly([x.detach().double().requires_grad_() for x in leaves], targets, T, losses)
+    for x, true in zip(got, truth):
+        assert (x.double() - true).norm() <= 4 * torch.finfo(dtype).eps * true.norm()
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_each_gradient_of_a_loss_alone_is_the_same_and_frozen_tensors_get_none(
+    backend, needs, chunk
+):
+    leaves, targets, T = loss_case()
+    chunk(4)
+
+    def run(*needs):
+        own = [x.detach().clone().requires_grad_(bool(n)) for x, n in zip(leaves, (*needs, 1, 1))]
+        loss, *_ = linear_token_loss(
+            *own[:2], targets, grouped_losses(None), bias=own[2], temperature=T,
+            extras=tuple(own[3:]), backend=backend,
         )  # fmt: skip
-        return [*found, *torch.autograd.grad(loss(found.logprobs[mask]), (hidden, weight, b))]
+        loss.backward()
+        return [x.grad for x in own]
 
-    expected = step()
-    for name in ("CPU_WHOLE", "GPU_WHOLE"):
-        monkeypatch.setattr(linear_logprobs_blocks, name, most * len(weight))
-    if backend != "reference":
-        monkeypatch.setattr(linear_logprobs_blocks, "backward", None)
-        monkeypatch.setattr(linear_logprobs, "partial", lambda *args: None)
-    seen.clear()
-    for got, true in zip(
-        step(loss_of=loss, sizes=None if sizes is None else torch.tensor(sizes)), expected
-    ):
-        assert_close(got, true, rtol=1e-5, atol=1e-6)
-    if backend != "reference":
-        parts = (
-            {1: [3, 1, 5], 4: [4, 5], 100: [9]} if sizes else {1: [1] * 9, 4: [4, 4, 1], 100: [9]}
+    for needed, got, full in zip((*needs, 1, 1), run(*needs), run(1, 1, 1)):
+        if needed:
+            assert_close(got, full, rtol=1e-5, atol=1e-6)
+        else:
+            assert got is None
+
+
+def logprobs_only(found, groups, *extras):
+    return (found.logprobs.square().sum(),)
+
+
+def entropy_only(found, groups, *extras):
+    return (found.entropy.square().sum(),)
+
+
+def extras_only(found, groups, x, y):
+    return (x.square().sum(),)
+
+
+@pytest.mark.parametrize("losses", [logprobs_only, entropy_only, extras_only])
+def test_what_a_loss_does_not_use_gets_a_gradient_of_zero(backend, losses, chunk):
+    leaves, targets, T = loss_case()
+    chunk(4)
+    loss, *_ = linear_token_loss(
+        *leaves[:2], targets, losses, bias=leaves[2], temperature=T, extras=tuple(leaves[3:]),
+        backend=backend,
+    )  # fmt: skip
+    got = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    truth = [x.detach().double().requires_grad_() for x in leaves]
+    hidden, weight, b, *extras = truth
+    log_p = (F.linear(hidden, weight, b) / T.double()[:, None]).log_softmax(-1)
+    found = linear_logprobs_blocks.TokenStatistics(
+        log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    )
+    want = torch.autograd.grad(
+        losses(found, slice(None), *extras)[0], truth, materialize_grads=True
+    )
+    assert_close([x.double() for x in got], list(want), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradients_of_a_loss_scale_with_the_upstream_one_and_add_up(backend, chunk):
+    leaves, targets, T = loss_case()
+    chunk(4)
+
+    def loss():
+        settings = dict(bias=leaves[2], temperature=T, extras=tuple(leaves[3:]), backend=backend)
+        return linear_token_loss(*leaves[:2], targets, grouped_losses(None), **settings)[0]
+
+    once = [x.clone() for x in torch.autograd.grad(loss(), leaves)]
+    (-2.5 * loss()).backward()
+    loss().backward()
+    assert_close([x.grad for x in leaves], [-1.5 * x for x in once], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"], indirect=True)
+def test_a_second_backward_through_a_loss_raises(backend):
+    leaves, targets, _ = loss_case()
+    loss, *_ = linear_token_loss(*leaves[:2], targets, logprobs_only, backend=backend)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward was called twice"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("sizes", [None, (), (0, 0)])
+def test_a_loss_of_no_targets_calls_its_function_once_and_has_gradients_of_zero(backend, sizes):
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    extra = torch.zeros(0, requires_grad=True)
+    calls = []
+
+    def losses(found, groups, x):
+        calls.append(groups)
+        return (found.logprobs * x + found.entropy).sum(), found.logprobs
+
+    loss, logprobs = linear_token_loss(
+        hidden, weight, torch.zeros(0, dtype=torch.int64), losses, extras=(extra,),
+        sizes=None if sizes is None else torch.tensor(sizes, dtype=torch.int64), backend=backend,
+    )  # fmt: skip
+    loss.backward()
+    assert loss == 0 and logprobs.shape == (0,) and calls == [slice(None)]
+    assert hidden.grad.shape == (0, 8) and not weight.grad.any() and extra.grad.shape == (0,)
+
+
+def test_a_loss_is_told_the_likeliest_targets_if_it_asks(backend, chunk):
+    leaves, targets, T = loss_case()
+    logits = F.linear(*(x.detach() for x in leaves[:3]))
+    targets = torch.where(torch.arange(N) % 2 == 0, logits.argmax(-1), targets)
+    want = (logits.argmax(-1) == targets).tolist()
+    assert 0 < sum(want) < N
+    for most, trains in ((4, True), (100, True), (4, False)):
+        chunk(most)
+        for asked in (False, True):
+            with torch.set_grad_enabled(trains):
+                _, found = linear_token_loss(
+                    *leaves[:2], targets,
+                    lambda found, groups, asked=asked: (
+                        found.logprobs.sum(),
+                        found.likeliest if asked else torch.tensor([found.likeliest is None]),
+                    ),
+                    bias=leaves[2], temperature=T, likeliest=asked, backend=backend,
+                )  # fmt: skip
+            if asked:
+                assert found.tolist() == want and found.dtype == torch.bool
+            else:  # the reference computes them anyway
+                assert found.all() or backend == "reference"
+
+
+def test_without_gradient_a_loss_is_the_same_and_its_function_runs_once(backend, chunk):
+    leaves, targets, T = loss_case()
+    chunk(4)
+    seen = []
+
+    def run(losses, leaves):
+        settings = dict(bias=leaves[2], temperature=T, extras=tuple(leaves[3:]), backend=backend)
+        return linear_token_loss(
+            *leaves[:2], targets, losses, sizes=torch.tensor(SIZES), **settings
         )
-        assert seen[:-1] == parts[most]  # groups stay whole; the last call is the step's own
+
+    want = run(grouped_losses(SIZES), leaves)
+    with torch.no_grad():
+        got = run(grouped_losses(SIZES, seen), leaves)
+    frozen = run(grouped_losses(SIZES, seen), [x.detach() for x in leaves])
+    assert seen == [N, N] and not any(x.requires_grad for x in (*got, *frozen))
+    for x, y, true in zip(got, frozen, want):
+        assert_close(x, true.detach(), rtol=1e-5, atol=1e-5)
+        assert_close(y, true.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
-def test_a_loss_that_comes_out_otherwise_still_gets_its_gradient(backend):
-    hidden, weight, b, targets, _ = case()
-
-    def run(f, **known):
-        h, w, c = (x.clone().requires_grad_() for x in (hidden, weight, b))
-        logprobs, entropy = linear_token_logprobs_and_entropy(h, w, targets, bias=c, **known)
-        loss = f(logprobs, entropy)
-        loss.backward(retain_graph=True)
-        once = [x.grad.clone() for x in (h, w, c)]
-        loss.backward()
-        assert_close([x.grad for x in (h, w, c)], [2 * x for x in once], rtol=1e-5, atol=1e-6)
-        return once
-
-    def expected(logprobs, rows):
-        return logprobs.sum()
-
-    for f in (
-        lambda p, H: p.sum(),
-        lambda p, H: 1.001 * p.sum(),
-        lambda p, H: H.sum(),
-        lambda p, H: (p + H).sum(),
-    ):
-        assert_close(run(f, loss_of=expected), run(f), rtol=1e-5, atol=1e-6)
+def test_a_loss_holds_the_logits_of_one_chunk_at_a_time(backend, chunk):
+    N, D, V, most = 512, 8, 6000, 16
+    hidden, weight, _, targets, _ = case((N,), D, V, bias=False)
+    hidden.requires_grad_(), weight.requires_grad_()
+    chunk(most, V)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        linear_token_loss(hidden, weight, targets, logprobs_only, backend=backend)[0].backward()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    gradients = 4 * (hidden.numel() + weight.numel())
+    assert gradients < peak <= 4 * most * V + gradients + 64 * 4 * N < 4 * N * V / 2
 
 
-def test_groups_that_are_not_the_counted_rows_are_refused():
-    hidden, weight, _, targets, _ = case()
-    with pytest.raises(ValueError, match="sizes add up to 14"):
-        linear_token_statistics(
-            hidden, weight, targets, loss_of=lambda p, rows: p.sum(), sizes=torch.tensor([7, 7])
-        )
+def test_groups_that_are_not_all_the_targets_are_rejected():
+    hidden, weight, _, targets, _ = case((15,))
+    with pytest.raises(ValueError, match="sizes add up to 14, but there are 15 targets"):
+        linear_token_loss(hidden, weight, targets, logprobs_only, sizes=torch.tensor([7, 7]))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TOLERANCES, assert_as_accurate
+from op_helpers import TOLERANCES, assert_as_accurate
 
 from rlhf_core import token_logprobs, token_logprobs_and_entropy
 from rlhf_core.ops.logprobs import token_logprobs_reference

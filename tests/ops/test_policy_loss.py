@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_as_accurate
+from op_helpers import assert_as_accurate
 
 from rlhf_core import loss_weights, ppo_loss
 from rlhf_core.ops.policy_loss import PPOLossStats

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_as_accurate
+from op_helpers import assert_as_accurate
 
 from rlhf_core.models import Transformer, TransformerConfig
 from rlhf_core.ops.rms_norm import rms_norm

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_as_accurate
+from op_helpers import assert_as_accurate
 from torch.testing import assert_close
 
 from rlhf_core import sample_tokens, token_logprobs

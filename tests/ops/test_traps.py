@@ -12,9 +12,8 @@ import threading
 from pathlib import Path
 
 import pytest
-import test_compiled
 import torch
-from test_kernels import LAUNCHERS, call_every_launcher
+from op_helpers import LAUNCHERS, call_every_launcher, op_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_core
@@ -114,22 +113,17 @@ def test_every_trap_is_held_by_tests_that_exist():
 
 
 def everything(leaves, loss):
-    """Outputs and gradients of an op, prepared by `test_compiled.run`."""
+    """Outputs and gradients of an op, prepared by `op_call`."""
     outputs, total = loss(*leaves)
     return [x.detach() for x in outputs] + list(
         torch.autograd.grad(total, leaves) if leaves else ()
     )
 
 
-def prepare(name, backend):
-    torch.manual_seed(0)
-    return test_compiled.run(getattr(rlhf_core, name), name, backend)
-
-
 @pytest.mark.parametrize("name", ops.__all__)
 def test_backward_runs_in_another_thread(backend, name):
-    want = everything(*prepare(name, backend))
-    leaves, loss = prepare(name, backend)
+    want = everything(*op_call(name, backend))
+    leaves, loss = op_call(name, backend)
     outputs, total = loss(*leaves)
     got = []
     thread = threading.Thread(
@@ -162,7 +156,7 @@ class Nested(torch.autograd.Function):
 
 
 def test_every_op_works_in_a_thread_of_autograds_own(backend):
-    prepared = [prepare(name, backend) for name in ops.__all__]
+    prepared = [op_call(name, backend) for name in ops.__all__]
     got, threads = [], []
 
     def function():
@@ -172,7 +166,7 @@ def test_every_op_works_in_a_thread_of_autograds_own(backend):
     Nested.apply(torch.zeros((), requires_grad=True), 61, function).backward()
     assert threads != [threading.get_ident()]
     for name, x in zip(ops.__all__, got, strict=True):
-        torch.testing.assert_close(x, everything(*prepare(name, backend)), rtol=0, atol=0)
+        torch.testing.assert_close(x, everything(*op_call(name, backend)), rtol=0, atol=0)
 
 
 def test_numbers_that_change_under_torch_compile_leave_results_float32():
@@ -205,25 +199,22 @@ def test_numbers_that_change_under_torch_compile_leave_results_float32():
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)  # dtypes too
 
 
+def shifted(x):
+    """Equal tensors that lie one element further than an aligned one."""
+    if isinstance(x, tuple):
+        return tuple(map(shifted, x))
+    if isinstance(x, dict):
+        return {name: shifted(value) for name, value in x.items()}
+    if isinstance(x, torch.Tensor):
+        return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+    return x
+
+
 @pytest.mark.parametrize("name", ops.__all__)
-def test_unaligned_tensors_give_the_bits_of_aligned_ones(backend, name, monkeypatch):
-    monkeypatch.setattr(test_compiled, "V", 77)  # whole vectors and a tail
-    want = everything(*prepare(name, backend))
-    make = test_compiled.inputs
-
-    def shift(x):
-        if isinstance(x, tuple | dict):
-            return (
-                {k: shift(v) for k, v in x.items()} if isinstance(x, dict) else tuple(map(shift, x))
-            )
-        return (
-            torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
-            if isinstance(x, torch.Tensor)
-            else x
-        )
-
-    monkeypatch.setattr(test_compiled, "inputs", lambda name: shift(make(name)))
-    for x, y in zip(everything(*prepare(name, backend)), want, strict=True):
+def test_unaligned_tensors_give_the_bits_of_aligned_ones(backend, name):
+    want = everything(*op_call(name, backend, V=77))  # whole vectors and a tail
+    got = everything(*op_call(name, backend, V=77, arrange=shifted))
+    for x, y in zip(got, want, strict=True):
         assert torch.equal(x, y)
 
 
@@ -284,14 +275,15 @@ def test_no_op_waits_for_the_device(backend, name, monkeypatch):
         monkeypatch.setattr(
             sys.modules[f"rlhf_core.ops.{file}"], "values_may_be_read", lambda x: False
         )  # as on a GPU
-    leaves, loss = prepare(name, backend)
+    leaves, loss = op_call(name, backend)
     with Waits() as waits:
         everything(leaves, loss)
-    counts_masked_rows = name in (
-        "linear_token_logprobs",
-        "linear_token_statistics",
-    )  # in each pass
-    assert waits.count == 2 * counts_masked_rows
+    expected = {
+        "linear_token_logprobs": 2,  # both passes count the masked rows
+        "linear_token_statistics": 2,
+        "linear_token_loss": 1,  # backward asks whether the upstream gradient is 1
+    }
+    assert waits.count == expected.get(name, 0)
 
 
 def python(code, *args):
