@@ -1,0 +1,305 @@
+"""The commands that train: from files to files, interrupted and resumed, with adapters."""
+
+import json
+import signal
+
+import pytest
+import torch
+from helpers import PAIRS, SMALL, TEXTS, run, write
+
+from rlhf_core.models import RewardModel, Transformer
+from rlhf_core.models.lora import has_adapters
+from rlhf_core.trainers import PPOTrainer
+from rlhf_core.training.trainer import Trainer
+
+on_rows = pytest.mark.parametrize(
+    "command, rows", [("sft", TEXTS), ("reward", PAIRS), ("dpo", PAIRS)]
+)
+
+
+def config_in(folder):
+    return json.loads((folder / "train_config.json").read_text())
+
+
+def metrics_in(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def moved(folders, out, cls=Transformer):
+    """Whether the model in a folder differs from the policy."""
+    before, after = Transformer.from_pretrained(folders / "policy"), cls.from_pretrained(out)
+    return not torch.equal(after.trunk.embed.weight, before.trunk.embed.weight)
+
+
+# ---- on a file of examples
+
+
+@on_rows
+def test_a_trainer_turns_a_file_into_a_model(command, rows, folders, train, tmp_path, capsys):
+    assert train(command, rows, "--eval-fraction", 0.2, "--lr", 0.01) == 0
+    out, shown = tmp_path / "out", capsys.readouterr().out
+    assert "8 to train on, 2 held out" in shown and "eval_loss" in shown
+    assert f"written to {out}" in shown and len(metrics_in(out)) == 2
+    config = config_in(out)
+    assert config["algorithm"] == command and config["lr"] == 0.01 and config["batch_size"] == 4
+    assert moved(folders, out, RewardModel if command == "reward" else Transformer)
+    assert (out / "tokenizer_config.json").is_file()
+
+
+def test_a_reward_model_learns_from_ranked_lists_and_from_pairs_with_margins(train, capsys):
+    ranked = [
+        {"prompt": f"say {i}", "responses": ["no", "yes", "so"], "ranks": [2, 0, 1]}
+        for i in range(10)
+    ]
+    pairs = [row | {"margin": 0.5} for row in PAIRS]
+    for name, data in (("lists", ranked), ("pairs", pairs)):
+        assert train("reward", data, out=name) == 0
+        shown = capsys.readouterr().out
+        assert "9 to train on, 1 held out" in shown
+        assert "length_correlation" in shown and "score_std" in shown
+    with pytest.warns(UserWarning, match=r"centering_coef=0\.1 has no effect on ranked lists"):
+        assert train("reward", ranked, "--centering-coef", 0.1, out="centered") == 0
+
+
+def test_kto_turns_labels_into_a_model(train, tmp_path, capsys):
+    rows = [
+        {"prompt": f"say {i}", "response": " yes" if i % 2 else " no", "label": i % 2 == 1}
+        for i in range(10)
+    ]
+    assert train("kto", rows, "--eval-fraction", 0.2, "--undesirable-weight", 2) == 0
+    shown = capsys.readouterr().out
+    assert "8 to train on, 2 held out" in shown
+    assert "rewards/undesirable" in shown and "eval_loss" in shown
+    assert config_in(tmp_path / "out")["undesirable_weight"] == 2
+    Transformer.from_pretrained(tmp_path / "out")
+
+
+def test_ilql_turns_rewards_into_a_model_that_generate_reads(train, tmp_path, capsys):
+    rows = [{"prompt": f"say {i}", "response": " yes", "reward": i % 2} for i in range(10)]
+    assert train("ilql", rows) == 0
+    options = ["--prompt", "a", "--max-new-tokens", 3, "--beta", 2]
+    assert run("generate", "--model", tmp_path / "out", *options) == 0
+
+
+def test_dpo_takes_its_loss_and_warns_of_an_option_without_effect(train, tmp_path):
+    options = ["--loss", "simpo", "--average", "--beta", 2, "--gamma", 0.5]
+    assert train("dpo", PAIRS, *options) == 0
+    config = config_in(tmp_path / "out")
+    assert config["loss"] == "simpo" and config["average"] and config["gamma"] == 0.5
+    with pytest.warns(UserWarning, match=r"gamma=0\.5 has no effect on loss 'dpo'"):
+        assert train("dpo", PAIRS, "--gamma", 0.5, out="dpo") == 0
+
+
+def test_dpo_reads_reference_log_probs_that_an_earlier_run_wrote(train, tmp_path, capsys):
+    file = tmp_path / "cache" / "logprobs"
+    options = ["--reference-logprobs", file]
+    assert train("dpo", PAIRS, *options) == 0
+    written = file.read_bytes()
+    assert train("dpo", PAIRS, *options, "--seed", 1, "--beta", 0.2, out="second") == 0
+    assert file.read_bytes() == written
+    assert train("dpo", PAIRS, *options, "--precision", "bfloat16", out="third") == 2
+    assert f"{file}: made with another precision" in capsys.readouterr().err
+
+
+@on_rows
+def test_evaluation_encodes_examples_like_training(command, rows, train, tmp_path):
+    """Row 32: on the same file, cut to the same length, with the same weights: the same loss."""
+    data = write(tmp_path / "data.jsonl", rows)
+    options = ["--eval-data", data, "--lr", 1e-30, "--batch-size", 10, "--max-steps", 1]
+    assert train(command, data, *options, "--max-length", 9) == 0
+    (line,) = metrics_in(tmp_path / "out")
+    evaluated = {name: value for name, value in line.items() if name.startswith("eval_")}
+    assert "eval_loss" in evaluated and evaluated["eval_loss"] != 0
+    trained = {name: line[name.removeprefix("eval_")] for name in evaluated}
+    assert evaluated == pytest.approx(trained, abs=1e-5)
+
+
+def test_eval_data_is_evaluated_and_nothing_held_out(train, tmp_path, capsys):
+    assert train("sft", TEXTS, "--eval-data", write(tmp_path / "b.jsonl", TEXTS[:3])) == 0
+    assert "10 to train on, 3 held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--lr", "0"], "lr must be > 0"),
+        (["--eval-fraction", "1"], "--eval-fraction must be in [0, 1), got 1.0"),
+    ],
+)
+def test_an_option_out_of_range_is_named(options, message, train, tmp_path, capsys):
+    assert train("sft", TEXTS, *options) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---- adapters
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_read_by_the_next_command_and_merged(folders, train, tmp_path):
+    """SFT, then DPO of its adapters; a reward model; PPO on one trunk: every folder reads back."""
+    lora = ["--lora-rank", 2, "--lora-alpha", 4, "--lora-targets", "q_proj", "down_proj"]
+    sft, dpo, rm, ppo = (tmp_path / name for name in ("sft", "dpo", "rm", "ppo"))
+    assert train("sft", TEXTS, *lora, "--lr", 0.05, out="sft") == 0
+    config = json.loads((sft / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 4)
+    assert config["target_modules"] == ["q_proj", "down_proj"]
+    assert config["base_model_name_or_path"] == str(folders / "policy")
+    assert not (sft / "config.json").exists()
+    pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+    assert run("dpo", "--model", sft, "--data", pairs, "--out", dpo, *SMALL, "--lr", 0.05) == 0
+    assert train("reward", PAIRS, *lora, "--lr", 0.05, out="rm") == 0
+    paths = ["--model", dpo, "--reward-model", rm, "--prompts", pairs, "--out", ppo]
+    assert run("ppo", *paths, *SMALL, "--response-length", 4, "--critic", "head") == 0
+    base = Transformer.from_pretrained(folders / "policy")
+    kinds = {sft: Transformer, dpo: Transformer, rm: RewardModel, ppo: Transformer}
+    for folder, cls in kinds.items():
+        model = cls.from_pretrained(folder)
+        qkv = model.trunk.blocks[0].attn.qkv
+        assert torch.equal(qkv.weight, base.trunk.blocks[0].attn.qkv.weight)
+        assert qkv.adapters["q_proj"].lora_B.any()
+        assert run("merge", "--model", folder, "--out", tmp_path / "merged", "--overwrite") == 0
+        merged, ids = cls.from_pretrained(tmp_path / "merged"), torch.arange(3, 9)[None]
+        assert not has_adapters(merged)
+        torch.testing.assert_close(merged.trunk(ids), model.trunk(ids), rtol=0, atol=1e-5)
+    assert (ppo / "critic" / "adapter_config.json").exists()
+    assert run("generate", "--model", ppo, "--prompt", "a", "--max-new-tokens", 3) == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--lora-alpha", 4], "the --lora options need --lora-rank"),
+        (["--lora-rank", 2, "--lora-dropout", 0.1], "--lora-dropout needs --dropout"),
+        (
+            ["--lora-rank", 2, "--lora-targets", "query"],
+            "no module 'query' to adapt, only down_proj, gate_proj",
+        ),
+        (["--lora-rank", 0], "rank must be a whole number > 0, got 0"),
+    ],
+)
+def test_a_lora_option_without_what_it_needs_is_refused(options, message, train, capsys):
+    assert train("sft", TEXTS, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- interrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "ppo"])
+def test_an_interrupted_run_continues_with_resume(command, folders, tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the first of two steps. Options and model must be those of the checkpoint."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    data = write(tmp_path / "data.jsonl", TEXTS if command == "sft" else PAIRS)
+    source = ["--data", data]
+    if command == "ppo":
+        source = ["--prompts", data, "--response-length", 4, "--reward-model", folders / "reward"]
+
+    def step_twice(out, *options, model=folders / "policy"):
+        return run(command, "--model", model, *source, "--out", out, *SMALL, *options)
+
+    def fails_with(message, *options, **others):
+        assert step_twice(out, *options, **others) == 2
+        assert message in capsys.readouterr().err
+
+    rate = ("--lr", 0.05)
+    assert step_twice(whole, *rate) == 0
+    fails_with("there is no checkpoint to resume from", *rate, "--resume")
+    owner = PPOTrainer if command == "ppo" else Trainer
+    step = owner.step
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            owner, "step", lambda *args: signal.raise_signal(signal.SIGINT) or step(*args)
+        )
+        assert step_twice(out, *rate) == 130
+    error = capsys.readouterr().err
+    assert "interrupted; " in error and f"{out / 'checkpoint'}" in error and "--resume" in error
+    fails_with("written with lr=0.05, this run has 0.1", "--lr", 0.1, "--resume")
+    if command == "dpo":  # whose reference is the model that the run started from
+        fails_with("a run with different frozen weights", *rate, "--resume", model=whole)
+    assert step_twice(out, *rate, "--resume") == 0
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert len(metrics_in(out)) == 2
+    with pytest.raises(SystemExit):
+        step_twice(out, "--resume", "--overwrite")
+
+
+# ---- on prompts
+
+
+def test_ppo_turns_prompts_into_a_policy_and_a_critic(folders, sample, tmp_path, capsys):
+    """Every token ends the response, so that the options of EOS are seen."""
+    options = ["--ppo-epochs", 1, "--missing-eos-penalty", 1, "--eos-ids", *range(259)]
+    assert sample("ppo", "--reward-model", folders / "reward", *options) == 0
+    assert "objective/scores" in capsys.readouterr().out
+    out = tmp_path / "out"
+    line = metrics_in(out)[0]
+    assert line["response_length"] == 1 and line["val/num_eos_tokens"] == 4
+    assert config_in(out)["missing_eos_penalty"] == 1
+    assert Transformer.from_pretrained(out) and (out / "critic" / "model.safetensors").is_file()
+    assert run("generate", "--model", out, "--prompt", "hi", "--max-new-tokens", 2) == 0
+
+
+def test_prompts_are_read_from_json_lines_too(folders, tmp_path, capsys):
+    paths = ["--model", folders / "policy", "--reward-model", folders / "reward"]
+    paths += ["--prompts", write(tmp_path / "p.jsonl", TEXTS), "--out", tmp_path / "out"]
+    options = ["--response-length", 4, "--num-samples", 2, "--no-normalize"]
+    assert run("grpo", *paths, *SMALL, *options) == 0
+    assert f"10 prompts; written to {tmp_path / 'out'}" in capsys.readouterr().out
+    config = config_in(tmp_path / "out")
+    assert config["normalize"] is False  # an option that is on can be turned off
+
+
+RLOO = ["--num-samples", 2, "--advantage", "rloo", "--kl-coef", 0.1, "--kl-estimator", "full"]
+
+
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("a2c", []),
+        ("nlpo", []),
+        ("grpo", RLOO),
+        ("ppo", ["--reward-ensemble", "worst"]),
+        ("ppo", ["--reward-weights", 1, -0.5, "--kl-target", 3, "--whiten-scores", "running"]),
+        ("ppo", ["--process-rewards", "--reward-weights", 1, 1]),
+        ("ppo", ["--ptx-coef", 0.5]),
+    ],
+)
+def test_methods_that_sample_take_several_rewards_and_texts(
+    command, options, folders, sample, tmp_path
+):
+    reward = folders / ("process" if "--process-rewards" in options else "reward")
+    several = any("--reward" in str(option) for option in options)
+    more = ["--reward-model", *[reward] * (1 + several)]
+    more += ["--ptx-data", write(tmp_path / "texts.jsonl", TEXTS)] * ("--ptx-coef" in options)
+    assert sample(command, *more, *options) == 0
+    lines = metrics_in(tmp_path / "out")
+    assert lines and ("loss/ptx" in lines[0]) == ("--ptx-coef" in options)
+    Transformer.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "online-dpo",
+        pytest.param("iterated-dpo", marks=pytest.mark.slow),
+        pytest.param("rft", marks=pytest.mark.slow),
+    ],
+)
+def test_methods_that_choose_among_samples_turn_prompts_into_a_policy(
+    command, folders, sample, tmp_path, capsys
+):
+    options = ["--reward-model", folders / "reward", "--num-samples", 3, "--lr", 0.01]
+    assert sample(command, *options) == 0
+    out, shown = tmp_path / "out", capsys.readouterr().out
+    assert "objective/scores" in shown and f"4 prompts; written to {out}" in shown
+    config = config_in(out)
+    assert config["algorithm"] == command.replace("-", "_") and config["num_samples"] == 3
+    assert moved(folders, out)
+    assert run("generate", "--model", out, "--prompt", "hi", "--max-new-tokens", 2) == 0
+    if command != "online-dpo":
+        weights = (out / "model.safetensors").read_bytes()
+        assert sample(command, *options) == 2 and "is not empty" in capsys.readouterr().err
+        assert sample(command, *options, "--rounds", 4, "--resume") == 0
+        assert len(metrics_in(out)) == 4
+        assert (out / "model.safetensors").read_bytes() != weights
