@@ -1,19 +1,21 @@
-"""DPO and its family through the trainer: every loss is its definition, options without effect are refused."""
+"""DPO and its family through the trainer: every loss is its definition."""
 
+import copy
 import math
 
 import pytest
 import torch
-from test_trainers import accumulated, make, rows, softplus, tiny
+from helpers import accumulated, head_calls, make_trainer, rows, snapshot, softplus, tiny
 from torch.testing import assert_close
 
-from rlhf_core.ops import linear_logprobs_blocks
+from rlhf_core.data import Pair
+from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.trainers import DPOConfig
 
 
 def test_dpo_metrics_are_those_of_the_pairs_one_by_one():
     reference, batch = tiny(seed=1), rows("dpo")
-    trainer = make("dpo", others=dict(reference=reference), beta=0.3)
+    trainer = make_trainer("dpo", others=dict(reference=reference), beta=0.3)
     total, metrics, _ = accumulated(trainer, batch)
 
     def logps(model, prompt, completion):
@@ -38,11 +40,12 @@ def test_dpo_metrics_are_those_of_the_pairs_one_by_one():
     assert total == pytest.approx(metrics["loss"], abs=1e-6)
 
 
-# Each loss with what it needs, and the definition from log-ratios c, r and the chosen one's mean log-prob m.
 def log_odds(logp):
     return logp - (-logp.expm1()).log()
 
 
+# Options of each loss, and its definition from the log-ratios c and r of chosen and rejected and
+# the mean log-prob m of the chosen completion's tokens.
 FAMILY = {
     "cdpo": (
         dict(label_smoothing=0.2),
@@ -79,8 +82,9 @@ def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(
     options, definition = FAMILY[name]
     batch, options = rows("dpo"), dict(beta=0.5) | options
     without = options.get("reference_free") or options.get("loss") in ("simpo", "orpo")
-    others = {} if without else dict(reference=tiny(seed=1))
-    trainer = make("dpo", others=others, micro_batch_size=micro_batch_size, **options)
+    others = {} if without else dict(reference=tiny(seed=1, noise=0.1))
+    settings = dict(micro_batch_size=micro_batch_size, **options)
+    trainer = make_trainer("dpo", tiny(noise=0.1), others=others, **settings)
     assert (trainer.reference is None) == bool(without)
 
     def logp(model, ids, prompt, shared):
@@ -88,31 +92,109 @@ def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(
         tokens = log_p[torch.arange(len(ids)), ids]
         if options.get("average"):
             return tokens.mean(), tokens.mean()
-        return tokens[:shared].sum() + options.get("ld_alpha", 1) * tokens[
-            shared:
-        ].sum(), tokens.mean()
+        beyond = options.get("ld_alpha", 1) * tokens[shared:].sum()
+        return tokens[:shared].sum() + beyond, tokens.mean()
 
     terms, chosen = [], []
     for prompt, *completions, _, _ in batch:
         shared, ratios, means = min(map(len, completions)), [], []
         for ids in completions:
-            policy, mean = logp(trainer.model, ids, prompt, shared)
-            ratios.append(
-                policy
-                - (0 if without else logp(others["reference"], ids, prompt, shared)[0].detach())
-            )
+            ratio, mean = logp(trainer.model, ids, prompt, shared)
+            if not without:
+                ratio = ratio - logp(others["reference"], ids, prompt, shared)[0].detach()
+            ratios.append(ratio)
             means.append(mean)
         terms.append(definition(*ratios, means[0]))
         chosen.append((1.0 if options.get("loss") == "orpo" else 0.5) * ratios[0].item())
     want = torch.stack(terms).mean()
     gradients = torch.autograd.grad(want, trainer.trained_parameters())
-    monkeypatch.setattr(
-        linear_logprobs_blocks, "backward", lambda *args: pytest.fail("computed again")
-    )
+    calls = head_calls(monkeypatch, rows_at_once=20)  # so that a micro-batch has several chunks
     total, metrics, got = accumulated(trainer, batch)
+    assert len(calls) == (1 if micro_batch_size is None else 3) < sum(map(len, calls))
     assert total == pytest.approx(want.item(), rel=2e-6) == metrics["loss"]
     assert metrics["rewards/chosen"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-4)
     assert_close(got, list(gradients), rtol=1e-4, atol=2e-6)
+
+
+def test_masked_tokens_of_a_pair_are_only_context():
+    """Such as the user's turns in a conversation."""
+    pair = Pair([7, 8], [9, 10, 5, 2], [6, 2], None, [[True, False, False, True], None])
+    mask = [1.0, 0, 0, 1.0]
+    reference = tiny(seed=1)
+    trainer = make_trainer("dpo", examples=[pair], others=dict(reference=reference), beta=0.3)
+
+    def logp(model, ids, weights):
+        log_p = model(torch.tensor([pair.prompt_ids + ids]))[0, 1:-1].log_softmax(-1)
+        return log_p[torch.arange(len(ids)), ids] @ torch.tensor(weights)
+
+    ratios = [
+        logp(trainer.model, ids, weights) - logp(reference, ids, weights).detach()
+        for ids, weights in ((pair.chosen_ids, mask), (pair.rejected_ids, [1.0, 1.0]))
+    ]
+    want = softplus(-0.3 * (ratios[0] - ratios[1]))
+    gradients = torch.autograd.grad(want, trainer.trained_parameters())
+    loss, _, got = accumulated(trainer, [pair])
+    assert loss == pytest.approx(want.item(), rel=1e-5)
+    assert_close(got, list(gradients), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 3])
+@pytest.mark.parametrize("options", [{}, dict(dropout=0.3)], ids=str)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_first_loss_of_dpo_is_log_two_to_the_last_bit(micro_batch_size, options, precision):
+    """Row 27, with dropout in the model's config. A tie counts as one half accurate."""
+    settings = dict(micro_batch_size=micro_batch_size, precision=precision)
+    metrics = make_trainer("dpo", tiny(**options), **settings).step(rows("dpo"))
+    # A sum of three parts rounds.
+    assert metrics["loss"] == torch.tensor(2.0).log().item() or micro_batch_size == 3
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert metrics["rewards/margins"] == 0 and metrics["rewards/accuracies"] == 0.5
+
+
+def test_dpo_on_adapters_holds_its_weights_once_and_starts_at_log_two(monkeypatch):
+    """Rows 27, 28: the reference is the policy without its adapters, and no copy is made."""
+    model = tiny()
+    add_adapters(model, LoRAConfig())
+    before = snapshot(model)
+    monkeypatch.setattr(
+        copy, "deepcopy", lambda x, memo=None: pytest.fail(f"a copy of {type(x).__name__}")
+    )
+    trainer = make_trainer("dpo", model, lr=1e-2, micro_batch_size=3)
+    assert trainer.reference.model is model
+    assert trainer.step(rows("dpo"))["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert trainer.step(rows("dpo"))["loss"] < math.log(2) - 1e-3
+    moved = {
+        name for name, weight in snapshot(model).items() if not torch.equal(weight, before[name])
+    }
+    assert moved == {name for name in before if "lora_" in name}
+
+
+def test_in_bfloat16_adapters_learn_beside_a_reference_that_shares_their_weights():
+    """By the gradients that they get in float32."""
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        policy = tiny()
+        add_adapters(policy, LoRAConfig(rank=2))
+        trainer = make_trainer("dpo", policy, precision=precision)
+        assert trainer.reference.model is policy
+        gradients.append(
+            torch.cat([gradient.flatten() for gradient in accumulated(trainer, rows("dpo"))[2]])
+        )
+    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
+def test_dpo_learns_which_token_is_preferred():
+    others = dict(eval_examples=rows("dpo", 64, seed=1))
+    history = make_trainer(
+        "dpo", examples=rows("dpo", 64), epochs=4, lr=3e-3, batch_size=16, others=others
+    ).train()
+    assert history[0]["rewards/margins"] == 0
+    assert (
+        history[-1]["eval_rewards/accuracies"] > 0.9 and history[-1]["eval_rewards/margins"] > 0.1
+    )
+
+
+# ---- refused, or without effect
 
 
 @pytest.mark.parametrize(
@@ -129,48 +211,28 @@ def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(
         (dict(loss="orpo"), "average must be set for loss 'orpo', got False"),
         (dict(loss="robust"), "label_smoothing must be > 0 for loss 'robust'"),
         (
-            dict(ld_alpha=0.5, average=True),
-            "ld_alpha has no effect where log-probs are averaged, got 0.5",
-        ),
-        (dict(loss="orpo", average=True, beta=0.2), "beta has no effect on loss 'orpo', got 0.2"),
-        (
-            dict(loss="ipo", label_smoothing=0.1),
-            "label_smoothing has no effect on loss 'ipo', got 0.1",
-        ),
-        (
-            dict(loss="simpo", average=True, reference_free=True),
-            "reference_free has no effect on loss 'simpo'",
-        ),
-        (dict(gamma=0.1), "gamma has no effect on loss 'dpo', got 0.1"),
-        (dict(orpo_lambda=0.2), "orpo_lambda has no effect on loss 'dpo', got 0.2"),
-        (
             dict(loss="orpo", average=True, sft_coef=1.0),
-            "sft_coef has no effect on loss 'orpo', got 1.0",
+            "sft_coef must be 0: orpo has a cross-entropy term, got 1.0",
         ),
     ],
     ids=str,
 )
-def test_a_preference_option_out_of_range_or_without_effect_is_refused(options, message):
+def test_an_option_out_of_range_or_against_the_loss_is_refused(options, message):
     """Row 20."""
     with pytest.raises(ValueError, match=message):
         DPOConfig(**options)
 
 
 def test_a_reference_that_the_loss_does_not_use_is_refused():
-    for options in (dict(reference_free=True), dict(loss="simpo", average=True)):
-        with pytest.raises(ValueError, match="a reference has no effect"):
-            make("dpo", others=dict(reference=tiny(seed=1)), **options)
+    for options, named in (
+        (dict(reference_free=True), "reference_free"),
+        (dict(loss="simpo", average=True), "loss 'simpo'"),
+    ):
+        message = f"a reference was passed, but {named} compares with none"
+        with pytest.raises(ValueError, match=message):
+            make_trainer("dpo", others=dict(reference=tiny(seed=1)), **options)
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 1, 2, 3])
-@pytest.mark.parametrize("options", [{}, dict(dropout=0.3)], ids=str)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_first_loss_of_dpo_is_log_two_to_the_last_bit(micro_batch_size, options, precision):
-    """Row 27, with dropout in the model's config; before an update every pair is a tie, which counts one half."""
-    settings = dict(micro_batch_size=micro_batch_size, precision=precision)
-    metrics = make("dpo", tiny(**options), **settings).step(rows("dpo"))
-    assert (
-        metrics["loss"] == torch.tensor(2.0).log().item() or micro_batch_size == 3
-    )  # a sum of 3 rounds
-    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
-    assert metrics["rewards/margins"] == 0 and metrics["rewards/accuracies"] == 0.5
+def test_pairs_that_are_all_identical_are_refused():
+    with pytest.raises(ValueError, match="chosen and rejected are identical in all 2 pairs"):
+        make_trainer("dpo", examples=[Pair([3], [4, 2], [4, 2])] * 2)

@@ -1,10 +1,11 @@
-"""Reward models of steps, and reward models that start from reward models."""
+"""Reward models of pairs, ranked lists and steps, and reward models that start from reward models."""
 
 import json
+import random
 
 import pytest
 import torch
-from test_trainers import accumulated, tiny
+from helpers import accumulated, input_shapes, make_trainer, rows, snapshot, softplus, tiny
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.testing import assert_close
 
@@ -21,11 +22,239 @@ from rlhf_core.data import (
     read_comparisons,
     step_ends,
 )
+from rlhf_core.data.quality import length_bias
 from rlhf_core.losses import process_reward_loss
-from rlhf_core.models import RewardModel, Transformer
+from rlhf_core.models import RewardModel, Transformer, ValueModel
+from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.trainers import RewardConfig, RewardTrainer
 
-FOLDERS = ["tokenizers/gpt2", "tokenizers/minimind", "models/stories260k"]
+# ---- pairs
+
+
+def test_reward_metrics_are_those_of_the_pairs_one_by_one():
+    trainer, batch = make_trainer("reward"), rows("reward")
+    total, metrics, _ = accumulated(trainer, batch)
+
+    def score(ids):
+        return trainer.model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)).item()
+
+    scores = torch.tensor([[score(p + c), score(p + r)] for p, c, r, *_ in batch])
+    margin = scores[:, 0] - scores[:, 1]
+    want = dict(
+        accuracy=(margin > 0).float().mean(), margin=margin.mean(), mean_reward=scores.mean(),
+        loss=torch.nn.functional.softplus(-margin).mean(),
+    )  # fmt: skip
+    for name, value in want.items():
+        assert metrics[name] == pytest.approx(value.item(), abs=1e-5), name
+    assert total == pytest.approx(metrics["loss"], abs=1e-6)
+
+
+# Each loss with what it needs, and the definition from the scores and the pair's margin.
+REWARD_LOSSES = {
+    "bradley-terry": ({}, lambda c, r, margin: softplus(r - c + (margin or 0))),
+    "smoothed": (
+        dict(label_smoothing=0.2),
+        lambda c, r, margin: (
+            0.8 * softplus(r - c + (margin or 0)) + 0.2 * softplus(c - r - (margin or 0))
+        ),
+    ),
+    "hinge": (
+        dict(loss="margin_ranking"),
+        lambda c, r, m: (r - c + (1 if m is None else m)).clamp_min(0),
+    ),
+    "centred": (
+        dict(centering_coef=0.3),
+        lambda c, r, margin: softplus(r - c + (margin or 0)) + 0.3 * (c + r) ** 2,
+    ),
+}
+
+
+def scored(model, ids):
+    return model(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))[0]
+
+
+@pytest.mark.parametrize("margins", [False, True])
+@pytest.mark.parametrize("name", REWARD_LOSSES)
+def test_every_loss_of_pairs_is_its_definition(name, margins):
+    options, definition = REWARD_LOSSES[name]
+    batch = [
+        p._replace(margin=i / 2 if margins and i % 3 else None)
+        for i, p in enumerate(rows("reward"))
+    ]
+    trainer = make_trainer("reward", micro_batch_size=3, **options)
+    terms = [
+        definition(*(scored(trainer.model, p.prompt_ids + x) for x in p[1:3]), p.margin)
+        for p in batch
+    ]
+    want = torch.stack(terms).mean()
+    total, metrics, got = accumulated(trainer, batch)
+    assert total == pytest.approx(want.item(), rel=5e-6) and metrics["loss"] == pytest.approx(
+        total, rel=1e-6
+    )
+    assert_close(
+        got, list(torch.autograd.grad(want, trainer.trained_parameters())), rtol=1e-4, atol=2e-6
+    )
+
+
+def test_a_reward_model_learns_which_token_is_preferred():
+    others = dict(eval_examples=rows("reward", 64, seed=1))
+    history = make_trainer(
+        "reward", examples=rows("reward", 128), epochs=4, lr=1e-2, batch_size=16, others=others
+    ).train()
+    assert history[-1]["eval_accuracy"] > 0.9 and history[-1]["eval_margin"] > 1
+
+
+def test_in_bfloat16_scores_have_more_digits_than_bfloat16():
+    trainer, seen = make_trainer("reward", precision="bfloat16"), []
+    trainer.model.score.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    trainer.step(rows("reward"))
+    assert seen[0].dtype == torch.float32 and (seen[0] != seen[0].bfloat16().float()).any()
+
+
+# ---- ranked lists
+
+
+def lists(n=8, seed=0, sizes=(2, 5)):
+    """The more often a completion holds a 5, the better it is."""
+    rng = random.Random(seed)
+    stuff = [
+        [[5] * (4 - i) + [6] * i + [2] for i in range(rng.randrange(*sizes))] for _ in range(n)
+    ]
+    return [Ranked([rng.randrange(7, 12)], completions) for completions in stuff]
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
+def test_the_loss_of_a_ranked_list_compares_each_item_with_all_below_it(micro_batch_size):
+    batch = lists()
+    trainer, terms, correct = (
+        make_trainer("reward", examples=batch, micro_batch_size=micro_batch_size),
+        [],
+        [],
+    )
+    for prompt, completions in batch:
+        scores = torch.stack([scored(trainer.model, prompt + ids) for ids in completions])
+        terms.append(-sum(scores[i:].log_softmax(0)[0] for i in range(len(scores))))
+        correct += [float(a > b) for i, a in enumerate(scores) for b in scores[i + 1 :]]
+    want = torch.stack(terms).mean()
+    total, metrics, got = accumulated(trainer, batch)
+    assert total == pytest.approx(want.item(), rel=5e-6)
+    assert metrics["accuracy"] == pytest.approx(sum(correct) / len(correct))
+    assert_close(
+        got, list(torch.autograd.grad(want, trainer.trained_parameters())), rtol=1e-4, atol=2e-6
+    )
+
+
+def test_ranked_lists_of_two_are_pairs():
+    pairs = rows("reward")
+    twos = [Ranked(p, [c, r]) for p, c, r, *_ in pairs]
+    got, want = (
+        accumulated(make_trainer("reward", examples=twos), twos),
+        accumulated(make_trainer("reward"), pairs),
+    )
+    assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_ranked_list_takes_one_forward_and_its_prompt_is_computed_once():
+    batch = [Ranked([7] * 12, [[5, 2], [6, 2], [8, 2]])] * 2
+    trainer = make_trainer("reward", examples=batch)
+    shapes = input_shapes(trainer.model.trunk)
+    trainer.step(batch)
+    assert shapes == [(2, 18)]
+
+
+def test_a_reward_model_learns_ranked_lists():
+    others = dict(eval_examples=lists(16, seed=1))
+    history = make_trainer("reward", examples=lists(64), epochs=4, lr=1e-2, others=others).train()
+    assert history[-1]["eval_accuracy"] > 0.9
+
+
+# ---- after the last step
+
+
+@pytest.mark.parametrize("examples", [rows("reward", 12), lists(12)], ids=["pairs", "lists"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "adapters"])
+def test_scores_are_normalized_over_the_training_data_also_in_the_saved_model(
+    examples, adapters, tmp_path
+):
+    """To mean 0 and standard deviation 1; the saved model scores the same."""
+    model, out = tiny(RewardModel), tmp_path / "run"
+    if adapters:
+        model.save_pretrained(tmp_path / "base")
+        add_adapters(model, LoRAConfig(rank=2, base=str(tmp_path / "base")))
+    trainer = make_trainer("reward", model, examples, dict(out=out), lr=1e-2, batch_size=5)
+    last = trainer.train()[-1]
+    sequences = [
+        row[0] + ids
+        for row in examples
+        for ids in (row.completions_ids if isinstance(row, Ranked) else row[1:3])
+    ]
+    for scorer in (model, RewardModel.from_pretrained(out)):
+        scores = torch.cat([scored(scorer, ids)[None] for ids in sequences]).double()
+        assert_close(scores.mean().item(), 0.0, rtol=0, atol=1e-6)
+        assert_close(scores.std(correction=0).item(), 1.0, rtol=0, atol=1e-6)
+    # Back to the scores that were trained.
+    model.normalize(-last["score_mean"] / last["score_std"], 1 / last["score_std"])
+    scores = torch.cat([scored(model, ids)[None] for ids in sequences])
+    assert_close(scores.mean().item(), last["score_mean"], rtol=0, atol=1e-5)
+    assert last["score_std"] != pytest.approx(1, abs=0.01)
+
+
+def test_scores_are_normalized_without_dropout():
+    examples = rows("reward")
+    trainer = make_trainer("reward", tiny(RewardModel, dropout=0.3), examples, dropout=True)
+    trainer.train()
+    trainer.model.eval()
+    scores = torch.cat(
+        [scored(trainer.model, p.prompt_ids + ids)[None] for p in examples for ids in p[1:3]]
+    )
+    assert_close(scores.mean().item(), 0.0, rtol=0, atol=1e-6)
+
+
+def test_a_normalized_reward_model_becomes_a_critic_and_trains_again(tmp_path):
+    model = tiny(RewardModel)
+    model.normalize(0.3, 2.0)
+    model.normalize(-1.0, 0.5)  # once more, on top
+    critic = ValueModel.from_model(model)
+    ids = torch.tensor([[7, 8, 9]]), torch.ones(1, 3, dtype=torch.bool)
+    want = (scored(tiny(RewardModel), [7, 8, 9]) - 0.3) / 2 * 2 + 2
+    assert_close(scored(model, [7, 8, 9]), want)
+    assert_close(critic(*ids)[0, -1], want)
+    critic.save_pretrained(tmp_path)
+    assert_close(ValueModel.from_pretrained(tmp_path)(*ids), critic(*ids), rtol=0, atol=0)
+    make_trainer("reward", model).train()
+    assert "score.bias" in snapshot(model)
+
+
+def test_scores_equal_up_to_rounding_are_only_centred():
+    model = tiny(RewardModel)
+    model.normalize(-100.0, 1.0)  # a bias of 100, beside which the head's own part rounds
+    model.score.weight.data.fill_(1e-6)
+    last = make_trainer("reward", model, [Pair([7], [5, 2], [6, 2])] * 2, lr=1e-30).train()[-1]
+    assert last["score_std"] == 0 and last["score_mean"] == pytest.approx(100)
+    assert abs(scored(model, [7, 5, 2])) < 1e-4 and "length_correlation" not in last
+
+
+def test_length_bias_is_that_of_the_held_out_examples():
+    """A score that is the length of the completion: every shorter one loses."""
+    pairs = [
+        Pair([7], [5, 5, 2], [6, 2]),
+        Pair([7], [5, 2], [6, 6, 6, 2]),
+        Pair([7], [5, 2], [6, 2]),
+    ]
+    ranked = [Ranked([7], [[5, 2], [6, 6, 2], [2]])]
+    assert length_bias(pairs, torch.tensor([3.0, 2, 2, 4, 2, 2])) == {
+        "length_correlation": pytest.approx(1), "accuracy_where_shorter_won": 0
+    }  # fmt: skip
+    assert length_bias(pairs, torch.tensor([0.0, 0, 1, 0, 0, 0]))["accuracy_where_shorter_won"] == 1
+    assert length_bias(ranked, torch.tensor([2.0, 3, 1]))["accuracy_where_shorter_won"] == 0
+    assert length_bias(pairs[2:], torch.tensor([0.0, 1])) == {}
+    trainer = make_trainer("reward", others=dict(eval_examples=pairs[:1]))
+    assert "accuracy_where_shorter_won" not in trainer.train()[-1]
+    trainer = make_trainer("reward", others=dict(eval_examples=pairs))
+    assert "accuracy_where_shorter_won" in trainer.train()[-1]
+
+
+# ---- steps
 
 
 def solutions():
@@ -52,17 +281,14 @@ def solutions():
     return rows
 
 
-def make(examples=None, model=None, eval_examples=(), **config):
+def make_steps(examples=None, model=None, eval_examples=(), **config):
     config = RewardConfig(**(dict(batch_size=12, lr=3e-3) | config))
     return RewardTrainer(
         model or tiny(RewardModel), examples or solutions(), config, eval_examples=eval_examples
     )
 
 
-# ---- the loss of steps
-
-
-def test_the_process_loss_is_binary_cross_entropy_with_its_closed_form():
+def test_the_loss_of_steps_is_binary_cross_entropy_with_its_closed_form():
     scores = torch.tensor(
         [0.0, 1.5, -2.0, 400.0, -400.0, 0.3], dtype=torch.float64, requires_grad=True
     )
@@ -74,11 +300,9 @@ def test_the_process_loss_is_binary_cross_entropy_with_its_closed_form():
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 5])
-def test_the_loss_of_a_batch_is_the_mean_over_its_steps_each_read_where_it_ends(micro_batch_size):
+def test_the_loss_of_steps_is_their_mean_and_each_step_is_read_where_it_ends(micro_batch_size):
     batch, model, terms, hits = solutions(), tiny(RewardModel), [], []
-    batch = [
-        row._replace(labels=[0.25, *row.labels[1:]]) for row in batch
-    ]  # a share, wrong rather than right
+    batch = [row._replace(labels=[0.25, *row.labels[1:]]) for row in batch]  # also a soft label
     for row in batch:
         ends = [i for i, ending in enumerate(row.completion_mask) if ending]
         for end, label in zip(ends, row.labels, strict=True):
@@ -88,7 +312,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_steps_each_read_where_it_ends(
             hits.append((score > 0).item() == (label > 0.5))
     want = torch.stack(terms).mean()
     gradients = torch.autograd.grad(want, list(model.parameters()))
-    loss, metrics, got = accumulated(make(micro_batch_size=micro_batch_size), batch)
+    loss, metrics, got = accumulated(make_steps(micro_batch_size=micro_batch_size), batch)
     assert loss == pytest.approx(want.item(), rel=1e-5) and metrics["loss"] == pytest.approx(
         loss, rel=1e-5
     )
@@ -100,7 +324,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_steps_each_read_where_it_ends(
 
 
 def test_steps_are_learned_and_their_scores_stay_log_odds():
-    trainer = make(eval_examples=solutions(), epochs=60, lr=1e-2)
+    trainer = make_steps(eval_examples=solutions(), epochs=60, lr=1e-2)
     last = trainer.train()[-1]
     assert last["eval_accuracy"] == 1.0 and "score_mean" not in last
     assert trainer.model.score.bias is None
@@ -108,45 +332,65 @@ def test_steps_are_learned_and_their_scores_stay_log_odds():
     assert after["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
 
 
+# ---- refused, or without effect
+
+
 @pytest.mark.parametrize(
-    "option, value", [("loss", "margin_ranking"), ("label_smoothing", 0.1), ("centering_coef", 0.1)]
+    "options, examples, message",
+    [
+        (
+            dict(loss="hinge"),
+            None,
+            "loss must be one of bradley_terry, margin_ranking, got 'hinge'",
+        ),
+        (dict(label_smoothing=0.5), None, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+        (dict(centering_coef=-1), None, "centering_coef must be at least 0, got -1"),
+        (
+            dict(loss="margin_ranking"),
+            lists(2),
+            "loss must be the default on ranked lists, got 'margin_ranking'",
+        ),
+        (
+            {},
+            [*lists(2), *rows("reward")],
+            "the examples are pairs and ranked lists; train and evaluate on one kind",
+        ),
+    ],
+    ids=lambda x: str(x)[:40],
 )
-def test_options_of_pairs_are_refused_for_steps(option, value):
-    with pytest.raises(
-        ValueError, match=f"{option} has no effect on solutions in steps, got '?{value}"
-    ):
-        make(**{option: value})
+def test_an_option_out_of_range_is_refused(options, examples, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer("reward", examples=examples, **options)
 
 
-def test_steps_beside_pairs_are_refused():
-    with pytest.raises(ValueError, match="there are pairs and solutions in steps"):
-        make([*solutions(), Pair([3], [5, 2], [6, 2])])
+def test_a_loss_of_pairs_is_refused_for_steps():
+    with pytest.raises(ValueError, match="loss must be the default on solutions in steps"):
+        make_steps(loss="margin_ranking")
+
+
+def test_steps_mixed_with_pairs_are_refused():
+    with pytest.raises(ValueError, match="the examples are pairs and solutions in steps"):
+        make_steps([*solutions(), Pair([3], [5, 2], [6, 2])])
 
 
 @pytest.mark.parametrize("row", [Pair([3], [5, 2], [5, 2]), Ranked([3], [[5], [5], [5]])])
-def test_completions_that_are_all_alike_are_refused(row):
-    with pytest.raises(ValueError, match=r"of none of the 2 .* do the completions differ"):
-        make([row, row])
-    make(
-        [
-            row,
-            row._replace(
-                **{row._fields[1]: [[5], [6], [5]] if isinstance(row, Ranked) else [9, 2]}
-            ),
-        ]
-    )
+def test_completions_that_are_all_identical_are_refused(row):
+    with pytest.raises(ValueError, match=r"identical in all 2 (pairs|ranked lists)"):
+        make_steps([row, row])
+    completions = [[5], [6], [5]] if isinstance(row, Ranked) else [9, 2]
+    make_steps([row, row._replace(**{row._fields[1]: completions})])
 
 
 # ---- from files to steps
+
+FOLDERS = ["tokenizers/gpt2", "tokenizers/minimind", "models/stories260k"]
 
 
 @pytest.mark.parametrize("kind", ["bytes", *FOLDERS])
 @pytest.mark.parametrize(
     "steps", [["a = 1.", "b = 2", "so: c."], [" x ", "\ty\t ", "  中文  "], ["only"]]
 )
-def test_a_step_ends_where_its_newline_is_and_the_last_one_with_the_completion(
-    kind, steps, request
-):
+def test_a_step_ends_at_its_newline_and_the_last_one_with_the_completion(kind, steps, request):
     bytes_only = kind == "bytes"
     tokenizer = (
         ByteTokenizer()
@@ -177,13 +421,13 @@ def test_a_step_ends_where_its_newline_is_and_the_last_one_with_the_completion(
         ("", ""),
     ],
 )
-def test_a_step_is_a_line_that_is_not_blank_and_has_an_end(text, steps):
+def test_a_step_is_a_nonblank_line_that_ends(text, steps):
     """\0 is the EOS."""
     ids = [258 if letter == "\0" else ord(letter) for letter in text]
     assert step_ends(ids, ByteTokenizer()) == [end == "1" for end in steps]
 
 
-def test_a_token_may_hold_the_end_of_one_step_and_the_start_of_the_next_and_an_end_is_no_text():
+def test_one_token_may_end_a_step_and_start_the_next():
     class Words:
         words, eos_ids = ("a", "\n", "\nb", " \n\n", "<end>"), (4,)
 
@@ -213,7 +457,7 @@ def test_steps_that_end_beyond_max_length_do_not_count():
         encode_preference(solution, ByteTokenizer(), 4)
 
 
-def test_a_conversations_steps_are_those_of_the_assistants_turn():
+def test_the_steps_of_a_conversation_are_those_of_the_assistants_turn():
     prompt = [{"role": "user", "content": "Solve\nit"}]
     row = encode_preference(Solution(prompt, ["a", "b"], [1.0, 0.0]), ByteTokenizer(), 64)
     assert row.completion_mask == [False, True, False, True]
@@ -223,7 +467,7 @@ def test_a_conversations_steps_are_those_of_the_assistants_turn():
 GOOD = {"prompt": "p", "steps": ["a\n", "b"], "labels": [True, 0]}
 
 
-def test_solutions_are_read_with_labels_of_any_spelling(tmp_path):
+def test_solutions_are_read_with_labels_of_every_spelling(tmp_path):
     file = tmp_path / "steps.jsonl"
     shares = {
         "messages": [{"role": "user", "content": "p"}],
@@ -264,6 +508,8 @@ def test_a_bad_solution_names_its_field(change, message, tmp_path):
 # ---- on the command line, from a model and from a reward model
 
 PAIRS = [{"prompt": f"say {i}", "chosen": "yes", "rejected": f"no{i}"} for i in range(10)]
+
+
 STEPS = [
     {"prompt": f"say {i}", "steps": ["yes", "no", "yes"], "labels": [True, False, True]}
     for i in range(10)
@@ -311,7 +557,7 @@ def test_the_command_learns_steps_from_a_file(policy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-rank", 2]])
-def test_a_reward_model_goes_on_learning_with_trunk_and_head(lora, policy, tmp_path, capsys):
+def test_a_reward_model_trains_further_with_its_trunk_and_head(lora, policy, tmp_path, capsys):
     """Preference model pretraining: what a first run left, its normalisation too, is where a second one begins."""
     assert train(tmp_path, policy, PAIRS, "first", "--lr", 0.01, "--epochs", 2) == 0
     assert (
@@ -340,7 +586,7 @@ def test_a_folder_without_a_model_is_named(policy, tmp_path, capsys):
     assert f"{policy / 'config.json'}: no such file; --model" in capsys.readouterr().err
 
 
-def test_adapters_that_make_a_reward_model_go_on_learning(policy, tmp_path):
+def test_the_adapters_of_a_reward_model_train_further(policy, tmp_path):
     assert train(tmp_path, policy, PAIRS, "first", "--lora-rank", 2, "--lr", 0.01) == 0
     assert train(tmp_path, tmp_path / "first", PAIRS, "second", "--lr", 1e-12) == 0
     first, second = (RewardModel.from_pretrained(tmp_path / name) for name in ("first", "second"))
