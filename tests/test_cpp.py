@@ -119,9 +119,9 @@ def test_best_isa_is_the_default():
 
 @pytest.mark.parametrize("isa", ISAS[:-1])  # this process tests the best one
 def test_other_isas_match_float64(isa):
-    names = ("cpp", "kl", "gae", "policy_loss", "decode_attention", "sampling", "rms_norm")
-    names += ("packed_decode",)
-    files = [str(next(Path(__file__).parent.rglob(f"test_{name}.py"))) for name in names]
+    ops = ("kl", "gae", "policy_loss", "decode_attention", "sampling", "rms_norm")
+    files = ["test_cpp.py", "models/test_packed_decode.py", *(f"ops/test_{op}.py" for op in ops)]
+    files = [str(Path(__file__).parent / file) for file in files]
     code = f"""
 import pytest, rlhf_core.cpp
 assert rlhf_core.cpp.isa() == {isa!r}
