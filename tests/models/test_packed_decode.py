@@ -10,7 +10,7 @@ from rlhf_core.models import KVCache, Transformer, TransformerConfig
 from rlhf_core.models import packed_decode as module
 from rlhf_core.models.lagging import lagging_copy
 from rlhf_core.models.lora import LoRAConfig, adapters_off, add_adapters
-from rlhf_core.models.packed_decode import packed
+from rlhf_core.models.packed_decode import PackedModel, packed_for_decoding
 
 pytestmark = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 S = 40
@@ -29,6 +29,12 @@ KINDS = {
     ),
     "scaled positions": dict(rope_theta=100.0, rope_scaling={"rope_type": "linear", "factor": 2.0}),
 }
+
+
+def packed(model):
+    """The packed form of a model, or None if the model itself decodes."""
+    with packed_for_decoding(model) as fast:
+        return fast if isinstance(fast, PackedModel) else None
 
 
 @torch.no_grad()
@@ -249,7 +255,7 @@ def test_what_it_does_not_compute_is_left_to_the_modules(backend, monkeypatch):
 def test_generate_takes_it_and_gives_what_the_modules_give(backend, monkeypatch):
     model, ids = make(), torch.randint(67, (20, 5))
     options = dict(max_new_tokens=30, eos_ids=(1, 2, 3, 4), seeds=torch.arange(20))
-    monkeypatch.setattr(generation, "packed", lambda model: None)
+    monkeypatch.setattr(module, "MOST_WEIGHTS", 0)
     want = generation.generate(model, ids, **options)
     monkeypatch.undo()
     monkeypatch.setattr(Transformer, "decode", None)
