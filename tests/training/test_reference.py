@@ -1,4 +1,4 @@
-"""A reference's log-probs in a file: what training makes of them is what it makes of the reference itself."""
+"""The reference: a frozen model, or its log-probs in a file."""
 
 import copy
 import random
@@ -6,35 +6,35 @@ import re
 
 import pytest
 import torch
-from test_trainers import accumulated
+from helpers import accumulated, make_trainer, rows, tiny
 from torch.testing import assert_close
 
+from rlhf_core.algorithms import dpo
 from rlhf_core.data import Pair
-from rlhf_core.models import Transformer, TransformerConfig
 from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
 from rlhf_core.trainers import DPOConfig, DPOTrainer
-from rlhf_core.trainers import dpo as dpo_module
+from rlhf_core.training.reference import frozen_copy
+
+
+def test_a_frozen_copy_shares_no_weight_and_takes_no_gradient():
+    model = tiny().train()
+    copy = frozen_copy(model)
+    model.trunk.embed.weight.data.zero_()
+    assert copy.trunk.embed.weight.any() and not copy.training and model.training
+    assert not any(p.requires_grad for p in copy.parameters())
+
+
+def test_a_given_reference_is_used_without_its_dropout():
+    policy, reference = tiny(dropout=0.3), tiny(dropout=0.3).train()
+    trainer = make_trainer("dpo", policy, others=dict(reference=reference))
+    assert trainer.reference.model is reference
+    assert trainer.step(rows("dpo"))["rewards/margins"] == 0 and reference.training
+    with pytest.raises(ValueError, match="the reference is the policy itself"):
+        make_trainer("dpo", policy, others=dict(reference=policy))
+
 
 LOG_2 = torch.tensor(2.0).log().item()
-
-
-@torch.no_grad()
-def tiny(seed=0, **options):
-    torch.manual_seed(seed)
-    sizes = dict(
-        vocab_size=12,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        max_positions=32,
-        eos_ids=(2,),
-        pad_id=0,
-    )
-    model = Transformer(TransformerConfig(**(sizes | options)))
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 def pairs(n=10, seed=0):
@@ -58,13 +58,13 @@ def make(file, model=None, examples=None, reference=None, eval_examples=(), out=
 
 def calls(monkeypatch, model):
     """How often the model's log-probs are asked for from now on."""
-    real, seen = dpo_module.target_logprobs, []
+    real, seen = dpo.target_logprobs, []
 
     def counted(asked, *arguments, **options):
         seen.extend([1] * (asked is model))
         return real(asked, *arguments, **options)
 
-    monkeypatch.setattr(dpo_module, "target_logprobs", counted)
+    monkeypatch.setattr(dpo, "target_logprobs", counted)
     return seen
 
 
@@ -83,7 +83,7 @@ def calls(monkeypatch, model):
 def test_cached_log_probs_are_the_recomputed_ones_in_any_order(
     options, micro_batch_size, tmp_path, monkeypatch
 ):
-    """Row 27: one file, which knows tokens, for every loss; read by a run that shuffles and splits otherwise."""
+    """Row 27: one file of token log-probs serves every loss, in another order and other splits."""
     reference, batch = tiny(seed=1), pairs()
     make(tmp_path / "logprobs", reference=reference)
     seen = calls(monkeypatch, reference)
@@ -107,7 +107,7 @@ def test_cached_log_probs_are_the_recomputed_ones_in_any_order(
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
 def test_the_first_loss_is_log_2_to_the_last_bit(precision, micro_batch_size, tmp_path):
-    for _ in range(2):  # that made the file, and that reads it
+    for _ in range(2):  # the first trainer writes the file, the second reads it
         trainer = make(
             tmp_path / "logprobs", precision=precision, micro_batch_size=micro_batch_size
         )
@@ -144,8 +144,8 @@ def test_evaluation_examples_are_in_the_file(tmp_path):
     make(tmp_path / "logprobs", examples=held_out)
 
 
-def test_adapters_share_the_file_of_their_base_until_they_have_learned(tmp_path):
-    """What changes nothing is not in the digest; what does, is."""
+def test_adapters_share_the_file_of_their_base_until_they_change_it(tmp_path):
+    """The digest covers adapters only if they change the model."""
     make(tmp_path / "logprobs")
     adapted = tiny()
     add_adapters(adapted, LoRAConfig(rank=2))
@@ -160,20 +160,20 @@ def test_adapters_share_the_file_of_their_base_until_they_have_learned(tmp_path)
     [
         (
             dict(model=tiny(seed=2)),
-            r"made with another reference, [0-9a-f]{12}, not [0-9a-f]{12}; remove the file",
+            r"made with another reference \([0-9a-f]{12}, now [0-9a-f]{12}\)\. Remove the file",
         ),
         (dict(reference=tiny(seed=2)), "made with another reference"),
         (dict(model=tiny(rope_theta=500.0)), "made with another reference"),
-        (dict(precision="bfloat16"), "made with another precision, float32, not bfloat16"),
+        (dict(precision="bfloat16"), r"made with another precision \(float32, now bfloat16\)"),
         (
             dict(examples=[*pairs(), pairs(1, seed=5)[0]]),
-            r"made of other examples, without example 10: Pair\(",
+            r"no log-probs of example 10, Pair\(.*made from other data",
         ),
-        (dict(eval_examples=pairs(2, seed=5)), "made of other examples, without example 10"),
+        (dict(eval_examples=pairs(2, seed=5)), "no log-probs of example 10, "),
     ],
     ids=["policy", "reference", "config", "precision", "example", "evaluation example"],
 )
-def test_a_file_of_something_else_is_refused_by_name(change, message, tmp_path):
+def test_a_file_of_another_model_or_other_data_is_refused(change, message, tmp_path):
     make(tmp_path / "logprobs")
     make(tmp_path / "logprobs")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "logprobs")) + ": " + message):
@@ -187,7 +187,9 @@ def test_a_damaged_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="logprobs: cannot be read, damaged or cut short"):
         make(file)
     write_tensors(file, {"x": torch.zeros(1)})
-    with pytest.raises(ValueError, match="a safetensors file, but not of a reference's log-probs"):
+    with pytest.raises(
+        ValueError, match="this safetensors file does not hold a reference's log-probs"
+    ):
         make(file)
 
 
@@ -211,16 +213,16 @@ def test_a_file_whose_parts_do_not_fit_together_is_refused(name, change, tmp_pat
         tmp_path / "logprobs", tensors | {name: change(tensors[name]).contiguous()}, header
     )
     with pytest.raises(
-        ValueError, match=r"logprobs: damaged: keys of shape .*, log-probs of shape"
+        ValueError, match=r"logprobs: the file is damaged: keys of shape .*, log-probs of shape"
     ):
         make(tmp_path / "logprobs")
 
 
-def test_an_example_is_known_by_its_tokens_and_which_of_them_count(tmp_path, monkeypatch):
+def test_an_example_is_identified_by_its_tokens_and_their_mask(tmp_path, monkeypatch):
     batch = pairs()
     want = make(tmp_path / "logprobs", examples=batch).train()
     monkeypatch.setattr(
-        dpo_module.DPOTrainer, "_compute_reference_logprobs", lambda *_: pytest.fail("computed")
+        dpo.DPOTrainer, "_compute_reference_logprobs", lambda *_: pytest.fail("computed")
     )
     for same in (
         [pair._replace(margin=float(i)) for i, pair in enumerate(batch)],
@@ -230,12 +232,12 @@ def test_an_example_is_known_by_its_tokens_and_which_of_them_count(tmp_path, mon
         got = make(tmp_path / "logprobs", examples=same).train()
         assert [line["loss"] for line in got] == [line["loss"] for line in want]
     masked = batch[0]._replace(masks=[None, [False] * len(batch[0].rejected_ids)])
-    with pytest.raises(ValueError, match="made of other examples, without example 0"):
+    with pytest.raises(ValueError, match="no log-probs of example 0, "):
         make(tmp_path / "logprobs", examples=[masked, *batch[1:]])
 
 
-def test_a_run_that_was_stopped_goes_on_from_the_file(tmp_path):
-    """Row 31: also from a copy of it; not where run and file are of another model, though nothing of it is held."""
+def test_a_stopped_run_resumes_with_the_file(tmp_path):
+    """Row 31: also if the file has moved, but not with the file of another reference."""
     options = dict(epochs=2, lr_schedule="constant")
     want = make(tmp_path / "logprobs", **options).train()
     make(tmp_path / "logprobs", max_steps=3, save_every=3, out=tmp_path / "run", **options).train()
@@ -244,7 +246,7 @@ def test_a_run_that_was_stopped_goes_on_from_the_file(tmp_path):
     resumed.resume()
     assert [row["loss"] for row in resumed.train()] == [row["loss"] for row in want]
     with pytest.raises(
-        ValueError, match=r"of a run with reference='[0-9a-f]{64}', not '[0-9a-f]{64}'"
+        ValueError, match=r"written with reference='[0-9a-f]{64}', this run has '[0-9a-f]{64}'"
     ):
         make(tmp_path / "of another", tiny(seed=2), out=tmp_path / "run", **options).resume()
 
@@ -254,23 +256,18 @@ def test_a_run_that_was_stopped_goes_on_from_the_file(tmp_path):
     [
         (
             dict(loss="simpo", average=True),
-            "reference_logprobs has no effect on loss 'simpo', got 'file'",
+            "reference_logprobs must be unset: loss 'simpo' has no reference, got 'file'",
         ),
         (
             dict(loss="orpo", average=True),
-            "reference_logprobs has no effect on loss 'orpo', got 'file'",
+            "reference_logprobs must be unset: loss 'orpo' has no reference, got 'file'",
         ),
         (
             dict(reference_free=True),
-            "reference_logprobs has no effect with reference_free, got 'file'",
+            "reference_logprobs must be unset with reference_free",
         ),
     ],
 )
 def test_a_file_that_the_loss_does_not_use_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DPOConfig(reference_logprobs="file", **options)
-
-
-def test_pairs_that_are_all_alike_are_refused():
-    with pytest.raises(ValueError, match="of none of the 2 pairs do the completions differ"):
-        make(None, examples=[Pair([3], [4, 2], [4, 2])] * 2)
