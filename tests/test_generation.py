@@ -502,27 +502,6 @@ def test_dropout_is_off_while_sampling_and_the_mode_comes_back(training, monkeyp
     assert model.training == training  # also after an error
 
 
-def test_packed_weights_give_the_same_and_leave_the_model_as_it_was(monkeypatch):
-    """Pack weights of every size. The rows drop to one, so every number of rows is covered."""
-    model, ids = tiny("gpt2", tie_embeddings=False), torch.tensor([PROMPTS[0]] * 20)
-    options = dict(max_new_tokens=14, eos_ids=(2, 3), seeds=torch.arange(20))
-    want = generate(model, ids, **options)
-    monkeypatch.setattr(generation, "PACKED_FROM", 0)
-    packed, make = [], generation._packed_linear
-    monkeypatch.setattr(
-        generation,
-        "_packed_linear",
-        lambda weight, bias: packed.append(weight) or make(weight, bias),
-    )
-    got = generate(model, ids, **options)
-    assert len(packed) == 4 * 2 + 1 and packed[-1] is model.head_weight
-    assert torch.equal(got.response_ids, want.response_ids)
-    assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
-    assert not any(
-        "forward" in module.__dict__ or "logits" in module.__dict__ for module in model.modules()
-    )
-
-
 # ---- a real model
 
 
@@ -531,8 +510,7 @@ def stories(data_dir):
     return data_dir / "models" / "stories260k"
 
 
-def test_greedy_is_what_transformers_generates(stories):
-    transformers = pytest.importorskip("transformers")
+def test_greedy_is_what_transformers_generates(stories, transformers):
     ids = torch.randint(3, 500, (4, 9), generator=seeded())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(stories)
     want = theirs.generate(
@@ -548,8 +526,7 @@ def test_greedy_is_what_transformers_generates(stories):
     )
 
 
-def test_a_penalty_is_that_of_transformers(stories):
-    transformers = pytest.importorskip("transformers")
+def test_a_penalty_is_that_of_transformers(stories, transformers):
     ids = torch.randint(3, 500, (4, 9), generator=seeded())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(stories)
     options = dict(max_new_tokens=40, min_new_tokens=40, repetition_penalty=1.3)
@@ -571,31 +548,3 @@ def test_recorded_log_probs_of_a_real_model_are_those_of_the_training_forward(st
     rounding = float((trained - truth).abs().max())
     assert rounding < 5e-5
     assert_close(rollout.logprobs, trained, rtol=0, atol=1e-5 + rounding)
-
-
-def test_the_comparison_with_transformers_runs_and_tells_met_from_missed(monkeypatch):
-    pytest.importorskip("transformers")
-    from benchmarks.peers import generation as bench
-
-    monkeypatch.setattr(torch, "compile", lambda f: lambda *args, **options: [][0])
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    result = bench.measure("llama", None, 3, 20, 2, **sizes, intermediate_size=16)
-    assert set(result["seconds"]) == {"ours", "default", "static", "kept", "dropped"}
-    assert "IndexError" in result["failed"]["static, compiled"] and 1 <= result["mean_length"] < 20
-    result |= {"ratio": 1.4, "dropping_ratio": 2.0}
-    assert "| 1.40 | 1.5 missed | 2.00 at " in bench.row(result) and bench.row(result).endswith(
-        "| 2 met |"
-    )
-
-
-def test_the_comparison_refuses_log_probs_that_are_not_the_models(monkeypatch):
-    pytest.importorskip("transformers")
-    from benchmarks.peers import generation as bench
-
-    theirs, ours = bench.theirs_and_ours("gpt2", None, n_embd=16, n_layer=1, n_head=2)
-    prompts = torch.ones(2, 3, dtype=torch.long)
-    bench.check(ours, theirs, prompts, 5)
-    with torch.no_grad():
-        theirs.transformer.wte.weight[:, 0] += 0.1
-    with pytest.raises(AssertionError):
-        bench.check(ours, theirs, prompts, 5)

@@ -16,7 +16,7 @@ from rlhf_core.rollout import (
     response_values,
     sample,
 )
-from rlhf_core.training.completions import target_logprobs
+from rlhf_core.training.completions import target_logprobs, target_loss
 
 GPT2 = dict(
     positions="learned",
@@ -161,32 +161,32 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            self.nbytes = (
-                max(self.nbytes, x.untyped_storage().nbytes())
-                if isinstance(x, torch.Tensor)
-                else self.nbytes
-            )
+            if isinstance(x, torch.Tensor):
+                self.nbytes = max(self.nbytes, x.untyped_storage().nbytes())
         return out
 
 
-@pytest.mark.parametrize("scored", ["PPO's responses", "DPO's completions"])
+@pytest.mark.parametrize("scored", ["responses", "completions", "a loss of completions"])
 def test_training_never_holds_the_logits_of_a_batch(scored):
-    """Forward and backward see counted positions only, in blocks of the vocabulary: less than a quarter of B T V."""
+    """Forward and backward hold less than a quarter of B T V: logits of counted positions only."""
     B, P, R, V = 4, 20, 40, 5000
     model = Transformer(TransformerConfig(V, hidden_size=8, num_layers=1, num_heads=2))
     ids, mask = torch.randint(V, (B, P + R)), torch.arange(R) < torch.tensor([[5], [10], [3], [1]])
+    rows = [Example(row[:P].tolist(), row[P:][counts].tolist()) for row, counts in zip(ids, mask)]
+    tokens = collate(rows, pad_id=0)
     with Largest() as largest:
-        if scored == "PPO's responses":
-            rollout = Rollout(
-                ids[:, :P], torch.ones(B, P, dtype=torch.bool), ids[:, P:], mask, torch.zeros(B, R)
-            )
+        if scored == "responses":
+            whole = torch.ones(B, P, dtype=torch.bool)
+            rollout = Rollout(ids[:, :P], whole, ids[:, P:], mask, torch.zeros(B, R))
             logprobs, entropy = response_logprobs(model, rollout)
+            loss = (logprobs + entropy).sum()
+        elif scored == "completions":
+            logprobs = target_logprobs(model, tokens)
+            loss = logprobs.sum()
         else:
-            rows = [
-                Example(row[:P].tolist(), row[P:][counts].tolist())
-                for row, counts in zip(ids, mask)
-            ]
-            logprobs, entropy = target_logprobs(model, collate(rows, pad_id=0))
-        (logprobs + entropy).sum().backward()
+            loss, logprobs = target_loss(
+                model, tokens, lambda found, _: (found.logprobs.sum(), found.logprobs)
+            )
+        loss.backward()
     assert logprobs[logprobs != 0].numel() == 19
     assert 4 * 8 * V <= largest.nbytes < 4 * B * (P + R) * V / 4

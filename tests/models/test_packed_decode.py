@@ -262,3 +262,25 @@ def test_generate_takes_it_and_gives_what_the_modules_give(backend, monkeypatch)
     got = generation.generate(model, ids, **options)
     assert torch.equal(got.response_ids, want.response_ids)
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=2e-5)
+
+
+def test_large_layers_in_onednns_layout_give_the_same_and_leave_the_model_as_it_was(
+    backend, monkeypatch
+):
+    """All layers count as large. The rows drop to one, so that every number of rows occurs."""
+    model, ids = make(positions="learned", tie_embeddings=False), torch.randint(67, (20, 5))
+    options = dict(max_new_tokens=14, eos_ids=tuple(range(9)), seeds=torch.arange(20))
+    want = generation.generate(model, ids, **options)
+    assert len(want.response_mask.sum(dim=1).unique()) > 5
+    monkeypatch.setattr(module, "PACKED_FROM", 0)
+    packed_weights, packed_linear = [], module._packed_linear
+    monkeypatch.setattr(
+        module,
+        "_packed_linear",
+        lambda weight, bias: packed_weights.append(weight) or packed_linear(weight, bias),
+    )
+    got = generation.generate(model, ids, **options)
+    assert len(packed_weights) == 4 * 3 + 1 and packed_weights[-1] is model.head_weight
+    assert torch.equal(got.response_ids, want.response_ids)
+    torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=2e-5)
+    assert not any({"forward", "logits"} & vars(layer).keys() for layer in model.modules())
