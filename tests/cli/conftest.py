@@ -1,4 +1,4 @@
-"""What the tests of the command line share: model folders, two steps of training, the error line."""
+"""Fixtures of the command line: model folders, two steps of training, the line of an error."""
 
 import pytest
 from helpers import SMALL, model_folders, run, write

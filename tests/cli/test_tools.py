@@ -1,4 +1,4 @@
-"""The commands around the library. `bench` is tested with the benchmarks, `demo` in the README's tests."""
+"""info and demo. `bench` is tested with the benchmarks."""
 
 import torch
 from helpers import run, write

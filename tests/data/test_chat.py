@@ -1,4 +1,4 @@
-"""Chat: the ids and masks that transformers gives, one BOS, one EOS, and messages that cannot write special tokens."""
+"""Chat: ids and masks as in transformers, one BOS, one EOS, no special tokens from messages."""
 
 import json
 import re
@@ -93,13 +93,16 @@ def chat(*turns):
 
 
 def untagged(template):
-    """The template with tags that do nothing in place of those that tell the assistant's text."""
+    """The template with tags that do nothing in place of those around the assistant's text."""
     return template.replace("endgeneration", "endif").replace("generation %}", "if true %}")
 
 
 def build(folder, kind, template=None, **config):
-    """A folder with a small trained tokenizer: byte-level, or SentencePiece-like with a space in front of the text or
-    after every special token, whose post-processor adds BOS."""
+    """A folder with a small trained tokenizer.
+
+    It is byte-level ("bytes"), or SentencePiece-like with a space before the text ("first") or also
+    after every special token ("every"). The latter two have a post-processor that adds BOS.
+    """
     folder.mkdir(exist_ok=True)
     if kind == "bytes":
         made = tokenizers.Tokenizer(models.BPE())
@@ -223,7 +226,7 @@ def test_minimind_renders_as_in_transformers(data_dir):
 
 
 def test_special_tokens_that_take_the_space_around_them_do_so(kind, tmp_path):
-    """As Phi-3's do. What the assistant says keeps its own."""
+    """Like Phi-3's. The assistant's text keeps its own spaces."""
     folder = build(tmp_path, kind, CHATML)
     spec = json.loads((folder / "tokenizer.json").read_text())
     for token in spec["added_tokens"]:
@@ -267,7 +270,7 @@ def test_a_saved_folder_loads_in_transformers_with_equal_ids(kind, tmp_path):
 
 
 def spoken(tokenizer, said):
-    """The special ids in a chat whose every message says something, and what the assistant's tokens decode to."""
+    """The special ids in a chat of messages with this text; the assistant's tokens, decoded."""
     ids, mask = tokenizer.encode_chat(chat(("system", said), ("user", said), ("assistant", said)))
     special = set(range(len(SPECIAL)))
     return [i for i in ids if i in special], tokenizer.decode([i for i, m in zip(ids, mask) if m])
@@ -296,7 +299,7 @@ def test_no_message_makes_a_special_token(kind, name, tags, tmp_path):
 
 
 def test_a_token_that_is_only_named_special_is_special(tmp_path):
-    """As transformers takes it: tokenizer_config.json names the end token that tokenizer.json does not mark."""
+    """As in transformers: tokenizer_config.json names EOS, which tokenizer.json does not mark."""
     folder = build(tmp_path, "bytes", eos_token="<|im_end|>")
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["added_tokens"][4]["special"] = False
@@ -325,7 +328,7 @@ def test_overlapping_spellings_are_text_too(tmp_path):
 
 
 def test_prompt_and_completion_join_to_their_text(kind, tmp_path):
-    """No invented space in front of a completion, none lost. Metaspace takes one in front of the text for its own."""
+    """No space is added before a completion or lost. Metaspace absorbs one before the text."""
     tokenizer = load_tokenizer(build(tmp_path, kind))
     pieces = ["Hi", " there", "  two", "\n", "日本", "🙂", "<s>", " ", "it\x00", "."]
     for prompt in pieces:
@@ -368,7 +371,8 @@ def test_eos_ids_are_all_that_the_files_name_in_order(tmp_path):
         load_tokenizer(folder)
 
 
-ENDS = {  # how the template ends a turn, what of it is tagged, and how a completion then ends: EOS is </s>, id 2
+# How the template ends a turn, with its tags, and how a completion then ends. EOS is </s>, id 2.
+ENDS = {
     "written and counted": (
         "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{{ '\n' }}",
         [2],
@@ -409,7 +413,7 @@ def test_a_completion_ends_with_one_eos(kind, how, tags, tmp_path):
             return_assistant_tokens_mask=True,
         )
         assert (ids[len(bos) :], mask[len(bos) :]) == peers
-    for more in ([], [("user", "more")]):  # what nobody learns is left out
+    for more in ([], [("user", "more")]):  # a turn after the last counted one is left out
         example = encode_text(
             Text(chat(("user", "Hi")), chat(("assistant", "Hello"), *more)), tokenizer, 100
         )
@@ -421,7 +425,8 @@ def test_a_completion_ends_with_one_eos(kind, how, tags, tmp_path):
 
 
 def test_the_end_of_a_turn_is_the_templates_choice_among_the_eos_ids(tmp_path):
-    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{% endfor %}"
+    turn = "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
+    template = "{% for m in messages %}" + turn + "{% endfor %}"
     folder = build(tmp_path, "bytes", template)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
     example = encode_text(Text([], chat(("assistant", "Hello"))), load_tokenizer(folder), 100)
@@ -444,7 +449,7 @@ def chatting(request, tmp_path):
 
 
 def said(tokenizer, example):
-    """What the counted tokens say, turn by turn."""
+    """The counted tokens of each turn, decoded."""
     turns, mask = [[]], example.completion_mask or [True] * len(example.completion_ids)
     for i, counts in zip(example.completion_ids, mask):
         turns[-1] += [i] * counts
@@ -495,7 +500,7 @@ def test_a_pair_shares_its_prompt(chatting):
 
 
 @pytest.mark.parametrize("max_length", [200, 30])
-def test_of_a_pairs_turns_those_of_the_assistant_count(chatting, max_length):
+def test_only_the_assistants_turns_of_a_pair_count(chatting, max_length):
     prompt, more = (
         chat(("user", "one")),
         chat(("assistant", "1"), ("user", "two"), ("assistant", "2 of")),
@@ -510,7 +515,7 @@ def test_of_a_pairs_turns_those_of_the_assistant_count(chatting, max_length):
     assert batch.targets.tolist() == counted + pair.rejected_ids
 
 
-def test_what_is_no_example_is_refused(chatting, tmp_path):
+def test_a_conversation_that_makes_no_example_is_refused(chatting, tmp_path):
     with pytest.raises(ValueError, match="the completion has no message of the assistant"):
         encode_text(Text(chat(("user", "one")), chat(("user", "two"))), chatting, 50)
     answers_first = (
@@ -524,7 +529,7 @@ def test_what_is_no_example_is_refused(chatting, tmp_path):
         encode_preference(Preference(chat(("user", "one")), "two", "so"), tokenizer, 50)
 
 
-def test_chat_prompts_and_masks_are_cut_as_text_is(chatting):
+def test_chat_prompts_and_masks_are_cut_like_text(chatting):
     messages = chat(
         ("user", "one two " * 9),
         ("assistant", "of course " * 9),
@@ -574,7 +579,7 @@ def test_a_template_that_fails_is_named_with_its_message(template, message, tmp_
 
 
 TURN = "{{ m.role[0] + m.content }}"
-PREFIXES = {  # what a turn's own rendering adds to, lacks or hides of the whole's
+PREFIXES = {  # a turn rendered alone differs from the same turn in the whole
     "the last turn ends otherwise": TURN
     + "{% if loop.last and m.role == 'assistant' %}.{% endif %}",
     "the turn begins otherwise": "{{ ('A' if m.role == 'assistant' else 'u') + m.content }}",
@@ -583,7 +588,7 @@ PREFIXES = {  # what a turn's own rendering adds to, lacks or hides of the whole
 
 
 @pytest.mark.parametrize("how", PREFIXES)
-def test_a_template_whose_turns_cannot_be_told_apart_is_refused(how, tmp_path):
+def test_a_template_whose_turns_cannot_be_found_is_refused(how, tmp_path):
     ending = "{% endfor %}{% if add_generation_prompt %}a{% endif %}"
     messages = chat(("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"))
     each = "{% for m in messages %}"
@@ -615,7 +620,7 @@ def test_the_template_is_the_file_before_the_field_and_the_default_among_named_o
         load_tokenizer(tmp_path).encode_chat(messages)
 
 
-def test_templates_find_what_they_rely_on(tmp_path):
+def test_templates_find_the_tags_filters_and_variables_of_transformers(tmp_path):
     template = """{% for m in messages %}
     {% if m.content == 'b' %}{% continue %}{% endif %}
     {% if m.content == 'd' %}{% break %}{% endif %}
@@ -705,40 +710,33 @@ BAD = [
     (read_texts, {"messages": "hi"}, "'messages' must be a list of messages, got 'hi'"),
     (read_texts, {"messages": {"role": "user"}}, "'messages' must be a list of messages"),
     (
-        read_texts,
-        {"messages": [HI, "yes"]},
+        read_texts, {"messages": [HI, "yes"]},
         r"'messages\[1\]' must be an object with role and content, got 'yes'",
     ),
     (
-        read_texts,
-        {"messages": [HI, {"role": "tool", "content": "x"}]},
+        read_texts, {"messages": [HI, {"role": "tool", "content": "x"}]},
         r"'messages\[1\].role' must be one of .*'tool'",
     ),
     (
-        read_texts,
-        {"messages": [{"from": "human"}]},
+        read_texts, {"messages": [{"from": "human"}]},
         r"'messages\[0\].role' is missing; the line has 'from'",
     ),
     (read_texts, {"messages": [HI, {"role": "assistant"}]}, r"'messages\[1\].content' is missing"),
     (read_texts, {"messages": [HI, {**YES, "content": " "}]}, r"'messages\[1\].content' is empty"),
     (
-        read_texts,
-        {"messages": [HI, {**YES, "content": None}]},
+        read_texts, {"messages": [HI, {**YES, "content": None}]},
         r"'messages\[1\].content' must be a string, got null",
     ),
     (
-        read_texts,
-        {"messages": [{**HI, "content": [{"type": "image"}]}]},
+        read_texts, {"messages": [{**HI, "content": [{"type": "image"}]}]},
         r"'messages\[0\].content' must be a string",
     ),
     (
-        read_texts,
-        {"messages": [HI, {**YES, "content": "\ud800"}]},
+        read_texts, {"messages": [HI, {**YES, "content": "\ud800"}]},
         r"'messages\[1\].content' has a lone surrogate",
     ),
     (
-        read_texts,
-        {"messages": [HI, {**YES, "tool_calls": [1]}]},
+        read_texts, {"messages": [HI, {**YES, "tool_calls": [1]}]},
         r"'messages\[1\].tool_calls' is not supported",
     ),
     (read_texts, {"messages": [HI, YES], "tools": [1]}, "'tools' is not supported"),
@@ -746,56 +744,47 @@ BAD = [
     (read_texts, {"messages": [SYSTEM, HI]}, "'messages' has no message of the assistant"),
     (read_texts, {"prompt": [HI]}, "'response' is missing; the line has 'prompt'"),
     (
-        read_texts,
-        {"prompt": [HI], "completion": [HI]},
+        read_texts, {"prompt": [HI], "completion": [HI]},
         r"'completion\[0\].role' must be assistant, got 'user'",
     ),
     (read_texts, {"prompt": [HI], "completion": ""}, "'completion' is empty"),
     (read_texts, {"prompt": "hi", "completion": [YES]}, "'completion' must be a string"),
     (
-        read_preferences,
-        {"prompt": [HI], "chosen": "a", "rejected": "a"},
+        read_preferences, {"prompt": [HI], "chosen": "a", "rejected": "a"},
         "'chosen' and 'rejected' are equal",
     ),
     (
-        read_preferences,
-        {"prompt": [HI], "chosen": [YES, HI], "rejected": [NO]},
+        read_preferences, {"prompt": [HI], "chosen": [YES, HI], "rejected": [NO]},
         "'chosen' must start and end with messages of the assistant .* assistant, user",
     ),
     (
-        read_preferences,
-        {"chosen": [HI, YES], "rejected": [HI, YES]},
+        read_preferences, {"chosen": [HI, YES], "rejected": [HI, YES]},
         "'chosen' must start and end with messages of the assistant .*, got none",
     ),
     (
-        read_preferences,
-        {"chosen": [HI, YES], "rejected": [HI]},
+        read_preferences, {"chosen": [HI, YES], "rejected": [HI]},
         "'rejected' must start and end with messages of the assistant .*, got none",
     ),
     (
-        read_preferences,
-        {"chosen": [HI, SYSTEM, YES], "rejected": [HI, NO]},
+        read_preferences, {"chosen": [HI, SYSTEM, YES], "rejected": [HI, NO]},
         "'chosen' must start and end with messages of the assistant .*, got system",
     ),
     (
-        read_preferences,
-        {"chosen": [HI, YES], "rejected": "no"},
+        read_preferences, {"chosen": [HI, YES], "rejected": "no"},
         "'rejected' must be a list of messages, got 'no'",
     ),
     (read_preferences, {"chosen": [HI, YES]}, "'rejected' is missing"),
     (
-        read_preferences,
-        {"chosen": [YES], "rejected": [NO]},
+        read_preferences, {"chosen": [YES], "rejected": [NO]},
         "'chosen' and 'rejected' share no message",
     ),
     (
-        read_preferences,
-        {"prompt": "so", "chosen": [HI, YES], "rejected": [HI, NO]},
+        read_preferences, {"prompt": "so", "chosen": [HI, YES], "rejected": [HI, NO]},
         "'prompt' is not a message",
     ),
     (read_prompts, {"messages": [YES]}, "'messages' has only messages of the assistant"),
     (read_prompts, {"prompt": []}, "'prompt' is an empty list"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("reader, row, message", BAD, ids=lambda x: getattr(x, "__name__", None))
@@ -820,7 +809,7 @@ def test_a_row_that_the_template_refuses_is_named_or_dropped(tmp_path):
     assert read_texts(path, bad.append, encode) == [encode(Text([HI], "yes"))] and len(bad) == 1
 
 
-def test_messages_are_checked_at_the_tokenizers_door_too(chatting):
+def test_messages_are_checked_by_encode_chat_too(chatting):
     with pytest.raises(
         ValueError, match=r"messages\[0\].role' must be one of system, user, assistant, got 'tool'"
     ):
@@ -871,9 +860,7 @@ def test_every_command_takes_conversations(command, tmp_path, capsys):
         )
 
 
-def test_a_response_ends_at_the_end_of_a_turn_that_the_tokenizer_knows(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_response_ends_at_the_eos_of_model_or_tokenizer(tmp_path, monkeypatch, capsys):
     """The model's config names one EOS; the tokenizer's, which ends a turn, is another."""
     folder = build(tmp_path, "bytes", untagged(CHATML), eos_token="<|im_end|>")
     config = TransformerConfig(
@@ -882,7 +869,7 @@ def test_a_response_ends_at_the_end_of_a_turn_that_the_tokenizer_knows(
     Transformer(config).save_pretrained(folder)
     asked = []
     monkeypatch.setattr(
-        "rlhf_core.generation.generate",
+        "rlhf_core.cli.sampling.generate",
         lambda model, ids, **options: asked.append(options) or 1 / 0,
     )
     for more, want in (([], {2, 4}), (["--eos-ids", "5"], {5})):

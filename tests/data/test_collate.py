@@ -1,10 +1,12 @@
-"""Collation: every target is read at the token before it, and every token sees its own sequence and nothing else."""
+"""Collation: a target is read at the token before it; a token sees its own sequence only."""
 
 import math
 import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlhf_core.data import Example, Pair, Ranked, collate
 from rlhf_core.data.collate import count_targets, left_pad, length
@@ -58,11 +60,10 @@ def seen(batch, index):
 
 
 @pytest.mark.parametrize("make", [examples, pairs, lists])
-@pytest.mark.parametrize("packing", [None, 1, 17, 100])
-@pytest.mark.parametrize("pad_id", [0, 2])
-@pytest.mark.parametrize("seed", range(5))
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(packing=st.none() | st.integers(1, 100), pad_id=st.integers(0, 9), seed=st.integers(0, 999))
 def test_a_target_is_read_where_its_own_sequence_up_to_it_is_seen(make, packing, pad_id, seed):
-    """Rows 9, 14 and 30: ids that equal the padding count like others, and nothing of a neighbour shows through."""
+    """Rows 9, 14 and 30: ids that equal the padding count like others; neighbours are unseen."""
     rows = list(make(random.Random(seed)))
     batch = collate(rows, pad_id, packing=packing)
     read, targets = iter(batch.read.tolist()), iter(batch.targets.tolist())
@@ -70,14 +71,12 @@ def test_a_target_is_read_where_its_own_sequence_up_to_it_is_seen(make, packing,
     for (prompt, completion, mask), (last, count) in zip(sequences(rows), ends, strict=True):
         whole = prompt + completion
         assert seen(batch, last) == (whole, list(range(len(whole))))
-        counted = [
-            k for k, m in enumerate(mask, len(prompt)) if m and k > 0
-        ]  # nothing precedes a first token
+        # Nothing precedes a first token, so that it is not a target.
+        counted = [k for k, m in enumerate(mask, len(prompt)) if m and k > 0]
         assert count == len(counted)
         for k in counted:
-            assert (
-                seen(batch, next(read)) == (whole[:k], list(range(k))) and next(targets) == whole[k]
-            )
+            assert seen(batch, next(read)) == (whole[:k], list(range(k)))
+            assert next(targets) == whole[k]
     assert next(read, None) is None and next(targets, None) is None
 
 
@@ -98,7 +97,7 @@ def test_packed_rows_hold_every_group_once_within_the_limit_and_little_padding(m
 
 
 def test_every_token_sees_itself():
-    """One that saw nothing would be NaN, padding too."""
+    """Also padding: a token that saw nothing would become NaN."""
     batch = collate(list(pairs(random.Random(0))), 0, packing=100)
     assert batch.visible.diagonal(dim1=1, dim2=2).all() and not batch.visible.triu(1).any()
 
@@ -107,32 +106,25 @@ def test_a_row_of_one_sequence_needs_no_mask():
     rows = [Example([5], [6, 2]), Example([5, 7], [2])]
     for packing in (None, 3):  # no two fit into a row
         batch = collate(rows, 0, packing=packing)
-        assert (
-            batch.visible is None
-            and batch.positions is None
-            and batch.input_ids.tolist() == [[5, 6, 2], [5, 7, 2]]
-        )
+        assert batch.visible is None and batch.positions is None
+        assert batch.input_ids.tolist() == [[5, 6, 2], [5, 7, 2]]
 
 
 def test_a_pair_holds_its_prompt_once():
     batch = collate([Pair([5, 6], [7, 2], [8])], 0)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 2, 8]] and batch.positions.tolist() == [
-        [0, 1, 2, 3, 2]
-    ]
+    assert batch.input_ids.tolist() == [[5, 6, 7, 2, 8]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2]]
     assert batch.read.tolist() == [1, 2, 1] and batch.targets.tolist() == [7, 2, 8]
 
 
-def test_an_example_of_which_nothing_counts_keeps_its_place():
+def test_an_example_without_a_target_keeps_its_place():
     batch = collate([Example([], [4]), Example([3], [5, 2], [False, False]), Example([3], [2])], 0)
-    assert (
-        batch.lengths.tolist() == [0, 0, 1]
-        and batch.targets.tolist() == [2]
-        and batch.targets.dtype == torch.long
-    )
+    assert batch.lengths.tolist() == [0, 0, 1]
+    assert batch.targets.tolist() == [2] and batch.targets.dtype == torch.long
     assert collate([Example([], [4])], 0).read.dtype == torch.long
 
 
-def test_targets_and_positions_of_an_example_are_counted_as_it_is_collated():
+def test_count_targets_and_length_are_those_of_the_collated_example():
     rng = random.Random(0)
     for row in examples(rng, 40):
         batch = collate([row], 0)

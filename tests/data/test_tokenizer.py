@@ -1,0 +1,66 @@
+"""Tokenizers: any text survives, prompts start with one BOS, and a saved tokenizer reads back."""
+
+import random
+
+import pytest
+
+from rlhf_core.data import ByteTokenizer, JsonTokenizer, load_tokenizer
+
+TEXTS = [
+    "Once upon a time", " a  b\n\n c ", "trailing  ", "x", "", " ", "\n", "\r\n\t", "don't  's",
+    "中文，日本語も。", "naïve 🙂👩‍👩‍👧🏳️‍🌈", "e\u0301 \u200b\u00a0\u3000", "\ufeffbom",
+    "\x00\x1b[0m\ttab\x7f", "\ufdd0\uffff\U0010ffff", "<s>hi", "</s>", "<unk>", "a<|im_end|>b",
+    "<|endoftext|>", " <|im_start|>", "<|endof", "".join(map(chr, range(300))),
+]  # fmt: skip
+
+
+def test_any_text_survives_the_tokenizer(tokenizer):
+    begun = tokenizer.encode_prompt("say:")
+    for text in TEXTS:
+        whole = tokenizer.encode(text)
+        assert tokenizer.decode(whole) == text
+        assert tokenizer.decode(begun + tokenizer.encode_completion(text)) == "say:" + text
+        assert all(0 <= i < tokenizer.vocab_size for i in whole)
+
+
+def test_random_text_survives_the_tokenizer_whole_and_in_two(tokenizer):
+    rng = random.Random(0)
+    characters = [*map(chr, [*range(0x250), *range(0x4E00, 0x4F00)]), "<s>", "</s>"]
+    characters += "  \n\u200d🙂👩中文日本語"
+    for _ in range(300):
+        first, second = ("".join(rng.choices(characters, k=rng.randint(1, 9))) for _ in range(2))
+        assert tokenizer.decode(tokenizer.encode(first)) == first
+        ids = tokenizer.encode_prompt(first) + tokenizer.encode_completion(second)
+        assert tokenizer.decode(ids) == first + second
+
+
+def test_a_prompt_starts_with_one_bos_where_the_model_wants_one(tokenizer):
+    """Row 29. GPT-2 and MiniMind have a BOS token that their own template does not add."""
+    ids = tokenizer.encode_prompt("Once upon a time")
+    wants = isinstance(tokenizer, ByteTokenizer) or tokenizer.vocab_size == 512
+    assert ids.count(tokenizer.bos_id) == wants
+    assert ids == [tokenizer.bos_id] * wants + tokenizer.encode("Once upon a time")
+    assert tokenizer.bos_id not in tokenizer.encode_completion(" there was")
+
+
+def test_a_saved_tokenizer_reads_back_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    again.save(tmp_path)  # over itself
+    assert type(again) is type(tokenizer)
+    for name in ("vocab_size", "bos_id", "eos_ids", "pad_id"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    assert again.encode_prompt("It's 3 o'clock") == tokenizer.encode_prompt("It's 3 o'clock")
+
+
+def test_byte_tokenizer_leaves_special_ids_out_and_mends_invalid_bytes():
+    assert ByteTokenizer().decode([257, 72, 105, 258, 256]) == "Hi"
+    assert ByteTokenizer().decode([0xE6, 72]) == "\ufffdH"
+
+
+def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: cannot be read"):
+        JsonTokenizer(tmp_path)
