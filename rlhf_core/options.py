@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, field, fields
@@ -70,9 +71,16 @@ class Options:
         defaults = {entry.name: entry.default for entry in fields(self)}
         for name, effective, reason in rules:
             if not effective and getattr(self, name) != defaults[name]:
-                warnings.warn(
-                    f"{name}={getattr(self, name)!r} has no effect {reason}", stacklevel=5
-                )
+                text = f"{name}={getattr(self, name)!r} has no effect {reason}"
+                warnings.warn(text, stacklevel=_levels_to_caller())
+
+
+def _levels_to_caller() -> int:
+    """The stacklevel, in the calling method, of the line that makes the config or the trainer."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back and frame.f_code.co_name in ("__post_init__", "__init__"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def describe(entry: Field) -> str:
