@@ -139,7 +139,7 @@ BAD = [
 
 @pytest.mark.parametrize("reader, line, message", BAD, ids=lambda x: getattr(x, "__name__", None))
 def test_a_bad_line_is_named_or_dropped_and_counted(reader, line, message, tmp_path):
-    """By its number in the file, plain or compressed. A blank line counts as a line, not as a row."""
+    """By its number in the file, plain or compressed. A blank line is a line, not a row."""
     for name in ("data.jsonl", "data.jsonl.gz"):
         path = write(tmp_path / name, GOOD[reader], "", line, GOOD[reader])
         with pytest.raises(DataError, match=rf"{re.escape(name)}:3: .*{message}"):

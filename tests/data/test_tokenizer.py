@@ -54,6 +54,8 @@ def test_a_saved_tokenizer_reads_back_the_same(tokenizer, tmp_path):
 
 
 def test_byte_tokenizer_leaves_special_ids_out_and_mends_invalid_bytes():
+    special = {ByteTokenizer.pad_id, ByteTokenizer.bos_id, *ByteTokenizer.eos_ids}
+    assert special == {256, 257, 258} and ByteTokenizer.vocab_size == 259
     assert ByteTokenizer().decode([257, 72, 105, 258, 256]) == "Hi"
     assert ByteTokenizer().decode([0xE6, 72]) == "\ufffdH"
 
