@@ -1,4 +1,4 @@
-"""What tests of several files share: small models, rows of data, trainers on them, the command line."""
+"""What tests of several files share: small models, data, trainers, the command line."""
 
 import json
 import random
@@ -11,8 +11,8 @@ from rlhf_core.data import ByteTokenizer, Example, Pair
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig, transformer
 from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.ops import linear_logprobs_blocks
-from rlhf_core.policy_gradient.experience import Experience
-from rlhf_core.rollout import sample
+from rlhf_core.policy_gradient.experience import Experience, Predictions
+from rlhf_core.rollout import response_hidden, sample, scatter
 from rlhf_core.trainers import (
     DPOConfig,
     DPOTrainer,
@@ -206,6 +206,16 @@ def experience_of(trainer, rollout):
     return old._replace(old_values=columns.values + values * 0.2, returns=returns)
 
 
+def forward(trainer, rollout):
+    """Log-probs, entropy and values (B, R) of the response tokens, with gradient."""
+    mask, hidden = rollout.response_mask, response_hidden(trainer.model, rollout)
+    tokens = trainer.head(rollout).token_logprobs(
+        hidden, rollout.response_ids[mask], temperature=trainer.config.temperature
+    )
+    logprobs, entropy = scatter(tokens.logprobs, mask), scatter(tokens.entropy, mask)
+    return Predictions(logprobs, entropy, None, None, trainer.predict_values(rollout, hidden))
+
+
 def gradients(trainer, rollout, experience):
     """Loss, metrics and gradients of the minibatch, as `optimize` adds them up."""
     metrics = Metrics()
@@ -229,7 +239,7 @@ def write(path, rows):
 
 
 def model_folders(root):
-    """Folders policy, reward and process (a reward model of steps) of tiny models with tokenizers."""
+    """Folders policy, reward and process (a process reward model), with byte tokenizers."""
     torch.manual_seed(0)
     tokenizer = ByteTokenizer()
     sizes = dict(vocab_size=259, hidden_size=16, num_layers=1, num_heads=2, max_positions=64)
