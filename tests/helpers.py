@@ -26,6 +26,15 @@ from rlhf_core.trainers import (
 from rlhf_core.training.metrics import Metrics
 
 NAN = float("nan")
+GPT2 = dict(
+    positions="learned",
+    norm="layernorm",
+    activation="gelu_tanh",
+    gated_mlp=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+)
 softplus = torch.nn.functional.softplus
 
 # ---- models
@@ -58,6 +67,12 @@ def adapted(seed=0, start=0.3, **options):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=start)
     return model
+
+
+def edit_json(file, **changes):
+    """Set fields of the object in a JSON file; "remove" takes one away."""
+    fields = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: x for name, x in fields.items() if x != "remove"}))
 
 
 def snapshot(module):
