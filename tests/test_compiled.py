@@ -24,29 +24,59 @@ def fused(request):
         yield request.param
 
 
+def assert_compiles(names, backend, compiler, dynamic=None):
+    """One graph that calls the ops has their outputs and gradients. The compiler is torch's."""
+    calls = [op_call(name, backend) for name in names]
+
+    def everything(leaves):
+        results = [
+            call(*leaves_of_op) for (_, call), leaves_of_op in zip(calls, leaves, strict=True)
+        ]
+        return [x for outputs, _ in results for x in outputs], sum(loss for _, loss in results)
+
+    compiled_everything = torch.compile(
+        everything, fullgraph=True, dynamic=dynamic, backend=compiler
+    )
+    found = []
+    for function in (everything, compiled_everything):
+        leaves = [[x.detach().clone().requires_grad_() for x in some] for some, _ in calls]
+        outputs, loss = function(leaves)
+        flat = [x for some in leaves for x in some]
+        found.append(
+            ([x.detach() for x in outputs], torch.autograd.grad(loss, flat) if flat else ())
+        )
+    (want, gradients), (got, compiled_gradients) = found
+    tight = dict(rtol=1e-6, atol=1e-6) if backend != "reference" else dict(rtol=1e-5, atol=1e-5)
+    assert_close(got, want, **tight)
+    assert_close(compiled_gradients, gradients, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", OPS)
 def test_compiled_as_one_graph_it_gives_what_it_gives_eagerly(name, fused, dynamic):
-    leaves, loss = op_call(name, fused)
-    same_leaves, _ = op_call(name, fused)
-    compiled_loss = torch.compile(loss, fullgraph=True, dynamic=dynamic)
-    (want, total), (got, compiled_total) = loss(*leaves), compiled_loss(*same_leaves)
-    assert_close(got, want, rtol=1e-6, atol=1e-6)
-    if leaves:
-        total.backward()
-        compiled_total.backward()
-        assert_close([x.grad for x in same_leaves], [x.grad for x in leaves], rtol=1e-5, atol=1e-6)
+    """Dynamo and AOTAutograd trace each op, forward and backward, without a break."""
+    assert_compiles([name], fused, "aot_eager", dynamic)
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_the_reference_compiles_too(name):
     torch._dynamo.reset()
-    leaves, loss = op_call(name, "reference")
-    assert_close(
-        torch.compile(loss, fullgraph=True)(*leaves)[0], loss(*leaves)[0], rtol=1e-5, atol=1e-5
-    )
+    assert_compiles([name], "reference", "aot_eager")
 
 
+@pytest.mark.slow
+def test_inductor_compiles_all_ops_as_one_graph(fused):
+    """Inductor generates code for what lies between the kernels."""
+    assert_compiles(OPS, fused, "inductor")
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_reference_of_all_ops_as_one_graph():
+    torch._dynamo.reset()
+    assert_compiles(OPS, "reference", "inductor")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_steps_of_several_layers_write_to_one_cache_what_they_write_eagerly(fused, dynamic):
     q, k, v = torch.randn(3, 2, 2, 4)

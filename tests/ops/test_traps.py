@@ -170,7 +170,8 @@ def test_every_op_works_in_a_thread_of_autograds_own(backend):
         torch.testing.assert_close(x, everything(*op_call(name, backend)), rtol=0, atol=0)
 
 
-def test_numbers_that_change_under_torch_compile_leave_results_float32():
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_numbers_that_change_under_torch_compile_leave_results_float32(compiler):
     if not backends.status()[1].available:
         pytest.skip(backends.status()[1].reason)
     torch.manual_seed(0)
@@ -189,7 +190,7 @@ def test_numbers_that_change_under_torch_compile_leave_results_float32():
         return number * loss + (number * kl).sum()
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
     # A constant in the first graph, and if dynamo can do that, an input to the second.
     for number in (0.7, 1.3):
         results = []
