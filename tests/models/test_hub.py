@@ -152,7 +152,7 @@ SHARD_FAULTS = {
     "tensor not in its shard": (
         lambda f: name_shard(f, first_shard(f).name),
         ValueError,
-        r"00001-of-00012\.safetensors: no tensor 'model\.norm\.weight', but model\.safetensors\.index",
+        r"of-00012\.safetensors: no tensor 'model\.norm\.weight', but model\.safetensors\.index",
     ),
     "shard elsewhere": (
         lambda f: name_shard(f, "../x.safetensors"),

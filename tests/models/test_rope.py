@@ -8,27 +8,29 @@ import torch
 from rlhf_core.models import TransformerConfig
 from rlhf_core.models.rope import rope_frequencies, rope_tables
 
-LLAMA3 = dict(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-)
+BANDS = dict(low_freq_factor=1.0, high_freq_factor=4.0)
+
+
+def scaled(rope_type, context=None, **options):
+    """A scaling; context is original_max_position_embeddings."""
+    options |= {} if context is None else dict(original_max_position_embeddings=context)
+    return dict(rope_type=rope_type, **options)
+
+
 SCALINGS = {
     "plain": {},
-    "linear": dict(rope_type="linear", factor=2.5),
-    "dynamic": dict(rope_type="dynamic", factor=4.0),
-    "llama 3.1": dict(rope_type="llama3", **LLAMA3),
-    "llama 3.2": dict(rope_type="llama3", **(LLAMA3 | dict(factor=32.0))),
-    "llama3 with the whole context": dict(rope_type="llama3", factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0),
-    "qwen2.5 yarn": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768),
-    "yarn with its whole context": dict(rope_type="yarn", factor=1.0),
-    "yarn attention": dict(rope_type="yarn", factor=4.0, attention_factor=0.7, original_max_position_embeddings=8192),
-    "yarn bounds": dict(
-        rope_type="yarn", factor=8.0, beta_fast=16, beta_slow=2, truncate=False, original_max_position_embeddings=4096
-    ),
-    "yarn mscale": dict(
-        rope_type="yarn", factor=40, mscale=0.7, mscale_all_dim=1.0, original_max_position_embeddings=4096
-    ),
-    "yarn of a narrow band": dict(rope_type="yarn", factor=4.0, beta_fast=1.0001, original_max_position_embeddings=6),
-}  # fmt: skip
+    "linear": scaled("linear", factor=2.5),
+    "dynamic": scaled("dynamic", factor=4.0),
+    "llama 3.1": scaled("llama3", 8192, factor=8.0, **BANDS),
+    "llama 3.2": scaled("llama3", 8192, factor=32.0, **BANDS),
+    "llama3 with the whole context": scaled("llama3", factor=2.0, **BANDS),
+    "qwen2.5 yarn": scaled("yarn", 32768, factor=4.0),
+    "yarn with its whole context": scaled("yarn", factor=1.0),
+    "yarn attention": scaled("yarn", 8192, factor=4.0, attention_factor=0.7),
+    "yarn bounds": scaled("yarn", 4096, factor=8.0, beta_fast=16, beta_slow=2, truncate=False),
+    "yarn mscale": scaled("yarn", 4096, factor=40, mscale=0.7, mscale_all_dim=1.0),
+    "yarn of a narrow band": scaled("yarn", 6, factor=4.0, beta_fast=1.0001),
+}
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -73,6 +75,6 @@ def test_frequencies_and_tables_are_theirs_bit_for_bit(scaling, head_dim, theta,
         ),
     ],
 )
-def test_a_scaling_that_is_not_what_it_says_is_refused(scaling, message):
+def test_an_incomplete_or_unknown_scaling_is_refused(scaling, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(8, rope_scaling=scaling)

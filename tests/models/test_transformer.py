@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import GPT2
 from torch.testing import assert_close
 
 from rlhf_core import last_token_index, token_logprobs
@@ -16,15 +17,6 @@ SIZES = dict(
     vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=96
 )
 IDS = dict(bos_id=1, eos_ids=(2,), pad_id=0)
-GPT2 = dict(
-    positions="learned",
-    norm="layernorm",
-    activation="gelu_tanh",
-    gated_mlp=False,
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-)
 LLAMA3 = dict(
     rope_type="llama3",
     factor=8.0,
@@ -51,7 +43,8 @@ FAMILIES = {
         "llama",
         dict(num_kv_heads=1, qkv_bias=True, out_bias=True, mlp_bias=True, norm_eps=1e-3),
         dict(
-            num_key_value_heads=1, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3, tie_word_embeddings=True
+            num_key_value_heads=1, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3,
+            tie_word_embeddings=True,
         ),
     ),
     "llama3": ("llama", dict(tie_embeddings=False, rope_scaling=LLAMA3), dict(rope_scaling=LLAMA3)),
@@ -70,12 +63,20 @@ FAMILIES = {
         dict(num_kv_heads=2, tie_embeddings=False, family="mistral"),
         dict(num_key_value_heads=2, sliding_window=None),
     ),
-    "qwen2": ("qwen2", dict(num_kv_heads=2, qkv_bias=True), dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen2": (
+        "qwen2",
+        dict(num_kv_heads=2, qkv_bias=True),
+        dict(num_key_value_heads=2, tie_word_embeddings=True),
+    ),
     "qwen2-window-yarn": (
         "qwen2",
-        dict(num_kv_heads=2, qkv_bias=True, tie_embeddings=False, sliding_window=5, rope_scaling=YARN),
         dict(
-            num_key_value_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=0, rope_scaling=YARN
+            num_kv_heads=2, qkv_bias=True, tie_embeddings=False, sliding_window=5,
+            rope_scaling=YARN,
+        ),
+        dict(
+            num_key_value_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=0,
+            rope_scaling=YARN,
         ),
     ),
     "qwen3": (
@@ -97,7 +98,7 @@ kinds = pytest.mark.parametrize(
 
 @torch.no_grad()
 def shake(model):
-    """Initial weights are so small that any two wirings of them nearly agree; biases are 0 and norms 1."""
+    """Add noise: with small initial weights, zero biases and unit norms most errors hide."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -174,7 +175,7 @@ def test_their_checkpoint_gives_their_logits_loss_and_gradients(family, tmp_path
 
 @torch.no_grad()
 @families
-def test_their_checkpoint_goes_on_as_theirs_for_64_tokens(family, tmp_path, transformers):
+def test_our_greedy_generation_is_theirs_for_64_tokens(family, tmp_path, transformers):
     theirs = theirs_of(family, transformers)
     theirs.save_pretrained(tmp_path)
     prompts, mask = padded("left")
@@ -276,7 +277,7 @@ def test_padding_takes_no_gradient_and_gives_no_nan(family):
 
 
 def layouts():
-    """Sequences as lists of places in a row of 12 tokens: one after the other, and two that share their first four."""
+    """Sequences as places in a row of 12 tokens: in turn, or two that share their first tokens."""
     return {
         "packed": [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9, 10, 11]],
         "tree": [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 7, 8]],
@@ -314,15 +315,14 @@ def test_sequences_in_one_row_have_the_logits_and_gradients_of_rows_of_their_own
 
 @kinds
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_computes_blocks_again_and_gives_the_same_gradients_bit_for_bit(
-    family, dropout
-):
+def test_checkpointing_recomputes_blocks_and_keeps_gradients_bit_for_bit(family, dropout):
     ids, mask = padded("left")
     gradients, calls = [], []
     for checkpointing in (False, True):
         model = tiny(family, dropout=dropout, attention_dropout=dropout).train()
         model.trunk.checkpointing = checkpointing
-        model.trunk.blocks[0].register_forward_pre_hook(lambda *_: calls.append(checkpointing))  # noqa: B023
+        count = lambda *_, on=checkpointing: calls.append(on)  # noqa: E731
+        model.trunk.blocks[0].register_forward_pre_hook(count)
         torch.manual_seed(1)
         model(ids, mask)[mask].square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -337,7 +337,7 @@ def test_checkpointing_computes_blocks_again_and_gives_the_same_gradients_bit_fo
 @kinds
 @pytest.mark.parametrize("prompt", [1, 4, 8])
 def test_prefill_and_decode_give_the_hidden_states_of_the_full_forward(family, prompt):
-    """Rows of other lengths beside each other, two samples a prompt, rows that end early, NaN where nothing is."""
+    """Rows of several lengths, two samples a prompt, rows that end early; unused cache is NaN."""
     model = tiny(family)
     trunk, samples = model.trunk, padded("right", lengths=(12,) * 6, width=12)[0]
     samples[1::2, :prompt] = samples[::2, :prompt]  # prompt b goes to rows 2b and 2b + 1
@@ -376,7 +376,7 @@ def test_causality():
 @kinds
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_reward_is_read_at_the_last_attended_token(family, side):
-    """Row 10: ids that look like padding or an end in mid-sequence, or as the last token, do not move it."""
+    """Row 10: padding ids and EOS in mid-sequence, or as the last token, do not move it."""
     reward = tiny(family, RewardModel)
     critic = ValueModel.from_model(reward)
     ids, mask = padded(side)
@@ -455,13 +455,13 @@ def test_a_mask_of_another_shape_is_refused():
         ),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(options, message):
+def test_a_contradictory_config_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**(SIZES | options))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_tokens_that_are_read_are_as_among_all_and_so_are_their_gradients(checkpointing):
+def test_tokens_at_read_have_the_hidden_states_and_gradients_of_all(checkpointing):
     torch.manual_seed(0)
     trunk = Transformer(TransformerConfig(30, hidden_size=16, num_layers=2, num_heads=2)).trunk
     trunk.checkpointing = checkpointing
@@ -484,3 +484,78 @@ def test_tokens_that_are_read_are_as_among_all_and_so_are_their_gradients(checkp
     assert set(rows[: len(rows) // 2]) == {4} and set(rows[len(rows) // 2 :]) == {21}
     for got, want in zip(part, whole):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+# ---- what code outside models/ uses instead of the trunk and the head
+
+
+@kinds
+def test_token_logprobs_are_those_of_the_logits(family):
+    model, (ids, mask) = tiny(family), padded("right")
+    hidden = model.hidden_states(ids, mask)[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    got = model.token_logprobs(hidden, targets, temperature=0.7)
+    log_p = (model(ids, mask)[:, :-1].flatten(0, 1) / 0.7).log_softmax(-1)
+    assert_close(got.logprobs, log_p.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-5)
+    assert_close(got.entropy, -(log_p.exp() * log_p).sum(-1), rtol=0, atol=1e-5)
+
+
+@kinds
+def test_token_loss_has_the_gradients_of_the_logits(family):
+    ids, _ = padded("right")
+    gradients = []
+    for fused in (True, False):
+        model = tiny(family)
+        hidden, targets = model.hidden_states(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        if fused:
+            (loss,) = model.token_loss(hidden, targets, lambda tokens, _: (-tokens[0].sum(),))
+        else:
+            loss = F.cross_entropy(model.logits(hidden), targets, reduction="sum")
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_target_and_mean_logits_are_those_of_the_logits(family):
+    model, hidden = tiny(family), torch.randn(5, 32)
+    targets = torch.tensor([0, 7, 39, 7, 1])
+    target, mean = model.target_and_mean_logits(hidden, targets)
+    logits = model.logits(hidden)
+    assert_close(target, logits[range(5), targets], rtol=0, atol=1e-5)
+    assert_close(mean, logits.mean(-1), rtol=0, atol=1e-5)
+
+
+def test_models_know_whether_they_share_a_trunk():
+    policy = tiny("llama")
+    on_it, beside_it = (ValueModel.from_model(policy, share_trunk=on) for on in (True, False))
+    assert policy.shares_trunk_with(policy) and on_it.shares_trunk_with(policy)
+    assert not beside_it.shares_trunk_with(policy) and not beside_it.shares_trunk_with(on_it)
+
+
+def test_a_new_cache_has_the_sizes_device_and_dtype_of_the_model():
+    model = tiny("llama-gqa").to(torch.bfloat16)
+    cache = model.new_cache(3, 11)
+    assert cache.keys.shape[1:2] == (3,) and cache.keys.shape[3] == 11
+    assert cache.keys.dtype == torch.bfloat16 and cache.keys.device == model.device
+    assert cache.lengths.tolist() == [0, 0, 0]
+
+
+@kinds
+@pytest.mark.parametrize("freeze_layers", [0, 1, 2])
+def test_prepare_training_freezes_embeddings_and_the_lowest_blocks(family, freeze_layers):
+    model = tiny(family, tie_embeddings=False)
+    model.prepare_training(freeze_layers=freeze_layers, activation_checkpointing=True)
+    assert model.trunk.checkpointing
+    frozen = {
+        name.split(".weight")[0] for name, p in model.named_parameters() if not p.requires_grad
+    }
+    parts = {".".join(name.split(".")[:3]).split(".weight")[0] for name in frozen}
+    embeddings = {"trunk.embed"} | ({"trunk.position"} if family == "gpt2" else set())
+    blocks = {f"trunk.blocks.{i}" for i in range(freeze_layers)}
+    assert parts == (embeddings | blocks if freeze_layers else set())
+
+
+def test_more_frozen_layers_than_blocks_are_refused():
+    with pytest.raises(ValueError, match="freeze_layers is 3, but the model has 2 blocks"):
+        tiny("llama").prepare_training(freeze_layers=3, activation_checkpointing=False)
