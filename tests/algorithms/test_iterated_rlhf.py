@@ -1,13 +1,15 @@
-"""Iterated RLHF: pairs pile up, each round's reward model learns from all of them, Elo tells what it brought."""
+"""Iterated RLHF: each round's reward model learns from all pairs so far; Elo rates the rounds."""
 
 import json
 
 import pytest
 import torch
+from helpers import tiny
 
+from rlhf_core.algorithms.iterated_rlhf import ratings
 from rlhf_core.data import ByteTokenizer, Pair
 from rlhf_core.evaluation import elo
-from rlhf_core.models import RewardModel, Transformer, TransformerConfig
+from rlhf_core.models import RewardModel, Transformer
 from rlhf_core.trainers import (
     IteratedRLHFConfig,
     PPOConfig,
@@ -17,15 +19,8 @@ from rlhf_core.trainers import (
     SamplingConfig,
     iterated_rlhf,
 )
-from rlhf_core.algorithms.iterated_rlhf import ratings
 
 PROMPTS = [[7 + i % 4] for i in range(64)]
-
-
-def tiny(seed=0, **options):
-    torch.manual_seed(seed)
-    sizes = dict(vocab_size=12, hidden_size=16, num_layers=2, num_heads=2, max_positions=32)
-    return Transformer(TransformerConfig(**(sizes | options), eos_ids=(2,), pad_id=0))
 
 
 def more_fives(prompts, first, second):
@@ -35,7 +30,7 @@ def more_fives(prompts, first, second):
     ]
 
 
-def run(model=None, rounds=2, reward=None, ppo=None, num_samples=2, seed=0, **options):
+def iterated(model=None, rounds=2, reward=None, ppo=None, num_samples=2, seed=0, **options):
     config = IteratedRLHFConfig(
         rounds,
         SamplingConfig(num_samples, response_length=5),
@@ -61,15 +56,20 @@ def same(a, b):
     return all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
 
 
+@pytest.mark.slow
 def test_every_round_is_rated_above_the_ones_before():
-    history, _ = run(
-        rounds=3, num_samples=4, ppo=dict(epochs=4), reward=dict(epochs=2), eval_prompts=PROMPTS
+    history, _ = iterated(
+        tiny(noise=0),
+        rounds=3,
+        num_samples=4,
+        ppo=dict(epochs=4),
+        reward=dict(epochs=2),
+        eval_prompts=PROMPTS,
     )
     final = history[-1]["elo"]
     assert final[0] == 0 and final == sorted(final) and final[-1] > 400
-    assert [len(line["elo"]) for line in history] == [2, 3, 4] and [
-        len(line["wins"]) for line in history
-    ] == [1, 2, 3]
+    assert [len(line["elo"]) for line in history] == [2, 3, 4]
+    assert [len(line["wins"]) for line in history] == [1, 2, 3]
     assert history[-1]["wins"][0] > 0.9 * 64
 
 
@@ -83,7 +83,7 @@ def test_a_reward_model_starts_from_the_first_policy_and_learns_from_all_pairs_s
 
     monkeypatch.setattr(RewardTrainer, "train", watch)
     before = [Pair([7], [5], [6])]
-    history, model = run(pairs=before)
+    history, model = iterated(pairs=before)
     assert (
         learned[0][:1] == before
         and learned[1][: len(learned[0])] == learned[0]
@@ -99,7 +99,7 @@ def test_a_reward_model_starts_from_the_first_policy_and_learns_from_all_pairs_s
     assert not torch.equal(model.trunk.embed.weight, first)
 
 
-def test_ppo_goes_on_from_the_policy_and_is_compared_with_the_first(monkeypatch):
+def test_ppo_continues_from_the_last_policy_with_the_first_as_reference(monkeypatch):
     seen, train = [], PPOTrainer.train
 
     def watch(self):
@@ -107,13 +107,13 @@ def test_ppo_goes_on_from_the_policy_and_is_compared_with_the_first(monkeypatch)
         return train(self)
 
     monkeypatch.setattr(PPOTrainer, "train", watch)
-    run()
+    iterated()
     (first, reference), (second, again) = seen
     assert torch.equal(first, tiny().trunk.embed.weight) and not torch.equal(second, first)
     assert same(reference, tiny()) and again is reference
 
 
-def test_every_round_has_a_seed_of_its_own(monkeypatch):
+def test_every_round_has_its_own_seed(monkeypatch):
     seeds = []
     for kind in (RewardTrainer, PPOTrainer):
         train = kind.train
@@ -122,12 +122,12 @@ def test_every_round_has_a_seed_of_its_own(monkeypatch):
             return seeds.append((self.algorithm, self.config.seed)) or train(self)
 
         monkeypatch.setattr(kind, "train", watch)
-    run(seed=5, eval_prompts=())
+    iterated(seed=5, eval_prompts=())
     assert seeds == [("reward", 6), ("ppo", 6), ("reward", 7), ("ppo", 7)]
 
 
-def test_what_ends_a_response_ends_samples_rollouts_and_answers(tmp_path):
-    (line,), _ = run(rounds=1, eos_ids=tuple(range(12)), out=tmp_path)
+def test_eos_ids_end_samples_rollouts_and_answers(tmp_path):
+    (line,), _ = iterated(rounds=1, eos_ids=tuple(range(12)), out=tmp_path)
     samples = json.loads((tmp_path / "round-1" / "samples.json").read_text())
     assert line["response_length"] == 1 and samples["pairs"]
     assert (
@@ -137,12 +137,13 @@ def test_what_ends_a_response_ends_samples_rollouts_and_answers(tmp_path):
     )
 
 
-def test_rounds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
-    """Between rounds, and in the middle of a round's PPO, bit by bit."""
+@pytest.mark.slow
+def test_a_stopped_run_resumes_between_rounds_and_within_one(tmp_path, monkeypatch):
+    """Between rounds and in the middle of a round's PPO, to the bit."""
 
     def saving(out, rounds=2, **options):
         settings = dict(reward=dict(dropout=True), ppo=dict(save_every=1))
-        return run(tiny(dropout=0.1), rounds, **settings, out=tmp_path / out, **options)
+        return iterated(tiny(dropout=0.1), rounds, **settings, out=tmp_path / out, **options)
 
     want, whole = saving("whole")
     saving("between", rounds=1)
@@ -173,11 +174,11 @@ def test_rounds_go_on_where_the_run_stopped(tmp_path, monkeypatch):
         len(json.loads((tmp_path / "within" / "round-1" / "samples.json").read_text())["answers"])
         == 16
     )
-    with pytest.raises(ValueError, match="with digest="):
+    with pytest.raises(ValueError, match="the run was started with digest="):
         saving("within", resume=True, pairs=[Pair([7], [5], [6])])
 
 
-def test_the_judge_reads_strings_where_there_is_a_tokenizer_and_nothing_is_rated_without_prompts_for_it():
+def test_the_judge_gets_strings_with_a_tokenizer_and_nothing_is_rated_without_eval_prompts():
     tokenizer, asked = ByteTokenizer(), []
 
     def judge(prompts, first, second):
@@ -187,19 +188,19 @@ def test_the_judge_reads_strings_where_there_is_a_tokenizer_and_nothing_is_rated
     prompts = [tokenizer.encode_prompt(text) for text in ("ab", "c") * 4]
     model = tiny(vocab_size=259)
     options = dict(prompts=prompts, judge=judge, tokenizer=tokenizer, eval_prompts=())
-    (line,), _ = run(model, rounds=1, **options)
+    (line,), _ = iterated(model, rounds=1, **options)
     assert asked == [{"ab", "c"}] and "elo" not in line and "wins" not in line
 
 
-def test_a_judge_who_prefers_what_it_reads_first_rates_all_policies_alike():
-    history, _ = run(judge=lambda prompts, first, second: [1.0] * len(prompts))
+def test_a_judge_that_prefers_the_first_answer_rates_all_policies_equally():
+    history, _ = iterated(judge=lambda prompts, first, second: [1.0] * len(prompts))
     assert [line["wins"] for line in history] == [[8.0], [8.0, 8.0]]
     assert history[-1]["elo"] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
 def test_a_run_without_prompts_is_refused():
     with pytest.raises(ValueError, match="there are no prompts"):
-        run(prompts=[])
+        iterated(prompts=[])
 
 
 def test_ratings_are_the_elo_of_the_table_of_wins():
@@ -214,4 +215,4 @@ def test_ratings_are_the_elo_of_the_table_of_wins():
 )
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        run(**options)
+        iterated(**options)

@@ -1,10 +1,10 @@
-"""KTO through its trainer: the paper's loss, with a KL that does not depend on how a batch is divided."""
+"""KTO: the loss is the paper's, its KL comes from mismatched rows."""
 
 import math
 
 import pytest
 import torch
-from test_trainers import accumulated, snapshot, tiny
+from helpers import accumulated, snapshot, tiny
 from torch.testing import assert_close
 
 from rlhf_core.data import ByteTokenizer, Example, Labelled, encode_labelled, read_labelled
@@ -31,7 +31,7 @@ def make(model=None, reference=None, examples=None, **config):
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
-def test_loss_and_gradients_are_those_of_the_paper_whatever_the_micro_batches(
+def test_loss_and_gradients_are_those_of_the_paper_for_every_micro_batch_size(
     micro_batch_size, monkeypatch
 ):
     """Eq. 8, of rows apart; and the logits of a step are computed once."""
@@ -84,13 +84,13 @@ def test_where_policy_and_reference_agree_every_value_is_one_half():
         )
 
 
-def test_the_kl_is_never_negative_and_of_one_row_zero():
+def test_the_kl_is_never_negative_and_0_for_one_row():
     trainers = [make(tiny(seed=a), tiny(seed=b)) for a, b in ((0, 1), (1, 0))]
     logs = [trainer.kl(rows()).item() for trainer in trainers]
     assert min(logs) >= 0 and max(logs) > 0 and trainers[0].kl(rows(1)) == 0
 
 
-def test_the_kl_counts_what_counts_of_the_others_completion_also_where_it_is_cut():
+def test_the_kl_counts_the_unmasked_tokens_of_the_other_completion():
     """As if the masked tokens, which differ, were the prompt's."""
     whole = [Example([7, 8], [9, 10, 5, 2], label=True), Example([11], [8, 6, 9, 2], label=False)]
     masked = [row._replace(completion_mask=[False, True, True, False]) for row in whole]
@@ -111,12 +111,12 @@ def test_the_kl_counts_what_counts_of_the_others_completion_also_where_it_is_cut
         assert trainer.kl(masked) != trainer.kl(whole)
 
 
-def test_the_kl_is_without_dropout():
+def test_the_kl_is_computed_without_dropout():
     trainer = make(tiny(dropout=0.3), dropout=True)
     assert not any(trainer.kl(rows(seed=seed)) for seed in range(12))
 
 
-def test_a_prompt_and_a_completion_of_other_rows_are_cut_to_the_models_positions():
+def test_mismatched_rows_are_truncated_to_the_models_positions():
     long = [
         Example([7] * 20, [5] * 10 + [2], label=True),
         Example([8] * 2, [6] * 28 + [2], label=False),
@@ -135,7 +135,7 @@ def test_kto_learns_what_is_desirable_and_leaves_the_reference_alone():
     assert_close(snapshot(trainer.reference.model), before, rtol=0, atol=0)
 
 
-def test_labels_come_from_the_file(tmp_path):
+def test_labels_are_read_from_the_file(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(
         '{"prompt": "p", "completion": "c", "label": true}\n{"prompt": "p", "response": "d", "label": 0}\n'
@@ -162,7 +162,7 @@ def test_an_option_out_of_range_is_refused(options, message):
 
 
 @pytest.mark.parametrize("label", [None, 2, "no", math.nan])
-def test_an_example_whose_label_is_no_truth_value_is_named(label):
+def test_an_example_without_a_true_or_false_label_is_reported(label):
     bad = Example([7], [5, 2], label=label)
     with pytest.raises(ValueError, match=f"^example 1 has label {label!r}, not True or False"):
         make(examples=[rows()[0], bad])

@@ -26,7 +26,7 @@ def alone(reward):
 
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_a_reward_model_scores_whole_sequences(batch_size):
-    """Row 10: at the last token, though 2 and 3 end sequences."""
+    """Row 10: at the last token, although 2 and 3 end sequences."""
     assert_close(Scorer(model(), batch_size=batch_size)(PROMPTS, RESPONSES), alone(model()))
 
 
@@ -37,12 +37,19 @@ def test_an_ensemble_scores_as_its_aggregate_does():
     assert_close(Scorer(EnsembleReward(models))(PROMPTS, RESPONSES), each.mean(dim=0))
 
 
-@pytest.mark.parametrize("rewards", [[len, len], (len, 1.0), [(len, "1")]])
-def test_several_rewards_need_their_weights(rewards):
-    with pytest.raises(ValueError, match=r"several rewards are \(reward, weight\) each, got"):
+@pytest.mark.parametrize(
+    "rewards, message",
+    [
+        ([len, len], r"several rewards must be \(reward, weight\) pairs, got"),
+        ((len, 1.0), r"several rewards must be \(reward, weight\) pairs, got"),
+        ([(len, "1")], "a reward's weight must be a finite number, got '1'"),
+        ([(len, math.nan)], "a reward's weight must be a finite number, got nan"),
+        ([], "the list of rewards is empty"),
+    ],
+)
+def test_several_rewards_need_their_weights(rewards, message):
+    with pytest.raises(ValueError, match=message):
         Scorer(rewards)
-    with pytest.raises(ValueError, match="a reward's weight must be finite, got nan"):
-        Scorer([(len, math.nan)])
 
 
 def test_several_rewards_add_up_by_their_weights_also_those_of_tokens():
@@ -71,8 +78,10 @@ class Lines(Letters):
 
 
 def test_the_end_of_a_step_earns_the_log_of_its_probability():
-    """So a response's score is the log of the probability that all of its steps are right. What training has not shown,
-    an end behind a newline, a blank line, or a step that was cut, earns nothing."""
+    """A response then scores the log of the probability that all of its steps are right.
+
+    An end after a newline, a blank line and a truncated step, which training never shows, earn 0.
+    """
     reward, responses = (
         model(),
         [[5, 2], [5, 6, 5, 2], [3], [5, 6, 2], [5, 6, 5], [6, 7, 6, 6, 8, 3], [9]],
@@ -116,7 +125,10 @@ def test_a_callable_gets_the_texts_or_the_ids():
             r"the reward of row 1 is inf; prompt \[6\]",
         ),
         ([1.0, 2.0], "the reward returned 2 rows for 3 responses"),
-        ([[1.0, 2.0], [1.0, 2.0], [0.0]], r"the reward of row 1 has shape \(2,\), for 4 tokens"),
+        (
+            [[1.0, 2.0], [1.0, 2.0], [0.0]],
+            r"the reward of row 1 has shape \(2,\), but the response has 4 tokens",
+        ),
         ([1.0, "good", 2.0], r"the reward returned \[1.0, 'good', 2.0\]: "),
         (None, "the reward returned None: "),
     ],
@@ -136,7 +148,8 @@ def test_a_callable_that_raises_is_reported_with_its_row():
         return [0.0] * len(prompts)
 
     with pytest.raises(
-        RuntimeError, match=r"KeyError\('seven'\); so it does on row 2 alone: prompt \[7, 8, 9\]"
+        RuntimeError,
+        match=r"KeyError\('seven'\); it also raises on row 2 alone: prompt \[7, 8, 9\]",
     ):
         Scorer(on_the_third)(PROMPTS, RESPONSES)
 
@@ -144,7 +157,7 @@ def test_a_callable_that_raises_is_reported_with_its_row():
         assert len(prompts) == 1, "too many"
         return [0.0]
 
-    with pytest.raises(RuntimeError, match="on all 3 rows at once, on no row alone"):
+    with pytest.raises(RuntimeError, match="it raises on all 3 rows together, on no row alone"):
         Scorer(on_several)(PROMPTS, RESPONSES)
 
 
@@ -162,12 +175,12 @@ def test_scores_of_steps_and_of_responses_cannot_replace_each_other():
         (
             [(model(), 1.0), (process, 1.0)],
             False,
-            "reward model 1 scores steps, so it goes with process_rewards alone",
+            "reward model 1 scores steps: it needs process_rewards",
         ),
         (
             [(process, 1.0), (model(), 1.0)],
             True,
-            "reward model 1 scores responses: process_rewards needs",
+            "reward model 1 scores whole responses: process_rewards needs a model",
         ),
         (EnsembleReward([process, process]), False, "reward model 0 scores steps"),
         (RewardModel.from_model(process), False, "reward model 0 scores steps"),
@@ -175,7 +188,7 @@ def test_scores_of_steps_and_of_responses_cannot_replace_each_other():
         with pytest.raises(ValueError, match=message):
             Scorer(reward, tokenizer=Lines(), of_steps=of_steps)
     with pytest.raises(
-        ValueError, match=r"of the reward models of one ensemble \[1\] score steps, the others"
+        ValueError, match=r"reward models \[1\] of the ensemble score steps, the others responses"
     ):
         EnsembleReward([model(), process])
 
@@ -183,7 +196,7 @@ def test_scores_of_steps_and_of_responses_cannot_replace_each_other():
 def test_a_reward_model_of_another_vocabulary_is_refused():
     policy = tiny()
     other = RewardModel.from_model(tiny(vocab_size=policy.config.vocab_size + 1))
-    sizes = f"the policy has {policy.config.vocab_size} tokens, reward model 1 {other.config.vocab_size}: they must"
+    sizes = "the policy has 12 tokens, but reward model 1 has 13: they must share a tokenizer"
     rewards = [(model(), 1.0), (other, 1.0)]
     with pytest.raises(ValueError, match=sizes):
         Scorer(rewards).check_vocabulary(policy)
@@ -203,5 +216,18 @@ def test_rewards_of_steps_need_reward_models_and_a_tokenizer():
     for arguments in (dict(reward=model()), dict(reward=lambda p, r: [0.0], tokenizer=Lines())):
         with pytest.raises(ValueError, match="rewards of steps need a tokenizer"):
             Scorer(**arguments, of_steps=True)
-    with pytest.raises(ValueError, match="there is no reward"):
-        Scorer([])
+
+
+def test_equal_rows_are_scored_once():
+    """So neither rounding nor chance makes a difference between equal responses."""
+    calls = []
+
+    def reward(prompts, responses):
+        calls.append((prompts, responses))
+        return list(range(len(prompts)))
+
+    prompts, responses = [[4], [6], [4], [4], [6]], [[5], [5], [5], [7], [5]]
+    assert Scorer(reward)(prompts, responses).tolist() == [0, 1, 0, 2, 1]
+    assert calls == [([[4], [6], [4]], [[5], [5], [7]])]
+    scores = Scorer(model(), batch_size=2)(prompts, responses)
+    assert scores[0] == scores[2] and scores[1] == scores[4] and len(scores.unique()) == 3

@@ -1,0 +1,59 @@
+"""Evaluation of a policy's own samples."""
+
+import torch
+from helpers import tiny
+from torch.testing import assert_close
+
+from rlhf_core.data import ByteTokenizer
+from rlhf_core.evaluation import evaluate_policy
+
+
+def noisy(seed=0, **options):
+    sizes = dict(vocab_size=259, max_positions=64, eos_ids=(2,)) | options
+    return tiny(seed=seed, noise=0.3, **sizes).eval()
+
+
+def scores_of(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+def evaluated(policy, reference, **options):
+    prompts = [[257, *b"hello"], [257, *b"ok"], [257]]
+    options = dict(max_new_tokens=5) | options
+    return evaluate_policy(policy, reference, prompts, scores_of, ByteTokenizer(), **options)
+
+
+def test_evaluation_gives_a_score_and_a_kl_for_every_prompt():
+    policy, other = (noisy(seed, eos_ids=(258,)) for seed in (0, 1))
+    same = evaluated(policy, policy)
+    assert len(same.responses) == len(same.scores) == len(same.kl) == len(same.lengths) == 3
+    assert same.scores.tolist() == scores_of([], same.responses)
+    assert_close(same.kl, torch.zeros(3), rtol=0, atol=1e-5)
+    assert evaluated(policy, other).kl.mean() > 1
+    assert evaluated(policy, other, seed=0).responses == same.responses
+    assert evaluated(policy, other, seed=1).responses != same.responses
+
+
+def test_lengths_count_the_tokens_of_a_response_with_its_eos():
+    never, always = (
+        evaluated(noisy(), noisy(), eos_ids=eos_ids) for eos_ids in ((), tuple(range(259)))
+    )
+    assert never.lengths.tolist() == [5, 5, 5] and always.lengths.tolist() == [1, 1, 1]
+
+
+def test_evaluation_ignores_dropout_in_every_mode():
+    policy, reference = (noisy(dropout=0.5) for _ in range(2))
+    want = evaluated(policy, reference)
+    got = evaluated(policy.train(), reference.train())
+    assert_close(got.kl, want.kl, rtol=0, atol=1e-5)
+    assert policy.training and reference.training
+
+
+def test_evaluation_does_not_depend_on_the_batch_size():
+    """Row 32; every prompt has a seed of its own."""
+    policy, reference = (noisy(seed) for seed in (0, 1))
+    a, b = (evaluated(policy, reference, batch_size=size) for size in (1, 3))
+    assert a.responses == b.responses
+    assert_close(a.scores, b.scores)
+    assert torch.equal(a.lengths, b.lengths)
+    assert_close(a.kl, b.kl, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,89 @@
+"""Judges: probabilities of pairs become scores; a bad verdict is an error with its row."""
+
+import pytest
+
+from rlhf_core.data import ByteTokenizer
+from rlhf_core.feedback.judges import JudgeScorer, judged
+
+
+def longer(prompts, first, second):
+    return [0.5 + 0.5 * ((len(a) > len(b)) - (len(a) < len(b))) for a, b in zip(first, second)]
+
+
+def test_two_responses_score_p_and_1_minus_p():
+    score = JudgeScorer(lambda prompts, first, second: [0.75, 0.5, 0.0], 2)
+    responses = [[3], [4], [3], [5], [3], [6]]
+    assert score([[7]] * 6, responses).tolist() == [0.75, 0.25, 0.5, 0.5, 0.0, 1.0]
+
+
+def test_each_of_several_responses_scores_its_mean_probability_of_winning():
+    """The judge sees each pair once, in the order of sampling."""
+    seen = []
+
+    def judge(prompts, first, second):
+        seen.extend(zip(prompts, first, second))
+        return longer(prompts, first, second)
+
+    responses = [[3], [3, 3], [3, 3, 3], [4, 4], [5, 4], [4]]
+    scores = JudgeScorer(judge, 3)([[7]] * 3 + [[8]] * 3, responses)
+    assert scores.tolist() == [0, 0.5, 1, 0.75, 0.75, 0]
+    pairs = [(7, 0, 1), (7, 0, 2), (7, 1, 2), (8, 3, 4), (8, 3, 5), (8, 4, 5)]
+    assert seen == [([prompt], responses[i], responses[j]) for prompt, i, j in pairs]
+
+
+def test_equal_responses_tie_without_the_judge_and_equal_rows_are_judged_once():
+    seen = []
+
+    def judge(prompts, first, second):
+        seen.extend(zip(prompts, first, second))
+        return [1.0] * len(prompts)
+
+    first, second = [[3], [4], [3], [3]], [[3], [5], [4], [4]]
+    assert judged(judge, [[7]] * 4, first, second).tolist() == [0.5, 1, 1, 1]
+    assert seen == [([7], [4], [5]), ([7], [3], [4])]
+
+
+def test_a_judge_gets_strings_with_a_tokenizer():
+    def judge(prompts, first, second):
+        assert (prompts, first, second) == (["ab"], ["c"], ["d"])
+        return [1]
+
+    tokenizer = ByteTokenizer()
+    rows = [tokenizer.encode_prompt("ab")], [[*b"c", *tokenizer.eos_ids]], [list(b"d")]
+    assert judged(judge, *rows, tokenizer=tokenizer).tolist() == [1]
+
+
+def test_a_judge_needs_two_responses_to_compare():
+    message = "a judge compares responses: num_samples must be >= 2, got 1"
+    with pytest.raises(ValueError, match=message):
+        JudgeScorer(longer, 1)
+    for nothing in (lambda: JudgeScorer(longer, 2)([], []), lambda: judged(longer, [], [], [])):
+        with pytest.raises(ValueError, match="there are no responses to judge"):
+            nothing()
+
+
+def test_a_judge_that_raises_is_reported_with_the_row():
+    def judge(prompts, first, second):
+        return [1 / (len(a) - len(b)) for a, b in zip(first, second)]
+
+    message = r"the judge raised ZeroDivisionError.*on row 1 alone: prompt \[8\], response \[4\] and \[6\]"
+    with pytest.raises(RuntimeError, match=message):
+        judged(judge, [[7], [8]], [[3, 3], [4]], [[5], [6]])
+
+
+@pytest.mark.parametrize(
+    "verdict, message",
+    [
+        ([0.5], r"returned shape \(1,\) for 2 pairs"),
+        (
+            [0.5, float("nan")],
+            r"returned nan.*, not a probability.* prompt \[8\].* responses \[\[4\], \[6\]\]",
+        ),
+        ([1.5, 0.5], r"returned 1\.5.*, not a probability.* prompt \[7\]"),
+        ([0.5, -0.1], r"returned -0\.1.*, not a probability.* prompt \[8\]"),
+    ],
+    ids=str,
+)
+def test_a_verdict_that_is_not_a_probability_is_reported_with_its_row(verdict, message):
+    with pytest.raises(ValueError, match=message):
+        judged(lambda *_: verdict, [[7], [8]], [[3], [4]], [[5], [6]])
