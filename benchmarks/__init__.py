@@ -1,6 +1,7 @@
-"""Benchmarks, one file per op, installed as rlhf_core.benchmarks: `rlhf-core bench` and pytest run the same cases.
+"""Benchmarks of the ops, one file each, installed as rlhf_core.benchmarks.
 
-A bench_<op>.py has `cases(size, device)`: names to functions that make a `Case`. `common` checks and times them.
+`cases(size, device)` in bench_<op>.py returns functions that make a `Case`, by name. `rlhf-core
+bench` and pytest run the same cases; `common` checks and times them.
 """
 
 OPS = ("logprobs", "linear_logprobs", "kl", "gae", "policy_loss", "decode_attention", "sampling")

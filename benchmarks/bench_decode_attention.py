@@ -1,7 +1,7 @@
-"""One decoding step's attention against scaled_dot_product_attention over the rows' slots with a mask of their lengths.
+"""decode_attention against scaled_dot_product_attention on the rows' slots, masked by length.
 
-The baselines rotate and append too, in place, as ours does. Bytes: reads the keys and values that a row has, once each,
-although rows of S are what the baselines read.
+Each variant also rotates queries and keys and appends to the cache in place. Bytes: every row's
+keys and values up to its length, read once. The baselines read all S positions of a row.
 """
 
 import functools
@@ -13,7 +13,8 @@ from rlhf_core import decode_attention
 from rlhf_core.benchmarks import common
 from rlhf_core.benchmarks.common import OURS, Case
 
-SHAPES = {  # rows, query and key/value heads, head dim, cache length, shortest row
+# Rows, query heads, key/value heads, head dim, cache length, shortest row.
+SHAPES = {
     "stories": (64, 8, 4, 8, 80, 16),
     "GPT-2": (16, 4, 4, 64, 128, 32),
     "Llama": (8, 8, 4, 64, 192, 64),

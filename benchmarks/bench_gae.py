@@ -1,9 +1,11 @@
-"""gae against loops over time in numpy, in PyTorch and in TRL's layout; ppo_advantages against the chain that it fuses.
+"""gae against loops over time, and ppo_advantages against the chain of ops that it fuses.
 
-Bytes: gae reads rewards, values (float32) and the mask (bool), writes advantages and returns; ppo_advantages reads
-log-probs twice in place of rewards, and also writes rewards and KL. The loops get the easier problem, a mask without
-gaps; numpy's and PyTorch's keep time first, (T, B), so that a step is one contiguous row. The sweep shows how the time
-grows with T.
+The loops are written in numpy, in PyTorch and in TRL's layout. They get the easier problem, a mask
+without gaps. Those of numpy and PyTorch have time first, (T, B), so that a step is one contiguous
+row. The sweep shows how the time grows with T.
+
+Bytes: gae reads rewards, values (float32) and the mask (bool), and writes advantages and returns.
+ppo_advantages reads two log-probs instead of rewards, and also writes rewards and KL.
 """
 
 import functools
@@ -20,19 +22,18 @@ GAMMA, LAM, KL_COEF = 0.99, 0.95, 0.05
 
 
 def loop(rewards, values, mask, advantages):
-    """(T, B), numpy or torch; masked steps only ever follow the counted ones, and hold 0."""
+    """GAE on (T, B), in numpy or torch. Masked steps come last in each column and hold 0."""
     advantage, next_value = 0 * rewards[0], 0 * rewards[0]
     for t in reversed(range(len(rewards))):
-        advantage = (rewards[t] + GAMMA * next_value - values[t] + GAMMA * LAM * advantage) * mask[
-            t
-        ]
+        advantage = rewards[t] + GAMMA * next_value - values[t] + GAMMA * LAM * advantage
+        advantage = advantage * mask[t]
         next_value = values[t]
         advantages[t] = advantage
     return advantages, advantages + values
 
 
 def trl_loop(rewards, values):
-    """TRL's: columns of (B, T), stacked in the end."""
+    """TRL's loop: columns of (B, T), stacked at the end."""
     T, advantage, columns = rewards.shape[1], 0, []
     for t in reversed(range(T)):
         next_value = values[:, t + 1] if t < T - 1 else 0.0
@@ -43,7 +44,7 @@ def trl_loop(rewards, values):
 
 
 def inputs(shape: tuple[int, int], device: str):
-    """rewards, values, mask; rewards and values are 0 where the mask is False."""
+    """Rewards and values, which are 0 where the mask is False, and the mask."""
     lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1), device=device)
     mask = torch.arange(shape[1], device=device) < lengths
     return torch.randn(shape, device=device) * mask, torch.randn(shape, device=device) * mask, mask

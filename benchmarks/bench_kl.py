@@ -1,7 +1,8 @@
-"""full_kl against two log_softmax and a sum, and kl_estimate (k3) against its formula, eager and under torch.compile.
+"""full_kl against two log_softmax and a sum, and kl_estimate (k3) against its formula.
 
-Bytes: full_kl's forward reads both logits once, forward + backward reads them twice and writes the gradient of the
-policy's. kl_estimate reads two float32 tensors and the mask and writes one.
+The baselines run eagerly and under torch.compile. Bytes: the forward pass of full_kl reads both
+logits once. Forward + backward reads them twice and writes the gradient of the policy's logits.
+kl_estimate reads two float32 tensors and the mask, and writes one tensor.
 """
 
 import functools

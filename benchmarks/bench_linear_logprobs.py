@@ -1,8 +1,9 @@
-"""linear_token_logprobs against plain PyTorch, which gets the easier problem: the counted rows, already packed.
+"""linear_token_logprobs against plain PyTorch, which gets only the counted rows, already packed.
 
-FLOP: 2NDV for each matrix product over N counted rows: one forward, three forward + backward, two where the head is
-frozen; the floor is the time of these products alone. Memory is the peak above the inputs: on CPU by how much the
-process's resident memory grows, on a GPU what torch allocates.
+FLOP: 2NDV for each matrix product over N counted rows. Forward takes one product, forward +
+backward three, or two if the head is frozen. The floor is the time of these products alone. Memory
+is the peak above the inputs: on a CPU the growth of the process's resident memory, on a GPU the
+allocations of torch.
 """
 
 import functools
@@ -62,7 +63,7 @@ def case(
         got[0] = got[0][mask]
         for x, want in zip(got, truth):
             error = (x.double() - want).norm() / want.norm()
-            # 16-bit logits are off by 2^-9 of themselves before anything else happens.
+            # Rounding alone puts 16-bit logits off by 2^-9 of their value.
             assert error < (1e-5 if dtype == "float32" else 2e-2), f"relative error {error:.1e}"
 
     n = len(packed[0])

@@ -1,7 +1,7 @@
 """token_logprobs against log_softmax + gather (eager, torch.compile), TRL's formula and Liger.
 
-Bytes: forward reads B*T*V logits once; forward + backward reads them twice and writes as many. The sweep shows how the
-time of forward + entropy grows with V and with the number of rows.
+Bytes: the forward pass reads B*T*V logits once. Forward + backward reads them twice and writes as
+many. The sweep shows how the time of forward + entropy grows with V and with the number of rows.
 """
 
 import functools
@@ -12,7 +12,7 @@ from rlhf_core import token_logprobs, token_logprobs_and_entropy
 from rlhf_core.benchmarks import common
 from rlhf_core.benchmarks.common import OURS, Case
 
-BARS = {  # on CPU: kind, dtype -> name -> least ratio
+BARS = {  # on a CPU, by kind and dtype: baseline -> lowest ratio
     ("fwd", "float32"): {"eager": 6, "compile": 2.5, "floor": 1 / 1.3},
     ("fwd", "bfloat16"): {"eager": 10, "compile": 3},
     ("fwd + entropy", "float32"): {"compile": 2.5},
@@ -35,7 +35,7 @@ def eager_entropy(logits, targets):
 
 
 def trl(logits, targets):
-    """TRL spares memory: a loop over sequences, in float32 over logsumexp, in 16 bits over log_softmax."""
+    """TRL's formula saves memory. It loops over sequences; 16-bit ones go through log_softmax."""
     if logits.dtype == torch.float32:
         chosen = logits.gather(-1, targets[..., None])[..., 0]
         return chosen - torch.stack([torch.logsumexp(row, -1) for row in logits])
@@ -44,7 +44,7 @@ def trl(logits, targets):
 
 
 def trl_entropy(logits, targets):
-    """Its entropy: chunks of 128 rows, logsumexp minus the mean logit."""
+    """TRL's entropy, in chunks of 128 rows: logsumexp minus the mean logit."""
     entropies = []
     for z in logits.flatten(0, 1).split(128):
         entropies.append(torch.logsumexp(z, -1) - (torch.softmax(z, -1) * z).sum(-1))
@@ -82,7 +82,7 @@ def case(
             (got,) = wrap(measured, z)()
             common.assert_close(got.flatten(0, 1)[rows], want)
 
-    # In place, the next call's logits are this call's gradient; no variant's time depends on the values.
+    # In place, a call's gradient becomes the next call's logits. No time depends on the values.
     measured = (
         functools.partial(token_logprobs, inplace_backward=True)
         if kind.endswith("in place")
@@ -102,7 +102,7 @@ def case(
         and not tiny
     ):
         loss = liger.LigerCrossEntropyLoss(reduction="none")
-        # It writes its gradient over its own copy of the logits.
+        # Liger writes its gradient over the logits, so that it needs a copy.
         variants["Liger"] = wrap(
             lambda z, y: -loss(z.flatten(0, 1), y.flatten()).view(B, T), logits.clone()
         )
@@ -126,7 +126,7 @@ def eager64(z, targets):
 
 
 def overhead(device: str) -> Case:
-    """What a call costs where there is nothing to compute."""
+    """The cost of a call with almost nothing to compute."""
     logits, targets = torch.randn(2, 4, 64, device=device), torch.randint(64, (2, 4), device=device)
 
     def check():

@@ -1,7 +1,7 @@
-"""ppo_loss, forward + backward with its statistics, against the chain of PyTorch ops that it fuses, eager and compiled.
+"""ppo_loss with statistics, forward + backward, against the chain of PyTorch ops that it fuses.
 
-Bytes: reads six float32 tensors (log-probs and values, old and new, advantages, returns) and the mask, writes two
-gradients.
+The chain runs eagerly and under torch.compile. Bytes: six float32 tensors (log-probs and values,
+old and new, advantages, returns) and the mask are read, two gradients written.
 """
 
 import functools
@@ -23,7 +23,7 @@ def ours(logprobs, values, old_logprobs, advantages, old_values, returns, mask):
 
 
 def chain(logprobs, values, old_logprobs, advantages, old_values, returns, mask):
-    """The loss and the statistics that ours gives; no care for what masked positions hold."""
+    """The same loss and statistics. Masked positions must hold finite numbers."""
     count = mask.sum()
 
     def mean(x):
@@ -60,9 +60,8 @@ def case(shape: tuple[int, int], device: str, tiny: bool) -> Case:
     def check():
         exact = [x.double() for x in data]
         for got, want in zip(wrap(ours)(), wrap(chain, exact)()):
-            common.assert_close(
-                got * mask.sum(), want * mask.sum()
-            )  # gradients of a sum, which are near 1
+            # Gradients of the sum instead of the mean are near 1.
+            common.assert_close(got * mask.sum(), want * mask.sum())
         common.assert_close(ours(*data, mask)[0], chain(*exact, mask)[0])
 
     num_bytes = (8 * 4 + 1) * mask.numel()

@@ -1,7 +1,7 @@
-"""sample_tokens against softmax + multinomial, eager, and exponential noise + argmax under torch.compile.
+"""sample_tokens against softmax + multinomial, and against compiled exponential noise + argmax.
 
-Both peers truncate as Hugging Face does, by topk and by a sort, and give the log-prob of what they draw. Bytes: the
-logits once, though a truncation reads them again, from a cache more often than not.
+Both baselines truncate like Hugging Face, with topk and a sort, and return the log-prob of the
+drawn token. Bytes: the logits once. Truncation reads them again, mostly from a cache.
 """
 
 import functools
@@ -15,11 +15,11 @@ from rlhf_core.benchmarks.common import OURS, Case
 from rlhf_core.ops.sampling import sample_tokens_reference
 
 TRUNCATIONS = {"all": {}, "top_k 50": dict(top_k=50), "top_p 0.9": dict(top_p=0.9)}
-BARS = {
+BARS = {  # on a CPU, V > 10^4
     "all": {"eager": 10, "compile": 3},
     "top_k 50": {"eager": 5},
     "top_p 0.9": {"eager": 5},
-}  # on CPU, V > 10^4
+}
 
 
 def truncated(logits, top_k=None, top_p=None):
@@ -40,7 +40,7 @@ def eager(logits, **truncation):
 
 
 def exponential(logits, **truncation):
-    """argmax p / noise, as vLLM and gpt-fast draw: no cumulative sum, no synchronisation."""
+    """argmax(p / noise), as in vLLM and gpt-fast: no cumulative sum, no synchronisation."""
     log_p = torch.log_softmax(truncated(logits, **truncation), -1, dtype=torch.float32)
     tokens = (log_p.exp() / torch.empty_like(log_p).exponential_()).argmax(-1, keepdim=True)
     return tokens[:, 0], log_p.gather(-1, tokens)[:, 0]
@@ -64,14 +64,14 @@ def case(
         tokens, logprobs, _ = sample_tokens_reference(
             logits[rows].double(), seeds[rows], counters[rows], **settings
         )
-        same = found.tokens[rows] == tokens  # but for a number within rounding of a border
+        same = found.tokens[rows] == tokens  # a draw within rounding of a border may differ
         assert same.sum() >= len(same) - 1, f"{(~same).sum()} of {len(same)} tokens differ"
         common.assert_close(found.logprobs[rows][same], logprobs[same])
 
     variants = {OURS: functools.partial(sample_tokens, logits, seeds, counters, **truncation)}
     variants["eager"] = functools.partial(eager, logits, **truncation)
     if not tiny:
-        torch.compiler.reset()  # all cases compile one function, more often than dynamo allows
+        torch.compiler.reset()  # or dynamo stops, because all cases compile the same function
         variants["compile"] = functools.partial(common.compiled(exponential), logits, **truncation)
     num_bytes = logits.numel() * logits.element_size()
     variants[common.FLOOR] = common.traffic(num_bytes, device)

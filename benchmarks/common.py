@@ -1,12 +1,13 @@
 """Timing, tables and pictures that the benchmarks share.
 
-A case's check compares ours with float64 on the very tensors that are timed, before anything is timed. Then all
-variants take turns, so that a busy machine hurts them alike, and medians and their ratios are reported; a ratio below 1
-is a slow-down. No timing is ever asserted: a bar is met or missed.
+Before anything is timed, a case's check compares our op with float64 on the tensors of the timing.
+Then all variants take turns, so that other load on the machine slows all of them. The table has
+medians and their ratios to ours; a ratio below 1 is a slow-down. No timing is ever asserted: a bar
+is met or missed.
 
-glibc hands a large tensor back to the system and gets it page by page again, which can cost more than the op. Run with
-`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000` to let it keep the memory, as other allocators do: that times
-the kernels alone, and helps the baselines most.
+glibc returns a large tensor to the system and then gets the memory back page by page, which can
+cost more than the op. `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000` makes it keep the
+memory, like other allocators. Then the kernels alone are timed, which helps the baselines most.
 """
 
 import contextlib
@@ -30,35 +31,45 @@ import torch
 from torch import Tensor
 
 OURS, FLOOR, AVX2, MEMORY = "rlhf_core", "floor", "avx2", "memory"
-TOLERANCES = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 2**-7,
-    torch.float16: 2**-10,
-}  # relative, by the dtype stored
+# Relative, by the dtype of the result.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 @dataclasses.dataclass
 class Case:
-    variants: dict[
-        str, Callable[[], object]
-    ]  # OURS, its baselines and FLOOR, the time the hardware needs at least
-    check: Callable[[], None]  # AssertionError where ours is wrong
-    bytes: int = 0  # that must be moved, or
-    flop: int = 0  # that the matrix products take
-    bars: dict[str, float] = dataclasses.field(
-        default_factory=dict
-    )  # name -> least ratio of it to ours
-    h200_ms: float | None = None  # a target on an H200, derived from published figures of peers
-    peak_of: str | None = None  # the baseline whose peak memory is set against ours
-    avx2: bool = False  # also with AVX2 code, on a CPU that has AVX-512
-    latency: bool = False  # wall time on a GPU too, not the device's own
-    grows: tuple[str, int] | None = (
-        None  # the panel of the picture of growth that this case is in, and where
-    )
+    """One problem, solved by several variants.
+
+    Attributes:
+        variants: OURS, the baselines, and FLOOR: the least time that the hardware needs.
+        check: raises AssertionError if our result is wrong.
+        bytes: memory traffic, or
+        flop: operations of the matrix products.
+        bars: lowest ratio to ours, for some of the variants.
+        h200_ms: target on an H200, derived from published figures of other kernels.
+        peak_of: the baseline whose peak memory is compared with ours.
+        avx2: also time the AVX2 code on a CPU with AVX-512.
+        latency: time on the wall clock, also on a GPU.
+        grows: in a sweep, the panel of the picture and the position on its x axis.
+    """
+
+    variants: dict[str, Callable[[], object]]
+    check: Callable[[], None]
+    bytes: int = 0
+    flop: int = 0
+    bars: dict[str, float] = dataclasses.field(default_factory=dict)
+    h200_ms: float | None = None
+    peak_of: str | None = None
+    avx2: bool = False
+    latency: bool = False
+    grows: tuple[str, int] | None = None
 
 
 def cases(op: str, size: str, device: str) -> dict[str, Callable[[], Case]]:
-    """An op's cases by name. size: "full", "sweep" (how cost grows) or "tiny" (a check that everything runs)."""
+    """An op's cases by name.
+
+    Args:
+        size: "full", "sweep" (how the cost grows) or "tiny" (small enough for a test).
+    """
     return importlib.import_module(f"rlhf_core.benchmarks.bench_{op}").cases(size, device)
 
 
@@ -66,22 +77,22 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# ---- parts that cases are made of
+# ---- parts of cases
 
 
 def assert_close(got: Tensor, truth: Tensor) -> None:
-    """Within the rounding of the dtype that `got` is stored in, NaN nowhere."""
+    """Compare within the rounding of got's dtype. NaN is never close."""
     rtol = TOLERANCES[got.dtype]
     torch.testing.assert_close(got.double(), truth.double(), rtol=rtol, atol=1e-5)
 
 
 def some_rows(count: int, most: int = 256) -> slice:
-    """At most `most` rows of `count`, evenly spread: checking each in float64 would take longer than the bench."""
+    """At most `most` of `count` rows, evenly spaced. A check of all of them would take too long."""
     return slice(None, None, -(-count // most))
 
 
 def traffic(num_bytes: int, device: str) -> Callable[[], object]:
-    """The floor of a memory-bound op. CPU: reading so many bytes, by sum. GPU: a copy that reads and writes as many."""
+    """The floor of a memory-bound op: a sum over the bytes, or on a GPU a copy that moves them."""
     if device == "cuda":
         source, target = torch.ones(2, num_bytes // 2, dtype=torch.uint8, device=device).unbind()
         return lambda: target.copy_(source)
@@ -94,7 +105,7 @@ def traffic(num_bytes: int, device: str) -> Callable[[], object]:
 def call_and_grad(
     f: Callable, inputs: Iterable[Tensor], upstream: Tensor | None = None
 ) -> Callable[[], object]:
-    """f() and the gradients of its (first) result with respect to the inputs."""
+    """A function that runs f() and returns the gradients of its first result for the inputs."""
     inputs = list(inputs)
 
     def run():
@@ -110,7 +121,7 @@ def compiled(f: Callable) -> Callable:
 
 
 def peer(module: str):
-    """An optional competitor, or None; `missing` tells the reader which ones were not there."""
+    """A package to compare with, or None if it is not installed; then `missing` lists it."""
     return (
         importlib.import_module(module) if importlib.util.find_spec(module.split(".")[0]) else None
     )
@@ -127,10 +138,10 @@ def missing(device: str) -> list[str]:
 
 
 class Twin:
-    """A case's variant in a process of its own, for what a process cannot change about itself: its environment."""
+    """A variant of a case in a process of its own, with other environment variables."""
 
     def __init__(self, environment: Mapping[str, str], *what: str):
-        context = multiprocessing.get_context("spawn")  # fork would copy OpenMP's threads half
+        context = multiprocessing.get_context("spawn")  # a fork lacks the threads of OpenMP
         self.pipe, other = context.Pipe()
         process = context.Process(
             target=_twin, args=(other, torch.get_num_threads(), *what), daemon=True
@@ -156,7 +167,7 @@ class Twin:
 def _twin(pipe, threads: int, op: str, size: str, name: str, variant: str) -> None:
     torch.set_num_threads(threads)
     call = cases(op, size, "cpu")[name]().variants[variant]
-    with contextlib.suppress(EOFError):  # the other end is closed: done
+    with contextlib.suppress(EOFError):  # the other end is closed
         while True:
             if pipe.recv():
                 pipe.send(_resident_peak(call))
@@ -166,7 +177,7 @@ def _twin(pipe, threads: int, op: str, size: str, name: str, variant: str) -> No
 
 
 def _resident_peak(call: Callable) -> int | None:
-    """Bytes by which a second call raises the process's resident memory; None where the system does not tell."""
+    """Growth of the process's resident memory in a second call, in bytes. None if unknown."""
 
     def resident(field: str) -> int:
         with open("/proc/self/status") as file:
@@ -176,7 +187,7 @@ def _resident_peak(call: Callable) -> int | None:
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident("VmRSS")
         call()
         return resident("VmHWM") - before
@@ -209,7 +220,7 @@ def quartiles(
 
 
 def _timer(call: Callable) -> Callable[[], float]:
-    """Wall time; calls shorter than a millisecond are timed in bundles."""
+    """Wall time per call. Calls shorter than a millisecond are timed in bundles."""
 
     def seconds(calls: int) -> float:
         start = time.perf_counter()
@@ -225,8 +236,10 @@ def _timer(call: Callable) -> Callable[[], float]:
 
 
 def _device_timer(call: Callable) -> Callable[[], float]:
-    """Time between two events on the GPU, from a cold L2. The GPU is kept waiting while the launches are queued, for at
-    most 5 ms: a call that takes longer to queue is timed as it arrives."""
+    """Time between two events on the GPU, with a cold L2 cache.
+
+    The GPU waits up to 5 ms while launches are queued. A longer queue is timed as it arrives.
+    """
     cache = torch.empty(
         2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda"
     )
@@ -251,23 +264,22 @@ def _device_timer(call: Callable) -> Callable[[], float]:
 
 
 def measure(op: str, name: str, case: Case, size: str, device: str) -> dict:
-    """Check a case, then time it: a row of the table, ready for JSON."""
+    """Check a case and time it. Returns a row of the table that JSON can hold."""
     case.check()
     variants = dict(case.variants)
     failed = {}
     for baseline in [name for name in variants if name != OURS]:
         try:
             variants[baseline]()
-        except Exception as error:  # a peer of another version, or no compiler for torch.compile
+        except Exception as error:  # another version of a package, or no compiler
             failed[baseline] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             del variants[baseline]
     times = quartiles(variants, device, case.latency)
     seconds = {name: median for name, (_, median, _) in times.items()}
     ours, (low, _, high) = seconds[OURS], times[OURS]
     ratios = {name: value / ours for name, value in seconds.items() if name != OURS}
-    if (
-        case.avx2 and device == "cpu" and "avx512" in machine(device)["backend"]
-    ):  # last: its threads spin
+    # Last, because the threads of the other process spin.
+    if case.avx2 and device == "cpu" and "avx512" in machine(device)["backend"]:
         twin = Twin({"RLHF_CORE_CPU_ISA": "avx2"}, op, size, name, OURS)
         pair = quartiles({OURS: variants[OURS], AVX2: twin}, device, case.latency)
         seconds[AVX2], ratios[AVX2] = pair[AVX2][1], pair[AVX2][1] / pair[OURS][1]
@@ -310,12 +322,12 @@ def measure(op: str, name: str, case: Case, size: str, device: str) -> dict:
 def _peak(case: Case, variant: str, device: str, *what: str) -> int | None:
     if device == "cuda":
         return _cuda_peak(case.variants[variant])
-    # Every tensor from 64 KiB comes from the system and goes back to it, so that resident memory is memory in use.
+    # Tensors of 64 KiB or more are returned to the system, so that resident memory is in use.
     return Twin({"MALLOC_MMAP_THRESHOLD_": "65536"}, *what, variant).peak_bytes()
 
 
 def record(benchmark, op: str, name: str) -> None:
-    """One case under pytest-benchmark: it times ours, everything else goes to extra_info."""
+    """Run one case under pytest-benchmark, which times ours. The rest goes to extra_info."""
     torch.manual_seed(0)
     case = cases(op, "full", device())[name]()
     benchmark.extra_info.update(measure(op, name, case, "full", device()), **machine(device()))
@@ -333,12 +345,12 @@ def run(
     json_path: Path | None = None,
     plot_path: Path | None = None,
 ) -> int:
-    """Print the table of every op, write JSON and a picture where asked. Returns how many cases failed their check."""
+    """Print a table for each op and write JSON and a picture. Returns how many checks failed."""
     if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("a picture needs matplotlib: pip install 'rlhf-core[report]'")
     rows = []
     print("; ".join(f"{key} {value}" for key, value in machine(device).items()))
-    print(f"load average {os.getloadavg()[0]:.1f} as it starts: what else runs, distorts")
+    print(f"load average at the start {os.getloadavg()[0]:.1f}; other load distorts the figures")
     settings = (f"{key}={value}" for key, value in os.environ.items() if key.startswith("MALLOC_"))
     print(f"`{' '.join([*settings, Path(sys.argv[0]).name, *sys.argv[1:]])}`")
     for package in missing(device):
@@ -352,7 +364,7 @@ def run(
             except (AssertionError, torch.OutOfMemoryError) as error:
                 rows.append({"op": op, "case": name, "check": f"{type(error).__name__}: {error}"})
             torch._dynamo.reset()
-            if json_path is not None:  # after every case: a run that is stopped leaves what it has
+            if json_path is not None:  # after every case, so that a stopped run keeps its rows
                 json_path.parent.mkdir(parents=True, exist_ok=True)
                 json_path.write_text(
                     json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n"
@@ -365,7 +377,7 @@ def run(
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown; a case that failed its check shows no figure."""
+    """A Markdown table. A case that failed its check has no figures."""
     names = list(dict.fromkeys(name for row in rows for name in row.get("ratios", {})))
     header = ["case", "ms", "spread", "rate", "of floor", *(f"x {name}" for name in names), "bars"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
@@ -398,7 +410,7 @@ def _digits(x: float | None) -> str:
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
-    """How time grows, where the rows are a sweep; else the roofline: each variant's part of the floor's speed."""
+    """Draw the growth of time for a sweep, or else the roofline: speed relative to the floor."""
     from matplotlib.figure import Figure
 
     panels = {}
@@ -443,7 +455,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
             ax.set_yticks(range(len(panel)), [row["case"] for row in panel], fontsize=8)
             ax.invert_yaxis()
             ax.set_xlabel(
-                "speed as a part of the measured roof (memory traffic or matrix products alone)"
+                "speed relative to the measured roof (memory traffic or matrix products alone)"
             )
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
@@ -454,7 +466,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
 
 
 def machine(device: str) -> dict[str, object]:
-    """What a figure depends on."""
+    """Hardware and versions that figures depend on."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {
         name: importlib.metadata.version(name)

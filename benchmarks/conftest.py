@@ -1,4 +1,4 @@
-"""Gives every test in a bench_<op>.py its parameter `name`: the op's cases on this machine's best device."""
+"""Parametrizes the test of each bench_<op>.py with the op's cases on this machine's best device."""
 
 from rlhf_core.benchmarks import common
 

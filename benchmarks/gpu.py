@@ -1,9 +1,9 @@
-"""`make gpu`: what only a GPU can show, in under 8 minutes. The op tests on CUDA, compute-sanitizer's memcheck and
-racecheck over small shapes, every benchmark.
+"""`make gpu`: the checks that need a GPU, in under 8 minutes.
 
-Each part is a process with a time limit, and is written to <results>/<gpu>.json as it ends. A part that passed with the
-same sources is not run again, so that a run which was cut short goes on where it stopped. <results>/<gpu>.md is the
-table.
+These are the op tests on CUDA, compute-sanitizer's memcheck and racecheck over small shapes, and
+all benchmarks. Each part is a process with a time limit. Its result is written to <results>/<gpu>.json
+when it ends. A part that passed with the same sources is not repeated, so that an interrupted run
+can continue. <results>/<gpu>.md is the table.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ import torch
 
 from rlhf_core.benchmarks import OPS, common
 
-# It compiles for GPUs that are not there, which any machine can do.
+# It compiles for GPUs that need not be present, so that any machine can run it.
 AHEAD_OF_TIME = "tests/test_kernels.py::test_triton_kernels_compile_for_every_gpu"
-SOURCES = ("rlhf_core/**/*.py", "kernels/*.py", "csrc/*", "benchmarks/*.py", "tests/*.py")
+SOURCES = ("rlhf_core/**/*.py", "kernels/*.py", "csrc/*", "benchmarks/*.py", "tests/**/*.py")
 
 
 class Part(NamedTuple):
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 def parts(root: Path, size: str, device: str) -> dict[str, Part]:
-    """Every part by name, most telling first."""
+    """Every part by name, the most informative first."""
 
     def python(call: str) -> list[str]:
         return [
@@ -43,12 +43,12 @@ def parts(root: Path, size: str, device: str) -> dict[str, Part]:
         ]
 
     def tests(*names: str) -> list[str]:
-        files = (str(root / "tests" / f"test_{name}.py") for name in names)
+        files = (str(root / "tests" / f"{name}.py") for name in names)
         return [sys.executable, "-m", "pytest", *files, "-k", "triton", "--deselect", AHEAD_OF_TIME]
 
     found = {
-        "tests": Part(tests(*OPS, "kernels"), 140),
-        "tests of torch.compile": Part(tests("compiled"), 60),
+        "tests": Part(tests(*(f"ops/test_{op}" for op in OPS), "test_kernels"), 140),
+        "tests of torch.compile": Part(tests("test_compiled"), 60),
     }
     sanitizer = shutil.which(
         "compute-sanitizer", path=f"{os.environ.get('PATH')}:/usr/local/cuda/bin"
@@ -69,7 +69,7 @@ def parts(root: Path, size: str, device: str) -> dict[str, Part]:
 
 
 def check(device: str) -> int:
-    """Ours against float64 in every small case; returns 0. Small launches suit the sanitizer, which is slow."""
+    """Compare ours with float64 in every small case, for the slow sanitizer. Returns 0."""
     for op in OPS:
         for name, make in common.cases(op, "tiny", device).items():
             print(op, name, flush=True)
@@ -82,7 +82,7 @@ def bench(op: str, size: str, device: str) -> int:
 
 
 def run(root: Path, results: Path, size: str = "full", device: str = "cuda") -> int:
-    """Run what is left to run; returns how many parts failed."""
+    """Run the parts that have not passed yet. Returns how many failed."""
     machine = common.machine(device)
     path = results / f"{re.sub('[^a-z0-9]+', '-', machine['device'].lower()).strip('-')}.json"
     digest = hashlib.sha256()
@@ -119,13 +119,13 @@ def run(root: Path, results: Path, size: str = "full", device: str = "cuda") -> 
 
 
 def run_part(part: Part) -> dict:
-    """Its status, seconds, the rows that a benchmark measured, and the end of its output if it failed."""
+    """Status and seconds of a part, a benchmark's rows, and the last output of a failed one."""
     if not part.command:
         return {"status": "skipped: compute-sanitizer is not installed", "seconds": 0}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.json")
-        # Without the caching allocator every tensor is an allocation of its own, whose ends the sanitizer knows.
+        # Without the caching allocator the sanitizer knows where each tensor ends.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "--tool" in part.command else {}
         environment |= {**os.environ, "RLHF_CORE_BENCH_ROWS": str(rows), "PYTHONUNBUFFERED": "1"}
         with open(Path(folder, "log"), "w+") as log:

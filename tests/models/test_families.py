@@ -1,4 +1,4 @@
-"""Families: config.json is read and written field by field, and what does not fit is refused."""
+"""Families: config.json is read and written field by field, and misfits are refused."""
 
 import pytest
 from helpers import GPT2, edit_json
@@ -143,6 +143,7 @@ def test_rope_is_read_as_every_version_of_transformers_writes_it(changes, tmp_pa
             ),
             "some",
         ),
+        (dict(use_sliding_window=True, sliding_window=8, max_window_layers="remove"), None),
         (dict(use_sliding_window="remove", sliding_window=8, max_window_layers="remove"), None),
     ],
 )
