@@ -71,6 +71,12 @@ def whiten(x: Tensor, mask: Tensor, *, moments: Moments | None = None, eps: floa
     return ((x - mean) * torch.rsqrt(variance + eps)).masked_fill(~mask, 0)
 
 
+def tied(scores: Tensor, dim: int = -1) -> Tensor:
+    """Whether the scores along a dimension are equal up to rounding: 1e-6 of the largest one."""
+    spread = scores.amax(dim) - scores.amin(dim)
+    return spread <= 1e-6 * scores.abs().amax(dim)
+
+
 def last_token_index(mask: Tensor) -> Tensor:
     """Index (B,) of the last True position in each row of mask (B, T); 0 for a row without one."""
     positions = torch.arange(mask.shape[-1], device=mask.device)

@@ -15,6 +15,13 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
+TYPES = {  # annotation -> the values that fit it, and how to say so
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "bool": (bool, "True or False"),
+    "str": (str, "a string"),
+}
+
 
 def option(
     default: Any = MISSING,
@@ -54,6 +61,11 @@ class Options:
             value, valid = getattr(self, entry.name), entry.metadata.get("choices")
             if value is None and entry.default is None:
                 continue
+            kind = TYPES.get(str(entry.type).removesuffix(" | None"))
+            if kind is not None:
+                is_bool = isinstance(value, bool)
+                fits = isinstance(value, kind[0]) and is_bool == (kind[0] is bool)
+                self.check((entry.name, fits, kind[1]))
             if valid is not None:
                 self.check((entry.name, value in valid, f"one of {', '.join(valid)}"))
             interval = entry.metadata.get("within")
@@ -102,8 +114,6 @@ def _bounds(interval: str) -> tuple[float, float]:
 
 
 def _contains(interval: str, value: Any) -> bool:
-    if not isinstance(value, numbers.Real):
-        return False
     low, high = _bounds(interval)
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high

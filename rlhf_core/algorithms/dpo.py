@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.data import Pair
+from rlhf_core.data.quality import differing
 from rlhf_core.losses.preference import LOSSES, length_desensitized_weights
 from rlhf_core.losses.reward import preferred
 from rlhf_core.models import Transformer, eval_mode
@@ -130,8 +131,9 @@ class DPOTrainer(Trainer):
         **options,
     ):
         super().__init__(model, examples, config, **options)
-        if self.kinds and all(row.chosen_ids == row.rejected_ids for row in examples):
-            raise ValueError(f"chosen and rejected are identical in all {len(examples)} pairs")
+        if self.kinds:
+            self.examples = differing(self.examples, "pairs")
+            self.eval_examples = differing(self.eval_examples, "evaluation pairs")
         without = config.reference_free or config.loss in WITHOUT_REFERENCE
         if without and reference is not None:
             named = "reference_free" if config.reference_free else f"loss {config.loss!r}"
@@ -140,7 +142,7 @@ class DPOTrainer(Trainer):
         if config.reference_logprobs is not None:
             self.reference_logprobs = ReferenceLogprobs(
                 config.reference_logprobs,
-                (*examples, *self.eval_examples),
+                (*self.examples, *self.eval_examples),
                 reference or model,
                 config.precision,
                 self._compute_reference_logprobs,

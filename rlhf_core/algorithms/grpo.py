@@ -6,13 +6,14 @@ al. 2023) differ in how scores become advantages, see losses/advantages.py.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from rlhf_core.feedback.candidates import ALL_TIED
 from rlhf_core.feedback.rewards import scores_of
 from rlhf_core.losses.advantages import ESTIMATORS
+from rlhf_core.masking import tied
 from rlhf_core.options import option
 from rlhf_core.policy_gradient.config import (
     KL_COEF,
@@ -151,20 +152,14 @@ class GRPOTrainer(PolicyGradientTrainer):
     ) -> dict[str, float]:
         """GRPO's usual metrics of scores (P, n); warns if all advantages are 0."""
         if not advantages.any():
-            warnings.warn(
-                f"step {self.steps_done + 1}: all advantages are 0, because no response scores "
-                "differently from its baseline. Use harder or easier prompts, a finer reward or a "
-                "higher temperature",
-                stacklevel=2,
-            )
+            self.warn_once(ALL_TIED)
         kl = {}
         if "objective/kl" in report:
             kl["kl"] = report["objective/kl"] / report["response_length"]
-        equal = (scores == scores[:, :1]).all(dim=1)
         return kl | {
             "reward": report["objective/scores"],
             "reward_std": scores.std(dim=1).mean().item() if scores.shape[1] > 1 else 0.0,
-            "frac_reward_zero_std": equal.float().mean().item(),
+            "frac_reward_zero_std": tied(scores).float().mean().item(),
             "clip_ratio": report["policy/clipfrac_avg"],
             "completions/mean_length": report["response_length"],
         }

@@ -15,7 +15,7 @@ import torch
 from rlhf_core.algorithms.dpo import WITHOUT_REFERENCE, DPOTrainer
 from rlhf_core.algorithms.online_dpo import OnlineDPOConfig, sample_metrics
 from rlhf_core.data import Tokenizer
-from rlhf_core.feedback.candidates import candidates, make_scorer
+from rlhf_core.feedback.candidates import ALL_TIED, candidates, make_scorer, prompts_for
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
@@ -67,16 +67,14 @@ def iterated_dpo(
     first = frozen_copy(model) if keeps_first else None
     out = None if out is None else Path(out)
     Trainer(model, prompts, config, out=out)  # checks the arguments before anything is sampled
+    prompts = list(prompts_for(model, prompts, config).values())
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)
         samples = candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
         pairs = samples.pairs()
         if not pairs:
-            raise ValueError(
-                "no pairs to learn from: the responses to every prompt tie. Raise num_samples or "
-                "the temperature, or use a finer reward"
-            )
+            raise ValueError(ALL_TIED)
         options = dict(reference=first, tokenizer=tokenizer, out=folder)
         trainer = resumed(DPOTrainer(model, pairs, with_seed(config, seed), **options))
         return trainer.train()[-1] | sample_metrics(samples) | {"pairs": len(pairs)}

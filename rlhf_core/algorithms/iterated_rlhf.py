@@ -19,7 +19,13 @@ from rlhf_core.algorithms.ppo import PPOConfig, PPOTrainer
 from rlhf_core.algorithms.reward import RewardConfig, RewardTrainer
 from rlhf_core.data import Pair, Tokenizer
 from rlhf_core.evaluation import elo
-from rlhf_core.feedback.candidates import Candidates, SamplingConfig, candidates, make_scorer
+from rlhf_core.feedback.candidates import (
+    Candidates,
+    SamplingConfig,
+    candidates,
+    make_scorer,
+    prompts_for,
+)
 from rlhf_core.feedback.judges import Judge, judged
 from rlhf_core.files import read_json, write_json
 from rlhf_core.models import RewardModel, Transformer
@@ -82,6 +88,9 @@ def iterated_rlhf(
     first = frozen_copy(model)
     out = None if out is None else Path(out)
     scorer = make_scorer(model, config.sampling, judge=judge, tokenizer=tokenizer)
+    prompts = list(prompts_for(model, prompts, config.sampling).values())
+    if len(eval_prompts):
+        eval_prompts = list(prompts_for(model, eval_prompts, config.sampling).values())
 
     def sampled(
         prompts: Sequence[Sequence[int]], scorer: Callable, seed: int, num_samples: int

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from rlhf_core.algorithms.dpo import DPOConfig, DPOTrainer
-from rlhf_core.feedback.candidates import Candidates, SamplingConfig, candidates, make_scorer
+from rlhf_core.feedback.candidates import (
+    ALL_TIED,
+    Candidates,
+    SamplingConfig,
+    candidates,
+    make_scorer,
+    prompts_for,
+)
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
@@ -62,6 +69,8 @@ class OnlineDPOTrainer(DPOTrainer):
                 that each first response is better, 0.5 for a tie. Responses that tie are no pair.
             eos_ids, tokenizer, reference: as for PPO.
         """
+        if len(examples):
+            examples = list(prompts_for(model, examples, config).values())
         super().__init__(model, examples, config, **options)
         if judge is not None:
             self.main_metric = super().main_metric  # a judge's mean score is always one half
@@ -89,6 +98,7 @@ class OnlineDPOTrainer(DPOTrainer):
         samples = candidates(self.model, batch, self.scorer, self.config, **options)
         pairs, report = samples.pairs(), sample_metrics(samples)
         if not pairs:
+            self.warn_once(ALL_TIED)
             return report | {"lr": self.optimizer.param_groups[0]["lr"]}
         return super().step(pairs) | report
 

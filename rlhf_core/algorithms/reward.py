@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.data import Pair, Ranked, Steps, TokenBatch
-from rlhf_core.data.quality import length_bias
+from rlhf_core.data.quality import differing, length_bias
 from rlhf_core.losses import (
     bradley_terry_loss,
     centering_loss,
@@ -89,14 +89,9 @@ class RewardTrainer(Trainer):
         for name in ("label_smoothing", "centering_coef"):
             config.warn_unused((name, pairs, f"on {KINDS[kind]}"))
         self.learns_steps = model.of_steps = kind is Steps
-        if kind is not Steps and all(
-            ids == row.completions_ids[0] for row in examples for ids in row.completions_ids
-        ):
-            raise ValueError(
-                f"chosen and rejected are identical in all {len(examples)} {KINDS[kind]}"
-                if pairs
-                else f"the completions are identical in all {len(examples)} {KINDS[kind]}"
-            )
+        if kind is not Steps:
+            self.examples = differing(self.examples, KINDS[kind])
+            self.eval_examples = differing(self.eval_examples, f"evaluation {KINDS[kind]}")
 
     def losses(
         self, batch: list[Pair] | list[Ranked] | list[Steps], metrics: Metrics

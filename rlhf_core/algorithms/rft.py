@@ -8,6 +8,7 @@ the round before has trained, and trains it further.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,14 @@ import torch
 
 from rlhf_core.algorithms.sft import SFTConfig, SFTTrainer
 from rlhf_core.data import Example, Tokenizer
-from rlhf_core.feedback.candidates import Candidates, SamplingConfig, candidates, make_scorer
+from rlhf_core.feedback.candidates import (
+    ALL_TIED,
+    Candidates,
+    SamplingConfig,
+    candidates,
+    make_scorer,
+    prompts_for,
+)
 from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
@@ -60,11 +68,14 @@ def rft(
     scorer = make_scorer(model, config, reward=reward, tokenizer=tokenizer)
     out = None if out is None else Path(out)
     Trainer(model, prompts, config, out=out)  # checks the arguments before anything is sampled
+    prompts = list(prompts_for(model, prompts, config).values())
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)
         samples = candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
         examples = kept(samples, config.threshold)
+        if config.threshold is None and config.num_samples > 1 and not samples.margins().any():
+            warnings.warn(ALL_TIED, stacklevel=2)
         options = dict(tokenizer=tokenizer, out=folder)
         trainer = resumed(SFTTrainer(model, examples, with_seed(config, seed), **options))
         return trainer.train()[-1] | {

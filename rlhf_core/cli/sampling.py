@@ -14,7 +14,7 @@ from rlhf_core.cli.arguments import MODEL, Command
 from rlhf_core.data import encode_prompt, load_tokenizer
 from rlhf_core.data.collate import left_pad
 from rlhf_core.evaluation import best_of_n_kl
-from rlhf_core.feedback.candidates import SamplingConfig, best_of_n
+from rlhf_core.feedback.candidates import SamplingConfig, best_of_n, prompts_for
 from rlhf_core.files import check_writable, read_json, replacing
 from rlhf_core.generation import generate
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
@@ -114,7 +114,9 @@ def run_best_of_n(arguments: Namespace) -> None:
         raise FileExistsError(f"{out} exists. Choose another --out, or pass --overwrite")
     check_writable(out.parent)
     model, rows, options = shared.prompted(arguments, config)
-    samples = best_of_n(model, [ids for _, ids in rows], config, **options)
+    kept = prompts_for(model, [ids for _, ids in rows], config)
+    rows = [rows[i] for i in kept]
+    samples = best_of_n(model, list(kept.values()), config, **options)
     n, (best, scores) = config.num_samples, samples.best()
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:

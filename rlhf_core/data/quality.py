@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from rlhf_core.data.encode import Pair, Ranked
 from rlhf_core.losses import preferred
+
+
+def differing(examples: list[Pair] | list[Ranked], name: str) -> list:
+    """The pairs or ranked lists whose completions are not all equal; warns if some are.
+
+    Equal completions teach nothing, and their rounding noise would train.
+
+    Raises:
+        ValueError: none is left.
+    """
+    kept = [
+        row for row in examples if any(x != row.completions_ids[0] for x in row.completions_ids)
+    ]
+    dropped = len(examples) - len(kept)
+    if examples and not kept:
+        raise ValueError(f"the completions are identical in all {len(examples)} {name}")
+    if dropped:
+        warnings.warn(
+            f"dropped {dropped} of {len(examples)} {name}, whose completions are identical "
+            "(perhaps only up to max_length)",
+            stacklevel=4,
+        )
+    return kept
 
 
 def length_bias(examples: list[Pair] | list[Ranked], scores: Tensor) -> dict[str, float]:

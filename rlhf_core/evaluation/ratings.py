@@ -12,7 +12,17 @@ from rlhf_core.losses import preferred
 
 
 def win_rate(scores: Tensor, other: Tensor) -> float:
-    """Share of rows (N,) where `scores` is higher than `other`; a tie is one half."""
+    """Share of rows (N,) where `scores` is higher than `other`; a tie is one half.
+
+    Raises:
+        ValueError: the shapes differ, or a score is not a number.
+    """
+    if scores.ndim != 1 or scores.shape != other.shape or not len(scores):
+        shapes = f"{tuple(scores.shape)} and {tuple(other.shape)}"
+        raise ValueError(f"scores must be two tensors (N,), N >= 1, got {shapes}")
+    for name, x in (("scores", scores), ("other", other)):
+        if x.isnan().any():
+            raise ValueError(f"{name} is NaN at row {int(x.isnan().int().argmax())}")
     return float(preferred(scores, other).mean())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,9 +14,19 @@ from rlhf_core.data import Pair, Tokenizer
 from rlhf_core.data.encode import cut_prompt
 from rlhf_core.feedback.judges import Judge, JudgeScorer
 from rlhf_core.feedback.rewards import Reward, Scorer
+from rlhf_core.masking import tied
 from rlhf_core.models import Transformer
 from rlhf_core.options import Options, option
 from rlhf_core.rollout import sample
+
+LONG_PROMPTS = ("drop", "truncate", "error")
+ON_LONG_PROMPT = (
+    "what happens to prompts that leave no room for a response; truncate cuts the start"
+)
+ALL_TIED = (
+    "no response scores differently from the others to its prompt, so there is nothing to learn. "
+    "Use harder or easier prompts, a finer reward or a higher temperature"
+)
 
 
 @dataclass(frozen=True)
@@ -25,9 +36,8 @@ class SamplingConfig(Options):
     num_samples: int = option(16, "responses to each prompt", within="[1, inf)")
     response_length: int = option(53, "longest response, tokens", within="[1, inf)")
     temperature: float = option(1.0, "temperature of sampling", within="(0, inf)")
-    max_length: int = option(
-        1024, "tokens of prompt and response together; a longer prompt loses its start"
-    )
+    max_length: int = option(1024, "tokens of prompt and response together; see on_long_prompt")
+    on_long_prompt: str = option("drop", ON_LONG_PROMPT, choices=LONG_PROMPTS)
     batch_size: int = option(
         16, "prompts sampled at a time, and rows of a reward model's forward", within="[1, inf)"
     )
@@ -37,7 +47,7 @@ class SamplingConfig(Options):
 class Candidates(NamedTuple):
     """n scored responses to each of B prompts, as token ids."""
 
-    prompts: list[list[int]]  # as truncated for sampling
+    prompts: list[list[int]]
     responses: list[list[list[int]]]  # (B, n), EOS included
     scores: Tensor  # (B, n), on the CPU
 
@@ -53,8 +63,9 @@ class Candidates(NamedTuple):
         return [Pair(prompt, ids[i], ids[j]) for prompt, ids, i, j, margin in rows if margin > 0]
 
     def margins(self) -> Tensor:
-        """Best minus worst score (B,); 0 is a tie."""
-        return self.scores.amax(dim=1) - self.scores.amin(dim=1)
+        """Best minus worst score (B,); 0 for scores that tie (see `masking.tied`)."""
+        margins = self.scores.amax(dim=1) - self.scores.amin(dim=1)
+        return margins.masked_fill(tied(self.scores), 0)
 
 
 def best_of_n(
@@ -68,7 +79,8 @@ def best_of_n(
 ) -> Candidates:
     """Sample and score num_samples responses to each prompt; `best` of them are the answers.
 
-    `evaluation.best_of_n_kl` bounds their KL to the policy.
+    `evaluation.best_of_n_kl` bounds their KL to the policy. Prompts that are dropped (see
+    on_long_prompt) have no candidates.
 
     Args:
         prompts: lists of token ids.
@@ -76,6 +88,7 @@ def best_of_n(
         eos_ids: tokens that end a response; None: the policy's own.
     """
     scorer = make_scorer(model, config, reward=reward, tokenizer=tokenizer)
+    prompts = list(prompts_for(model, prompts, config).values())
     generator = torch.Generator().manual_seed(config.seed)
     return candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
 
@@ -98,8 +111,7 @@ def candidates(
     """
     if not len(prompts):
         raise ValueError("there are no prompts to sample responses to")
-    n, room = config.num_samples, _prompt_length(model, config)
-    prompts = [cut_prompt(list(prompt), room, model.config.bos_id) for prompt in prompts]
+    n = config.num_samples
     seeds = torch.randint(2**63 - 1, (len(prompts), n), generator=generator)
     responses, scores = [], []
     for start in range(0, len(prompts), config.batch_size):
@@ -116,7 +128,46 @@ def candidates(
         flat = rollout.responses()
         responses += [flat[i : i + n] for i in range(0, len(flat), n)]
         scores.append(scorer(rollout.prompts(), flat).cpu().view(-1, n))
-    return Candidates(prompts, responses, torch.cat(scores))
+    return Candidates(list(prompts), responses, torch.cat(scores))
+
+
+def prompts_for(
+    model: Transformer, prompts: Sequence[Sequence[int]], config: SamplingConfig
+) -> dict[int, list[int]]:
+    """The prompts that leave room for the config's responses, as `fit_prompts`."""
+    return fit_prompts(prompts, _prompt_length(model, config), model.config.bos_id, config)
+
+
+def fit_prompts(
+    prompts: Sequence[Sequence[int]], length: int, bos_id: int | None, config: Options
+) -> dict[int, list[int]]:
+    """Prompts of at most `length` tokens, by their place; longer ones as on_long_prompt says.
+
+    Warns with the number of dropped or truncated prompts.
+
+    Raises:
+        ValueError: on_long_prompt is error and a prompt is longer, or none is left.
+    """
+    if not len(prompts):
+        raise ValueError("there are no prompts to sample responses to")
+    long = [i for i, prompt in enumerate(prompts) if len(prompt) > length]
+    if not long:
+        return {i: list(prompt) for i, prompt in enumerate(prompts)}
+    mode, longest = config.on_long_prompt, max(long, key=lambda i: len(prompts[i]))
+    found = (
+        f"{len(long)} of {len(prompts)} prompts have more than {length} tokens; the longest is "
+        f"prompt {longest} with {len(prompts[longest])}"
+    )
+    if mode == "error" or (mode == "drop" and len(long) == len(prompts)):
+        raise ValueError(f"{found}. Shorten them, or set on_long_prompt to truncate")
+    warnings.warn(f"{found}. on_long_prompt={mode!r} applies to them", stacklevel=3)
+    kept = {i: list(prompt) for i, prompt in enumerate(prompts)}
+    for i in long:
+        if mode == "drop":
+            del kept[i]
+        else:
+            kept[i] = cut_prompt(kept[i], length, bos_id)
+    return kept
 
 
 def make_scorer(
@@ -146,8 +197,7 @@ def make_scorer(
 def _prompt_length(model: Transformer, config: SamplingConfig) -> int:
     """The longest prompt in tokens; ValueError if the response leaves no room for one."""
     limit = min(config.max_length, model.config.max_positions)
-    if limit <= config.response_length:
-        raise ValueError(
-            f"response_length {config.response_length} leaves no prompt in a sequence of {limit}"
-        )
-    return limit - config.response_length
+    length = config.response_length
+    if limit <= length:
+        raise ValueError(f"response_length {length} leaves no room for a prompt in {limit} tokens")
+    return limit - length

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.data import Tokenizer
-from rlhf_core.feedback.rewards import RewardError, first_failure
+from rlhf_core.feedback.rewards import RewardError, first_failure, unique_rows
 
 # (prompts, first, second) -> for each row the probability that the first response is better.
 Judge = Callable[[list, list, list], Sequence[float]]
@@ -54,30 +54,43 @@ def judged(
 ) -> Tensor:
     """The judge's probabilities (B,) float64 that the first response is better.
 
-    The judge gets strings if there is a tokenizer, else token ids.
+    The judge gets strings if there is a tokenizer, else token ids. Equal responses tie without
+    asking it, and it sees equal rows once.
 
     Raises:
         ValueError: a returned value is not a probability.
         RewardError: the judge raised. Both name the row, its prompt and its responses.
     """
-    rows = list(zip(prompts, first, second))
-    if not rows:
+    if not len(prompts):
         raise ValueError("there are no responses to judge")
+    columns = [prompts, first, second]
     if tokenizer is not None:
-        rows = [tuple(tokenizer.decode(ids) for ids in row) for row in rows]
-    columns = [list(column) for column in zip(*rows)]
-    try:
-        wins = torch.as_tensor(judge(*columns), dtype=torch.float64, device="cpu")
-    except Exception as error:
-        where = first_failure(judge, *columns)
-        raise RewardError(f"the judge raised {error!r}; {where}") from error
-    if wins.shape != (len(rows),):
-        raise ValueError(f"the judge returned shape {tuple(wins.shape)} for {len(rows)} pairs")
-    for row, p in enumerate(wins.tolist()):
+        columns = [[tokenizer.decode(ids) for ids in column] for column in columns]
+    *distinct, place = unique_rows(*columns)
+    differ = [row for row, (one, other) in enumerate(zip(*distinct[1:])) if one != other]
+    wins = torch.full((len(distinct[0]),), 0.5, dtype=torch.float64)
+    if differ:
+        wins[differ] = _ask(judge, *([column[row] for row in differ] for column in distinct))
+    wins = wins[place]
+    for row, (p, prompt, *responses) in enumerate(zip(wins.tolist(), *columns)):
         if not 0 <= p <= 1:
-            prompt, *responses = rows[row]
             raise ValueError(
                 f"the judge returned {p} for row {row}, not a probability; prompt {prompt!r}, "
                 f"responses {responses!r}"
             )
+    return wins
+
+
+def _ask(judge: Judge, prompts: list, first: list, second: list) -> Tensor:
+    try:
+        returned = judge(prompts, first, second)
+    except Exception as error:
+        where = first_failure(judge, prompts, first, second)
+        raise RewardError(f"the judge raised {error!r}; {where}") from error
+    try:
+        wins = torch.as_tensor(returned, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the judge returned {returned!r:.200}: {error}") from None
+    if wins.shape != (len(prompts),):
+        raise ValueError(f"the judge returned shape {tuple(wins.shape)} for {len(prompts)} pairs")
     return wins

@@ -103,16 +103,19 @@ class Scorer:
     def rewards_of(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Rewards (B,), or (B, R) if they are per token, float32; R is the longest response.
 
+        Equal rows are scored once, so that no rounding or chance tells them apart.
+
         Raises:
             ValueError: a reward has a wrong shape or is not finite.
             RewardError: a callable raised. Both name the row, its prompt and its response.
         """
+        *distinct, place = unique_rows(prompts, responses)
         total = torch.zeros(len(responses), device=self.device)
         for reward, weight in self.rewards:
             if isinstance(reward, RewardModel | EnsembleReward):
-                part = self._model_scores(reward, prompts, responses)
+                part = self._model_scores(reward, *distinct)[place]
             else:
-                part = self._call(reward, prompts, responses)
+                part = self._call(reward, *distinct)[place]
             self._check_finite(part, prompts, responses)
             if part.ndim != total.ndim:
                 total, part = (_per_token(x, responses) for x in (total, part))
@@ -147,8 +150,10 @@ class Scorer:
             where = first_failure(reward, *texts)
             raise RewardError(f"the reward raised {error!r}; {where}") from error
         try:
+            if isinstance(returned, dict | set | str | bytes):
+                raise TypeError(f"a {type(returned).__name__} is not a list of numbers")
             rows = [torch.as_tensor(row, dtype=torch.float32) for row in returned]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"the reward returned {returned!r:.200}: {error}") from None
         if len(rows) != len(responses):
             raise ValueError(f"the reward returned {len(rows)} rows for {len(responses)} responses")
@@ -175,6 +180,15 @@ class Scorer:
     def readable(self, ids: list[int]) -> str | list[int]:
         """The text of token ids, or the ids themselves without a tokenizer."""
         return ids if self.tokenizer is None else self.tokenizer.decode(ids)
+
+
+def unique_rows(*columns: list) -> tuple[list, ...]:
+    """The columns without repeated rows, and for each original row its place in them."""
+    rows = list(zip(*columns))
+    keys = [repr(row) for row in rows]
+    first = dict(zip(keys, rows))
+    places = {key: i for i, key in enumerate(first)}
+    return *(list(column) for column in zip(*first.values())), [places[key] for key in keys]
 
 
 def scores_of(rewards: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ REINFORCE++ treat each token as an action, and count the KL of that and later to
 
 from torch import Tensor
 
-from rlhf_core.masking import whiten
+from rlhf_core.masking import tied, whiten
 
 
 def grpo_advantages(scores: Tensor, kl: Tensor, mask: Tensor, *, normalize: bool = True) -> Tensor:
@@ -66,10 +66,9 @@ def _to_come(kl: Tensor) -> Tensor:
 
 
 def _centred(scores: Tensor) -> Tensor:
-    """Scores minus their group's mean; exactly 0 if all scores of the group are equal."""
+    """Scores minus their group's mean; exactly 0 in a group whose scores all tie."""
     if scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(
             f"scores must be (P, n) with n >= 2 responses per prompt, got {tuple(scores.shape)}"
         )
-    equal = (scores == scores[:, :1]).all(dim=1, keepdim=True)
-    return (scores - scores.mean(dim=1, keepdim=True)).masked_fill(equal, 0)
+    return (scores - scores.mean(dim=1, keepdim=True)).masked_fill(tied(scores)[:, None], 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rlhf_core.feedback.candidates import LONG_PROMPTS, ON_LONG_PROMPT
 from rlhf_core.ops.kl import ESTIMATORS
 from rlhf_core.options import option
 from rlhf_core.training.config import TrainConfig
@@ -25,8 +26,9 @@ class PolicyGradientConfig(TrainConfig):
     ppo_epochs: int = option(4, "passes over each rollout", within="[1, inf)")
     response_length: int = option(53, "longest response, tokens", within="[1, inf)")
     max_prompt_length: int = option(
-        512, "longest prompt, tokens; a longer one loses its start", within="[1, inf)"
+        512, "longest prompt, tokens; see on_long_prompt", within="[1, inf)"
     )
+    on_long_prompt: str = option("drop", ON_LONG_PROMPT, choices=LONG_PROMPTS)
     temperature: float = option(0.7, TEMPERATURE, within="(0, inf)")
 
     kl_coef: float = option(0.05, KL_COEF, within="[0, inf)")

@@ -13,7 +13,6 @@ from rlhf_core.rollout import Rollout
 from rlhf_core.training.metrics import Metrics
 
 POLICY_STATISTICS = {  # metric -> field of PPOLossStats
-    "loss/policy_avg": "policy_loss",
     "policy/approxkl_avg": "approx_kl",
     "policy/clipfrac_avg": "clip_frac",
     "policy/entropy_avg": "entropy",
@@ -21,7 +20,7 @@ POLICY_STATISTICS = {  # metric -> field of PPOLossStats
     "val/ratio": "ratio",
     "ratio_squared": "ratio_squared",
 }
-VALUE_STATISTICS = {"loss/value_avg": "value_loss", "val/clipfrac_avg": "value_clip_frac"}
+VALUE_STATISTICS = {"val/clipfrac_avg": "value_clip_frac"}
 
 
 def add_statistics(metrics: Metrics, stats: PPOLossStats, names: dict[str, str]) -> None:

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from rlhf_core.data import Example, Tokenizer
 from rlhf_core.data.batches import micro_batches, rows
 from rlhf_core.data.collate import count_targets
-from rlhf_core.data.encode import cut_prompt
+from rlhf_core.feedback.candidates import fit_prompts
 from rlhf_core.feedback.rewards import Reward, Scorer, scores_of
 from rlhf_core.losses.kl import kl_loss
 from rlhf_core.masking import Moments, last_token_index, loss_weights, masked_mean, masked_moments
 from rlhf_core.models import Transformer, ValueModel
 from rlhf_core.ops import kl_estimate, ppo_loss
 from rlhf_core.ops.linear_logprobs import TokenStatistics
-from rlhf_core.ops.policy_loss import PPOLossStats
 from rlhf_core.policy_gradient.config import PolicyGradientConfig
 from rlhf_core.policy_gradient.experience import Experience, Predictions
 from rlhf_core.policy_gradient.report import (
@@ -59,7 +58,12 @@ DIVERGED = "the weights have diverged (try a smaller lr or fewer ppo_epochs) or 
 
 
 class PolicyGradientTrainer(Trainer):
-    """A trainer that samples from the policy; a subclass defines `step`."""
+    """A trainer that samples from the policy; a subclass defines `step`.
+
+    Metrics of the loss, means over the optimiser steps: loss = loss/policy_avg + vf_coef
+    loss/value_avg + kl_coef loss/kl - entropy_coef loss/entropy + ptx_coef loss/ptx, aggregated as
+    the config says. Parts that do not count are left out.
+    """
 
     main_metric = "objective/scores"
 
@@ -90,6 +94,16 @@ class PolicyGradientTrainer(Trainer):
             ptx_examples: examples whose likelihood ptx_coef keeps up (Ouyang et al. 2022, eq. 2).
         """
         self.critic = critic
+        positions, longest = model.config.max_positions, config.response_length
+        prompt_length = min(config.max_prompt_length, positions - longest)
+        if prompt_length < 1:
+            raise ValueError(
+                f"response_length {longest} leaves no room for a prompt in the model's {positions} "
+                "positions"
+            )
+        if len(examples):
+            examples = fit_prompts(examples, prompt_length, model.config.bos_id, config)
+            examples = list(examples.values())
         super().__init__(model, examples, config, tokenizer=tokenizer, out=out)
         self.shares_trunk = critic is not None and critic.shares_trunk_with(model)
         needed = config.kl_coef > 0 or reference is not None
@@ -113,13 +127,6 @@ class PolicyGradientTrainer(Trainer):
         )
         self.scorer.check_vocabulary(model)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
-        positions = model.config.max_positions
-        self.prompt_length = min(config.max_prompt_length, positions - config.response_length)
-        if self.prompt_length < 1:
-            raise ValueError(
-                f"response_length {config.response_length} leaves no room for a prompt in the "
-                f"model's {positions} positions"
-            )
         if config.kl_in == "reward" and config.kl_coef and config.estimator != "k1":
             warnings.warn(
                 f"kl_estimator {config.estimator} in the reward: its policy gradient is not the "
@@ -154,7 +161,6 @@ class PolicyGradientTrainer(Trainer):
 
     def sample(self, batch: list[list[int]], num_samples: int = 1, **options) -> Rollout:
         """Responses to every prompt; a prompt's responses are adjacent. Options as for `sample`."""
-        prompts = [cut_prompt(ids, self.prompt_length, self.model.config.bos_id) for ids in batch]
         settings = dict(
             max_new_tokens=self.config.response_length,
             temperature=self.config.temperature,
@@ -162,7 +168,7 @@ class PolicyGradientTrainer(Trainer):
             eos_ids=self.eos_ids,
             generator=self.generator,
         )
-        return sample(self.sampled_policy, prompts, **(settings | options))
+        return sample(self.sampled_policy, batch, **(settings | options))
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Tensor:
@@ -269,9 +275,10 @@ class PolicyGradientTrainer(Trainer):
     def update(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> None:
         """Pass over the rollout ppo_epochs times in minibatches, one optimiser step for each.
 
-        The passes stop early when a minibatch's approximate KL exceeds max_approx_kl.
+        Before a step beyond max_approx_kl the passes stop.
         """
         config, size = self.config, len(rollout.response_ids)
+        max_kl = math.inf if config.max_approx_kl is None else config.max_approx_kl
         if config.importance_cap is not None:
             log_weight = experience.old_logprobs - rollout.logprobs
             log_weight = log_weight.where(rollout.response_mask, 0)
@@ -286,16 +293,20 @@ class PolicyGradientTrainer(Trainer):
                 losses = self.minibatch_losses(rows(rollout, index), rows(experience, index), seen)
                 losses = self.checked(losses, seen) if first else losses
                 first = False
+                losses = chain(losses, self.ptx_losses(len(index), seen))
+
+                def accept(seen=seen):
+                    return seen.means()["policy/approxkl_avg"] <= max_kl
+
                 try:
-                    norm = self.optimize(chain(losses, self.ptx_losses(len(index), seen)))
+                    norm = self.optimize(losses, accept)
                 except FloatingPointError as error:
                     self.predict(rollout)  # names the row and token at fault, if there is one
                     raise FloatingPointError(f"{error}; perhaps {DIVERGED}") from None
                 metrics.merge(seen)
-                metrics.add("grad_norm", torch.tensor(norm))
-                approx_kl = seen.means()["policy/approxkl_avg"]
-                if config.max_approx_kl is not None and approx_kl > config.max_approx_kl:
+                if norm is None:
                     return
+                metrics.add("grad_norm", torch.tensor(norm))
 
     def minibatch_losses(
         self, rollout: Rollout, experience: Experience, metrics: Metrics
@@ -323,12 +334,13 @@ class PolicyGradientTrainer(Trainer):
                     sizes=mask.sum(dim=1),
                 )
             if self.kl_in_loss and config.estimator == "full":
-                loss = loss + self.kl_coef.value * (self.full_kl(part, hidden) * w).sum()
+                kl = (self.full_kl(part, hidden) * w).sum()
+                metrics.add_part("loss/kl", kl)
+                loss = loss + self.kl_coef.value * kl
             values = self.predict_values(part, hidden)
             if values is not None:
-                value_loss, stats = self.value_loss(values, old, mask, w)
-                add_statistics(metrics, stats, VALUE_STATISTICS)
-                loss = loss + value_loss
+                loss = loss + self.value_loss(values, old, mask, w, metrics)
+            metrics.add_part("loss", loss)
             yield loss
 
     def sequence_losses(
@@ -342,16 +354,20 @@ class PolicyGradientTrainer(Trainer):
         metrics: Metrics,
     ) -> tuple[Tensor]:
         """The policy loss () of some sequences, see `ops.linear_token_loss`."""
-        mask = mask[some]
+        mask, weights = mask[some], weights[some]
         logprobs, entropy = scatter(tokens.logprobs, mask), scatter(tokens.entropy, mask)
-        loss, stats = self.policy_loss(logprobs, entropy, rows(old, some), mask, weights[some])
-        add_statistics(metrics, stats, POLICY_STATISTICS)
-        return (loss,)
+        return (self.policy_loss(logprobs, entropy, rows(old, some), mask, weights, metrics),)
 
     def policy_loss(
-        self, logprobs: Tensor, entropy: Tensor, old: Experience, mask: Tensor, weights: Tensor
-    ) -> tuple[Tensor, PPOLossStats]:
-        """Clipped loss () of tokens (B, R) with entropy bonus and KL penalty; its statistics."""
+        self,
+        logprobs: Tensor,
+        entropy: Tensor,
+        old: Experience,
+        mask: Tensor,
+        weights: Tensor,
+        metrics: Metrics,
+    ) -> Tensor:
+        """The clipped loss () of tokens (B, R), with entropy bonus and KL penalty."""
         config, entropy_coef = self.config, self.entropy_coef.value
         ratio_logprobs = self.ratio_logprobs(logprobs, old.old_logprobs, mask)
         loss, stats = ppo_loss(
@@ -374,24 +390,32 @@ class PolicyGradientTrainer(Trainer):
         if ratio_logprobs is not logprobs:  # the approximate KL stays that of single tokens
             kl = kl_estimate(old.old_logprobs, logprobs.detach(), estimator="k3", mask=mask)
             stats = stats._replace(approx_kl=masked_mean(kl, mask))
+        add_statistics(metrics, stats, POLICY_STATISTICS)
+        bonus = (entropy.detach() * weights).sum()
+        metrics.add_part("loss/policy_avg", loss + entropy_coef * bonus)
+        if entropy_coef:
+            metrics.add_part("loss/entropy", bonus)
         if self.kl_in_loss and config.estimator != "full":
             kl = kl_loss(
                 logprobs, old.old_logprobs, old.ref_logprobs, mask, estimator=config.estimator
             )
             kl = kl if old.importance is None else kl * old.importance
-            loss = loss + self.kl_coef.value * (kl * weights).sum()
-        return loss, stats
+            kl = (kl * weights).sum()
+            metrics.add_part("loss/kl", kl)
+            loss = loss + self.kl_coef.value * kl
+        return loss
 
     def ratio_logprobs(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
         """The log-probs (B, R) whose ratio to the old ones is clipped."""
         return logprobs
 
     def value_loss(
-        self, values: Tensor, old: Experience, mask: Tensor, weights: Tensor
-    ) -> tuple[Tensor, PPOLossStats]:
-        """vf_coef times the clipped value loss () of values (B, R), and statistics."""
+        self, values: Tensor, old: Experience, mask: Tensor, weights: Tensor, metrics: Metrics
+    ) -> Tensor:
+        """vf_coef times the clipped value loss () of values (B, R)."""
         zeros, clip = torch.zeros_like(old.old_values), self.config.value_clip_range
-        return ppo_loss(
+        vf_coef = self.config.vf_coef
+        loss, stats = ppo_loss(
             zeros,  # with log-probs and advantages of 0 the policy's part is 0
             zeros,
             zeros,
@@ -401,9 +425,13 @@ class PolicyGradientTrainer(Trainer):
             mask,
             clip_range=self.config.clip_ranges,
             value_clip_range=None if clip == math.inf else clip,
-            vf_coef=self.config.vf_coef,
+            vf_coef=vf_coef,
             weights=weights,
         )
+        add_statistics(metrics, stats, VALUE_STATISTICS)
+        if vf_coef:
+            metrics.add_part("loss/value_avg", loss / vf_coef)
+        return loss
 
     @property
     def kl_in_loss(self) -> bool:
@@ -440,6 +468,7 @@ class PolicyGradientTrainer(Trainer):
             n = len(tokens.targets)
             if n:
                 metrics.add_mean("loss/ptx", parts.sum() * count / n, n)
+            metrics.add_part("loss", loss)
             yield loss
 
     def checked(self, losses: Iterator[Tensor], metrics: Metrics) -> Iterator[Tensor]:

@@ -22,6 +22,10 @@ class Metrics:
         """Add `count` values whose mean is known."""
         self._add(name, mean.detach() * count, count)
 
+    def add_part(self, name: str, part: Tensor) -> None:
+        """Add a part of one value, such as a micro-batch's part of a minibatch's loss."""
+        self._sums.setdefault(name, [0, 1])[0] += part.detach()
+
     def _add(self, name: str, total: Tensor, count: Tensor | int) -> None:
         entry = self._sums.setdefault(name, [0, 0])
         entry[0] += total

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class Trainer:
         self.pad_id = model.config.pad_id or 0
         self.steps_done = 0
         self.finished = False
+        self._warned: set[str] = set()
         self.check_examples("example", examples, self.kinds)
         self.check_examples("evaluation example", eval_examples, self.kinds)
         for trained in self.trained_models():
@@ -86,7 +87,10 @@ class Trainer:
         if config.dropout and not any(map(_has_dropout, self.trained_models())):
             warnings.warn("dropout has no effect: the model's config has none", stacklevel=3)
         settings = dict(eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
-        self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=config.lr, **settings)
+        groups = self.parameter_groups()
+        if config.weight_decay:
+            groups = [part for group in groups for part in _without_decay_of_vectors(group)]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, **settings)
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
 
     # ---- models and examples
@@ -144,6 +148,12 @@ class Trainer:
                 "rlhf_core.data truncate examples"
             )
         return None
+
+    def warn_once(self, message: str) -> None:
+        """Warn of something that may recur in every step."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"step {self.steps_done + 1}: {message}", stacklevel=3)
 
     def fault(self, example: Any) -> str | None:
         """A method's own reason why an example cannot be trained on, or None."""
@@ -221,11 +231,16 @@ class Trainer:
             return f"the loss of {bad[0]} alone is not finite, {count}"
         return "every row's loss alone is finite: try a smaller lr, or precision float32"
 
-    def optimize(self, losses: Iterator[Tensor]) -> float:
+    def optimize(
+        self, losses: Iterator[Tensor], accept: Callable[[], bool] = lambda: True
+    ) -> float | None:
         """Add up the gradients of the losses, clip them and step.
 
+        Args:
+            accept: called before the step; if it returns False, no weight is updated.
+
         Returns:
-            The gradient's norm before clipping.
+            The gradient's norm before clipping; None without a step.
 
         Raises:
             FloatingPointError: loss or gradient are not finite; the weights are unchanged.
@@ -242,6 +257,8 @@ class Trainer:
         for name, value in (("gradient's norm", grad_norm), ("loss", float(total_loss))):
             if not math.isfinite(value):
                 raise FloatingPointError(f"the {name} is {value}; no weight was updated")
+        if not accept():
+            return None
         if grad_norm > self.config.max_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, total_norm)
         self.optimizer.step()
@@ -417,6 +434,13 @@ class Trainer:
                 if parameter.requires_grad:
                     named.setdefault(parameter, f"{i}.{name}")
         return {name: parameter for parameter, name in named.items()}
+
+
+def _without_decay_of_vectors(group: dict) -> list[dict]:
+    """The group in two: matrices, and norms and biases, which weight decay would only disturb."""
+    matrices = [p for p in group["params"] if p.ndim > 1]
+    vectors = [p for p in group["params"] if p.ndim <= 1]
+    return [group | {"params": matrices}, group | {"params": vectors, "weight_decay": 0.0}]
 
 
 def _has_dropout(model: nn.Module) -> bool:
