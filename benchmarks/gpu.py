@@ -1,9 +1,9 @@
 """`make gpu`: the checks that need a GPU, in under 8 minutes.
 
 These are the op tests on CUDA, compute-sanitizer's memcheck and racecheck over small shapes, and
-all benchmarks. Each part is a process with a time limit. Its result is written to <results>/<gpu>.json
-when it ends. A part that passed with the same sources is not repeated, so that an interrupted run
-can continue. <results>/<gpu>.md is the table.
+all benchmarks. Each part is a process with a time limit. Its result is written to
+<results>/<gpu>.json when it ends. A part that passed with the same sources is not repeated, so that
+an interrupted run can continue. <results>/<gpu>.md is the table.
 """
 
 import hashlib

@@ -1,1 +1,1 @@
-"""Whether the methods learn: every one of them on the demo's two tasks, whose gold score is known."""
+"""Whether the methods learn: all of them on the demo's two tasks, whose gold score is known."""

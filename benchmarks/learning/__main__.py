@@ -1,8 +1,8 @@
-"""Runs every method on the demo's tasks and prints what it brought, by gold.
+"""Trains with every method on one of the demo's tasks and compares the gold scores.
 
     OMP_NUM_THREADS=1 python -m benchmarks.learning --task replies --seeds 0 1 2 --out runs/learning
 
-A result that is in --out with the same settings is not made again, so that a run that was interrupted goes on.
+Results in --out with the same settings are kept, so that an interrupted run can continue.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import statistics
 from pathlib import Path
 
 from benchmarks.learning.methods import METHODS
-from benchmarks.learning.setup import TASKS, measure, prepare
+from benchmarks.learning.setup import add_arguments, check_data, measure, prepare
 from rlhf_core.files import read_json, write_json
 
-GAINS = {
-    "PPO": 1.0,
-    "DPO": 1.0,
-}  # least gain asked for, in deviations of SFT's gold; 0 of all others
+# Lowest gain expected, in standard deviations of SFT's gold scores; 0 for the other methods.
+GAINS = {"PPO": 1.0, "DPO": 1.0}
 HEAD = (
     "method",
     "gold ± s.e.",
@@ -36,14 +34,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.learning", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--task", choices=TASKS, default="replies")
-    parser.add_argument("--data", type=Path, help="stories: folder as for rlhf-core demo --real")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    add_arguments(parser)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=METHODS,
+        metavar="METHOD",
+        help=f"some of {'; '.join(METHODS)}; default: all",
+    )
     arguments = parser.parse_args()
-    if arguments.task == "stories" and arguments.data is None:
-        parser.error("--task stories needs --data")
+    check_data(parser, arguments)
     out = arguments.out / arguments.task
     for seed in arguments.seeds:
         learn(arguments.task, arguments.data, seed, arguments.methods, out / f"seed-{seed}")
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def learn(task: str, data: Path | None, seed: int, methods: list[str], folder: Path) -> None:
-    """Run those methods whose result is not in the folder, each into a file of its own there."""
+    """Run the methods without a result in the folder, and write each result to its own file."""
     setup = None
     folder.mkdir(parents=True, exist_ok=True)
     for name in methods:
@@ -70,7 +71,7 @@ def learn(task: str, data: Path | None, seed: int, methods: list[str], folder: P
 
 
 def read_results(out: Path, seeds: list[int]) -> dict[str, list[dict]]:
-    """Of each method the results that are there, one a seed."""
+    """The results in the folder, one for each method and seed."""
     files = {
         name: {seed: out / f"seed-{seed}" / f"{name}.json" for seed in seeds} for name in METHODS
     }
@@ -82,7 +83,7 @@ def read_results(out: Path, seeds: list[int]) -> dict[str, list[dict]]:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: a line a method, means over its seeds; gain in deviations of SFT's gold scores."""
+    """A Markdown table: means over seeds; gains in standard deviations of SFT's gold scores."""
     base = results["SFT"]
     lines = [f"| {' | '.join(HEAD)} |", "|---" + "|---:" * (len(HEAD) - 1) + "|"]
     for name, seeds in results.items():
@@ -104,17 +105,17 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def missed(results: dict[str, list[dict]]) -> list[str]:
-    """The methods that gained less than was asked for, in words."""
+    """A sentence for each method that gained less than expected."""
     gains = {name: gain(seeds, results["SFT"]) for name, seeds in results.items()}
     short = {name: g for name, g in gains.items() if g < GAINS.get(name, 0.0)}
     return [
-        f"{name} gained {g:.2f}, and was to gain {GAINS.get(name, 0.0):.2f}"
+        f"{name} gained {g:.2f}, less than the expected {GAINS.get(name, 0.0):.2f}"
         for name, g in short.items()
     ]
 
 
 def gain(results: list[dict], base: list[dict]) -> float:
-    """Of the mean gold score, in deviations of SFT's; of the seeds that are there, beside the same seeds of SFT."""
+    """Gain of the mean gold score over SFT with the same seeds, in deviations of SFT's scores."""
     base = [result for result in base if result["seed"] in {r["seed"] for r in results}]
     return (mean(results, "gold") - mean(base, "gold")) / mean(base, "gold_sd")
 
@@ -124,8 +125,10 @@ def mean(results: list[dict], name: str) -> float:
 
 
 def standard_error(results: list[dict]) -> float:
-    """Of the mean gold score. A seed is a run of everything, with prompts and samples of its own, so the
-    deviation of the seeds' means over the root of their number; of one seed the same of its prompts."""
+    """Standard error of the mean gold score, over seeds, or over prompts if there is one seed.
+
+    Every seed is an independent run with its own prompts and samples.
+    """
     if len(results) == 1:
         return results[0]["gold_error"]
     return statistics.stdev(result["gold"] for result in results) / len(results) ** 0.5

@@ -1,6 +1,6 @@
-"""Every method as a function of a `Setup` and its settings, and the table of both.
+"""Every method as a function of a `Setup` and settings, and the table of methods.
 
-A function returns the policy, or, where the answers are not a policy's own, their `Evaluation`.
+A function returns the policy. Best of n returns an `Evaluation`, because it picks among samples.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def kto(setup: Setup, **settings) -> Transformer:
 
 
 def ilql(setup: Setup, **settings) -> ILQLModel:
-    """Its rewards are what the reward model says of the pairs' completions."""
+    """ILQL on the completions of the pairs, with the reward model's scores as rewards."""
     prompts = [pair.prompt_ids for pair in setup.pairs for _ in range(2)]
     responses = [ids for pair in setup.pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     rewards = setup.scores(prompts, responses).tolist()
@@ -83,25 +83,21 @@ def ilql(setup: Setup, **settings) -> ILQLModel:
 
 def on_policy(trainer: type, config: type) -> Callable[..., nn.Module]:
     def train(setup: Setup, **settings) -> nn.Module:
-        policy, fixed = (
-            setup.policy(),
-            dict(temperature=1.0, response_length=setup.task.response_length),
-        )
+        policy = setup.policy()
+        fixed = dict(temperature=1.0, response_length=setup.task.response_length)
         options = dict(reward=setup.reward_model, reference=setup.base, **setup.shared)
         trained = trainer(
             policy, setup.task.prompts, config(seed=setup.seed, **fixed, **settings), **options
         )
         trained.train()
-        return trained.sampled  # the policy; NLPO's within its mask
+        return trained.sampled_policy  # NLPO's keeps its mask
 
     return train
 
 
-ppo, a2c, nlpo = (
-    on_policy(PPOTrainer, PPOConfig),
-    on_policy(A2CTrainer, A2CConfig),
-    on_policy(NLPOTrainer, NLPOConfig),
-)
+ppo = on_policy(PPOTrainer, PPOConfig)
+a2c = on_policy(A2CTrainer, A2CConfig)
+nlpo = on_policy(NLPOTrainer, NLPOConfig)
 group = on_policy(GRPOTrainer, GRPOConfig)
 
 
@@ -114,20 +110,14 @@ def best_of(setup: Setup, **settings) -> Evaluation:
     texts, questions = (
         [setup.task.tokenizer.decode(row) for row in rows] for rows in (ids, prompts)
     )
-    scores, lengths = (
-        torch.tensor(setup.task.gold(questions, texts)),
-        torch.tensor([len(row) for row in ids]),
-    )
-    return Evaluation(
-        texts, scores, torch.full((len(ids),), best_of_n_kl(config.num_samples)), lengths, ids
-    )
+    scores = torch.tensor(setup.task.gold(questions, texts))
+    kl = torch.full((len(ids),), best_of_n_kl(config.num_samples))
+    return Evaluation(texts, scores, kl, torch.tensor([len(row) for row in ids]), ids)
 
 
 def rejection_sampling(setup: Setup, num_prompts: int, **settings) -> Transformer:
-    policy, config = (
-        setup.policy(),
-        RFTConfig(seed=setup.seed, response_length=setup.task.response_length, **settings),
-    )
+    policy, length = setup.policy(), setup.task.response_length
+    config = RFTConfig(seed=setup.seed, response_length=length, **settings)
     rft(policy, setup.task.prompts[:num_prompts], config, reward=setup.reward_model, **setup.shared)
     return policy
 
@@ -153,7 +143,7 @@ def rounds_of_dpo(setup: Setup, num_prompts: int, **settings) -> Transformer:
     return policy
 
 
-# ---- from a judge: gold, asked which of two responses is better
+# ---- from a judge, which prefers the response with the higher gold score
 
 
 def rounds_of_rlhf(
@@ -177,7 +167,7 @@ def rounds_of_rlhf(
 
 
 class Method(NamedTuple):
-    """A function, and the settings in which a run differs from its config's defaults: on both tasks, on one of them."""
+    """A function, and settings that differ from the config's defaults on both tasks or on one."""
 
     run: Callable
     both: dict = {}  # noqa: RUF012
@@ -188,7 +178,7 @@ class Method(NamedTuple):
         return self.both | getattr(self, task)
 
 
-# A model of 0.3 M parameters takes learning rates far above the configs' own, which are for billions.
+# A model of 0.3 M parameters needs far higher learning rates than the defaults, made for billions.
 PPO = dict(lr=1e-4, max_steps=50), dict(kl_coef=0.1), dict(kl_coef=0.06)
 ONE_UPDATE = (
     dict(lr=1e-3, max_steps=50),

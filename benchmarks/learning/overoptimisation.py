@@ -1,10 +1,12 @@
-"""Over-optimisation (Gao et al. 2022): against a reward model of few pairs the gold score rises, then falls, while the
-reward model's own score, the proxy, keeps rising. By PPO with hardly any KL penalty, and by best-of-n.
+"""Over-optimisation of a weak reward model (Gao et al. 2022), by PPO and by best-of-n.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.learning.overoptimisation --seeds 0 1 2 --out runs/learning
+With a reward model of few pairs, the gold score rises and then falls, while the reward model's own
+score, the proxy, keeps rising. PPO runs without a KL penalty.
 
-Writes the curves of each seed beside what the methods share, and a picture of all; both scores in deviations of SFT's,
-from its mean.
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.overoptimisation --seeds 0 1 2
+
+Each seed's curves are written to its folder in --out, and a picture of all. Both scores are counted
+from SFT's mean, in standard deviations of SFT's scores.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.learning.setup import TASKS, Setup, prepare
+from benchmarks.learning.setup import Setup, add_arguments, check_data, prepare
 from rlhf_core.demo import evaluated, fitted_reward_model
 from rlhf_core.evaluation import best_of_n_curve, best_of_n_kl
 from rlhf_core.files import read_json, require, write_json
 from rlhf_core.models import RewardModel
 from rlhf_core.trainers import PPOConfig, PPOTrainer, SamplingConfig, best_of_n
 
-SETTINGS = {  # num_pairs: of the reward model; prompts, num_samples: of best-of-n
+SETTINGS = {  # num_pairs trains the reward model; prompts and num_samples are for best-of-n
     "replies": dict(
         num_pairs=30,
         reward=dict(epochs=30, batch_size=32, warmup_steps=0),
@@ -39,24 +41,24 @@ SETTINGS = {  # num_pairs: of the reward model; prompts, num_samples: of best-of
         num_samples=512,
     ),
 }
-EVERY = 2  # steps of PPO between its points
+EVERY = 2  # PPO steps between points
 
 
 class Scale:
-    """Gold and proxy scores from SFT's mean, in its deviations."""
+    """Maps gold and proxy scores to standard deviations above SFT's mean."""
 
     def __init__(self, gold: Tensor, proxy: Tensor):
         self.moments = [(x.mean(), x.std()) for x in (gold, proxy)]
 
     def __call__(self, gold: Tensor, proxy: Tensor) -> tuple[float, float]:
-        """Of scores (N,) the means."""
+        """Means of scores (N,), mapped."""
         return tuple(
             ((x.mean() - mean) / std).item() for x, (mean, std) in zip((gold, proxy), self.moments)
         )
 
 
 def ppo_curve(setup: Setup, reward_model: RewardModel, settings: dict) -> list[dict]:
-    """Points of one run, KL, gold and proxy every few steps, the policy at its start first."""
+    """KL, gold and proxy of one run at the start and every few steps."""
     task = setup.task
 
     def scores(policy):
@@ -93,7 +95,7 @@ def ppo_curve(setup: Setup, reward_model: RewardModel, settings: dict) -> list[d
 def best_of_n_points(
     setup: Setup, reward_model: RewardModel, prompts: int, num_samples: int
 ) -> list[dict]:
-    """For n = 1, 2, 4, ...; without bias from all the samples of each prompt."""
+    """KL, gold and proxy for n = 1, 2, 4, ..., estimated from all samples of each prompt."""
     task = setup.task
     config = SamplingConfig(
         num_samples=num_samples,
@@ -121,7 +123,7 @@ def best_of_n_points(
 def curves(
     setup: Setup, num_pairs: int, reward: dict, ppo: dict, prompts: int, num_samples: int
 ) -> dict:
-    """What becomes of a reward model of `num_pairs` pairs: its accuracy on all the others, and the curves."""
+    """Train a reward model on num_pairs pairs. Returns its accuracy on others, and the curves."""
     task = replace(setup.task, reward=replace(setup.task.reward, **reward))
     pairs, rest = setup.pairs[:num_pairs], setup.pairs[num_pairs : num_pairs + 512]
     reward_model, report = fitted_reward_model(task, setup.base, pairs, rest, setup.seed)
@@ -134,7 +136,7 @@ def curves(
 
 
 def draw(results: list[dict], path: Path) -> None:
-    """Both methods side by side against sqrt(KL); a thin line for each seed, a thick one for their mean."""
+    """Plot both methods against sqrt(KL), with thin lines for seeds and thick ones for means."""
     plt = require("matplotlib.pyplot", "report")
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=False, layout="constrained")
     for panel, method, title in zip(
@@ -148,9 +150,7 @@ def draw(results: list[dict], path: Path) -> None:
             kl, score = torch.tensor(runs).mean(dim=0).unbind(dim=1)
             panel.plot(kl.clamp_min(0).sqrt(), score, color=colour, linewidth=2, label=name)
         panel.axhline(0, color="grey", linewidth=0.5)
-        panel.set(
-            title=title, xlabel="√KL to SFT, √nats", ylabel="score, s.d. of SFT above its mean"
-        )
+        panel.set(title=title, xlabel="√KL to SFT, √nats", ylabel="score above SFT's mean, s.d.")
     panels[0].legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -161,11 +161,9 @@ def main() -> None:
         prog="python -m benchmarks.learning.overoptimisation",
         description=__doc__.split("\n")[0],
     )
-    parser.add_argument("--task", choices=TASKS, default="replies")
-    parser.add_argument("--data", type=Path, help="stories: folder as for rlhf-core demo --real")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    add_arguments(parser)
     arguments = parser.parse_args()
+    check_data(parser, arguments)
     out, results = arguments.out / arguments.task, []
     for seed in arguments.seeds:
         folder = out / f"seed-{seed}"

@@ -1,11 +1,14 @@
-"""What all methods of a task and seed start from, made once and kept in a folder: policy, pairs, reward model; and what
-a method's policy is then worth."""
+"""The common start of all methods (policy, pairs, reward model), and how results are measured.
+
+The start is made once for each task and seed, and kept in a folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,19 +39,22 @@ TASKS = ("replies", "stories")
 
 @dataclass
 class Setup:
-    """Of one task and seed. Policies made by `policy` count what is sampled and learned while `counting`."""
+    """The start for one task and seed.
+
+    `counting` counts the tokens that policies made by `policy` sample and train on.
+    """
 
     task: Task
     seed: int
-    base: Transformer  # frozen: every method's reference
+    base: Transformer  # after SFT, frozen; the reference of every method
     pairs: list[Pair]  # to train on
     reward_model: RewardModel
-    sft_scores: Tensor  # (N,), gold of the base on task.eval_prompts
+    sft_scores: Tensor  # (N,) gold scores of the base on task.eval_prompts
     tokens: dict[str, int] = field(default_factory=lambda: {"sampled": 0, "trained": 0})
 
     @property
     def shared(self) -> dict:
-        """What trainers that sample take."""
+        """Arguments of every trainer that samples."""
         return dict(eos_ids=self.task.eos_ids, tokenizer=self.task.tokenizer)
 
     def policy(self) -> Transformer:
@@ -56,9 +62,8 @@ class Setup:
         policy = copy.deepcopy(self.base).requires_grad_(True)
 
         def count(trunk, arguments, options, hidden):
-            if (
-                torch.is_grad_enabled() and trunk is policy.trunk
-            ):  # not a copy, whose hook is the same
+            # A copy of the policy has the same hook.
+            if torch.is_grad_enabled() and trunk is policy.trunk:
                 self.tokens["trained"] += len(options["read"])
 
         policy.trunk.register_forward_hook(count, with_kwargs=True)
@@ -66,7 +71,7 @@ class Setup:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[dict[str, int]]:
-        """Response tokens sampled within, of any policy, and trained: of whose log-probs a gradient is taken."""
+        """Count response tokens that are sampled, and those whose log-probs get a gradient."""
         self.tokens.update(sampled=0, trained=0)
         generate = rollout.generate
 
@@ -81,7 +86,7 @@ class Setup:
     def scores(
         self, prompts: list, responses: list, reward_model: RewardModel | None = None
     ) -> Tensor:
-        """(N,) of a reward model, by default the shared one, whose scores have mean 0 and deviation 1 on the pairs."""
+        """Scores (N,) of a reward model. The shared one has mean 0 and deviation 1 on the pairs."""
         return Scorer(
             reward_model or self.reward_model, pad_id=self.base.config.pad_id or 0, batch_size=128
         )(prompts, responses)
@@ -90,8 +95,27 @@ class Setup:
         return evaluated(self.task, self.base, policy, self.seed)
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments that all programs of this folder take."""
+    parser.add_argument("--task", choices=TASKS, default="replies", help="default: replies")
+    parser.add_argument(
+        "--data", type=Path, help="folder for --task stories, as for rlhf-core demo --real"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each; default: 0 1 2"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/learning"), help="default: runs/learning"
+    )
+
+
+def check_data(parser: ArgumentParser, arguments: Namespace) -> None:
+    if arguments.task == "stories" and arguments.data is None:
+        parser.error("--task stories needs --data")
+
+
 def prepare(name: str, data: Path | None, seed: int, folder: Path) -> Setup:
-    """Make what the methods share, or read it from the folder where it is complete."""
+    """Make the start of a task and seed, or read it from the folder if it is complete there."""
     task = replies_task(seed) if name == "replies" else stories_task(data, seed)
     done = folder / "sft.json"
     if not done.exists():
@@ -110,7 +134,7 @@ def prepare(name: str, data: Path | None, seed: int, folder: Path) -> Setup:
 
 
 def measure(setup: Setup, method: Callable, settings: dict) -> dict:
-    """Run a method and say what came of it, in plain numbers."""
+    """Run a method and return its figures. gold_error is the standard error over prompts."""
     torch.manual_seed(setup.seed)
     started = time.process_time()
     with setup.counting() as tokens:
@@ -126,7 +150,7 @@ def measure(setup: Setup, method: Callable, settings: dict) -> dict:
     return {
         "gold": found.scores.mean().item(),
         "gold_sd": found.scores.std().item(),
-        "gold_error": (means.std() / len(means) ** 0.5).item(),  # of the prompts' means
+        "gold_error": (means.std() / len(means) ** 0.5).item(),
         "reward": setup.scores(prompts, found.response_ids).mean().item(),
         "kl": found.kl.mean().item(),
         "win_rate": win_rate(found.scores, setup.sft_scores),

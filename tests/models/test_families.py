@@ -144,6 +144,7 @@ def test_rope_is_read_as_every_version_of_transformers_writes_it(changes, tmp_pa
             "some",
         ),
         (dict(use_sliding_window=True, sliding_window=8, max_window_layers="remove"), None),
+        (dict(use_sliding_window="remove", sliding_window=8, max_window_layers=0), None),
         (dict(use_sliding_window="remove", sliding_window=8, max_window_layers="remove"), None),
     ],
 )
