@@ -1,8 +1,10 @@
-"""Runs the comparison: every side in a process of its own, taking turns step by step; a Markdown table, and JSON.
+"""Trains the same tasks with rlhf_core, TRL and a bare loop. Prints time and memory as a table.
 
     OMP_NUM_THREADS=2 python -m benchmarks.peers --ppo-python PY --json peers.json
 
-It needs `pip install trl==1.16.0`; PY is the Python of an environment with trl==1.12.0, the last that had PPO.
+Each side is a process of its own, and they take turns step by step. This needs `pip install
+trl==1.16.0`. PY is the Python of an environment with rlhf_core and trl==1.12.0, the last version
+with PPO.
 """
 
 from __future__ import annotations
@@ -20,19 +22,20 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.peers import ROOT
 from benchmarks.peers.task import METHODS, Task
 
 SIDES = ("ours", "theirs", "bare")
 VOCAB_SIZES = (50257, 4096)
-BARS = {  # method -> least ratio of TRL's time to ours, by vocabulary
+BARS = {  # lowest ratio of TRL's time to ours, by method and vocabulary
     "sft": {50257: 3.5, 4096: 1.2},
     "dpo": {50257: 5, 4096: 2},
     "reward": {50257: 1.15, 4096: 1.15},
     "ppo": {50257: 1.8, 4096: 1.5},
 }
 BARE_BARS = {"sft": 1.0, "dpo": 1.0, "reward": 1.0, "ppo": 1.3}
-MEMORY_BAR = 0.7  # most, of TRL's
-LOSS_TOLERANCE = 1e-4  # PPO is apart by some 2e-5: TRL whitens with n - 1, ours and bare with n
+MEMORY_BAR = 0.7  # highest ratio of our memory to TRL's
+LOSS_TOLERANCE = 1e-4  # PPO differs by some 2e-5: TRL whitens with n - 1, the others with n
 PACKAGES = ("trl", "transformers", "torch", "rlhf_core")
 
 
@@ -40,22 +43,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--vocab-sizes", nargs="+", type=int, default=VOCAB_SIZES)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument(
-        "--rounds", type=int, default=7, help="steps timed, after one that warms up"
+        "--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all"
     )
     parser.add_argument(
-        "--ppo-python", default=sys.executable, help="an interpreter with trl==1.12.0"
+        "--vocab-sizes", nargs="+", type=int, default=VOCAB_SIZES, help="default: 50257 4096"
     )
     parser.add_argument(
-        "--json", type=Path, help="write what was measured, and the settings, to this file"
+        "--sides", nargs="+", choices=SIDES, default=SIDES, help="default: all; ours is required"
     )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="timed steps, after a warm-up; default: 7"
+    )
+    parser.add_argument(
+        "--ppo-python",
+        default=sys.executable,
+        help="interpreter with rlhf_core and trl==1.12.0; default: this one",
+    )
+    parser.add_argument("--json", type=Path, help="write all figures and settings to this file")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return work(*arguments.worker)
+    if "ours" not in arguments.sides:
+        parser.error("--sides needs ours, with which the others are compared")
     results = []
     print("\n".join(HEAD))
     for method in arguments.methods:
@@ -68,7 +79,7 @@ def main() -> None:
 
 
 def compare(method: str, vocab_size: int, sides, rounds: int, python: str, **settings) -> dict:
-    """Times in seconds, losses and bytes of every side, over the same steps, in turns."""
+    """Seconds, losses and memory of every side over the same steps, taken in turns."""
     with tempfile.TemporaryDirectory() as folder:
         batch_size = 16 if method == "ppo" else 8
         task = Task(
@@ -80,7 +91,7 @@ def compare(method: str, vocab_size: int, sides, rounds: int, python: str, **set
         workers = {side: Worker(python, side, file) for side in sides}
         try:
             for number in range(task.steps):
-                for i in range(len(sides)):  # another one goes first in every round
+                for i in range(len(sides)):  # each round starts with another side
                     workers[sides[(number + i) % len(sides)]].step()
             measured = {side: worker.end() for side, worker in workers.items()}
         finally:
@@ -96,10 +107,10 @@ def compare(method: str, vocab_size: int, sides, rounds: int, python: str, **set
 
 
 class Worker:
-    """The process of one side. It reports when it is ready and after each step, and waits to be told to go on."""
+    """The process of one side. It reports when it is ready and after each step, and then waits."""
 
     def __init__(self, python: str, side: str, file: Path):
-        command = [python, "-P", "-m", "benchmarks.peers", "--worker", side, str(file)]
+        command = [python, "-m", "benchmarks.peers", "--worker", side, str(file)]
         self.log = file.with_name(f"{side}.log")
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
@@ -109,6 +120,7 @@ class Worker:
                 stderr=log,
                 text=True,
                 env=environment(),
+                cwd=ROOT,
             )
         self.steps = []
         self.ready = self.read()
@@ -136,7 +148,7 @@ class Worker:
 
 
 def environment() -> dict[str, str]:
-    """That of this process, offline, with the threads said."""
+    """The environment of this process, offline and quiet, with two threads by default."""
     quiet = {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -148,7 +160,7 @@ def environment() -> dict[str, str]:
 def work(side: str, file: str) -> None:
     """Train as `side`, in turns with the others."""
     reports = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what trainers print goes where it disturbs nobody
+    os.dup2(2, 1)  # prints of the trainers must not mix with the reports
     train = importlib.import_module(f"benchmarks.peers.{side}").train
     started = math.nan
 
@@ -156,18 +168,18 @@ def work(side: str, file: str) -> None:
         nonlocal started
         report = {"seconds": time.perf_counter() - started, "loss": loss, "peak": status("VmHWM")}
         if math.isnan(started):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             report = {"resident": status("VmRSS"), "versions": versions()}
         print(json.dumps(report), file=reports, flush=True)
         if not sys.stdin.readline():
-            raise SystemExit("nobody waits for another step")
+            raise SystemExit("the comparison has ended")
         started = time.perf_counter()
 
     train(Task.load(file), turn)
 
 
 def status(name: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """A field of /proc/self/status, in bytes."""
     (line,) = [
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
     ]
@@ -190,7 +202,7 @@ HEAD = (
 
 
 def row(result: dict) -> str:
-    """A line of the table. Times are medians of the steps after the first."""
+    """A row of the table. Times are medians of the steps after the first."""
     method, vocab_size, sides = result["method"], result["vocab_size"], result["sides"]
     seconds = {name: statistics.median(side["seconds"][1:]) for name, side in sides.items()}
     training = {name: side["peak_bytes"] - side["ready_bytes"] for name, side in sides.items()}
@@ -213,15 +225,15 @@ def row(result: dict) -> str:
         return f"{values['ours'] / 1e6:.0f} | {share}{missed}"
 
     bar = BARS[method].get(vocab_size, math.nan)
-    return (
-        f"| {method}, {vocab_size} | {time_of('ours')} | {(quarters[2] - quarters[0]) / seconds['ours']:.0%} "
-        f"| {time_of('theirs')} | {time_of('bare')} | {ratio('theirs', bar)} | {ratio('bare', BARE_BARS[method])} "
-        f"| {memory(training)} | {memory(total)} | {agreement(result)} |"
-    )
+    cells = [f"{method}, {vocab_size}", time_of("ours")]
+    cells += [f"{(quarters[2] - quarters[0]) / seconds['ours']:.0%}"]
+    cells += [time_of("theirs"), time_of("bare")]
+    cells += [ratio("theirs", bar), ratio("bare", BARE_BARS[method])]
+    return f"| {' | '.join(cells)} | {memory(training)} | {memory(total)} | {agreement(result)} |"
 
 
 def agreement(result: dict) -> str:
-    """Whether the first losses are equal, by how much not, and how far the last are apart."""
+    """Largest differences of the first and the last losses; DIFFER if the first are not equal."""
     losses = {name: side["losses"] for name, side in result["sides"].items()}
     first, last = (max(abs(x[i] - losses["ours"][i]) for x in losses.values()) for i in (0, -1))
     # PPO samples from the second step on.

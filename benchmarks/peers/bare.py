@@ -1,7 +1,8 @@
-"""The bare side: the loop that one writes by hand over transformers models, with nothing that can be left out.
+"""The bare side: a hand-written loop over transformers models without anything optional.
 
-Logits of completion tokens only, no metrics, no entropy, no attention mask where padding is on the right, fused AdamW;
-PPO samples with `generate` and its cache. What torch and transformers do not have fused is not fused.
+It computes logits of completion tokens only, no metrics and no entropy. It needs no attention mask
+for padding on the right, uses fused AdamW, and in PPO samples with `generate` and its cache. It has
+no fused code beyond that of torch and transformers.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _Optimizer:
 
 
 def _pad(task: Task, rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """(prompt, completion) rows to ids (B, T), padded on the right, and counted (B, T), True for a completion."""
+    """Ids (B, T) of (prompt, completion) rows, padded on the right, and where completions are."""
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.full((len(rows), width), task.pad_id)
     counted = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -68,7 +69,7 @@ def _pad(task: Task, rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, T
 
 
 def _negative_logprobs(model, ids: Tensor, counted: Tensor) -> Tensor:
-    """Of the N counted tokens, (N,)."""
+    """Negative log-probs (N,) of the counted tokens."""
     hidden = model.transformer(input_ids=ids).last_hidden_state[:, :-1][counted[:, 1:]]
     return F.cross_entropy(model.lm_head(hidden), ids[:, 1:][counted[:, 1:]], reduction="none")
 

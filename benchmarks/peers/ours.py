@@ -1,4 +1,4 @@
-"""Our side: the trainers as anybody calls them, with the task's order of examples."""
+"""Our side: the trainers as a user calls them, with the task's order of examples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rlhf_core.rollout import response_logprobs
 def train(task: Task, turn: Turn) -> None:
     trainer = globals()[f"_{task.method}"](task)
     step, batches = trainer.step, list(trainer_batches(task, trainer.examples))
-    trainer.batches = lambda: iter(batches)  # in the order given, where the trainer draws its own
+    trainer.batches = lambda: iter(batches)  # instead of its own random order
 
     def timed_step(batch):
         metrics = step(batch)
@@ -45,7 +45,7 @@ def trainer_batches(task: Task, examples: list):
 
 
 def options(task: Task) -> dict:
-    """Fields of TrainConfig; PPO's are `ppo_options`."""
+    """Fields of TrainConfig. `ppo_options` adds those of PPOConfig."""
     return dict(
         lr=task.lr,
         lr_schedule="constant",
@@ -76,7 +76,7 @@ def ppo_options(task: Task) -> dict:
 
 def _sft(task):
     examples = [Example(row.prompt, row.chosen) for row in task.examples()]
-    # Packed rows change no loss here. On a CPU TRL's would let a sequence see its neighbours.
+    # Packing changes no loss here. With TRL's on a CPU a sequence would see its neighbours.
     config = SFTConfig(packing=True, **options(task))
     return SFTTrainer(Transformer.from_pretrained(task.policy), examples, config)
 
@@ -111,7 +111,7 @@ def _ppo(task):
     sample = trainer.sample
 
     def given_responses_first(batch):
-        """The task's responses in the place of those sampled, once."""
+        """The first time, put the task's responses in place of the sampled ones."""
         trainer.sample = sample
         rollout = sample(batch)._replace(response_ids=torch.tensor(given))
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How far our models are from transformers' at the same weights: a row for each family, random tiny models, float32.
+"""Differences between our models and transformers', for tiny random models of each family, float32.
 
 python -m benchmarks.peers.parity
 """
@@ -31,16 +31,19 @@ FAMILIES = {
 
 
 def compare(model_type: str, options: dict) -> tuple[float, float, int, bool]:
-    """Largest difference of a logit over three kinds of padding, of a gradient's entry relative to the largest one,
-    how many of 64 greedy tokens agree, and whether what we save has the weights that they saved."""
+    """Compare a model with theirs.
+
+    Returns:
+        The largest difference of a logit over three kinds of padding; the largest difference of
+        the embedding's gradient, relative to its largest entry; how many of 64 greedy tokens agree;
+        whether a model that they saved and we saved again has the same bits.
+    """
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(model_type, **IDS, **options)
     )
     with torch.no_grad():
-        for (
-            parameter
-        ) in theirs.parameters():  # fresh weights are so small that wirings hardly differ
+        for parameter in theirs.parameters():  # small initial weights would hide differences
             parameter.add_(torch.randn_like(parameter) * 0.15)
     theirs.eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -79,9 +82,8 @@ def main() -> None:
     print("|---|---:|---:|---:|---|")
     for name, (model_type, options) in FAMILIES.items():
         logit, gradient, tokens, same = compare(model_type, options)
-        print(
-            f"| {name} | {logit:.1e} | {gradient:.1e} | {tokens} | {'the same bits' if same else 'DIFFERS'} |"
-        )
+        saved = "the same bits" if same else "DIFFERS"
+        print(f"| {name} | {logit:.1e} | {gradient:.1e} | {tokens} | {saved} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What every side trains: one set of settings, one file of token ids, one folder of weights.
+"""The task that every side trains: settings, a file of token ids, and folders of weights.
 
-The ids are random and the weights fresh, as neither changes the work. Every batch has the same lengths, one of its rows
-the longest possible, so that steps cost the same and medians mean something.
+Ids are random and weights fresh, because neither changes the amount of work. All batches have the
+same lengths, and one row of each is as long as possible, so that all steps cost the same.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 METHODS = ("sft", "dpo", "reward", "ppo")
-Turn = Callable[[float], None]  # called before the first step, and after every step with its loss
+Turn = Callable[[float], None]  # called with NaN before the first step, then with each loss
 
 
 @dataclass(frozen=True)
 class Task:
-    """Every setting that a side may read. float32, no dropout, constant learning rate, AdamW without decay."""
+    """All settings. Training is in float32, without dropout, decay or a learning rate schedule."""
 
     method: str
-    folder: str  # of policy/, reward/ (Hugging Face layout) and examples.json
+    folder: str  # holds policy/, reward/ (Hugging Face layout) and examples.json
     vocab_size: int = 50257
     batch_size: int = 8  # rows, pairs or prompts
     steps: int = 6
@@ -32,15 +32,13 @@ class Task:
     num_heads: int = 4
     max_positions: int = 256
     # the data
-    prompt_length: int = 64  # of the longest; the shortest have a quarter of it
-    completion_length: int = 128  # PPO: of all
+    prompt_length: int = 64  # of the longest; others have a quarter of it or more
+    completion_length: int = 128  # likewise; in PPO all have this length
     # the optimiser
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-8
-    max_grad_norm: float = (
-        1.0  # of SFT, DPO and reward; TRL's PPO does not clip, so nobody does there
-    )
+    max_grad_norm: float = 1.0  # not in PPO, because TRL's does not clip gradients
     # DPO
     beta: float = 0.1
     # PPO
@@ -56,7 +54,7 @@ class Task:
 
     @property
     def pad_id(self) -> int:
-        """In no example."""
+        """The last id, which no example contains."""
         return self.vocab_size - 1
 
     @property
@@ -68,7 +66,7 @@ class Task:
         return str(Path(self.folder, "reward"))
 
     def examples(self) -> list[Row]:
-        """All rows in the order in which every side takes them, batch_size a step."""
+        """All rows, in the order of training, `batch_size` for each step."""
         return [
             Row(*row)
             for row in json.loads(Path(self.folder, "examples.json").read_text(encoding="utf-8"))
@@ -79,7 +77,7 @@ class Task:
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
     def write(self) -> None:
-        """The files that `examples`, `policy` and `reward` name."""
+        """Write the examples and the weights."""
         import torch
 
         from rlhf_core import RewardModel, Transformer, TransformerConfig
@@ -127,7 +125,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """One example as token ids: `chosen` alone for SFT, the prompt alone for PPO, whose first responses it gives."""
+    """An example as token ids. SFT learns `chosen`; in PPO it is the response of the first step."""
 
     prompt: list[int]
     chosen: list[int]

@@ -1,8 +1,8 @@
-"""TRL's side: SFT, DPO and reward by its current trainers, PPO by the one that it had until 1.12.
+"""TRL's side: its current trainers for SFT, DPO and reward models, and its PPO trainer of 1.12.
 
-Everything that costs time and is no part of the method is off: bfloat16 (emulated on most CPUs), gradient
-checkpointing, saving, evaluation, reports, progress bars, sample generations. The optimiser is transformers' default,
-fused AdamW. The data comes tokenized.
+Everything that costs time and is not part of the method is off: bfloat16 (emulated on most CPUs),
+gradient checkpointing, saving, evaluation, reports, progress bars, sample generations. The
+optimiser is the default of transformers, fused AdamW. The data is tokenized beforehand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def train(task: Task, turn: Turn) -> None:
 
 
 def options(task: Task) -> dict:
-    """Of transformers' TrainingArguments as TRL extends them."""
+    """Fields of transformers' TrainingArguments, as TRL extends them."""
     return dict(
         output_dir=task.folder,
         learning_rate=task.lr,
@@ -33,7 +33,7 @@ def options(task: Task) -> dict:
         weight_decay=0.0,
         max_grad_norm=task.max_grad_norm,
         seed=task.seed,
-        # what is off
+        # Off, as explained above.
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -48,7 +48,7 @@ def options(task: Task) -> dict:
 
 
 def method_options(task: Task) -> dict:
-    """Of SFTConfig, DPOConfig or RewardConfig beside `options`."""
+    """Further fields of SFTConfig, DPOConfig or RewardConfig."""
     most = task.prompt_length + task.completion_length
     extra = {
         "sft": {"completion_only_loss": True, "packing": False},
@@ -59,7 +59,7 @@ def method_options(task: Task) -> dict:
 
 
 def ppo_options(task: Task) -> dict:
-    """Of PPOConfig beside `options`. With one micro-batch a minibatch, each is one optimiser step, as elsewhere."""
+    """Further fields of PPOConfig. A minibatch is one micro-batch, and one optimiser step."""
     return dict(
         total_episodes=task.steps * task.batch_size,
         num_mini_batches=task.minibatches,
@@ -95,7 +95,7 @@ def _scorer(task):
 
 
 def _tokenizer(task):
-    """Some tokenizer of that many tokens: the trainers want one, and the data needs none."""
+    """A tokenizer of this vocabulary, which the trainers require, but the data does not need."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -106,7 +106,7 @@ def _tokenizer(task):
 
 
 def _turns(turn: Turn, loss) -> object:
-    """A callback that takes turns around steps."""
+    """A callback that calls `turn` before the first step and after each step."""
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
@@ -166,7 +166,7 @@ def _dpo(task, turn):
 
     class Trainer(trl.DPOTrainer):
         def _prepare_dataset(self, dataset, *args):
-            return dataset  # is tokenized, which this trainer does not look for
+            return dataset  # already tokenized, which this trainer does not detect
 
     _train(
         Trainer(
@@ -203,14 +203,13 @@ def _ppo(task, turn):
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    rows = task.batches()[
-        0
-    ]  # the loader shuffles; a batch of all of its rows is the same batch in another order
+    # The loader shuffles, but a batch of all its rows stays the same batch.
+    rows = task.batches()[0]
     generation = ppo_trainer.batch_generation
     given = {tuple(row.prompt): row.chosen for row in rows}
 
     def given_responses_first(model, queries, batch_size, pad_id, config):
-        """The task's responses in the place of those sampled, once."""
+        """The first time, put the task's responses in place of the sampled ones."""
         generation(model, queries, batch_size, pad_id, config)
         ppo_trainer.batch_generation = generation
         prompts = [tuple(x for x in query if x != pad_id) for query in queries.tolist()]
@@ -219,7 +218,7 @@ def _ppo(task, turn):
         return ids, logits / config.temperature
 
     def collate(rows):
-        """Padded on the left."""
+        """Prompts, padded on the left."""
         width = max(len(row["input_ids"]) for row in rows)
         ids = [[task.pad_id] * (width - len(row["input_ids"])) + row["input_ids"] for row in rows]
         return {"input_ids": torch.tensor(ids)}

@@ -1,1 +1,1 @@
-"""Doors to other libraries, each one a file; none is imported before it is asked for."""
+"""Integrations with other libraries, one file each. None is imported until it is used."""

@@ -1,14 +1,17 @@
-"""TRL's trainers on our ops: `patch` puts them where TRL computes log-probs and entropies, `unpatch` takes them out.
+"""TRL's trainers on our ops: `patch` replaces TRL's log-prob and entropy functions with ours.
 
     from rlhf_core.integrations import trl
 
-    trl.patch()  # or `with trl.patch():`, for a part of the program
+    trl.patch()  # or `with trl.patch():` for a part of the program
     DPOTrainer(...).train()  # TRL's own
+    trl.unpatch()
 
-Replaced are the functions named in `_REPLACEMENTS`, in every module of TRL that holds them. What else changes: of
-16-bit logits TRL's log-probs and entropies have 16 bits, ours 32; of tokens that tie for the first place TRL's
-`is_top1` counts the first, ours each. Where an op does not cover what is asked (several targets a row, a soft cap, the
-sum of squared probabilities, a head that DeepSpeed has spread), TRL's own code still runs.
+The functions in `_REPLACEMENTS` are replaced in every module of TRL that holds them. Two results
+differ. For 16-bit logits TRL's log-probs and entropies have 16 bits, ours 32. If several tokens are
+the most likely ones, `is_top1` is True for the first of them in TRL, for all of them here.
+
+TRL's own code still runs in cases that our ops do not cover: several targets for each row, a soft
+cap on logits, the sum of squared probabilities, and a head that DeepSpeed has sharded.
 """
 
 from __future__ import annotations
@@ -30,21 +33,25 @@ from rlhf_core.ops import (
     token_logprobs_and_entropy,
 )
 
-VERSIONS = "1.12 and 1.16"  # that this was tried on
-TOLERANCE = (
-    1e-4  # nats, and gradients per unit of the upstream one: of float32 sums in another order
-)
+VERSIONS = "1.12 and 1.16"  # the tested ones
+# Largest difference of values (nats) and gradients, which float32 sums in another order have.
+TOLERANCE = 1e-4
 
-_replaced: list[tuple[Any, Any]] = []  # what TRL's modules held, and what they hold now
+_replaced: list[tuple[Any, Any]] = []  # pairs of TRL's object and ours
 
 
 def patch() -> contextlib.ExitStack:
-    """Put our ops into TRL; where they are in, nothing happens. As a context manager, undo it at the end.
+    """Replace TRL's functions with our ops, unless that has been done.
 
-    Before anything is replaced, TRL's functions and ours must agree on random input, in values and gradients.
+    Before that, values and gradients of both are compared on random input.
 
-    Raises ImportError without TRL, RuntimeError where the installed version's functions are missing or others than
-    known, naming what differs.
+    Returns:
+        A context manager that calls `unpatch` at the end of its block.
+
+    Raises:
+        ImportError: TRL is not installed.
+        RuntimeError: a function is missing or differs from the tested versions. The message names
+            it, and nothing is replaced.
     """
     undo = contextlib.ExitStack()
     if _replaced:
@@ -58,8 +65,11 @@ def patch() -> contextlib.ExitStack:
         ours = replacement(theirs)
         fault = "is missing" if theirs is None else _difference(name, theirs, ours)
         if fault:
-            found = f"TRL {require('trl', 'trl').__version__}, known are {VERSIONS}"
-            raise RuntimeError(f"{name} {fault}; nothing is replaced ({found})")
+            version = require("trl", "trl").__version__
+            raise RuntimeError(
+                f"{name} {fault}, so nothing is replaced (found TRL {version}). "
+                f"Install one of the tested versions, {VERSIONS}"
+            )
         pairs.append((theirs, ours))
     for theirs, ours in pairs:
         _replace(theirs, ours)
@@ -76,7 +86,7 @@ def unpatch() -> None:
 
 
 def _replace(old: Any, new: Any) -> None:
-    """In every module of TRL: a trainer's `from ..utils import f` is a name of its own."""
+    """Replace an object in every module of TRL, because `from ..utils import f` copies the name."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "trl":
             for attribute, value in list(vars(module).items()):
@@ -87,12 +97,9 @@ def _replace(old: Any, new: Any) -> None:
 def _selective_log_softmax(theirs: Callable) -> Callable:
     def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
         if index.ndim == logits.ndim:
-            given = (
-                {}
-                if temperature == 1.0 and row_mask is None
-                else dict(temperature=temperature, row_mask=row_mask)
-            )
-            return theirs(logits, index, **given)
+            plain = temperature == 1.0 and row_mask is None  # older versions have no other
+            options = {} if plain else dict(temperature=temperature, row_mask=row_mask)
+            return theirs(logits, index, **options)
         return token_logprobs(logits, index, temperature=temperature, mask=_bool(row_mask))
 
     return selective_log_softmax
@@ -122,11 +129,12 @@ def _selective_log_softmax_and_entropy(theirs: Callable) -> Callable:
 
 def _chunked_log_prob_function(theirs: type[torch.autograd.Function]) -> type:
     class ChunkedLogProbFunction:
-        """What TRL calls `apply` of, with hidden (N, D), weight (V, D), bias (V,) or None, targets (N,)."""
+        """Has TRL's `apply` for hidden (N, D), weight (V, D), bias (V,) or None, targets (N,)."""
 
         @staticmethod
-        def apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None,
-                  logit_scale=1.0, outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")):  # fmt: skip
+        def apply(hidden, weight, bias, targets, temperature, chunk_size,
+                  final_logit_softcapping=None, logit_scale=1.0,
+                  outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")):  # fmt: skip
             covered = (
                 final_logit_softcapping is None
                 and logit_scale > 0
@@ -149,7 +157,7 @@ def _chunked_log_prob_function(theirs: type[torch.autograd.Function]) -> type:
                 logprobs = linear_token_logprobs(
                     hidden, weight, targets, bias=bias, temperature=temperature
                 )
-            if "mean_logits" in outputs:  # the mean of the products is the product with the mean
+            if "mean_logits" in outputs:  # hidden times the mean row of the head
                 with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
                     mean = hidden.float() @ weight.mean(dim=0, dtype=torch.float32)
                     mean = (mean if bias is None else mean + bias.float().mean()) / temperature
@@ -173,7 +181,7 @@ def _bool(mask: Tensor | None) -> Tensor | None:
 
 
 def _difference(name: str, theirs: Any, ours: Any) -> str:
-    """In what the two differ, in words; nothing where they do not."""
+    """Describe how the two functions differ. Empty if they do not."""
     takes = list(inspect.signature(getattr(theirs, "forward", theirs)).parameters)
     takes = [parameter for parameter in takes if parameter != "ctx"]
     known = list(inspect.signature(getattr(ours, "apply", ours)).parameters)
@@ -187,13 +195,13 @@ def _difference(name: str, theirs: Any, ours: Any) -> str:
             for a, b in zip(expected, found, strict=True)
         )
         if not error <= TOLERANCE:
-            return f"gives another {what} than our op, by {error:.2g}"
+            return f"differs from our op in its {what} by {error:.2g}"
     return ""
 
 
 @torch.enable_grad()
 def _tried(name: str, function: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The function's results on random input, and the gradients of the floating ones weighed at random."""
+    """Results on random input, and gradients of a random weighted sum of them."""
     generator = torch.Generator().manual_seed(0)
     logits, hidden, weight, bias = (
         torch.randn(shape, generator=generator).requires_grad_()

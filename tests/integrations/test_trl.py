@@ -1,4 +1,4 @@
-"""The door to TRL, tried on a package that only looks like it, and on TRL itself where that is installed."""
+"""The patch of TRL, on an imitation of its package and, if it is installed, on TRL itself."""
 
 import importlib
 import sys
@@ -26,7 +26,9 @@ def entropy_from_logits(logits, chunk_size=128):
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
-def selective_log_softmax_and_entropy(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
+def selective_log_softmax_and_entropy(
+    logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
+):
     entropy = entropy_from_logits(logits / temperature)
     entropy = entropy if row_mask is None else entropy.masked_fill(row_mask == 0, 0)
     logprobs = selective_log_softmax(logits, index, temperature, row_mask)
@@ -43,13 +45,13 @@ calls = []
 
 class ChunkedLogProbFunction:
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None,
-                logit_scale=1.0, outputs=ALL):
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk_size,
+                final_logit_softcapping=None, logit_scale=1.0, outputs=ALL):
         pass
 
     @staticmethod
-    def apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0,
-              outputs=ALL):
+    def apply(hidden, weight, bias, targets, temperature, chunk_size,
+              final_logit_softcapping=None, logit_scale=1.0, outputs=ALL):
         calls.append(outputs)
         z = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias) * logit_scale
         if final_logit_softcapping is not None:
@@ -61,14 +63,16 @@ class ChunkedLogProbFunction:
             "mean_logits": (z / temperature).mean(-1).detach(),
             "is_top1": z.argmax(-1) == targets,
         }
-        return log_p.gather(-1, targets[:, None])[:, 0], *(found[n] if n in outputs else None for n in ALL)
+        logprobs = log_p.gather(-1, targets[:, None])[:, 0]
+        return logprobs, *(found[n] if n in outputs else None for n in ALL)
 """
 TRAINER = "from ..trainer.utils import selective_log_softmax as logprobs_of, entropy_from_logits\n"
+UTIL, KERNEL = "trainer/utils", "kernels/__init__"
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Writes a package `trl` of the parts of 1.16 that the door looks at; a source given takes a file's place."""
+    """Writes a package `trl` with the parts of 1.16 that the patch uses. Sources replace files."""
 
     def write(**sources):
         files = {
@@ -102,8 +106,9 @@ def test_functions_are_replaced_wherever_trl_holds_them_and_given_back(fake, mon
     trainer, utils = fake()
     monkeypatch.setattr(sys.modules[__name__], "mine", utils.selective_log_softmax, raising=False)
     held = [
-        (trainer, "logprobs_of"), (trainer, "entropy_from_logits"), (utils, "selective_log_softmax"),
-        (utils, "selective_log_softmax_and_entropy"), (utils, "_ChunkedLogProbFunction"),
+        (trainer, "logprobs_of"), (trainer, "entropy_from_logits"),
+        (utils, "selective_log_softmax"), (utils, "selective_log_softmax_and_entropy"),
+        (utils, "_ChunkedLogProbFunction"),
         (sys.modules["trl.kernels"], "ChunkedLogProbFunction"),
     ]  # fmt: skip
     before = [getattr(*place) for place in held]
@@ -125,7 +130,7 @@ def test_functions_are_replaced_wherever_trl_holds_them_and_given_back(fake, mon
         assert dict(vars(sys.modules[name])).items() >= attributes.items()
 
 
-def test_as_a_context_manager_it_is_undone_by_the_one_that_did_it_even_after_an_error(fake):
+def test_the_outer_context_manager_undoes_the_patch_even_after_an_error(fake):
     trainer, _ = fake()
     before = trainer.logprobs_of
     with pytest.raises(ZeroDivisionError), door.patch():
@@ -138,7 +143,7 @@ def test_as_a_context_manager_it_is_undone_by_the_one_that_did_it_even_after_an_
 
 
 def test_patched_functions_give_what_they_gave_in_every_form(fake):
-    """Temperature, mask of integers, several targets a row, an entropy without gradient, 16-bit heads."""
+    """Temperature, integer masks, several targets, entropy without gradient, heads of other dtypes."""
     _, utils = fake()
     torch.manual_seed(0)
     logits, index = torch.randn(2, 3, 11, requires_grad=True), torch.randint(11, (2, 3))
@@ -196,7 +201,7 @@ def test_patched_functions_give_what_they_gave_in_every_form(fake):
         torch.testing.assert_close(gradients(results), gradients(expected), rtol=1e-5, atol=1e-4)
 
 
-def test_no_counted_token_gives_a_loss_that_still_has_a_gradient(fake):
+def test_without_counted_tokens_the_loss_still_has_a_gradient(fake):
     _, utils = fake()
     hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     with door.patch():
@@ -210,16 +215,16 @@ def test_no_counted_token_gives_a_loss_that_still_has_a_gradient(fake):
 @pytest.mark.parametrize(
     "file, old, new, message",
     [
-        ("trainer/utils", "return -(log_p", "return (log_p", "entropy_from_logits gives another value"),
-        ("trainer/utils", "found = (logits", "found = (2 * logits.detach() - logits", "gives another gradient"),
-        ("trainer/utils", "row_mask=None):\n    calls", "mask=None):\n    calls", "takes logits, index, temp.*, mask"),
-        ("trainer/utils", "def entropy_from_logits", "def entropy", "entropy_from_logits is missing"),
-        ("kernels/__init__", "chunk_size, final", "width, final", "ChunkedLogProbFunction takes hidden, weight, bias"),
-        ("kernels/__init__", "gather(-1, targets[", "gather(-1, (1 + targets % 36)[", "another value"),
+        (UTIL, "return -(log_p", "return (log_p", "entropy_from_logits differs .* in its value"),
+        (UTIL, "found = (logits", "found = (2 * logits.detach() - logits", "in its gradient"),
+        (UTIL, "row_mask=None):\n    calls", "mask=None):\n    calls", "takes logits, .*, mask"),
+        (UTIL, "def entropy_from_logits", "def entropy", "entropy_from_logits is missing"),
+        (KERNEL, "chunk_size,\n", "width,\n", "ChunkedLogProbFunction takes hidden, weight, bias"),
+        (KERNEL, "gather(-1, targets[", "gather(-1, (1 + targets % 36)[", "in its value"),
     ],
 )  # fmt: skip
-def test_another_trl_is_refused_with_what_differs_and_left_alone(file, old, new, message, fake):
-    source = {"trainer/utils": UTILS, "kernels/__init__": KERNELS}[file]
+def test_another_trl_is_refused_by_its_difference_and_left_alone(file, old, new, message, fake):
+    source = {UTIL: UTILS, KERNEL: KERNELS}[file]
     assert old in source
     wrong = source.replace(old, new)
     if message.endswith("missing"):
@@ -230,13 +235,13 @@ def test_another_trl_is_refused_with_what_differs_and_left_alone(file, old, new,
     before = dict(vars(utils)), dict(vars(trainer))
     with pytest.raises(RuntimeError, match=message) as caught:
         door.patch()
-    assert "TRL 9.9, known are 1.12 and 1.16" in str(caught.value) and "nothing is replaced" in str(
-        caught.value
-    )
+    error = str(caught.value)
+    assert "so nothing is replaced (found TRL 9.9). " in error
+    assert error.endswith("Install one of the tested versions, 1.12 and 1.16")
     assert (dict(vars(utils)), dict(vars(trainer))) == before
 
 
-def test_a_trl_without_the_fused_functions_is_patched_as_far_as_it_goes(fake):
+def test_a_trl_without_the_fused_functions_is_patched_partly(fake):
     older = UTILS.split("def selective_log_softmax_and_entropy")[0].replace(
         "from ..kernels import", "# no"
     )
