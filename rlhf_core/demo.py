@@ -30,6 +30,7 @@ from rlhf_core.data import (
     read_texts,
 )
 from rlhf_core.evaluation import Evaluation, evaluate_policy, win_rate
+from rlhf_core.files import replacing
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig
 from rlhf_core.rollout import sample
 from rlhf_core.trainers import (
@@ -229,7 +230,8 @@ def run(task: Task, out: Path, seed: int) -> str:
     seconds = f"{time.monotonic() - started:.0f} s"
     lines += [*table(results), "", *samples(task, results), "", seconds]
     report = "\n".join(lines)
-    (out / "report.txt").write_text(report + "\n", encoding="utf-8")
+    with replacing(out / "report.txt") as file:
+        file.write(f"{report}\n".encode())
     return report
 
 

@@ -1,33 +1,162 @@
 """Atomic file writes, JSON with clear errors, downloads from the hub, optional dependencies."""
 
+from __future__ import annotations
+
 import contextlib
+import fcntl
 import importlib
 import json
 import os
 import re
+import reprlib
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO, TextIO
+
+MAX_OBJECT_BYTES = 2**27
+_OURS = re.compile(r"\.rlhf-core-[0-9a-f]{16}\.(tmp|old)")
+_SMALL = 2**20  # bytes
+
+
+class Replacement:
+    """New files in a folder, and old ones to remove. All of it happens when the block succeeds.
+
+    A failed block leaves the folder as it was. Open the file without which readers refuse the
+    folder last: of several files it goes first and comes back last. So a process that is killed in
+    between leaves a folder that is refused, never a mixture of two saves.
+
+    Links are replaced, not followed. A new file has the mode of the old one, or that of the umask.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = self.current = Path(folder)
+        self.new: dict[Path, tuple[Path, BinaryIO]] = {}
+        self.stale: list[Path] = []
+
+    def open(self, name: str) -> BinaryIO:
+        """Return a new file, which will replace `name`."""
+        path = self.current = self.folder / name
+        check_replaceable(path)
+        self.new[path] = _, file = _temporary_file(self.folder)
+        if path.exists() and not path.is_symlink():
+            with contextlib.suppress(PermissionError):  # some file systems have no modes
+                os.chmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        return file
+
+    def remove(self, *names: str) -> None:
+        """Remove these files too, if they exist and are not replaced."""
+        self.stale += [self.folder / name for name in names]
+
+    def __enter__(self) -> Replacement:
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self.folder, ".tmp")
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if error is None:
+                self._commit()
+        except OSError as failure:
+            error = failure
+        finally:
+            for temporary, file in self.new.values():
+                for clean in (file.close, temporary.unlink):
+                    with contextlib.suppress(OSError):  # gone already, or the error that we have
+                        clean()
+        if isinstance(error, OSError):
+            raise _named(self.current, error) from None
+
+    def _commit(self) -> None:
+        for path, (_, file) in self.new.items():
+            self.current = path
+            file.flush()
+            os.fsync(file.fileno())
+        new = {path: temporary for path, (temporary, _) in self.new.items()}
+        stale = [path for path in self.stale if path not in new]
+        stale = [path for path in stale if path.is_file() or path.is_symlink()]
+        changed = {path: new[path] for path in new if len(new) == 1 or not _alike(path, new[path])}
+        old = [path for path in reversed(new) if os.path.lexists(path)]
+        several = len(changed) + len(stale) > 1
+        aside = {path: _temporary_name(self.folder, ".old") for path in (*old * several, *stale)}
+        moves = [(path, path, aside[path]) for path in old * several]
+        moves += [(path, new[path], path) for path in (new if several else changed)]
+        for path in stale:
+            moves.insert(-1, (path, path, aside[path]))  # before the file that comes back last
+        try:
+            for self.current, source, target in moves:
+                os.replace(source, target)
+        except BaseException:
+            for path in new.keys() - set(old):
+                path.unlink(missing_ok=True)
+            for path, kept in reversed(aside.items()):
+                if os.path.lexists(kept):
+                    os.replace(kept, path)
+            raise
+        if len(self.new) + len(self.stale) > 1:
+            _remove_leftovers(self.folder, ".old")
+        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; on success sync it and rename it to `path`."""
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Yield a new file, which replaces `path` when the block succeeds: see `Replacement`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with Replacement(path.parent) as files:
+        yield files.open(path.name)
+
+
+def open_for_append(path: str | os.PathLike) -> TextIO:
+    """Open a text file to append to. A link raises OSError, because its target is elsewhere."""
+    opener = lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)  # noqa: E731
+    with naming(Path(path)):
+        return open(path, "a", encoding="utf-8", opener=opener)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in errors of the system, such as a full disk."""
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise _named(path, error) from None
+
+
+def subfolder(folder: Path, name: str) -> Path:
+    """Return folder / name, to write into. A link raises OSError, because its target is elsewhere."""
+    path = folder / name
+    if path.is_symlink():
+        raise NotADirectoryError(
+            f"{path} is a link to {os.readlink(path)}, whose files would be replaced. Remove the "
+            "link, or choose another folder"
+        )
+    return path
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise OSError if there is a folder, pipe or device at `path`, or its name is too long."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise (IsADirectoryError if stat.S_ISDIR(mode) else OSError)(
+            f"{path} is {kind}, not a file"
+        )
 
 
 def check_writable(folder: Path) -> None:
     """Raise OSError unless files can be written to the folder, which need not exist yet."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is not a directory")
     with tempfile.TemporaryFile(dir=existing):
@@ -36,27 +165,115 @@ def check_writable(folder: Path) -> None:
 
 def write_json(path: str | os.PathLike, value) -> None:
     """Write value as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with replacing(path) as file:
+        dump_json(file, value)
+
+
+def dump_json(file: BinaryIO, value) -> None:
+    """Write value as indented JSON to an open file."""
+    file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _named(path: Path, error: OSError) -> OSError:
+    """The error with `path` in its message, unless the message is ours."""
+    if error.errno is None:
+        return error
+    return type(error)(f"{path}: not written: {error.strerror}")
+
+
+def _alike(old: Path, new: Path) -> bool:
+    """Whether two small files are equal, so that the old one can stay."""
+    if old.is_symlink() or not os.access(old, os.R_OK) or old.stat().st_size > _SMALL:
+        return False
+    return old.read_bytes() == new.read_bytes()
+
+
+def _temporary_name(folder: Path, suffix: str) -> Path:
+    return folder / f".rlhf-core-{os.urandom(8).hex()}{suffix}"
+
+
+def _temporary_file(folder: Path) -> tuple[Path, BinaryIO]:
+    """A new file, and a lock on it by which others know that its process is alive."""
+    while True:
+        path = _temporary_name(folder, ".tmp")
+        file = open(path, "xb")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return path, file
+        file.close()  # another process removed it before it was locked
+
+
+def _remove_leftovers(folder: Path, suffix: str) -> None:
+    """Remove temporary files of killed processes."""
+    for entry in os.scandir(folder):
+        if _OURS.fullmatch(entry.name) and entry.name.endswith(suffix):
+            with contextlib.suppress(OSError):
+                if suffix == ".old":
+                    os.unlink(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    with open(entry.path, "rb") as file:
+                        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # raises if it is alive
+                        os.unlink(entry.path)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text in a file. Raises ValueError if it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
+
+
+def parse_json(text: str):
+    """The JSON value in a text. Raises ValueError if it is malformed or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
 
 
 def read_json(path: str | os.PathLike):
     """The JSON value in a file. A malformed file raises ValueError with file and line."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from None
+    except ValueError as error:
+        raise ValueError(error if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def read_object(path: str | os.PathLike) -> dict:
-    """The JSON object in a file; any other value raises ValueError."""
+    """The JSON object in a file; any other value, or a file of over 128 MB, raises ValueError."""
+    size = os.path.getsize(path)
+    if size > MAX_OBJECT_BYTES:
+        raise ValueError(f"{path}: has {size} bytes, more than the {MAX_OBJECT_BYTES} of any model")
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {json.dumps(value)[:40]}")
+        raise ValueError(f"{path}: must hold a JSON object, got {shown(value)}")
     return value
+
+
+def read_ids(fields: dict, name: str) -> list[int]:
+    """The token ids in a field of a JSON object: none, one, or a list. -1 stands for none.
+
+    Raises:
+        ValueError: The field holds anything else.
+    """
+    value = fields.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and i < 2**63 for i in ids):
+        raise ValueError(f"{name} must be an id or a list of ids, got {shown(value)}")
+    return [i for i in ids if i >= 0]
+
+
+def shown(value) -> str:
+    """A value from a file for an error message: at most 80 characters of JSON."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except (ValueError, RecursionError):
+        text = reprlib.repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def model_folder(source: str | os.PathLike) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_core.files import subfolder
 from rlhf_core.masking import explained_variance
 from rlhf_core.models import RewardModel, Transformer, ValueModel
 from rlhf_core.ops import ppo_advantages
@@ -89,6 +90,8 @@ class PPOTrainer(PolicyGradientTrainer):
             trunk = "the policy's trunk" if config.critic == "separate" else "a trunk of its own"
             raise ValueError(f"critic is {config.critic!r}, but the critic passed has {trunk}")
         super().__init__(model, examples, config, reward=reward, critic=critic, **options)
+        if self.out is not None:
+            subfolder(self.out, "critic")  # refuses a link now, not at the end
         if self.total_steps <= config.critic_warmup_steps > 0:
             raise ValueError(
                 f"critic_warmup_steps is {config.critic_warmup_steps}, but the run has only "
@@ -158,4 +161,4 @@ class PPOTrainer(PolicyGradientTrainer):
     def save(self, path: Path) -> None:
         """Write the policy to `path` and the critic to its subfolder `critic`."""
         super().save(path)
-        self.critic.save_pretrained(path / "critic")
+        self.critic.save_pretrained(subfolder(path, "critic"))

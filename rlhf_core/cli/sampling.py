@@ -15,7 +15,7 @@ from rlhf_core.data import encode_prompt, load_tokenizer
 from rlhf_core.data.collate import left_pad
 from rlhf_core.evaluation import best_of_n_kl
 from rlhf_core.feedback.candidates import SamplingConfig, best_of_n, prompts_for
-from rlhf_core.files import check_writable, read_json, replacing
+from rlhf_core.files import check_replaceable, check_writable, read_json, replacing
 from rlhf_core.generation import generate
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
 from rlhf_core.models.ilql import has_values
@@ -112,18 +112,18 @@ def run_best_of_n(arguments: Namespace) -> None:
         raise IsADirectoryError(f"--out {out} is a directory, not a file")
     if out.exists() and not arguments.overwrite:
         raise FileExistsError(f"{out} exists. Choose another --out, or pass --overwrite")
+    check_replaceable(out)
     check_writable(out.parent)
     model, rows, options = shared.prompted(arguments, config)
     kept = prompts_for(model, [ids for _, ids in rows], config)
     rows = [rows[i] for i in kept]
     samples = best_of_n(model, list(kept.values()), config, **options)
     n, (best, scores) = config.num_samples, samples.best()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with replacing(out) as file:
         for (prompt, _), ids, score in zip(rows, best, scores.tolist()):
             completion = options["tokenizer"].decode(ids)
             row = {"prompt": prompt, "completion": completion, "score": score}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     print(
         f"mean score {samples.scores.mean():.6g}, of the best of {n} {scores.mean():.6g}, "
         f"at most {best_of_n_kl(n):.3g} nats from the policy; {len(rows)} prompts; written to {out}"

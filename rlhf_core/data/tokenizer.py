@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Protocol
 
 from rlhf_core.data.chat import ChatTemplate, Message, Rendered
 from rlhf_core.data.readers import check_messages
-from rlhf_core.files import model_folder, read_object, replacing, require, write_json
+from rlhf_core.files import Replacement, dump_json, model_folder, read_object, require
 
 
 class Tokenizer(Protocol):
@@ -83,7 +82,10 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def save(self, path: str | os.PathLike) -> None:
-        write_json(Path(path) / "tokenizer_config.json", {"tokenizer_class": type(self).__name__})
+        """Write tokenizer_config.json. A tokenizer.json goes, because readers would prefer it."""
+        with Replacement(path) as files:
+            files.remove("tokenizer.json")
+            dump_json(files.open("tokenizer_config.json"), {"tokenizer_class": type(self).__name__})
 
 
 class JsonTokenizer:
@@ -244,11 +246,23 @@ class JsonTokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Copy the tokenizer's files, without config.json, which belongs to the model."""
-        for name in (*self._FILES, self._TEMPLATE):
-            if (self._folder / name).is_file() and self._folder.resolve() != Path(path).resolve():
-                with replacing(Path(path) / name) as temporary:
-                    shutil.copyfile(self._folder / name, temporary)
+        """Copy the tokenizer's files, without config.json, which belongs to the model.
+
+        Files with these names that the tokenizer lacks are removed.
+        """
+        if self._folder.resolve() == Path(path).resolve():
+            return
+        names = (*self._FILES, self._TEMPLATE)
+        found = {name: self._folder / name for name in reversed(names)}  # tokenizer.json last
+        found = {
+            name: file.read_bytes()
+            for name, file in found.items()
+            if name == "tokenizer.json" or file.is_file()
+        }
+        with Replacement(path) as files:
+            files.remove(*names)
+            for name, content in found.items():
+                files.open(name).write(content)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

@@ -5,21 +5,21 @@ Reading runs no code and opens no pickle. Left out: the meaning of fields and na
 
 from __future__ import annotations
 
-import contextlib
 import os
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.files import model_folder, read_object, replacing, write_json
+from rlhf_core.files import Replacement, dump_json, model_folder, read_object
 from rlhf_core.models import families
 from rlhf_core.models.config import TransformerConfig
-from rlhf_core.models.safetensors import StoredTensor, stored_tensors, write_tensors
+from rlhf_core.models.safetensors import StoredTensor, dump_tensors, stored_tensors
 
 MAX_SHARD_BYTES = 5 * 2**30
-# The heads of an ILQLModel. `save` deletes model*.safetensors files of an earlier model.
-HEADS_FILE = "model.ilql.safetensors"
+HEADS_FILE = "model.ilql.safetensors"  # the heads of an ILQLModel
+INDEX_FILE = "model.safetensors.index.json"
 
 
 def load(
@@ -94,11 +94,19 @@ def has_scalar_head(source: str | os.PathLike) -> bool:
     return any("SequenceClassification" in name for name in architectures)
 
 
-def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    heads: tuple[dict[str, Tensor], dict[str, str]] | None = None,
+) -> None:
     """Write model.safetensors (or shards and their index) and config.json into folder `path`.
 
-    A failed save leaves the folder as it was: new files get temporary names and replace the old
-    ones at the end, config.json last.
+    Files of an earlier model go where a reader would take them for this model's. A failed save
+    leaves the folder as it was.
+
+    Args:
+        heads: Tensors and texts of HEADS_FILE.
     """
     path, config = Path(path), model.config
     family = families.family_of(config)
@@ -119,24 +127,63 @@ def save(model: nn.Module, path: str | os.PathLike, max_shard_bytes: int = MAX_S
     weight_map = {
         name: file.format(i, len(shards)) for i, names in enumerate(shards, 1) for name in names
     }
-    index = path / "model.safetensors.index.json"
-
-    path.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as renamed_last_to_first:
-        write_json(renamed_last_to_first.enter_context(replacing(path / "config.json")), hf)
-        # Files of an earlier save, which a reader might prefer.
-        stale = [path / "adapter_config.json", path / "adapter_model.safetensors"]
-        stale += [*path.glob("model*.safetensors"), *([index] if len(shards) == 1 else [])]
-        for old in stale:
-            if old.name not in weight_map.values():
-                renamed_last_to_first.callback(old.unlink, missing_ok=True)
+    with Replacement(path) as files:
+        files.remove(*stale_adapters(path), *_stale_weights(path))
+        if _ends_elsewhere(path / "generation_config.json", config):
+            files.remove("generation_config.json")
+        for names in shards:
+            part = {name: tensors[name] for name in names}
+            dump_tensors(files.open(weight_map[names[0]]), part)
+        if heads is not None:
+            dump_tensors(files.open(HEADS_FILE), *heads)
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors.values())
             value = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(renamed_last_to_first.enter_context(replacing(index)), value)
-        for names in shards:
-            temporary = renamed_last_to_first.enter_context(replacing(path / weight_map[names[0]]))
-            write_tensors(temporary, {name: tensors[name] for name in names})
+            dump_json(files.open(INDEX_FILE), value)
+        dump_json(files.open("config.json"), hf)
+
+
+def stale_adapters(path: Path) -> list[str]:
+    """The files of adapters in a folder, which readers prefer to those of a model.
+
+    Raises:
+        FileExistsError: adapter_config.json is not PEFT's.
+    """
+    file = path / "adapter_config.json"
+    if not file.is_file():
+        return []
+    try:
+        known = "peft_type" in read_object(file)
+    except ValueError:
+        known = False
+    if not known:
+        raise FileExistsError(
+            f"{file}: readers would take this file for the model's, but it is not PEFT's. Move it, "
+            "or choose another folder"
+        )
+    return [file.name, "adapter_model.safetensors"]
+
+
+def _stale_weights(path: Path) -> list[str]:
+    """The weights of an earlier model: the names that `save` writes, and the shards of the index."""
+    index = path / INDEX_FILE
+    try:
+        shards = read_object(index)["weight_map"].values() if index.is_file() else ()
+    except (ValueError, KeyError, AttributeError):
+        shards = ()
+    pattern = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+    shards = {name for name in shards if isinstance(name, str) and pattern.fullmatch(name)}
+    return ["model.safetensors", INDEX_FILE, HEADS_FILE, *sorted(shards)]
+
+
+def _ends_elsewhere(generation: Path, config: TransformerConfig) -> bool:
+    """Whether a generation_config.json would give the model more EOS ids."""
+    try:
+        ids = read_object(generation).get("eos_token_id") if generation.is_file() else None
+    except ValueError:
+        return False
+    ids = ids if isinstance(ids, list) else [ids]
+    return any(i not in (None, -1, *config.eos_ids) for i in ids)
 
 
 def read_config(path: str | os.PathLike) -> TransformerConfig:
@@ -167,7 +214,7 @@ def _find_tensors(path: Path, family: families.Family) -> dict[str, StoredTensor
     Files of base models (GPT2Model, LlamaModel) leave out the prefix, which is added here.
     """
     prefix = family.modules["trunk.norm"][0].split(".")[0] + "."
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX_FILE
     weight_map = {}
     if index.is_file():
         weight_map = read_object(index).get("weight_map")

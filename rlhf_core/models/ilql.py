@@ -8,16 +8,17 @@ Left out: value heads on a separate trunk.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_core.files import model_folder
+from rlhf_core.models import hub
 from rlhf_core.models.hub import HEADS_FILE
 from rlhf_core.models.lagging import lagging_copy
-from rlhf_core.models.safetensors import read_tensors, write_tensors
+from rlhf_core.models.lora import has_adapters, save_adapters
+from rlhf_core.models.safetensors import read_tensors
 from rlhf_core.models.transformer import Transformer, Trunk, TrunkModel
 from rlhf_core.ops import linear_token_logprobs
 
@@ -85,8 +86,8 @@ class ILQLModel(TrunkModel):
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Write the heads, and the language model as `Transformer.save_pretrained` does."""
-        self.lm.save_pretrained(path)
-        write_tensors(Path(path) / HEADS_FILE, self._heads(), {"beta": repr(self.beta)})
+        save = save_adapters if has_adapters(self.lm) else hub.save
+        save(self.lm, path, heads=(self._heads(), {"beta": repr(self.beta)}))
 
     @classmethod
     @torch.no_grad()

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_core.files import read_object, write_json
+from rlhf_core.files import Replacement, dump_json, read_object
 from rlhf_core.models.families import family_of
-from rlhf_core.models.hub import HEADS_FILE, has_scalar_head
-from rlhf_core.models.safetensors import DTYPES, stored_tensors, stored_texts, write_tensors
+from rlhf_core.models.hub import HEADS_FILE, has_scalar_head, stale_adapters
+from rlhf_core.models.safetensors import DTYPES, dump_tensors, stored_tensors, stored_texts
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ALL = "all-linear"  # PEFT's name for every linear layer except the output head
@@ -228,17 +228,18 @@ def merge_adapters(model: nn.Module) -> None:
     model.requires_grad_(True)
 
 
-def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write adapters and a scalar head in PEFT's layout.
+def save_adapters(
+    model: nn.Module,
+    path: str | os.PathLike,
+    heads: tuple[dict[str, Tensor], dict[str, str]] | None = None,
+) -> None:
+    """Write adapters and a scalar head in PEFT's layout, and `heads` as `hub.save` does.
 
-    The files are adapter_model.safetensors and adapter_config.json, which is written last.
+    The files are adapter_model.safetensors and adapter_config.json. A model in the folder stays. A
+    failed save leaves the folder as it was.
     """
     config, path = adapter_config(model), Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    # A reader would take the value heads of an earlier save for this model's.
-    (path / HEADS_FILE).unlink(missing_ok=True)
     texts = {"of_steps": json.dumps(model.of_steps)} if hasattr(model, "of_steps") else {}
-    write_tensors(path / WEIGHTS_FILE, _tensors(model), texts)
     targets, scalar = config.target_modules, hasattr(model, "score")
     fields = {
         "peft_type": "LORA",
@@ -254,7 +255,12 @@ def save_adapters(model: nn.Module, path: str | os.PathLike) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    write_json(path / CONFIG_FILE, fields)
+    with Replacement(path) as files:
+        files.remove(HEADS_FILE, *stale_adapters(path))
+        dump_json(files.open(CONFIG_FILE), fields)
+        if heads is not None:
+            dump_tensors(files.open(HEADS_FILE), *heads)
+        dump_tensors(files.open(WEIGHTS_FILE), _tensors(model), texts)
 
 
 @torch.no_grad()

@@ -6,11 +6,12 @@ closed. The file is therefore opened again for every piece.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,12 @@ from torch import Tensor
 from rlhf_core.files import replacing, require
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The package's order of tensors in a file: wide ones first, so that all are aligned.
+_WRITTEN = (
+    (torch.int64, "I64"), (torch.float64, "F64"), (torch.float32, "F32"), (torch.int32, "I32"),
+    (torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.int16, "I16"), (torch.int8, "I8"),
+    (torch.uint8, "U8"), (torch.bool, "BOOL"),
+)  # fmt: skip
 PIECE_BYTES = 16 * 2**20
 
 
@@ -76,19 +83,36 @@ def write_tensors(
 ) -> None:
     """Write tensors, of any strides and on any device, and named texts into one file, atomically.
 
-    Contiguous tensors on the CPU are not copied.
-
     Raises:
         OSError: The file cannot be written, for example because the disk is full.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    package = require("safetensors", "train")
-    save_file = require("safetensors.torch", "train").save_file
-    with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt", **(texts or {})})
-        except package.SafetensorError as error:  # the package raises it for a full disk, too
-            raise OSError(f"{path}: not written: {error}") from None
+    with replacing(path) as file:
+        dump_tensors(file, tensors, texts)
+
+
+def dump_tensors(
+    file: BinaryIO, tensors: dict[str, Tensor], texts: dict[str, str] | None = None
+) -> None:
+    """Write to an open file, as `write_tensors`. One tensor is copied at a time, if at all.
+
+    The bytes are those of the package, which would write to a file of its own, with mode 0600.
+    """
+    header, end = {"__metadata__": {"format": "pt", **(texts or {})}}, 0
+    ordered = []
+    for dtype, stored in _WRITTEN:
+        for name in sorted(name for name in tensors if tensors[name].dtype == dtype):
+            start, end = end, end + tensors[name].nbytes
+            shape = list(tensors[name].shape)
+            header[name] = {"dtype": stored, "shape": shape, "data_offsets": [start, end]}
+            ordered.append(tensors[name])
+    if len(ordered) < len(tensors):
+        other = next(name for name in tensors if name not in header)
+        raise ValueError(f"tensor {other!r} has dtype {tensors[other].dtype}, which is not stored")
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in ordered:
+        file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _open(path: Path):

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.data.collate import as_group
-from rlhf_core.files import check_writable
+from rlhf_core.data.collate import as_group, count_targets
+from rlhf_core.files import check_replaceable, check_writable
 from rlhf_core.models import eval_mode
 from rlhf_core.models.lora import adapters_off, frozen_adapters, has_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
@@ -111,6 +111,7 @@ class ReferenceLogprobs:
         if path.is_file():
             self._logprobs = _read(path, self.made_of)
         else:
+            check_replaceable(path)
             check_writable(path.parent)
             self._logprobs = {
                 _key(example): logprobs.cpu()
@@ -119,7 +120,13 @@ class ReferenceLogprobs:
             }
             _write(path, self.made_of, self._logprobs)
         for i, example in enumerate(examples):
-            if _key(example) not in self._logprobs:
+            logprobs = self._logprobs.get(_key(example))
+            if logprobs is not None and len(logprobs) != count_targets(example):
+                raise ValueError(
+                    f"{path}: damaged: {len(logprobs)} log-probs of example {i}, which has "
+                    f"{count_targets(example)} targets"
+                )
+            if logprobs is None:
                 raise ValueError(
                     f"{path}: no log-probs of example {i}, {repr(example)[:80]}. The file was made "
                     "from other data: remove it, or name another file"
@@ -142,7 +149,6 @@ def _write(path: Path, made_of: dict[str, str], logprobs: dict[bytes, Tensor]) -
         "lengths": torch.tensor([len(part) for part in logprobs.values()]),
         "logprobs": torch.cat(list(logprobs.values())),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, {"made_of": json.dumps(made_of)})
 
 
@@ -150,15 +156,25 @@ def _read(path: Path, made_of: dict[str, str]) -> dict[bytes, Tensor]:
     header, tensors = read_tensors(path)
     if "made_of" not in header or not tensors.keys() >= {"keys", "lengths", "logprobs"}:
         raise ValueError(f"{path}: this safetensors file does not hold a reference's log-probs")
-    for name, then in json.loads(header["made_of"]).items():
-        if then != made_of[name]:
+    try:
+        then = json.loads(header["made_of"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged: made_of in its header is not JSON: {error}") from None
+    if not isinstance(then, dict):
+        raise ValueError(f"{path}: damaged: made_of in its header is {then!r:.40}, not an object")
+    for name, now in made_of.items():
+        if then.get(name) != now:
             raise ValueError(
-                f"{path}: made with another {name} ({then:.12}, now {made_of[name]:.12}). "
+                f"{path}: made with another {name} ({then.get(name)!s:.12}, now {now:.12}). "
                 "Remove the file, or name another one"
             )
     keys, lengths, logprobs = (tensors[name] for name in ("keys", "lengths", "logprobs"))
+    dtypes = (keys.dtype, lengths.dtype, logprobs.dtype)
+    if dtypes != (torch.uint8, torch.int64, torch.float32):
+        raise ValueError(f"{path}: the file is damaged: keys, lengths and log-probs are {dtypes}")
     vectors = logprobs.ndim == lengths.ndim == 1
     whole = vectors and lengths.ge(0).all() and lengths.sum() == logprobs.numel()
+    whole = whole and logprobs.isfinite().all()
     if not whole or keys.shape != (len(lengths), hashlib.sha256().digest_size):
         raise ValueError(
             f"{path}: the file is damaged: keys of shape {tuple(keys.shape)}, {len(lengths)} "
