@@ -1,6 +1,7 @@
 """docs/correctness.md names tests that exist; properties in it that belong to no single part."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -30,6 +31,7 @@ TABLE = {
 }
 
 
+@functools.cache
 def functions_of(file):
     """Docstrings of the file's test functions, by name; none for a file that does not exist."""
     path = ROOT / file

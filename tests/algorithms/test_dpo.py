@@ -32,7 +32,8 @@ def test_dpo_metrics_are_those_of_the_pairs_one_by_one():
     margin = reward[:, 0] - reward[:, 1]
     want = {
         "rewards/chosen": reward[:, 0], "rewards/rejected": reward[:, 1], "rewards/margins": margin,
-        "rewards/accuracies": (margin > 0).float(), "logps/chosen": logp[0, :, 0], "logps/rejected": logp[0, :, 1],
+        "rewards/accuracies": (margin > 0).float(),
+        "logps/chosen": logp[0, :, 0], "logps/rejected": logp[0, :, 1],
         "loss": torch.nn.functional.softplus(-margin),
     }  # fmt: skip
     for name, values in want.items():

@@ -199,6 +199,7 @@ def test_a_model_without_values_is_refused():
         make(tiny())
 
 
+@pytest.mark.slow
 def test_it_learns_to_write_better_than_the_data():
     """Random tokens, of which a 5 is worth 1 and a 6 costs 1."""
     rng = random.Random(0)
@@ -238,8 +239,9 @@ def test_it_learns_to_write_better_than_the_data():
     assert abs(score(0.0) - behaviour) < 0.2 and score(4.0) > behaviour + 0.7
 
 
+@pytest.mark.slow
 def test_values_come_to_what_the_bellman_equation_says():
-    """Of two first tokens one earns 1 after the second: Q is gamma and 0, V their expectile, expectile * gamma."""
+    """One of two first tokens earns 1 at the end, the other 0; V is the expectile of their Qs."""
     examples = [Example([3], [first, 6, 2], reward=float(first == 4)) for first in (4, 5)] * 8
     settings = dict(
         batch_size=16, epochs=300, lr=5e-3, gamma=0.8, expectile=0.7, cql_coef=0.0, target_rate=0.1

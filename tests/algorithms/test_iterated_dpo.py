@@ -59,6 +59,7 @@ def test_the_reference_is_the_start_of_the_round_or_the_first_policy():
         IteratedDPOConfig(rounds=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference_policy", ["round", "first"])
 def test_a_stopped_run_resumes_at_its_next_round(reference_policy, tmp_path):
     options = dict(

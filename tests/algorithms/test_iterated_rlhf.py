@@ -20,7 +20,7 @@ from rlhf_core.trainers import (
     iterated_rlhf,
 )
 
-PROMPTS = [[7 + i % 4] for i in range(64)]
+PROMPTS = [[7 + i % 4] for i in range(32)]
 
 
 def more_fives(prompts, first, second):
@@ -34,10 +34,10 @@ def iterated(model=None, rounds=2, reward=None, ppo=None, num_samples=2, seed=0,
     config = IteratedRLHFConfig(
         rounds,
         SamplingConfig(num_samples, response_length=5),
-        RewardConfig(**(dict(lr=3e-3, batch_size=32) | (reward or {}))),
+        RewardConfig(**(dict(lr=3e-3, batch_size=16) | (reward or {}))),
         PPOConfig(
             **(
-                dict(lr=3e-3, batch_size=32, response_length=5, temperature=1.0, kl_coef=0.02)
+                dict(lr=3e-3, batch_size=16, response_length=5, temperature=1.0, kl_coef=0.02)
                 | (ppo or {})
             )
         ),
@@ -58,14 +58,9 @@ def same(a, b):
 
 @pytest.mark.slow
 def test_every_round_is_rated_above_the_ones_before():
-    history, _ = iterated(
-        tiny(noise=0),
-        rounds=3,
-        num_samples=4,
-        ppo=dict(epochs=4),
-        reward=dict(epochs=2),
-        eval_prompts=PROMPTS,
-    )
+    ppo, reward = dict(epochs=4, batch_size=32), dict(epochs=2, batch_size=32)
+    options = dict(prompts=PROMPTS * 2, eval_prompts=PROMPTS * 2, ppo=ppo, reward=reward)
+    history, _ = iterated(tiny(noise=0), rounds=3, num_samples=4, **options)
     final = history[-1]["elo"]
     assert final[0] == 0 and final == sorted(final) and final[-1] > 400
     assert [len(line["elo"]) for line in history] == [2, 3, 4]
@@ -91,7 +86,7 @@ def test_a_reward_model_starts_from_the_first_policy_and_learns_from_all_pairs_s
     )
     assert [line["pairs"] for line in history] == [len(pairs) for pairs in learned]
     new = [len(learned[0]) - 1, len(learned[1]) - len(learned[0])]
-    assert [round(64 * (1 - line["ties"])) for line in history] == new
+    assert [round(32 * (1 - line["ties"])) for line in history] == new
     for pairs in learned:
         assert all(pair.chosen_ids.count(5) > pair.rejected_ids.count(5) for pair in pairs)
     first = tiny().trunk.embed.weight

@@ -138,7 +138,8 @@ def test_kto_learns_what_is_desirable_and_leaves_the_reference_alone():
 def test_labels_are_read_from_the_file(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(
-        '{"prompt": "p", "completion": "c", "label": true}\n{"prompt": "p", "response": "d", "label": 0}\n'
+        '{"prompt": "p", "completion": "c", "label": true}\n'
+        '{"prompt": "p", "response": "d", "label": 0}\n'
     )
     assert read_labelled(path) == [Labelled("p", "c", True), Labelled("p", "d", False)]
     encoded = read_labelled(path, encode=lambda row: encode_labelled(row, ByteTokenizer(), 20))

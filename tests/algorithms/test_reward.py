@@ -1,5 +1,6 @@
-"""Reward models of pairs, ranked lists and steps, and reward models that start from reward models."""
+"""Reward models of pairs, ranked lists and steps, also those that start from reward models."""
 
+import functools
 import json
 import random
 
@@ -386,22 +387,23 @@ def test_completions_that_are_all_identical_are_refused(row):
 FOLDERS = ["tokenizers/gpt2", "tokenizers/minimind", "models/stories260k"]
 
 
+@functools.cache
+def tokenizer_of(folder):
+    return load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("kind", ["bytes", *FOLDERS])
 @pytest.mark.parametrize(
     "steps", [["a = 1.", "b = 2", "so: c."], [" x ", "\ty\t ", "  中文  "], ["only"]]
 )
 def test_a_step_ends_at_its_newline_and_the_last_one_with_the_completion(kind, steps, request):
-    bytes_only = kind == "bytes"
-    tokenizer = (
-        ByteTokenizer()
-        if bytes_only
-        else load_tokenizer(request.getfixturevalue("data_dir") / kind)
-    )
+    tokenizer = ByteTokenizer()
+    if kind != "bytes":
+        tokenizer = tokenizer_of(request.getfixturevalue("data_dir") / kind)
     labels = [float(i % 2) for i in range(len(steps))]
     row = encode_preference(Solution("Solve it:\n", steps, labels), tokenizer, 256)
-    assert (
-        row.labels == labels and sum(row.completion_mask) == len(steps) and row.completion_mask[-1]
-    )
+    assert row.labels == labels
+    assert sum(row.completion_mask) == len(steps) and row.completion_mask[-1]
     assert row.completion_mask == step_ends(row.completion_ids, tokenizer)
     pieces, start = [], 0
     for end in (i + 1 for i, ending in enumerate(row.completion_mask) if ending):
@@ -558,7 +560,7 @@ def test_the_command_learns_steps_from_a_file(policy, tmp_path, capsys):
 
 @pytest.mark.parametrize("lora", [[], ["--lora-rank", 2]])
 def test_a_reward_model_trains_further_with_its_trunk_and_head(lora, policy, tmp_path, capsys):
-    """Preference model pretraining: what a first run left, its normalisation too, is where a second one begins."""
+    """A second run starts from all that a first one left, normalization included."""
     assert train(tmp_path, policy, PAIRS, "first", "--lr", 0.01, "--epochs", 2) == 0
     assert (
         train(

@@ -112,11 +112,15 @@ def test_the_regularized_loss_and_its_gradient_are_those_of_the_whole_logits(opt
     )
 
 
-@options
-@pytest.mark.parametrize("tied", [True, False])
+SPLITS = [{}, dict(micro_batch_size=2), dict(packing=True), dict(packing=True, micro_batch_size=4)]
+
+
 @pytest.mark.parametrize(
-    "split",
-    [{}, dict(micro_batch_size=2), dict(packing=True), dict(packing=True, micro_batch_size=4)],
+    "options, tied, split",
+    [
+        *((OPTIONS[2], tied, split) for tied in (True, False) for split in SPLITS),
+        *((option, True, SPLITS[3]) for option in OPTIONS[:2]),  # each option alone
+    ],
 )
 def test_smoothing_and_z_loss_are_exact_under_micro_batches_and_packing(
     options, tied, split, monkeypatch

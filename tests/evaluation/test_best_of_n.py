@@ -21,9 +21,8 @@ def test_the_kl_is_that_of_the_distribution_of_a_maximum():
 
 
 def test_the_kl_is_an_upper_bound_when_responses_tie():
-    probabilities = torch.tensor(
-        [0.2, 0.5, 0.3], dtype=torch.float64
-    )  # of three responses, the best one last
+    # Of three responses, the best one last.
+    probabilities = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     below = probabilities.cumsum(dim=0)
     for n in (2, 4, 9):
         best = below**n - (below - probabilities) ** n
@@ -31,7 +30,7 @@ def test_the_kl_is_an_upper_bound_when_responses_tie():
 
 
 def brute_force(proxy, gold, n):
-    """Mean gold of the best by proxy over every subset of n and, where several are the best, over these."""
+    """Mean gold of the best by proxy over every subset of n; of several best their mean."""
     means = []
     for row, values in zip(proxy.tolist(), gold.tolist()):
         for subset in itertools.combinations(range(len(row)), n):

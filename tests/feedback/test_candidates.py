@@ -54,7 +54,11 @@ def test_scores_are_those_of_each_response_to_its_prompt():
 def test_a_callable_gets_strings_with_a_tokenizer():
     tokenizer, seen = ByteTokenizer(), []
     prompts = [tokenizer.encode_prompt(text) for text in ("ab", "c")]
-    reward = lambda prompts, responses: seen.append((prompts, responses)) or [0.0] * len(prompts)  # noqa: E731
+
+    def reward(prompts, responses):
+        seen.append((prompts, responses))
+        return [0.0] * len(prompts)
+
     found = sampled(prompts, reward, tokenizer, tiny(vocab_size=259))
     (shown, responses) = seen[0]
     assert shown == ["ab"] * 3 + ["c"] * 3

@@ -66,7 +66,7 @@ def test_a_judge_that_raises_is_reported_with_the_row():
     def judge(prompts, first, second):
         return [1 / (len(a) - len(b)) for a, b in zip(first, second)]
 
-    message = r"the judge raised ZeroDivisionError.*on row 1 alone: prompt \[8\], response \[4\] and \[6\]"
+    message = r"raised ZeroDivisionError.*on row 1 alone: prompt \[8\], response \[4\] and \[6\]"
     with pytest.raises(RuntimeError, match=message):
         judged(judge, [[7], [8]], [[3, 3], [4]], [[5], [6]])
 

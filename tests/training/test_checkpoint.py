@@ -313,7 +313,7 @@ def test_a_new_run_in_the_same_folder_removes_the_checkpoint_of_the_old_one(tmp_
         ),
         ("dpo", dict(seed=1), "a run with different frozen weights"),  # of the reference
         ("dpo-lora", dict(seed=1), "a run with different frozen weights"),
-        ("dpo-lora", dict(alpha=8.0), "written with lora="),
+        ("dpo-lora", dict(alpha=8.0), r"written with lora\.alpha=16\.0, this run has 8\.0"),
         (
             "ppo",
             dict(others=dict(reward=tiny(RewardModel, seed=2))),

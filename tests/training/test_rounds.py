@@ -1,6 +1,7 @@
 """What methods of several rounds share: seeds, folders, resuming."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -80,9 +81,10 @@ class Stop(Exception):
     """The process is killed."""
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
 @pytest.mark.parametrize(
-    "at", [(1, 3), (2, 0), (2, 1)], ids=["in round 1", "between", "in round 2"]
+    "at, lora",
+    [((1, 3), False), ((2, 0), False), ((2, 1), False), ((2, 1), True)],
+    ids=["in round 1", "between", "in round 2", "in round 2 with lora"],
 )
 def test_resumed_rounds_are_those_of_an_unbroken_run(at, lora, tmp_path, monkeypatch):
     """Metrics and weights to the bit. Finished steps are not repeated."""
@@ -134,23 +136,31 @@ def test_a_new_run_in_the_same_folder_ignores_the_old_one(tmp_path):
     assert got == want and same(model, whole)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run of two rounds."""
+    out = tmp_path_factory.mktemp("finished")
+    run_rft(out)
+    return out
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(lr=0.1), r"the run was started with lr=0\.01, now 0\.1"),
-        (dict(num_samples=2), "started with num_samples=4, now 2"),
-        (dict(epochs=7), r"started with epochs=\d, now 7"),
-        (dict(max_steps=7), "started with max_steps=None, now 7"),
+        (dict(lr=0.1), r"the run was started with lr=0\.01, this run has 0\.1"),
+        (dict(num_samples=2), "started with num_samples=4, this run has 2"),
+        (dict(epochs=7), r"started with epochs=\d, this run has 7"),
+        (dict(max_steps=7), "started with max_steps=None, this run has 7"),
         (dict(rounds=1), "2 rounds are done, this run ends at 1"),
-        (dict(prompts=PROMPTS[1:]), "started with digest="),
-        (dict(eos_ids=(2,)), "started with digest="),
-        (dict(model=tiny(seed=1)), "started with digest="),
-        (dict(reward=tiny(RewardModel, seed=1)), "started with digest="),
+        (dict(prompts=PROMPTS[1:]), "started with digests.prompts="),
+        (dict(eos_ids=(2,)), "started with digests.eos_ids="),
+        (dict(model=tiny(seed=1, dropout=0.1)), "started with digests.model="),
+        (dict(reward=tiny(RewardModel, seed=1)), r"started with models\.1 RewardModel=None"),
     ],
     ids=str,
 )
-def test_rounds_of_another_run_are_refused(options, message, tmp_path):
-    run_rft(tmp_path)
+def test_rounds_of_another_run_are_refused(options, message, finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     with pytest.raises(ValueError, match=message):
         run_rft(tmp_path, resume=True, **options)
     run_rft(tmp_path, resume=True, log_every=3)
