@@ -31,7 +31,7 @@ def train(task: Task, turn: Turn) -> None:
 
     def timed_step(batch):
         metrics = step(batch)
-        turn(metrics["loss"] if "loss" in metrics else metrics["loss/policy_avg"])
+        turn(metrics["loss/policy_avg" if task.method == "ppo" else "loss"])
         return metrics
 
     trainer.step = timed_step

@@ -1,6 +1,6 @@
-"""`benchmarks.peers` and `benchmarks.learning` are not installed: import them from the repository.
+"""Imports `benchmarks` from the repository, because peers and learning are not installed.
 
-The repository leaves the path again, because its kernels/ would shadow a package of that name.
+The repository then leaves the path, because its kernels/ would shadow the package of that name.
 """
 
 import sys

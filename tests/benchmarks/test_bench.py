@@ -1,6 +1,7 @@
-"""The benchmarks: that a wrong op is not timed, that the tables say what was measured, and that `make gpu` goes on."""
+"""Op benchmarks: wrong ops are not timed, tables are right, and `make gpu` can be continued."""
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run
 
 from rlhf_core import cli, ops
 from rlhf_core.benchmarks import OPS, common, gpu
 from rlhf_core.benchmarks.common import FLOOR, OURS, Case
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -36,7 +38,9 @@ def case(**kwargs):
     )
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=[pytest.mark.slow] * (op == "logprobs")) for op in OPS]
+)
 def test_every_case_is_right_and_runs(op, tmp_path, capsys):
     assert common.run([op], "tiny", "cpu", json_path=tmp_path / "new" / "rows.json") == 0
     rows = json.loads((tmp_path / "new" / "rows.json").read_text())["rows"]
@@ -48,12 +52,13 @@ def test_every_case_is_right_and_runs(op, tmp_path, capsys):
         assert f"| {row['case']} | {common._digits(row['ms'][OURS])} |" in shown
 
 
-@pytest.mark.parametrize("op, size", [(op, size) for op in OPS for size in ("full", "sweep")])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_cases_are_named_without_being_made(op, size, device):
-    named = common.cases(op, size, device)
-    assert size == "sweep" or named
-    assert all(callable(make) for make in named.values())
+@pytest.mark.parametrize("op", OPS)
+def test_cases_are_named_without_being_made(op):
+    """Those for a GPU too, on a machine without one."""
+    for size, device in itertools.product(("full", "sweep"), ("cpu", "cuda")):
+        named = common.cases(op, size, device)
+        assert size == "sweep" or named
+        assert all(callable(make) for make in named.values())
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,10 @@ def test_a_wrong_gradient_is_caught_too(tiny, monkeypatch):
     from rlhf_core.benchmarks import bench_logprobs
 
     right = bench_logprobs.token_logprobs
-    wrong = lambda z, y, **kwargs: right(z, y, **kwargs) + z[..., 0] - z[..., 0].detach()  # noqa: E731
+
+    def wrong(z, y, **kwargs):
+        return right(z, y, **kwargs) + z[..., 0] - z[..., 0].detach()
+
     monkeypatch.setattr(bench_logprobs, "token_logprobs", wrong)
     make = common.cases("logprobs", "tiny", "cpu")
     make["fwd float32 (2, 3, 257)"]().check()
@@ -92,7 +100,7 @@ def test_a_wrong_gradient_is_caught_too(tiny, monkeypatch):
         make["fwd + bwd float32 (2, 3, 257)"]().check()
 
 
-def test_a_row_says_ratios_slow_downs_and_which_bars_are_met():
+def test_a_row_has_ratios_slow_downs_and_bars():
     def broken():
         raise TypeError("another version\nof it")
 
@@ -118,17 +126,18 @@ def test_a_short_call_is_timed_in_bundles_and_the_median_is_taken():
     )
 
 
-def test_peak_memory_is_what_a_call_holds_at_once():
+def test_peak_memory_is_the_most_that_a_call_holds_at_once():
     def call():
         x = torch.ones(2**24)  # 64 MiB
         return (x + 1).sum()  # as much again
 
     peak = common._resident_peak(call)
     if peak is None:
-        pytest.skip("this system does not tell")
+        pytest.skip("this system does not report it")
     assert peak == pytest.approx(2**27, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_twin_runs_its_variant_in_a_process_with_that_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("RLHF_CORE_BACKEND", raising=False)
     name = "gae fwd (3, 70)"
@@ -137,6 +146,7 @@ def test_a_twin_runs_its_variant_in_a_process_with_that_environment(tmp_path, mo
         common.Twin({"RLHF_CORE_BACKEND": "none"}, "gae", "tiny", name, OURS)()
 
 
+@pytest.mark.slow
 def test_peak_memory_makes_a_bar():
     name = "fwd + bwd float32 (2, 5, 16) V 257"
     made = common.cases("linear_logprobs", "tiny", "cpu")[name]()
@@ -180,32 +190,12 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_timed(
 def test_the_command_prints_the_table_and_writes_json_and_picture(tiny, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     files = [tmp_path / "rows.json", tmp_path / "roof.png"]
-    assert (
-        cli.main(
-            [
-                "bench",
-                "--op",
-                "gae",
-                "--device",
-                "cpu",
-                "--json",
-                str(files[0]),
-                "--plot",
-                str(files[1]),
-            ]
-        )
-        == 0
-    )
-    shown = capsys.readouterr().out
-    assert (
-        torch.__version__ in shown
-        and f"threads {torch.get_num_threads()}" in shown
-        and "x TRL" in shown
-    )
-    assert (
-        json.loads(files[0].read_text())["machine"]["threads"] == torch.get_num_threads()
-        and files[1].stat().st_size
-    )
+    options = ["--op", "gae", "--device", "cpu", "--json", files[0], "--plot", files[1]]
+    assert run("bench", *options) == 0
+    shown, threads = capsys.readouterr().out, torch.get_num_threads()
+    assert torch.__version__ in shown and f"threads {threads}" in shown and "x TRL" in shown
+    assert json.loads(files[0].read_text())["machine"]["threads"] == threads
+    assert files[1].stat().st_size
 
 
 def test_pytest_benchmark_gets_the_row_and_times_ours(tiny):
@@ -223,24 +213,17 @@ def test_pytest_benchmark_gets_the_row_and_times_ours(tiny):
     assert len(benchmark.result) == 2  # advantages and returns
 
 
+@pytest.mark.slow
 def test_pytest_finds_every_case_and_keeps_the_repository_off_the_path(tmp_path):
     (tmp_path / "spy.py").write_text(
         "import sys\n"
-        f"def pytest_collection_finish(session): assert {str(ROOT)!r} not in sys.path and '' not in sys.path\n"
+        "def pytest_collection_finish(session):\n"
+        f"    assert {str(ROOT)!r} not in sys.path and '' not in sys.path\n"
     )
-    code = (
-        f"import sys, pytest; sys.path[0] = {str(tmp_path)!r}; sys.exit(pytest.main(sys.argv[1:]))"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "-p",
-        "spy",
-        "--collect-only",
-        "--import-mode=importlib",
-        "benchmarks",
-    ]
+    code = f"import sys, pytest; sys.path[0] = {str(tmp_path)!r}; "
+    code += "sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-p", "spy", "--collect-only", "--import-mode=importlib"]
+    command = [sys.executable, "-c", code, *options, "benchmarks"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for op in OPS:
@@ -253,20 +236,13 @@ def test_pytest_finds_every_case_and_keeps_the_repository_off_the_path(tmp_path)
 
 @pytest.fixture
 def parts(monkeypatch, tmp_path):
-    """Fake parts, each of which adds its letter to a file; returns the letters so far."""
+    """Fake parts that each add a letter to a file. Returns a function that reads the letters."""
     runs = tmp_path / "runs"
 
     def part(letter, then, seconds=60, more=()):
-        note = f"import os, time; runs = open({str(runs)!r}, 'a+'); runs.write('{letter}'); runs.flush(); runs.seek(0)"
-        return gpu.Part(
-            [
-                sys.executable,
-                "-c",
-                f"{note}; first = runs.read().count('{letter}') == 1; {then}",
-                *more,
-            ],
-            seconds,
-        )
+        code = f"import os, time; runs = open({str(runs)!r}, 'a+'); runs.write('{letter}'); "
+        code += f"runs.flush(); runs.seek(0); first = runs.read().count('{letter}') == 1; {then}"
+        return gpu.Part([sys.executable, "-c", code, *more], seconds)
 
     rows = {"rows": [{"op": "gae", "case": "fwd", "check": "off by 1"}]}
     found = {
@@ -284,6 +260,7 @@ def parts(monkeypatch, tmp_path):
     return runs.read_text
 
 
+@pytest.mark.slow
 def test_make_gpu_runs_every_part_once_and_failed_ones_again(parts, tmp_path, capsys):
     (tmp_path / "kernels").mkdir()
     source = tmp_path / "kernels" / "x.py"
@@ -313,22 +290,23 @@ def test_make_gpu_runs_every_part_once_and_failed_ones_again(parts, tmp_path, ca
     assert parts() == "brtsts" + "brts"
 
 
+@pytest.mark.slow
 def test_make_gpu_stays_under_eight_minutes_and_its_parts_run():
     parts = gpu.parts(ROOT, "tiny", "cpu")
-    assert sum(part.seconds for part in parts.values()) <= 480 and set(parts) >= {
-        f"bench {op}" for op in OPS
-    }
+    assert sum(part.seconds for part in parts.values()) <= 480
+    assert set(parts) >= {f"bench {op}" for op in OPS}
     bench = gpu.run_part(parts["bench gae"])
     assert bench["status"] == "passed" and all(row["check"] == "passed" for row in bench["rows"])
     assert gpu.check("cpu") == 0  # what the sanitizer runs
     command = [*parts["tests"].command, "--collect-only"]
     done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert all(f"tests/test_{op}.py::" in done.stdout for op in OPS)
+    assert all(f"tests/ops/test_{op}.py::" in done.stdout for op in OPS)
     assert "[triton" in done.stdout and gpu.AHEAD_OF_TIME not in done.stdout
 
 
-def test_make_gpu_without_a_gpu_says_so():
+@pytest.mark.slow
+def test_make_gpu_without_a_gpu_stops():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     done = subprocess.run(

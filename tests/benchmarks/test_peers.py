@@ -1,17 +1,20 @@
-"""The comparison with TRL and a bare loop: all sides train the same thing, and the table says what was measured."""
+"""The comparison with TRL and a bare loop: all sides train the same, and the table is right."""
 
 import math
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from rlhf_core import PPOConfig, SFTConfig
 from benchmarks.peers import __main__ as runner
 from benchmarks.peers import bare, ours, theirs
 from benchmarks.peers.task import METHODS, Task
+from rlhf_core import PPOConfig, SFTConfig
 
+ROOT = Path(__file__).parents[2]
 TINY = dict(
     vocab_size=61,
     batch_size=3,
@@ -34,7 +37,7 @@ def make(method, folder, **settings):
 
 
 def losses(side, task):
-    """Of every step; the first turn, before any, brings none."""
+    """The loss of every step. The first call of the turn, before any step, has none."""
     found = []
     torch.manual_seed(0)
     side.train(task, found.append)
@@ -42,6 +45,7 @@ def losses(side, task):
     return found[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "dpo", "reward"])
 def test_our_trainer_and_the_bare_loop_have_the_same_losses(method, tmp_path):
     pytest.importorskip("transformers")
@@ -51,6 +55,7 @@ def test_our_trainer_and_the_bare_loop_have_the_same_losses(method, tmp_path):
     torch.testing.assert_close(losses(ours, task), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("minibatches", [1, 3])
 def test_ppo_on_the_same_responses_has_the_same_loss(minibatches, tmp_path):
     pytest.importorskip("transformers")
@@ -63,20 +68,12 @@ def test_ppo_on_the_same_responses_has_the_same_loss(minibatches, tmp_path):
         assert found[1] != found[0]  # the responses given are those of the first step alone
 
 
-def test_every_batch_has_the_lengths_asked_for_and_no_padding_token(tmp_path):
+def test_every_batch_has_the_same_lengths_and_no_padding_token(tmp_path):
     task = make("dpo", tmp_path)
-    lengths = [
-        [(len(row.prompt), len(row.chosen), len(row.rejected)) for row in batch]
-        for batch in task.batches()
-    ]
+    lengths = [[tuple(map(len, vars(row).values())) for row in batch] for batch in task.batches()]
     assert len(lengths) == task.steps and all(batch == lengths[0] for batch in lengths)
     assert max(lengths[0]) == lengths[0][0] == (8, 12, 12) and len(set(lengths[0])) > 1
-    tokens = [
-        token
-        for row in task.examples()
-        for part in (row.prompt, row.chosen, row.rejected)
-        for token in part
-    ]
+    tokens = [token for row in task.examples() for part in vars(row).values() for token in part]
     assert min(tokens) >= 0 and max(tokens) < task.pad_id == 60
     assert {len(row.chosen) for row in make("ppo", tmp_path).examples()} == {12}
     path = tmp_path / "task.json"
@@ -85,20 +82,17 @@ def test_every_batch_has_the_lengths_asked_for_and_no_padding_token(tmp_path):
 
 
 def test_both_trainers_get_the_same_settings(tmp_path):
-    """Values that differ from all defaults, so that one that is not handed on is seen."""
+    """Values differ from all defaults, so that a missing one is noticed."""
     settings = dict(
-        lr=3e-4, adam_eps=1e-7, max_grad_norm=0.5, steps=7, seed=5, ppo_epochs=3, minibatches=2, temperature=0.6,
-        kl_coef=0.07, clip_range=0.3, value_clip_range=0.4, vf_coef=0.2, gamma=0.9, lam=0.8, batch_size=4,
+        lr=3e-4, adam_eps=1e-7, max_grad_norm=0.5, steps=7, seed=5, ppo_epochs=3, minibatches=2,
+        temperature=0.6, kl_coef=0.07, clip_range=0.3, value_clip_range=0.4, vf_coef=0.2,
+        gamma=0.9, lam=0.8, batch_size=4,
     )  # fmt: skip
     task = Task("ppo", str(tmp_path), **settings)
-    mine, hers = (
-        PPOConfig(**ours.ppo_options(task)),
-        theirs.options(task) | theirs.ppo_options(task),
-    )
-    assert (
-        mine.batch_size == hers["per_device_train_batch_size"] == 4
-        and hers["gradient_accumulation_steps"] == 1
-    )
+    mine = PPOConfig(**ours.ppo_options(task))
+    hers = theirs.options(task) | theirs.ppo_options(task)
+    assert mine.batch_size == hers["per_device_train_batch_size"] == 4
+    assert hers["gradient_accumulation_steps"] == 1
     assert mine.minibatch_size * hers["num_mini_batches"] == mine.batch_size
     assert mine.max_steps * mine.batch_size == hers["total_episodes"] == 28
     for name, other in {
@@ -128,7 +122,8 @@ def test_both_trainers_get_the_same_settings(tmp_path):
     assert group["betas"] == task.betas == (hers["adam_beta1"], hers["adam_beta2"])
 
 
-def test_the_scripts_need_neither_trl_nor_transformers_to_be_read():
+@pytest.mark.slow
+def test_the_scripts_import_neither_trl_nor_transformers_at_the_top():
     code = """
 import sys
 for name in ("trl", "transformers", "datasets", "accelerate"):
@@ -136,13 +131,14 @@ for name in ("trl", "transformers", "datasets", "accelerate"):
 from benchmarks.peers import __main__, bare, ours, theirs
 """
     run = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_a_worker_trains_in_a_process_of_its_own_and_says_what_it_took():
+def test_a_worker_trains_in_its_own_process_and_reports_time_and_memory():
     settings = TINY | dict(prompt_length=8, completion_length=12)
     del settings["vocab_size"]
     result = runner.compare("reward", 61, ("ours",), 2, sys.executable, **settings)
@@ -152,14 +148,15 @@ def test_a_worker_trains_in_a_process_of_its_own_and_says_what_it_took():
     assert runner.row(result).startswith("| reward, 61 | ")
 
 
-def test_a_worker_that_fails_says_why():
-    with pytest.raises(RuntimeError, match="192 tokens, the model 8 positions"):
+@pytest.mark.slow
+def test_the_error_of_a_worker_is_reported():
+    with pytest.raises(RuntimeError, match="192 tokens, but the model has 8 positions"):
         runner.compare(
             "sft", 61, ("ours",), 1, sys.executable, max_positions=8, num_layers=1, hidden_size=16
         )
 
 
-def test_the_table_says_which_bars_are_missed_and_which_losses_differ():
+def test_the_table_marks_missed_bars_and_different_losses():
     def side(seconds, peak, loss=1.0):
         return {
             "seconds": [9, *seconds],
@@ -175,20 +172,52 @@ def test_the_table_says_which_bars_are_missed_and_which_losses_differ():
     }
     result = {"method": "sft", "vocab_size": 50257, "sides": sides}
     assert runner.row(result) == (
-        "| sft, 50257 | 2 | 100% | 8 | 1 | 4.00 (3.5) | 0.50 (1.0, missed) | 100 | 0.50 | 200 | 0.67 "
-        "| first 0.0e+00, last 0.0e+00 |"
+        "| sft, 50257 | 2 | 100% | 8 | 1 | 4.00 (3.5) | 0.50 (1.0, missed) | 100 | 0.50 | 200 "
+        "| 0.67 | first 0.0e+00, last 0.0e+00 |"
     )
     sides["theirs"] = side([6, 6, 6], 240, loss=1.1)
     assert runner.row(result) == (
-        "| sft, 50257 | 2 | 100% | 6 | 1 | 3.00 (3.5, missed) | 0.50 (1.0, missed) | 100 | 0.71 missed | 200 "
-        "| 0.83 missed | DIFFER: first 1.0e-01, last 0.0e+00 |"
+        "| sft, 50257 | 2 | 100% | 6 | 1 | 3.00 (3.5, missed) | 0.50 (1.0, missed) | 100 "
+        "| 0.71 missed | 200 | 0.83 missed | DIFFER: first 1.0e-01, last 0.0e+00 |"
     )
     assert set(runner.BARS) == set(runner.BARE_BARS) == set(METHODS)
 
 
+@pytest.mark.slow
 def test_parity_is_measured_and_holds():
     from benchmarks.peers import parity
 
     logit, gradient, tokens, same = parity.compare(*parity.FAMILIES["Qwen3"])
     assert 0 < logit < 1e-5 and 0 < gradient < 1e-4
     assert (tokens, same) == (64, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module", ["benchmarks.peers", "benchmarks.peers.generation"], ids=lambda name: name
+)
+def test_it_runs_from_a_clone(module):
+    if module.endswith("generation"):
+        pytest.importorskip("transformers")
+    command = [sys.executable, "-m", module]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: python -m {module}" in done.stdout and "--rounds" in done.stdout
+
+
+def test_a_comparison_without_ours_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peers", "--sides", "bare"])
+    with pytest.raises(SystemExit):
+        runner.main()
+    assert "--sides needs ours" in capsys.readouterr().err
+
+
+def test_peers_and_learning_are_not_installed(tmp_path, monkeypatch):
+    """They are evidence, not library: setup.py lists the package of the op benchmarks only."""
+    asked = {}
+    monkeypatch.setattr("setuptools.setup", lambda **options: asked.update(options))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    packages = set(asked["packages"])
+    assert {"rlhf_core", "rlhf_core.ops", "rlhf_core.benchmarks", "rlhf_core.kernels"} <= packages
+    assert not [name for name in packages if "peers" in name or "learning" in name]

@@ -143,7 +143,7 @@ def test_the_outer_context_manager_undoes_the_patch_even_after_an_error(fake):
 
 
 def test_patched_functions_give_what_they_gave_in_every_form(fake):
-    """Temperature, integer masks, several targets, entropy without gradient, heads of other dtypes."""
+    """Temperature, integer masks, several targets, entropy without gradient, other dtypes."""
     _, utils = fake()
     torch.manual_seed(0)
     logits, index = torch.randn(2, 3, 11, requires_grad=True), torch.randint(11, (2, 3))
