@@ -1,4 +1,4 @@
-"""Conversations to text with a model's Jinja template, run in jinja2's sandbox.
+"""Conversations to text with a model's Jinja template, run in the sandbox of sandbox.py.
 
 The content of a message is always plain text. If it spells a special token, a shield is put inside
 the token: a character that the conversation does not contain, to be removed by whoever encodes the
@@ -9,17 +9,16 @@ tools, documents and images.
 from __future__ import annotations
 
 import datetime
-import functools
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_core.files import require
+from rlhf_core.data.sandbox import environment
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 Content = str | list[Message]  # text, or a conversation
+MAX_TEMPLATE = 2**20  # characters
 
 
 class Rendered(NamedTuple):
@@ -48,14 +47,32 @@ class ChatTemplate:
         file: Its file, which errors name.
         names: Text of each special token by its name ("bos_token", ...).
         special: All texts that encode as a special token.
+        date: What `strftime_now` of templates writes. None means now.
+
+    Attributes:
+        dates: What `strftime_now` has written so far, by its format.
     """
 
-    def __init__(self, source: str, file: Path, names: dict[str, str], special: Iterable[str]):
+    def __init__(
+        self,
+        source: str,
+        file: Path,
+        names: dict[str, str],
+        special: Iterable[str],
+        date: datetime.date | None = None,
+    ):
+        self.dates: dict[str, str] = {}
+        self._date = date
         self.file, self._names = file, names
         self.tagged = re.search(r"{%[-+]?\s*generation\s*[-+]?%}", source) is not None
         spelled = "|".join(map(re.escape, special)) or "(?!)"
         self._first_character = re.compile(f"(?=(?:{spelled}))(.)", re.DOTALL)
-        self._template = self._run(lambda: _environment().from_string(source))
+        if len(source) > MAX_TEMPLATE:
+            raise ValueError(
+                f"{file}: the chat template has {len(source)} characters, more than {MAX_TEMPLATE}"
+            )
+        self._environment = environment(self._strftime)
+        self._template = self._run(lambda: self._environment.from_string(source))
 
     def render(
         self, messages: Sequence[Message], *, start: int = 0, add_generation_prompt: bool = False
@@ -67,7 +84,9 @@ class ChatTemplate:
         """
         used = {char for message in messages for value in message.values() for char in value}
         unused = (char for char in map(chr, range(0xFDD0, 0x110000)) if char not in used)
-        shield, opening, closing = (next(unused) for _ in range(3))
+        shield, opening, closing = (next(unused, "") for _ in range(3))
+        if not closing:
+            raise ValueError("the conversation leaves no character unused")
 
         def shielded(text: str) -> str:
             return self._first_character.sub(lambda match: match[1] + shield, text)
@@ -101,8 +120,14 @@ class ChatTemplate:
             spans.append((len(before), len(after)))
         return Rendered(whole, spans, shield)
 
+    def _strftime(self, format: str) -> str:
+        date = self._date and datetime.datetime(*self._date.timetuple()[:3])
+        self.dates[format] = (date or datetime.datetime.now()).strftime(format)
+        return self.dates[format]
+
     def _run(self, action):
         """Turn any exception of the template, which is foreign code, into an error of its file."""
+        self._environment.start()
         try:
             return action()
         except ImportError:
@@ -125,40 +150,3 @@ def _remove_marks(text: str, opening: str, closing: str) -> tuple[str, list[tupl
             pieces.append(piece)
             length += len(piece)
     return "".join(pieces), spans
-
-
-@functools.cache
-def _environment():
-    """jinja2's sandbox with the extensions that Hugging Face's templates need."""
-    sandbox, ext, nodes = (
-        require(f"jinja2.{name}", "train") for name in ("sandbox", "ext", "nodes")
-    )
-
-    class Generation(ext.Extension):
-        """{% generation %} ... {% endgeneration %}: its body, between two marks of the context."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            opening, closing = (
-                nodes.Output([nodes.Name(f"generation_{side}", "load")], lineno=line)
-                for side in ("opening", "closing")
-            )
-            return [opening, *body, closing]
-
-    def raise_exception(message):
-        raise require("jinja2", "train").TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        options = dict(indent=indent, separators=separators, sort_keys=sort_keys)
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
-    return environment

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_core.data.chat import Content, Message
+from rlhf_core.files import parse_json, shown
 
 _ROLES = ("system", "user", "assistant")
 _UNSUPPORTED = ("tools", "documents", "image", "images", "video", "videos", "audio", "audios")
+_EMPTY = (None, "", [], {})  # what a field holds that asks for nothing; false and 0 do ask
+MAX_LINE_BYTES = 2**24
 
 StrPath = str | os.PathLike
 OnBad = Callable[["DataError"], None] | None
@@ -117,7 +120,7 @@ def read_labelled(path: StrPath, on_bad: OnBad = None, encode: Encode = None) ->
     def parse(row: dict) -> Labelled:
         label = row.get("label")
         if label not in (0, 1):
-            raise ValueError(f"field 'label' must be true or false, got {json.dumps(label)[:40]}")
+            raise ValueError(f"field 'label' must be true or false, got {shown(label)}")
         return Labelled(*_text(row), bool(label))
 
     return list(_rows(path, parse, on_bad, encode))
@@ -132,7 +135,7 @@ def read_scored(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> l
     def parse(row: dict) -> Scored:
         reward = row.get("reward")
         if not _is_number(reward):
-            got = json.dumps(reward)[:40]
+            got = shown(reward)
             raise ValueError(f"field 'reward' must be a finite number, got {got}")
         return Scored(*_text(row), float(reward))
 
@@ -195,7 +198,7 @@ def read_prompts(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> 
 def check_messages(value, field: str) -> list[Message]:
     """Return the messages with only role and content. Raises ValueError if there is more."""
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"field {field!r} must be a list of messages, got {repr(value)[:40]}")
+        raise ValueError(f"field {field!r} must be a list of messages, got {shown(value)}")
     if not value:
         raise ValueError(f"field {field!r} is an empty list")
     messages = []
@@ -203,16 +206,17 @@ def check_messages(value, field: str) -> list[Message]:
         where = f"{field}[{i}]"
         if not isinstance(message, dict):
             raise ValueError(
-                f"field {where!r} must be an object with role and content, got {repr(message)[:40]}"
+                f"field {where!r} must be an object with role and content, got {shown(message)}"
             )
         role = _string(message, "role", where)
         if role not in _ROLES:
             roles = ", ".join(_ROLES)
             raise ValueError(f"field '{where}.role' must be one of {roles}, got {role!r}")
         for name, extra in message.items():
-            if name not in ("role", "content") and extra:
+            if name not in ("role", "content") and extra not in _EMPTY:
                 raise ValueError(
-                    f"field '{where}.{name}' is not supported: a message has only role and content"
+                    f"field '{where}.{name}' is not supported, got {shown(extra)}: a message has "
+                    "only role and content, and every turn of the assistant is learned"
                 )
         content = _string(message, "content", where, empty=role == "system")
         messages.append({"role": role, "content": content})
@@ -279,7 +283,7 @@ def _pair(row: dict, prompt: Content, chosen: Content, rejected: Content) -> Pre
         raise ValueError("fields 'chosen' and 'rejected' are equal")
     margin = row.get("margin")
     if margin is not None and not (_is_number(margin) and margin >= 0):
-        raise ValueError(f"field 'margin' must be a number >= 0, got {json.dumps(margin)[:40]}")
+        raise ValueError(f"field 'margin' must be a number >= 0, got {shown(margin)}")
     return Preference(prompt, chosen, rejected, margin)
 
 
@@ -291,7 +295,7 @@ def _prompt(row: dict) -> Content:
 def _solution(row: dict) -> Solution:
     field, labels = "completions" if "completions" in row else "steps", row["labels"]
     if not isinstance(row.get(field), list) or not row[field]:
-        got = json.dumps(row.get(field))[:40]
+        got = shown(row.get(field))
         raise ValueError(f"field {field!r} must be a list of steps, got {got}")
     steps = [step.strip("\n") for step in _list_of_strings(row[field], field)]
     for i, step in enumerate(steps):
@@ -304,16 +308,16 @@ def _solution(row: dict) -> Solution:
         isinstance(label, bool) or (_is_number(label) and 0 <= label <= 1) for label in labels
     ):
         wanted = f"{len(steps)} of true, false or a number from 0 to 1"
-        raise ValueError(f"field 'labels' must be {wanted}, got {json.dumps(labels)[:40]}")
+        raise ValueError(f"field 'labels' must be {wanted}, got {shown(labels)}")
     return Solution(_prompt(row), steps, list(map(float, labels)))
 
 
 def _ranking(row: dict) -> Ranking:
     responses, ranks = row["responses"], row.get("ranks")
     if not isinstance(responses, list) or len(responses) < 2:
-        got = json.dumps(responses)[:40]
+        got = shown(responses)
         raise ValueError(f"field 'responses' must be a list of at least 2, got {got}")
-    count, got = len(responses), json.dumps(ranks)[:40]
+    count, got = len(responses), shown(ranks)
     if not isinstance(ranks, list) or len(ranks) != count or not all(map(_is_number, ranks)):
         raise ValueError(f"field 'ranks' must be a list of {count} numbers, got {got}")
     if len(set(ranks)) < count:
@@ -335,10 +339,10 @@ def _is_number(value) -> bool:
 def _conversation(row: dict, field: str) -> list[Message]:
     """The messages of a field. Rejects a row with tools, documents or media."""
     for name in _UNSUPPORTED:
-        if row.get(name):
+        if row.get(name) not in _EMPTY:
             raise ValueError(f"field {name!r} is not supported: messages are plain text")
     if field not in row:
-        raise ValueError(f"field {field!r} is missing; the line has {', '.join(map(repr, row))}")
+        raise ValueError(_missing(field, row))
     return check_messages(row[field], field)
 
 
@@ -356,11 +360,10 @@ def _string(row: dict, field: str, where: str = "", empty: bool = False) -> str:
     """The text of a field. where: Which part of the line `row` is, for errors."""
     name = f"{where}.{field}" if where else field
     if field not in row:
-        names = ", ".join(map(repr, row)) or "none"
-        raise ValueError(f"field {name!r} is missing; the line has {names}")
+        raise ValueError(_missing(name, row))
     value = row[field]
     if not isinstance(value, str):
-        raise ValueError(f"field {name!r} must be a string, got {json.dumps(value)[:40]}")
+        raise ValueError(f"field {name!r} must be a string, got {shown(value)}")
     if not value.strip() and not empty:
         raise ValueError(f"field {name!r} is empty")
     try:
@@ -368,6 +371,11 @@ def _string(row: dict, field: str, where: str = "", empty: bool = False) -> str:
     except UnicodeEncodeError:  # JSON can hold half a surrogate pair, which tokenizers reject
         raise ValueError(f"field {name!r} has a lone surrogate, which is not a character") from None
     return value
+
+
+def _missing(name: str, row: dict) -> str:
+    names = ", ".join(map(repr, row))[:200] or "none"
+    return f"field {name!r} is missing; the line has {names}"
 
 
 def _rows(path: StrPath, parse: Callable | None, on_bad: OnBad, encode: Encode) -> Iterator:
@@ -388,10 +396,10 @@ def _rows(path: StrPath, parse: Callable | None, on_bad: OnBad, encode: Encode) 
 
 
 def _object(line: str) -> dict:
-    row = json.loads(line)
+    row = parse_json(line)
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {line.strip()[:40]}")
-    return row
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _report(bad: DataError, on_bad: OnBad) -> None:
@@ -406,7 +414,13 @@ def _lines(path: StrPath, on_bad: OnBad) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+                if len(raw) > MAX_LINE_BYTES:
+                    while raw and not raw.endswith(b"\n"):
+                        raw = file.readline(MAX_LINE_BYTES)
+                    limit = f"the line has more than {MAX_LINE_BYTES} bytes"
+                    _report(DataError(f"{path}:{number}: {limit}; split it into rows"), on_bad)
+                    continue
                 try:
                     text = raw.decode("utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:

@@ -7,6 +7,8 @@ functions of encode.py. Prompt and completion are encoded separately, so no toke
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import functools
 import json
 import os
@@ -18,7 +20,16 @@ from typing import Protocol
 
 from rlhf_core.data.chat import ChatTemplate, Message, Rendered
 from rlhf_core.data.readers import check_messages
-from rlhf_core.files import Replacement, dump_json, model_folder, read_object, require
+from rlhf_core.files import (
+    Replacement,
+    dump_json,
+    model_folder,
+    read_ids,
+    read_object,
+    read_text,
+    require,
+    shown,
+)
 
 
 class Tokenizer(Protocol):
@@ -107,14 +118,15 @@ class JsonTokenizer:
     )
     _TEMPLATE = "chat_template.jinja"
 
-    def __init__(self, path: str | os.PathLike):
-        self._folder = Path(path)
-        file = self._folder / "tokenizer.json"
+    def __init__(self, path: str | os.PathLike, template_date: datetime.date | None = None):
+        self._folder = Path(path).absolute()
+        self._template_date = template_date
+        self._file = file = self._folder / "tokenizer.json"
         self._config = self._read("special_tokens_map.json") | self._read("tokenizer_config.json")
         self._names = {
-            name: token["content"] if isinstance(token, dict) else token
+            name: self._text_of(name, token)
             for name, token in self._config.items()
-            if name.endswith("_token") and isinstance(token, (dict, str))
+            if name.endswith("_token") and not isinstance(token, bool)
         }
         self._tokenizer = _tokenizer("from_file", file, str(file))
         known = self._tokenizer.token_to_id
@@ -133,9 +145,12 @@ class JsonTokenizer:
         self._splits = _splits(token for token in added.values() if token.content in self._special)
         # Whether the space comes after every special token, too, or only before the whole text.
         first = next(iter(self._special), "")
-        spaced, alone = (
-            self._tokenizer.encode(x, add_special_tokens=False).tokens for x in (first + "a", "a")
-        )
+        with _foreign(file):
+            spaced, alone = (
+                self._tokenizer.encode(x, add_special_tokens=False).tokens
+                for x in (first + "a", "a")
+            )
+            prefix = self._tokenizer.encode("").ids[:1]
         self._prefix_after_special = spaced[1:] == alone
         for tokenizer in (self._tokenizer, self._continuing):
             tokenizer.encode_special_tokens = True  # as plain text
@@ -143,35 +158,48 @@ class JsonTokenizer:
         self.vocab_size = self._tokenizer.get_vocab_size()
         bos, self.eos_ids, pad = (self._ids_of(kind) for kind in ("bos", "eos", "pad"))
         self.bos_id, self.pad_id = next(iter(bos), None), next(iter(pad), 0)
-        prefix = self._tokenizer.encode("").ids[:1]
         self._prompt_prefix = prefix if prefix == [self.bos_id] else []
 
     def _read(self, name: str) -> dict:
+        """The fields of a file that are not null; none if there is no file."""
         file = self._folder / name
-        return read_object(file) if file.is_file() else {}
+        fields = read_object(file) if file.is_file() else {}
+        return {field: value for field, value in fields.items() if value is not None}
+
+    def _text_of(self, name: str, token) -> str:
+        """The text of a special token in the tokenizer's files."""
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str) or not text:
+            files = "tokenizer_config.json or special_tokens_map.json"
+            raise ValueError(
+                f"{self._folder}: {name} in {files} must be a text, or an object with a text as "
+                f"content, got {shown(token)}"
+            )
+        return text
 
     def _ids_of(self, kind: str) -> tuple[int, ...]:
         named = self._names.get(f"{kind}_token")
         ids = [self._tokenizer.token_to_id(named)] if named is not None else []
         for name in ("generation_config.json", "config.json"):
-            value = self._read(name).get(f"{kind}_token_id")
-            values = value if isinstance(value, list) else [value]
-            if any(type(i) not in (int, type(None)) for i in values):
-                field = f"{self._folder / name}: {kind}_token_id"
-                raise ValueError(f"{field} must be an id or a list of ids, got {value!r}")
-            ids += values
-        # Some configs write -1 for none.
-        return tuple(dict.fromkeys(i for i in ids if i is not None and i >= 0))
+            try:
+                ids += read_ids(self._read(name), f"{kind}_token_id")
+            except ValueError as error:
+                raise ValueError(f"{self._folder / name}: {error}") from None
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
 
     def encode(self, text: str) -> list[int]:
-        return _encode(self._tokenizer, text)
+        return self._ids(self._tokenizer, text)
+
+    def _ids(self, tokenizer, text: str) -> list[int]:
+        with _foreign(self._file):
+            return tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         return self._prompt_prefix + self.encode(text)
 
     def encode_completion(self, text: str) -> list[int]:
         """Return ids of text after a prompt: decode(prompt ids + these) equals prompt + text."""
-        return _encode(self._continuing, text)
+        return self._ids(self._continuing, text)
 
     def encode_chat(
         self, messages: Sequence[Message], *, start: int = 0, add_generation_prompt: bool = False
@@ -220,7 +248,7 @@ class JsonTokenizer:
                 inner = (edge for edge in edges if position < edge < end)
                 for first, last in pairwise([position, *inner, end]):
                     text = rendered.text[first:last].replace(rendered.shield, "")
-                    yield first, _encode(self._tokenizer if prefixed else self._continuing, text)
+                    yield first, self._ids(self._tokenizer if prefixed else self._continuing, text)
                     prefixed = False
             position = end
 
@@ -228,22 +256,31 @@ class JsonTokenizer:
     def _template(self) -> ChatTemplate:
         file = self._folder / self._TEMPLATE
         if file.is_file():
-            source = file.read_text(encoding="utf-8")
+            source = read_text(file)
         else:
             file, source = self._folder / "tokenizer_config.json", self._config.get("chat_template")
             if isinstance(source, list):  # named templates
-                named = {entry.get("name"): entry.get("template") for entry in source}
-                source = named.get("default")
+                entries = (entry for entry in source if isinstance(entry, dict))
+                named = (x.get("template") for x in entries if x.get("name") == "default")
+                source = next(named, None)
+            if source is not None and not isinstance(source, str):
+                raise ValueError(f"{file}: chat_template must be a string, got {shown(source)}")
         if source is None:
             raise FileNotFoundError(
                 f"{self._folder}: the tokenizer has no chat template for messages: add "
                 f"{self._TEMPLATE}, or a field 'chat_template' in tokenizer_config.json (if it has "
                 "named templates, one named 'default')"
             )
-        return ChatTemplate(source, file, self._names, self._special)
+        return ChatTemplate(source, file, self._names, self._special, self._template_date)
+
+    @property
+    def template_dates(self) -> dict[str, str]:
+        """The dates that the chat template has written so far, by format."""
+        return self._template.dates if "_template" in vars(self) else {}
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with _foreign(self._file):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def save(self, path: str | os.PathLike) -> None:
         """Copy the tokenizer's files, without config.json, which belongs to the model.
@@ -265,11 +302,17 @@ class JsonTokenizer:
                 files.open(name).write(content)
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Return the tokenizer of a folder or of "owner/name". Raises FileNotFoundError without one."""
+def load_tokenizer(
+    path: str | os.PathLike, template_date: datetime.date | None = None
+) -> Tokenizer:
+    """Return the tokenizer of a folder or of "owner/name". Raises FileNotFoundError without one.
+
+    Args:
+        template_date: What a chat template with `strftime_now` writes. None means now.
+    """
     folder = model_folder(path)
     if (folder / "tokenizer.json").is_file():
-        return JsonTokenizer(folder)
+        return JsonTokenizer(folder, template_date)
     config = folder / "tokenizer_config.json"
     if config.is_file() and read_object(config).get("tokenizer_class") == ByteTokenizer.__name__:
         return ByteTokenizer()
@@ -280,28 +323,34 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 def _tokenizer(constructor: str, file: Path, argument: str):
     make = getattr(require("tokenizers", "train").Tokenizer, constructor)
-    try:
+    with _foreign(file):
         tokenizer = make(argument)
-    except Exception as error:  # the package raises bare Exception
-        raise ValueError(f"{file}: cannot be read: {error}") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def _encode(tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids
+@contextlib.contextmanager
+def _foreign(file: Path) -> Iterator[None]:
+    """Turn any error of the `tokenizers` package into a ValueError that names the file."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exceptions, and panics of Rust, which are not even those
+        raise ValueError(f"{file}: cannot be read: {str(error)[:200]}") from None
 
 
 def _without_prefix(part: dict | None) -> dict | None:
     """A normalizer or pre_tokenizer that adds nothing before the text. None if nothing is left."""
-    if part is None or part["type"] == "Prepend":
+    kind = "Prepend" if part is None else part.get("type")
+    if kind == "Prepend":
         return None
-    if part["type"] == "Sequence":
-        (key,) = part.keys() - {"type"}
+    if kind == "Sequence":
+        key = "normalizers" if "normalizers" in part else "pretokenizers"
         kept = [_without_prefix(inner) for inner in part[key]]
         return {**part, key: [inner for inner in kept if inner is not None]}
-    if part["type"] == "Metaspace":
+    if kind == "Metaspace":
         return {**part, "prepend_scheme": "never", "add_prefix_space": False}
     return {**part, "add_prefix_space": False} if part.get("add_prefix_space") else part
 

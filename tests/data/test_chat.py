@@ -365,9 +365,7 @@ def test_eos_ids_are_all_that_the_files_name_in_order(tmp_path):
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<s>"}')
     assert load_tokenizer(folder).eos_ids == (1, 7, 4, 2)
     (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
-    with pytest.raises(
-        ValueError, match=r"generation_config\.json: eos_token_id must be .*got '2'"
-    ):
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be .*got .2"):
         load_tokenizer(folder)
 
 
@@ -634,9 +632,6 @@ def test_templates_find_the_tags_filters_and_variables_of_transformers(tmp_path)
 
 
 def test_without_jinja2_the_extra_is_named_and_bytes_need_none(tmp_path, monkeypatch):
-    from rlhf_core.data import chat as module
-
-    module._environment.cache_clear()
     for name in ("jinja2", "jinja2.sandbox", "jinja2.ext", "jinja2.nodes"):
         monkeypatch.setitem(sys.modules, name, None)
     tokenizer = load_tokenizer(build(tmp_path, "bytes", CHATML))
@@ -707,11 +702,11 @@ def test_every_shape_of_conversation_is_read(tmp_path):
 
 BAD = [
     (read_texts, {"messages": []}, "'messages' is an empty list"),
-    (read_texts, {"messages": "hi"}, "'messages' must be a list of messages, got 'hi'"),
+    (read_texts, {"messages": "hi"}, "'messages' must be a list of messages, got \"hi\""),
     (read_texts, {"messages": {"role": "user"}}, "'messages' must be a list of messages"),
     (
         read_texts, {"messages": [HI, "yes"]},
-        r"'messages\[1\]' must be an object with role and content, got 'yes'",
+        r"'messages\[1\]' must be an object with role and content, got \"yes\"",
     ),
     (
         read_texts, {"messages": [HI, {"role": "tool", "content": "x"}]},
@@ -771,7 +766,7 @@ BAD = [
     ),
     (
         read_preferences, {"chosen": [HI, YES], "rejected": "no"},
-        "'rejected' must be a list of messages, got 'no'",
+        "'rejected' must be a list of messages, got \"no\"",
     ),
     (read_preferences, {"chosen": [HI, YES]}, "'rejected' is missing"),
     (

@@ -49,7 +49,7 @@ BAD = [
         read_texts, {"prompt": "p", "completion": True},
         "field 'completion' must be a string, got true",
     ),
-    (read_texts, {"text": None}, "field 'text' must be a string, got null"),
+    (read_texts, {"text": None}, "field 'prompt' is missing; the line has none"),
     (read_texts, {"question": "q", "answer": " \n"}, "field 'answer' is empty"),
     (read_texts, b'{"prompt": "\xff", "completion": "c"}', "not UTF-8"),
     (read_texts, r'{"prompt": "p", "completion": "\ud800"}', "field 'completion'.*surrogate"),
