@@ -115,10 +115,11 @@ def length(example: Example | Pair | Ranked | Steps) -> int:
     return len(prompt) + max(map(len, completions))
 
 
-def count_targets(example: Example) -> int:
-    """Number of tokens in the loss: those of the completion that count and that follow a token."""
-    counted = example.completion_mask or [True] * len(example.completion_ids)
-    return sum(counted[not example.prompt_ids :])
+def count_targets(example: Example | Pair | Ranked | Steps) -> int:
+    """Number of tokens in the loss: those of completions that count and that follow a token."""
+    prompt, completions, masks = as_group(example)
+    counted = (mask or [True] * len(ids) for ids, mask in zip(completions, masks))
+    return sum(sum(mask[not prompt :]) for mask in counted)
 
 
 def misfit(example: Example | Pair | Ranked | Steps) -> str | None:

@@ -129,7 +129,8 @@ def test_count_targets_and_length_are_those_of_the_collated_example():
     for row in examples(rng, 40):
         batch = collate([row], 0)
         assert count_targets(row) == len(batch.targets) and length(row) == batch.input_ids.shape[1]
-    for row in pairs(rng):
+    for row in [*pairs(rng), *lists(rng)]:
+        assert count_targets(row) == len(collate([row], 0).targets)
         assert length(row) == collate([row], 0).positions.max() + 1
 
 
