@@ -61,7 +61,8 @@ class Options:
             value, valid = getattr(self, entry.name), entry.metadata.get("choices")
             if value is None and entry.default is None:
                 continue
-            kind = TYPES.get(str(entry.type).removesuffix(" | None"))
+            annotation = getattr(entry.type, "__name__", str(entry.type))  # a type, or its name
+            kind = TYPES.get(annotation.removesuffix(" | None"))
             if kind is not None:
                 is_bool = isinstance(value, bool)
                 fits = isinstance(value, kind[0]) and is_bool == (kind[0] is bool)
