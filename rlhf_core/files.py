@@ -11,10 +11,10 @@ import re
 import reprlib
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 MAX_OBJECT_BYTES = 2**27
 _OURS = re.compile(r"\.rlhf-core-[0-9a-f]{16}\.(tmp|old)")
@@ -269,9 +269,18 @@ def read_ids(fields: dict, name: str) -> list[int]:
 
 def shown(value) -> str:
     """A value from a file for an error message: at most 80 characters of JSON."""
+    return _cut(value, json.dumps)
+
+
+def short(value) -> str:
+    """A value for an error message: at most 80 characters of its repr."""
+    return _cut(value, repr)
+
+
+def _cut(value, write: Callable[[Any], str]) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False, default=repr)
-    except (ValueError, RecursionError):
+        text = write(value)
+    except (TypeError, ValueError, RecursionError):  # too long or deep a value
         text = reprlib.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

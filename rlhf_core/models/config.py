@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch.nn.functional as F
 
-from rlhf_core.models.rope import check_scaling
+from rlhf_core.files import short
+from rlhf_core.models.rope import check_rope
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+MAX_SIZE, MAX_LENGTH = 2**24, 2**31  # so that no number of elements overflows
 
 
 @dataclass(frozen=True)
@@ -81,18 +85,29 @@ class TransformerConfig:
         ):
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {short(value)}")
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions")
         may_be_none = ("num_kv_heads", "head_dim", "intermediate_size", "sliding_window")
         for name in (*sizes, *may_be_none):
             value = getattr(self, name)
             if value is None and name in may_be_none:
                 continue
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number > 0, got {value!r}")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number > 0, got {short(value)}")
+            limit = MAX_LENGTH if name in ("max_positions", "sliding_window") else MAX_SIZE
+            if value > limit:
+                raise ValueError(f"{name} must be at most {limit}, got {short(value)}")
         for name in ("rope_theta", "norm_eps", "dropout", "attention_dropout"):
-            if not isinstance(getattr(self, name), int | float):
-                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {short(value)}")
+            if "dropout" in name and value > 1:
+                raise ValueError(f"{name} must be at most 1, got {short(value)}")
+        switches = ("gated_mlp", "qkv_bias", "out_bias", "qk_norm", "mlp_bias", "tie_embeddings")
+        for name in switches:
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {short(getattr(self, name))}")
         fill = object.__setattr__
         if self.head_dim is None:
             self._check_multiple("hidden_size", "num_heads")
@@ -102,10 +117,26 @@ class TransformerConfig:
         if self.intermediate_size is None:
             fill(self, "intermediate_size", 4 * self.hidden_size)
         self._check_multiple("num_heads", "num_kv_heads")
+        if sum(self.qkv_sizes) > MAX_SIZE:
+            raise ValueError(
+                f"num_heads {self.num_heads} and head_dim {self.head_dim} make {sum(self.qkv_sizes)} "
+                f"rows of queries, keys and values, more than {MAX_SIZE}"
+            )
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
-        if self.rope_scaling is not None:
-            check_scaling(self.rope_scaling)
+        if self.positions == "rope":
+            check_rope(self)
+        for name in ("bos_id", "pad_id"):
+            value = getattr(self, name)
+            if value is not None and not _is_id(value):
+                raise ValueError(f"{name} must be a token id, got {short(value)}")
+        if not isinstance(self.eos_ids, tuple | list) or not all(map(_is_id, self.eos_ids)):
+            raise ValueError(f"eos_ids must be token ids, got {short(self.eos_ids)}")
+        if self.pad_id is not None and self.pad_id >= self.vocab_size:
+            raise ValueError(
+                f"pad_id {self.pad_id} is not in the vocabulary of {self.vocab_size}: choose another "
+                "id, any will do"
+            )
 
     def _check_multiple(self, name: str, of: str) -> None:
         value, divisor = getattr(self, name), getattr(self, of)
@@ -117,3 +148,7 @@ class TransformerConfig:
         """Widths of all queries, keys and values of a token."""
         kv = self.num_kv_heads * self.head_dim
         return self.num_heads * self.head_dim, kv, kv
+
+
+def _is_id(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < 2**63

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from rlhf_core.files import read_ids, short
 from rlhf_core.models.config import TransformerConfig
 
 # Buffers that some checkpoints carry; they can be computed from the config.
@@ -36,6 +37,8 @@ _IRRELEVANT = {
     "summary_first_dropout", "is_llama_config", "transformers.js_config", "unsloth_fixed",
     "unsloth_version", OF_STEPS,
 }  # fmt: skip
+# Fields that `transformers` reads in every family, where only this value is supported.
+_ONLY = {"is_causal": True, "partial_rotary_factor": 1.0}
 
 
 @dataclass(frozen=True)
@@ -76,27 +79,39 @@ class Family:
         hf = dict(config_json)
         for hook in self.on_read:
             hook(hf)
-        known = {*(theirs for _, theirs, _ in self.config_fields), *self.only, *_IRRELEVANT}
+        only = self.only | _ONLY
+        known = {*(theirs for _, theirs, _ in self.config_fields), *only, *_IRRELEVANT}
         for theirs, value in hf.items():
-            if value != self.only.get(theirs, value) or (value and theirs not in known):
-                raise ValueError(f"{theirs}={value!r} is not supported in a {self.name} model")
-        options = dict(self.fixed, family=self.name, eos_ids=tuple(as_ids(hf.get("eos_token_id"))))
-        options |= dict(bos_id=hf.get("bos_token_id"), pad_id=hf.get("pad_token_id"))
+            if value != only.get(theirs, value) or (value and theirs not in known):
+                raise ValueError(
+                    f"{theirs[:80]}={short(value)} is not supported in a {self.name} model"
+                )
+        bos, eos, pad = (read_ids(hf, f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
+        options = dict(self.fixed, family=self.name, eos_ids=tuple(eos))
+        options |= dict(bos_id=next(iter(bos), None), pad_id=next(iter(pad), None))
         for ours, theirs, default in self.config_fields:
             value = hf.get(theirs, default)
             if value is ...:
                 raise ValueError(f"field {theirs!r} is missing")
             if ours == "activation":
-                if value not in _ACTIVATIONS:
+                if not isinstance(value, str) or value not in _ACTIVATIONS:
                     supported = ", ".join(_ACTIVATIONS)
-                    raise ValueError(f"activation {value!r} is not supported, only {supported}")
+                    raise ValueError(
+                        f"activation {short(value)} is not supported, only {supported}"
+                    )
                 value = _ACTIVATIONS[value]
             if options.setdefault(ours, value) != value:
                 raise ValueError(
-                    f"{theirs}={value} contradicts another field, which sets {ours} to "
-                    f"{options[ours]}; the two must be equal"
+                    f"{theirs}={short(value)} contradicts another field, which sets {ours} to "
+                    f"{short(options[ours])}; the two must be equal"
                 )
-        return TransformerConfig(**options)
+        try:
+            return TransformerConfig(**options)
+        except ValueError as error:  # which starts with our name of a field
+            ours, _, rest = str(error).partition(" ")
+            names = {ours: theirs for ours, theirs, _ in self.config_fields}
+            names |= {"pad_id": "pad_token_id", "eos_ids": "eos_token_id", "bos_id": "bos_token_id"}
+            raise ValueError(f"{names.get(ours, ours)} {rest}") from None
 
     def write(self, config: TransformerConfig, dtype: torch.dtype, scalar_head: bool) -> dict:
         """Return the config.json of a model, without what the family cannot express."""
@@ -139,8 +154,8 @@ class Family:
 def read(config_json: dict) -> TransformerConfig:
     """Return the TransformerConfig of a config.json of any family. Raises as `Family.read`."""
     name = config_json.get("model_type", "(no such field)")
-    if name not in FAMILIES:
-        raise ValueError(f"model_type {name!r} is not supported, only {', '.join(FAMILIES)}")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"model_type {short(name)} is not supported, only {', '.join(FAMILIES)}")
     return FAMILIES[name].read(config_json)
 
 
@@ -165,19 +180,19 @@ def family_of(config: TransformerConfig) -> Family:
     )
 
 
-def as_ids(value: int | list[int] | None) -> list[int]:
-    """A field of config.json that may hold no id, one id, or a list of ids."""
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 def _flat_rope(hf: dict) -> None:
     """Read all of RoPE's settings into `rope_theta` and `rope_scaling`.
 
     Transformers 5 keeps them in `rope_parameters`. Old files say "type" for "rope_type".
     """
-    parameters = hf.pop("rope_parameters", None)
+    if hf.get("partial_rotary_factor") is None:
+        hf.pop("partial_rotary_factor", None)
+    parameters, scaling = hf.pop("rope_parameters", None), hf.get("rope_scaling")
+    for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{name} must be an object, got {short(value)}")
     base = {"rope_theta": hf.get("rope_theta", 10000.0)}
-    rope = base | (hf.get("rope_scaling") or parameters or {})
+    rope = base | (scaling or parameters or {})
     kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", kind)
     hf["rope_theta"] = rope.pop("rope_theta")
@@ -186,13 +201,24 @@ def _flat_rope(hf: dict) -> None:
 
 def _one_window(hf: dict) -> None:
     """Read Qwen's three fields, which can give layers different windows, into `sliding_window`."""
-    first, kinds = hf.pop("max_window_layers", 28), hf.pop("layer_types", None)
-    layers = range(hf.get("num_hidden_layers", 0))
-    kinds = kinds or ["sliding_attention" if i >= first else "full_attention" for i in layers]
-    used = hf.pop("use_sliding_window", False) and hf.get("sliding_window", 0) is not None
-    if not used or set(kinds) == {"full_attention"}:
+    first, count = hf.pop("max_window_layers", 28), hf.get("num_hidden_layers", 0)
+    kinds, used = hf.pop("layer_types", None), hf.pop("use_sliding_window", False)
+    for name, value, kind in (
+        ("max_window_layers", first, int),
+        ("num_hidden_layers", count, int),
+        ("use_sliding_window", used, bool),
+    ):
+        if type(value) is not kind:
+            wanted = "true or false" if kind is bool else "a whole number"
+            raise ValueError(f"{name} must be {wanted}, got {short(value)}")
+    if kinds is not None and not isinstance(kinds, list):
+        raise ValueError(f"layer_types must be a list, got {short(kinds)}")
+    sliding = [kind == "sliding_attention" for kind in kinds or ()]
+    sliding = sliding or [False] * (first > 0) + [True] * (first < count)
+    full = all(kind == "full_attention" for kind in kinds) if kinds else first >= count
+    if not used or hf.get("sliding_window", 0) is None or full:
         hf["sliding_window"] = None
-    elif set(kinds) != {"sliding_attention"}:
+    elif not all(sliding):
         raise ValueError(
             "a sliding window in some layers only (max_window_layers, layer_types) is not supported"
         )

@@ -5,14 +5,23 @@ Reading runs no code and opens no pickle. Left out: the meaning of fields and na
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.files import Replacement, dump_json, model_folder, read_object
+from rlhf_core.files import (
+    Replacement,
+    dump_json,
+    model_folder,
+    read_ids,
+    read_object,
+    short,
+)
 from rlhf_core.models import families
 from rlhf_core.models.config import TransformerConfig
 from rlhf_core.models.safetensors import StoredTensor, dump_tensors, stored_tensors
@@ -41,9 +50,10 @@ def load(
     path = model_folder(source)
     config = read_config(path)
     family = families.FAMILIES[config.family]
+    stored = _find_tensors(path, family)
+    _check_layers(path, config, family, stored)
     with torch.device("meta"):
         model = cls(config)
-    stored = _find_tensors(path, family)
     if hasattr(model, "score") and "score.bias" in stored:  # normalized scores
         model.score.bias = nn.Parameter(torch.empty(1, device="meta"))
     if "score.weight" in stored and not hasattr(model, "score"):
@@ -82,7 +92,12 @@ def load(
                     f"{head.file}: lm_head.weight is not the embedding, but config.json ties them"
                 )
     if hasattr(model, "of_steps"):
-        model.of_steps = bool(read_object(path / "config.json").get(families.OF_STEPS))
+        model.of_steps = read_object(path / "config.json").get(families.OF_STEPS, False)
+        if not isinstance(model.of_steps, bool):
+            value = short(model.of_steps)
+            raise ValueError(
+                f"{path / 'config.json'}: {families.OF_STEPS} must be a bool, got {value}"
+            )
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).eval()
 
@@ -90,8 +105,11 @@ def load(
 def has_scalar_head(source: str | os.PathLike) -> bool:
     """Whether a folder or hub repository holds a sequence classifier, such as a reward model."""
     file = model_folder(source) / "config.json"
-    architectures = read_object(file).get("architectures") or () if file.is_file() else ()
-    return any("SequenceClassification" in name for name in architectures)
+    architectures = read_object(file).get("architectures") if file.is_file() else None
+    names = [] if architectures is None else architectures
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: architectures must be a list of names, got {short(names)}")
+    return any("SequenceClassification" in name for name in names)
 
 
 def save(
@@ -200,12 +218,34 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
         )
     hf = read_object(file)
     generation = Path(path) / "generation_config.json"  # may name more EOS ids
-    more = read_object(generation).get("eos_token_id") if generation.is_file() else None
-    ids = [*families.as_ids(hf.get("eos_token_id")), *families.as_ids(more)]
+    more = read_object(generation) if generation.is_file() else {}
+    with _naming(generation):
+        more = read_ids(more, "eos_token_id")
+    with _naming(file):
+        ids = dict.fromkeys([*read_ids(hf, "eos_token_id"), *more])
+        return families.read(hf | {"eos_token_id": list(ids)})
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Put the name of a file before the message of a ValueError."""
     try:
-        return families.read(hf | {"eos_token_id": list(dict.fromkeys(ids))})
-    except (ValueError, TypeError) as error:
+        yield
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _check_layers(
+    path: Path, config: TransformerConfig, family: families.Family, stored: dict[str, StoredTensor]
+) -> None:
+    """Raise ValueError if config.json has more layers than the files, before any are built."""
+    prefix = family.modules["trunk.blocks.{i}.norm1"][0].split("{i}")[0]
+    names = (name.removeprefix(prefix) for name in stored if name.startswith(prefix))
+    layers = len({name.partition(".")[0] for name in names})
+    if config.num_layers > layers:
+        raise ValueError(
+            f"{path}: config.json has {config.num_layers} layers, but the tensors are of {layers}"
+        )
 
 
 def _find_tensors(path: Path, family: families.Family) -> dict[str, StoredTensor]:
@@ -219,7 +259,14 @@ def _find_tensors(path: Path, family: families.Family) -> dict[str, StoredTensor
     if index.is_file():
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: no weight_map")
+            raise ValueError(
+                f"{index}: no weight_map from tensors to files, got {short(weight_map)}"
+            )
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or len(file) > 255:
+                raise ValueError(
+                    f"{index}: the file of {name[:80]!r} is {short(file)}, no file name"
+                )
     elif not (path / "model.safetensors").is_file():
         pickles = [file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind)]
         reason = "; {} is a pickle, which can run code on loading: convert it first"

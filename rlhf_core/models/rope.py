@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from rlhf_core.files import short
+
 # rope_type: its options. Options in brackets are optional.
 _OPTIONS = {
     "default": "",
@@ -23,18 +25,39 @@ _OPTIONS = {
 }
 
 
-def check_scaling(scaling: dict) -> None:
-    """Raise ValueError if a rope_scaling (config.json, with a "rope_type") is not supported."""
+def check_rope(config) -> None:
+    """Raise ValueError if the rope_theta or rope_scaling of a TransformerConfig cannot be used."""
+    if not config.rope_theta > 0:
+        raise ValueError(f"rope_theta must be > 0, got {config.rope_theta}")
+    scaling = config.rope_scaling
+    if scaling is None:
+        return
+    if not isinstance(scaling, dict):
+        raise ValueError(f"rope_scaling must be an object, got {short(scaling)}")
     kind = scaling.get("rope_type")
-    if kind not in _OPTIONS:
-        raise ValueError(f"rope scaling {kind!r} is not supported, only {', '.join(_OPTIONS)}")
+    if not isinstance(kind, str) or kind not in _OPTIONS:
+        supported = ", ".join(_OPTIONS)
+        raise ValueError(f"rope scaling {short(kind)} is not supported, only {supported}")
     options = {name.strip("[]"): name[0] != "[" for name in _OPTIONS[kind].split()}
     for name, required in options.items():
-        value = scaling.get(name)
-        if required and not isinstance(value, (int, float)):
-            raise ValueError(f"rope scaling {kind!r} needs a number {name!r}, got {value!r}")
+        value, wanted = scaling.get(name), bool if name == "truncate" else (int, float)
+        if value is None and not required:
+            continue
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            what = "true or false as" if wanted is bool else "a number"
+            raise ValueError(f"rope scaling {kind!r} needs {what} {name!r}, got {short(value)}")
     for name in scaling.keys() - options - {"rope_type"}:
         raise ValueError(f"rope scaling {kind!r} has no option {name!r}, only {', '.join(options)}")
+    try:
+        frequencies, magnitude = rope_frequencies(config)
+        usable = bool(frequencies.isfinite().all()) and math.isfinite(magnitude)
+    except (ArithmeticError, ValueError, TypeError):
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"rope_scaling {short(scaling)} with rope_theta {config.rope_theta} gives frequencies "
+            "that are not numbers"
+        )
 
 
 def rope_tables(config, length: int) -> tuple[Tensor, Tensor]:

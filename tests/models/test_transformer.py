@@ -444,7 +444,7 @@ def test_a_mask_of_another_shape_is_refused():
         (dict(num_heads="4"), "num_heads must be a whole number > 0, got '4'"),
         (dict(hidden_size=8.0), "hidden_size must be a whole number > 0, got 8.0"),
         (dict(max_positions=None), "max_positions must be a whole number > 0, got None"),
-        (dict(norm_eps="1e-5"), "norm_eps must be a number, got '1e-5'"),
+        (dict(norm_eps="1e-5"), "norm_eps must be a finite number >= 0, got '1e-5'"),
         (dict(num_heads=4, num_kv_heads=3), "num_heads 4 is not a multiple of num_kv_heads 3"),
         (dict(num_heads=4, hidden_size=30), "hidden_size 30 is not a multiple of num_heads 4"),
         (dict(hidden_size=12, num_heads=4), "even head_dim, got 3"),
