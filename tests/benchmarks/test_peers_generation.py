@@ -6,6 +6,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow
 def test_the_comparison_with_transformers_runs_and_tells_met_from_missed(transformers, monkeypatch):
     bench = importlib.import_module("benchmarks.peers.generation")
 
