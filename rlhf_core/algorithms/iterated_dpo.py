@@ -79,6 +79,6 @@ def iterated_dpo(
         trainer = resumed(DPOTrainer(model, pairs, with_seed(config, seed), **options))
         return trainer.train()[-1] | sample_metrics(samples) | {"pairs": len(pairs)}
 
-    options = dict(tokenizer=tokenizer, out=out, resume=resume)
-    fixed = list(prompts), eos_ids, *scorer.models
+    options = dict(scorer=scorer, tokenizer=tokenizer, out=out, resume=resume)
+    fixed = dict(prompts=list(prompts), eos_ids=eos_ids)
     return run_rounds("iterated_dpo", model, config, train_round, fixed=fixed, **options)

@@ -27,7 +27,7 @@ from rlhf_core.feedback.candidates import (
     prompts_for,
 )
 from rlhf_core.feedback.judges import Judge, judged
-from rlhf_core.files import read_json, write_json
+from rlhf_core.files import read_json, subfolder, write_json
 from rlhf_core.models import RewardModel, Transformer
 from rlhf_core.options import Options, option
 from rlhf_core.training.reference import frozen_copy
@@ -125,7 +125,7 @@ def iterated_rlhf(
         # 2. Train a reward model on all pairs so far.
         reward_model = RewardModel.from_model(first)
         reward_config = with_seed(config.reward, seed)
-        options = dict(tokenizer=tokenizer, out=folder and folder / "reward")
+        options = dict(tokenizer=tokenizer, out=folder and subfolder(folder, "reward"))
         reward_report = RewardTrainer(reward_model, all_pairs, reward_config, **options).train()[-1]
 
         # 3. Continue PPO of the policy against it.
@@ -151,8 +151,15 @@ def iterated_rlhf(
         all_pairs.extend(Pair(*row) for row in samples["pairs"])
         answers.append(samples["answers"])
 
-    fixed = list(prompts), list(pairs), list(eval_prompts), eos_ids
-    options = dict(fixed=fixed, tokenizer=tokenizer, out=out, resume=resume, restore=restore)
+    fixed = dict(prompts=list(prompts), pairs=list(pairs), eval_prompts=list(eval_prompts))
+    options = dict(
+        fixed=fixed | {"eos_ids": eos_ids},
+        scorer=scorer,
+        tokenizer=tokenizer,
+        out=out,
+        resume=resume,
+        restore=restore,
+    )
     return run_rounds("iterated_rlhf", model, config, train_round, **options)
 
 

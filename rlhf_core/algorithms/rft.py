@@ -84,8 +84,8 @@ def rft(
             "examples": len(examples),
         }
 
-    options = dict(tokenizer=tokenizer, out=out, resume=resume)
-    fixed = list(prompts), eos_ids, *scorer.models
+    options = dict(scorer=scorer, tokenizer=tokenizer, out=out, resume=resume)
+    fixed = dict(prompts=list(prompts), eos_ids=eos_ids)
     return run_rounds("rft", model, config, train_round, fixed=fixed, **options)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 import rlhf_core
 from rlhf_core.cli import sampling, tools, training
-from rlhf_core.cli.arguments import Help
+from rlhf_core.cli.arguments import Help, absolute_paths
 from rlhf_core.feedback.rewards import RewardError
+from rlhf_core.training import signals
 
 COMMANDS = training.COMMANDS | sampling.COMMANDS | tools.COMMANDS
 BAD_INPUT = (ValueError, OSError, ImportError, RewardError)
@@ -20,13 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0, 1 for a run that diverged, 2 for bad input, 130 for an interrupt.
+        The exit status: 0, 1 for a run that diverged, 2 for bad input, and 128 plus the signal's
+        number for a signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
     name = "rlhf-core"
     try:
         arguments = _parser().parse_args(argv)
         name = f"{name} {arguments.command}"
-        COMMANDS[arguments.command].run(arguments)
+        absolute_paths(arguments)
+        with signals.handled(signals.stop_at_once):
+            COMMANDS[arguments.command].run(arguments)
     except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BAD_INPUT as error:
@@ -36,11 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        note = f"; {interrupt}, continue with --resume" if str(interrupt) else ""
-        if not note and name.split()[-1] in training.COMMANDS:
+        note = f"; {interrupt}" if str(interrupt) else ""
+        if note.startswith("; step"):
+            note += ", continue with --resume"
+        elif not note and name.split()[-1] in training.COMMANDS:
             note = "; the model was not saved"
-        print(f"{name}: interrupted{note}", file=sys.stderr)
-        return 130
+        stopped = isinstance(interrupt, signals.Stopped)
+        word = f"stopped by {signal.Signals(interrupt.signum).name}" if stopped else "interrupted"
+        with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+            print(f"{name}: {word}{note}", file=sys.stderr)
+        return interrupt.code if stopped else 130
     return 0
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
 import importlib.util
 import sys
 import types
 import typing
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlhf_core import locks
 from rlhf_core.data import encode_prompt, load_tokenizer, read_prompts
 from rlhf_core.files import check_writable
 from rlhf_core.models import Transformer, load_reward
@@ -108,6 +111,18 @@ def device_of(arguments: Namespace) -> torch.device:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
+def add_template_date(parser: ArgumentParser) -> None:
+    help = "what a chat template writes as today's date, for a run that resumes on another day"
+    parser.add_argument("--template-date", type=_date, metavar="YYYY-MM-DD", help=help)
+
+
+def _date(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a date such as 2024-12-31, got {text}") from None
+
+
 def add_skip_bad(parser: ArgumentParser) -> None:
     help = "drop and count bad lines instead of stopping"
     parser.add_argument("--skip-bad", action="store_true", help=help)
@@ -122,12 +137,25 @@ def read(reader: Callable, path: Path, arguments: Namespace, encode: Callable) -
     return items
 
 
-def check_fresh(arguments: Namespace) -> None:
-    """Raise OSError unless the folder --out may be written."""
+@contextlib.contextmanager
+def held_out(arguments: Namespace) -> Iterator[None]:
+    """Hold the folder --out. Raises OSError if another run holds it, or it may not be written."""
     out, resume = arguments.out, getattr(arguments, "resume", False)
-    if out.is_dir() and any(out.iterdir()) and not (arguments.overwrite or resume):
-        raise FileExistsError(f"{out} is not empty. Choose another --out, or pass --overwrite")
     check_writable(out)
+    with locks.hold(out):
+        used = any(file.name != locks.NAME for file in out.iterdir())
+        if used and not (arguments.overwrite or resume):
+            raise FileExistsError(f"{out} is not empty. Choose another --out, or pass --overwrite")
+        yield
+
+
+def absolute_paths(arguments: Namespace) -> None:
+    """Make paths absolute, because a reward may call os.chdir; an owner/name on the hub stays."""
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path) and (name != "model" or value.exists()):
+            setattr(arguments, name, value.absolute())
+        elif name == "reward_model" and value is not None:
+            setattr(arguments, name, [x.absolute() if x.exists() else x for x in value])
 
 
 # ---- prompts and rewards
@@ -167,6 +195,7 @@ def add_prompts_and_reward(parser: ArgumentParser, judged: bool = False) -> None
         "--reward-coef", type=float, help="weight of the variance in the ensemble `uncertainty`"
     )
     add_eos_ids(parser)
+    add_template_date(parser)
 
 
 def add_eos_ids(parser: ArgumentParser) -> None:
@@ -182,7 +211,8 @@ def eos_ids_of(arguments: Namespace, model: Transformer, tokenizer) -> tuple[int
 def prompted(arguments: Namespace, config: Options) -> tuple[Transformer, list, dict]:
     """The policy, (prompt, token ids) rows, and the options of methods that sample."""
     torch.manual_seed(config.seed)
-    tokenizer, device = load_tokenizer(arguments.model), device_of(arguments)
+    tokenizer = load_tokenizer(arguments.model, arguments.template_date)
+    device = device_of(arguments)
     model = Transformer.from_pretrained(arguments.model).to(device)
     encode = lambda prompt: (prompt, encode_prompt(prompt, tokenizer))  # noqa: E731
     rows = read(read_prompts, arguments.prompts, arguments, encode)
@@ -222,9 +252,9 @@ def _function(option: str, text: str) -> Callable:
     sys.path.append(str(Path(file).resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except OSError:
+    except (OSError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # sys.exit, too
         raise ValueError(f"{option}: {file} raised {error!r}") from error
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{option}: {file} has no function {name!r}")

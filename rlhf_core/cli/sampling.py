@@ -17,6 +17,7 @@ from rlhf_core.evaluation import best_of_n_kl
 from rlhf_core.feedback.candidates import SamplingConfig, best_of_n, prompts_for
 from rlhf_core.files import check_replaceable, check_writable, read_json, replacing
 from rlhf_core.generation import generate
+from rlhf_core.locks import check_free, hold
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
 from rlhf_core.models.ilql import has_values
 from rlhf_core.models.lora import CONFIG_FILE, is_reward_model, merge_adapters
@@ -46,6 +47,7 @@ def _add_generate(parser: ArgumentParser) -> None:
         "--repetition-penalty", type=float, default=1.0, help="above 1: fewer repeated tokens"
     )
     shared.add_eos_ids(parser)
+    shared.add_template_date(parser)
     parser.add_argument(
         "--stop", nargs="+", default=(), metavar="STRING", help="strings that end a response"
     )
@@ -56,7 +58,7 @@ def _add_generate(parser: ArgumentParser) -> None:
 def run_generate(arguments: Namespace) -> None:
     """Print responses to the prompts."""
     device = shared.device_of(arguments)
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model, arguments.template_date)
     valued = has_values(arguments.model)
     model = (ILQLModel if valued else Transformer).from_pretrained(arguments.model).to(device)
     if arguments.beta is not None:
@@ -114,6 +116,13 @@ def run_best_of_n(arguments: Namespace) -> None:
         raise FileExistsError(f"{out} exists. Choose another --out, or pass --overwrite")
     check_replaceable(out)
     check_writable(out.parent)
+    check_free(out.parent)
+    with hold(out.parent, f".{out.name}.lock"):
+        _best_of_n(config, arguments)
+
+
+def _best_of_n(config: SamplingConfig, arguments: Namespace) -> None:
+    out = arguments.out
     model, rows, options = shared.prompted(arguments, config)
     kept = prompts_for(model, [ids for _, ids in rows], config)
     rows = [rows[i] for i in kept]
@@ -140,7 +149,11 @@ def _add_merge(parser: ArgumentParser) -> None:
 
 def run_merge(arguments: Namespace) -> None:
     """Write the plain model that adapters and their base make."""
-    shared.check_fresh(arguments)
+    with shared.held_out(arguments):
+        _merge(arguments)
+
+
+def _merge(arguments: Namespace) -> None:
     if arguments.out.resolve() == arguments.model.resolve():
         raise ValueError(f"--out {arguments.out} is --model: the adapters would be lost")
     tokenizer, file = load_tokenizer(arguments.model), arguments.model / CONFIG_FILE

@@ -17,6 +17,7 @@ from rlhf_core import demo as chain
 from rlhf_core.benchmarks import OPS
 from rlhf_core.cli.arguments import Command, device_of, seed
 from rlhf_core.files import check_writable
+from rlhf_core.locks import check_one_process, hold
 
 
 def _add_demo(parser: ArgumentParser) -> None:
@@ -33,13 +34,15 @@ def run_demo(arguments: Namespace) -> None:
     """Run the whole chain on a task with a known gold score."""
     real = arguments.real is not None
     out = arguments.out or Path("runs") / ("demo-real" if real else "demo")
+    check_one_process()
+    out = out.absolute()
     check_writable(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if real:
-        task = chain.stories_task(arguments.real, arguments.seed)
-    else:
-        task = chain.replies_task(arguments.seed)
-    print(chain.run(task, out, arguments.seed))
+    with hold(out):
+        if real:
+            task = chain.stories_task(arguments.real, arguments.seed)
+        else:
+            task = chain.replies_task(arguments.seed)
+        print(chain.run(task, out, arguments.seed))
     print(f"models, metrics and this report are in {out}")
 
 

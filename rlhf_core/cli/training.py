@@ -15,6 +15,7 @@ from rlhf_core import data, trainers
 from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import MODEL, Command
 from rlhf_core.data import encode_text, load_tokenizer, read_texts
+from rlhf_core.locks import check_one_process
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
 from rlhf_core.models.ilql import has_values
 from rlhf_core.models.lora import LoRAConfig, add_adapters, is_reward_model
@@ -120,6 +121,7 @@ def _add_data_arguments(method: OnData, parser: ArgumentParser) -> None:
     parser.add_argument(
         "--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out"
     )
+    shared.add_template_date(parser)
     _add_run(parser)
     shared.add_config(parser, method.config)
 
@@ -184,10 +186,15 @@ def _add_adapters(model: Transformer, arguments: Namespace) -> None:
 
 def train_on_data(method: OnData, arguments: Namespace) -> None:
     """Read examples and model, train, print the last metrics."""
+    check_one_process()
     config = shared.config_of(method.config, arguments)
-    shared.check_fresh(arguments)
+    with shared.held_out(arguments):
+        _train_on_data(method, config, arguments)
+
+
+def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> None:
     torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model, arguments.template_date)
     model = method.load(arguments.model)
     _add_adapters(getattr(model, "lm", model), arguments)
     max_length = min(config.max_length, model.config.max_positions)
@@ -227,8 +234,13 @@ def _split(examples: list, fraction: float, seed: int) -> tuple[list, list]:
 
 def train_on_prompts(method: OnPrompts, arguments: Namespace) -> None:
     """Read prompts, reward and model, train, print the last metrics."""
+    check_one_process()
     config = shared.config_of(method.config, arguments)
-    shared.check_fresh(arguments)
+    with shared.held_out(arguments):
+        _train_on_prompts(method, config, arguments)
+
+
+def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) -> None:
     model, rows, options = shared.prompted(arguments, config)
     _add_adapters(model, arguments)
     if getattr(arguments, "ptx_data", None) is not None:

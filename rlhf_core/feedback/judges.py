@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_core.data import Tokenizer
-from rlhf_core.feedback.rewards import RewardError, first_failure, unique_rows
+from rlhf_core.feedback.rewards import RewardError, describe_function, first_failure, unique_rows
 
 # (prompts, first, second) -> for each row the probability that the first response is better.
 Judge = Callable[[list, list, list], Sequence[float]]
@@ -28,6 +29,10 @@ class JudgeScorer:
                 f"a judge compares responses: num_samples must be >= 2, got {num_samples}"
             )
         self.judge, self.num_samples, self.tokenizer = judge, num_samples, tokenizer
+
+    def describe(self) -> dict[str, Any]:
+        """As `Scorer.describe`."""
+        return {"judge": describe_function(self.judge)}
 
     def __call__(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         n, scores = self.num_samples, torch.zeros(len(responses), dtype=torch.float64)
@@ -84,7 +89,9 @@ def judged(
 def _ask(judge: Judge, prompts: list, first: list, second: list) -> Tensor:
     try:
         returned = judge(prompts, first, second)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, too
         where = first_failure(judge, prompts, first, second)
         raise RewardError(f"the judge raised {error!r}; {where}") from error
     try:

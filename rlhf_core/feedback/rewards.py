@@ -6,8 +6,13 @@ reward is an error that names its row.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +48,9 @@ class Scorer:
             reward: a RewardModel or EnsembleReward; a callable (prompts, responses) -> rewards; or
                 a list of (reward, weight), whose weighted sum counts. A callable gets lists of
                 strings without special tokens if there is a tokenizer, else lists of token ids. It
-                returns a finite number for each response, or one for each token of it.
+                returns a finite number for each response, or one for each token of it. An
+                exception in it, sys.exit included, is a RewardError. os._exit is not seen: it ends
+                the process, and a run leaves its lock file.
             batch_size: rows of a reward model's forward; None: all at once.
             device: of the returned rewards.
             of_steps: the reward models are process reward models. The end of a step earns the log
@@ -80,6 +87,19 @@ class Scorer:
                     f"reward model {i} scores whole responses: process_rewards needs a model "
                     "trained on steps"
                 )
+
+    def describe(self) -> dict[str, Any]:
+        """What rewards these are, as JSON, by which a resumed run finds that one has changed."""
+        described = {"of_steps": self.of_steps}
+        for i, (reward, weight) in enumerate(self.rewards):
+            if isinstance(reward, EnsembleReward):
+                options = {"ensemble": reward.aggregate, "coef": reward.coef}
+                described[str(i)] = {"models": len(reward.models), **options, "weight": weight}
+            elif isinstance(reward, RewardModel):
+                described[str(i)] = {"models": 1, "weight": weight}
+            else:
+                described[str(i)] = {**describe_function(reward), "weight": weight}
+        return described
 
     def check_vocabulary(self, policy: Transformer) -> None:
         """Raise ValueError if a reward model cannot read the policy's token ids.
@@ -146,7 +166,11 @@ class Scorer:
         texts = [[self.readable(ids) for ids in column] for column in (prompts, responses)]
         try:
             returned = reward(*texts)
-        except Exception as error:
+            if isinstance(returned, Iterator):
+                returned = list(returned)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit, too
             where = first_failure(reward, *texts)
             raise RewardError(f"the reward raised {error!r}; {where}") from error
         try:
@@ -201,10 +225,35 @@ def first_failure(function: Callable, prompts: list, *responses: list) -> str:
     for row, (prompt, *texts) in enumerate(zip(prompts, *responses)):
         try:
             function([prompt], *([text] for text in texts))
-        except Exception:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             shown = " and ".join(map(repr, texts))
             return f"it also raises on row {row} alone: prompt {prompt!r}, response {shown}"
     return f"it raises on all {len(prompts)} rows together, on no row alone"
+
+
+def describe_function(function: Callable) -> dict[str, Any]:
+    """Names of a callable, and SHA-256 of its source file, as JSON.
+
+    A script changes for other reasons than its functions: what `__main__` defines has the digest of
+    its own source. Without a source there is none.
+    """
+    if isinstance(function, functools.partial):
+        given = [*function.args, *function.keywords.items()]
+        plain = [repr(x) for x in given if " at 0x" not in repr(x)]
+        return {**describe_function(function.func), "arguments": plain}
+    named = inspect.unwrap(function) if hasattr(function, "__qualname__") else type(function)
+    module = getattr(named, "__module__", None)
+    try:
+        if module == "__main__":
+            source = inspect.getsource(named).encode()
+        else:
+            source = Path(inspect.getsourcefile(named) or "").read_bytes()
+        digest = hashlib.sha256(source).hexdigest()
+    except (OSError, TypeError):
+        digest = None
+    return {"function": f"{module}.{named.__qualname__}", "source": digest}
 
 
 def _per_token(rewards: Tensor, responses: list[list[int]]) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from rlhf_core.files import model_folder
+from rlhf_core.locks import check_free
 from rlhf_core.models import hub, lora
 
 
@@ -51,5 +52,10 @@ class Pretrained:
         return hub.load(cls, path, dtype)
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write a folder in the Hugging Face layout. A model with adapters writes only these."""
+        """Write a folder in the Hugging Face layout. A model with adapters writes only these.
+
+        Raises:
+            BlockingIOError: A run in another process or thread writes into the folder.
+        """
+        check_free(path)
         (lora.save_adapters if lora.has_adapters(self) else hub.save)(self, path)

@@ -5,25 +5,28 @@ tensors; the rest is JSON in the header. Weights that do not train (the base of 
 reference, the reward model) and the data are stored as digests only: build the trainer from the
 original model, then `load` moves it to the checkpoint's step.
 
+The header describes what the run depends on (settings, models, reward, tokenizer, data), and holds
+a digest of the file's own tensors. `load` compares all of it before it changes anything.
+
 Left out: state that a reward callable may keep, and generators of other libraries.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import signal
-import sys
-import threading
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.data import Tokenizer
+from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
 
 NAME, ERROR_NAME = "checkpoint", "checkpoint-error"
@@ -31,6 +34,13 @@ NAME, ERROR_NAME = "checkpoint", "checkpoint-error"
 FREE = {"log_every", "eval_every", "save_every", "reference_logprobs"}
 # ... or only through the slope of a linear schedule, which gives a warning.
 LENGTH = {"epochs", "max_steps"}
+# Entries that older checkpoints and rounds lack; they are then not compared.
+ADDED = {"digests", "models", "feedback", "tokenizer", "template_dates"}
+DATED = (
+    ". The chat template writes today's date into the examples: pass the date of the first run as "
+    "--template-date YYYY-MM-DD, or as template_date of load_tokenizer"
+)
+OPTIONAL = {"generator_cuda"}  # its device may differ when a run is resumed
 
 
 def save(
@@ -51,13 +61,15 @@ def save(
     for name, parameter in parameters.items():
         tensors |= {f"{kind}:{name}": x for kind, x in optimizer.state[parameter].items()}
         tensors[f"weight:{name}"] = parameter
-    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.detach().cpu() for name, x in tensors.items()}
+    run = run | {"tensors": _digest_of_tensors(tensors)}
     write_tensors(path, tensors, {"run": json.dumps(run)})
 
 
 def load(
     path: Path,
     run: dict[str, Any],
+    state: dict[str, Tensor],
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     load_state: Callable[[dict[str, Tensor]], None],
@@ -66,6 +78,7 @@ def load(
 
     Args:
         run: that of the trainer, as for `save`; only FREE and LENGTH settings may differ.
+        state: that of the trainer; the checkpoint must hold the same names, shapes and dtypes.
 
     Returns:
         The number of steps done.
@@ -78,13 +91,14 @@ def load(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no checkpoint to resume from")
     header, stored = read_tensors(path)
-    if "run" not in header:
-        raise ValueError(f"{path}: this safetensors file is not a checkpoint of a run")
-    then = json.loads(header["run"])
+    then = _run_of(path, header)
     _check_same_run(path, then, run)
-    for name, parameter in parameters.items():
-        if f"weight:{name}" not in stored or stored[f"weight:{name}"].shape != parameter.shape:
-            raise ValueError(f"{path}: no weight {name!r} of shape {tuple(parameter.shape)}")
+    _check_tensors(path, stored, state, parameters)
+    if then.get("tensors") not in (None, _digest_of_tensors(stored)):
+        raise ValueError(
+            f"{path}: its tensors are not those that were written (digest {then['tensors']:.8}, now "
+            f"{_digest_of_tensors(stored):.8}). The file is damaged: use a copy, or start a new run"
+        )
     load_state(stored)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -100,19 +114,89 @@ def load(
     return then["steps_done"]
 
 
-def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    for name in then["settings"] | now["settings"]:
-        old, new = then["settings"].get(name), now["settings"].get(name)
-        if old != new and name not in FREE | LENGTH:
+def _run_of(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    """The description of the run in a header, with every field of its type."""
+    if "run" not in header:
+        raise ValueError(f"{path}: this safetensors file is not a checkpoint of a run")
+    try:
+        run = json.loads(header["run"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged: the run in its header is not JSON: {error}") from None
+    if not isinstance(run, dict):
+        raise ValueError(f"{path}: damaged: the run in its header is {run!r:.40}, not an object")
+    needed = {"steps_done": int, "settings": dict, "digests": dict}
+    for name, kind in (needed | {"total_steps": int, "tensors": str}).items():
+        value = run.get(name)
+        if type(value) is not kind and (name in needed or name in run):
             raise ValueError(
-                f"{path}: the checkpoint was written with {name}={old!r}, this run has {new!r}. "
-                "Resume with the old value, or start a new run"
+                f"{path}: damaged: {name} is {value!r:.40}, not of type {kind.__name__}"
             )
+    steps, total = run["steps_done"], run.get("total_steps", run["steps_done"])
+    if not 0 <= steps <= total:
+        raise ValueError(f"{path}: damaged: steps_done is {steps!r:.40}, of {total!r:.40}")
+    return run
+
+
+def _check_tensors(
+    path: Path,
+    stored: dict[str, Tensor],
+    state: dict[str, Tensor],
+    parameters: dict[str, nn.Parameter],
+) -> None:
+    """Raise ValueError unless the tensors have the names, shapes and dtypes that the run needs."""
+    expected: dict[str, Tensor] = dict(state)
+    needed = state.keys() - OPTIONAL
+    for name, parameter in parameters.items():
+        # AdamW gives a weight its moments with its first gradient: all of them, or none.
+        moments = {f"{kind}:{name}": parameter for kind in ("exp_avg", "exp_avg_sq")}
+        moments[f"step:{name}"] = torch.zeros((), dtype=torch.float32)
+        expected |= moments | {f"weight:{name}": parameter}
+        needed |= {f"weight:{name}"} | (moments.keys() if moments.keys() & stored.keys() else set())
+    for name in sorted(needed - stored.keys()):
+        raise ValueError(f"{path}: there is no tensor {name!r}, which this run needs")
+    for name, x in stored.items():
+        if name not in expected:
+            if name in OPTIONAL:
+                continue
+            raise ValueError(f"{path}: tensor {name!r} belongs to nothing in this run")
+        if (x.dtype, x.shape) != (expected[name].dtype, expected[name].shape):
+            raise ValueError(
+                f"{path}: tensor {name!r} is {_form(x)}, this run needs {_form(expected[name])}"
+            )
+        if not _is_sound(name, x):
+            raise ValueError(f"{path}: damaged: tensor {name!r} holds values that no run has")
+
+
+def _is_sound(name: str, x: Tensor) -> bool:
+    if name.startswith("exp_avg_sq:"):
+        return bool((x >= 0).all())
+    if name.startswith("step:"):
+        return bool(x >= 1) and bool(x.isfinite())
+    if x.dtype == torch.uint8:  # a generator, whose state is read without checks later
+        try:
+            torch.Generator("cpu" if len(x) > 16 else "cuda").set_state(x)
+        except RuntimeError:
+            return False
+    return not x.is_floating_point() or bool(x.isfinite().all())
+
+
+def _form(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+
+
+def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    check_settings(
+        path, then["settings"], now["settings"], FREE | LENGTH, "the checkpoint was written"
+    )
     for name, digest in now["digests"].items():
-        if digest != then["digests"][name]:
+        old = then["digests"].get(name)
+        if not isinstance(old, str):
+            raise ValueError(f"{path}: damaged: the digest of its {name} is {old!r:.40}")
+        if digest != old:
+            dated = name == "examples" and now["settings"].get("template_dates")
             raise ValueError(
                 f"{path}: the checkpoint was written by a run with different {name} (digest "
-                f"{then['digests'][name]:.8}, now {digest:.8}). Build the trainer from the same"
+                f"{old:.8}, now {digest:.8}). Build the trainer from the same{DATED * bool(dated)}"
             )
     steps, total = then["steps_done"], now["total_steps"]
     if total < steps:
@@ -127,6 +211,77 @@ def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> No
         )
 
 
+def check_settings(
+    path: Path, then: dict[str, Any], now: dict[str, Any], free: set[str], what: str
+) -> None:
+    """Raise ValueError for the first setting that differs, by its path in nested settings.
+
+    Settings in `free` may differ. Those in ADDED may be missing from `then`.
+    """
+    for name, old, new in _differences(then, now):
+        top = name.split(".")[0]
+        if top not in free and (top in then or top not in ADDED):
+            raise ValueError(
+                f"{path}: {what} with {name}={old!r}, this run has {new!r}. Resume with the old "
+                f"value, or start a new run{DATED * (top == 'template_dates')}"
+            )
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for name in old | new:
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            yield f"{prefix}{name}", a, b
+
+
+def description(
+    models: Sequence[nn.Module], tokenizer: Tokenizer | None, scorer: Any = None
+) -> dict[str, Any]:
+    """What a run depends on beside its options, weights and data, as settings in JSON.
+
+    Args:
+        models: all that take part; an ensemble counts as its models.
+        scorer: a `Scorer` or `JudgeScorer`.
+    """
+    parts = [part for model in models for part in getattr(model, "models", [model])]
+    parts = list({id(part): part for part in parts}.values())
+    dates = getattr(tokenizer, "template_dates", None)
+    settings = {
+        "models": {f"{i} {type(x).__name__}": _model_settings(x) for i, x in enumerate(parts)},
+        "feedback": None if scorer is None else scorer.describe(),
+        "tokenizer": None if tokenizer is None else _tokenizer_digest(tokenizer),
+        "template_dates": dates or None,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def _model_settings(model: nn.Module) -> dict[str, Any]:
+    settings = asdict(model.config)
+    del settings["family"]  # names in files
+    if hasattr(model, "of_steps"):
+        settings["of_steps"] = model.of_steps
+    if has_adapters(model):
+        settings["lora"] = asdict(adapter_config(model))
+        del settings["lora"]["base"]  # a path, which may change
+    return settings
+
+
+def _tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the class and the files of a tokenizer, its chat template included."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        parts = [part for path in files for part in (path.name, path.read_bytes().hex())]
+    return digest(type(tokenizer).__name__, *parts)
+
+
+def _digest_of_tensors(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes."""
+    return digest(*(y for name, x in sorted(tensors.items()) for y in (f"{name} {_form(x)}", x)))
+
+
 def digest(*parts: nn.Module | Tensor | str) -> str:
     """SHA-256 (hex) over modules (all their tensors), tensors and strings, in order."""
     total = hashlib.sha256()
@@ -137,27 +292,3 @@ def digest(*parts: nn.Module | Tensor | str) -> str:
         for x in part.state_dict().values() if isinstance(part, nn.Module) else [part]:
             total.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()
-
-
-@contextlib.contextmanager
-def delayed_interrupt(active: bool) -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the yielded function return True; the second interrupts.
-
-    It works in the main thread only, and leaves other signal handlers alone.
-    """
-    caught = []
-
-    def note(signum, frame):
-        caught.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("stopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
-
-    active = active and threading.current_thread() is threading.main_thread()
-    active = active and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if active:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(caught)
-    finally:
-        if active:
-            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,12 +22,17 @@ from torch import nn
 
 import rlhf_core
 from rlhf_core.data import Tokenizer
-from rlhf_core.files import read_json, replacing, write_json
+from rlhf_core.feedback.judges import JudgeScorer
+from rlhf_core.feedback.rewards import Scorer
+from rlhf_core.files import read_object, replacing, subfolder, write_json
+from rlhf_core.locks import check_one_process, hold
 from rlhf_core.models import Transformer
-from rlhf_core.training import checkpoint
+from rlhf_core.training import checkpoint, signals
+from rlhf_core.training.run_log import parse_line
 from rlhf_core.training.trainer import Trainer
 
-FREE = checkpoint.FREE | {"rounds", "versions"}  # finished rounds do not depend on these
+LAST = "last_round"  # its number, and its model's digest
+FREE = checkpoint.FREE | {"rounds", "versions", LAST}  # finished rounds do not depend on these
 History = list[dict]
 Config = TypeVar("Config")
 
@@ -37,7 +43,8 @@ def run_rounds(
     config,
     train_round: Callable[[int, Path | None, History], dict],
     *,
-    fixed: tuple,
+    fixed: dict[str, object],
+    scorer: Scorer | JudgeScorer,
     tokenizer: Tokenizer | None,
     out: Path | None,
     resume: bool,
@@ -49,32 +56,69 @@ def run_rounds(
         config: a dataclass with `rounds` and `seed`.
         train_round: trains the model in place, given the round's seed, its folder, and the metrics
             of the rounds before it.
-        fixed: prompts, models and other objects that a resumed run must share.
+        fixed: prompts and other objects by name, which a resumed run must share.
+        scorer: of the samples; a resumed run must share it, too.
         restore: reads what it needs from the folder of a finished round.
+
+    Raises:
+        BlockingIOError: another process or thread trains into `out`.
+        KeyboardInterrupt: on Ctrl-C, SIGTERM or SIGHUP. A trainer inside a round leaves its
+            checkpoint, as `Trainer.train` does; other work of a round is repeated when it resumes.
     """
+    check_one_process()
+    options = dict(fixed=fixed, scorer=scorer, tokenizer=tokenizer, resume=resume, restore=restore)
+    if out is None:
+        if resume:
+            raise ValueError("a run without out cannot be resumed")
+        return _run_rounds(algorithm, model, config, train_round, out=None, **options)
+    out = out.absolute()  # a reward may call os.chdir
+    with hold(out), signals.handled(signals.stop_at_once):
+        return _run_rounds(algorithm, model, config, train_round, out=out, **options)
+
+
+def _run_rounds(
+    algorithm, model, config, train_round, *, fixed, scorer, tokenizer, out, resume, restore
+) -> History:
     history: History = []
     if out is not None:
-        digest = {"digest": _digest(model, *fixed)}
-        versions = {"versions": {"rlhf_core": rlhf_core.__version__}}
-        run = {"algorithm": algorithm, **asdict(config), **digest, **versions}
-        history = _begin(out, json.loads(json.dumps(run)), resume)
-    elif resume:
-        raise ValueError("a run without out cannot be resumed")
+        digests = {name: _digest(x) for name, x in {"model": model, **fixed}.items()}
+        digests["reward models"] = _digest(*scorer.models)
+        run = {
+            "algorithm": algorithm,
+            **asdict(config),
+            **checkpoint.description([model, *scorer.models], tokenizer, scorer),
+            "digests": digests,
+            "digest": _digest(model, *fixed.values(), *scorer.models),
+            "versions": {"rlhf_core": rlhf_core.__version__},
+        }
+        run = json.loads(json.dumps(run))
+        history, run[LAST] = _begin(out, run, resume)
     if len(history) > config.rounds:
         raise ValueError(f"{out}: {len(history)} rounds are done, this run ends at {config.rounds}")
     for number in range(1, len(history) + 1):
-        restore(out / f"round-{number}")
-    if history:
-        last = type(model).from_pretrained(out / f"round-{len(history)}")
-        model.load_state_dict(last.state_dict())
+        folder = out / f"round-{number}"
+        try:
+            restore(folder)
+            if number == len(history):
+                model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{folder}: damaged, or of another run: {error!r}") from None
+    if history and run[LAST] not in (None, checkpoint.digest(model)):
+        raise ValueError(
+            f"{folder}: its model is not the one that the round has written (digest "
+            f"{run[LAST]:.8}, now {checkpoint.digest(model):.8}). Restore the folder, or start a "
+            "new run"
+        )
     for number in range(len(history) + 1, config.rounds + 1):
         torch.manual_seed(config.seed + number)
-        folder = None if out is None else out / f"round-{number}"
+        folder = None if out is None else subfolder(out, f"round-{number}")
         history.append({"round": number, **train_round(config.seed + number, folder, history)})
         if out is not None:
+            last = {"round": number, "digest": checkpoint.digest(model)}
+            write_json(out / "train_config.json", run | {LAST: last})
             lines = "".join(json.dumps(line) + "\n" for line in history)
-            with replacing(out / "metrics.jsonl") as temporary:
-                temporary.write_text(lines, encoding="utf-8")
+            with replacing(out / "metrics.jsonl") as file:
+                file.write(lines.encode())
         print(f"{algorithm}: finished round {number}/{config.rounds}", file=sys.stderr)
     if out is not None:
         model.save_pretrained(out)
@@ -97,26 +141,30 @@ def resumed(trainer: Trainer) -> Trainer:
     return trainer
 
 
-def _begin(out: Path, run: dict, resume: bool) -> History:
-    """The metrics of the finished rounds; a new run first removes those of an older one."""
+def _begin(out: Path, run: dict, resume: bool) -> tuple[History, str | None]:
+    """Metrics of the finished rounds, and their last model's digest; a new run has none.
+
+    A new run removes those of an older one.
+    """
     file, metrics = out / "train_config.json", out / "metrics.jsonl"
     if not resume:
-        out.mkdir(parents=True, exist_ok=True)
-        for old in (metrics, *out.glob(f"round-*/{checkpoint.NAME}")):
-            old.unlink(missing_ok=True)
+        metrics.unlink(missing_ok=True)
+        for folder in out.glob("round-*"):
+            if re.fullmatch(r"round-[1-9]\d*", folder.name) and not folder.is_symlink():
+                (folder / checkpoint.NAME).unlink(missing_ok=True)
         write_json(file, run)
     elif not file.is_file():
         raise FileNotFoundError(f"{file}: there is no run to resume")
-    then = read_json(file)
-    for name in run:
-        if then.get(name) != run[name] and name not in FREE:
-            raise ValueError(
-                f"{file}: the run was started with {name}={then.get(name)!r}, now {run[name]!r}. "
-                "Resume with the old value, or start a new run"
-            )
+    then = read_object(file)
+    checkpoint.check_settings(file, then, run, FREE, "the run was started")
     if not metrics.is_file():
-        return []
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        return [], None
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    history = [parse_line(metrics, i, line, "round") for i, line in enumerate(lines, 1)]
+    last = then.get(LAST)  # of a round whose line in metrics.jsonl may be missing
+    if not isinstance(last, dict) or last.get("round") != len(history):
+        return history, None
+    return history, str(last.get("digest"))
 
 
 def _digest(*things) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 
 import rlhf_core
-from rlhf_core.files import write_json
+from rlhf_core.files import naming, open_for_append, replacing, write_json
+from rlhf_core.models.hub import stale_adapters
 from rlhf_core.training import checkpoint
 
 
@@ -44,12 +46,12 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
+            stale_adapters(self.out)  # refuses now what it would refuse at the end
             versions = {"rlhf_core": rlhf_core.__version__, "torch": torch.__version__}
             run = {"algorithm": self.algorithm, **self.config, "versions": versions}
             write_json(self.out / "train_config.json", run)
-            self.file = open(self.out / "metrics.jsonl", "a+", encoding="utf-8")
-            self._keep_steps_done()
+            self._keep_steps_done(self.out / "metrics.jsonl")
+            self.file = open_for_append(self.out / "metrics.jsonl")
         if sys.stderr.isatty():
             try:
                 from tqdm import tqdm
@@ -60,21 +62,22 @@ class RunLog:
                 pass
         return self
 
-    def _keep_steps_done(self) -> None:
+    def _keep_steps_done(self, path: Path) -> None:
         """Remove what an earlier run left: lines of later steps, and checkpoints out of date."""
         (self.out / checkpoint.ERROR_NAME).unlink(missing_ok=True)
         if not self.steps_done:
             (self.out / checkpoint.NAME).unlink(missing_ok=True)
-        self.file.seek(0)
-        for step in range(1, self.steps_done + 1):
-            line = self.file.readline()
-            if not line.endswith("\n"):
-                raise ValueError(
-                    f"{self.file.name}: the file ends before step {step}, but the checkpoint is at "
-                    f"step {self.steps_done}"
-                )
-            self.history.append(json.loads(line))
-        self.file.truncate(self.file.tell())
+        text = path.read_text(encoding="utf-8") if self.steps_done and path.is_file() else ""
+        lines = text.splitlines(keepends=True)[: self.steps_done]
+        whole = sum(line.endswith("\n") for line in lines)
+        if whole < self.steps_done:
+            raise ValueError(
+                f"{path}: the file ends before step {whole + 1}, but the checkpoint is at step "
+                f"{self.steps_done}"
+            )
+        self.history = [parse_line(path, step, line, "step") for step, line in enumerate(lines, 1)]
+        with replacing(path) as file:  # not in place: the file may be a link
+            file.write("".join(lines).encode())
 
     def sync(self) -> None:
         """Flush the lines to disk, before a checkpoint that counts on them."""
@@ -84,8 +87,24 @@ class RunLog:
         """Log one step."""
         step = metrics["step"]
         if self.file is not None:
-            self.file.write(json.dumps(metrics) + "\n")
-            self.file.flush()
+            self._check_there()
+            with naming(self.out / "metrics.jsonl"):
+                self.file.write(json.dumps(metrics) + "\n")
+                self.file.flush()
+        with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+            self._show(step, metrics)
+
+    def _check_there(self) -> None:
+        """Raise FileNotFoundError if the folder was removed or renamed: the run would be lost."""
+        path = self.out / "metrics.jsonl"
+        try:
+            there = os.path.samestat(os.fstat(self.file.fileno()), path.stat())
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise FileNotFoundError(f"{path} was removed or replaced while the run wrote to it")
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
         shown = {n: v for n, v in metrics.items() if n == self.main_metric or n.startswith("eval_")}
         text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         if self.bar is not None:
@@ -98,6 +117,31 @@ class RunLog:
 
     def __exit__(self, *exception) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError):
+                self.bar.close()
         if self.file is not None:
-            self.file.close()
+            if exception[0] is None:
+                self._check_there()
+            with contextlib.suppress(OSError):  # `write` has raised it already
+                self.file.close()
+
+
+def parse_line(path: Path, number: int, line: str, counter: str) -> dict[str, Any]:
+    """The metrics in a line of metrics.jsonl, whose `counter` must be the line's number.
+
+    Raises:
+        ValueError: it is damaged; the message names file and line.
+    """
+    try:
+        metrics = json.loads(line)
+        if metrics[counter] != number:
+            raise ValueError(f"{counter} is {metrics[counter]!r:.40}, not {number}")
+        for name, value in metrics.items():
+            if isinstance(value, bool) or not isinstance(value, int | float | list):
+                raise ValueError(f"{name} is {value!r:.40}, not a number")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}:{number}: not the metrics of {counter} {number}: {error}. Restore the file, "
+            "or start a new run"
+        ) from None
+    return metrics

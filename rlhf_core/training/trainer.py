@@ -24,11 +24,14 @@ from torch import Tensor, nn
 from rlhf_core.data import TokenBatch, Tokenizer, collate
 from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import length, misfit
-from rlhf_core.feedback.rewards import RewardError
+from rlhf_core.feedback.judges import JudgeScorer
+from rlhf_core.feedback.rewards import RewardError, Scorer
+from rlhf_core.locks import check_one_process, hold
 from rlhf_core.models.lora import adapter_config, has_adapters
-from rlhf_core.training import checkpoint
+from rlhf_core.training import checkpoint, signals
 from rlhf_core.training.config import TrainConfig
 from rlhf_core.training.metrics import Metrics
+from rlhf_core.training.reference import Reference
 from rlhf_core.training.run_log import RunLog
 
 
@@ -42,6 +45,8 @@ class Trainer:
     main_metric = "loss"  # shown by the progress bar
     model_type: type[nn.Module] = nn.Module
     kinds: tuple[type, ...] = ()  # types of the examples; empty: prompts
+    scorer: Scorer | JudgeScorer | None = None  # of methods that sample
+    reference: Reference | None = None
 
     def __init__(
         self,
@@ -66,11 +71,12 @@ class Trainer:
             raise TypeError(
                 f"{self.algorithm} trains a model of type {wanted}, got {type(model).__name__}"
             )
+        check_one_process()
         if not len(examples):
             raise ValueError("there are no examples to train on")
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.examples, self.eval_examples = examples, eval_examples
-        self.out = None if out is None else Path(out)
+        self.out = None if out is None else Path(out).absolute()  # a reward may call os.chdir
         if config.eval_every is not None and not len(eval_examples):
             warnings.warn("eval_every has no effect without evaluation examples", stacklevel=3)
         if config.save_every is not None and out is None:
@@ -282,9 +288,27 @@ class Trainer:
     def train(self) -> list[dict[str, float]]:
         """Run the remaining steps, log each, save the model to `out`; returns all steps' metrics.
 
-        With `out`, the first Ctrl-C waits for the end of the step and leaves a checkpoint; the
-        second stops at once. For errors see `advance`.
+        With `out`, the first Ctrl-C, SIGTERM or SIGHUP waits for the end of the step and leaves a
+        checkpoint; a second one, or $RLHF_CORE_GRACE seconds (30), stop at once. In both cases it
+        raises KeyboardInterrupt, which exits with status 143 after SIGTERM and 129 after SIGHUP.
+
+        Raises:
+            BlockingIOError: another process or thread trains into `out`.
+            FileNotFoundError: `out` was removed while the run went on. See also `advance`.
         """
+        if self.out is None:
+            return self._train(signals.DelayedStop())
+        with hold(self.out), signals.delayed() as delayed:
+            _ = self.description  # of the reward's source as it is now
+            history = self._train(delayed)
+            if delayed.signum:
+                done = (
+                    f"all {self.total_steps} steps are done, and the model is saved in {self.out}"
+                )
+                raise signals.stop(delayed.signum, done)
+            return history
+
+    def _train(self, delayed: signals.DelayedStop) -> list[dict[str, float]]:
         log = RunLog(
             self.algorithm,
             asdict(self.config),
@@ -293,19 +317,19 @@ class Trainer:
             steps_done=self.steps_done,
             total_steps=self.total_steps,
         )
-        with log, checkpoint.delayed_interrupt(self.out is not None) as interrupted:
+        with log:
             history = log.history
             for batch in itertools.islice(self.batches(), self.steps_done, self.total_steps):
                 history.append(self.advance(batch))
                 log.write(history[-1])
                 last, every = self.steps_done == self.total_steps, self.config.save_every
-                stop = interrupted() and not last
                 due = every and self.out and (last or self.steps_done % every == 0)
-                if stop or due:
+                if delayed.signum or due:
                     log.sync()
                     path = self.save_checkpoint()
-                if stop:
-                    raise KeyboardInterrupt(f"step {self.steps_done} is saved in {path}")
+                if delayed.signum and not last:
+                    saved = f"step {self.steps_done} is saved in {path}"
+                    raise signals.stop(delayed.signum, saved)
         if not self.finished:
             self.finish(history[-1])
             self.finished = True
@@ -368,7 +392,8 @@ class Trainer:
     def save_checkpoint(self, name: str = checkpoint.NAME) -> Path:
         """Write the run's state to the file `name` in `out`; returns its path."""
         path, run, parameters = self.out / name, self._run(), self._named_parameters()
-        checkpoint.save(path, run, self.state(), parameters, self.optimizer)
+        with hold(self.out):
+            checkpoint.save(path, run, self.state(), parameters, self.optimizer)
         return path
 
     def resume(self) -> None:
@@ -379,7 +404,9 @@ class Trainer:
         if self.out is None:
             raise ValueError("a trainer without out has no checkpoint to resume from")
         path, run, parameters = self.out / checkpoint.NAME, self._run(), self._named_parameters()
-        self.steps_done = checkpoint.load(path, run, parameters, self.optimizer, self.load_state)
+        self.steps_done = checkpoint.load(
+            path, run, self.state(), parameters, self.optimizer, self.load_state
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Generators and counters, for a checkpoint; weights and optimiser are included anyway."""
@@ -406,6 +433,16 @@ class Trainer:
         """Models whose frozen weights a resumed run must share with the checkpoint's run."""
         return [self.model]
 
+    def models(self) -> list[nn.Module]:
+        """Every model that a run uses."""
+        reference = [] if self.reference is None else [self.reference.model]
+        return [*self.trained_models(), *self.fixed_models(), *reference]
+
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """Models, reward and tokenizer, as `checkpoint.description` has them."""
+        return checkpoint.description(self.models(), self.tokenizer, self.scorer)
+
     @functools.cached_property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the data, and of every weight that no step changes."""
@@ -423,7 +460,7 @@ class Trainer:
             del lora["base"]  # a path, which may change
             settings["lora"] = lora
         steps = {"steps_done": self.steps_done, "total_steps": self.total_steps}
-        settings = json.loads(json.dumps(settings))
+        settings = json.loads(json.dumps(settings)) | self.description
         return {**steps, "settings": settings, "digests": self.digests}
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
