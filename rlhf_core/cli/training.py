@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from rlhf_core import data, trainers
 from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import MODEL, Command
 from rlhf_core.data import encode_text, load_tokenizer, read_texts
+from rlhf_core.data.collate import length
 from rlhf_core.locks import check_one_process
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
 from rlhf_core.models.ilql import has_values
@@ -200,8 +202,22 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
     max_length = min(config.max_length, model.config.max_positions)
 
     def load(path: Path) -> list:
-        encode = lambda row: method.encode(row, tokenizer, max_length)  # noqa: E731
-        return shared.read(method.reader, path, arguments, encode)
+        cut = []
+
+        def encode(row):
+            example = method.encode(row, tokenizer, max_length)
+            # A row that fills max_length was cut if it would be longer with more room.
+            if length(example) == max_length:
+                cut.append(length(method.encode(row, tokenizer, max_length + 1)) > max_length)
+            return example
+
+        examples = shared.read(method.reader, path, arguments, encode)
+        if any(cut):
+            found = (
+                f"{sum(cut)} of {len(examples)} rows of {path} are longer than {max_length} tokens"
+            )
+            print(f"{found} and were cut; see --max-length", file=sys.stderr)
+        return examples
 
     examples = load(arguments.data)
     if arguments.eval_data is not None:
