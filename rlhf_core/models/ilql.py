@@ -7,18 +7,19 @@ Left out: value heads on a separate trunk.
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_core.files import model_folder
+from rlhf_core.files import model_folder, short
 from rlhf_core.models import hub
 from rlhf_core.models.hub import HEADS_FILE
 from rlhf_core.models.lagging import lagging_copy
 from rlhf_core.models.lora import has_adapters, save_adapters
-from rlhf_core.models.safetensors import read_tensors
+from rlhf_core.models.safetensors import stored_tensors, stored_texts
 from rlhf_core.models.transformer import Transformer, Trunk, TrunkModel
 from rlhf_core.ops import linear_token_logprobs
 
@@ -104,16 +105,21 @@ class ILQLModel(TrunkModel):
         file = model_folder(source) / HEADS_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file, so this is a plain language model")
-        header, stored = read_tensors(file)
-        heads = model._heads()
-        for name in heads.keys() | stored.keys():
+        stored, heads, beta = stored_tensors(file), model._heads(), stored_texts(file).get("beta")
+        for name in sorted(heads.keys() | stored.keys()):
             got, wanted = (tuple(x[name].shape) if name in x else None for x in (stored, heads))
             if got != wanted:
                 raise ValueError(
-                    f"{file}: tensor {name!r} has shape {got}, this model's is {wanted}"
+                    f"{file}: tensor {name[:80]!r} has shape {got}, this model's is {wanted}"
                 )
-            heads[name].copy_(stored[name])
-        model.beta = float(header["beta"])
+        try:
+            model.beta = float(beta)
+        except (TypeError, ValueError):
+            model.beta = math.nan
+        if not 0 <= model.beta < math.inf:
+            raise ValueError(f"{file}: beta must be a finite number >= 0, got {short(beta)}")
+        for name, tensor in stored.items():
+            tensor.copy_to(heads[name])
         return model.eval()
 
     def _heads(self) -> dict[str, Tensor]:

@@ -14,7 +14,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_core.files import Replacement, dump_json, read_object
+from rlhf_core.files import Replacement, dump_json, read_object, short
 from rlhf_core.models.families import family_of
 from rlhf_core.models.hub import HEADS_FILE, has_scalar_head, stale_adapters
 from rlhf_core.models.safetensors import DTYPES, dump_tensors, stored_tensors, stored_texts
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ALL = "all-linear"  # PEFT's name for every linear layer except the output head
+MAX_PATTERN, MAX_SECONDS = 1000, 5.0
+_MATCH = (
+    "import json, re, sys; pattern, names = json.load(sys.stdin); "
+    "print(json.dumps([name for name in names if re.fullmatch(pattern, name)]))"
+)
 _SCORE = "base_model.model.score."
 # Fields of adapter_config.json that must have one of these values, and fields with any value.
 # Other fields must be off (false, null or empty), because they ask for something that is left out.
@@ -68,14 +75,25 @@ class LoRAConfig:
     base: str | None = None
 
     def __post_init__(self):
-        if not (isinstance(self.rank, int) and self.rank > 0):
-            raise ValueError(f"rank must be a whole number > 0, got {self.rank!r}")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be > 0, got {self.alpha}")
+        if type(self.rank) is not int or self.rank <= 0:
+            raise ValueError(f"rank must be a whole number > 0, got {short(self.rank)}")
+        for name in ("alpha", "dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, got {short(value)}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be > 0, got {short(self.alpha)}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not self.target_modules:
-            raise ValueError("target_modules is empty")
+            raise ValueError(f"dropout must be in [0, 1), got {short(self.dropout)}")
+        targets = self.target_modules
+        if isinstance(targets, str) or not isinstance(targets, Iterable):
+            targets = [targets]
+        if not targets or not all(isinstance(target, str) and target for target in targets):
+            raise ValueError(f"target_modules must be names, got {short(self.target_modules)}")
+        if not isinstance(self.rslora, bool):
+            raise ValueError(f"rslora must be true or false, got {short(self.rslora)}")
+        if not isinstance(self.base, str | None):
+            raise ValueError(f"base must be a folder or a name, got {short(self.base)}")
 
     @property
     def scale(self) -> float:
@@ -306,7 +324,10 @@ def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
     for name, parameter in _tensors(model).items():
         found[name].copy_to(parameter)
     if hasattr(model, "of_steps"):
-        model.of_steps = json.loads(stored_texts(file).get("of_steps", json.dumps(model.of_steps)))
+        text = stored_texts(file).get("of_steps", json.dumps(model.of_steps))
+        if text not in ("true", "false"):
+            raise ValueError(f"{file}: of_steps must be true or false, got {short(text)}")
+        model.of_steps = text == "true"
 
 
 def is_adapter(source: str | os.PathLike) -> bool:
@@ -334,11 +355,15 @@ def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
     fields = read_object(file)
     for name, value in fields.items():
         allowed = _ALLOWED.get(name)
-        if value not in allowed if allowed else value and name not in _FREE:
+        unknown = name not in _FREE and (value or type(value) in (int, float))
+        if value not in allowed if allowed else unknown:
             only = f", only {allowed}" if allowed else ""
-            raise ValueError(f"{file}: {name}={value!r} is not supported{only}")
+            raise ValueError(f"{file}: {name[:80]}={short(value)} is not supported{only}")
     # PEFT lists both names of the head, although a model has one of them.
-    others = set(fields.get("modules_to_save") or ()) - {"score", "classifier"}
+    saved = fields.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ValueError(f"{file}: modules_to_save must be a list of names, got {short(saved)}")
+    others = set(saved) - {"score", "classifier"}
     if others:
         raise ValueError(
             f"{file}: modules_to_save with {min(others)!r} is not supported, only 'score'"
@@ -346,14 +371,14 @@ def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
     for name in ("peft_type", "r", "lora_alpha", "target_modules"):
         if name not in fields:
             raise ValueError(f"{file}: field {name!r} is missing")
-    return LoRAConfig(
-        rank=fields["r"],
-        alpha=fields["lora_alpha"],
-        dropout=fields.get("lora_dropout", 0.0),
-        target_modules=fields["target_modules"],
-        rslora=fields.get("use_rslora", False),
-        base=fields.get("base_model_name_or_path"),
-    )
+    names = dict(rank="r", alpha="lora_alpha", dropout="lora_dropout", rslora="use_rslora")
+    names |= dict(target_modules="target_modules", base="base_model_name_or_path")
+    given = {ours: fields[theirs] for ours, theirs in names.items() if theirs in fields}
+    try:
+        return LoRAConfig(**given)
+    except ValueError as error:  # which starts with our name of a field
+        ours, _, rest = str(error).partition(" ")
+        raise ValueError(f"{file}: {names.get(ours, ours)} {rest}") from None
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, dict[str, int]]]:
@@ -370,7 +395,7 @@ def _targets(model: nn.Module, wanted: str | Sequence[str]) -> set[str]:
     if wanted == _ALL:
         return set(names)
     if isinstance(wanted, str):
-        found = {wanted: {name for name in names if re.fullmatch(wanted, name)}}
+        found = {wanted: _matching(wanted, names)}
     else:
         found = {end: {name for name in names if f".{name}".endswith(f".{end}")} for end in wanted}
     for target, hits in found.items():
@@ -380,6 +405,32 @@ def _targets(model: nn.Module, wanted: str | Sequence[str]) -> set[str]:
                 f"target_modules: the model has no module {target!r} to adapt, only {there}"
             )
     return set.union(*found.values())
+
+
+def _matching(pattern: str, names: list[str]) -> set[str]:
+    """The names that a regular expression matches as a whole.
+
+    It runs in another process, because some patterns take forever and Python cannot stop them.
+    """
+    try:
+        if len(pattern) > MAX_PATTERN:
+            raise re.error(f"it has {len(pattern)} characters, more than {MAX_PATTERN}")
+        re.compile(pattern)
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCH],
+            input=json.dumps([pattern, names]),
+            capture_output=True,
+            text=True,
+            timeout=MAX_SECONDS,
+            check=True,
+        )
+    except (re.error, RecursionError, OverflowError) as error:
+        reason = f"is not a regular expression: {error}"
+    except subprocess.TimeoutExpired:
+        reason = f"takes more than {MAX_SECONDS} s to match: simplify it"
+    else:
+        return set(json.loads(done.stdout))
+    raise ValueError(f"target_modules {short(pattern)} {reason}")
 
 
 def _tensors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,6 +6,7 @@ closed. The file is therefore opened again for every piece.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -26,6 +27,8 @@ _WRITTEN = (
     (torch.uint8, "U8"), (torch.bool, "BOOL"),
 )  # fmt: skip
 PIECE_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20  # some 100,000 tensors
+MAX_DIMENSIONS = 8
 
 
 class StoredTensor(NamedTuple):
@@ -59,10 +62,15 @@ def stored_tensors(path: str | os.PathLike) -> dict[str, StoredTensor]:
     path = Path(path)
     with _open(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
+        stored = {
             name: StoredTensor(path, name, part.get_dtype(), tuple(part.get_shape()))
             for name, part in slices.items()
         }
+    for name, tensor in stored.items():
+        if len(tensor.shape) > MAX_DIMENSIONS:
+            count = len(tensor.shape)
+            raise ValueError(f"{path}: {name[:80]!r} has {count} dimensions, not {MAX_DIMENSIONS}")
+    return stored
 
 
 def stored_texts(path: str | os.PathLike) -> dict[str, str]:
@@ -115,9 +123,17 @@ def dump_tensors(
         file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _open(path: Path):
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator:
+    """The open file. Errors of the package, and a header that is too long, are ValueErrors."""
     safetensors = require("safetensors", "train")
     try:
-        return safetensors.safe_open(path, framework="pt")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read, damaged or cut short: {error}") from None
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if MAX_HEADER_BYTES < header <= os.path.getsize(path):
+            raise ValueError(f"{path}: the header has {header} bytes, more than {MAX_HEADER_BYTES}")
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, RuntimeError, TypeError, IndexError, safetensors.SafetensorError) as error:
+        what = str(error)[:200]
+        raise ValueError(f"{path}: cannot be read, damaged or cut short: {what}") from None
