@@ -64,17 +64,21 @@ def test_bad_arguments_are_refused_before_anything_is_sampled_or_written(
 
 
 def test_every_round_has_its_own_seed(monkeypatch):
+    """The seed of the data order, of torch's generator (dropout), and of the samples."""
     seeds, train = [], SFTTrainer.train
-    monkeypatch.setattr(
-        SFTTrainer, "train", lambda self: seeds.append(self.config.seed) or train(self)
-    )
+
+    def noted(self):
+        seeds.append((self.config.seed, torch.initial_seed()))
+        return train(self)
+
+    monkeypatch.setattr(SFTTrainer, "train", noted)
 
     def tell_apart(prompts, responses):
         return [float(sum(7**i * token for i, token in enumerate(ids))) for ids in responses]
 
     history, _ = run_rft(rounds=3, lr=1e-12, seed=5, reward=tell_apart)
-    assert seeds == [6, 7, 8]  # of the data's order
-    assert len({line["objective/scores"] for line in history}) == 3  # and of the samples
+    assert seeds == [(6, 6), (7, 7), (8, 8)]
+    assert len({line["objective/scores"] for line in history}) == 3
 
 
 class Stop(Exception):
