@@ -133,7 +133,7 @@ def _run_of(path: Path, header: dict[str, str]) -> dict[str, Any]:
             )
     steps, total = run["steps_done"], run.get("total_steps", run["steps_done"])
     if not 0 <= steps <= total:
-        raise ValueError(f"{path}: damaged: steps_done is {steps!r:.40}, of {total!r:.40}")
+        raise ValueError(f"{path}: damaged: steps_done is {steps!r:.40}, of {total!r:.40} steps")
     return run
 
 
@@ -222,7 +222,7 @@ def check_settings(
         top = name.split(".")[0]
         if top not in free and (top in then or top not in ADDED):
             raise ValueError(
-                f"{path}: {what} with {name}={old!r}, this run has {new!r}. Resume with the old "
+                f"{path}: {what} with {name}={old!r:.100}, this run has {new!r:.100}. Resume with the old "
                 f"value, or start a new run{DATED * (top == 'template_dates')}"
             )
 
@@ -242,11 +242,11 @@ def description(
     """What a run depends on beside its options, weights and data, as settings in JSON.
 
     Args:
-        models: all that take part; an ensemble counts as its models.
+        models: all that take part; an ensemble counts as its models. Bare adapters are ignored.
         scorer: a `Scorer` or `JudgeScorer`.
     """
     parts = [part for model in models for part in getattr(model, "models", [model])]
-    parts = list({id(part): part for part in parts}.values())
+    parts = list({id(part): part for part in parts if hasattr(part, "config")}.values())
     dates = getattr(tokenizer, "template_dates", None)
     settings = {
         "models": {f"{i} {type(x).__name__}": _model_settings(x) for i, x in enumerate(parts)},
