@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_core.data.collate import left_pad
+from rlhf_core.data.collate import left_pad, unknown_id
 from rlhf_core.generation import generate
 from rlhf_core.models import Transformer, ValueModel
 from rlhf_core.models.transformer import TrunkModel, in_chunks
@@ -70,6 +70,9 @@ def sample(
     """
     if not (top_k is top_p is min_p is None):
         _warn_of_truncation()
+    for i, prompt in enumerate(prompts):
+        if fault := unknown_id(prompt, model.config.vocab_size):
+            raise ValueError(f"prompt {i} {fault}")
     prompt_ids, prompt_mask = (
         x.to(model.device) for x in left_pad(prompts, model.config.pad_id or 0)
     )

@@ -19,6 +19,7 @@ import torch
 
 from rlhf_core import locks
 from rlhf_core.data import encode_prompt, load_tokenizer, read_prompts
+from rlhf_core.data.collate import unknown_id
 from rlhf_core.files import check_writable
 from rlhf_core.models import Transformer, load_reward
 from rlhf_core.models.heads import AGGREGATES
@@ -128,6 +129,13 @@ def add_skip_bad(parser: ArgumentParser) -> None:
     parser.add_argument("--skip-bad", action="store_true", help=help)
 
 
+def known(item: Any, model: Any) -> Any:
+    """An example or the ids of a prompt. ValueError if they have an id that the model does not."""
+    if fault := unknown_id(item, model.config.vocab_size):
+        raise ValueError(f"the encoded row {fault}")
+    return item
+
+
 def read(reader: Callable, path: Path, arguments: Namespace, encode: Callable) -> list:
     """The encoded rows of a file; reports lines that --skip-bad drops."""
     dropped = []
@@ -214,7 +222,7 @@ def prompted(arguments: Namespace, config: Options) -> tuple[Transformer, list, 
     tokenizer = load_tokenizer(arguments.model, arguments.template_date)
     device = device_of(arguments)
     model = Transformer.from_pretrained(arguments.model).to(device)
-    encode = lambda prompt: (prompt, encode_prompt(prompt, tokenizer))  # noqa: E731
+    encode = lambda prompt: (prompt, known(encode_prompt(prompt, tokenizer), model))  # noqa: E731
     rows = read(read_prompts, arguments.prompts, arguments, encode)
     eos_ids = eos_ids_of(arguments, model, tokenizer)
     reward = _reward_of(arguments, device)

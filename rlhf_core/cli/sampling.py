@@ -72,7 +72,7 @@ def run_generate(arguments: Namespace) -> None:
     prompts = arguments.prompt
     if arguments.chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    prompts = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    prompts = [shared.known(encode_prompt(prompt, tokenizer), model) for prompt in prompts]
     prompt_ids, attention_mask = (x.to(device) for x in left_pad(prompts, tokenizer.pad_id))
     response = generate(
         model,

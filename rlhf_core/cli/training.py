@@ -205,7 +205,7 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
         cut = []
 
         def encode(row):
-            example = method.encode(row, tokenizer, max_length)
+            example = shared.known(method.encode(row, tokenizer, max_length), model)
             # A row that fills max_length was cut if it would be longer with more room.
             if length(example) == max_length:
                 cut.append(length(method.encode(row, tokenizer, max_length + 1)) > max_length)
@@ -261,7 +261,7 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
     _add_adapters(model, arguments)
     if getattr(arguments, "ptx_data", None) is not None:
         limit, tokenizer = model.config.max_positions, options["tokenizer"]
-        encode = lambda text: encode_text(text, tokenizer, limit)  # noqa: E731
+        encode = lambda text: shared.known(encode_text(text, tokenizer, limit), model)  # noqa: E731
         options["ptx_examples"] = shared.read(read_texts, arguments.ptx_data, arguments, encode)
     prompts, options["out"] = [ids for _, ids in rows], arguments.out
     if isinstance(method.train, type):

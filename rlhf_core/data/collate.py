@@ -140,6 +140,28 @@ def misfit(example: Example | Pair | Ranked | Steps) -> str | None:
     return next((f"has label {label!r}, which is not in [0, 1]" for label in wrong), None)
 
 
+def unknown_id(
+    example: Example | Pair | Ranked | Steps | Sequence[int], vocab_size: int
+) -> str | None:
+    """Describe the first token id, of an example or a prompt, that a model does not have, or None.
+
+    Args:
+        vocab_size: Number of ids of the model, from 0 on.
+    """
+    rows = [example]
+    if isinstance(example, Example | Pair | Ranked | Steps):
+        prompt, completions, _ = as_group(example)
+        rows = [prompt, *completions]
+    for ids in rows:
+        if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:
+            bad = next(i for i in ids if not 0 <= i < vocab_size)
+            return (
+                f"has token id {bad}, but the model has ids 0 to {vocab_size - 1}: the tokenizer "
+                "belongs to another model"
+            )
+    return None
+
+
 def as_group(
     example: Example | Pair | Ranked | Steps,
 ) -> tuple[list[int], list[list[int]], list[list[bool] | None]]:

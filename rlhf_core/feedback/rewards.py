@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_core.data import Example, Tokenizer, collate, step_ends
 from rlhf_core.data.batches import to_device
+from rlhf_core.data.collate import unknown_id
 from rlhf_core.models import EnsembleReward, RewardModel, Transformer
 
 Reward = RewardModel | EnsembleReward | Callable[[list, list], Sequence[float | Sequence[float]]]
@@ -147,10 +148,15 @@ class Scorer:
     ) -> Tensor:
         masks = [step_ends(ids, self.tokenizer) if self.of_steps else None for ids in responses]
         examples = [Example(*row) for row in zip(prompts, responses, masks)]
+        vocab_size = model.config.vocab_size  # may differ from the policy's by its padding
+        for i, example in enumerate(examples):
+            if fault := unknown_id(example, vocab_size):
+                raise ValueError(f"row {i} to score {fault}")
+        pad_id = self.pad_id if self.pad_id < vocab_size else 0
         size, device = self.batch_size or len(examples), next(model.parameters()).device
         parts = []
         for start in range(0, len(examples), size):
-            tokens = to_device(collate(examples[start : start + size], self.pad_id), device)
+            tokens = to_device(collate(examples[start : start + size], pad_id), device)
             if self.of_steps:
                 parts.append(F.logsigmoid(model.token_scores(tokens)))
             else:

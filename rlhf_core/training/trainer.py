@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rlhf_core.data import TokenBatch, Tokenizer, collate
 from rlhf_core.data.batches import to_device
-from rlhf_core.data.collate import length, misfit
+from rlhf_core.data.collate import length, misfit, unknown_id
 from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import RewardError, Scorer
 from rlhf_core.locks import check_one_process, hold
@@ -130,10 +130,14 @@ class Trainer:
         """
         if kinds:
             self.check_kinds(name, examples, kinds)
-            for i, example in enumerate(examples):
-                fault = misfit(example) or self._excess(length(example)) or self.fault(example)
-                if fault:
-                    raise ValueError(f"{name} {i} {fault}")
+        vocab_size = self.model.config.vocab_size
+        for i, example in enumerate(examples):
+            fault = unknown_id(example, vocab_size)
+            if kinds:
+                fault = misfit(example) or fault or self._excess(length(example))
+                fault = fault or self.fault(example)
+            if fault:
+                raise ValueError(f"{name} {i} {fault}")
 
     def check_kinds(self, name: str, examples: Sequence, kinds: tuple[type, ...]) -> None:
         """Raise ValueError for the first example of another type."""
