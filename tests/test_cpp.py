@@ -117,6 +117,7 @@ def test_best_isa_is_the_default():
     assert os.environ.get("RLHF_CORE_CPU_ISA") or cpp.isa() == ISAS[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS[:-1])  # this process tests the best one
 def test_other_isas_match_float64(isa):
     ops = ("kl", "gae", "policy_loss", "decode_attention", "sampling", "rms_norm")
@@ -132,6 +133,7 @@ raise SystemExit(pytest.main([*{files!r}, "-q", "-p", "no:cacheprovider", "-k", 
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_impossible_isa_names_the_possible_ones():
     result = in_isa("avx9000", "import rlhf_core.cpp as cpp; cpp.isa()")
     assert "ValueError" in result.stderr
@@ -439,6 +441,7 @@ def neon_rows(tmp_path_factory):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_neon_isa_matches_float64(neon_rows, dtype):
     for V in (1, 7, 129, 5000):

@@ -1,5 +1,7 @@
 """rms_norm on every backend against float64. Training must never use the fused code."""
 
+import itertools
+
 import pytest
 import torch
 from op_helpers import assert_as_accurate
@@ -16,15 +18,16 @@ def truth(x, weight):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("D", [1, 3, 8, 15, 16, 17, 64, 100, 4096])
-def test_rows_of_any_width_match_float64(backend, D, dtype):
-    for scale in (1e-2, 1, 30):  # eps dominates, or does not matter
+def test_rows_of_any_width_match_float64(backend, dtype):
+    # Widths below, at and above a vector of 4, 8 or 16 elements, and many vectors.
+    for D, scale in itertools.product((1, 3, 8, 15, 16, 17, 64, 100, 4096), (1e-2, 1, 30)):
+        # At the smallest scale eps dominates, at the largest it does not matter.
         x, weight = (torch.randn(5, D) * scale).to(dtype), torch.randn(D).to(dtype)
         out = rms_norm(x, weight, EPS, backend=backend)
-        want = truth(x, weight)
         other = rms_norm(x, weight, EPS, backend="reference")
         assert out.shape == x.shape and out.is_contiguous()
-        assert_as_accurate(out, other, want, "value" if dtype == torch.float32 else dtype)
+        kind = "value" if dtype == torch.float32 else dtype
+        assert_as_accurate(out, other, truth(x, weight), kind)
 
 
 def test_strides_do_not_matter(backend):
@@ -32,6 +35,14 @@ def test_strides_do_not_matter(backend):
     for view in (x[:, :20], x[::2, 20:], x[:, ::2], x[:1, :20].expand(7, 20)):
         got = rms_norm(view, weight, EPS, backend=backend)
         assert torch.equal(got, rms_norm(view.contiguous(), weight, EPS, backend=backend))
+
+
+def test_inputs_that_the_kernel_does_not_take_go_to_torch(backend):
+    x, weight = torch.randn(2, 3, 8), torch.randn(8)
+    want = torch.nn.functional.rms_norm(x, (8,), weight, EPS)
+    assert torch.equal(rms_norm(x, weight, EPS, backend=backend), want)
+    mixed = rms_norm(x[0].bfloat16(), weight, EPS, backend=backend)
+    assert torch.equal(mixed, torch.nn.functional.rms_norm(x[0].bfloat16(), (8,), weight, EPS))
 
 
 def test_a_gradient_is_that_of_torch(backend):

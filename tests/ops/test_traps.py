@@ -170,7 +170,9 @@ def test_every_op_works_in_a_thread_of_autograds_own(backend):
         torch.testing.assert_close(x, everything(*op_call(name, backend)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_numbers_that_change_under_torch_compile_leave_results_float32(compiler):
     if not backends.status()[1].available:
         pytest.skip(backends.status()[1].reason)
@@ -317,6 +319,7 @@ def same(a, b):
 """
 
 
+@pytest.mark.slow
 def test_two_threads_import_and_use_the_library_at_once():
     python(f"""{WORK}
 start, results = threading.Barrier(2), [[], []]
@@ -357,6 +360,7 @@ sys.exit("the child hangs")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("threads, used", [(2, 0), (1, 1), (2, 1)])
 def test_a_forked_child_computes(threads, used):
