@@ -93,13 +93,13 @@ class Scorer:
         """What rewards these are, as JSON, by which a resumed run finds that one has changed."""
         described = {"of_steps": self.of_steps}
         for i, (reward, weight) in enumerate(self.rewards):
-            if isinstance(reward, EnsembleReward):
-                options = {"ensemble": reward.aggregate, "coef": reward.coef}
-                described[str(i)] = {"models": len(reward.models), **options, "weight": weight}
-            elif isinstance(reward, RewardModel):
-                described[str(i)] = {"models": 1, "weight": weight}
+            if isinstance(reward, RewardModel | EnsembleReward):
+                options = {name: getattr(reward, name, None) for name in ("aggregate", "coef")}
+                parts = {"models": len(getattr(reward, "models", [reward])), **options}
+                parts = {"name": type(reward).__name__, **parts}
             else:
-                described[str(i)] = {**describe_function(reward), "weight": weight}
+                parts = describe_function(reward)
+            described[str(i)] = {**parts, "weight": weight}
         return described
 
     def check_vocabulary(self, policy: Transformer) -> None:
@@ -259,7 +259,7 @@ def describe_function(function: Callable) -> dict[str, Any]:
         digest = hashlib.sha256(source).hexdigest()
     except (OSError, TypeError):
         digest = None
-    return {"function": f"{module}.{named.__qualname__}", "source": digest}
+    return {"name": f"{module}.{named.__qualname__}", "source": digest}
 
 
 def _per_token(rewards: Tensor, responses: list[list[int]]) -> Tensor:

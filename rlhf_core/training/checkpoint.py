@@ -249,8 +249,8 @@ def description(
     parts = list({id(part): part for part in parts if hasattr(part, "config")}.values())
     dates = getattr(tokenizer, "template_dates", None)
     settings = {
-        "models": {f"{i} {type(x).__name__}": _model_settings(x) for i, x in enumerate(parts)},
         "feedback": None if scorer is None else scorer.describe(),
+        "models": {f"{i} {type(x).__name__}": _model_settings(x) for i, x in enumerate(parts)},
         "tokenizer": None if tokenizer is None else _tokenizer_digest(tokenizer),
         "template_dates": dates or None,
     }
@@ -271,7 +271,7 @@ def _model_settings(model: nn.Module) -> dict[str, Any]:
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
     """SHA-256 of the class and the files of a tokenizer, its chat template included."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
+        tokenizer.save(Path(folder))
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         parts = [part for path in files for part in (path.name, path.read_bytes().hex())]
     return digest(type(tokenizer).__name__, *parts)

@@ -159,7 +159,10 @@ def finished(tmp_path_factory):
         (dict(prompts=PROMPTS[1:]), "started with digests.prompts="),
         (dict(eos_ids=(2,)), "started with digests.eos_ids="),
         (dict(model=tiny(seed=1, dropout=0.1)), "started with digests.model="),
-        (dict(reward=tiny(RewardModel, seed=1)), r"started with models\.1 RewardModel=None"),
+        (
+            dict(reward=tiny(RewardModel, seed=1)),
+            "name='helpers.fives', this run has 'RewardModel'",
+        ),
     ],
     ids=str,
 )
