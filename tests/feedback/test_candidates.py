@@ -72,12 +72,10 @@ def test_options_of_sampling_reach_the_sampler():
     assert all(len(ids) == 1 for texts in sampled(eos_ids=range(12)).responses for ids in texts)
 
 
-def test_a_prompt_too_long_loses_its_start_and_keeps_its_bos():
-    found = sampled([[1, 3, 4, 5, 6, 7]], max_length=10, model=tiny(bos_id=1))
-    assert found.prompts == [[1, 5, 6, 7]]
-    with pytest.raises(ValueError, match="response_length 6 leaves no "):
+def test_a_response_must_leave_room_for_a_prompt():
+    with pytest.raises(ValueError, match="response_length 6 leaves no room for a prompt"):
         sampled(max_length=6)
-    with pytest.raises(ValueError, match="response_length 32 leaves no "):
+    with pytest.raises(ValueError, match="response_length 32 leaves no room for a prompt"):
         sampled(response_length=32)
 
 
@@ -110,3 +108,43 @@ def test_best_of_n_scores_as_the_curve_of_other_samples_predicts():
 def test_a_call_without_prompts_is_refused():
     with pytest.raises(ValueError, match="there are no prompts to sample responses to"):
         sampled([])
+
+
+def test_equal_responses_are_no_pair_whatever_they_score():
+    """Neither chance in a reward nor the last bit of a score makes a preference."""
+    equal = [[5, 2], [5, 2]]
+    ulp = 1 + 2**-23
+    scores = torch.tensor([[0.1, 0.9], [1.0, ulp], [1000.0, 1000.0005], [0.0, 1e-9]])
+    found = Candidates([[7]] * 4, [equal, [[5], [6]], [[5], [6]], [[5], [6]]], scores)
+    assert found.margins()[1:3].tolist() == [0, 0] and found.margins()[3] > 0
+    calls = []
+
+    def chance(prompts, responses):
+        calls.append(list(responses))
+        return [len(calls) + i for i, _ in enumerate(responses)]
+
+    model = tiny(max_positions=32)
+    greedy = sampled([[7], [8]], chance, model=model, num_samples=4, temperature=1e-4)
+    assert not greedy.pairs() and not greedy.margins().any()
+    for responses in calls:
+        assert len(set(map(tuple, responses))) == len(responses)
+
+
+@pytest.mark.parametrize("mode", ["drop", "truncate", "error"])
+def test_prompts_without_room_are_dropped_cut_or_refused_and_counted(mode):
+    prompts = [[7, 8], [1, 3, 4, 5, 6, 7], [9], [1, 4, 5, 6, 7, 8, 9]]
+    options = dict(max_length=10, model=tiny(bos_id=1), on_long_prompt=mode)
+    message = "2 of 4 prompts have more than 4 tokens; the longest is prompt 3 with 7"
+    if mode == "error":
+        with pytest.raises(ValueError, match=message):
+            sampled(prompts, **options)
+        return
+    with pytest.warns(UserWarning, match=message):
+        found = sampled(prompts, **options)
+    cut = [[1, 5, 6, 7], [1, 7, 8, 9]]
+    assert found.prompts == ([[7, 8], [9]] if mode == "drop" else [[7, 8], cut[0], [9], cut[1]])
+
+
+def test_prompts_that_are_all_too_long_are_refused():
+    with pytest.raises(ValueError, match="2 of 2 prompts have more than 4 tokens"):
+        sampled([[7] * 5, [8] * 6], max_length=10)

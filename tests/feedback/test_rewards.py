@@ -201,7 +201,7 @@ def test_a_reward_model_of_another_vocabulary_is_refused():
     with pytest.raises(ValueError, match=sizes):
         Scorer(rewards).check_vocabulary(policy)
     with pytest.raises(ValueError, match=sizes):
-        GRPOTrainer(policy, PROMPTS, GRPOConfig(), reward=rewards)
+        GRPOTrainer(policy, PROMPTS, GRPOConfig(response_length=4), reward=rewards)
     with pytest.raises(ValueError, match="reward model 0"):
         best_of_n(
             policy,

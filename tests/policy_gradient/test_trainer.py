@@ -35,14 +35,21 @@ from rlhf_core.training.metrics import Metrics
 # ---- sampling and scoring
 
 
-def test_a_long_prompt_loses_its_start():
-    ((rollout, _),) = captured(max_prompt_length=2)
-    assert sorted(rollout.prompts()) == sorted(prompt[-2:] for prompt in PROMPTS)
+@pytest.mark.parametrize("limit", [dict(max_prompt_length=2), dict(response_length=30)])
+def test_prompts_without_room_are_dropped_or_truncated(limit):
+    """The model has 32 positions."""
+    message = "3 of 8 prompts have more than 2 tokens; the longest is prompt 0 with 4"
+    with pytest.warns(UserWarning, match=message):
+        ((rollout, _),) = captured(**limit)
+    assert sorted(rollout.prompts()) == sorted(ids for ids in PROMPTS if len(ids) < 3)
+    with pytest.warns(UserWarning, match=message):
+        ((rollout, _),) = captured(on_long_prompt="truncate", **limit)
+    assert sorted(rollout.prompts()) == sorted(ids[-2:] for ids in PROMPTS)
+    with pytest.raises(ValueError, match=message):
+        captured(on_long_prompt="error", **limit)
 
 
-def test_a_prompt_leaves_room_for_the_response():
-    ((rollout, _),) = captured(response_length=30)  # of 32 positions
-    assert sorted(rollout.prompts()) == sorted(prompt[-2:] for prompt in PROMPTS)
+def test_a_response_must_leave_room_for_a_prompt():
     with pytest.raises(ValueError, match="response_length 32 leaves no room for a prompt"):
         make_ppo(response_length=32)
 
@@ -521,7 +528,7 @@ def captured(**options):
     trainer, seen = make_ppo(**options), []
     losses = trainer.minibatch_losses
     trainer.minibatch_losses = lambda *arguments: seen.append(arguments[:2]) or losses(*arguments)
-    trainer.step(PROMPTS)
+    trainer.step(trainer.examples)
     return seen
 
 
@@ -539,9 +546,9 @@ def test_the_passes_stop_early_above_max_approx_kl():
         options = dict(minibatch_size=4, ppo_epochs=4, lr=5e-2, max_approx_kl=max_approx_kl)
         trainer, steps = make_ppo(**options), []
         optimize = trainer.optimize
-        trainer.optimize = lambda losses: steps.append(1) or optimize(losses)
+        trainer.optimize = lambda *args: steps.append(optimize(*args)) or steps[-1]
         trainer.step(PROMPTS)
-        return len(steps)
+        return len([norm for norm in steps if norm is not None])
 
     assert updates(None) == 8 and 1 < updates(1e-3) < 8
 
@@ -650,3 +657,68 @@ def test_arguments_that_contradict_each_other_are_refused(options, others, messa
 def test_the_policy_without_its_adapters_cannot_follow_it():
     with pytest.raises(ValueError, match="the policy without adapters cannot follow it"):
         make_ppo(adapted(), reference_ema=0.9)
+
+
+# ---- what is reported and where the passes stop
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum"])
+def test_the_loss_that_is_optimised_is_logged_with_its_parts(aggregation, micro_batch_size):
+    trainer = make_ppo(
+        aggregation=aggregation,
+        micro_batch_size=micro_batch_size,
+        kl_in="loss",
+        kl_coef=0.3,
+        entropy_coef=0.2,
+        ptx_coef=0.5,
+        vf_coef=0.7,
+        others=dict(ptx_examples=[Example([7], [5, 2])]),
+    )
+    losses = []
+    optimize = trainer.optimize
+
+    def recorded(parts, accept):
+        parts = list(parts)
+        losses.append(sum(float(part) for part in parts))
+        return optimize(iter(parts), accept)
+
+    trainer.optimize = recorded
+    report = trainer.step(PROMPTS)
+    assert report["loss"] == pytest.approx(losses[0], rel=1e-5)
+    parts = (
+        report["loss/policy_avg"]
+        + 0.7 * report["loss/value_avg"]
+        + 0.3 * report["loss/kl"]
+        - 0.2 * report["loss/entropy"]
+        + 0.5 * report["loss/ptx"]
+    )
+    assert report["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_parts_that_do_not_count_are_not_logged():
+    report = make_ppo().step(PROMPTS)
+    assert not {"loss/kl", "loss/entropy", "loss/ptx"} & set(report)
+    total = report["loss/policy_avg"] + 0.1 * report["loss/value_avg"]
+    assert report["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_the_passes_stop_before_the_step_beyond_max_approx_kl():
+    """The weights are those of the steps within it; the minibatch beyond it is in the metrics."""
+    settings = dict(ppo_epochs=4, lr=0.05, minibatch_size=8)
+    limited = make_ppo(max_approx_kl=1e-4, **settings)
+    report = limited.step(PROMPTS)
+    once = make_ppo(**settings | dict(ppo_epochs=1))
+    once.step(PROMPTS)
+    want = snapshot(once.model)
+    assert all(torch.equal(x, want[name]) for name, x in snapshot(limited.model).items())
+    assert report["policy/approxkl_avg"] > 1e-4
+
+
+def test_weight_decay_spares_norms_and_biases():
+    trainer = make_ppo(weight_decay=0.5, lr=1e-3, max_grad_norm=1e-9)
+    decayed = {
+        id(p) for g in trainer.optimizer.param_groups if g["weight_decay"] for p in g["params"]
+    }
+    for name, weight in trainer.model.named_parameters():
+        assert (id(weight) in decayed) == (weight.ndim > 1), name
