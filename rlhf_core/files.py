@@ -226,11 +226,20 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def parse_json(text: str):
-    """The JSON value in a text. Raises ValueError if it is malformed or nested too deeply."""
+    """The JSON value in a text. Raises ValueError if it is malformed or nested too deeply.
+
+    Whole numbers have at most 300 digits, so that all of them are also finite floats.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("not valid JSON: nested too deeply") from None
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"not valid JSON: a number of {len(digits)} digits, {digits[:20]}...")
+    return int(digits)
 
 
 def read_json(path: str | os.PathLike):

@@ -65,7 +65,7 @@ def load(
             if name not in stored:
                 is_lm = ours == "score.weight"
                 hint = " (a causal language model, not a reward model)" if is_lm else ""
-                raise ValueError(f"{path}: no tensor {name!r}{hint}")
+                raise ValueError(f"{path}: no tensor {name!r}{hint}, which config.json asks for")
             if stored[name].shape != part.shape:
                 shapes = f"{stored[name].shape}, config.json says {tuple(part.shape)}"
                 raise ValueError(f"{stored[name].file}: {name} has shape {shapes}")
