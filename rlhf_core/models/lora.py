@@ -16,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,14 +86,14 @@ class LoRAConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {short(self.dropout)}")
         targets = self.target_modules
-        if isinstance(targets, str) or not isinstance(targets, Iterable):
-            targets = [targets]
+        targets = targets if isinstance(targets, list | tuple | set | frozenset) else [targets]
         if not targets or not all(isinstance(target, str) and target for target in targets):
             raise ValueError(f"target_modules must be names, got {short(self.target_modules)}")
         if not isinstance(self.rslora, bool):
             raise ValueError(f"rslora must be true or false, got {short(self.rslora)}")
-        if not isinstance(self.base, str | None):
-            raise ValueError(f"base must be a folder or a name, got {short(self.base)}")
+        base = self.base
+        if base is not None and (not isinstance(base, str) or not 0 < len(base) <= MAX_PATTERN):
+            raise ValueError(f"base must be a folder or a name, got {short(base)}")
 
     @property
     def scale(self) -> float:
@@ -298,7 +298,10 @@ def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
         reason = f"; {pickle.name} is a pickle, which can run code on loading: convert it first"
         raise FileNotFoundError(f"{file}: no such file{reason if pickle.is_file() else ''}")
     found = stored_tensors(file)
-    targets = _targets(model, config.target_modules)
+    try:
+        targets = _targets(model, config.target_modules)
+    except ValueError as error:
+        raise ValueError(f"{Path(path) / CONFIG_FILE}: {error}") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in _head(model).items()}
     if shapes and f"{_SCORE}bias" in found:
         shapes[f"{_SCORE}bias"] = (1,)
@@ -366,7 +369,7 @@ def read_adapter_config(path: str | os.PathLike) -> LoRAConfig:
     others = set(saved) - {"score", "classifier"}
     if others:
         raise ValueError(
-            f"{file}: modules_to_save with {min(others)!r} is not supported, only 'score'"
+            f"{file}: modules_to_save with {short(min(others))} is not supported, only 'score'"
         )
     for name in ("peft_type", "r", "lora_alpha", "target_modules"):
         if name not in fields:
@@ -402,7 +405,7 @@ def _targets(model: nn.Module, wanted: str | Sequence[str]) -> set[str]:
         if not hits:
             there = ", ".join(sorted(set(map(_last, names))))
             raise ValueError(
-                f"target_modules: the model has no module {target!r} to adapt, only {there}"
+                f"target_modules: the model has no module {short(target)} to adapt, only {there}"
             )
     return set.union(*found.values())
 

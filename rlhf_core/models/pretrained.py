@@ -42,7 +42,12 @@ class Pretrained:
             )
         if cls.is_language_model and lora.is_reward_model(source):
             raise ValueError(f"{source}: adapters of a reward model, not of a language model")
-        model = cls._load_base(model_folder(base), dtype)
+        try:
+            folder = model_folder(base)
+        except OSError as error:
+            file = Path(source) / lora.CONFIG_FILE
+            raise FileNotFoundError(f"{file}: base_model_name_or_path: {error}") from None
+        model = cls._load_base(folder, dtype)
         lora.load_adapters(model, source)
         return model.eval()
 
