@@ -34,7 +34,7 @@ class Replacement:
     def __init__(self, folder: str | os.PathLike):
         self.folder = self.current = Path(folder)
         self.new: dict[Path, tuple[Path, BinaryIO]] = {}
-        self.stale: list[Path] = []
+        self.stale: dict[Path, int] = {}  # where in the order of moves each of them goes
 
     def open(self, name: str) -> BinaryIO:
         """Return a new file, which will replace `name`."""
@@ -46,9 +46,12 @@ class Replacement:
                 os.chmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
         return file
 
-    def remove(self, *names: str) -> None:
-        """Remove these files too, if they exist and are not replaced."""
-        self.stale += [self.folder / name for name in names]
+    def remove(self, *names: str, first: bool = False) -> None:
+        """Remove these files too, if they exist and are not replaced.
+
+        first: Before all others, because readers refuse the folder without them.
+        """
+        self.stale |= {self.folder / name: 0 if first else -1 for name in names}
 
     def __enter__(self) -> Replacement:
         with naming(self.folder):
@@ -76,25 +79,30 @@ class Replacement:
             file.flush()
             os.fsync(file.fileno())
         new = {path: temporary for path, (temporary, _) in self.new.items()}
-        stale = [path for path in self.stale if path not in new]
-        stale = [path for path in stale if path.is_file() or path.is_symlink()]
+        stale = [path for path in self.stale if path.is_file() or path.is_symlink()]
+        stale = [path for path in stale if path not in new]
         changed = {path: new[path] for path in new if len(new) == 1 or not _alike(path, new[path])}
-        old = [path for path in reversed(new) if os.path.lexists(path)]
-        several = len(changed) + len(stale) > 1
-        aside = {path: _temporary_name(self.folder, ".old") for path in (*old * several, *stale)}
-        moves = [(path, path, aside[path]) for path in old * several]
-        moves += [(path, new[path], path) for path in (new if several else changed)]
+        old = [path for path in new if os.path.lexists(path)]
+        aside = lambda path: (path, path, _temporary_name(self.folder, ".old"))  # noqa: E731
+        moves = [(path, new[path], path) for path in changed]  # which file, from where to where
+        if new and len(changed) + len(stale) > 1:
+            *others, last = new
+            moves = [aside(last)] * (last in old)
+            for path in (*others, last):
+                moves += [aside(path)] * (path in old and path != last)
+                moves.append((path, new[path], path))
         for path in stale:
-            moves.insert(-1, (path, path, aside[path]))  # before the file that comes back last
+            moves.insert(self.stale[path], aside(path))
         try:
             for self.current, source, target in moves:
                 os.replace(source, target)
         except BaseException:
-            for path in new.keys() - set(old):
-                path.unlink(missing_ok=True)
-            for path, kept in reversed(aside.items()):
-                if os.path.lexists(kept):
-                    os.replace(kept, path)
+            for path, source, kept in reversed(moves):
+                with contextlib.suppress(OSError):  # a move that was not made
+                    if source == path:
+                        os.replace(kept, path)
+                    elif path not in old:
+                        path.unlink()
             raise
         if len(self.new) + len(self.stale) > 1:
             _remove_leftovers(self.folder, ".old")

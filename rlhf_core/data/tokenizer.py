@@ -95,7 +95,7 @@ class ByteTokenizer:
     def save(self, path: str | os.PathLike) -> None:
         """Write tokenizer_config.json. A tokenizer.json goes, because readers would prefer it."""
         with Replacement(path) as files:
-            files.remove("tokenizer.json")
+            files.remove("tokenizer.json", first=True)
             dump_json(files.open("tokenizer_config.json"), {"tokenizer_class": type(self).__name__})
 
 

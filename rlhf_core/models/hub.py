@@ -146,7 +146,8 @@ def save(
         name: file.format(i, len(shards)) for i, names in enumerate(shards, 1) for name in names
     }
     with Replacement(path) as files:
-        files.remove(*stale_adapters(path), *_stale_weights(path))
+        files.remove(*stale_adapters(path), first=not (path / "config.json").exists())
+        files.remove(*_stale_weights(path))
         if _ends_elsewhere(path / "generation_config.json", config):
             files.remove("generation_config.json")
         for names in shards:
