@@ -34,8 +34,9 @@ NAME, ERROR_NAME = "checkpoint", "checkpoint-error"
 FREE = {"log_every", "eval_every", "save_every", "reference_logprobs"}
 # ... or only through the slope of a linear schedule, which gives a warning.
 LENGTH = {"epochs", "max_steps"}
-# Entries that older checkpoints and rounds lack; they are then not compared.
-ADDED = {"digests", "models", "feedback", "tokenizer", "template_dates"}
+MISSING = object()
+# Entries in which a missing part is a difference.
+DESCRIBED = {"digests", "models", "feedback", "tokenizer", "template_dates"}
 DATED = (
     ". The chat template writes today's date into the examples: pass the date of the first run as "
     "--template-date YYYY-MM-DD, or as template_date of load_tokenizer"
@@ -153,7 +154,7 @@ def _check_tensors(
         expected |= moments | {f"weight:{name}": parameter}
         needed |= {f"weight:{name}"} | (moments.keys() if moments.keys() & stored.keys() else set())
     for name in sorted(needed - stored.keys()):
-        raise ValueError(f"{path}: there is no tensor {name!r}, which this run needs")
+        raise ValueError(f"{path}: tensor {name!r} is missing")
     for name, x in stored.items():
         if name not in expected:
             if name in OPTIONAL:
@@ -216,11 +217,14 @@ def check_settings(
 ) -> None:
     """Raise ValueError for the first setting that differs, by its path in nested settings.
 
-    Settings in `free` may differ. Those in ADDED may be missing from `then`.
+    Settings in `free` may differ. Options and descriptions that an older version lacked are not
+    compared.
     """
     for name, old, new in _differences(then, now):
         top = name.split(".")[0]
-        if top not in free and (top in then or top not in ADDED):
+        newer = old is MISSING and name != "algorithm" and not (top in then and top in DESCRIBED)
+        if top not in free and not newer:
+            old = None if old is MISSING else old
             raise ValueError(
                 f"{path}: {what} with {name}={old!r:.100}, this run has {new!r:.100}. Resume with the old "
                 f"value, or start a new run{DATED * (top == 'template_dates')}"
@@ -229,7 +233,7 @@ def check_settings(
 
 def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     for name in old | new:
-        a, b = old.get(name), new.get(name)
+        a, b = old.get(name, MISSING), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _differences(a, b, f"{prefix}{name}.")
         elif a != b:
@@ -239,7 +243,7 @@ def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, 
 def description(
     models: Sequence[nn.Module], tokenizer: Tokenizer | None, scorer: Any = None
 ) -> dict[str, Any]:
-    """What a run depends on beside its options, weights and data, as settings in JSON.
+    """What a run depends on apart from its options, weights and data, as settings in JSON.
 
     Args:
         models: all that take part; an ensemble counts as its models. Bare adapters are ignored.

@@ -147,7 +147,7 @@ def test_a_missing_or_unknown_tensor_is_refused_by_its_name(trained, refused):
     del run["tensors"]
     for name in one_of_each_kind(tensors):
         rest = {other: x for other, x in tensors.items() if other != name}
-        refused(run, rest, f"there is no tensor {name!r}, which this run needs")
+        refused(run, rest, f"tensor {name!r} is missing")
     for name in ("exp_avg:0.nothing", "weight:9.trunk", "max_exp_avg_sq:0.trunk.norm.weight", "x"):
         more = tensors | {name: torch.zeros(2)}
         refused(run, more, f"tensor {name!r} belongs to nothing in this run")
@@ -183,7 +183,7 @@ def test_a_checkpoint_of_an_older_version_still_loads(trained, tmp_path):
     make, out = trained
     run, tensors = parts_of(out)
     del run["tensors"]
-    run["settings"] = {k: v for k, v in run["settings"].items() if k not in checkpoint.ADDED}
+    run["settings"] = {k: v for k, v in run["settings"].items() if k not in checkpoint.DESCRIBED}
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     write_tensors(tmp_path / "checkpoint", tensors, {"run": json.dumps(run)})
     trainer = make(tmp_path)
@@ -244,7 +244,7 @@ def test_more_steps_done_than_the_run_has_are_refused(sft_run, refused_by_sft):
     refused_by_sft(run | {"steps_done": 3}, tensors, words)
 
 
-# ---- the metrics beside it
+# ---- metrics
 
 
 @pytest.mark.parametrize(
