@@ -40,6 +40,11 @@ def assert_as_accurate(got, reference, truth, kind="value"):
     )
 
 
+def interpreted(backend):
+    """Whether the backend is Triton's interpreter, a thousand times slower than the others."""
+    return backend == "triton" and not torch.cuda.is_available()
+
+
 def poison_uninitialised_memory(monkeypatch):
     """A kernel that forgets to write an output must not find zeros there."""
 

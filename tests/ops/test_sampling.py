@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from op_helpers import assert_as_accurate
+from op_helpers import assert_as_accurate, interpreted
 from torch.testing import assert_close
 
 from rlhf_core import sample_tokens, token_logprobs
@@ -22,11 +22,6 @@ TRUNCATIONS = [
     dict(top_k=40, top_p=0.95, min_p=0.02),
 ]
 ROUNDING = 2e-6  # relative error of float32 sums of a row's mass
-
-
-def interpreted(backend):
-    """Triton's interpreter takes a thousand times longer than the other backends."""
-    return backend == "triton" and not torch.cuda.is_available()
 
 
 def truncations(backend):
