@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ class Letters:
         return "".join("abcdefghijkl"[i] for i in ids if i not in (2, 3))
 
     def save(self, path):
-        (path / "letters").touch()
+        (Path(path) / "letters").touch()
 
 
 def fives(prompts, responses):

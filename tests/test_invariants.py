@@ -71,8 +71,8 @@ def diverging(trainer, monkeypatch):
     """The policy's weights turn NaN after the rollout, in the middle of the updates."""
     optimize, calls = trainer.optimize, []
 
-    def then_breaks(losses):
-        norm = optimize(losses)
+    def then_breaks(*arguments):
+        norm = optimize(*arguments)
         calls.append(norm)
         if len(calls) == 2:
             with torch.no_grad():

@@ -235,5 +235,5 @@ def test_a_reference_that_the_loss_does_not_use_is_refused():
 
 
 def test_pairs_that_are_all_identical_are_refused():
-    with pytest.raises(ValueError, match="chosen and rejected are identical in all 2 pairs"):
+    with pytest.raises(ValueError, match="identical in all 2 pairs"):
         make_trainer("dpo", examples=[Pair([3], [4, 2], [4, 2])] * 2)

@@ -190,7 +190,7 @@ def test_the_score_rises(advantage):
 def test_a_step_whose_advantages_are_all_0_warns():
     trainer = make(reward=lambda prompts, responses: [1.0] * len(responses))
     with pytest.warns(
-        UserWarning, match="step 1: all advantages are 0, because no response scores differently"
+        UserWarning, match="step 1: no response scores differently from the others to its prompt"
     ):
         report = trainer.step(PROMPTS)
     assert report["frac_reward_zero_std"] == 1 and report["grad_norm"] == 0
