@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlhf_core.data.chat import Content, Message
-from rlhf_core.files import parse_json, shown
+from rlhf_core.files import parse_json, short, shown
 
 _ROLES = ("system", "user", "assistant")
 _UNSUPPORTED = ("tools", "documents", "image", "images", "video", "videos", "audio", "audios")
@@ -211,11 +211,11 @@ def check_messages(value, field: str) -> list[Message]:
         role = _string(message, "role", where)
         if role not in _ROLES:
             roles = ", ".join(_ROLES)
-            raise ValueError(f"field '{where}.role' must be one of {roles}, got {role!r}")
+            raise ValueError(f"field '{where}.role' must be one of {roles}, got {short(role)}")
         for name, extra in message.items():
             if name not in ("role", "content") and extra not in _EMPTY:
                 raise ValueError(
-                    f"field '{where}.{name}' is not supported, got {shown(extra)}: a message has "
+                    f"field '{where}.{name[:80]}' is not supported, got {shown(extra)}: a message has "
                     "only role and content, and every turn of the assistant is learned"
                 )
         content = _string(message, "content", where, empty=role == "system")

@@ -120,7 +120,7 @@ def environment(now: Callable[[str], str] | None = None):
             return value
 
         def extent(self, value):
-            """Characters and 16 per element, at any depth, or the magnitude of a whole number."""
+            """Characters and 64 per element, at any depth, or the magnitude of a whole number."""
             total, parts = 0, [value]
             while parts and total <= MAX_SIZE:
                 part = parts.pop()
@@ -130,7 +130,7 @@ def environment(now: Callable[[str], str] | None = None):
                     parts += part
                 elif isinstance(part, utils.Namespace):  # its text has everything in it
                     return MAX_SIZE + 1
-                total += len(part) if isinstance(part, str) else 16
+                total += len(part) if isinstance(part, str) else 64
             return abs(value) if type(value) is int else total
 
         def written(self, value):

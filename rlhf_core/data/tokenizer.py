@@ -343,6 +343,8 @@ def _foreign(file: Path) -> Iterator[None]:
 
 def _without_prefix(part: dict | None) -> dict | None:
     """A normalizer or pre_tokenizer that adds nothing before the text. None if nothing is left."""
+    if not isinstance(part, dict | None):
+        return part  # a form that the package reads, too, but does not write
     kind = "Prepend" if part is None else part.get("type")
     if kind == "Prepend":
         return None
