@@ -18,6 +18,7 @@ from rlhf_core.files import require
 
 MAX_SIZE = 2**27  # characters and elements that one rendering may make
 MAX_SECONDS = 5.0  # of CPU time
+ELEMENT = 512  # what an element of a list counts in characters, because it takes time to visit
 # Methods, filters and operators whose result can be as large as the product of two arguments.
 _GROWING = {
     "*", "%", "batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust",
@@ -120,7 +121,7 @@ def environment(now: Callable[[str], str] | None = None):
             return value
 
         def extent(self, value):
-            """Characters and 64 per element, at any depth, or the magnitude of a whole number."""
+            """Characters and ELEMENT per element, at any depth, or the magnitude of a whole number."""
             total, parts = 0, [value]
             while parts and total <= MAX_SIZE:
                 part = parts.pop()
@@ -130,7 +131,7 @@ def environment(now: Callable[[str], str] | None = None):
                     parts += part
                 elif isinstance(part, utils.Namespace):  # its text has everything in it
                     return MAX_SIZE + 1
-                total += len(part) if isinstance(part, str) else 64
+                total += len(part) if isinstance(part, str) else ELEMENT
             return abs(value) if type(value) is int else total
 
         def written(self, value):
