@@ -25,6 +25,7 @@ _GROWING = {
     "pprint", "replace", "rjust", "slice", "string", "sum", "tojson", "translate", "wordwrap",
     "zfill",
 }  # fmt: skip
+_SIZED = (str, list, tuple, dict)
 _FORMATS = ("%", "format", "format_map")
 _SCOPES = ("_loop_vars", "_block_vars")  # what jinja2 adds to the arguments of a call
 _WIDE = re.compile(r"\d{6,}|%[^a-zA-Z%]*\*|\{[^{}]*\{")  # fields of a format that may be wide
@@ -62,7 +63,7 @@ def environment(now: Callable[[str], str] | None = None):
 
         def visit_body(self, node):
             text = sum(len(part.data) for part in node.find_all(nodes.TemplateData))
-            charge = _call("charge", nodes.Const(text))
+            charge = _call("tick", nodes.Const(text))
             node = self.generic_visit(node)
             node.body.insert(0, nodes.ExprStmt(charge).set_lineno(node.lineno))
             return node
@@ -112,6 +113,10 @@ def environment(now: Callable[[str], str] | None = None):
             self.left -= size
             if self.left < 0:
                 raise sandbox.SecurityError(f"it makes more than {MAX_SIZE} characters")
+
+        def tick(self, size):
+            """Charge a pass of a loop or macro, which writes text of this size, and its time."""
+            self.charge(size)
             if time.thread_time() > self.end:
                 raise sandbox.SecurityError(f"it takes more than {MAX_SECONDS} s")
 
@@ -142,8 +147,8 @@ def environment(now: Callable[[str], str] | None = None):
 
         def limited(self, name, function, /, *args, **kwargs):
             """The result of a function, whose size is charged. name: See _GROWING."""
-            given = [*args, *(kwargs[key] for key in kwargs if key not in _SCOPES)]
             if name in _GROWING:
+                given = [*args, *(kwargs[key] for key in kwargs if key not in _SCOPES)]
                 *_, second, first = [1, 1, *sorted(map(self.extent, given))]
                 if first * second > 2 * MAX_SIZE:
                     self.charge(MAX_SIZE + 1)
@@ -152,12 +157,19 @@ def environment(now: Callable[[str], str] | None = None):
                 ):
                     raise sandbox.SecurityError("it formats a field of unlimited width")
             result = function(*args, **kwargs)
-            sized = isinstance(result, str | list | tuple | dict)
-            self.charge(len(result) if sized else result.bit_length() if type(result) is int else 0)
+            if isinstance(result, _SIZED):
+                self.charge(len(result))
+            elif type(result) is int:
+                self.charge(result.bit_length())
             return result
 
         def call_binop(self, context, operator, left, right):
-            numbers = isinstance(left, int | float) and isinstance(right, int | float)
+            if operator == "+":  # by far the most frequent
+                result = left + right
+                if isinstance(result, _SIZED):
+                    self.charge(len(result))
+                return result
+            numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
             if operator == "**" and numbers and abs(right) > 64:
                 raise sandbox.SecurityError(f"the exponent {right} is beyond 64")
             name = "" if numbers else operator
@@ -167,7 +179,7 @@ def environment(now: Callable[[str], str] | None = None):
             function = self.functions.get(id(function), function)
             method = getattr(function, "__wrapped__", function)  # str.format is wrapped
             owner, call = getattr(method, "__self__", None), super().call
-            if owner is self:  # `charge` or `weigh`, which only `Charged` can name
+            if owner is self:  # `tick` or `weigh`, which only `Charged` can name
                 return function(*args)
             if function in (dict, utils.Namespace):
                 self.charge(self.extent([kwargs[key] for key in kwargs if key not in _SCOPES]))
