@@ -191,9 +191,10 @@ def _named(path: Path, error: OSError) -> OSError:
 
 def _alike(old: Path, new: Path) -> bool:
     """Whether two small files are equal, so that the old one can stay."""
-    if old.is_symlink() or not os.access(old, os.R_OK) or old.stat().st_size > _SMALL:
+    if old.is_symlink() or not os.access(old, os.R_OK):
         return False
-    return old.read_bytes() == new.read_bytes()
+    sizes = old.stat().st_size, new.stat().st_size
+    return sizes[0] == sizes[1] <= _SMALL and old.read_bytes() == new.read_bytes()
 
 
 def _temporary_name(folder: Path, suffix: str) -> Path:

@@ -46,7 +46,7 @@ def command(tmp_path):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A function that mounts a tmpfs of so many bytes; it needs the right to do so."""
+    """A function that mounts a tmpfs of a given size, which needs the right to mount."""
     mounted = []
 
     def mount(size):
