@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <string>
+#include <type_traits>
 #include <variant>
 
 #include "kernels.h"
@@ -46,22 +48,51 @@ void use(const py::object& capsule) {
         "torch.Tensor.__dlpack_c_exchange_api__ of DLPack 1 is missing: install torch >= 2.11");
 }
 
-// Converts to the type of any field of kernels.h that it is assigned to. None becomes null.
+[[noreturn]] void refuse(const std::string& found) {
+  throw py::type_error("rlhf_core's C++ kernels read dense CPU tensors, got " + found);
+}
+
+// Converts to the type of any field of kernels.h that it is assigned to. None becomes null. A char*
+// stands for a tensor of any dtype in `dtype`, any other pointer for a contiguous one of its type.
 struct Tensor : DLTensor {
   template <class T> operator T*() const {
-    return reinterpret_cast<T*>(static_cast<char*>(data) + byte_offset);
+    if (!std::is_same_v<std::remove_const_t<T>, char>) expect_contiguous();
+    return at<T>();
   }
   template <class T> operator Grid<T>() const {
-    return data ? Grid<T>{*this, strides[0], strides[1]} : Grid<T>{};
+    return data ? Grid<T>{at<T>(), strides[0], strides[1]} : Grid<T>{};
   }
-  operator Rows() const { return {*this, strides[0], strides[1]}; }
+  operator Rows() const {
+    if (size() && shape[ndim - 1] > 1 && strides[ndim - 1] != 1) refuse("a strided last axis");
+    return {at<char>(), strides[0], strides[1]};
+  }
   Dtype dtype() const {
-    return dtype_code == 4 ? kBFloat16 : dtype_bits == 16 ? kFloat16 : kFloat32;
+    if (is(2, 32)) return kFloat32;
+    if (is(4, 16)) return kBFloat16;
+    if (!is(2, 16)) refuse("another dtype than float32, bfloat16 or float16");
+    return kFloat16;
   }
   int64_t size() const {
     int64_t n = 1;
     for (int i = 0; i < ndim; ++i) n *= shape[i];
     return n;
+  }
+
+ private:
+  bool is(int code, int bits) const { return dtype_code == code && dtype_bits == bits; }
+  template <class T> T* at() const {
+    using E = std::remove_const_t<T>;
+    constexpr int code = std::is_same_v<E, bool> ? 6 : std::is_floating_point_v<E> ? 2 : 0;
+    if (data && !std::is_same_v<E, char> && !is(code, 8 * sizeof(E)))
+      refuse("another dtype than this argument's");
+    return reinterpret_cast<T*>(static_cast<char*>(data) + byte_offset);
+  }
+  void expect_contiguous() const {
+    int64_t stride = 1;
+    for (int i = size() ? ndim - 1 : -1; i >= 0; --i) {
+      if (shape[i] != 1 && strides[i] != stride) refuse("one that is not contiguous");
+      stride *= shape[i];
+    }
   }
 };
 
@@ -72,8 +103,15 @@ using Temperature = std::variant<double, Tensor>;  // one for all rows, or one p
 template <> struct py::detail::type_caster<Tensor> {
   PYBIND11_TYPE_CASTER(Tensor, const_name("Tensor | None"));
   bool load(handle object, bool) {
-    if (!object.is_none() && exchange->dltensor_from_py_object_no_sync(object.ptr(), &value))
-      throw error_already_set();
+    value = {};
+    if (object.is_none()) return true;
+    const auto type = [&] { return std::string("a ") + Py_TYPE(object.ptr())->tp_name; };
+    if (exchange->dltensor_from_py_object_no_sync(object.ptr(), &value)) {
+      const std::string why = error_already_set().what();
+      refuse(type() + ": " + why.substr(0, why.find('\n')));
+    }
+    if (value.device_type != 1) refuse(type() + " on another device");
+    if (!value.data && value.size()) refuse(type() + " without memory");
     return true;
   }
 };
@@ -85,8 +123,16 @@ Args rows_of(Tensor logits, Tensor mask, const Temperature& temperature) {
   Args a = {};
   a.dtype = logits.dtype(), a.B = logits.shape[0], a.T = logits.shape[1], a.V = logits.shape[2];
   a.logits = logits, a.mask = mask;
-  if (const double* all = std::get_if<double>(&temperature)) a.temperature = *all;
-  else a.temperatures = std::get<Tensor>(temperature);
+  if (const double* all = std::get_if<double>(&temperature)) return a.temperature = *all, a;
+  a.temperatures = std::get<Tensor>(temperature);
+  for (int64_t b = 0; b < a.B; ++b)  // torch.compile skips this check in Python
+    for (int64_t t = 0; t < a.T; ++t) {
+      const float found = a.temperatures.at(b, t);
+      if ((found > 0 && found < INFINITY) || (a.mask && !a.mask.at(b, t))) continue;
+      throw std::invalid_argument("temperature must be finite and > 0, got " +
+                                  std::to_string(found) + " at (" + std::to_string(b) + ", " +
+                                  std::to_string(t) + ")");
+    }
   return a;
 }
 
@@ -97,6 +143,11 @@ GaeArgs sequences_of(Tensor x, Tensor mask, double gamma, double lam, Tensor cu_
   a.B = packed ? cu_seqlens.shape[0] - 1 : x.shape[0];
   a.T = packed ? x.shape[0] / std::max<int64_t>(a.B, 1) : x.shape[1];
   a.mask = mask, a.gamma = gamma, a.lam = lam, a.cu_seqlens = cu_seqlens;
+  for (int64_t b = 0, start = 0; packed && b <= a.B; start = a.cu_seqlens[b++])
+    if (a.cu_seqlens[b] < start || a.cu_seqlens[b] > x.shape[0])  // torch.compile skips this check
+      throw std::invalid_argument(
+          "cu_seqlens must rise from >= 0 to <= " + std::to_string(x.shape[0]) + ", got " +
+          std::to_string(a.cu_seqlens[b]) + " at " + std::to_string(b));
   return a;
 }
 
