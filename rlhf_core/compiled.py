@@ -2,8 +2,8 @@
 
 While torch.compile traces, `backends.resolve` returns one of `launchers` instead of `rlhf_core.cpp`
 or `rlhf_core.kernels`. The ops do not notice: dynamo traces their autograd.Functions, so these give
-the gradient here too. The operators alone have no gradient and raise if asked for one. Eager mode
-does not use operators, because one costs several times a plain call.
+the gradient here too. The operators alone have no gradient and raise if asked for one, also in
+forward mode. Eager mode does not use operators, because one costs several times a plain call.
 
 An operator cannot return None, so an empty bool tensor stands for a missing result. A launcher that
 writes to its arguments is not an operator but breaks the graph: inductor loses writes of such an
@@ -43,6 +43,7 @@ def operator(name: str, parameters: str, fake: Callable, function: Callable | No
     at = names.index("temperature") if has_temperature else 0
 
     def run(module: str, *args: Any) -> list[Tensor]:
+        refuse_forward_mode()
         args = join(args)
         module = importlib.import_module(module)
         return _pack(function(module, *args) if function else getattr(module, name)(*args))
@@ -52,6 +53,17 @@ def operator(name: str, parameters: str, fake: Callable, function: Callable | No
             return args
         number, tensor = args[at : at + 2]
         return (*args[:at], number if tensor is None else tensor, *args[at + 2 :])
+
+    def shapes(module: str, *args: Any) -> list[Tensor]:
+        refuse_forward_mode()
+        return _pack(fake(*join(args)))
+
+    def refuse_forward_mode():  # torch would drop the tangents
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise RuntimeError(
+                f"{name} has no forward-mode derivative under torch.compile: "
+                "use backend='reference'"
+            )
 
     def launcher(module: str) -> Callable:
         def call(*args):
@@ -66,7 +78,7 @@ def operator(name: str, parameters: str, fake: Callable, function: Callable | No
 
     schema = f"(str module, {parameters}) -> Tensor[]"
     registered = torch.library.custom_op(f"rlhf_core::{name}", run, mutates_args=(), schema=schema)
-    registered.register_fake(lambda module, *args: _pack(fake(*join(args))))
+    registered.register_fake(shapes)
     for module, home in _classes.items():
         setattr(home, name, launcher(module))
 

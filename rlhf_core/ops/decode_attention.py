@@ -18,8 +18,13 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_core import backends
-from rlhf_core.checks import at_least_float32, check_float, describe, values_may_be_read
+from rlhf_core.checks import (
+    at_least_float32,
+    check_float,
+    describe,
+    resolve,
+    values_may_be_read,
+)
 
 
 def decode_attention_reference(
@@ -101,7 +106,7 @@ def decode_attention(
     cos, sin = rope or (None, None)
     if cos is not None:
         _check_rope(cos, sin, keys)
-    impl = backends.resolve(backend, q)
+    impl = resolve(backend, q, k, v, keys, values, cos, sin)
     if impl is None or impl.__name__ != "rlhf_core.cpp":  # cpp checks while it reads them
         _check_slots(lengths, slots, keys.shape[2])
     q, k, v = (

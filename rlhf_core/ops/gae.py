@@ -18,18 +18,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rlhf_core import backends
 from rlhf_core.checks import (
     at_least_float32,
     check_alike,
     check_float,
     check_mask,
     describe,
+    resolve,
     values_may_be_read,
 )
 from rlhf_core.masking import last_token_index, whiten
+from rlhf_core.ops.derivatives import gradients, needs_reference
 from rlhf_core.ops.kl import check_estimator, kl_estimate
 
 
@@ -68,12 +68,24 @@ class _GAE(torch.autograd.Function):
         ctx.save_for_backward(mask, cu_seqlens)
         ctx.impl, ctx.gamma, ctx.lam = impl, gamma, lam
         ctx.has_last_values = last_values is not None
+        ctx.num_sequences = len(rewards) if cu_seqlens is None else len(cu_seqlens) - 1
         return impl.gae_fwd(rewards, values, mask, gamma, lam, last_values, cu_seqlens)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dadvantages, dreturns):
         mask, cu_seqlens = ctx.saved_tensors
+        if needs_reference(dadvantages, dreturns):
+            needs = *ctx.needs_input_grad[1:3], ctx.needs_input_grad[6]
+            # The op is linear: its gradient is the same at any input, so at 0.
+            tokens = torch.zeros_like(dreturns).requires_grad_()
+            last_values = tokens.new_zeros(ctx.num_sequences, requires_grad=True)
+            drewards, dvalues, dlast_values = gradients(
+                lambda r, v, last: gae_reference(r, v, mask, ctx.gamma, ctx.lam, last, cu_seqlens),
+                (tokens, tokens, last_values),
+                needs,
+                (dadvantages, dreturns),
+            )
+            return None, drewards, dvalues, None, None, None, dlast_values, None
         dadvantages, dreturns = dadvantages.contiguous(), dreturns.contiguous()
         drewards, dvalues, dlast_values = ctx.impl.gae_bwd(
             dadvantages, dreturns, mask, ctx.gamma, ctx.lam, ctx.has_last_values, cu_seqlens
@@ -120,7 +132,7 @@ def gae(
         _check_per_sequence("last_values", last_values, num_sequences, rewards)
         rewards, values, last_values = at_least_float32(rewards, values, last_values)
         last_values = last_values.contiguous()
-    impl = backends.resolve(backend, rewards)
+    impl = resolve(backend, rewards, values, last_values)
     if impl is None:
         return gae_reference(rewards, values, response_mask, gamma, lam, last_values, cu_seqlens)
     rewards, values, mask = rewards.contiguous(), values.contiguous(), response_mask.contiguous()
@@ -189,7 +201,7 @@ def ppo_advantages(
         _check_per_sequence("scores", scores, num_sequences, logprobs)
     check_estimator(kl_estimator)
     inputs = at_least_float32(scores, logprobs, ref_logprobs, values)
-    impl = backends.resolve(backend, inputs[0])
+    impl = resolve(backend, *inputs, kl)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if impl is None or needs_grad or token_scores or kl is not None:
         settings = (kl_coef, kl_estimator, gamma, lam, whiten, kl, cu_seqlens, backend)

@@ -23,10 +23,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rlhf_core import backends
-from rlhf_core.checks import at_least_float32, check_alike, check_float, check_mask
+from rlhf_core.checks import at_least_float32, check_alike, check_float, check_mask, resolve
+from rlhf_core.ops.derivatives import gradients, needs_reference
 from rlhf_core.ops.logprobs import as_rows, check_temperature, log_softmax_reference
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -64,9 +63,16 @@ class _KLEstimate(torch.autograd.Function):
         return impl.kl_estimate_fwd(logprobs, ref_logprobs, mask, estimator)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dkl):
         logprobs, ref_logprobs, mask = ctx.saved_tensors
+        if needs_reference(dkl):
+            grads = gradients(
+                lambda p, q: (kl_estimate_reference(p, q, ctx.estimator, mask),),
+                (logprobs, ref_logprobs),
+                ctx.needs_input_grad[1:3],
+                (dkl,),
+            )
+            return None, *grads, None, None
         dkl = dkl.contiguous()
         grads = ctx.impl.kl_estimate_bwd(dkl, logprobs, ref_logprobs, mask, ctx.estimator)
         return None, *grads, None, None
@@ -102,7 +108,7 @@ def kl_estimate(
     if mask is not None:
         check_mask(logprobs, mask)
     logprobs, ref_logprobs = at_least_float32(logprobs, ref_logprobs)
-    impl = backends.resolve(backend, logprobs)
+    impl = resolve(backend, logprobs, ref_logprobs)
     if impl is None:
         return kl_estimate_reference(logprobs, ref_logprobs, estimator, mask)
     mask = None if mask is None else mask.contiguous()
@@ -144,9 +150,17 @@ class _FullKL(torch.autograd.Function):
         return kl.view(logits.shape[:-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dkl):
         logits, ref_logits, mask, temperatures, kl, lse = ctx.saved_tensors
+        if needs_reference(dkl):
+            temperature = ctx.temperature if temperatures is None else temperatures
+            grads = gradients(
+                lambda z, ref: (full_kl_reference(z, ref, temperature, mask),),
+                (logits, ref_logits),
+                ctx.needs_input_grad[1:3],
+                (dkl,),
+            )
+            return None, *grads, None, None
         temperature = ctx.temperature if temperatures is None else as_rows(temperatures, 2)
         rows = (as_rows(dkl, 2), as_rows(logits, 3), as_rows(ref_logits, 3), as_rows(mask, 2))
         grads = ctx.impl.full_kl_bwd(*rows, temperature, kl, lse, *ctx.needs_input_grad[1:3])
@@ -188,10 +202,10 @@ def full_kl(
     if logits.dtype != ref_logits.dtype:
         dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
         logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
-    temperature = check_temperature(temperature, logits)
+    impl = resolve(backend, logits, ref_logits, temperature)
+    temperature = check_temperature(temperature, logits, impl)
     if mask is not None:
         check_mask(logits[..., 0], mask)
-    impl = backends.resolve(backend, logits)
     if impl is None:
         return full_kl_reference(logits, ref_logits, temperature, mask)
     logits, ref_logits = (z if z.stride(-1) == 1 else z.contiguous() for z in (logits, ref_logits))

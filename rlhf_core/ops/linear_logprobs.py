@@ -11,11 +11,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rlhf_core import backends, compiled
-from rlhf_core.checks import check_float, check_mask
+from rlhf_core import compiled
+from rlhf_core.checks import check_float, check_mask, resolve
 from rlhf_core.ops import linear_logprobs_blocks as blocks
+from rlhf_core.ops.derivatives import gradients, needs_reference, refuse_second
 from rlhf_core.ops.linear_logprobs_blocks import TokenStatistics
 from rlhf_core.ops.logprobs import (
     check_target_range,
@@ -94,20 +94,28 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return logprobs, entropy, likeliest
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dlogprobs, dentropy, _):
         dhidden, hidden, weight, bias, targets, mask, temperatures, entropy, lse = ctx.saved_tensors
+        temperature = ctx.temperature if temperatures is None else temperatures
         rest = (None,) * 7
+        if dhidden is None and needs_reference(dlogprobs, dentropy):
+            grads = gradients(
+                lambda *head: linear_token_logprobs_reference(*head, targets, mask, temperature),
+                (hidden, weight, bias),
+                ctx.needs_input_grad[1:4],
+                (dlogprobs, dentropy, None),
+            )
+            return None, *grads, *rest
+        refuse_second("linear_token_logprobs with a frozen head")
         if dhidden is not None:
             return None, (dhidden * dlogprobs[:, None]).to(dhidden.dtype), None, None, *rest
         if dlogprobs is None:
             dlogprobs = torch.zeros_like(dentropy)
-        temperature = ctx.temperature if temperatures is None else temperatures
-        gradients = ctx.launch(
+        found = ctx.launch(
             dlogprobs, dentropy, hidden, weight, bias, targets, mask, temperature, entropy, lse,
             ctx.chunk_rows, list(ctx.needs_input_grad[1:4]),
         )  # fmt: skip
-        return None, *gradients, *rest
+        return None, *found, *rest
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -126,15 +134,15 @@ class _LinearTokenLoss(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss, *_):
+        refuse_second("linear_token_loss")
         if ctx.gradients is None:
             raise RuntimeError("linear_token_loss: backward was called twice; call it once")
         # Once ctx holds no reference to the gradients, autograd may add to them in place.
-        gradients, ctx.gradients = ctx.gradients, None
+        found, ctx.gradients = ctx.gradients, None
         if dloss != 1:
-            gradients = [x if x is None else x.mul_(dloss) for x in gradients]
-        return None, *gradients[:3], *(None,) * 5, *gradients[3:]
+            found = [x if x is None else x.mul_(dloss) for x in found]
+        return None, *found[:3], *(None,) * 5, *found[3:]
 
 
 def linear_token_logprobs(
@@ -169,6 +177,7 @@ def linear_token_logprobs(
 
     Returns:
         (...) float32 (float64 for float64 hidden), <= 0. The logits are rounded to hidden's dtype.
+        A gradient with create_graph=True comes from the reference, which holds all logits.
 
     Raises:
         ValueError or TypeError: with the offending value. For a counted target out of range see
@@ -314,10 +323,10 @@ def _inputs(hidden, weight, targets, bias, temperature, mask, backend):
     # A tensor of the logits' shape for the checks, without their memory.
     logits = hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight))
     check_targets(targets, logits)
-    temperature = check_temperature(temperature, logits)
+    impl = resolve(backend, hidden, weight, bias, temperature)
+    temperature = check_temperature(temperature, logits, impl)
     if mask is not None:
         check_mask(targets, mask)
-    impl = backends.resolve(backend, hidden)
     check_target_range(targets, len(weight), mask)
     targets = targets.long()
     rows = [None if x is None else x.reshape(-1) for x in (targets, mask)]

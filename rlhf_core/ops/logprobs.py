@@ -13,13 +13,13 @@ Nothing is shifted here: logits[..., t, :] belongs to targets[..., t].
 
 import math
 from numbers import Real
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rlhf_core import backends
-from rlhf_core.checks import check_float, check_mask, describe, values_may_be_read
+from rlhf_core.checks import check_float, check_mask, describe, resolve, values_may_be_read
+from rlhf_core.ops.derivatives import gradients, needs_reference
 
 
 def token_logprobs_reference(
@@ -51,6 +51,9 @@ def log_softmax_reference(
     return torch.log_softmax(z, dim=-1)
 
 
+_INTEGERS = (torch.int64, torch.int32)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """The fused form: forward reads (..., V) once, backward reads and writes it once."""
 
@@ -62,17 +65,32 @@ class _TokenLogprobs(torch.autograd.Function):
         temperatures = temperature if isinstance(temperature, Tensor) else None
         ctx.save_for_backward(logits, targets, mask, temperatures, entropy, lse)
         ctx.set_materialize_grads(False)
-        ctx.impl, ctx.inplace = impl, inplace_backward
+        ctx.impl, ctx.inplace, ctx.overwritten = impl, inplace_backward, False
         ctx.temperature = None if isinstance(temperature, Tensor) else temperature
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dlogprobs, dentropy):
+        if ctx.overwritten:
+            raise RuntimeError(
+                "a second backward needs the logits, but the first one overwrote them: "
+                "use inplace_backward=False"
+            )
         logits, targets, mask, temperatures, entropy, lse = ctx.saved_tensors
+        if needs_reference(dlogprobs, dentropy):
+            temperature = ctx.temperature if temperatures is None else temperatures
+            (dlogits,) = gradients(
+                lambda z: token_logprobs_reference(z, targets, temperature, mask),
+                (logits,),
+                (True,),
+                (dlogprobs, dentropy),
+            )
+            return None, dlogits, None, None, None, None, None
         rows = as_rows(logits, 3)
         if dlogprobs is None:
             dlogprobs = lse.new_zeros(()).expand(targets.shape)
+        # Writing over the logits requires that rows do not overlap and are not a copy.
+        inplace = ctx.inplace and rows.data_ptr() == logits.data_ptr() and not _overlaps(logits)
         dlogits = ctx.impl.token_logprobs_bwd(
             as_rows(dlogprobs, 2),
             as_rows(dentropy, 2),
@@ -82,9 +100,12 @@ class _TokenLogprobs(torch.autograd.Function):
             ctx.temperature if temperatures is None else as_rows(temperatures, 2),
             entropy,
             lse,
-            # Writing over the logits requires that rows do not overlap and are not a copy.
-            ctx.inplace and 0 not in logits.stride() and rows.data_ptr() == logits.data_ptr(),
+            inplace,
         )
+        if inplace:
+            ctx.overwritten = True
+            if logits._base is None:  # other ops that saved the logits must notice
+                torch.autograd.graph.increment_version(logits)
         return None, dlogits.view(logits.shape), None, None, None, None, None
 
 
@@ -144,11 +165,11 @@ def token_logprobs_and_entropy(
 def _token_logprobs(logits, targets, temperature, mask, with_entropy, inplace_backward, backend):
     check_float("logits", logits)
     check_targets(targets, logits)
-    temperature = check_temperature(temperature, logits)
+    impl = resolve(backend, logits, temperature)
+    temperature = check_temperature(temperature, logits, impl)
     if mask is not None:
         check_mask(targets, mask)
-    impl = backends.resolve(backend, logits)
-    if impl is None or impl.__name__ != "rlhf_core.cpp":  # cpp checks while it reads them
+    if not checks_values(impl):
         check_target_range(targets, logits.shape[-1], mask)
     if targets.dtype != torch.int64:
         targets = targets.long()
@@ -185,9 +206,24 @@ def as_rows(x: Tensor | float | None, ndim: int) -> Tensor | float | None:
     return x.flatten(0, x.ndim - ndim) if x.ndim > ndim else x[(None,) * (ndim - x.ndim)]
 
 
+def _overlaps(x: Tensor) -> bool:
+    """Whether x may hold one element of memory twice."""
+    end = 1
+    for stride, size in sorted(zip(x.stride(), x.shape)):
+        if size > 1 and stride < end:
+            return True
+        end += stride * (size - 1)
+    return False
+
+
+def checks_values(impl: ModuleType | type | None) -> bool:
+    """Whether a backend itself raises on targets and temperatures out of range, as cpp does."""
+    return impl is not None and impl.__name__ == "rlhf_core.cpp"
+
+
 def check_targets(targets: Tensor, logits: Tensor) -> None:
     """Raise unless targets are integers of shape (...), for logits of shape (..., V)."""
-    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+    if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
         raise TypeError(f"targets must be int64 or int32, got {describe(targets)}")
     shape = logits.shape
     if not shape or shape[-1] == 0 or shape[:-1] != targets.shape:
@@ -200,10 +236,16 @@ def check_targets(targets: Tensor, logits: Tensor) -> None:
         raise ValueError(f"targets are on {targets.device}, logits on {logits.device}")
 
 
-def check_temperature(temperature: float | Tensor, logits: Tensor) -> float | Tensor:
-    """The temperature as a float, or as a tensor expanded to the rows of logits (..., V)."""
-    if not isinstance(temperature, Tensor):
-        if not isinstance(temperature, (float, Real)):  # float first: Real, an ABC, is slow
+def check_temperature(
+    temperature: float | Tensor, logits: Tensor, impl: ModuleType | type | None
+) -> float | Tensor:
+    """The temperature as a float, or as a tensor expanded to the rows of logits (..., V).
+
+    Where its values may not be read, and impl does not check them, bad ones become NaN.
+    """
+    # Test float first, because isinstance is slow for Tensor and for Real.
+    if isinstance(temperature, float) or not isinstance(temperature, Tensor):
+        if not isinstance(temperature, (float, Real)):
             raise TypeError(
                 f"temperature must be a number or a float tensor, got {type(temperature).__name__}"
             )
@@ -215,11 +257,14 @@ def check_temperature(temperature: float | Tensor, logits: Tensor) -> float | Te
         raise ValueError("temperature gets no gradient: detach it")
     if temperature.device != logits.device:
         raise ValueError(f"temperature is on {temperature.device}, logits on {logits.device}")
-    if values_may_be_read(temperature):
-        bad = ~((temperature > 0) & (temperature < math.inf))
-        if bad.any():
+    readable = values_may_be_read(temperature)
+    if readable or not checks_values(impl):
+        good = (temperature > 0) & (temperature < math.inf)
+        if not readable:
+            temperature = temperature.where(good, math.nan)
+        elif not good.all():
             raise ValueError(
-                f"temperature must be finite and > 0, got {temperature[bad][0].item()}"
+                f"temperature must be finite and > 0, got {temperature[~good][0].item()}"
             )
     try:
         temperature = temperature.expand(logits.shape[:-1])

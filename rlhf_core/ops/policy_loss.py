@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from rlhf_core import backends
-from rlhf_core.checks import at_least_float32, check_alike, check_float, check_mask
+from rlhf_core.checks import at_least_float32, check_alike, check_float, check_mask, resolve
 from rlhf_core.masking import AGGREGATIONS, loss_weights, masked_mean
+from rlhf_core.ops.derivatives import refuse_second
 
 # e^20 is far beyond any clip range. e^89 would overflow, and a zero advantage would give 0 * inf.
 MAX_LOG_RATIO = 20.0
@@ -108,8 +107,8 @@ class _PPOLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss, _):
+        refuse_second("ppo_loss")
         scale, *gradients = ctx.saved_tensors
         scale = scale * dloss
         dargs = [None] * ctx.num_args
@@ -197,7 +196,7 @@ def ppo_loss(
     *tensors, weights = tensors.values()
     args = (*tensors, response_mask, weights, aggregation == "sequence_mean")
     args += (*bounds, value_clip_range, vf_coef, entropy_coef, dual_clip)
-    impl = backends.resolve(backend, tensors[0])
+    impl = resolve(backend, *tensors, weights)
     if impl is None:
         loss, stats = ppo_loss_reference(*args)
     else:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_core import backends
+from rlhf_core.checks import resolve
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = None) -> Tensor:
@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str | None = Non
 
     torch computes it if there is no fused launcher for the input, or if a gradient is needed.
     """
-    launch = getattr(backends.resolve(backend, x), "rms_norm_fwd", None)
+    launch = getattr(resolve(backend, x, weight), "rms_norm_fwd", None)
     fits = x.ndim == 2 and weight.shape == x.shape[1:] and weight.dtype == x.dtype and weight.is_cpu
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if launch is None or not fits or needs_grad:

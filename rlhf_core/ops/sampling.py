@@ -26,8 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_core import backends
-from rlhf_core.checks import check_float, describe
+from rlhf_core.checks import check_float, describe, resolve, values_may_be_read
 from rlhf_core.ops.logprobs import token_logprobs
 
 PHILOX_ROUNDS = 10
@@ -92,7 +91,7 @@ def truncation_threshold(
 
 def _descending(z: Tensor) -> Tensor:
     """Rows sorted, largest first. On CPU numpy is many times faster: torch also sorts indices."""
-    if z.is_cpu and not torch.compiler.is_compiling():
+    if z.is_cpu and values_may_be_read(z):
         return torch.from_numpy(np.sort(z.detach().numpy(), axis=-1)).flip(-1)
     return z.sort(dim=-1, descending=True).values
 
@@ -160,7 +159,7 @@ def sample_tokens(
     """
     _check(logits, seeds, counters, temperature, top_k, top_p, min_p)
     V = logits.shape[-1]
-    impl = backends.resolve(backend, logits)
+    impl = resolve(backend, logits)
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
         full_logprobs = token_logprobs(logits, tokens, backend=backend)
