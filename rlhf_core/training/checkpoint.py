@@ -187,7 +187,7 @@ def _form(x: Tensor) -> str:
 
 def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     check_settings(
-        path, then["settings"], now["settings"], FREE | LENGTH, "the checkpoint was written"
+        path, then["settings"], now["settings"], FREE | LENGTH, "the checkpoint was written with"
     )
     for name, digest in now["digests"].items():
         old = then["digests"].get(name)
@@ -226,7 +226,7 @@ def check_settings(
         if top not in free and not newer:
             old = None if old is MISSING else old
             raise ValueError(
-                f"{path}: {what} with {name}={old!r:.100}, this run has {new!r:.100}. Resume with the old "
+                f"{path}: {what} {name}={old!r:.100}, this run has {new!r:.100}. Resume with the old "
                 f"value, or start a new run{DATED * (top == 'template_dates')}"
             )
 

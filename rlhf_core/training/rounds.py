@@ -8,6 +8,7 @@ own checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -112,7 +113,9 @@ def _run_rounds(
     for number in range(len(history) + 1, config.rounds + 1):
         torch.manual_seed(config.seed + number)
         folder = None if out is None else subfolder(out, f"round-{number}")
-        history.append({"round": number, **train_round(config.seed + number, folder, history)})
+        with contextlib.nullcontext() if folder is None else hold(folder):
+            metrics = train_round(config.seed + number, folder, history)
+        history.append({"round": number, **metrics})
         if out is not None:
             last = {"round": number, "digest": checkpoint.digest(model)}
             write_json(out / "train_config.json", run | {LAST: last})
@@ -156,7 +159,7 @@ def _begin(out: Path, run: dict, resume: bool) -> tuple[History, str | None]:
     elif not file.is_file():
         raise FileNotFoundError(f"{file}: there is no run to resume")
     then = read_object(file)
-    checkpoint.check_settings(file, then, run, FREE, "the run was started")
+    checkpoint.check_settings(file, then, run, FREE, "the run was started with")
     if not metrics.is_file():
         return [], None
     lines = metrics.read_text(encoding="utf-8").splitlines()
