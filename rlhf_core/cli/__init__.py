@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 import rlhf_core
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         number for a signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
     name = "rlhf-core"
+    plain, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         arguments = _parser().parse_args(argv)
         name = f"{name} {arguments.command}"
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BAD_INPUT as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {_text(error)}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
@@ -52,7 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
             print(f"{name}: {word}{note}", file=sys.stderr)
         return interrupt.code if stopped else 130
+    finally:
+        warnings.formatwarning = plain
     return 0
+
+
+def _warning(message, category, filename, lineno, line=None) -> str:
+    return f"rlhf-core: warning: {message}\n"
+
+
+def _text(error: Exception) -> str:
+    """The error's message; the operating system's errors start with the path that is at fault."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return str(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,7 +40,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds a default unless there is none or the help mentions it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, (), False) or "default" in action.help:
+        unset = any(action.default is value for value in (None, (), False))
+        if unset or "default" in action.help:
             return action.help
         return super()._get_help_string(action)
 
@@ -141,7 +142,8 @@ def read(reader: Callable, path: Path, arguments: Namespace, encode: Callable) -
     dropped = []
     items = reader(path, dropped.append if arguments.skip_bad else None, encode)
     if dropped:
-        print(f"dropped {len(dropped)} bad lines, the first: {dropped[0]}", file=sys.stderr)
+        count = f"{len(dropped)} bad line{'s' * (len(dropped) > 1)}"
+        print(f"dropped {count}, the first: {dropped[0]}", file=sys.stderr)
     return items
 
 
@@ -245,7 +247,10 @@ def _reward_of(arguments: Namespace, device: torch.device) -> dict:
     if arguments.reward_coef is not None:
         raise ValueError(f"--reward-coef {arguments.reward_coef} contradicts --reward-weights")
     if len(weights) != len(folders):
-        raise ValueError(f"there are {len(weights)} --reward-weights for {len(folders)} models")
+        raise ValueError(
+            f"there are {len(weights)} --reward-weights for {len(folders)} reward models; give one "
+            "weight for each model"
+        )
     models = [load_reward([folder]).to(device) for folder in folders]
     return {"reward": list(zip(models, weights))}
 

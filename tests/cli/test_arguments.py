@@ -69,7 +69,7 @@ def test_a_read_only_disk_is_reported_before_anything_is_read(fails, tmp_path, m
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     absent = tmp_path / "absent"
     line = fails("sft", "--model", absent, "--data", absent, "--out", tmp_path / "new")
-    assert f"Read-only file system: '{tmp_path}'" in line
+    assert f"{tmp_path}: read-only file system" in line
 
 
 # ---- devices and seeds
@@ -97,7 +97,7 @@ def test_a_seed_beyond_64_bits_is_refused(command, capsys):
 def test_each_reward_model_needs_a_weight(folders, sample, capsys):
     models = ["--reward-model", folders / "reward", "--reward-weights", 1]
     assert sample("ppo", *models, 2) == 2
-    assert "there are 2 --reward-weights for 1 model" in capsys.readouterr().err
+    assert "there are 2 --reward-weights for 1 reward models; give one" in capsys.readouterr().err
     assert sample("ppo", *models, "--reward-coef", 0.5) == 2
     assert "--reward-coef 0.5 contradicts --reward-weights" in capsys.readouterr().err
 
