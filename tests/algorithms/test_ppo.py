@@ -93,13 +93,15 @@ def captured(**options):
     return seen
 
 
-def test_returns_are_the_rewards_to_come_and_advantages_are_whitened():
-    ((rollout, experience),) = captured(reward=lengths, kl_coef=0.0, gamma=1.0, lam=1.0)
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+def test_returns_are_the_discounted_rewards_to_come_and_advantages_are_whitened(gamma):
+    options = dict(reward=lengths, kl_coef=0.0, gamma=gamma, lam=1.0)
+    ((rollout, experience),) = captured(**options)
     mask, scores = rollout.response_mask, torch.tensor(lengths(None, rollout.responses()))
-    assert_close(
-        experience.returns, scores[:, None] * mask
-    )  # every state of a row is worth what its end brings
-    want = whiten(scores[:, None] - experience.old_values, mask)
+    to_come = scores[:, None] - 1 - torch.arange(mask.shape[1])  # tokens after each one
+    returns = scores[:, None] * gamma**to_come * mask
+    assert_close(experience.returns, returns)
+    want = whiten(returns - experience.old_values, mask)
     assert_close(experience.advantages, want, rtol=1e-4, atol=1e-5)
     assert_close(experience.advantages[mask].mean(), torch.tensor(0.0), rtol=0, atol=1e-6)
 

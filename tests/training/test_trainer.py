@@ -300,6 +300,12 @@ def test_total_is_the_only_denominator_of_a_loss(name):
     assert_close(halves, [x / 2 for x in gradients], rtol=1e-4, atol=1e-6)
 
 
+def test_a_batch_without_targets_has_loss_0():
+    masked = Example([5], [6, 2], [False, False])
+    loss, metrics, _ = accumulated(make_trainer("sft"), [masked, masked])
+    assert loss == 0 and "loss" not in metrics
+
+
 # ---- precision, checkpointing, frozen layers
 
 
