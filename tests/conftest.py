@@ -21,6 +21,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job sta
 os.environ.pop("RLHF_CORE_BACKEND", None)  # the tests name the backend they mean
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the op tests in Triton's interpreter as slow.
+
+    The quick tests still interpret every kernel: in test_traps.py, test_kernels.py, test_masking.py.
+    """
+    for item in items if not torch.cuda.is_available() else ():
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if backend == "triton" and item.path.parent.name == "ops" and "traps" not in item.path.name:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory):
     """A cache of our own, because a shared one may hold half a file of a killed process."""
