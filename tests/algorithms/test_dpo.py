@@ -79,7 +79,7 @@ FAMILY = {
 def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(
     name, micro_batch_size, monkeypatch
 ):
-    """Row 20: loss and gradients, from the tokens of every completion in a row of its own."""
+    """Row 20: loss and gradients, computed from separate rows."""
     options, definition = FAMILY[name]
     batch, options = rows("dpo"), dict(beta=0.5) | options
     without = options.get("reference_free") or options.get("loss") in ("simpo", "orpo")
@@ -171,7 +171,7 @@ def test_dpo_on_adapters_holds_its_weights_once_and_starts_at_log_two(monkeypatc
 
 
 def test_in_bfloat16_adapters_learn_beside_a_reference_that_shares_their_weights():
-    """By the gradients that they get in float32."""
+    """Their gradients are close to those in float32."""
     gradients = []
     for precision in ("float32", "bfloat16"):
         policy = tiny()

@@ -201,7 +201,7 @@ def test_a_model_without_values_is_refused():
 
 @pytest.mark.slow
 def test_it_learns_to_write_better_than_the_data():
-    """Random tokens, of which a 5 is worth 1 and a 6 costs 1."""
+    """The data are random tokens. A 5 earns 1, a 6 costs 1."""
     rng = random.Random(0)
     examples = []
     for _ in range(400):
@@ -342,7 +342,7 @@ def test_what_is_no_finite_number_is_no_reward(reward, tmp_path):
 
 
 def on_the_command_line(tmp_path, out, *more, model=None):
-    """The folders of a plain model and of what `rlhf-core ilql` makes of it, or of another one."""
+    """Folders of a plain model, and of the one that `rlhf-core ilql` trains from it or `model`."""
     torch.manual_seed(0)
     tokenizer, base, out = ByteTokenizer(), tmp_path / "base", tmp_path / out
     sizes = dict(vocab_size=259, hidden_size=16, num_layers=1, num_heads=2, max_positions=64)

@@ -14,7 +14,7 @@ from rlhf_core.trainers import KTOConfig, KTOTrainer
 
 
 def rows(n=7, seed=0):
-    """Desirable is what holds a 5, undesirable what holds a 6."""
+    """A desirable completion holds a 5, an undesirable one a 6."""
     torch.manual_seed(seed)
     made = []
     for i in range(n):
@@ -34,7 +34,7 @@ def make(model=None, reference=None, examples=None, **config):
 def test_loss_and_gradients_are_those_of_the_paper_for_every_micro_batch_size(
     micro_batch_size, monkeypatch
 ):
-    """Eq. 8, of rows apart; and the logits of a step are computed once."""
+    """Eq. 8, computed from separate rows. The logits of a step are computed once."""
     batch, reference = rows(), tiny(seed=1)
     weights = dict(desirable_weight=1.5, undesirable_weight=0.7)
     trainer = make(reference=reference, micro_batch_size=micro_batch_size, **weights)
@@ -73,7 +73,7 @@ def test_loss_and_gradients_are_those_of_the_paper_for_every_micro_batch_size(
 
 
 def test_where_policy_and_reference_agree_every_value_is_one_half():
-    """Row 27, with adapters as without: no copy, no KL."""
+    """Row 27, with and without adapters: the KL is 0."""
     for adapted in (False, True):
         model = tiny()
         if adapted:
@@ -91,7 +91,7 @@ def test_the_kl_is_never_negative_and_0_for_one_row():
 
 
 def test_the_kl_counts_the_unmasked_tokens_of_the_other_completion():
-    """As if the masked tokens, which differ, were the prompt's."""
+    """Masked tokens count like those of a prompt."""
     whole = [Example([7, 8], [9, 10, 5, 2], label=True), Example([11], [8, 6, 9, 2], label=False)]
     masked = [row._replace(completion_mask=[False, True, True, False]) for row in whole]
     for max_length in (1024, 4):  # cut: two tokens of each are left

@@ -64,7 +64,7 @@ def test_dropout_is_off_unless_asked_for():
 
 
 def test_rewards_add_up_and_the_last_counted_token_carries_the_score():
-    """Row 7: a short row, a full one, one that ends at once, and one with nothing."""
+    """Row 7: a short row, a full one, one that ends at once, and an empty one."""
     mask = torch.arange(5) < torch.tensor([3, 5, 1, 0])[:, None]
     scores, kl = torch.tensor([2.0, -1.0, 3.0, 9.0]), torch.randn(4, 5)
     zeros = torch.zeros(4, 5)
@@ -217,7 +217,7 @@ def test_the_critic_has_its_own_learning_rate():
 @pytest.mark.parametrize("critic", ["separate", "head"])
 @pytest.mark.parametrize("estimator", ["k3", "full"])
 def test_during_warmup_only_the_critic_learns(critic, estimator):
-    """Whatever else is in the loss; nor are the coefficients steered."""
+    """This holds with every other term in the loss. The coefficients are not steered."""
     losses = dict(
         entropy_coef=0.1,
         ptx_coef=0.5,
@@ -258,7 +258,7 @@ def test_a_critic_starts_from_the_reward_model_unless_configured_otherwise():
 
 
 def bytes_held(*modules):
-    """Of the storages behind the parameters, each counted once."""
+    """Bytes of all storages behind the parameters, each counted once."""
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
         for m in modules
@@ -322,7 +322,7 @@ def test_a_base_that_trains_cannot_be_the_reference():
 
 
 def test_the_policy_and_the_critic_move_and_nothing_else_does():
-    """Row 32; a frozen reward model gives a critic that trains all the same."""
+    """Row 32. A critic made from a frozen reward model trains."""
     reward = RewardModel.from_model(tiny(seed=1)).requires_grad_(False)
     model = tiny()
     frozen = model.trunk.blocks[0].requires_grad_(False)

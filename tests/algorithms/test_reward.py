@@ -236,7 +236,7 @@ def test_scores_equal_up_to_rounding_are_only_centred():
 
 
 def test_length_bias_is_that_of_the_held_out_examples():
-    """A score that is the length of the completion: every shorter one loses."""
+    """The first scores equal the lengths, so every shorter completion loses."""
     pairs = [
         Pair([7], [5, 5, 2], [6, 2]),
         Pair([7], [5, 2], [6, 6, 6, 2]),
@@ -424,7 +424,7 @@ def test_a_step_ends_at_its_newline_and_the_last_one_with_the_completion(kind, s
     ],
 )
 def test_a_step_is_a_nonblank_line_that_ends(text, steps):
-    """\0 is the EOS."""
+    """A zero byte stands for EOS."""
     ids = [258 if letter == "\0" else ord(letter) for letter in text]
     assert step_ends(ids, ByteTokenizer()) == [end == "1" for end in steps]
 

@@ -11,7 +11,7 @@ from rlhf_core.evaluation import best_of_n_curve, best_of_n_kl
 
 
 def test_the_kl_is_that_of_the_distribution_of_a_maximum():
-    """Without ties the best of n has density n F^(n - 1) against the policy's uniform quantile F."""
+    """Without ties the best of n has density n F^(n - 1) in the policy's uniform quantile F."""
     quantile = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
     for n in (1, 2, 5, 64):
         density = n * quantile ** (n - 1)

@@ -50,7 +50,7 @@ def test_evaluation_ignores_dropout_in_every_mode():
 
 
 def test_evaluation_does_not_depend_on_the_batch_size():
-    """Row 32; every prompt has a seed of its own."""
+    """Row 32. Every prompt has its own seed."""
     policy, reference = (noisy(seed) for seed in (0, 1))
     a, b = (evaluated(policy, reference, batch_size=size) for size in (1, 3))
     assert a.responses == b.responses

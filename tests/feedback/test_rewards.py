@@ -140,7 +140,7 @@ def test_a_bad_reward_is_reported_with_its_row(returned, message):
 
 
 def test_a_callable_that_raises_is_reported_with_its_row():
-    """Row 35: the first row on which it raises alone; or that it raises on all at once."""
+    """Row 35: the error names the first row that raises alone, or says that none does."""
 
     def on_the_third(prompts, responses):
         if [7, 8, 9] in prompts:

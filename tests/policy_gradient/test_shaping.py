@@ -9,7 +9,7 @@ from rlhf_core.policy_gradient.shaping import Coefficient, penalized, scaled
 
 
 def test_a_coefficient_is_steered_to_its_target():
-    """By hand: the error clip(kl / target - 1, +-0.2) times n / horizon is added to the factor 1."""
+    """By hand: value *= 1 + clip(kl / target - 1, +-0.2) * n / horizon."""
     kl = Coefficient(0.05, 6.0, 10000)
     kl.update(6.6, 64)
     assert kl.value == pytest.approx(0.05 * (1 + 0.1 * 64 / 10000))

@@ -1,4 +1,4 @@
-"""The files of a run beside its model."""
+"""The files that a run writes."""
 
 import json
 

@@ -51,8 +51,8 @@ kinds = pytest.mark.parametrize("kind", KINDS)
         ("dpo", Pair([7], [5, 2], [6], masks=[None, [True, True]]), "has a mask of 2 for 1 tokens"),
         ("reward", Pair([7], [5, 2], [6], masks=[None]), "has 1 masks for 2 completions"),
         ("reward", Steps([7], [5, 2], [True, True], [1.0]), "has 1 labels for 2 steps"),
-        ("reward", Steps([7], [5, 2], [True, True], [1.0, 1.5]), r"has label 1\.5, which is not in \[0, 1\]"),
-        ("reward", Steps([7], [5, 2], [True, True], [NAN, 1.0]), r"has label nan, which is not in \[0, 1\]"),
+        ("reward", Steps([7], [5, 2], [True, True], [1.0, 1.5]), r"has label 1\.5, which is not"),
+        ("reward", Steps([7], [5, 2], [True, True], [NAN, 1.0]), "has label nan, which is not"),
     ],
 )  # fmt: skip
 def test_an_example_that_cannot_be_trained_on_is_reported_by_number(kind, bad, message):
@@ -92,7 +92,7 @@ def test_a_run_without_examples_is_refused():
 
 
 def test_an_option_of_the_run_without_effect_warns_and_the_run_works(tmp_path, monkeypatch):
-    """In particular save_every without out saves nothing and does not fail."""
+    """For example, save_every without out saves nothing and does not fail."""
     monkeypatch.chdir(tmp_path)
     for options, message in (
         (dict(dropout=True), "dropout has no effect: the model's config has none"),
@@ -224,7 +224,7 @@ REGULARIZED = ("sft", dict(label_smoothing=0.1, z_coef=0.01))
 
 @pytest.mark.parametrize("kind, options", [*((kind, {}) for kind in KINDS), REGULARIZED])
 def test_no_step_holds_the_logits_of_all_targets(kind, options, monkeypatch):
-    """Not even of half of them: the largest tensor of a step is smaller."""
+    """The largest tensor of a step is smaller than the logits of half the targets."""
     monkeypatch.setattr(linear_logprobs_blocks, "CPU_WHOLE", 30 * 9000)
 
     class Largest(TorchDispatchMode):
