@@ -25,7 +25,7 @@ os.environ.pop("RLHF_CORE_BACKEND", None)  # the tests name the backend they mea
 def pytest_collection_modifyitems(items):
     """Mark the op tests in Triton's interpreter as slow.
 
-    The quick tests still interpret every kernel: in test_traps.py, test_kernels.py, test_masking.py.
+    The quick tests still interpret every kernel in test_traps.py, test_kernels.py, test_masking.py.
     """
     for item in items if not torch.cuda.is_available() else ():
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None

@@ -53,7 +53,7 @@ def assert_compiles(names, backend, compiler, dynamic=None):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", OPS)
-def test_compiled_as_one_graph_it_gives_what_it_gives_eagerly(name, fused, dynamic):
+def test_one_compiled_graph_gives_the_results_of_eager_mode(name, fused, dynamic):
     """Dynamo and AOTAutograd trace each op, forward and backward, without a break."""
     assert_compiles([name], fused, "aot_eager", dynamic)
 
@@ -78,7 +78,7 @@ def test_inductor_compiles_the_reference_of_all_ops_as_one_graph():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_steps_of_several_layers_write_to_one_cache_what_they_write_eagerly(fused, dynamic):
+def test_compiled_steps_of_several_layers_write_the_same_to_one_cache(fused, dynamic):
     q, k, v = torch.randn(3, 2, 2, 4)
     cache = torch.randn(2, 2, 5, 2, 3, 4)  # keys and values of two layers
     lengths, slots = torch.tensor([2, 0, 1, 1, 2]), torch.tensor([4, 1])
@@ -123,7 +123,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_every_operator_passes_opcheck_on_what_the_ops_give_it(fused, monkeypatch):
+def test_every_operator_passes_opcheck_on_the_ops_arguments(fused, monkeypatch):
     with monkeypatch.context() as patch, Recorder() as recorder:
         patch.setattr(
             torch.compiler, "is_compiling", lambda: True

@@ -253,7 +253,7 @@ def test_samples_of_a_prompt_share_one_pass_over_it(monkeypatch):
     assert len({tuple(row) for row in got.response_ids[:5].tolist()}) > 1  # each has its own seed
 
 
-def test_what_the_cache_holds_beyond_a_row_is_never_read(monkeypatch):
+def test_the_cache_beyond_a_rows_length_is_never_read(monkeypatch):
     poison_uninitialised_memory(monkeypatch)
     ids, mask = left_pad(PROMPTS, 0)
     got = generate(
@@ -510,7 +510,7 @@ def stories(data_dir):
     return data_dir / "models" / "stories260k"
 
 
-def test_greedy_is_what_transformers_generates(stories, transformers):
+def test_greedy_decoding_equals_that_of_transformers(stories, transformers):
     ids = torch.randint(3, 500, (4, 9), generator=seeded())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(stories)
     want = theirs.generate(
@@ -526,7 +526,7 @@ def test_greedy_is_what_transformers_generates(stories, transformers):
     )
 
 
-def test_a_penalty_is_that_of_transformers(stories, transformers):
+def test_the_repetition_penalty_equals_that_of_transformers(stories, transformers):
     ids = torch.randint(3, 500, (4, 9), generator=seeded())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(stories)
     options = dict(max_new_tokens=40, min_new_tokens=40, repetition_penalty=1.3)

@@ -57,7 +57,7 @@ def launchers(backend):
     return backends.resolve(backend, torch.zeros(1))
 
 
-def test_report_names_every_backend_and_says_why(capsys):
+def test_report_names_every_backend_and_the_reason(capsys):
     backends.report()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["reference", "cpp", "triton"]
@@ -71,7 +71,7 @@ def test_an_unknown_backend_raises_with_the_choices(op):
 
 
 @pytest.mark.parametrize("value, default", [("reference", "reference"), ("", None)])
-def test_the_default_backend_is_what_the_environment_says_at_import(value, default, monkeypatch):
+def test_the_default_backend_is_read_from_the_environment_at_import(value, default, monkeypatch):
     monkeypatch.setenv("RLHF_CORE_BACKEND", value)
     spec = importlib.util.spec_from_file_location("fresh", backends.__file__)
     fresh = importlib.util.module_from_spec(spec)
@@ -80,7 +80,7 @@ def test_the_default_backend_is_what_the_environment_says_at_import(value, defau
 
 
 @pytest.mark.parametrize("op", list(OPS))
-def test_the_default_backend_runs_every_op_not_told_otherwise(op, monkeypatch):
+def test_the_default_backend_runs_every_op_called_without_one(op, monkeypatch):
     monkeypatch.setattr(backends, "DEFAULT", "reference")
     OPS[op]()
     monkeypatch.setattr(backends, "DEFAULT", "nonsense")
@@ -364,7 +364,7 @@ def test_programs_stay_inside_their_tensors_and_apart_and_any_order_gives_the_sa
 
 
 @pytest.mark.parametrize("count, stride", [(2, 2**31 + 16), (3, 2**30 + 16)])
-def test_exact_kl_of_rows_further_apart_than_int32_can_say(backend, count, stride, tmp_path):
+def test_exact_kl_of_rows_further_apart_than_int32_offsets(backend, count, stride, tmp_path):
     module = launchers(backend)
     start = 2**31  # an offset that wraps around then reads the memory before, and does not crash
     if torch.cuda.is_available() and backend == "triton":
@@ -436,7 +436,7 @@ def in_a_process_that_compiles(what):
 
 
 @pytest.mark.slow
-def test_triton_kernels_compile_for_every_gpu_without_spills_with_wide_loads_and_few_registers():
+def test_triton_kernels_compile_for_every_gpu_without_spills_and_with_wide_loads():
     lines = in_a_process_that_compiles("compile")
     assert len(lines) >= 4 * len(LAUNCHERS) and not [line for line in lines if "BAD" in line], (
         "\n".join(lines)

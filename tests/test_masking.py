@@ -133,7 +133,7 @@ def test_appending_padding_changes_no_log_prob_kl_or_gradient(backend):
     assert all(torch.equal(x, y) for x, y in zip(*got))
 
 
-def test_masked_mean_is_the_mean_of_what_counts():
+def test_masked_mean_is_the_mean_of_counted_values():
     x = torch.tensor([[1.0, 2.0, math.nan], [6.0, math.inf, math.nan]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
     assert masked_mean(x, mask) == 3
@@ -167,7 +167,7 @@ def test_shards_whiten_like_the_whole():
     torch.testing.assert_close(parts, whiten(x, mask), rtol=1e-5, atol=1e-6)
 
 
-def test_last_token_index_is_the_last_counted_position_whatever_lies_between():
+def test_last_token_index_is_the_last_counted_position_even_after_gaps():
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
     assert last_token_index(mask).tolist() == [2, 3, 0, 0]
 

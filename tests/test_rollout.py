@@ -1,4 +1,4 @@
-"""Rollouts: where log-probs and values are read, and what padding changes: nothing."""
+"""Rollouts: where log-probs and values are read. Padding changes nothing."""
 
 import warnings
 
@@ -66,7 +66,7 @@ def with_padding(rollout, left, right):
 
 @families
 def test_log_probs_and_values_are_read_before_their_token(family):
-    """Row 14: at position P - 1 + t of the row alone; index 0 is what the prompt says."""
+    """Row 14: at position P - 1 + t of the row alone; index 0 depends on the prompt alone."""
     policy, critic = tiny(family), ValueModel.from_model(tiny(family, seed=1))
     rollout = rollout_of(policy)
     assert not rollout.response_mask.all() and not rollout.prompt_mask.all()

@@ -142,7 +142,7 @@ def test_kto_weighs_gains_and_losses_against_the_reference_point():
     assert kl.grad is None
 
 
-def test_length_desensitized_weighs_what_only_the_longer_completion_has():
+def test_length_desensitized_weights_apply_to_the_longer_completions_extra_tokens():
     lengths = torch.tensor([[4, 2], [0, 1], [3, 3]])
     expected = [1, 1, 0.25, 0.25, 1, 1, 0.25, *[1] * 6]
     assert length_desensitized_weights(lengths, alpha=0.25).tolist() == expected

@@ -109,7 +109,7 @@ def test_plackett_luce_probabilities_of_all_orders_add_up_to_one():
     assert_close(loss.neg().exp().sum().item(), 1.0)
 
 
-def test_plackett_luce_ignores_what_is_behind_a_lists_end():
+def test_plackett_luce_ignores_scores_after_a_lists_end():
     scores = torch.tensor(
         [[1.0, 0.5, -1.0, NAN], [0.3, NAN, NAN, NAN], [NAN] * 4], requires_grad=True
     )

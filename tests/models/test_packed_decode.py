@@ -226,7 +226,7 @@ def test_a_wrong_token_or_slot_is_named_and_nothing_written(backend):
     assert cache.lengths.tolist() == [3, S, S]
 
 
-def test_what_it_does_not_compute_is_left_to_the_modules(backend, monkeypatch):
+def test_models_that_it_does_not_compute_decode_by_themselves(backend, monkeypatch):
     assert packed(make()) and packed(make(**KINDS["qwen3"])) and packed(lagging_copy(make()))
     for options in (
         dict(positions="learned"), dict(norm="layernorm"), dict(activation="gelu"),
@@ -252,7 +252,7 @@ def test_what_it_does_not_compute_is_left_to_the_modules(backend, monkeypatch):
     assert packed(make()) is None
 
 
-def test_generate_takes_it_and_gives_what_the_modules_give(backend, monkeypatch):
+def test_generate_uses_it_and_samples_what_the_modules_sample(backend, monkeypatch):
     model, ids = make(), torch.randint(67, (20, 5))
     options = dict(max_new_tokens=30, eos_ids=(1, 2, 3, 4), seeds=torch.arange(20))
     monkeypatch.setattr(module, "MOST_WEIGHTS", 0)

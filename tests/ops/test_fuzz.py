@@ -348,7 +348,7 @@ CHECKS = {
 
 @pytest.mark.parametrize("op", CHECKS)
 @pytest.mark.parametrize("backend", ["cpp", "triton"], indirect=True)
-def test_whatever_comes_is_as_accurate_as_the_reference(backend, op):
+def test_random_inputs_are_as_accurate_as_the_reference(backend, op):
     number = EXAMPLES if backend == "cpp" or torch.cuda.is_available() else max(1, EXAMPLES // 8)
 
     @hypothesis.settings(

@@ -319,7 +319,7 @@ def test_packed_input_of_few_or_empty_sequences(backend, lengths):
         assert x.shape == (0,)
 
 
-def test_what_is_in_no_sequence_reaches_nothing(backend):
+def test_tokens_outside_every_sequence_change_nothing(backend):
     _, (rewards, values, mask), cu_seqlens = packed_batch(lengths_of(backend), 2)
     want = gae(rewards, values, mask, cu_seqlens=cu_seqlens, backend=backend)
     for x in (rewards, values):

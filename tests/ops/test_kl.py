@@ -67,7 +67,7 @@ def test_value_and_gradient_are_finite_at_differences_of_100(backend, estimator)
         assert x.isfinite().all()
 
 
-def test_k3_goes_on_along_its_tangent_below_minus_20(backend):
+def test_k3_continues_along_its_tangent_below_minus_20(backend):
     d = torch.tensor([-19.999, -20.0, -20.001, -21.0, -50.0])
     kl, grad, _ = run(d, "k3", backend)
     x = d.double()

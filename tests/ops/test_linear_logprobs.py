@@ -100,7 +100,7 @@ def test_values_and_gradients_are_those_of_the_whole_logits(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_likeliest_token_is_known_and_the_rest_is_as_without_it(backend, block, dtype):
+def test_likeliest_marks_argmax_targets_and_leaves_the_rest_unchanged(backend, block, dtype):
     hidden, weight, b, targets, mask = case(dtype=dtype)
     logits = F.linear(hidden, weight, b)
     targets = torch.where(torch.rand(3, 5) < 0.5, logits.argmax(-1), targets)
@@ -117,9 +117,7 @@ def test_the_likeliest_token_is_known_and_the_rest_is_as_without_it(backend, blo
     )
 
 
-def test_tokens_that_tie_for_the_first_place_are_all_likeliest_and_beside_nan_none_is(
-    backend, block
-):
+def test_all_tokens_that_tie_for_first_place_are_likeliest_and_none_next_to_nan(backend, block):
     targets = torch.tensor([0, 7, 14, 15, 16, 31, 32, 33, 49])
     hidden, weight = torch.ones(len(targets), 1), torch.zeros(50, 1)
     weight[[15, 32]] = 1  # at block boundaries
@@ -137,7 +135,7 @@ def test_tokens_that_tie_for_the_first_place_are_all_likeliest_and_beside_nan_no
     ),
     indirect=["backend"],
 )
-def test_each_gradient_alone_is_the_same_and_what_is_frozen_gets_none(
+def test_each_gradient_alone_is_the_same_and_frozen_tensors_get_none(
     backend, block, needs, with_entropy
 ):
     hidden, weight, b, targets, mask = case()
@@ -159,7 +157,7 @@ def test_each_gradient_alone_is_the_same_and_what_is_frozen_gets_none(
             assert got is None
 
 
-def test_masked_rows_are_not_computed_and_their_junk_goes_nowhere(backend, block):
+def test_masked_rows_are_not_computed_and_their_values_change_nothing(backend, block):
     hidden, weight, _, targets, mask = case()
     hidden[~mask] = NAN
     targets = targets.masked_fill(~mask, -100)
@@ -301,7 +299,7 @@ def test_a_second_backward_gives_the_same_gradient(backend, block, chunk_rows):
     assert_close(first, second, rtol=0, atol=0)
 
 
-def test_with_a_frozen_head_the_forward_can_say_the_gradient(backend, block):
+def test_with_a_frozen_head_the_forward_can_return_the_gradient(backend, block):
     """The path that CUDA takes: dhidden for a gradient of 1 at each log-prob."""
     hidden, weight, b, targets, mask = case((11,), bias=True)
     impl = backends.resolve(backend, hidden)
@@ -457,7 +455,7 @@ def extras_only(found, groups, x, y):
 
 
 @pytest.mark.parametrize("losses", [logprobs_only, entropy_only, extras_only])
-def test_what_a_loss_does_not_use_gets_a_gradient_of_zero(backend, losses, chunk):
+def test_inputs_that_a_loss_does_not_use_get_a_gradient_of_zero(backend, losses, chunk):
     leaves, targets, T = loss_case()
     chunk(4)
     loss, *_ = linear_token_loss(
@@ -519,7 +517,7 @@ def test_a_loss_of_no_targets_calls_its_function_once_and_has_gradients_of_zero(
     assert hidden.grad.shape == (0, 8) and not weight.grad.any() and extra.grad.shape == (0,)
 
 
-def test_a_loss_is_told_the_likeliest_targets_if_it_asks(backend, chunk):
+def test_a_loss_gets_the_likeliest_targets_if_it_asks(backend, chunk):
     leaves, targets, T = loss_case()
     logits = F.linear(*(x.detach() for x in leaves[:3]))
     targets = torch.where(torch.arange(N) % 2 == 0, logits.argmax(-1), targets)

@@ -275,7 +275,7 @@ def test_options_that_keep_everything_change_no_bit(backend):
         assert_close(tuple(got), tuple(plain), rtol=0, atol=0)
 
 
-def test_a_row_that_is_no_distribution_gives_token_0_and_nan_and_spoils_no_other(backend):
+def test_a_row_that_is_no_distribution_gives_token_0_and_nan_and_changes_no_other(backend):
     sampled = pairs(backend, [3, 3000], truncations(backend))
     for V, truncation, temperature in [(3, {}, 0), (3000, {}, 0), *((*x, 1.0) for x in sampled)]:
         logits = torch.randn(8, V)
