@@ -333,7 +333,8 @@ def _list_of_strings(values: list, field: str) -> list[str]:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and abs(value) < 2**127  # so that float32 holds it
 
 
 def _conversation(row: dict, field: str) -> list[Message]:

@@ -109,7 +109,7 @@ def environment(now: Callable[[str], str] | None = None):
             self.left, self.end = MAX_SIZE, time.thread_time() + MAX_SECONDS
 
         def charge(self, size):
-            """Subtract from what is left. Raises SecurityError if nothing is."""
+            """Subtract from the size that is left. Raises SecurityError below 0."""
             self.left -= size
             if self.left < 0:
                 raise sandbox.SecurityError(f"it makes more than {MAX_SIZE} characters")

@@ -161,7 +161,7 @@ class JsonTokenizer:
         self._prompt_prefix = prefix if prefix == [self.bos_id] else []
 
     def _read(self, name: str) -> dict:
-        """The fields of a file that are not null; none if there is no file."""
+        """The fields of a file except null ones. A file that is missing has none."""
         file = self._folder / name
         fields = read_object(file) if file.is_file() else {}
         return {field: value for field, value in fields.items() if value is not None}

@@ -431,6 +431,8 @@ def _matching(pattern: str, names: list[str]) -> set[str]:
         reason = f"is not a regular expression: {error}"
     except subprocess.TimeoutExpired:
         reason = f"takes more than {MAX_SECONDS} s to match: simplify it"
+    except subprocess.CalledProcessError as error:
+        reason = f"cannot be matched: {error}"
     else:
         return set(json.loads(done.stdout))
     raise ValueError(f"target_modules {short(pattern)} {reason}")
