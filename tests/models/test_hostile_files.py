@@ -227,7 +227,7 @@ def test_layers_that_the_files_do_not_have_are_counted_before_they_are_built(fol
     file = folders / "qwen2" / "config.json"
     with kept(file):
         edit_json(file, num_hidden_layers=10**5, layer_types=None)
-        message = "config.json has 100000 layers, but the tensors are of 2"
+        message = "config.json has 100000 layers, but the files have tensors of 2"
         with pytest.raises(ValueError, match=message):
             Transformer.from_pretrained(file.parent)
 
