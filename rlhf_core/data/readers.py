@@ -215,8 +215,8 @@ def check_messages(value, field: str) -> list[Message]:
         for name, extra in message.items():
             if name not in ("role", "content") and extra not in _EMPTY:
                 raise ValueError(
-                    f"field '{where}.{name[:80]}' is not supported, got {shown(extra)}: a message has "
-                    "only role and content, and every turn of the assistant is learned"
+                    f"field '{where}.{name[:80]}' is not supported, got {shown(extra)}: a message "
+                    "has only role and content, and every turn of the assistant is learned"
                 )
         content = _string(message, "content", where, empty=role == "system")
         messages.append({"role": role, "content": content})

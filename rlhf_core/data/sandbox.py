@@ -126,7 +126,7 @@ def environment(now: Callable[[str], str] | None = None):
             return value
 
         def extent(self, value):
-            """Characters and ELEMENT per element, at any depth, or the magnitude of a whole number."""
+            """Characters and ELEMENT per element at any depth, or the magnitude of a number."""
             total, parts = 0, [value]
             while parts and total <= MAX_SIZE:
                 part = parts.pop()

@@ -119,7 +119,7 @@ class TransformerConfig:
         self._check_multiple("num_heads", "num_kv_heads")
         if sum(self.qkv_sizes) > MAX_SIZE:
             raise ValueError(
-                f"num_heads {self.num_heads} and head_dim {self.head_dim} make {sum(self.qkv_sizes)} "
+                f"head_dim {self.head_dim} with {self.num_heads} heads makes {sum(self.qkv_sizes)} "
                 f"rows of queries, keys and values, more than {MAX_SIZE}"
             )
         if self.positions == "rope" and self.head_dim % 2:
@@ -134,8 +134,8 @@ class TransformerConfig:
             raise ValueError(f"eos_ids must be token ids, got {short(self.eos_ids)}")
         if self.pad_id is not None and self.pad_id >= self.vocab_size:
             raise ValueError(
-                f"pad_id {self.pad_id} is not in the vocabulary of {self.vocab_size}: choose another "
-                "id, any will do"
+                f"pad_id {self.pad_id} is not in the vocabulary of {self.vocab_size}: choose "
+                "another id, any will do"
             )
 
     def _check_multiple(self, name: str, of: str) -> None:

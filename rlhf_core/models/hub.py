@@ -245,7 +245,8 @@ def _check_layers(
     layers = len({name.partition(".")[0] for name in names})
     if config.num_layers > layers:
         raise ValueError(
-            f"{path}: config.json has {config.num_layers} layers, but the files have tensors of {layers}"
+            f"{path}: config.json has {config.num_layers} layers, but the files have tensors of "
+            f"{layers}"
         )
 
 

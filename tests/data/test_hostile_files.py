@@ -60,7 +60,9 @@ TOKENIZER = {
     "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"},
     "post_processor": {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
     },
@@ -287,7 +289,7 @@ def test_a_template_cannot_take_all_memory(kind, monkeypatch):
     "source",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(99) }}",
         "{% set x = range(99999)|list %}{% for i in x %}{% if x|min %}{% endif %}{% endfor %}",
     ],
 )
@@ -328,8 +330,8 @@ def test_jinja2_is_one_whose_sandbox_holds():
 
 
 FEATURES = [
-    "{% macro f(a, b=2) %}{{ a }}{{ b }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ f(1, 3, 4, k=5) }}",
-    "{% macro f(name, function) %}{{ name }}{{ function }}{% endmacro %}{{ f(name=1, function=2) }}",
+    "{% macro f(a, b=2) %}{{ a }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ f(1, 3, 4, k=5) }}",
+    "{% macro f(name, owner) %}{{ name }}{{ owner }}{% endmacro %}{{ f(name=1, owner=2) }}",
     "{% macro g() %}<{{ caller(1) }}>{% endmacro %}{% call(x) g() %}hi{{ x }}{% endcall %}",
     "{% filter upper %}abc{{ 1 }}{% endfilter %}{% set x | upper %}abc{{ 1 }}{% endset %}{{ x }}",
     "{% for m in messages recursive %}{{ m.role }}{{ loop.index }}{{ loop.last }}"

@@ -328,7 +328,7 @@ def test_a_regular_expression_that_takes_for_ever_is_refused(pattern, folders, m
 @pytest.mark.parametrize("family", FAMILY_OPTIONS)
 @pytest.mark.parametrize("value", [False, None, 0])
 def test_attention_that_is_not_causal_is_refused(family, value, folders):
-    """`transformers` reads the field in all families, and attends to later tokens if it is false."""
+    """In all families `transformers` reads the field; if it is false, tokens see later ones."""
     file = folders / family / "config.json"
     with kept(file):
         edit_json(file, is_causal=value)
