@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_core import backends
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_DENSE = torch.strided
 _NUMBERS = {float, int, bool, type(None)}
 _forward_ad = torch.autograd.forward_ad
 _in_torch_func = torch._C._are_functorch_transforms_active
@@ -35,10 +36,13 @@ def resolve(backend: str | None, *tensors: Any) -> ModuleType | type | None:
         return impl
     found = transform()
     for x in tensors:
-        # isinstance is slow on numbers
-        if type(x) not in _NUMBERS and isinstance(x, Tensor) and not is_plain(x):
-            found = "a negative view (see resolve_neg)" if x.is_neg() else f"a {type(x).__name__}"
-    if found is None:
+        kind = type(x)
+        if kind in _PLAIN:
+            if x.is_neg():
+                found = "a negative view (see resolve_neg)"
+        elif kind not in _NUMBERS and isinstance(x, Tensor):  # isinstance is slow on numbers
+            found = f"a {kind.__name__}"
+    if not found:
         return impl
     if backend is None and backends.DEFAULT is None:
         return None
@@ -77,7 +81,7 @@ def check_float(name: str, x: Any) -> None:
 
 def check_dense(name: str, x: Tensor) -> None:
     """Raise TypeError if x is sparse or nested."""
-    if x.is_nested or x.layout is not torch.strided:
+    if x.is_nested or x.layout is not _DENSE:
         kind = "nested" if x.is_nested else x.layout
         raise TypeError(f"{name} must be dense, got {kind}: convert it")
 
