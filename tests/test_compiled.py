@@ -51,13 +51,14 @@ def assert_compiles(names, backend, compiler, dynamic=None):
     assert_close(compiled_gradients, gradients, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OPS)
 def test_one_compiled_graph_gives_the_results_of_eager_mode(name, fused, dynamic):
     """Dynamo and AOTAutograd trace each op, forward and backward, without a break."""
     assert_compiles([name], fused, "aot_eager", dynamic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPS)
 def test_the_reference_compiles_too(name):
     torch._dynamo.reset()

@@ -404,7 +404,7 @@ def test_a_loss_its_outputs_and_all_gradients_match_float64(backend, most, sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_gradients_of_a_loss_in_16_bits_add_up_in_float32(backend, dtype, chunk):
+def test_the_gradients_of_a_loss_have_the_dtypes_of_their_tensors(backend, dtype, chunk):
     leaves, targets, T = loss_case(dtype)
     chunk(1)
     losses = grouped_losses(None)
@@ -417,6 +417,21 @@ def test_the_gradients_of_a_loss_in_16_bits_add_up_in_float32(backend, dtype, ch
     truth = plainly([x.detach().double().requires_grad_() for x in leaves], targets, T, losses)
     for x, true in zip(got, truth):
         assert (x.double() - true).norm() <= 4 * torch.finfo(dtype).eps * true.norm()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"], indirect=True)
+def test_the_gradients_of_a_loss_in_16_bits_add_up_in_float32(backend, chunk):
+    """A bfloat16 sum of 512 equal numbers would stop growing half-way."""
+    hidden, targets = torch.ones(512, 1).bfloat16(), torch.zeros(512, dtype=torch.int64)
+    head = torch.zeros(4, 1).bfloat16().requires_grad_(), torch.zeros(4).bfloat16().requires_grad_()
+    chunk(1, V=4)
+    loss, *_ = linear_token_loss(
+        hidden, head[0], targets, lambda found, _: (found.logprobs.sum(),), bias=head[1],
+        backend=backend,
+    )  # fmt: skip
+    loss.backward()
+    for x in head:
+        assert x.grad.flatten().tolist() == [512 * 0.75, *[-512 * 0.25] * 3]
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
