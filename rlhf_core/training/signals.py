@@ -80,7 +80,7 @@ class DelayedStop:
             raise stop(self.signum)
         self.signum = signum
         again = "press Ctrl-C again to stop at once"
-        _say(f"stopping after this step; {again} (done anyway in {self.grace:g} s)")
+        _say(f"stopping after this step, or after {self.grace:g} s; {again}")
         main = threading.main_thread().ident
         self._timer = threading.Timer(self.grace, signal.pthread_kill, (main, signum))
         self._timer.daemon = True
