@@ -44,7 +44,9 @@ def _sequence(cu_seqlens_ptr, T):
     begin, end = row * T, row * T + T
     first, stop = begin, end
     if cu_seqlens_ptr is not None:
-        begin, end = tl.load(cu_seqlens_ptr + row), tl.load(cu_seqlens_ptr + row + 1)
+        # Bad bounds give wrong numbers; without the limits they would give wild reads and writes.
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + row), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + row + 1), 0), T)
         first = tl.where(row == 0, 0, begin)
         stop = tl.where(row == tl.num_programs(0) - 1, T, end)
     return row, begin, end, first, stop
