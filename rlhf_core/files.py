@@ -139,7 +139,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def subfolder(folder: Path, name: str) -> Path:
-    """Return folder / name, to write into. A link raises OSError, because its target is elsewhere."""
+    """Return folder / name, to write into. A link raises OSError: its target is elsewhere."""
     path = folder / name
     if path.is_symlink():
         raise NotADirectoryError(

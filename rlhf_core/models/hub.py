@@ -184,7 +184,7 @@ def stale_adapters(path: Path) -> list[str]:
 
 
 def _stale_weights(path: Path) -> list[str]:
-    """The weights of an earlier model: the names that `save` writes, and the shards of the index."""
+    """An earlier model's weights: the names that `save` writes, and the shards of the index."""
     index = path / INDEX_FILE
     try:
         shards = read_object(index)["weight_map"].values() if index.is_file() else ()

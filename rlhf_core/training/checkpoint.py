@@ -97,8 +97,8 @@ def load(
     _check_tensors(path, stored, state, parameters)
     if then.get("tensors") not in (None, _digest_of_tensors(stored)):
         raise ValueError(
-            f"{path}: its tensors are not those that were written (digest {then['tensors']:.8}, now "
-            f"{_digest_of_tensors(stored):.8}). The file is damaged: use a copy, or start a new run"
+            f"{path}: damaged: its tensors have the digest {_digest_of_tensors(stored):.8}, but "
+            f"{then['tensors']:.8} was written. Use a copy of the file, or start a new run"
         )
     load_state(stored)
     with torch.no_grad():
@@ -226,8 +226,8 @@ def check_settings(
         if top not in free and not newer:
             old = None if old is MISSING else old
             raise ValueError(
-                f"{path}: {what} {name}={old!r:.100}, this run has {new!r:.100}. Resume with the old "
-                f"value, or start a new run{DATED * (top == 'template_dates')}"
+                f"{path}: {what} {name}={old!r:.100}, this run has {new!r:.100}. Resume with the "
+                f"old value, or start a new run{DATED * (top == 'template_dates')}"
             )
 
 

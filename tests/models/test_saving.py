@@ -300,8 +300,11 @@ def test_a_save_that_fails_anywhere_leaves_the_old_model(make, tmp_path, monkeyp
 # ---- links in the folder of a run
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "train_config.json", "model.safetensors", "config.json",
-                                  "tokenizer_config.json", "checkpoint"])  # fmt: skip
+FILES = ["metrics.jsonl", "train_config.json", "model.safetensors", "config.json"]
+FILES += ["tokenizer_config.json", "checkpoint"]
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_a_run_replaces_links_and_leaves_their_targets(name, link, tmp_path):
     out, target = tmp_path / "out", tmp_path / "elsewhere"
