@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from rlhf_core.masking import Moments, last_token_index
+from rlhf_core.policy_gradient.experience import Experience
+from rlhf_core.rollout import Rollout
 
 
 class Coefficient:
@@ -59,6 +61,13 @@ def scaled(rewards: Tensor, mask: Tensor, moments: Moments, *, subtract_mean: bo
         return rewards * scale
     mean = (moments.mean.float() * scale).expand(len(mask))
     return add_to_last(rewards * scale, -mean, mask)
+
+
+def weighted_by_importance(experience: Experience, rollout: Rollout, cap: float) -> Experience:
+    """The experience with advantages times min(p(trained) / p(sampled), cap) per token."""
+    log_weight = experience.old_logprobs - rollout.logprobs
+    weight = log_weight.where(rollout.response_mask, 0).exp().clamp_max(cap)
+    return experience._replace(advantages=experience.advantages * weight, importance=weight)
 
 
 def add_to_last(rewards: Tensor, amounts: Tensor, mask: Tensor) -> Tensor:

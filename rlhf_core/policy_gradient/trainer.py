@@ -37,7 +37,12 @@ from rlhf_core.policy_gradient.report import (
     add_statistics,
     rollout_mismatch,
 )
-from rlhf_core.policy_gradient.shaping import Coefficient, penalized, scaled
+from rlhf_core.policy_gradient.shaping import (
+    Coefficient,
+    penalized,
+    scaled,
+    weighted_by_importance,
+)
 from rlhf_core.rollout import (
     Rollout,
     response_full_kl,
@@ -55,6 +60,10 @@ from rlhf_core.training.trainer import Trainer
 # Largest error of the first minibatch's ratio: other padding rounds differently.
 MAX_FIRST_ERROR = {"float32": 1e-3, "bfloat16": 0.05}
 DIVERGED = "the weights have diverged (try a smaller lr or fewer ppo_epochs) or bfloat16 overflows"
+
+
+class EarlyStop(Exception):
+    """The passes over a rollout stop before the next step."""
 
 
 class PolicyGradientTrainer(Trainer):
@@ -278,34 +287,25 @@ class PolicyGradientTrainer(Trainer):
         Before a step beyond max_approx_kl the passes stop.
         """
         config, size = self.config, len(rollout.response_ids)
-        max_kl = math.inf if config.max_approx_kl is None else config.max_approx_kl
         if config.importance_cap is not None:
-            log_weight = experience.old_logprobs - rollout.logprobs
-            log_weight = log_weight.where(rollout.response_mask, 0)
-            weight = log_weight.exp().clamp_max(config.importance_cap)
-            advantages = experience.advantages * weight
-            experience = experience._replace(advantages=advantages, importance=weight)
+            experience = weighted_by_importance(experience, rollout, config.importance_cap)
         first = True
         for _ in range(config.ppo_epochs):
             order = torch.randperm(size, generator=self.generator, device=self.device)
             for index in order.split(config.update_size):
                 seen = Metrics()
                 losses = self.minibatch_losses(rows(rollout, index), rows(experience, index), seen)
-                losses = self.checked(losses, seen) if first else losses
+                losses = self.checked(losses, seen, first)
                 first = False
-                losses = chain(losses, self.ptx_losses(len(index), seen))
-
-                def accept(seen=seen):
-                    return seen.means()["policy/approxkl_avg"] <= max_kl
-
                 try:
-                    norm = self.optimize(losses, accept)
+                    norm = self.optimize(chain(losses, self.ptx_losses(len(index), seen)))
+                except EarlyStop:
+                    metrics.merge(seen)
+                    return
                 except FloatingPointError as error:
                     self.predict(rollout)  # names the row and token at fault, if there is one
                     raise FloatingPointError(f"{error}; perhaps {DIVERGED}") from None
                 metrics.merge(seen)
-                if norm is None:
-                    return
                 metrics.add("grad_norm", torch.tensor(norm))
 
     def minibatch_losses(
@@ -471,22 +471,27 @@ class PolicyGradientTrainer(Trainer):
             metrics.add_part("loss", loss)
             yield loss
 
-    def checked(self, losses: Iterator[Tensor], metrics: Metrics) -> Iterator[Tensor]:
-        """The losses of a rollout's first minibatch, then a check before its update.
+    def checked(self, losses: Iterator[Tensor], metrics: Metrics, first: bool) -> Iterator[Tensor]:
+        """The losses of a minibatch, then checks before its update.
 
-        The policy must still be the one that the old log-probs belong to, with ratio 1 up to
-        rounding. Dropout is exempt.
+        In a rollout's first minibatch the policy must still be the one that the old log-probs
+        belong to, with ratio 1 up to rounding, unless it has dropout.
+
+        Raises:
+            EarlyStop: the approximate KL exceeds max_approx_kl.
         """
         yield from losses
-        means = metrics.means()
+        config, means = self.config, metrics.means()
         ratio, approx_kl = means["val/ratio"], means["policy/approxkl_avg"]
         error = max(abs(ratio - 1), approx_kl)
-        if error > MAX_FIRST_ERROR[self.config.precision] and not self.config.dropout:
+        if first and error > MAX_FIRST_ERROR[config.precision] and not config.dropout:
             raise FloatingPointError(
                 f"the first minibatch has ratio {ratio:.6g} and approximate KL {approx_kl:.3g}, "
                 "not 1 and 0; no weight was updated. Likely causes: the policy is in train mode, "
                 "it changed between rollout and update, or its forward depends on the other rows"
             )
+        if config.max_approx_kl is not None and approx_kl > config.max_approx_kl:
+            raise EarlyStop
 
     # ---- after the updates
 

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -241,16 +241,11 @@ class Trainer:
             return f"the loss of {bad[0]} alone is not finite, {count}"
         return "every row's loss alone is finite: try a smaller lr, or precision float32"
 
-    def optimize(
-        self, losses: Iterator[Tensor], accept: Callable[[], bool] = lambda: True
-    ) -> float | None:
+    def optimize(self, losses: Iterator[Tensor]) -> float:
         """Add up the gradients of the losses, clip them and step.
 
-        Args:
-            accept: called before the step; if it returns False, no weight is updated.
-
         Returns:
-            The gradient's norm before clipping; None without a step.
+            The gradient's norm before clipping.
 
         Raises:
             FloatingPointError: loss or gradient are not finite; the weights are unchanged.
@@ -267,8 +262,6 @@ class Trainer:
         for name, value in (("gradient's norm", grad_norm), ("loss", float(total_loss))):
             if not math.isfinite(value):
                 raise FloatingPointError(f"the {name} is {value}; no weight was updated")
-        if not accept():
-            return None
         if grad_norm > self.config.max_grad_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, total_norm)
         self.optimizer.step()
