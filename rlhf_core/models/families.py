@@ -7,6 +7,7 @@ Left out: files (hub.py).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -24,18 +25,31 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
-}
-# Fields that change no logit: they are about files, training or sampling.
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+}  # each of ours is written as the first name that stands for it
+# `transformers` ignores fields that a family does not have, and so do we. But a field whose name
+# matches says that the model computes something else, as in another family or in code of its own.
+_ARCHITECTURE = re.compile(
+    "act|adapter|alibi|attention|attn|auto_map|bias|bidirect|block|causal|chunk|clamp|clip|compress"
+    "|config|conv_|cross|d_model|decoder|dense|depth|dim|drop|emb|encoder|_eps|^eps$|expert"
+    "|feed_forward|ffn|freq|gate|gating|glu|head|hidden|index|inner|intermediate|kernel|kv|layer"
+    "|linear|logit|lora|mamba|mlp|moe|mtp|mult|mup|ngram|norm|ntk|parallel|pool|_pos|position"
+    "|prefix_lm|proj|qk|quant|quer|relative|resid|rope|rotary|rout|scal|sink|softmax|sparse|ssm"
+    "|state|theta|topk|width|window",
+    re.IGNORECASE,
+)
+# Fields with such a name that change no logit: they are about kernels, outputs, other heads, files.
 _IRRELEVANT = {
-    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
-    "name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class", "use_cache",
-    "initializer_range", "return_dict", "pretraining_tp", "n_ctx", "gradient_checkpointing",
-    "reorder_and_upcast_attn", "finetuning_task", "problem_type", "id2label", "label2id",
-    "num_labels", "_num_labels", "task_specific_params", "do_sample", "temperature", "top_k",
-    "top_p", "num_beams", "repetition_penalty", "min_length", "max_length", "max_new_tokens",
-    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-    "summary_first_dropout", "is_llama_config", "transformers.js_config", "unsloth_fixed",
-    "unsloth_version", OF_STEPS,
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "attn_implementation", "_flash_attn_2_enabled", "use_flash_attn", "use_flash_attention",
+    "use_flash_attention_2", "reorder_and_upcast_attn", "chunk_size_feed_forward",
+    "output_attentions", "output_hidden_states", "is_decoder", "classifier_dropout",
+    "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
+    "decoder_start_token_id", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "is_llama_config", "transformers.js_config",
 }  # fmt: skip
 # Fields that `transformers` reads in every family, where only this value is supported.
 _ONLY = {"is_causal": True, "partial_rotary_factor": 1.0}
@@ -81,8 +95,10 @@ class Family:
             hook(hf)
         only = self.only | _ONLY
         known = {*(theirs for _, theirs, _ in self.config_fields), *only, *_IRRELEVANT}
+        kinds = hf.pop("layer_types", None)
         for theirs, value in hf.items():
-            if value != only.get(theirs, value) or (value and theirs not in known):
+            unknown = value and theirs not in known and _ARCHITECTURE.search(theirs[:80])
+            if unknown or value != only.get(theirs, value):
                 raise ValueError(
                     f"{theirs[:80]}={short(value)} is not supported in a {self.name} model"
                 )
@@ -106,12 +122,21 @@ class Family:
                     f"{short(options[ours])}; the two must be equal"
                 )
         try:
-            return TransformerConfig(**options)
+            config = TransformerConfig(**options)
         except ValueError as error:  # which starts with our name of a field
             ours, _, rest = str(error).partition(" ")
             names = {ours: theirs for ours, theirs, _ in self.config_fields}
             names |= {"pad_id": "pad_token_id", "eos_ids": "eos_token_id", "bos_id": "bos_token_id"}
             raise ValueError(f"{names.get(ours, ours)} {rest}") from None
+        count = config.num_layers
+        kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+        fits = isinstance(kinds, list) and len(kinds) == count and all(x == kind for x in kinds)
+        if kinds and not fits:
+            raise ValueError(
+                f"layer_types={short(kinds)} is not supported in a {self.name} model, only {count} "
+                f"times {kind!r}"
+            )
+        return config
 
     def write(self, config: TransformerConfig, dtype: torch.dtype, scalar_head: bool) -> dict:
         """Return the config.json of a model, without what the family cannot express."""
@@ -213,6 +238,9 @@ def _one_window(hf: dict) -> None:
             raise ValueError(f"{name} must be {wanted}, got {short(value)}")
     if kinds is not None and not isinstance(kinds, list):
         raise ValueError(f"layer_types must be a list, got {short(kinds)}")
+    for kind in kinds or ():
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"layer_types holds {short(kind)}, which is not supported")
     sliding = [kind == "sliding_attention" for kind in kinds or ()]
     sliding = sliding or [False] * (first > 0) + [True] * (first < count)
     full = all(kind == "full_attention" for kind in kinds) if kinds else first >= count

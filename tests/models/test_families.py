@@ -1,10 +1,16 @@
 """Families: config.json is read and written field by field, and misfits are refused."""
 
+import importlib
+import inspect
+import re
+
 import pytest
+import torch
 from helpers import GPT2, edit_json
 from helpers import tiny as any_tiny
 
-from rlhf_core.models import Transformer, hub
+from rlhf_core.models import Transformer, families, hub
+from rlhf_core.models.config import ACTIVATIONS
 
 
 def tiny(**options):
@@ -222,3 +228,199 @@ def test_a_model_that_fits_no_family_is_not_written(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny(**options).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# ---- fields that real models have
+
+
+def of_gpt2(width=768, layers=12, heads=12, **more):
+    return more | dict(
+        model_type="gpt2", architectures=["GPT2LMHeadModel"], activation_function="gelu_new",
+        attn_pdrop=0.1, embd_pdrop=0.1, resid_pdrop=0.1, bos_token_id=50256, eos_token_id=50256,
+        initializer_range=0.02, layer_norm_epsilon=1e-5, n_ctx=1024, n_positions=1024,
+        n_embd=width, n_head=heads, n_layer=layers, vocab_size=50257, summary_activation=None,
+        summary_first_dropout=0.1, summary_proj_to_labels=True, summary_type="cls_index",
+        summary_use_proj=True, task_specific_params={"text-generation": {"do_sample": True}},
+    )  # fmt: skip
+
+
+def of_llama(kind, width, layers, heads, kv_heads, inner, vocab, positions, **more):
+    return dict(
+        model_type=kind, architectures=[f"{kind.title()}ForCausalLM"], hidden_size=width,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=inner, vocab_size=vocab, max_position_embeddings=positions,
+        hidden_act="silu", rms_norm_eps=1e-5, initializer_range=0.02, use_cache=True,
+        tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.37.2",
+        bos_token_id=1, eos_token_id=2,
+    ) | more  # fmt: skip
+
+
+LLAMA3_ROPE = {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192, "rope_type": "llama3",
+}  # fmt: skip
+OLD = dict(  # all fields of the first releases of transformers
+    decoder_start_token_id=None, do_sample=False, early_stopping=False, finetuning_task=None,
+    is_decoder=False, is_encoder_decoder=False, length_penalty=1.0, max_length=20, num_beams=1,
+    num_return_sequences=1, output_attentions=False, output_hidden_states=False, output_past=True,
+    pruned_heads={}, repetition_penalty=1.0, temperature=1.0, top_k=50, top_p=1.0,
+    torchscript=False, use_bfloat16=False, xla_device=None,
+)  # fmt: skip
+QWEN_WINDOW = dict(sliding_window=4096, use_sliding_window=False, max_window_layers=28)
+LLAMA2 = ("llama", 4096, 32, 32, 32, 11008, 32000, 4096)
+LLAMA3 = ("llama", 4096, 32, 32, 8, 14336, 128256)
+MISTRAL = ("mistral", 4096, 32, 32, 8, 14336)
+QWEN7 = ("qwen2", 3584, 28, 28, 4, 18944, 152064)
+REAL = {
+    "gpt2-medium": of_gpt2(1024, 24, 16, n_special=0, predict_special_tokens=True),
+    "gpt2-xl": of_gpt2(1600, 48, 25, output_past=True),
+    "distilgpt2": of_gpt2(
+        768, 6, _num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}
+    ),
+    "DialoGPT": of_gpt2(1024, 24, 16, **OLD),
+    "Llama 1": of_llama(*LLAMA2[:-1], 2048, max_sequence_length=2048, pad_token_id=0),
+    "Llama 2": of_llama(*LLAMA2, pretraining_tp=1, rope_scaling=None),
+    "Vicuna 16k": of_llama(
+        *LLAMA2, max_sequence_length=16384, rope_scaling={"factor": 4.0, "type": "linear"}
+    ),
+    "Alpaca": of_llama(*LLAMA2[:-1], 2048, hidden_act="swish", _flash_attn_2_enabled=True),
+    "Llama 3": of_llama(*LLAMA3, 8192, attention_bias=False, rope_theta=5e5),
+    "Llama 3.1": of_llama(
+        *LLAMA3, 131072, eos_token_id=[128001, 128008, 128009], rope_scaling=LLAMA3_ROPE,
+        rope_theta=5e5, mlp_bias=False, attention_dropout=0.0, head_dim=128,
+        _attn_implementation_autoset=True, unsloth_fixed=True, unsloth_version="2025.1",
+    ),
+    "R1-Distill-Llama": of_llama(*LLAMA3, 131072, rope_scaling=LLAMA3_ROPE, rope_theta=5e5),
+    "TinyLlama": of_llama("llama", 2048, 22, 32, 4, 5632, 32000, 2048, pretraining_tp=1),
+    "SmolLM2": of_llama(
+        "llama", 576, 30, 9, 3, 1536, 49152, 8192, is_llama_config=True, rope_interleaved=False,
+        rope_theta=100000, tie_word_embeddings=True,
+        **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+    ),
+    "Mistral 7B v0.1": of_llama(*MISTRAL, 32000, 32768, sliding_window=4096, rope_theta=1e4),
+    "Mistral 7B v0.3": of_llama(*MISTRAL, 32768, 32768, sliding_window=None, rope_theta=1e6),
+    "Qwen2": of_llama(*QWEN7, 131072, **QWEN_WINDOW, rope_theta=1e6),
+    "Qwen2.5-Math": of_llama(*QWEN7, 4096, **QWEN_WINDOW, use_mrope=False, rope_theta=1e4),
+    "R1-Distill-Qwen": of_llama(*QWEN7, 131072, **QWEN_WINDOW, use_mrope=False, rope_theta=1e4),
+    "Qwen2.5, saved again": of_llama(
+        "qwen2", 896, 24, 14, 2, 4864, 151936, 32768, **QWEN_WINDOW | dict(sliding_window=None),
+        layer_types=["full_attention"] * 24, rope_parameters={"rope_theta": 1e6}, dtype="float32",
+        _attn_implementation="sdpa", loss_type="ForCausalLM",
+    ),
+    "Qwen3": of_llama(
+        "qwen3", 1024, 28, 16, 8, 3072, 151936, 40960, **QWEN_WINDOW | dict(sliding_window=None),
+        attention_bias=False, head_dim=128, rope_scaling=None, rope_theta=1000000,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_fields_of_popular_models_are_read(name):
+    fields = REAL[name]
+    config = families.read(fields)
+    assert config.family == fields["model_type"]
+    assert config.sliding_window == (4096 if name == "Mistral 7B v0.1" else None)
+    assert config.activation == ("gelu_tanh" if config.family == "gpt2" else "silu")
+
+
+SMALL = {
+    "gpt2": of_gpt2(16, 2, 2),
+    **{
+        kind: of_llama(kind, 16, 2, 2, 2, 32, 20, 16)
+        for kind in families.FAMILIES
+        if kind != "gpt2"
+    },
+}
+NO_LOGIT = dict(
+    predict_special_tokens=True, output_past=True, max_sequence_length=2048, my_note="of 3 May",
+    loss_type="ForCausalLM", _attn_implementation="sdpa", _attn_implementation_autoset=True,
+    output_attentions=True, chunk_size_feed_forward=8, classifier_dropout=0.1, torchscript=True,
+    no_repeat_ngram_size=3, model_max_length=512, unk_token_id=5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_fields_that_change_no_logit_are_ignored(family):
+    assert families.read(SMALL[family] | NO_LOGIT) == families.read(SMALL[family])
+
+
+@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("final_logit_softcapping", 30.0), ("query_pre_attn_scalar", 256), ("logit_scale", 0.0625),
+        ("logits_scaling", 8.0), ("attention_multiplier", 0.1), ("residual_multiplier", 0.2),
+        ("embedding_multiplier", 12.0), ("num_experts", 8), ("num_local_experts", 8),
+        ("alibi", True), ("n_routed_experts", 8), ("q_lora_rank", 64), ("use_mrope", True),
+        ("rope_interleaved", True), ("rotary_dim", 4), ("use_parallel_residual", True),
+        ("parallel_attn", True), ("clip_qkv", 8), ("use_qk_norm", True), ("qk_layernorm", True),
+        ("attention_chunk_size", 8), ("scale_emb", 12), ("no_rope_layers", [1]),
+        ("per_layer_config", {"0": {}}), ("use_logn_attn", True), ("use_dynamic_ntk", True),
+        ("use_bidirectional_attention", True), ("is_encoder_decoder", True),
+        ("quantization_config", {"bits": 4}), ("compression_config", {"a": 1}),
+        ("mup_enabled", True), ("vision_config", {"a": 1}), ("pruned_heads", {"0": [1]}),
+        ("num_mtp_layers", 1), ("position_embedding_type", "relative_key"),
+        ("sliding_window_pattern", 6), ("scale_depth", 1.4),
+        ("layer_types", ["full_attention", "linear_attention"]),
+        ("layer_types", "full_attention"),
+        ("is_causal", False), ("auto_map", {"AutoModel": "m.M"}),
+    ],
+)  # fmt: skip
+def test_a_field_that_changes_the_function_elsewhere_is_refused(family, field, value):
+    with pytest.raises(ValueError, match=field):
+        families.read(SMALL[family] | {field: value})
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_layer_types_must_say_the_same_as_the_window(family):
+    full, sliding = ["full_attention"] * 2, ["sliding_attention"] * 2
+    fields = SMALL[family] | ({} if family == "gpt2" else dict(sliding_window=None))
+    config = families.read(fields)
+    assert config.sliding_window is None
+    assert families.read(fields | dict(layer_types=full)) == config
+    if family == "mistral":
+        config = families.read(fields | dict(sliding_window=8, layer_types=sliding))
+        assert config.sliding_window == 8
+        for window, kinds in ((8, full), (None, sliding), (None, full[:1])):
+            with pytest.raises(ValueError, match=r"only 2 times '\w+_attention'"):
+                families.read(fields | dict(sliding_window=window, layer_types=kinds))
+
+
+# What transformers reads and we ignore, because no logit of a language model depends on it.
+IGNORED = {
+    "use_cache", "initializer_range", "pretraining_tp", "reorder_and_upcast_attn", "return_dict",
+    "output_hidden_states", "dtype", "chunk_size_feed_forward", "id2label", "label2id",
+    "problem_type", "transformers_version", "architectures", "num_labels", "use_return_dict",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout", "classifier_dropout", "_attn_implementation", "output_attentions",
+    "_name_or_path",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_every_field_that_transformers_reads_is_used_irrelevant_or_refused(family, transformers):
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    pattern = r"config\.(\w+)|getattr\((?:self\.)?config, \"(\w+)\""
+    read = {a or b for a, b in re.findall(pattern, inspect.getsource(module))}
+    written = transformers.AutoConfig.for_model(family).to_dict()
+    assert {"vocab_size", "tie_word_embeddings"} <= read | set(written)
+    window = dict(use_sliding_window=True, max_window_layers=0) if "qwen" in family else {}
+    base = SMALL[family] | window
+
+    def ignored(name):
+        try:
+            return all(
+                families.read(base | {name: value}) == families.read(base)
+                for value in ("odd", 7, True, 0.5, {"odd": 1})
+            )
+        except ValueError:
+            return False
+
+    assert {name for name in read | set(written) if ignored(name)} <= IGNORED
+
+
+@pytest.mark.parametrize("name", families._ACTIVATIONS)
+def test_an_activation_computes_what_transformers_computes(name, transformers):
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    theirs = transformers.activations.ACT2FN[name](x)
+    assert (ACTIVATIONS[families._ACTIVATIONS[name]](x) - theirs).abs().max() < 1e-8
