@@ -334,7 +334,7 @@ SMALL = {
 NO_LOGIT = dict(
     predict_special_tokens=True, output_past=True, max_sequence_length=2048, my_note="of 3 May",
     loss_type="ForCausalLM", _attn_implementation="sdpa", _attn_implementation_autoset=True,
-    output_attentions=True, chunk_size_feed_forward=8, classifier_dropout=0.1, torchscript=True,
+    output_hidden_states=True, chunk_size_feed_forward=8, classifier_dropout=0.1, torchscript=True,
     no_repeat_ngram_size=3, model_max_length=512, unk_token_id=5,
 )  # fmt: skip
 
@@ -342,6 +342,17 @@ NO_LOGIT = dict(
 @pytest.mark.parametrize("family", SMALL)
 def test_fields_that_change_no_logit_are_ignored(family):
     assert families.read(SMALL[family] | NO_LOGIT) == families.read(SMALL[family])
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_fields_that_change_no_logit_change_none_in_transformers(family, transformers):
+    logits = []
+    for more in ({}, NO_LOGIT):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(**SMALL[family] | more)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        logits.append(model(torch.arange(12)[None]).logits)
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("family", SMALL)
