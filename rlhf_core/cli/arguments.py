@@ -20,6 +20,7 @@ import torch
 from rlhf_core import locks
 from rlhf_core.data import encode_prompt, load_tokenizer, read_prompts
 from rlhf_core.data.collate import unknown_id
+from rlhf_core.data.readers import FIELDS
 from rlhf_core.files import check_writable
 from rlhf_core.models import Transformer, load_reward
 from rlhf_core.models.heads import AGGREGATES
@@ -130,6 +131,29 @@ def add_skip_bad(parser: ArgumentParser) -> None:
     parser.add_argument("--skip-bad", action="store_true", help=help)
 
 
+def add_columns(parser: ArgumentParser) -> None:
+    help = (
+        "columns of the data with other names, as FIELD=COLUMN, such as "
+        "prompt=question,completion=answer; for every file of rows that the command reads"
+    )
+    parser.add_argument("--columns", type=_columns, metavar="FIELD=COLUMN,...", help=help)
+
+
+def _columns(text: str) -> dict[str, str]:
+    columns = {}
+    for part in text.split(","):
+        field, equals, column = part.partition("=")
+        if not equals or not column or field in columns:
+            raise argparse.ArgumentTypeError(
+                f"must be FIELD=COLUMN,..., each field once, got {text!r}"
+            )
+        if field not in FIELDS:
+            fields = ", ".join(FIELDS)
+            raise argparse.ArgumentTypeError(f"field {field!r} is not one of {fields}")
+        columns[field] = column
+    return columns
+
+
 def known(item: Any, model: Any) -> Any:
     """An example or the ids of a prompt. ValueError if they have an id that the model does not."""
     if fault := unknown_id(item, model.config.vocab_size):
@@ -140,7 +164,8 @@ def known(item: Any, model: Any) -> Any:
 def read(reader: Callable, path: Path, arguments: Namespace, encode: Callable) -> list:
     """The encoded rows of a file; reports lines that --skip-bad drops."""
     dropped = []
-    items = reader(path, dropped.append if arguments.skip_bad else None, encode)
+    on_bad = dropped.append if arguments.skip_bad else None
+    items = reader(path, on_bad, encode, arguments.columns)
     if dropped:
         count = f"{len(dropped)} bad line{'s' * (len(dropped) > 1)}"
         print(f"dropped {count}, the first: {dropped[0]}", file=sys.stderr)
@@ -176,8 +201,10 @@ def add_prompts_and_reward(parser: ArgumentParser, judged: bool = False) -> None
         "--prompts",
         required=True,
         type=Path,
-        help="JSONL[.gz] with messages, prompt, question or text; or .txt, one prompt per line",
+        help="JSONL, JSON, CSV or Parquet with messages, prompt, question, text, conversations or "
+        "instruction; or .txt, one prompt per line",
     )
+    add_columns(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--reward-model", type=Path, nargs="+", help="folders written by `rlhf-core reward`"

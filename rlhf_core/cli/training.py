@@ -26,11 +26,15 @@ from rlhf_core.policy_gradient.config import PolicyGradientConfig
 from rlhf_core.training.trainer import Trainer
 
 TEXTS = (
-    "JSONL[.gz] with messages; prompt and completion (or response); question and answer; or text"
+    "JSONL, JSON, CSV or Parquet with messages; prompt and completion (or response); question and "
+    "answer; conversations (ShareGPT); instruction, input and output (Alpaca); or text"
 )
-LABELLED = "JSONL[.gz] with prompt and completion (or response), or messages; and label"
-SCORED = "JSONL[.gz] with prompt and completion (or response), or messages; and reward, a number"
-PAIRS = "JSONL[.gz] with prompt, chosen and rejected; or chosen and rejected conversations"
+LABELLED = "JSONL, JSON, CSV or Parquet with prompt and completion, or messages; and label"
+SCORED = "JSONL, JSON, CSV or Parquet with prompt and completion, or messages; and reward"
+PAIRS = (
+    "JSONL, JSON, CSV or Parquet with prompt, chosen and rejected; or chosen and rejected "
+    "conversations"
+)
 LISTS = f"{PAIRS}; with margin; or prompt, responses and their ranks; or prompt, steps and labels"
 
 
@@ -123,6 +127,7 @@ def _add_data_arguments(method: OnData, parser: ArgumentParser) -> None:
     parser.add_argument(
         "--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out"
     )
+    shared.add_columns(parser)
     shared.add_template_date(parser)
     _add_run(parser)
     shared.add_config(parser, method.config)

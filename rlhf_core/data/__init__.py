@@ -14,8 +14,8 @@ from rlhf_core.data.encode import (
     encode_text,
     step_ends,
 )
+from rlhf_core.data.formats import DataError
 from rlhf_core.data.readers import (
-    DataError,
     Labelled,
     Preference,
     Ranking,

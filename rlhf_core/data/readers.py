@@ -1,4 +1,8 @@
-"""JSONL files (plain or .gz) to rows: texts, preference pairs, ranked lists, solutions and prompts.
+"""Rows of data files to texts, preference pairs, ranked lists, solutions and prompts.
+
+formats.py opens the files. Rows of Alpaca (instruction, input, output) and ShareGPT
+(conversations with from and value) are read wherever prompt and completion, or messages, are.
+`columns` names the column that holds a field, where their names differ: {"prompt": "question"}.
 
 A conversation is a list of messages {"role", "content"}. Tools, images and other content are
 rejected. A bad line raises a DataError, or is skipped after `on_bad` was called with this error.
@@ -8,30 +12,37 @@ returns the results of `encode`.
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from rlhf_core.data.chat import Content, Message
-from rlhf_core.files import parse_json, short, shown
+from rlhf_core.data.formats import FORMATS, DataError, StrPath, names_in, read_lines, read_rows
+from rlhf_core.files import short, shown
 
 _ROLES = ("system", "user", "assistant")
 _UNSUPPORTED = ("tools", "documents", "image", "images", "video", "videos", "audio", "audios")
 _EMPTY = (None, "", [], {})  # what a field holds that asks for nothing; false and 0 do ask
 MAX_LINE_BYTES = 2**24
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SPEAKERS["system"] = "system"
+# Fields of which a row uses one. A row with several uses the one that `columns` names.
+_RIVALS = (
+    ("messages", "text", "question", "prompt", "conversations", "instruction"),
+    ("completion", "response", "output"),
+    ("steps", "completions"),
+)
+_PARTNERS = {"completion": "prompt", "response": "prompt", "answer": "question"}
+_PARTNERS |= {"input": "instruction", "output": "instruction"}
+FIELDS = (
+    *("prompt", "completion", "response", "messages", "question", "answer", "text", "chosen"),
+    *("rejected", "margin", "label", "reward", "responses", "ranks", "steps", "completions"),
+    *("labels", "system", "instruction", "input", "output", "conversations"),
+)
 
-StrPath = str | os.PathLike
-OnBad = Callable[["DataError"], None] | None
+OnBad = Callable[[DataError], None] | None
 Encode = Callable | None
-
-
-class DataError(ValueError):
-    """A line of a data file cannot be used. The message names file, line and field."""
+Columns = Mapping[str, str] | None
 
 
 class Text(NamedTuple):
@@ -87,7 +98,9 @@ class Solution(NamedTuple):
     labels: list[float]
 
 
-def read_texts(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> list[Text]:
+def read_texts(
+    path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
+) -> list[Text]:
     """Read {"messages"}, {"prompt", "completion" or "response"}, {"question", "answer"}, {"text"}.
 
     In `messages` every turn of the assistant counts. After a prompt of messages, the completion is
@@ -108,10 +121,12 @@ def read_texts(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> li
             return Text(_string(row, "question"), _string(row, "answer"))
         return _text(row)
 
-    return list(_rows(path, parse, on_bad, encode))
+    return list(_rows(path, parse, on_bad, encode, columns))
 
 
-def read_labelled(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> list[Labelled]:
+def read_labelled(
+    path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
+) -> list[Labelled]:
     """Read {"prompt", "completion" or "response", "label"} or {"messages", "label"}.
 
     The last message is the completion. The label is true or 1 for desirable, else false or 0.
@@ -123,10 +138,12 @@ def read_labelled(path: StrPath, on_bad: OnBad = None, encode: Encode = None) ->
             raise ValueError(f"field 'label' must be true or false, got {shown(label)}")
         return Labelled(*_text(row), bool(label))
 
-    return list(_rows(path, parse, on_bad, encode))
+    return list(_rows(path, parse, on_bad, encode, columns))
 
 
-def read_scored(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> list[Scored]:
+def read_scored(
+    path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
+) -> list[Scored]:
     """Read {"prompt", "completion" or "response", "reward"} or {"messages", "reward"}.
 
     The last message is the completion. The reward is a finite number.
@@ -139,11 +156,11 @@ def read_scored(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> l
             raise ValueError(f"field 'reward' must be a finite number, got {got}")
         return Scored(*_text(row), float(reward))
 
-    return list(_rows(path, parse, on_bad, encode))
+    return list(_rows(path, parse, on_bad, encode, columns))
 
 
 def read_preferences(
-    path: StrPath, on_bad: OnBad = None, encode: Encode = None
+    path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
 ) -> list[Preference]:
     r"""Read {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}, with an optional "margin".
 
@@ -151,11 +168,11 @@ def read_preferences(
     conversations with the same beginning, after which the first and the last message are the
     assistant's, or strings that share a dialogue up to the last "\n\nAssistant:" (Anthropic HH).
     """
-    return list(_rows(path, _preference, on_bad, encode))
+    return list(_rows(path, _preference, on_bad, encode, columns))
 
 
 def read_comparisons(
-    path: StrPath, on_bad: OnBad = None, encode: Encode = None
+    path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
 ) -> list[Preference | Ranking | Solution]:
     """Read rankings and solutions, and any other row as `read_preferences` does.
 
@@ -169,16 +186,20 @@ def read_comparisons(
             return _solution(row)
         return _ranking(row) if "responses" in row else _preference(row)
 
-    return list(_rows(path, parse, on_bad, encode))
+    return list(_rows(path, parse, on_bad, encode, columns))
 
 
-def read_prompts(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> list[Content]:
+def read_prompts(
+    path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
+) -> list[Content]:
     """Read {"messages"}, {"prompt"}, {"question"}, {"text"}, or a .txt file with a prompt per line.
 
     Other fields are ignored. Messages of the assistant at the end are dropped.
     """
     if str(path).endswith((".txt", ".txt.gz")):
-        return list(_rows(path, None, on_bad, encode))
+        if columns:
+            raise DataError(f"{path}: a .txt file has no columns, got columns={dict(columns)}")
+        return list(_rows(path, None, on_bad, encode, columns))
 
     def parse(row: dict) -> Content:
         fields = (name for name in ("messages", "prompt", "question", "text") if name in row)
@@ -192,7 +213,7 @@ def read_prompts(path: StrPath, on_bad: OnBad = None, encode: Encode = None) -> 
             raise ValueError(f"field {field!r} has only messages of the assistant")
         return messages
 
-    return list(_rows(path, parse, on_bad, encode))
+    return list(_rows(path, parse, on_bad, encode, columns))
 
 
 def check_messages(value, field: str) -> list[Message]:
@@ -232,7 +253,8 @@ def _text(row: dict) -> Text:
                 f"field 'messages' must end with an answer of the assistant, got {roles}"
             )
         return Text(messages[:-1], messages[-1:])
-    completion = "completion" if "completion" in row else "response"
+    names = (name for name in ("completion", "response", "output") if name in row)
+    completion = next(names, "response")
     if isinstance(row.get("prompt"), list):
         return Text(_conversation(row, "prompt"), _turns(row, completion))
     return Text(_string(row, "prompt"), _string(row, completion))
@@ -375,60 +397,108 @@ def _string(row: dict, field: str, where: str = "", empty: bool = False) -> str:
 
 
 def _missing(name: str, row: dict) -> str:
-    names = ", ".join(map(repr, row))[:200] or "none"
-    return f"field {name!r} is missing; the line has {names}"
+    return f"field {name!r} is missing; the line has {names_in(row)}"
 
 
-def _rows(path: StrPath, parse: Callable | None, on_bad: OnBad, encode: Encode) -> Iterator:
-    """Yield every good line, parsed from JSON, or as it is if `parse` is None."""
+def _rows(
+    path: StrPath, parse: Callable | None, on_bad: OnBad, encode: Encode, columns: Columns
+) -> Iterator:
+    """Yield every good row, parsed, or every line as it is if `parse` is None."""
+
+    def report(bad: DataError) -> None:
+        if on_bad is None:
+            raise bad from None
+        on_bad(bad)
+
     found = False
-    for number, line in _lines(path, on_bad):
+    lines = parse is None
+    rows = (
+        read_lines(path, report, MAX_LINE_BYTES)
+        if lines
+        else read_rows(path, report, MAX_LINE_BYTES, columns)
+    )
+    for place, row in rows:
         try:
-            item = line if parse is None else parse(_object(line))
+            item = row if lines else parse(_canonical(row, columns or {}))
             item = item if encode is None else encode(item)
         except ValueError as error:
-            invalid = "not valid JSON: " if isinstance(error, json.JSONDecodeError) else ""
-            _report(DataError(f"{path}:{number}: {invalid}{error}"), on_bad)
+            report(DataError(f"{place}: {error}"))
             continue
         found = True
         yield item
     if not found:
-        raise DataError(f"{path}: no usable line")
+        raise DataError(f"{path}: no usable line" + f". {FORMATS}" * (not lines))
 
 
-def _object(line: str) -> dict:
-    row = parse_json(line)
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {line.strip()[:40]}")
-    return {name: value for name, value in row.items() if value is not None}
+def _canonical(row: dict, columns: Mapping[str, str]) -> dict:
+    """The row with Alpaca's and ShareGPT's fields, and `system`, as prompt and messages."""
+    named = set(columns)
+    named |= {_PARTNERS[field] for field in columns if _PARTNERS.get(field) in row}
+    for rivals in _RIVALS:
+        if not named.isdisjoint(rivals):
+            row = {name: row[name] for name in row if name in named or name not in rivals}
+    others = ("messages", "text", "question", "prompt")
+    if not any(name in row for name in others) and not _is_dialogue(row.get("chosen")):
+        if "conversations" in row:
+            messages = _sharegpt(row["conversations"])
+            row = row | {"messages": check_messages(messages, "conversations")}
+        elif "instruction" in row:
+            if row.get("history") not in _EMPTY:
+                raise ValueError("field 'history' is not supported: write the turns as messages")
+            prompt, context = _string(row, "instruction"), row.get("input", row.get("context"))
+            if context not in _EMPTY:
+                context = _string({"input": context}, "input", empty=True).strip()
+            row = row | {"prompt": f"{prompt}\n\n{context}" if context else prompt}
+    return _with_system(row)
 
 
-def _report(bad: DataError, on_bad: OnBad) -> None:
-    if on_bad is None:
-        raise bad from None
-    on_bad(bad)
+def _is_dialogue(chosen) -> bool:
+    """Whether a completion has its prompt within."""
+    return isinstance(chosen, list) or (isinstance(chosen, str) and "\n\nAssistant:" in chosen)
 
 
-def _lines(path: StrPath, on_bad: OnBad) -> Iterator[tuple[int, str]]:
-    """Yield number and text of every line that is not blank."""
-    path = Path(path)
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-                if len(raw) > MAX_LINE_BYTES:
-                    while raw and not raw.endswith(b"\n"):
-                        raw = file.readline(MAX_LINE_BYTES)
-                    limit = f"the line has more than {MAX_LINE_BYTES} bytes"
-                    _report(DataError(f"{path}:{number}: {limit}; split it into rows"), on_bad)
-                    continue
-                try:
-                    text = raw.decode("utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    where = f"{error.reason} at byte {error.start} of the line"
-                    _report(DataError(f"{path}:{number}: not UTF-8: {where}"), on_bad)
-                    continue
-                if text.strip():
-                    yield number, text
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}:{number + 1}: damaged gzip file: {error}") from None
+def _sharegpt(turns):
+    """ShareGPT's turns as messages; a turn that has no `from` stays."""
+    if not isinstance(turns, list):
+        return turns
+    messages = []
+    for i, turn in enumerate(turns):
+        if isinstance(turn, dict) and "from" in turn:
+            speaker = turn["from"]
+            if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+                wanted = ", ".join(_SPEAKERS)
+                raise ValueError(
+                    f"field 'conversations[{i}].from' must be one of {wanted}, got {shown(speaker)}"
+                )
+            others = {name: x for name, x in turn.items() if name not in ("from", "value")}
+            turn = others | {"role": _SPEAKERS[speaker], "content": turn.get("value")}
+        messages.append(turn)
+    return messages
+
+
+def _with_system(row: dict) -> dict:
+    """The row with its field `system` as the first message of its conversation."""
+    system = row.get("system")
+    if system in _EMPTY:
+        return row
+    if not _string(row, "system", empty=True).strip():
+        return row
+    names = ["messages", "prompt"]
+    names += ["chosen", "rejected"] * (not isinstance(row.get("prompt"), list))
+    names = [name for name in names if isinstance(row.get(name), list) and row[name]]
+    if not names:
+        raise ValueError(
+            f"field 'system' needs a conversation, but the prompt is plain text, got "
+            f"{shown(system)}. Write the prompt as a list of messages, or remove 'system'"
+        )
+    row = dict(row)
+    for name in names:
+        first = row[name][0]
+        if not (isinstance(first, dict) and first.get("role") == "system"):
+            row[name] = [{"role": "system", "content": system}, *row[name]]
+        elif first.get("content") != system:
+            raise ValueError(
+                f"field 'system' contradicts the system message in {name!r}, got {shown(system)}. "
+                "Remove one of them"
+            )
+    return row
