@@ -34,7 +34,9 @@ def iterated(model=None, out=None, resume=False, **options):
     return iterated_dpo(model, PROMPTS * 4, config, out=out, resume=resume, **who), model
 
 
-@pytest.mark.parametrize("label", [dict(reward=fives), dict(judge=more_fives)], ids=str)
+@pytest.mark.parametrize(
+    "label", [dict(reward=fives), dict(judge=more_fives)], ids=["reward", "judge"]
+)
 def test_rounds_raise_the_score(label):
     history, model = iterated(rounds=4, epochs=2, lr=1e-2, **label)
     scores = [

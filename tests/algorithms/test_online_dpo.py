@@ -44,7 +44,7 @@ def same(a, b):
 @pytest.mark.parametrize(
     "label",
     [dict(reward=fives), dict(judge=more_fives), dict(judge=more_fives, num_samples=4)],
-    ids=str,
+    ids=["reward", "judge", "judge of four"],
 )
 def test_steps_raise_the_score_of_the_samples(label):
     trainer = online(epochs=15, lr=1e-2, **label)
