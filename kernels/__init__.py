@@ -4,30 +4,27 @@ It imports only torch and triton. A launcher checks nothing, because the public 
 `rlhf_core.ops` already have. It allocates outputs and launches one kernel on the tensors' device.
 """
 
-# PyPI has an unrelated package named `kernels`, which this folder must not shadow.
-if __name__ != "rlhf_core.kernels":
-    raise ImportError(
-        "the folder kernels/ is rlhf_core.kernels: install rlhf_core and import it by that name"
-    )
+# In the repository's root, `import kernels` finds this folder. Other libraries look there for an
+# unrelated package of PyPI. Under that name the module is empty, so they report it as missing.
+if __name__ == "rlhf_core.kernels":
+    from rlhf_core.kernels.decode_attention import decode_attention_fwd
+    from rlhf_core.kernels.gae import gae_bwd, gae_fwd, ppo_advantages_fwd
+    from rlhf_core.kernels.kl import full_kl_bwd, full_kl_fwd, kl_estimate_bwd, kl_estimate_fwd
+    from rlhf_core.kernels.logprobs import token_logprobs_bwd, token_logprobs_fwd
+    from rlhf_core.kernels.policy_loss import ppo_loss_fwd
+    from rlhf_core.kernels.sampling import sample_tokens_fwd
 
-from rlhf_core.kernels.decode_attention import decode_attention_fwd
-from rlhf_core.kernels.gae import gae_bwd, gae_fwd, ppo_advantages_fwd
-from rlhf_core.kernels.kl import full_kl_bwd, full_kl_fwd, kl_estimate_bwd, kl_estimate_fwd
-from rlhf_core.kernels.logprobs import token_logprobs_bwd, token_logprobs_fwd
-from rlhf_core.kernels.policy_loss import ppo_loss_fwd
-from rlhf_core.kernels.sampling import sample_tokens_fwd
-
-__all__ = [
-    "decode_attention_fwd",
-    "full_kl_bwd",
-    "full_kl_fwd",
-    "gae_bwd",
-    "gae_fwd",
-    "kl_estimate_bwd",
-    "kl_estimate_fwd",
-    "ppo_advantages_fwd",
-    "ppo_loss_fwd",
-    "sample_tokens_fwd",
-    "token_logprobs_bwd",
-    "token_logprobs_fwd",
-]
+    __all__ = [
+        "decode_attention_fwd",
+        "full_kl_bwd",
+        "full_kl_fwd",
+        "gae_bwd",
+        "gae_fwd",
+        "kl_estimate_bwd",
+        "kl_estimate_fwd",
+        "ppo_advantages_fwd",
+        "ppo_loss_fwd",
+        "sample_tokens_fwd",
+        "token_logprobs_bwd",
+        "token_logprobs_fwd",
+    ]

@@ -7,7 +7,6 @@ first imported.
 import contextlib
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,14 +74,8 @@ def round_to_nearest_in_interpreter(monkeypatch):
 
 
 @pytest.fixture
-def transformers(monkeypatch):
-    """The transformers library, imported without the repository on the path.
-
-    `python -m pytest` adds the repository, whose kernels/ looks like a package that transformers
-    tries to import.
-    """
-    root = Path(__file__).parents[1]
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).resolve() != root])
+def transformers():
+    """The transformers library."""
     return pytest.importorskip("transformers")
 
 
