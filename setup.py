@@ -37,6 +37,10 @@ class BuildExt(build_ext):
             openmp = ["-fopenmp"] if self.has_openmp() else []
             ext.extra_compile_args = FLAGS + openmp
             ext.extra_link_args = openmp or ([] if sys.platform == "darwin" else ["-pthread"])
+            print(
+                f"rlhf_core: compiling {len(ext.sources)} C++ files with "
+                f"{self.compiler.compiler_cxx[0]}, {'with' if openmp else 'without'} OpenMP"
+            )
             super().build_extension(ext)
         except Exception as error:
             if REQUIRED:

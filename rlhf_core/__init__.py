@@ -1,12 +1,32 @@
 """rlhf_core: reinforcement learning from human feedback, compact and from scratch.
 
 The public names load on first use, so that `import rlhf_core` does no work and needs neither
-triton, a GPU nor the compiled extension.
+triton, a GPU nor the compiled extension. Type checkers and editors read the same names from the
+imports below, which never run.
 """
+# ruff: noqa: F403, F405, I001
 
 import importlib
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # type checkers read it as true; importing it from typing would cost time
+if TYPE_CHECKING:
+    from rlhf_core import backends
+    from rlhf_core.data import (
+        ByteTokenizer, Preference, Text, encode_preference, encode_prompt, encode_text,
+        load_tokenizer,
+    )  # fmt: skip
+    from rlhf_core.generation import generate
+    from rlhf_core.masking import IGNORE_INDEX, last_token_index, loss_weights, masked_mean, whiten
+    from rlhf_core.models import RewardModel, Transformer, TransformerConfig, ValueModel
+    from rlhf_core.ops import (
+        decode_attention, full_kl, gae, kl_estimate, linear_token_logprobs,
+        linear_token_logprobs_and_entropy, linear_token_loss, linear_token_statistics,
+        ppo_advantages, ppo_loss, sample_tokens, token_logprobs, token_logprobs_and_entropy,
+    )  # fmt: skip
+    from rlhf_core.rollout import Rollout
+    from rlhf_core.trainers import *
 
 _HOME = {
     "rlhf_core.data": [
@@ -26,12 +46,29 @@ _HOME = {
     ],
     "rlhf_core.rollout": ["Rollout"],
     "rlhf_core.trainers": [
-        "DPOConfig", "DPOTrainer", "PPOConfig", "PPOTrainer", "RewardConfig", "RewardTrainer",
-        "SFTConfig", "SFTTrainer",
+        "A2CConfig", "A2CTrainer", "DPOConfig", "DPOTrainer", "GRPOConfig", "GRPOTrainer",
+        "ILQLConfig", "ILQLTrainer", "IteratedDPOConfig", "IteratedRLHFConfig", "KTOConfig",
+        "KTOTrainer", "NLPOConfig", "NLPOTrainer", "OnlineDPOConfig", "OnlineDPOTrainer",
+        "PPOConfig", "PPOTrainer", "RFTConfig", "RewardConfig", "RewardTrainer", "SFTConfig",
+        "SFTTrainer", "SamplingConfig", "Scorer", "best_of_n", "iterated_dpo", "iterated_rlhf",
+        "rft",
     ],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = ["__version__", "backends", *sorted(_MODULE_OF)]
+__all__ = [  # a literal, because type checkers do not evaluate expressions
+    "IGNORE_INDEX", "A2CConfig", "A2CTrainer", "ByteTokenizer", "DPOConfig", "DPOTrainer",
+    "GRPOConfig", "GRPOTrainer", "ILQLConfig", "ILQLTrainer", "IteratedDPOConfig",
+    "IteratedRLHFConfig", "KTOConfig", "KTOTrainer", "NLPOConfig", "NLPOTrainer",
+    "OnlineDPOConfig", "OnlineDPOTrainer", "PPOConfig", "PPOTrainer", "Preference", "RFTConfig",
+    "RewardConfig", "RewardModel", "RewardTrainer", "Rollout", "SFTConfig", "SFTTrainer",
+    "SamplingConfig", "Scorer", "Text", "Transformer", "TransformerConfig", "ValueModel",
+    "__version__", "backends", "best_of_n", "decode_attention", "encode_preference",
+    "encode_prompt", "encode_text", "full_kl", "gae", "generate", "iterated_dpo", "iterated_rlhf",
+    "kl_estimate", "last_token_index", "linear_token_logprobs",
+    "linear_token_logprobs_and_entropy", "linear_token_loss", "linear_token_statistics",
+    "load_tokenizer", "loss_weights", "masked_mean", "ppo_advantages", "ppo_loss", "rft",
+    "sample_tokens", "token_logprobs", "token_logprobs_and_entropy", "whiten",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -27,7 +27,7 @@ def test_every_trainer_has_a_config():
             assert name.removesuffix("Trainer") + "Config" in configs
 
 
-@pytest.mark.parametrize("name", [n for n in rlhf_core.__all__ if hasattr(trainers, n)])
+@pytest.mark.parametrize("name", trainers.__all__)
 def test_the_same_object_is_in_the_package(name):
     assert getattr(rlhf_core, name) is getattr(trainers, name)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf_core.data.chat import Content, Message
 from rlhf_core.data.formats import FORMATS, DataError, StrPath, names_in, read_lines, read_rows
@@ -100,11 +100,14 @@ class Solution(NamedTuple):
 
 def read_texts(
     path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
-) -> list[Text]:
+) -> list[Any]:
     """Read {"messages"}, {"prompt", "completion" or "response"}, {"question", "answer"}, {"text"}.
 
     In `messages` every turn of the assistant counts. After a prompt of messages, the completion is
     text or messages.
+
+    Returns:
+        `Text` rows, or what encode returns for each.
     """
 
     def parse(row: dict) -> Text:
@@ -126,10 +129,13 @@ def read_texts(
 
 def read_labelled(
     path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
-) -> list[Labelled]:
+) -> list[Any]:
     """Read {"prompt", "completion" or "response", "label"} or {"messages", "label"}.
 
     The last message is the completion. The label is true or 1 for desirable, else false or 0.
+
+    Returns:
+        `Labelled` rows, or what encode returns for each.
     """
 
     def parse(row: dict) -> Labelled:
@@ -143,10 +149,13 @@ def read_labelled(
 
 def read_scored(
     path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
-) -> list[Scored]:
+) -> list[Any]:
     """Read {"prompt", "completion" or "response", "reward"} or {"messages", "reward"}.
 
     The last message is the completion. The reward is a finite number.
+
+    Returns:
+        `Scored` rows, or what encode returns for each.
     """
 
     def parse(row: dict) -> Scored:
@@ -161,24 +170,30 @@ def read_scored(
 
 def read_preferences(
     path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
-) -> list[Preference]:
+) -> list[Any]:
     r"""Read {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}, with an optional "margin".
 
     After a prompt of messages, the completions are strings or messages. Without a prompt they are
     conversations with the same beginning, after which the first and the last message are the
     assistant's, or strings that share a dialogue up to the last "\n\nAssistant:" (Anthropic HH).
+
+    Returns:
+        `Preference` rows, or what encode returns for each.
     """
     return list(_rows(path, _preference, on_bad, encode, columns))
 
 
 def read_comparisons(
     path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
-) -> list[Preference | Ranking | Solution]:
+) -> list[Any]:
     """Read rankings and solutions, and any other row as `read_preferences` does.
 
     Rankings are {"prompt" or "messages", "responses", "ranks"}. The lowest rank is the best. Ties
     are rejected. Solutions are {"prompt" or "messages", "steps" or "completions", "labels"}. Labels
     are true, false or numbers from 0 to 1.
+
+    Returns:
+        `Preference`, `Ranking` or `Solution` rows, or what encode returns for each.
     """
 
     def parse(row: dict) -> Preference | Ranking | Solution:
@@ -191,10 +206,13 @@ def read_comparisons(
 
 def read_prompts(
     path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
-) -> list[Content]:
+) -> list[Any]:
     """Read {"messages"}, {"prompt"}, {"question"}, {"text"}, or a .txt file with a prompt per line.
 
     Other fields are ignored. Messages of the assistant at the end are dropped.
+
+    Returns:
+        Prompts, or what encode returns for each.
     """
     if str(path).endswith((".txt", ".txt.gz")):
         if columns:

@@ -60,8 +60,10 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """Ids 0 to 255 are UTF-8 bytes; padding, BOS and EOS follow. It encodes any text."""
 
-    vocab_size = 259
-    pad_id, bos_id, eos_ids = 256, 257, (258,)
+    vocab_size: int = 259
+    pad_id: int = 256
+    bos_id: int | None = 257
+    eos_ids: tuple[int, ...] = (258,)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
