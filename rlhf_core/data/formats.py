@@ -27,7 +27,7 @@ FORMATS = (
 )
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 2**20  # bytes of an array that are scanned at once
-_OUTSIDE, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')  # of a string
+_STRUCTURE = re.compile(rb'["\[\]{},]')
 # Fields that are not text, so that their cells in a CSV file hold JSON.
 _JSON_CELLS = {"messages", "conversations", "responses", "ranks", "steps", "completions", "labels"}
 _JSON_CELLS |= {"label", "reward", "margin"}
@@ -162,12 +162,20 @@ class _File:
         chunks = itertools.chain(before, iter(lambda: self.file.read(_CHUNK), b""))
         for chunk in chunks:
             begin = 0
-            while match := (_INSIDE if quoted else _OUTSIDE).search(chunk, at):
-                token, at = match[0], match.end()
+            while True:
                 if quoted:
-                    quoted = token == b"\\"
-                    at += quoted  # over the character that is escaped
+                    end = chunk.find(b'"', at)
+                    inside = chunk[at : end if end >= 0 else None]
+                    escaped = (len(inside) - len(inside.rstrip(b"\\"))) % 2
+                    if end < 0:
+                        at = len(chunk) + escaped  # the first byte of the next chunk
+                        break
+                    quoted, at = bool(escaped), end + 1
                     continue
+                match = _STRUCTURE.search(chunk, at)
+                if match is None:
+                    break
+                token, at = match[0], match.end()
                 quoted = token == b'"'
                 depth += (token in b"[{") - (token in b"]}")
                 starts = depth == 1 and token == b"["
@@ -314,7 +322,7 @@ def _value(scalar) -> Any:
 
 def _is_json(raw: bytes) -> bool:
     try:
-        parse_json(raw.decode("utf-8").removeprefix("\ufeff"))
+        parse_json(raw.decode("utf-8", errors="replace").removeprefix("\ufeff"))
         return True
     except ValueError:
         return False

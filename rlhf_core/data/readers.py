@@ -218,6 +218,8 @@ def read_prompts(
         if columns:
             raise DataError(f"{path}: a .txt file has no columns, got columns={dict(columns)}")
         return list(_rows(path, None, on_bad, encode, columns))
+    used = (*_RIVALS[0], "input", "system")
+    columns = {field: column for field, column in (columns or {}).items() if field in used}
 
     def parse(row: dict) -> Content:
         fields = (name for name in ("messages", "prompt", "question", "text") if name in row)
@@ -428,16 +430,14 @@ def _rows(
             raise bad from None
         on_bad(bad)
 
-    found = False
-    lines = parse is None
-    rows = (
-        read_lines(path, report, MAX_LINE_BYTES)
-        if lines
-        else read_rows(path, report, MAX_LINE_BYTES, columns)
-    )
+    found, plain = False, parse is None
+    if plain:
+        rows: Iterator = read_lines(path, report, MAX_LINE_BYTES)
+    else:
+        rows = read_rows(path, report, MAX_LINE_BYTES, columns)
     for place, row in rows:
         try:
-            item = row if lines else parse(_canonical(row, columns or {}))
+            item = row if plain else parse(_canonical(row, columns or {}))
             item = item if encode is None else encode(item)
         except ValueError as error:
             report(DataError(f"{place}: {error}"))
@@ -445,7 +445,7 @@ def _rows(
         found = True
         yield item
     if not found:
-        raise DataError(f"{path}: no usable line" + f". {FORMATS}" * (not lines))
+        raise DataError(f"{path}: no usable line" + f". {FORMATS}" * (not plain))
 
 
 def _canonical(row: dict, columns: Mapping[str, str]) -> dict:

@@ -365,6 +365,7 @@ def test_columns_name_the_fields_of_every_reader(name, tmp_path):
     assert read_texts(path, columns={"prompt": "q", "completion": "a"}) == [("p", "1")]
     assert read_texts(path, columns={"question": "q", "answer": "a"}) == [("p", "1")]
     assert read_prompts(path, columns={"prompt": "q"}) == ["p"]
+    assert read_prompts(path, columns={"prompt": "q", "completion": "none"}) == ["p"]
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
     assert read_preferences(path, columns=pair) == [("p", "1", "2", None)]
     assert read_preferences(path, columns=pair | {"chosen": "b", "rejected": "a"})[0][1:3] == (
