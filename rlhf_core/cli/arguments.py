@@ -21,6 +21,7 @@ from rlhf_core import locks
 from rlhf_core.data import encode_prompt, load_tokenizer, read_prompts
 from rlhf_core.data.collate import unknown_id
 from rlhf_core.data.readers import FIELDS
+from rlhf_core.feedback.rewards import no_hard_exit
 from rlhf_core.files import check_writable
 from rlhf_core.models import Transformer, load_reward
 from rlhf_core.models.heads import AGGREGATES
@@ -291,7 +292,8 @@ def _function(option: str, text: str) -> Callable:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.append(str(Path(file).resolve().parent))
     try:
-        spec.loader.exec_module(module)
+        with no_hard_exit():
+            spec.loader.exec_module(module)
     except (OSError, KeyboardInterrupt):
         raise
     except BaseException as error:  # sys.exit, too

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.data import Tokenizer
-from rlhf_core.feedback.rewards import RewardError, describe_function, first_failure, unique_rows
+from rlhf_core.feedback.rewards import (
+    RewardError,
+    describe_function,
+    first_failure,
+    no_hard_exit,
+    unique_rows,
+)
 
 # (prompts, first, second) -> for each row the probability that the first response is better.
 Judge = Callable[[list, list, list], Sequence[float]]
@@ -88,7 +94,8 @@ def judged(
 
 def _ask(judge: Judge, prompts: list, first: list, second: list) -> Tensor:
     try:
-        returned = judge(prompts, first, second)
+        with no_hard_exit():
+            returned = judge(prompts, first, second)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # sys.exit, too

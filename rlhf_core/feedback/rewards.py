@@ -6,10 +6,12 @@ reward is an error that names its row.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,9 +173,10 @@ class Scorer:
     def _call(self, reward: Callable, prompts: list[list[int]], responses: list) -> Tensor:
         texts = [[self.readable(ids) for ids in column] for column in (prompts, responses)]
         try:
-            returned = reward(*texts)
-            if isinstance(returned, Iterator):
-                returned = list(returned)
+            with no_hard_exit():
+                returned = reward(*texts)
+                if isinstance(returned, Iterator):
+                    returned = list(returned)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # sys.exit, too
@@ -212,6 +215,23 @@ class Scorer:
         return ids if self.tokenizer is None else self.tokenizer.decode(ids)
 
 
+@contextlib.contextmanager
+def no_hard_exit() -> Iterator[None]:
+    """Inside, user code that calls `os._exit` raises SystemExit; forked processes still end."""
+    end, process = os._exit, os.getpid()
+
+    def refuse(status: int) -> None:
+        if os.getpid() != process:
+            end(status)
+        raise SystemExit(status)
+
+    os._exit = refuse
+    try:
+        yield
+    finally:
+        os._exit = end
+
+
 def unique_rows(*columns: list) -> tuple[list, ...]:
     """The columns without repeated rows, and for each original row its place in them."""
     rows = list(zip(*columns))
@@ -230,7 +250,8 @@ def first_failure(function: Callable, prompts: list, *responses: list) -> str:
     """Call a reward or judge with single rows; says on which row it raises."""
     for row, (prompt, *texts) in enumerate(zip(prompts, *responses)):
         try:
-            function([prompt], *([text] for text in texts))
+            with no_hard_exit():
+                function([prompt], *([text] for text in texts))
         except KeyboardInterrupt:
             raise
         except BaseException:

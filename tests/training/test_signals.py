@@ -351,6 +351,8 @@ def test_a_reward_or_judge_that_exits_is_an_error_that_names_it(error, tmp_path)
     [
         ("import sys\nsys.exit()\ndef reward(p, r): ...", "raised SystemExit"),
         ("import sys\ndef reward(p, r): sys.exit(0)", "the reward raised SystemExit(0)"),
+        ("import os\nos._exit(0)\ndef reward(p, r): ...", "raised SystemExit(0)"),
+        ("import os\ndef reward(p, r): os._exit(0)", "the reward raised SystemExit(0)"),
     ],
 )
 def test_a_reward_file_that_exits_is_bad_input(code, message, folders, tmp_path, capsys):
