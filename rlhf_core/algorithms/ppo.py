@@ -57,7 +57,7 @@ class PPOConfig(PolicyGradientConfig):
         self.warn_unused(
             ("value_clip_range", not self.at_ratio_1, ONE_UPDATE),
             ("critic_init", self.critic == "separate", "without a separate critic"),
-            ("critic_lr", self.vf_coef > 0, "because vf_coef is 0"),
+            ("critic_lr", self.vf_coef > 0 or self.weight_decay > 0, "because vf_coef is 0"),
         )
 
 
