@@ -481,7 +481,10 @@ class PolicyGradientTrainer(Trainer):
             EarlyStop: the approximate KL exceeds max_approx_kl.
         """
         yield from losses
-        config, means = self.config, metrics.means()
+        config = self.config
+        if not first and config.max_approx_kl is None:
+            return  # the means below wait for the device
+        means = metrics.means()
         ratio, approx_kl = means["val/ratio"], means["policy/approxkl_avg"]
         error = max(abs(ratio - 1), approx_kl)
         if first and error > MAX_FIRST_ERROR[config.precision] and not config.dropout:
