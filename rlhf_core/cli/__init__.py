@@ -11,12 +11,13 @@ import warnings
 from collections.abc import Sequence
 
 import rlhf_core
-from rlhf_core.cli import sampling, tools, training
+from rlhf_core.cli import evaluation, feedback, sampling, tools, training
 from rlhf_core.cli.arguments import Help, absolute_paths
 from rlhf_core.feedback.rewards import RewardError
 from rlhf_core.training import signals
 
-COMMANDS = training.COMMANDS | sampling.COMMANDS | tools.COMMANDS
+GROUPS = (training, sampling, feedback, evaluation, tools)
+COMMANDS = {name: command for group in GROUPS for name, command in group.COMMANDS.items()}
 BAD_INPUT = (ValueError, OSError, ImportError, RewardError)
 
 
