@@ -20,10 +20,12 @@ from rlhf_core.models import Transformer, eval_mode
 from rlhf_core.ops.linear_logprobs import TokenStatistics
 from rlhf_core.options import option
 from rlhf_core.training.completions import (
+    label_smoothing_of,
     sequence_means,
     sequence_sums,
     target_logprobs,
     target_loss,
+    warn_of_label_smoothing,
 )
 from rlhf_core.training.config import MAX_LENGTH, TrainConfig
 from rlhf_core.training.metrics import Metrics
@@ -53,7 +55,8 @@ class DPOConfig(TrainConfig):
     )
     label_smoothing: float = option(
         0.0,
-        "dpo (then cDPO) and robust: share of pairs assumed to be labelled wrongly",
+        "dpo (then cDPO) and robust: share of pairs assumed to be labelled wrongly; a pair's own "
+        "label_smoothing comes first",
         within="[0, 0.5)",
     )
     average: bool = option(
@@ -134,6 +137,8 @@ class DPOTrainer(Trainer):
         if self.kinds:
             self.examples = differing(self.examples, "pairs")
             self.eval_examples = differing(self.eval_examples, "evaluation pairs")
+            if "label_smoothing" not in options_of(config.loss):
+                warn_of_label_smoothing((*self.examples, *self.eval_examples), config.loss)
         without = config.reference_free or config.loss in WITHOUT_REFERENCE
         if without and reference is not None:
             named = "reference_free" if config.reference_free else f"loss {config.loss!r}"
@@ -188,6 +193,7 @@ class DPOTrainer(Trainer):
                 self.pair_losses,
                 lengths=lengths,
                 ref_logps=ref_logps,
+                label_smoothing=label_smoothing_of(part, self.config.label_smoothing, self.device),
                 count=self.total(len(batch)),
             )
             with self.autocast():
@@ -212,6 +218,7 @@ class DPOTrainer(Trainer):
         *,
         lengths: Tensor,
         ref_logps: Tensor,
+        label_smoothing: Tensor | float,
         count: int,
     ) -> tuple[Tensor, ...]:
         """The summed loss of some pairs over `count`; their losses (n,), log-probs (n, 2) and
@@ -220,6 +227,8 @@ class DPOTrainer(Trainer):
         logps = self.logps(read.logprobs, lengths[some])
         log_ratios = logps - ref_logps[some]
         options = {name: getattr(config, name) for name in options_of(config.loss)}
+        if "label_smoothing" in options and isinstance(label_smoothing, Tensor):
+            options["label_smoothing"] = label_smoothing[some]
         loss = LOSSES[config.loss](*log_ratios.unbind(dim=1), **options)
         if config.sft_coef:
             means = sequence_means(read.logprobs, lengths[some])

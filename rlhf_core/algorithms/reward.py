@@ -26,6 +26,7 @@ from rlhf_core.losses import (
 from rlhf_core.masking import masked_moments
 from rlhf_core.models import RewardModel, eval_mode
 from rlhf_core.options import option
+from rlhf_core.training.completions import label_smoothing_of, warn_of_label_smoothing
 from rlhf_core.training.config import MAX_LENGTH, TrainConfig
 from rlhf_core.training.metrics import Metrics
 from rlhf_core.training.trainer import Trainer
@@ -45,7 +46,10 @@ class RewardConfig(TrainConfig):
         choices=tuple(USUAL_MARGIN),
     )
     label_smoothing: float = option(
-        0.0, "bradley_terry: share of pairs assumed to be labelled wrongly", within="[0, 0.5)"
+        0.0,
+        "bradley_terry: share of pairs assumed to be labelled wrongly; a pair's own "
+        "label_smoothing comes first",
+        within="[0, 0.5)",
     )
     centering_coef: float = option(
         0.0,
@@ -92,6 +96,8 @@ class RewardTrainer(Trainer):
         if kind is not Steps:
             self.examples = differing(self.examples, KINDS[kind])
             self.eval_examples = differing(self.eval_examples, f"evaluation {KINDS[kind]}")
+        if pairs and config.loss != "bradley_terry":
+            warn_of_label_smoothing((*self.examples, *self.eval_examples), config.loss)
 
     def losses(
         self, batch: list[Pair] | list[Ranked] | list[Steps], metrics: Metrics
@@ -128,7 +134,7 @@ class RewardTrainer(Trainer):
         if isinstance(part[0], Ranked):
             loss = plackett_luce_loss(scores, mask)
         else:
-            loss = self.pair_losses(*scores.unbind(dim=1), [example.margin for example in part])
+            loss = self.pair_losses(*scores.unbind(dim=1), part)
         K = scores.shape[1]
         better, worse = torch.triu_indices(K, K, 1, device=scores.device)
         both = mask[:, better] & mask[:, worse]  # (B, K (K - 1) / 2)
@@ -137,12 +143,13 @@ class RewardTrainer(Trainer):
         metrics.add("mean_reward", scores, mask)
         return loss
 
-    def pair_losses(self, chosen: Tensor, rejected: Tensor, margins: list[float | None]) -> Tensor:
-        """Losses (B,) of scores (B,)."""
+    def pair_losses(self, chosen: Tensor, rejected: Tensor, pairs: list[Pair]) -> Tensor:
+        """Losses (B,) of the pairs' scores (B,)."""
         config, usual = self.config, USUAL_MARGIN[self.config.loss]
+        margins = (pair.margin for pair in pairs)
         margin = chosen.new_tensor([usual if margin is None else margin for margin in margins])
         if config.loss == "bradley_terry":
-            smoothing = config.label_smoothing
+            smoothing = label_smoothing_of(pairs, config.label_smoothing, self.device)
             loss = bradley_terry_loss(chosen, rejected, margin=margin, label_smoothing=smoothing)
         else:
             loss = margin_ranking_loss(chosen, rejected, margin=margin)

@@ -33,9 +33,9 @@ LABELLED = "JSONL, JSON, CSV or Parquet with prompt and completion, or messages;
 SCORED = "JSONL, JSON, CSV or Parquet with prompt and completion, or messages; and reward"
 PAIRS = (
     "JSONL, JSON, CSV or Parquet with prompt, chosen and rejected; or chosen and rejected "
-    "conversations"
+    "conversations; optionally label_smoothing"
 )
-LISTS = f"{PAIRS}; with margin; or prompt, responses and their ranks; or prompt, steps and labels"
+LISTS = f"{PAIRS} and margin; or prompt, responses and their ranks; or prompt, steps and labels"
 
 
 class OnData(NamedTuple):

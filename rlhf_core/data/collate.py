@@ -132,6 +132,9 @@ def misfit(example: Example | Pair | Ranked | Steps) -> str | None:
     for ids, mask in zip(completions, masks):
         if mask is not None and len(mask) != len(ids):
             return f"has a mask of {len(mask)} for {len(ids)} tokens"
+    smoothing = getattr(example, "label_smoothing", None)
+    if smoothing is not None and not 0 <= smoothing < 0.5:
+        return f"has label_smoothing {smoothing!r}, which is not in [0, 0.5)"
     if not isinstance(example, Steps):
         return None
     if len(example.labels) != count_targets(example):

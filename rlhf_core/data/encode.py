@@ -35,6 +35,7 @@ class Pair(NamedTuple):
         chosen_ids: With EOS, like `rejected_ids`.
         margin: How clearly the chosen completion won, for reward models.
         masks: The completion masks of both, as in `Example`. None means that all tokens count.
+        label_smoothing: Probability that the label is wrong, in [0, 0.5). None means the config's.
     """
 
     prompt_ids: list[int]
@@ -42,6 +43,7 @@ class Pair(NamedTuple):
     rejected_ids: list[int]
     margin: float | None = None
     masks: list[list[bool] | None] | None = None
+    label_smoothing: float | None = None
 
     @property
     def completions_ids(self) -> list[list[int]]:
@@ -118,7 +120,8 @@ def encode_preference(
     if ranking:
         return Ranked(prompt, completions)
     masks = [None if mask is None else mask[: len(ids)] for mask, ids in zip(masks, completions)]
-    return Pair(prompt, *completions, preference.margin, masks if any(masks) else None)
+    masks = masks if any(masks) else None
+    return Pair(prompt, *completions, preference.margin, masks, preference.label_smoothing)
 
 
 def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -> Steps:

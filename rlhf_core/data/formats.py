@@ -30,7 +30,7 @@ _CHUNK = 2**20  # bytes of an array that are scanned at once
 _STRUCTURE = re.compile(rb'["\[\]{},]')
 # Fields that are not text, so that their cells in a CSV file hold JSON.
 _JSON_CELLS = {"messages", "conversations", "responses", "ranks", "steps", "completions", "labels"}
-_JSON_CELLS |= {"label", "reward", "margin"}
+_JSON_CELLS |= {"label", "reward", "margin", "label_smoothing"}
 
 
 class DataError(ValueError):

@@ -36,8 +36,8 @@ _PARTNERS = {"completion": "prompt", "response": "prompt", "answer": "question"}
 _PARTNERS |= {"input": "instruction", "output": "instruction"}
 FIELDS = (
     *("prompt", "completion", "response", "messages", "question", "answer", "text", "chosen"),
-    *("rejected", "margin", "label", "reward", "responses", "ranks", "steps", "completions"),
-    *("labels", "system", "instruction", "input", "output", "conversations"),
+    *("rejected", "margin", "label_smoothing", "label", "reward", "responses", "ranks", "steps"),
+    *("completions", "labels", "system", "instruction", "input", "output", "conversations"),
 )
 
 OnBad = Callable[[DataError], None] | None
@@ -75,12 +75,14 @@ class Preference(NamedTuple):
     """Two completions of one prompt. After a prompt of messages they can be text or messages.
 
     margin: How clearly the chosen completion won, at least 0.
+    label_smoothing: Probability that the rejected completion is the better one, in [0, 0.5).
     """
 
     prompt: Content
     chosen: Content
     rejected: Content
     margin: float | None = None
+    label_smoothing: float | None = None
 
 
 class Ranking(NamedTuple):
@@ -171,7 +173,9 @@ def read_scored(
 def read_preferences(
     path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
 ) -> list[Any]:
-    r"""Read {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}, with an optional "margin".
+    r"""Read {"prompt", "chosen", "rejected"} or {"chosen", "rejected"}.
+
+    "margin" and "label_smoothing" are optional, see `Preference`.
 
     After a prompt of messages, the completions are strings or messages. Without a prompt they are
     conversations with the same beginning, after which the first and the last message are the
@@ -326,7 +330,13 @@ def _pair(row: dict, prompt: Content, chosen: Content, rejected: Content) -> Pre
     margin = row.get("margin")
     if margin is not None and not (_is_number(margin) and margin >= 0):
         raise ValueError(f"field 'margin' must be a number >= 0, got {shown(margin)}")
-    return Preference(prompt, chosen, rejected, margin)
+    smoothing = row.get("label_smoothing")
+    if smoothing is not None and not (_is_number(smoothing) and 0 <= smoothing < 0.5):
+        raise ValueError(
+            f"field 'label_smoothing' must be a number in [0, 0.5), got {shown(smoothing)}: from "
+            "0.5 on, the rejected completion is at least as good. Swap the two, or remove the row"
+        )
+    return Preference(prompt, chosen, rejected, margin, smoothing)
 
 
 def _prompt(row: dict) -> Content:

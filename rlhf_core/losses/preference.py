@@ -17,23 +17,28 @@ def dpo_loss(
     rejected_log_ratios: Tensor,
     *,
     beta: float,
-    label_smoothing: float = 0.0,
+    label_smoothing: Tensor | float = 0.0,
 ) -> Tensor:
     """DPO loss (Rafailov et al. 2023, eq. 7); log 2 if policy and reference agree.
 
     beta: > 0, strength of the implicit KL penalty; higher stays closer to the reference.
-    label_smoothing: in [0, 0.5), assumed share of flipped labels (cDPO, Mitchell 2023).
+    label_smoothing: in [0, 0.5), a number, the assumed share of flipped labels (cDPO, Mitchell
+    2023), or (B,), the probability that each label is wrong.
     """
     margins = beta * (chosen_log_ratios - rejected_log_ratios)
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
 
 def robust_dpo_loss(
-    chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, *, beta: float, label_smoothing: float
+    chosen_log_ratios: Tensor,
+    rejected_log_ratios: Tensor,
+    *,
+    beta: float,
+    label_smoothing: Tensor | float,
 ) -> Tensor:
     """Robust DPO (Chowdhury et al. 2024): an unbiased estimate of the loss with clean labels.
 
-    label_smoothing: in [0, 0.5), share of flipped labels in the data.
+    label_smoothing: in [0, 0.5), share of flipped labels in the data, or (B,) as for `dpo_loss`.
     """
     margins = beta * (chosen_log_ratios - rejected_log_ratios)
     noisy = (1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)

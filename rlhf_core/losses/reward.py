@@ -13,12 +13,13 @@ def bradley_terry_loss(
     rejected_scores: Tensor,
     *,
     margin: Tensor | float = 0.0,
-    label_smoothing: float = 0.0,
+    label_smoothing: Tensor | float = 0.0,
 ) -> Tensor:
     """-log sigmoid(chosen - rejected - margin) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1).
 
     margin: (B,) or a number; larger if the preference was clearer (Touvron et al. 2023, eq. 2).
-    label_smoothing: in [0, 0.5), assumed share of flipped labels (Wang et al. 2024).
+    label_smoothing: in [0, 0.5), a number, the assumed share of flipped labels (Wang et al. 2024),
+    or (B,), the probability that each label is wrong.
     """
     margins = chosen_scores - rejected_scores - margin
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from rlhf_core.data import TokenBatch
+from rlhf_core.data import Pair, TokenBatch
 from rlhf_core.losses import regularized_cross_entropy
 from rlhf_core.models import Transformer
 from rlhf_core.models.transformer import TrunkModel
@@ -36,6 +39,21 @@ def target_loss(
     """
     hidden = target_hidden(model, tokens)
     return model.token_loss(hidden, tokens.targets, losses, sizes=sizes)
+
+
+def label_smoothing_of(pairs: list[Pair], default: float, device: torch.device) -> Tensor | float:
+    """The label smoothing (B,) of the pairs, `default` where one has none, or only the default."""
+    own = [pair.label_smoothing for pair in pairs]
+    if all(smoothing is None for smoothing in own):
+        return default
+    return torch.tensor([default if x is None else x for x in own], device=device)
+
+
+def warn_of_label_smoothing(pairs: Sequence[Pair], loss: str) -> None:
+    """Warn if a pair has a label smoothing, which `loss` does not use."""
+    if any(pair.label_smoothing is not None for pair in pairs):
+        message = f"label_smoothing of the pairs has no effect on loss {loss!r}"
+        warnings.warn(message, stacklevel=3)
 
 
 def sequence_sums(values: Tensor, lengths: Tensor) -> Tensor:

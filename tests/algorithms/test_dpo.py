@@ -97,7 +97,7 @@ def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(
         return tokens[:shared].sum() + beyond, tokens.mean()
 
     terms, chosen = [], []
-    for prompt, *completions, _, _ in batch:
+    for prompt, *completions, _, _, _ in batch:
         shared, ratios, means = min(map(len, completions)), [], []
         for ids in completions:
             ratio, mean = logp(trainer.model, ids, prompt, shared)
@@ -115,6 +115,52 @@ def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(
     assert total == pytest.approx(want.item(), rel=2e-6) == metrics["loss"]
     assert metrics["rewards/chosen"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-4)
     assert_close(got, list(gradients), rtol=1e-4, atol=2e-6)
+
+
+ROW_SMOOTHED = {
+    "dpo": lambda s, m: (1 - s) * softplus(-m) + s * softplus(m),
+    "robust": lambda s, m: ((1 - s) * softplus(-m) - s * softplus(m)) / (1 - 2 * s),
+}
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("loss", ROW_SMOOTHED)
+def test_a_pair_uses_its_own_label_smoothing_and_others_the_configs(
+    loss, micro_batch_size, monkeypatch
+):
+    """A chunk of the fused loss has several pairs, so each must find its own number."""
+    own = [0.3, None, 0.0, 0.45, None, 0.1, 0.25, None]
+    batch = [pair._replace(label_smoothing=s) for pair, s in zip(rows("dpo"), own)]
+    settings = dict(loss=loss, label_smoothing=0.2, micro_batch_size=micro_batch_size)
+    others = dict(reference=tiny(seed=1, noise=0.1))
+    trainer = make_trainer("dpo", tiny(noise=0.1), batch, others, **settings)
+    margins = []
+    for pair in batch:
+        _, metrics, _ = accumulated(trainer, [pair])
+        margins.append(metrics["rewards/margins"])
+    smoothing = torch.tensor([0.2 if s is None else s for s in own], dtype=torch.float64)
+    want = ROW_SMOOTHED[loss](smoothing, torch.tensor(margins, dtype=torch.float64)).mean()
+    calls = head_calls(monkeypatch, rows_at_once=20)
+    total, metrics, _ = accumulated(trainer, batch)
+    assert len(calls) < sum(map(len, calls))
+    assert total == pytest.approx(want.item(), rel=1e-6) == metrics["loss"]
+
+
+def test_a_label_smoothing_that_the_loss_does_not_use_gives_a_warning():
+    pairs = rows("dpo")
+    pairs[3] = pairs[3]._replace(label_smoothing=0.1)
+    with pytest.warns(
+        UserWarning, match="label_smoothing of the pairs has no effect on loss 'ipo'"
+    ):
+        make_trainer("dpo", examples=pairs, loss="ipo")
+
+
+@pytest.mark.parametrize("smoothing", [0.5, -0.1, math.nan])
+def test_a_label_smoothing_out_of_range_is_refused(smoothing):
+    pairs = rows("dpo")
+    pairs[3] = pairs[3]._replace(label_smoothing=smoothing)
+    with pytest.raises(ValueError, match=rf"example 3 has label_smoothing {smoothing}, which is"):
+        make_trainer("dpo", examples=pairs)
 
 
 def test_masked_tokens_of_a_pair_are_only_context():

@@ -97,6 +97,28 @@ def test_every_loss_of_pairs_is_its_definition(name, margins):
     )
 
 
+def test_a_pair_uses_its_own_label_smoothing_and_others_the_configs():
+    own = [0.3, None, 0.0, 0.45, None, 0.1, 0.25, None]
+    batch = [
+        pair._replace(label_smoothing=s, margin=0.5 if s else None)
+        for pair, s in zip(rows("reward"), own)
+    ]
+    trainer = make_trainer("reward", examples=batch, label_smoothing=0.2, micro_batch_size=3)
+    terms = []
+    for pair, s in zip(batch, own):
+        chosen, rejected = (scored(trainer.model, pair.prompt_ids + x) for x in pair[1:3])
+        gap, s = (chosen - rejected).double() - (pair.margin or 0), 0.2 if s is None else s
+        terms.append((1 - s) * softplus(-gap) + s * softplus(gap))
+    total, metrics, _ = accumulated(trainer, batch)
+    assert total == pytest.approx(torch.stack(terms).mean().item(), rel=1e-6) == metrics["loss"]
+
+
+def test_a_label_smoothing_that_the_loss_does_not_use_gives_a_warning():
+    batch = [pair._replace(label_smoothing=0.1) for pair in rows("reward")]
+    with pytest.warns(UserWarning, match="has no effect on loss 'margin_ranking'"):
+        make_trainer("reward", examples=batch, loss="margin_ranking")
+
+
 def test_a_reward_model_learns_which_token_is_preferred():
     others = dict(eval_examples=rows("reward", 64, seed=1))
     history = make_trainer(

@@ -88,6 +88,10 @@ BAD = [
         "'margin' must .* got true",
     ),
     (
+        read_preferences, {"prompt": "p", "chosen": "a", "rejected": "b", "label_smoothing": 0.5},
+        r"field 'label_smoothing' must be a number in \[0, 0.5\), got 0.5",
+    ),
+    (
         read_comparisons, {"prompt": "p", "chosen": "a", "rejected": "a"},
         "'chosen' and 'rejected' are equal",
     ),
@@ -211,10 +215,10 @@ def test_ranked_lists_come_best_first_and_pairs_keep_their_margin(tmp_path):
         tmp_path / "data.jsonl",
         {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [2, 0.5, 1]},
         {"messages": turns, "responses": ["a", "b"], "ranks": [0, 1]},
-        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0.5},
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0.5, "label_smoothing": 0.1},
         {"prompt": "p", "chosen": "a", "rejected": "b"},
     )
-    pairs = [Preference("p", "a", "b", 0.5), Preference("p", "a", "b", None)]
+    pairs = [Preference("p", "a", "b", 0.5, 0.1), Preference("p", "a", "b", None)]
     assert read_comparisons(path) == [
         Ranking("p", ["b", "c", "a"]),
         Ranking(turns, ["a", "b"]),
@@ -224,7 +228,7 @@ def test_ranked_lists_come_best_first_and_pairs_keep_their_margin(tmp_path):
     first, _, pair, _ = read_comparisons(
         path, encode=lambda row: encode_preference(row, tokenizer, 50)
     )
-    assert isinstance(first, Ranked) and pair.margin == 0.5
+    assert isinstance(first, Ranked) and (pair.margin, pair.label_smoothing) == (0.5, 0.1)
     assert [tokenizer.decode(ids) for ids in first.completions_ids] == ["b", "c", "a"]
     assert all(ids[-1] == tokenizer.eos_ids[0] for ids in first.completions_ids)
 

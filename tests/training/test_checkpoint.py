@@ -311,6 +311,11 @@ def test_a_new_run_in_the_same_folder_removes_the_checkpoint_of_the_old_one(tmp_
             dict(examples=EXAMPLES[::-1]),
             r"a run with different examples \(digest \w{8}, now \w{8}\)",
         ),
+        (
+            "dpo",
+            dict(examples=[pair._replace(label_smoothing=0.1) for pair in PAIRS]),
+            "a run with different examples",
+        ),
         ("dpo", dict(seed=1), "a run with different frozen weights"),  # of the reference
         ("dpo-lora", dict(seed=1), "a run with different frozen weights"),
         ("dpo-lora", dict(alpha=8.0), r"written with lora\.alpha=16\.0, this run has 8\.0"),
