@@ -16,12 +16,14 @@ from rlhf_core.data.encode import (
 )
 from rlhf_core.data.formats import DataError
 from rlhf_core.data.readers import (
+    Candidates,
     Labelled,
     Preference,
     Ranking,
     Scored,
     Solution,
     Text,
+    read_candidates,
     read_comparisons,
     read_labelled,
     read_preferences,
@@ -33,6 +35,7 @@ from rlhf_core.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, lo
 
 __all__ = [
     "ByteTokenizer",
+    "Candidates",
     "DataError",
     "Example",
     "JsonTokenizer",
@@ -55,6 +58,7 @@ __all__ = [
     "encode_solution",
     "encode_text",
     "load_tokenizer",
+    "read_candidates",
     "read_comparisons",
     "read_labelled",
     "read_preferences",

@@ -92,6 +92,22 @@ class Ranking(NamedTuple):
     responses: list[str]
 
 
+class Candidates(NamedTuple):
+    """A prompt and answers that people or models are to compare.
+
+    id: As in the row, or None.
+    responses: Each has its "text", and what else is known of it: model, temperature, seed, ...
+    ranks: One for each response, the lowest is the best, where the row has an order.
+    warning: What to say before the row is shown, or None.
+    """
+
+    id: str | int | None
+    prompt: Content
+    responses: list[dict[str, Any]]
+    ranks: list[float] | None = None
+    warning: str | None = None
+
+
 class Solution(NamedTuple):
     """A prompt and the steps that solve it: a line each, labelled from 0 (wrong) to 1 (right)."""
 
@@ -240,6 +256,54 @@ def read_prompts(
     return list(_rows(path, parse, on_bad, encode, columns))
 
 
+def read_candidates(
+    path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
+) -> list[Any]:
+    """Read {"prompt" or "messages", "responses"} with optional "id", "ranks", "content_warning".
+
+    A response is text, or an object with a field "text" and any others. Instead of "responses" a
+    row may have "chosen" and "rejected", "response_a" and "response_b", or no answers at all. A
+    content_warning is true, or text to show before the row.
+
+    Returns:
+        `Candidates` rows, or what encode returns for each.
+    """
+
+    def parse(row: dict) -> Candidates:
+        warning = row.get("content_warning", False)
+        if not isinstance(warning, bool | str):
+            got = shown(warning)
+            raise ValueError(f"field 'content_warning' must be true, false or text, got {got}")
+        warning = "This item may be upsetting." if warning is True else warning or None
+        name, ranks = row.get("id"), None
+        if not (name is None or isinstance(name, str) or (type(name) is int and abs(name) < 2**63)):
+            raise ValueError(f"field 'id' must be text or a whole number, got {shown(name)}")
+        if name is not None:
+            _string({"id": str(name)}, "id")
+        if "responses" in row:
+            prompt, responses = _prompt(row), row["responses"]
+            if not isinstance(responses, list):
+                raise ValueError(f"field 'responses' must be a list, got {shown(responses)}")
+            responses = [x if isinstance(x, dict) else {"text": x} for x in responses]
+            for i, response in enumerate(responses):
+                _string(response, "text", f"responses[{i}]", empty=True)
+            if "ranks" in row:
+                ranks = _ranks(row["ranks"], len(responses))
+        elif "response_a" in row or "response_b" in row:
+            prompt = _prompt(row)
+            texts = (_string(row, name, empty=True) for name in ("response_a", "response_b"))
+            responses = [{"text": text} for text in texts]
+        elif "chosen" in row or "rejected" in row:
+            pair = _preference(row)
+            prompt, ranks = pair.prompt, [1, 2]
+            responses = [{"text": pair.chosen}, {"text": pair.rejected}]
+        else:
+            prompt, responses = _prompt(row), []
+        return Candidates(name, prompt, responses, ranks, warning)
+
+    return list(_rows(path, parse, on_bad, encode, columns))
+
+
 def check_messages(value, field: str) -> list[Message]:
     """Return the messages with only role and content. Raises ValueError if there is more."""
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -365,19 +429,23 @@ def _solution(row: dict) -> Solution:
 
 
 def _ranking(row: dict) -> Ranking:
-    responses, ranks = row["responses"], row.get("ranks")
+    responses = row["responses"]
     if not isinstance(responses, list) or len(responses) < 2:
         got = shown(responses)
         raise ValueError(f"field 'responses' must be a list of at least 2, got {got}")
-    count, got = len(responses), shown(ranks)
-    if not isinstance(ranks, list) or len(ranks) != count or not all(map(_is_number, ranks)):
-        raise ValueError(f"field 'ranks' must be a list of {count} numbers, got {got}")
+    count, ranks = len(responses), _ranks(row.get("ranks"), len(responses))
     if len(set(ranks)) < count:
-        raise ValueError(f"field 'ranks' has a tie, which gives no order: {got}")
+        raise ValueError(f"field 'ranks' has a tie, which gives no order: {shown(ranks)}")
     texts = _list_of_strings(responses, "responses")
     if len(set(texts)) < count:
         raise ValueError("field 'responses' has the same response twice")
     return Ranking(_prompt(row), [texts[i] for i in sorted(range(count), key=ranks.__getitem__)])
+
+
+def _ranks(ranks, count: int) -> list[float]:
+    if not isinstance(ranks, list) or len(ranks) != count or not all(map(_is_number, ranks)):
+        raise ValueError(f"field 'ranks' must be a list of {count} numbers, got {shown(ranks)}")
+    return ranks
 
 
 def _list_of_strings(values: list, field: str) -> list[str]:

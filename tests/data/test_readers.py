@@ -14,6 +14,7 @@ from rlhf_core.data import (
     Ranked,
     Ranking,
     encode_preference,
+    read_candidates,
     read_comparisons,
     read_labelled,
     read_preferences,
@@ -28,6 +29,7 @@ GOOD = {
     read_comparisons: {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 0]},
     read_labelled: {"prompt": "p", "completion": "c", "label": True},
     read_prompts: {"prompt": "p", "other": 1},
+    read_candidates: {"prompt": "p", "responses": ["a", {"text": "b", "model": "m"}]},
 }
 
 
@@ -267,3 +269,48 @@ def test_real_files_are_read_whole(data_dir, name):
     rows = reader(data_dir / f"{name}.jsonl.gz", bad.append)
     assert len(rows) + len(bad) == count and len(bad) <= count // 50, bad[:1]
     assert all(all(row[:2]) or row[0] == "" for row in rows)
+
+
+# ---- candidates
+
+
+def test_candidates_come_from_responses_from_pairs_and_from_prompts_alone(tmp_path):
+    turns = [{"role": "user", "content": "hi"}]
+    sampled = {"text": "yes", "model": "m", "temperature": 0.7, "seed": 3, "logprob": -1.5}
+    rows = read_candidates(
+        write(
+            tmp_path / "c.jsonl",
+            {"id": "p0", "prompt": turns, "responses": [sampled, "no"], "content_warning": True},
+            {"id": 7, "prompt": "q", "chosen": "a", "rejected": "b", "content_warning": "blood"},
+            {"prompt": "q", "response_a": "a", "response_b": ""},
+            {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [2, 1, 2]},
+            {"messages": turns},
+        )
+    )
+    assert rows == [
+        ("p0", turns, [sampled, {"text": "no"}], None, "This item may be upsetting."),
+        (7, "q", [{"text": "a"}, {"text": "b"}], [1, 2], "blood"),
+        (None, "q", [{"text": "a"}, {"text": ""}], None, None),
+        (None, "q", [{"text": "a"}, {"text": "b"}, {"text": "c"}], [2, 1, 2], None),
+        (None, turns, [], None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"id": 1.5}, "field 'id' must be text or a whole number, got 1.5"),
+        ({"id": True}, "field 'id' must be text or a whole number, got true"),
+        ({"id": " "}, "field 'id' is empty"),
+        ({"responses": "a"}, "field 'responses' must be a list, got \"a\""),
+        ({"responses": [{}]}, "field 'responses[0].text' is missing; the line has none"),
+        ({"responses": ["a", 1]}, "field 'responses[1].text' must be a string, got 1"),
+        ({"ranks": [1]}, "field 'ranks' must be a list of 2 numbers, got [1]"),
+        ({"content_warning": 1}, "field 'content_warning' must be true, false or text, got 1"),
+    ],
+)
+def test_a_bad_candidate_names_its_line_and_field(tmp_path, change, message):
+    row = GOOD[read_candidates]
+    with pytest.raises(DataError) as error:
+        read_candidates(write(tmp_path / "c.jsonl", row, row | change))
+    assert str(error.value) == f"{tmp_path / 'c.jsonl'}:2: {message}"
