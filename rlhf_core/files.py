@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TextIO
 MAX_OBJECT_BYTES = 2**27
 _OURS = re.compile(r"\.rlhf-core-[0-9a-f]{16}\.(tmp|old)")
 _SMALL = 2**20  # bytes
+OWNERS = {"gpt2": "openai-community", "distilgpt2": "distilbert"}  # of names that once had none
 
 
 class Replacement:
@@ -314,8 +315,12 @@ def model_folder(source: str | os.PathLike) -> Path:
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        near = ""
+        if owner := OWNERS.get(str(source).split("-")[0]):
+            near = f"; did you mean {owner}/{source}? That needs rlhf-core[hub]"
         raise FileNotFoundError(
             f"{source}: no such folder, and not a Hugging Face hub repository such as owner/name"
+            f"{near}"
         )
     try:
         download = require("huggingface_hub", "hub").snapshot_download

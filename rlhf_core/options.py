@@ -7,11 +7,12 @@ runs.
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
@@ -21,6 +22,65 @@ TYPES = {  # annotation -> the values that fit it, and how to say so
     "bool": (bool, "True or False"),
     "str": (str, "a string"),
 }
+SYNONYMS = {  # an option or choice of ours -> its names in other libraries
+    "lr": "learning_rate actor_learning_rate",
+    "batch_size": "per_device_train_batch_size train_batch_size rollout_batch_size",
+    "micro_batch_size": "gradient_accumulation_steps micro_train_batch_size",
+    "minibatch_size": "mini_batch_size num_mini_batches ppo_mini_batch_size",
+    "epochs": "num_train_epochs num_epochs max_epochs total_epochs",
+    "ppo_epochs": "num_ppo_epochs num_iterations",
+    "num_samples": "num_generations n_samples_per_prompt num_return_sequences",
+    "response_length": "max_completion_length max_new_tokens generate_max_len",
+    "max_prompt_length": "prompt_max_len",
+    "max_length": "max_seq_length max_len",
+    "kl_coef": "beta init_kl_coef kl_loss_coef",
+    "kl_target": "target_kl",
+    "clip_range": "epsilon cliprange clip_ratio eps_clip",
+    "clip_range_high": "epsilon_high clip_ratio_high eps_clip_high",
+    "value_clip_range": "cliprange_value value_clip",
+    "lam": "gae_lambda lambda lambd",
+    "vf_coef": "value_loss_coef",
+    "normalize": "scale_rewards",
+    "ratio": "importance_sampling_level",
+    "missing_eos_penalty": "non_eos_penalty",
+    "gamma": "simpo_gamma",
+    "loss": "loss_type",
+    "aggregation": "loss_type loss_agg_mode",
+    "advantage": "advantage_estimator adv_estimator",
+    "lr_schedule": "lr_scheduler_type lr_scheduler",
+    "warmup_steps": "warmup_ratio lr_warmup_ratio",
+    "max_grad_norm": "gradient_clipping grad_clip max_norm",
+    "adam_eps": "adam_epsilon",
+    "precision": "bf16 fp16 dtype torch_dtype",
+    "activation_checkpointing": "gradient_checkpointing",
+    "log_every": "logging_steps",
+    "eval_every": "eval_steps eval_strategy",
+    "save_every": "save_steps save_strategy",
+    "out": "output_dir save_path",
+    "model": "model_name_or_path pretrain",
+    "data": "dataset dataset_name train_file",
+    "prompts": "prompt_data dataset dataset_name",
+    "reward_model": "reward_model_path reward_pretrain",
+    "reward_function": "reward_funcs remote_rm_url",
+    "lora_rank": "lora_r",
+    "resume": "resume_from_checkpoint load_checkpoint",
+    "bfloat16": "bf16 fp16 float16 half",
+    "float32": "fp32 no full",
+    "dpo": "sigmoid",
+    "reinforce_pp": "reinforce++ reinforce",
+    "token_mean": "dapo",
+    "sequence_mean": "grpo",
+    "sequence_sum": "dr_grpo",
+}
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the closest valid name or a synonym's; "" if none is close."""
+    valid_of = {text.lstrip("-").replace("-", "_").lower(): text for text in valid}
+    name = name.lstrip("-").replace("-", "_").lower()
+    close = [ours for ours, others in SYNONYMS.items() if name in others.split()]
+    close += difflib.get_close_matches(name, valid_of, n=1)
+    return next((f"; did you mean {valid_of[x]}?" for x in close if x in valid_of), "")
 
 
 def option(
@@ -56,6 +116,15 @@ class Options:
         lines = [f"    {name}: {describe(entry)}" for name, entry in listed.items()]
         cls.__doc__ = "\n".join([cls.__doc__ or cls.__name__, "", "Attributes:", *lines])
 
+    def __new__(cls, *values: Any, **named: Any):
+        """Raise TypeError for an unknown field, with the one that was meant."""
+        valid = [entry.name for entry in fields(cls)]
+        for name in named:
+            if name not in valid:
+                near = did_you_mean(name, valid) or f"; help({cls.__name__}) lists them"
+                raise TypeError(f"{cls.__name__} has no option {name!r}{near}")
+        return super().__new__(cls)
+
     def __post_init__(self):
         for entry in fields(self):
             value, valid = getattr(self, entry.name), entry.metadata.get("choices")
@@ -77,7 +146,10 @@ class Options:
         """Raise ValueError for the first rule (field, is it valid, what it must be) that fails."""
         for name, valid, wanted in rules:
             if not valid:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+                value = getattr(self, name)
+                choices = self.__dataclass_fields__[name].metadata.get("choices") or ()
+                near = did_you_mean(str(value), choices) if value not in choices else ""
+                raise ValueError(f"{name} must be {wanted}, got {value!r}{near}")
 
     def warn_unused(self, *rules: tuple[str, Any, str]) -> None:
         """Warn for each rule (field, has it an effect, why not) whose field is set in vain."""

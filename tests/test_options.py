@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from rlhf_core import trainers
-from rlhf_core.options import Options, describe, option
+from rlhf_core.options import SYNONYMS, Options, describe, did_you_mean, option
 
 CONFIGS = {
     name: getattr(trainers, name) for name in trainers.__all__ if name.endswith("Config")
@@ -84,7 +84,7 @@ def test_a_value_of_another_type_is_refused_by_name(values, message):
         (dict(rate=math.inf), "rate must be at least 0 and finite, got inf"),
         (dict(steps=0), "steps must be at least 1, got 0"),
         (dict(scale=-math.inf), "scale must be finite, got -inf"),
-        (dict(kind="Soft"), "kind must be one of soft, hard, got 'Soft'"),
+        (dict(kind="Soft"), "kind must be one of soft, hard, got 'Soft'; did you mean soft?"),
         (dict(steps=13, scale=13), "steps must be another number than 13, got 13"),
     ],
 )
@@ -107,6 +107,46 @@ def test_ends_of_intervals_are_open_or_closed():
     for values in (dict(open=0), dict(open=1), dict(closed=-1e-9), dict(closed=1 + 1e-9)):
         with pytest.raises(ValueError, match=f"^{next(iter(values))} must be in "):
             Ends(**values)
+
+
+@pytest.mark.parametrize(
+    "config, name, meant",
+    [
+        ("PPOConfig", "learning_rate", "lr"),
+        ("SFTConfig", "per_device_train_batch_size", "batch_size"),
+        ("SFTConfig", "num_train_epochs", "epochs"),
+        ("GRPOConfig", "num_generations", "num_samples"),
+        ("GRPOConfig", "beta", "kl_coef"),
+        ("GRPOConfig", "loss_type", "aggregation"),
+        ("DPOConfig", "loss_type", "loss"),
+        ("DPOConfig", "betta", "beta"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_one_that_was_meant(config, name, meant):
+    with pytest.raises(TypeError, match=f"^{config} has no option '{name}'; did you mean {meant}"):
+        CONFIGS[config](**{name: 1})
+
+
+def test_an_unknown_option_that_is_like_no_other_says_where_all_are_listed():
+    with pytest.raises(TypeError, match=r"no option 'beta'; help\(SFTConfig\) lists them"):
+        trainers.SFTConfig(beta=1)
+
+
+def test_a_choice_of_another_library_is_answered_with_ours():
+    for values, meant in ((dict(precision="bf16"), "bfloat16"), (dict(loss="sigmoid"), "dpo")):
+        with pytest.raises(ValueError, match=f"; did you mean {meant}\\?$"):
+            trainers.DPOConfig(**values)
+
+
+def test_every_synonym_leads_to_an_option_and_is_none_itself():
+    """A choice such as grpo may be a synonym of another option's choice."""
+    names = {field.name for config in CONFIGS.values() for field in dataclasses.fields(config)}
+    for ours, others in SYNONYMS.items():
+        if ours in names:
+            assert not names & set(others.split()) - {"beta", "model", "loss_type"}, ours
+        valid = ["--" + ours.replace("_", "-"), "--other"]
+        for name in others.split():
+            assert did_you_mean(name, valid) == f"; did you mean {valid[0]}?"
 
 
 def test_none_is_taken_only_where_it_is_the_default():

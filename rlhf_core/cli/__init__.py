@@ -1,9 +1,13 @@
-"""The command line `rlhf-core`: each group of commands is a table in a file of its own."""
+"""The command line `rlhf-core`: each group of commands is a table in a module of its own.
+
+A module is imported when one of its commands runs, so that `--help` and `--version` are quick.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -11,14 +15,48 @@ import warnings
 from collections.abc import Sequence
 
 import rlhf_core
-from rlhf_core.cli import evaluation, feedback, sampling, tools, training
-from rlhf_core.cli.arguments import Help, absolute_paths
-from rlhf_core.feedback.rewards import RewardError
+from rlhf_core.cli.parser import Help, Parser
 from rlhf_core.training import signals
 
-GROUPS = (training, sampling, feedback, evaluation, tools)
-COMMANDS = {name: command for group in GROUPS for name, command in group.COMMANDS.items()}
-BAD_INPUT = (ValueError, OSError, ImportError, RewardError)
+GROUPS = {  # heading -> module, and what each of its commands does
+    "train": (
+        "training",
+        {
+            "sft": "supervised fine-tuning",
+            "reward": "a reward model, from preferences or labelled steps",
+            "dpo": "direct preference optimisation, SimPO, ORPO",
+            "kto": "KTO: from single labelled completions",
+            "ilql": "ILQL: offline RL on text with rewards",
+            "ppo": "PPO against a reward",
+            "a2c": "A2C: PPO with one update per rollout, no clip",
+            "nlpo": "NLPO: PPO without unlikely tokens",
+            "grpo": "GRPO, RLOO, REINFORCE++, ReMax: no critic",
+            "online-dpo": "DPO on new samples in every step",
+            "iterated-dpo": "DPO on its own samples, in rounds",
+            "rft": "rejection sampling: SFT on its own best samples",
+        },
+    ),
+    "sample": (
+        "sampling",
+        {
+            "generate": "sample from a model",
+            "best-of-n": "sample, and keep each prompt's response with the highest reward",
+            "merge": "fold adapters into the weights of their base: a plain model",
+        },
+    ),
+    "human feedback": ("feedback", {}),
+    "evaluate": ("evaluation", {}),
+    "tools": (
+        "tools",
+        {
+            "demo": "SFT, reward model, PPO and DPO on a task with a known gold score",
+            "bench": "check the ops against float64, then time them against their baselines",
+            "info": "versions, backends with reasons, CPU features",
+        },
+    ),
+}
+COMMANDS = {name: help for _, commands in GROUPS.values() for name, help in commands.items()}
+MODULES = {name: module for module, commands in GROUPS.values() for name in commands}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,19 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for a run that diverged, 2 for bad input, and 128 plus the signal's
         number for a signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
-    name = "rlhf-core"
+    command, name = None, "rlhf-core"
     plain, warnings.formatwarning = warnings.formatwarning, _warning
     try:
-        arguments = _parser().parse_args(argv)
-        name = f"{name} {arguments.command}"
-        absolute_paths(arguments)
-        with signals.handled(signals.stop_at_once):
-            COMMANDS[arguments.command].run(arguments)
+        argv = sys.argv[1:] if argv is None else list(argv)
+        command = _parser().parse_args(argv[:1]).command
+        name = f"{name} {command}"
+        _run(command, argv[1:])
     except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except BAD_INPUT as error:
-        print(f"{name}: error: {_text(error)}", file=sys.stderr)
-        return 2
     except FloatingPointError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
@@ -48,16 +82,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         note = f"; {interrupt}" if str(interrupt) else ""
         if note.startswith("; step"):
             note += ", continue with --resume"
-        elif not note and name.split()[-1] in training.COMMANDS:
+        elif not note and MODULES.get(command) == "training":
             note = "; the model was not saved"
         stopped = isinstance(interrupt, signals.Stopped)
         word = f"stopped by {signal.Signals(interrupt.signum).name}" if stopped else "interrupted"
         with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
             print(f"{name}: {word}{note}", file=sys.stderr)
         return interrupt.code if stopped else 130
+    except Exception as error:
+        if not _is_bad_input(error):
+            raise
+        print(f"{name}: error: {_text(error)}", file=sys.stderr)
+        return 2
     finally:
         warnings.formatwarning = plain
     return 0
+
+
+def load(name: str):
+    """The `Command` of this name; imports its module."""
+    return importlib.import_module(f"rlhf_core.cli.{MODULES[name]}").COMMANDS[name]
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = []
+    for heading, (_, commands) in GROUPS.items():
+        lines += [f"{heading}:", *(f"  {name:<14} {help}" for name, help in commands.items()), ""]
+    parser = Parser(
+        prog="rlhf-core",
+        usage="rlhf-core COMMAND [options]",
+        description="Reinforcement learning from human feedback.\n\n" + "\n".join(lines),
+        epilog="`rlhf-core COMMAND --help` lists the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=rlhf_core.__version__)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+def _run(name: str, options: Sequence[str]) -> None:
+    from rlhf_core.cli.arguments import absolute_paths
+
+    command = load(name)
+    parser = Parser(prog=f"rlhf-core {name}", description=COMMANDS[name], formatter_class=Help)
+    command.add_arguments(parser)
+    arguments = parser.parse_args(options)
+    absolute_paths(arguments)
+    with signals.handled(signals.stop_at_once):
+        command.run(arguments)
+
+
+def _is_bad_input(error: Exception) -> bool:
+    from rlhf_core.feedback.rewards import RewardError
+
+    return isinstance(error, ValueError | OSError | ImportError | RewardError)
 
 
 def _warning(message, category, filename, lineno, line=None) -> str:
@@ -69,16 +147,3 @@ def _text(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
     return str(error)
-
-
-def _parser() -> argparse.ArgumentParser:
-    description = "Reinforcement learning from human feedback."
-    parser = argparse.ArgumentParser(prog="rlhf-core", description=description)
-    parser.add_argument("--version", action="version", version=rlhf_core.__version__)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, command in COMMANDS.items():
-        sub = subparsers.add_parser(
-            name, help=command.help, description=command.help, formatter_class=Help
-        )
-        command.add_arguments(sub)
-    return parser

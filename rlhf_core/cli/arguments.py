@@ -31,21 +31,10 @@ MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hu
 
 
 class Command(typing.NamedTuple):
-    """A command: its line in `rlhf-core --help`, its arguments, and the function that runs it."""
+    """A command: its arguments, and the function that runs it."""
 
-    help: str
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], None]
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds a default unless there is none or the help mentions it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        unset = any(action.default is value for value in (None, (), False))
-        if unset or "default" in action.help:
-            return action.help
-        return super()._get_help_string(action)
 
 
 # ---- configs

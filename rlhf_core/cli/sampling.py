@@ -169,13 +169,7 @@ def _merge(arguments: Namespace) -> None:
 
 
 COMMANDS = {
-    "generate": Command("sample from a model", _add_generate, run_generate),
-    "best-of-n": Command(
-        "sample, and keep each prompt's response with the highest reward",
-        _add_best_of_n,
-        run_best_of_n,
-    ),
-    "merge": Command(
-        "fold adapters into the weights of their base: a plain model", _add_merge, run_merge
-    ),
+    "generate": Command(_add_generate, run_generate),
+    "best-of-n": Command(_add_best_of_n, run_best_of_n),
+    "merge": Command(_add_merge, run_merge),
 }

@@ -89,13 +89,7 @@ def run_info(arguments: Namespace) -> None:
 
 
 COMMANDS = {
-    "demo": Command(
-        "SFT, reward model, PPO and DPO on a task with a known gold score", _add_demo, run_demo
-    ),
-    "bench": Command(
-        "check the ops against float64, then time them against their baselines",
-        _add_bench,
-        run_bench,
-    ),
-    "info": Command("versions, backends with reasons, CPU features", lambda parser: None, run_info),
+    "demo": Command(_add_demo, run_demo),
+    "bench": Command(_add_bench, run_bench),
+    "info": Command(lambda parser: None, run_info),
 }

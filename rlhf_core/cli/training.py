@@ -47,7 +47,6 @@ class OnData(NamedTuple):
     reader: Callable
     encode: Callable
     data: str  # help of --data
-    help: str
 
 
 class OnPrompts(NamedTuple):
@@ -55,7 +54,6 @@ class OnPrompts(NamedTuple):
 
     train: type[Trainer] | Callable
     config: type[Options]
-    help: str
     judged: bool = False  # whether it takes a judge
 
 
@@ -74,50 +72,34 @@ def _ilql_model(source: Path) -> ILQLModel:
 ON_DATA = {
     "sft": OnData(
         trainers.SFTTrainer, trainers.SFTConfig, Transformer.from_pretrained,
-        read_texts, encode_text, TEXTS, "supervised fine-tuning",
+        read_texts, encode_text, TEXTS,
     ),
     "reward": OnData(
         trainers.RewardTrainer, trainers.RewardConfig, _reward_model,
         data.read_comparisons, data.encode_preference, LISTS,
-        "a reward model, from preferences or labelled steps",
     ),
     "dpo": OnData(
         trainers.DPOTrainer, trainers.DPOConfig, Transformer.from_pretrained,
         data.read_preferences, data.encode_preference, PAIRS,
-        "direct preference optimisation, SimPO, ORPO",
     ),
     "kto": OnData(
         trainers.KTOTrainer, trainers.KTOConfig, Transformer.from_pretrained,
-        data.read_labelled, data.encode_labelled, LABELLED, "KTO: from single labelled completions",
+        data.read_labelled, data.encode_labelled, LABELLED,
     ),
     "ilql": OnData(
         trainers.ILQLTrainer, trainers.ILQLConfig, _ilql_model,
-        data.read_scored, data.encode_scored, SCORED, "ILQL: offline RL on text with rewards",
+        data.read_scored, data.encode_scored, SCORED,
     ),
 }  # fmt: skip
 ON_PROMPTS = {
-    "ppo": OnPrompts(trainers.PPOTrainer, trainers.PPOConfig, "PPO against a reward"),
-    "a2c": OnPrompts(
-        trainers.A2CTrainer, trainers.A2CConfig, "A2C: PPO with one update per rollout, no clip"
-    ),
-    "nlpo": OnPrompts(
-        trainers.NLPOTrainer, trainers.NLPOConfig, "NLPO: PPO without unlikely tokens"
-    ),
-    "grpo": OnPrompts(
-        trainers.GRPOTrainer, trainers.GRPOConfig, "GRPO, RLOO, REINFORCE++, ReMax: no critic"
-    ),
-    "online-dpo": OnPrompts(
-        trainers.OnlineDPOTrainer, trainers.OnlineDPOConfig, "DPO on new samples in every step",
-        judged=True,
-    ),
-    "iterated-dpo": OnPrompts(
-        trainers.iterated_dpo, trainers.IteratedDPOConfig, "DPO on its own samples, in rounds",
-        judged=True,
-    ),
-    "rft": OnPrompts(
-        trainers.rft, trainers.RFTConfig, "rejection sampling: SFT on its own best samples"
-    ),
-}  # fmt: skip
+    "ppo": OnPrompts(trainers.PPOTrainer, trainers.PPOConfig),
+    "a2c": OnPrompts(trainers.A2CTrainer, trainers.A2CConfig),
+    "nlpo": OnPrompts(trainers.NLPOTrainer, trainers.NLPOConfig),
+    "grpo": OnPrompts(trainers.GRPOTrainer, trainers.GRPOConfig),
+    "online-dpo": OnPrompts(trainers.OnlineDPOTrainer, trainers.OnlineDPOConfig, judged=True),
+    "iterated-dpo": OnPrompts(trainers.iterated_dpo, trainers.IteratedDPOConfig, judged=True),
+    "rft": OnPrompts(trainers.rft, trainers.RFTConfig),
+}
 
 
 def _add_data_arguments(method: OnData, parser: ArgumentParser) -> None:
@@ -280,11 +262,9 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
 
 
 COMMANDS = {
-    name: Command(method.help, partial(_add_data_arguments, method), partial(train_on_data, method))
+    name: Command(partial(_add_data_arguments, method), partial(train_on_data, method))
     for name, method in ON_DATA.items()
 } | {
-    name: Command(
-        method.help, partial(_add_prompt_arguments, method), partial(train_on_prompts, method)
-    )
+    name: Command(partial(_add_prompt_arguments, method), partial(train_on_prompts, method))
     for name, method in ON_PROMPTS.items()
 }

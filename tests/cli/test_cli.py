@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import os
 import re
 import shutil
@@ -82,8 +83,54 @@ def flat(text):
 
 def test_every_command_is_listed_with_what_it_does(help_of):
     shown = flat(help_of())
-    assert all(f"{name} {command.help}" in shown for name, command in cli.COMMANDS.items())
+    assert all(f"{name} {help}" in shown for name, help in cli.COMMANDS.items())
     assert {*training.COMMANDS, *sampling.COMMANDS} < set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("heading", cli.GROUPS)
+def test_the_list_of_commands_is_that_of_their_modules(heading):
+    module, commands = cli.GROUPS[heading]
+    assert list(importlib.import_module(f"rlhf_core.cli.{module}").COMMANDS) == list(commands)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--help", "--version", "fly"])
+def test_help_and_version_need_no_torch(option):
+    code = (
+        "import sys; from rlhf_core.cli import main\n"
+        f"try: main([{option!r}])\n"
+        "finally: assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "Assertion" not in done.stderr and done.returncode == (2 if option == "fly" else 0)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["GRPO"], "got 'GRPO'; did you mean grpo?"),
+        (["sft", "--learning-rate=1"], "there is no option --learning-rate; did you mean --lr?"),
+        (["sft", "--output-dir", "x"], "there is no option --output-dir; did you mean --out?"),
+        (["grpo", "--beta", 1], "there is no option --beta; did you mean --kl-coef?"),
+        (["dpo", "--loss", "sigmoid"], "one of dpo, robust, ipo, "),
+        (["dpo", "--loss", "sigmoid"], "got 'sigmoid'; did you mean dpo?"),
+        (["ppo", "--precision", "bf16"], "got 'bf16'; did you mean bfloat16?"),
+        (["ppo", "--precision", "fp32"], "got 'fp32'; did you mean float32?"),
+        (["sft", "--batch", 4], "there is no option --batch; did you mean --"),  # no abbreviation
+        (["sft", "--zzz"], "there is no option --zzz\n"),
+        (["generate", "--", "--model"], "the following arguments are required"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_one_that_was_meant(arguments, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        run(*arguments)
+    error = capsys.readouterr().err
+    assert raised.value.code == 2 and message in error and error.count("\n") == 2
+
+
+def test_a_value_may_start_with_a_dash(fails, tmp_path):
+    paths = ["--model", tmp_path / "absent", "--prompt", "-x y"]
+    assert "absent" in fails("generate", *paths, "--stop=--model", "--seed", -1)
 
 
 @pytest.mark.parametrize("command", CONFIGS)
@@ -147,6 +194,8 @@ def test_a_model_file_that_holds_no_object_is_named(name, folders, fails, tmp_pa
 
 
 def test_the_error_for_an_unknown_model_shows_the_form_of_a_hub_id(fails):
+    line = fails("generate", "--model", "gpt2-medium", "--prompt", "x")
+    assert "did you mean openai-community/gpt2-medium? That needs rlhf-core[hub]" in line
     line = fails("generate", "--model", "nope", "--prompt", "x")
     assert "nope: no such folder, and not a Hugging Face hub repository such as owner/name" in line
 

@@ -1,0 +1,47 @@
+"""The parser of every command: no abbreviations, short errors, and suggestions for wrong names."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from rlhf_core.options import did_you_mean
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a default unless there is none or the help mentions it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        unset = any(action.default is value for value in (None, (), False))
+        if unset or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Looks for unknown options first, because they are often misspelt required ones."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for text in args[: args.index("--") if "--" in args else None]:
+            option = re.match(r"--?[A-Za-z][\w-]*(?==|\Z)", text)
+            if option and option[0] not in self._option_string_actions:
+                near = did_you_mean(option[0], self._option_string_actions)
+                self.error(f"there is no option {option[0]}{near}")
+        return super().parse_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            valid = ", ".join(map(str, action.choices))
+            near = did_you_mean(str(value), map(str, action.choices))
+            raise argparse.ArgumentError(action, f"must be one of {valid}, got {value!r}{near}")
+
+    def error(self, message: str) -> NoReturn:
+        usage = f"usage: {self.prog} [options]; `{self.prog} --help` lists them"
+        self.exit(2, f"{usage}\n{self.prog}: error: {message}\n")
