@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from rlhf_core import locks
-from rlhf_core.data import encode_prompt, load_tokenizer, read_prompts
+from rlhf_core.data import Tokenizer, encode_prompt, load_tokenizer, read_prompts
 from rlhf_core.data.collate import unknown_id
 from rlhf_core.data.readers import FIELDS
 from rlhf_core.feedback.rewards import no_hard_exit
-from rlhf_core.files import check_writable
+from rlhf_core.files import check_writable, parse_json
 from rlhf_core.models import Transformer, load_reward
 from rlhf_core.models.heads import AGGREGATES
 from rlhf_core.options import Options, describe
@@ -104,9 +104,29 @@ def device_of(arguments: Namespace) -> torch.device:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def add_template_date(parser: ArgumentParser) -> None:
+def add_template(parser: ArgumentParser) -> None:
     help = "what a chat template writes as today's date, for a run that resumes on another day"
     parser.add_argument("--template-date", type=_date, metavar="YYYY-MM-DD", help=help)
+    help = "variables of the chat template, such as enable_thinking=false; values are JSON or text"
+    parser.add_argument(
+        "--template-vars", type=_variable, nargs="+", default=(), metavar="NAME=VALUE", help=help
+    )
+
+
+def tokenizer_of(arguments: Namespace) -> Tokenizer:
+    """The tokenizer of --model, with the options of its chat template."""
+    variables = dict(arguments.template_vars)
+    return load_tokenizer(arguments.model, arguments.template_date, variables)
+
+
+def _variable(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, parse_json(value)
+    except ValueError:
+        return name, value
 
 
 def _date(text: str) -> datetime.date:
@@ -222,7 +242,7 @@ def add_prompts_and_reward(parser: ArgumentParser, judged: bool = False) -> None
         "--reward-coef", type=float, help="weight of the variance in the ensemble `uncertainty`"
     )
     add_eos_ids(parser)
-    add_template_date(parser)
+    add_template(parser)
 
 
 def add_eos_ids(parser: ArgumentParser) -> None:
@@ -238,7 +258,7 @@ def eos_ids_of(arguments: Namespace, model: Transformer, tokenizer) -> tuple[int
 def prompted(arguments: Namespace, config: Options) -> tuple[Transformer, list, dict]:
     """The policy, (prompt, token ids) rows, and the options of methods that sample."""
     torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(arguments.model, arguments.template_date)
+    tokenizer = tokenizer_of(arguments)
     device = device_of(arguments)
     model = Transformer.from_pretrained(arguments.model).to(device)
     encode = lambda prompt: (prompt, known(encode_prompt(prompt, tokenizer), model))  # noqa: E731

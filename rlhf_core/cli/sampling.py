@@ -47,7 +47,7 @@ def _add_generate(parser: ArgumentParser) -> None:
         "--repetition-penalty", type=float, default=1.0, help="above 1: fewer repeated tokens"
     )
     shared.add_eos_ids(parser)
-    shared.add_template_date(parser)
+    shared.add_template(parser)
     parser.add_argument(
         "--stop", nargs="+", default=(), metavar="STRING", help="strings that end a response"
     )
@@ -58,7 +58,7 @@ def _add_generate(parser: ArgumentParser) -> None:
 def run_generate(arguments: Namespace) -> None:
     """Print responses to the prompts."""
     device = shared.device_of(arguments)
-    tokenizer = load_tokenizer(arguments.model, arguments.template_date)
+    tokenizer = shared.tokenizer_of(arguments)
     valued = has_values(arguments.model)
     model = (ILQLModel if valued else Transformer).from_pretrained(arguments.model).to(device)
     if arguments.beta is not None:

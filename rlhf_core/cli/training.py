@@ -15,7 +15,7 @@ from torch import nn
 from rlhf_core import data, trainers
 from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import MODEL, Command
-from rlhf_core.data import encode_text, load_tokenizer, read_texts
+from rlhf_core.data import encode_text, read_texts
 from rlhf_core.data.collate import length
 from rlhf_core.locks import check_one_process
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
@@ -110,7 +110,7 @@ def _add_data_arguments(method: OnData, parser: ArgumentParser) -> None:
         "--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out"
     )
     shared.add_columns(parser)
-    shared.add_template_date(parser)
+    shared.add_template(parser)
     _add_run(parser)
     shared.add_config(parser, method.config)
 
@@ -183,7 +183,7 @@ def train_on_data(method: OnData, arguments: Namespace) -> None:
 
 def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> None:
     torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(arguments.model, arguments.template_date)
+    tokenizer = shared.tokenizer_of(arguments)
     model = method.load(arguments.model)
     _add_adapters(getattr(model, "lm", model), arguments)
     max_length = min(config.max_length, model.config.max_positions)

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rlhf_core.data.sandbox import environment
+from rlhf_core.data.sandbox import environment, undeclared
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 Content = str | list[Message]  # text, or a conversation
 MAX_TEMPLATE = 2**20  # characters
+# Variables of templates that are not the user's to set.
+_RESERVED = {"messages", "add_generation_prompt", "tools", "documents"}
+_RESERVED |= {"generation_opening", "generation_closing"}
 
 
 class Rendered(NamedTuple):
@@ -39,8 +42,11 @@ class ChatTemplate:
     """A Jinja chat template of a Hugging Face tokenizer.
 
     `{% generation %} ... {% endgeneration %}` encloses the assistant's text. A template without it
-    must render two prefixes of the whole conversation: the messages before a turn, with
+    usually renders two prefixes of the whole conversation: the messages before a turn, with
     add_generation_prompt, and the messages up to and including the turn, which lies in between.
+    Templates of reasoning models rewrite earlier turns (Qwen3), or drop the reasoning of all turns
+    (DeepSeek-R1). Such a turn is found by its content. Reasoning that is dropped from the last turn
+    is put back, after the generation prompt.
 
     Args:
         source: The template.
@@ -48,6 +54,7 @@ class ChatTemplate:
         names: Text of each special token by its name ("bos_token", ...).
         special: All texts that encode as a special token.
         date: What `strftime_now` of templates writes. None means now.
+        variables: Values of variables of the template, such as enable_thinking.
 
     Attributes:
         dates: What `strftime_now` has written so far, by its format.
@@ -60,10 +67,11 @@ class ChatTemplate:
         names: dict[str, str],
         special: Iterable[str],
         date: datetime.date | None = None,
+        variables: Mapping[str, Any] | None = None,
     ):
         self.dates: dict[str, str] = {}
         self._date = date
-        self.file, self._names = file, names
+        self.file, self._names = file, {**names, **(variables or {})}
         self.tagged = re.search(r"{%[-+]?\s*generation\s*[-+]?%}", source) is not None
         spelled = "|".join(map(re.escape, special)) or "(?!)"
         self._first_character = re.compile(f"(?=(?:{spelled}))(.)", re.DOTALL)
@@ -73,6 +81,15 @@ class ChatTemplate:
             )
         self._environment = environment(self._strftime)
         self._template = self._run(lambda: self._environment.from_string(source))
+        if variables:
+            read = self._run(lambda: undeclared(self._environment, source))
+            read -= {*_RESERVED, *names}
+            for name in variables:
+                if name not in read:
+                    raise ValueError(
+                        f"{file}: the chat template has no variable {name!r}. It reads "
+                        f"{', '.join(sorted(read)) or 'none'}"
+                    )
 
     def render(
         self, messages: Sequence[Message], *, start: int = 0, add_generation_prompt: bool = False
@@ -93,31 +110,44 @@ class ChatTemplate:
 
         safe = [{key: shielded(value) for key, value in message.items()} for message in messages]
 
-        def text(count: int, add_generation_prompt: bool = False) -> str:
-            context = dict(messages=safe[:count], tools=None, documents=None, **self._names)
+        def text(messages: list[Message], add_generation_prompt: bool = False) -> str:
+            context = dict(self._names, messages=messages, tools=None, documents=None)
             context.update(generation_opening=opening, generation_closing=closing)
             return self._run(
                 lambda: self._template.render(context, add_generation_prompt=add_generation_prompt)
             )
 
-        whole = text(len(messages), add_generation_prompt)
+        whole = text(safe, add_generation_prompt)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self.tagged:
-            skipped = text(start).count(opening) if any(i < start for i in turns) else 0
+            skipped = text(safe[:start]).count(opening) if any(i < start for i in turns) else 0
             whole, spans = _remove_marks(whole, opening, closing)
             return Rendered(whole, spans[skipped:], shield)
         spans = []
         for i in (i for i in turns if i >= start):
-            before, after = text(i, add_generation_prompt=True), text(i + 1)
+            before, after = text(safe[:i], add_generation_prompt=True), text(safe[: i + 1])
             prefixes = whole.startswith(before) and whole.startswith(after)
-            if not prefixes or len(before) > len(after):
+            if prefixes and len(before) <= len(after):
+                spans.append((len(before), len(after)))
+                continue
+            marked = {**safe[i], "content": opening}
+            found = _find_rewritten(
+                whole,
+                safe[i]["content"],
+                opening,
+                before=before,
+                inside=text([*safe[:i], marked, *safe[i + 1 :]], add_generation_prompt),
+                alone=text([*safe[:i], marked]),
+            )
+            if found is None:
                 raise ValueError(
                     f"{self.file}: the chat template renders messages[:{i}] with the generation "
                     f"prompt, or messages[:{i + 1}], differently from the whole conversation. The "
                     "assistant's text cannot be found: enclose it in {% generation %} and "
                     "{% endgeneration %} in the template"
                 )
-            spans.append((len(before), len(after)))
+            whole, span = found
+            spans.append(span)
         return Rendered(whole, spans, shield)
 
     def _strftime(self, format: str) -> str:
@@ -136,6 +166,36 @@ class ChatTemplate:
             where = f"{self.file}:{error.lineno}" if hasattr(error, "lineno") else str(self.file)
             kind = type(error).__name__
             raise ValueError(f"{where}: the chat template fails: {kind}: {error}") from None
+
+
+def _find_rewritten(
+    whole: str, content: str, mark: str, *, before: str, inside: str, alone: str
+) -> tuple[str, tuple[int, int]] | None:
+    """Return the conversation, and the span of a turn that is rendered otherwise alone.
+
+    Args:
+        whole: The conversation.
+        content: The content of the turn.
+        mark: A character that shows where the content is: it replaces it in inside and alone.
+        before: The messages before the turn, with the generation prompt.
+        inside: `whole`, with the mark.
+        alone: The messages up to and including the turn, with the mark.
+    """
+    head, _, tail = inside.partition(mark)
+    start, end = len(head), len(whole) - len(tail)
+    if inside.count(mark) != 1 or head + whole[start:end] + tail != whole:
+        return None
+    dropped = whole[start:end].strip() != content.strip()
+    if inside == alone and dropped and before.startswith(head):
+        # The model writes the reasoning after the generation prompt, which can open it: "<think>".
+        content = content.lstrip().removeprefix(before[start:].strip()).lstrip("\n")
+        start, end = len(before), len(before) + len(content)
+        whole = before + content + tail
+    elif whole.startswith(before):
+        start = min(start, len(before))
+    own = alone.partition(mark)[2]  # what ends the turn, such as EOS, unless `tail` omits it
+    same = (i for i, (one, other) in enumerate(zip(own, tail)) if one != other)
+    return whole, (start, end + next(same, min(len(own), len(tail))))
 
 
 def _remove_marks(text: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:

@@ -197,6 +197,11 @@ def environment(now: Callable[[str], str] | None = None):
     return Environment()
 
 
+def undeclared(environment, source: str) -> set[str]:
+    """The variables that a template reads and does not set."""
+    return require("jinja2.meta", "train").find_undeclared_variables(environment.parse(source))
+
+
 def _now(format):
     return datetime.datetime.now().strftime(format)
 

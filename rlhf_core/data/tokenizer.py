@@ -13,10 +13,10 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlhf_core.data.chat import ChatTemplate, Message, Rendered
 from rlhf_core.data.readers import check_messages
@@ -28,6 +28,7 @@ from rlhf_core.files import (
     read_object,
     read_text,
     require,
+    short,
     shown,
 )
 
@@ -120,9 +121,14 @@ class JsonTokenizer:
     )
     _TEMPLATE = "chat_template.jinja"
 
-    def __init__(self, path: str | os.PathLike, template_date: datetime.date | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        template_date: datetime.date | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+    ):
         self._folder = Path(path).absolute()
-        self._template_date = template_date
+        self._template_date, self._template_vars = template_date, template_vars
         self._file = file = self._folder / "tokenizer.json"
         self._config = self._read("special_tokens_map.json") | self._read("tokenizer_config.json")
         self._names = {
@@ -145,7 +151,11 @@ class JsonTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {x.content: i for i, x in added.items() if x.special or x.content in named}
         self._splits = _splits(token for token in added.values() if token.content in self._special)
-        # Whether the space comes after every special token, too, or only before the whole text.
+        # Added tokens that are not special. Messages may spell them, as in transformers.
+        plain = {i: x for i, x in added.items() if not (x.normalized or x.single_word)}
+        self._markers = {x.content: i for i, x in plain.items() if x.content not in self._special}
+        self._marker_splits = _splits(x for x in plain.values() if x.content in self._markers)
+        # Whether the space comes after every added token, too, or only before the whole text.
         first = next(iter(self._special), "")
         with _foreign(file):
             spaced, alone = (
@@ -153,7 +163,7 @@ class JsonTokenizer:
                 for x in (first + "a", "a")
             )
             prefix = self._tokenizer.encode("").ids[:1]
-        self._prefix_after_special = spaced[1:] == alone
+        self._prefix_after_token = spaced[1:] == alone
         for tokenizer in (self._tokenizer, self._continuing):
             tokenizer.encode_special_tokens = True  # as plain text
 
@@ -237,7 +247,7 @@ class JsonTokenizer:
         return bos + ids[leading:], [False] * len(bos) + mask[leading:]
 
     def _pieces(self, rendered: Rendered) -> Iterator[tuple[int, list[int]]]:
-        """Yield (position, ids) of special tokens and of the texts between them, cut at turns."""
+        """Yield (position, ids) of added tokens and of the texts between them, cut at turns."""
         edges = sorted(edge for span in rendered.spans for edge in span)
         position, prefixed = 0, True
         for i, piece in enumerate(self._splits.split(rendered.text)):
@@ -245,13 +255,20 @@ class JsonTokenizer:
             if i % 2:
                 token = piece if piece in self._special else piece.strip()
                 yield position + piece.index(token), [self._special[token]]
-                prefixed = self._prefix_after_special
+                prefixed = self._prefix_after_token
             elif piece:
                 inner = (edge for edge in edges if position < edge < end)
                 for first, last in pairwise([position, *inner, end]):
                     text = rendered.text[first:last].replace(rendered.shield, "")
-                    yield first, self._ids(self._tokenizer if prefixed else self._continuing, text)
-                    prefixed = False
+                    for j, part in enumerate(self._marker_splits.split(text)):
+                        if j % 2:
+                            token = part if part in self._markers else part.strip()
+                            yield first, [self._markers[token]]
+                            prefixed = self._prefix_after_token
+                        elif part:
+                            encoder = self._tokenizer if prefixed else self._continuing
+                            yield first, self._ids(encoder, part)
+                            prefixed = False
             position = end
 
     @functools.cached_property
@@ -273,7 +290,9 @@ class JsonTokenizer:
                 f"{self._TEMPLATE}, or a field 'chat_template' in tokenizer_config.json (if it has "
                 "named templates, one named 'default')"
             )
-        return ChatTemplate(source, file, self._names, self._special, self._template_date)
+        return ChatTemplate(
+            source, file, self._names, self._special, self._template_date, self._template_vars
+        )
 
     @property
     def template_dates(self) -> dict[str, str]:
@@ -305,18 +324,31 @@ class JsonTokenizer:
 
 
 def load_tokenizer(
-    path: str | os.PathLike, template_date: datetime.date | None = None
+    path: str | os.PathLike,
+    template_date: datetime.date | None = None,
+    template_vars: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
-    """Return the tokenizer of a folder or of "owner/name". Raises FileNotFoundError without one.
+    """Return the tokenizer of a folder or of "owner/name".
 
     Args:
+        path: The folder or repository.
         template_date: What a chat template with `strftime_now` writes. None means now.
+        template_vars: Values of variables of the chat template, such as {"enable_thinking": False}.
+
+    Raises:
+        FileNotFoundError: There is no tokenizer.
+        ValueError: A file is damaged, or the tokenizer's template has no variables.
     """
     folder = model_folder(path)
     if (folder / "tokenizer.json").is_file():
-        return JsonTokenizer(folder, template_date)
+        return JsonTokenizer(folder, template_date, template_vars)
     config = folder / "tokenizer_config.json"
     if config.is_file() and read_object(config).get("tokenizer_class") == ByteTokenizer.__name__:
+        if template_vars:
+            raise ValueError(
+                f"{folder}: the chat template of a ByteTokenizer has no variables, got "
+                f"{short(template_vars)}"
+            )
         return ByteTokenizer()
     raise FileNotFoundError(
         f"{folder}: no tokenizer.json, and no tokenizer_config.json of a ByteTokenizer"

@@ -266,6 +266,141 @@ def test_a_saved_folder_loads_in_transformers_with_equal_ids(kind, tmp_path):
     assert bos + peer.apply_chat_template(messages)["input_ids"] == again.encode_chat(messages)[0]
 
 
+# ---- templates that rewrite turns
+
+# What the templates of Qwen3 and of DeepSeek-R1's distillations write for messages of plain text.
+QWEN3 = """{%- set ns = namespace(query=messages|length - 1) %}
+{%- for m in messages if m.role == 'user' %}{% set ns.query = messages.index(m) %}{% endfor %}
+{%- for m in messages %}
+    {%- set content, reasoning = m.content, '' %}
+    {%- if m.role == 'assistant' and '</think>' in content %}
+        {%- set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + m.role + '\n' }}
+    {%- if m.role == 'assistant' and loop.index0 > ns.query and (loop.last or reasoning) %}
+        {{- '<think>\n' + reasoning + '\n</think>\n\n' }}
+    {%- endif %}
+    {{- content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}"""
+R1 = """{{ bos_token }}
+{%- for m in messages %}
+    {%- if m.role == 'system' %}{{ m.content }}{% endif %}
+    {%- if m.role == 'user' %}{{ '<|User|>' + m.content }}{% endif %}
+    {%- if m.role == 'assistant' %}
+        {{- '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"""
+THINK = "<think>\nof\n</think>\n\n"
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+def counted(tokenizer, messages, **options):
+    """The ids, and the text of each run of tokens that the mask counts, with special tokens."""
+    ids, mask = tokenizer.encode_chat(messages, **options)
+    runs = re.finditer("1+", "".join("01"[m] for m in mask))
+    decode = tokenizer._tokenizer.decode
+    return ids, [decode(ids[run.start() : run.end()], skip_special_tokens=False) for run in runs]
+
+
+@pytest.mark.parametrize(
+    "answers, thinking",
+    [
+        (("1", "2"), None),
+        (("1", "2"), True),
+        (("1", "2"), False),
+        ((THINK + "1", "2"), False),
+        ((THINK + "1", THINK + "2"), None),
+        (("1", THINK + "2"), True),
+    ],
+)
+def test_qwen3_learns_each_turn_as_its_template_renders_it(kind, answers, thinking, tmp_path):
+    folder = build(tmp_path, kind, QWEN3, eos_token="<|im_end|>")
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    ours = load_tokenizer(folder, template_vars=options)
+    messages = chat(("system", "so"), ("user", "one"), ("assistant", answers[0]), ("user", "two"))
+    messages += chat(("assistant", answers[1]))
+    ids, texts = counted(ours, messages)
+    assert ids[len(ours.encode_prompt("")) :] == theirs(folder, messages, **options)[0]
+    # An empty block is part of the prompt where thinking is off, else the model writes it.
+    last = EMPTY + "2" if answers[1] == "2" and thinking is not False else answers[1]
+    assert texts == ["1<|im_end|>", last + "<|im_end|>"]
+    example = encode_text(Text(messages[:4], messages[4:]), ours, 500)
+    assert example.prompt_ids == encode_prompt(messages[:4], ours)
+    assert example.prompt_ids + example.completion_ids == ids[: ids[::-1].index(4) * -1]
+
+
+def test_reasoning_beside_enable_thinking_false_is_refused(tmp_path):
+    tokenizer = load_tokenizer(
+        build(tmp_path, "bytes", QWEN3), template_vars={"enable_thinking": False}
+    )
+    with pytest.raises(ValueError, match=r"renders messages\[:1\] with the generation prompt"):
+        encode_text(Text(chat(("user", "one")), THINK + "1"), tokenizer, 500)
+
+
+@pytest.mark.parametrize("content", [THINK + "2", "of\n</think>\n\n2"])
+def test_r1_learns_the_reasoning_that_its_template_drops(kind, content, tmp_path):
+    folder = build(tmp_path, kind, R1)
+    ours = load_tokenizer(folder)
+    messages = chat(("user", "one"), ("assistant", THINK + "1"), ("user", "two"))
+    plain = [*messages, *chat(("assistant", "<two"))]
+    ids, texts = counted(ours, plain)
+    assert ids == theirs(folder, plain)[0]
+    assert [text.strip() for text in texts] == ["1</s>", "<two</s>"]
+    ids, texts = counted(ours, [*messages, *chat(("assistant", content))])
+    assert [text.strip() for text in texts] == ["1</s>", "of\n</think>\n\n2</s>"]
+    example = encode_text(Text(messages, content), ours, 500)
+    assert example.prompt_ids == encode_prompt(messages, ours)
+    assert example.prompt_ids == theirs(folder, messages, add_generation_prompt=True)[0]
+    assert example.prompt_ids + example.completion_ids == ids
+
+
+def test_an_earlier_turn_ends_where_it_would_end_alone(tmp_path):
+    """The full stop belongs to the last turn only, and the header differs from the prompt's."""
+    template = (
+        "{% for m in messages %}{{ m.role[0] | upper + m.content }}{% if loop.last %}.{% endif %}"
+    )
+    template += "{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    messages = chat(("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4"))
+    tokenizer = load_tokenizer(build(tmp_path, "bytes", template))
+    ids, texts = counted(tokenizer, messages)
+    assert tokenizer.decode(ids) == "U1A2U3A4." and texts == ["2", "4."]
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused(tmp_path):
+    folder = build(tmp_path, "bytes", QWEN3)
+    for name in ("enable_thinkng", "messages"):
+        with pytest.raises(ValueError, match=f"no variable '{name}'. It reads enable_thinking$"):
+            load_tokenizer(folder, template_vars={name: 1}).encode_chat(chat(*CHATS[0]))
+    ByteTokenizer().save(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"plain: .*has no variables, got \{'x': 1\}"):
+        load_tokenizer(tmp_path / "plain", template_vars={"x": 1})
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_added_markers_give_the_ids_of_transformers_in_later_turns(kind, name, special, tmp_path):
+    """SentencePiece puts its space after every added token, whether it is special or not."""
+    ends = {"chatml": "<|im_end|>", "llama3": "<|eot|>", "mistral": "</s>"}
+    folder = build(tmp_path, kind, untagged(TEMPLATES[name]), eos_token=ends[name])
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    for token in spec["added_tokens"][3:]:
+        token["special"] = special
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    ours = load_tokenizer(folder)
+    for turns in CHATS:
+        ids, _ = ours.encode_chat(chat(*turns))
+        bos = [1] * (name == "chatml" and kind != "bytes")  # the post-processor's
+        assert ids == bos + theirs(folder, chat(*turns))[0]
+
+
 # ---- text is text
 
 
@@ -578,10 +713,9 @@ def test_a_template_that_fails_is_named_with_its_message(template, message, tmp_
 
 TURN = "{{ m.role[0] + m.content }}"
 PREFIXES = {  # a turn rendered alone differs from the same turn in the whole
-    "the last turn ends otherwise": TURN
-    + "{% if loop.last and m.role == 'assistant' %}.{% endif %}",
-    "the turn begins otherwise": "{{ ('A' if m.role == 'assistant' else 'u') + m.content }}",
     "the turn is left out": "{% if m.role == 'user' %}{{ 'a' + m.content }}{% endif %}",
+    "the turn is there twice": "{{ m.content + ('x' if loop.last else m.content) }}",
+    "the text before the turn depends on it": "{{ messages[-1].content + m.content }}",
 }
 
 
@@ -597,7 +731,7 @@ def test_a_template_whose_turns_cannot_be_found_is_refused(how, tmp_path):
     tokenizer = load_tokenizer(build(tmp_path, "bytes", each + PREFIXES[how] + ending))
     with pytest.raises(
         ValueError,
-        match=r"tokenizer_config\.json: the chat template renders messages\[:1\] with the",
+        match=r"tokenizer_config\.json: the chat template renders messages\[:\d\] with the",
     ):
         tokenizer.encode_chat(messages)
 
@@ -853,6 +987,23 @@ def test_every_command_takes_conversations(command, tmp_path, capsys):
         assert load_tokenizer(tmp_path / "out").encode_chat(talk[0]) == tokenizer.encode_chat(
             talk[0]
         )
+
+
+def test_the_command_line_sets_variables_of_the_template(tmp_path, capsys):
+    folder = build(tmp_path, "bytes", QWEN3, eos_token="<|im_end|>")
+    config = TransformerConfig(600, hidden_size=16, num_layers=1, num_heads=2, max_positions=128)
+    Transformer(config).save_pretrained(folder)
+    command = ["generate", "--model", str(folder), "--prompt", "hi", "--chat", "--device", "cpu"]
+    command += ["--max-new-tokens", "1", "--template-vars"]
+    assert cli.main([*command, "enable_thinking=true"]) == 0
+    assert "<think>" not in capsys.readouterr().out
+    assert cli.main([*command, "enable_thinking=false"]) == 0
+    assert "assistant\n" + EMPTY in capsys.readouterr().out
+    assert cli.main([*command, "thinking=false"]) == 2
+    assert "no variable 'thinking'. It reads enable_thinking" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*command, "thinking"])
+    assert "must be NAME=VALUE, got 'thinking'" in capsys.readouterr().err
 
 
 def test_a_response_ends_at_the_eos_of_model_or_tokenizer(tmp_path, monkeypatch, capsys):
