@@ -1,16 +1,35 @@
-"""Whether a policy became better: gold scores, KL, win rates, Elo, best-of-n."""
+"""Whether a policy became better: gold scores, KL, win rates, ratings, calibration."""
 
 from rlhf_core.data.quality import length_bias
 from rlhf_core.evaluation.best_of_n import best_of_n_curve, best_of_n_kl
+from rlhf_core.evaluation.calibration import measure_calibration
+from rlhf_core.evaluation.comparisons import (
+    compare,
+    comparisons_needed,
+    length_controlled_win_rate,
+    sign_test,
+    wilson_interval,
+)
+from rlhf_core.evaluation.frontier import hypervolume, pareto_frontier
 from rlhf_core.evaluation.policies import Evaluation, evaluate_policy
-from rlhf_core.evaluation.ratings import elo, win_rate
+from rlhf_core.evaluation.ratings import davidson, elo, rate_players, win_rate
 
 __all__ = [
     "Evaluation",
     "best_of_n_curve",
     "best_of_n_kl",
+    "compare",
+    "comparisons_needed",
+    "davidson",
     "elo",
     "evaluate_policy",
+    "hypervolume",
     "length_bias",
+    "length_controlled_win_rate",
+    "measure_calibration",
+    "pareto_frontier",
+    "rate_players",
+    "sign_test",
+    "wilson_interval",
     "win_rate",
 ]
