@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # type checkers read it as true; importing it from typing
 if TYPE_CHECKING:
     from rlhf_core import backends
     from rlhf_core.data import (
-        ByteTokenizer, Preference, Text, encode_preference, encode_prompt, encode_text,
+        ByteTokenizer, Preference, Prompt, Text, encode_preference, encode_prompt, encode_text,
         load_tokenizer,
     )  # fmt: skip
     from rlhf_core.generation import generate
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "rlhf_core.data": [
-        "ByteTokenizer", "Preference", "Text", "encode_preference", "encode_prompt", "encode_text",
-        "load_tokenizer",
+        "ByteTokenizer", "Preference", "Prompt", "Text", "encode_preference", "encode_prompt",
+        "encode_text", "load_tokenizer",
     ],
     "rlhf_core.generation": ["generate"],
     "rlhf_core.masking": [
@@ -59,10 +59,10 @@ __all__ = [  # a literal, because type checkers do not evaluate expressions
     "IGNORE_INDEX", "A2CConfig", "A2CTrainer", "ByteTokenizer", "DPOConfig", "DPOTrainer",
     "GRPOConfig", "GRPOTrainer", "ILQLConfig", "ILQLTrainer", "IteratedDPOConfig",
     "IteratedRLHFConfig", "KTOConfig", "KTOTrainer", "NLPOConfig", "NLPOTrainer",
-    "OnlineDPOConfig", "OnlineDPOTrainer", "PPOConfig", "PPOTrainer", "Preference", "RFTConfig",
-    "RewardConfig", "RewardModel", "RewardTrainer", "Rollout", "SFTConfig", "SFTTrainer",
-    "SamplingConfig", "Scorer", "Text", "Transformer", "TransformerConfig", "ValueModel",
-    "__version__", "backends", "best_of_n", "decode_attention", "encode_preference",
+    "OnlineDPOConfig", "OnlineDPOTrainer", "PPOConfig", "PPOTrainer", "Preference", "Prompt",
+    "RFTConfig", "RewardConfig", "RewardModel", "RewardTrainer", "Rollout", "SFTConfig",
+    "SFTTrainer", "SamplingConfig", "Scorer", "Text", "Transformer", "TransformerConfig",
+    "ValueModel", "__version__", "backends", "best_of_n", "decode_attention", "encode_preference",
     "encode_prompt", "encode_text", "full_kl", "gae", "generate", "iterated_dpo", "iterated_rlhf",
     "kl_estimate", "last_token_index", "linear_token_logprobs",
     "linear_token_logprobs_and_entropy", "linear_token_loss", "linear_token_statistics",

@@ -1,11 +1,19 @@
-"""Every example runs unchanged, without data, and its printed result improves."""
+"""Every example runs unchanged, without data, and its printed result improves.
 
+gsm8k_reward.py holds a reward for the command line.
+"""
+
+import gzip
+import itertools
+import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import model_folders, run, write
 
 FOLDER = Path(__file__).parents[1] / "examples"
 GAINS = {  # example -> pattern of a number before and after in its output
@@ -20,7 +28,36 @@ GAINS = {  # example -> pattern of a number before and after in its output
 
 
 def test_every_example_is_here():
-    assert {file.stem for file in FOLDER.glob("*.py")} == set(GAINS)
+    assert {file.stem for file in FOLDER.glob("*.py")} == {*GAINS, "gsm8k_reward"}
+
+
+@pytest.fixture
+def gsm8k(data_dir):
+    """GSM8K's test split, whose answers end with their number."""
+    return data_dir / "sft" / "gsm8k_test.jsonl.gz"
+
+
+def test_gsm8k_reward_is_that_of_the_final_number(gsm8k):
+    score = runpy.run_path(str(FOLDER / "gsm8k_reward.py"))["score"]
+    with gzip.open(gsm8k, "rt", encoding="utf-8") as file:
+        answers = [json.loads(line)["answer"] for line in file]
+    assert set(score(answers, answers, answers)) == {1.1}
+    assert set(score(answers, [text + "7" for text in answers], answers)) == {0.1}
+    rows = {"#### 1,234.50 eggs": 1.1, "#### 3 #### $1234.5": 1.1, "1234.5": 0.0, "#### many": 0.0}
+    assert score([""] * 4, list(rows), ["so #### 1234.50"] * 4) == list(rows.values())
+
+
+def test_grpo_runs_on_gsm8k_from_the_command_line(gsm8k, tmp_path):
+    with gzip.open(gsm8k, "rt", encoding="utf-8") as file:
+        rows = write(tmp_path / "rows.jsonl", list(itertools.islice(file, 8)))
+    policy = model_folders(tmp_path) / "policy"
+    options = ["--reward-function", f"{FOLDER / 'gsm8k_reward.py'}:score", "--response-length", 8]
+    options += ["--batch-size", 2, "--num-samples", 2, "--max-steps", 2, "--device", "cpu"]
+    options += ["--on-long-prompt", "truncate", "--out", tmp_path / "grpo"]
+    with pytest.warns(UserWarning, match="on_long_prompt"):
+        assert run("grpo", "--model", policy, "--prompts", rows, *options) == 0
+    lines = (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reward"] for line in lines] == [0, 0]  # of a random policy
 
 
 @pytest.mark.parametrize("name", GAINS)

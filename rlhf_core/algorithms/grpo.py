@@ -114,7 +114,7 @@ class GRPOTrainer(PolicyGradientTrainer):
         mask = rollout.response_mask  # (P n, R)
 
         # 2. Score the responses; penalize, whiten and clip the scores.
-        rewards = self.score(rollout)  # (P n,), or (P n, R) from a reward per token
+        rewards = self.score(rollout, batch)  # (P n,), or (P n, R) from a reward per token
         shaped = self.shape(rewards, mask)
 
         # 3. Before any update: log-probs under policy and reference, (P n, R) each.
@@ -143,7 +143,7 @@ class GRPOTrainer(PolicyGradientTrainer):
             options["normalize"] = self.config.normalize
         if self.config.advantage == "remax":
             greedy = self.sample(batch, temperature=0.0)
-            shaped = self.shape(self.score(greedy), greedy.response_mask)
+            shaped = self.shape(self.score(greedy, batch), greedy.response_mask)
             options["greedy_scores"] = scores_of(shaped)
         return ESTIMATORS[self.config.advantage](scores, kl, mask, **options)
 

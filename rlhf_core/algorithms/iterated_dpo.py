@@ -62,7 +62,7 @@ def iterated_dpo(
     Arguments as for `OnlineDPOTrainer`; out and resume as for `rft`. Metrics: those of DPO's last
     step and of all samples of the round, and the number of pairs.
     """
-    scorer = make_scorer(model, config, reward=reward, judge=judge, tokenizer=tokenizer)
+    scorer = make_scorer(model, prompts, config, reward=reward, judge=judge, tokenizer=tokenizer)
     keeps_first = config.has_reference and config.reference_policy == "first"
     first = frozen_copy(model) if keeps_first else None
     out = None if out is None else Path(out)

@@ -87,9 +87,10 @@ def iterated_rlhf(
     """
     first = frozen_copy(model)
     out = None if out is None else Path(out)
-    scorer = make_scorer(model, config.sampling, judge=judge, tokenizer=tokenizer)
+    scorer = make_scorer(model, prompts, config.sampling, judge=judge, tokenizer=tokenizer)
     prompts = list(prompts_for(model, prompts, config.sampling).values())
     if len(eval_prompts):
+        scorer.check_columns(eval_prompts)
         eval_prompts = list(prompts_for(model, eval_prompts, config.sampling).values())
 
     def sampled(

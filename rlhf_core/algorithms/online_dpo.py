@@ -65,8 +65,10 @@ class OnlineDPOTrainer(DPOTrainer):
     ):
         """
         Args:
-            reward, judge: one of them. A judge maps (prompts, first, second) to the probability
-                that each first response is better, 0.5 for a tie. Responses that tie are no pair.
+            examples: prompts, as for PPO.
+            reward, judge: one of them. A judge maps (prompts, first, second, **columns) to the
+                probability that each first response is better, 0.5 for a tie. Responses that tie
+                are no pair.
             eos_ids, tokenizer, reference: as for PPO.
         """
         if len(examples):
@@ -75,7 +77,7 @@ class OnlineDPOTrainer(DPOTrainer):
         if judge is not None:
             self.main_metric = super().main_metric  # a judge's mean score is always one half
         scorer = dict(reward=reward, judge=judge, tokenizer=self.tokenizer)
-        self.scorer = make_scorer(model, config, **scorer)
+        self.scorer = make_scorer(model, self.examples, config, **scorer)
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         self.generator = torch.Generator().manual_seed(config.seed)
 

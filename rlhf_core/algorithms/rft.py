@@ -65,7 +65,7 @@ def rft(
             round-1, round-2, ...
         resume: continue the run in `out`, with the original model, prompts and config.
     """
-    scorer = make_scorer(model, config, reward=reward, tokenizer=tokenizer)
+    scorer = make_scorer(model, prompts, config, reward=reward, tokenizer=tokenizer)
     out = None if out is None else Path(out)
     Trainer(model, prompts, config, out=out)  # checks the arguments before anything is sampled
     prompts = list(prompts_for(model, prompts, config).values())

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rlhf_core import locks
-from rlhf_core.data import Tokenizer, encode_prompt, load_tokenizer, read_prompts
+from rlhf_core.data import Tokenizer, encode_prompt_row, load_tokenizer, read_prompt_rows
 from rlhf_core.data.collate import unknown_id
 from rlhf_core.data.readers import FIELDS
 from rlhf_core.feedback.rewards import no_hard_exit
@@ -222,7 +222,8 @@ def add_prompts_and_reward(parser: ArgumentParser, judged: bool = False) -> None
     source.add_argument(
         "--reward-function",
         metavar="FILE.py:NAME",
-        help="a function from lists of prompts and responses (strings) to one number per response",
+        help="a function from lists of prompts and responses (strings) to one number per response; "
+        "parameters named like other columns of the prompts get these",
     )
     if judged:
         source.add_argument(
@@ -261,8 +262,8 @@ def prompted(arguments: Namespace, config: Options) -> tuple[Transformer, list, 
     tokenizer = tokenizer_of(arguments)
     device = device_of(arguments)
     model = Transformer.from_pretrained(arguments.model).to(device)
-    encode = lambda prompt: (prompt, known(encode_prompt(prompt, tokenizer), model))  # noqa: E731
-    rows = read(read_prompts, arguments.prompts, arguments, encode)
+    encode = lambda row: (row.prompt, known(encode_prompt_row(row, tokenizer), model))  # noqa: E731
+    rows = read(read_prompt_rows, arguments.prompts, arguments, encode)
     eos_ids = eos_ids_of(arguments, model, tokenizer)
     reward = _reward_of(arguments, device)
     return model, rows, dict(eos_ids=eos_ids, tokenizer=tokenizer, **reward)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from rlhf_core.data.chat import Content, Message
-from rlhf_core.data.readers import Labelled, Preference, Ranking, Scored, Solution, Text
+from rlhf_core.data.readers import (
+    Labelled,
+    Preference,
+    PromptRow,
+    Ranking,
+    Scored,
+    Solution,
+    Text,
+)
 from rlhf_core.data.tokenizer import Tokenizer
 
 
@@ -25,6 +34,20 @@ class Example(NamedTuple):
     completion_mask: list[bool] | None = None
     label: bool | None = None
     reward: float | None = None
+
+
+class Prompt(list[int]):
+    """The token ids of a prompt, with the columns of its row that rewards and judges get.
+
+    `Prompt(ids, answer="42")` has one column. Anything that takes the ids of a prompt takes it.
+    """
+
+    def __init__(self, ids: Sequence[int], /, **columns: Any):
+        super().__init__(ids)
+        self.columns = columns
+
+    def __repr__(self) -> str:  # part of the digest of a run's data
+        return f"Prompt({super().__repr__()}, **{self.columns!r})"
 
 
 class Pair(NamedTuple):
@@ -72,6 +95,18 @@ def encode_prompt(prompt: Content, tokenizer: Tokenizer) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt)
     return tokenizer.encode_chat(prompt, start=len(prompt), add_generation_prompt=True)[0]
+
+
+def encode_prompt_row(row: PromptRow, tokenizer: Tokenizer) -> Prompt:
+    """Return the ids of `encode_prompt`, with the row's columns."""
+    return Prompt(encode_prompt(row.prompt, tokenizer), **row.columns)
+
+
+def columns_of(prompts: Sequence[Sequence[int]]) -> dict[str, list]:
+    """The columns of prompts by name. A column has a value for each prompt, None if it has none."""
+    rows = [getattr(prompt, "columns", {}) for prompt in prompts]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def encode_text(text: Text, tokenizer: Tokenizer, max_length: int) -> Example:

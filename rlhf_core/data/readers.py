@@ -108,6 +108,16 @@ class Candidates(NamedTuple):
     warning: str | None = None
 
 
+class PromptRow(NamedTuple):
+    """A prompt, and the other columns of its row: rewards and judges get them by name.
+
+    A prompt of messages is also the column `messages`.
+    """
+
+    prompt: Content
+    columns: dict[str, Any]
+
+
 class Solution(NamedTuple):
     """A prompt and the steps that solve it: a line each, labelled from 0 (wrong) to 1 (right)."""
 
@@ -227,31 +237,52 @@ def read_comparisons(
 def read_prompts(
     path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
 ) -> list[Any]:
-    """Read {"messages"}, {"prompt"}, {"question"}, {"text"}, or a .txt file with a prompt per line.
-
-    Other fields are ignored. Messages of the assistant at the end are dropped.
+    """As `read_prompt_rows`, without the other columns.
 
     Returns:
         Prompts, or what encode returns for each.
     """
+
+    def prompt_of(row: PromptRow) -> Any:
+        return row.prompt if encode is None else encode(row.prompt)
+
+    return read_prompt_rows(path, on_bad, prompt_of, columns)
+
+
+def read_prompt_rows(
+    path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
+) -> list[Any]:
+    """Read {"messages"}, {"prompt"}, {"question"}, {"text"}, or a .txt file with a prompt per line.
+
+    Messages of the assistant at the end are dropped.
+
+    Returns:
+        `PromptRow` rows, or what encode returns for each.
+    """
     if str(path).endswith((".txt", ".txt.gz")):
         if columns:
             raise DataError(f"{path}: a .txt file has no columns, got columns={dict(columns)}")
-        return list(_rows(path, None, on_bad, encode, columns))
+
+        def of_line(line: str) -> Any:
+            row = PromptRow(line, {})
+            return row if encode is None else encode(row)
+
+        return list(_rows(path, None, on_bad, of_line, columns))
     used = (*_RIVALS[0], "input", "system")
     columns = {field: column for field, column in (columns or {}).items() if field in used}
 
-    def parse(row: dict) -> Content:
+    def parse(row: dict) -> PromptRow:
         fields = (name for name in ("messages", "prompt", "question", "text") if name in row)
         field = next(fields, "prompt")
+        others = {name: value for name, value in row.items() if name != field}
         if field != "messages" and not isinstance(row.get(field), list):
-            return _string(row, field)
+            return PromptRow(_string(row, field), others)
         messages = _conversation(row, field)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
             raise ValueError(f"field {field!r} has only messages of the assistant")
-        return messages
+        return PromptRow(messages, others | {"messages": messages})
 
     return list(_rows(path, parse, on_bad, encode, columns))
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_core.data import Tokenizer
+from rlhf_core.data import Tokenizer, columns_of
+from rlhf_core.feedback.rewards import columns_for
 from rlhf_core.models import Transformer, eval_mode
 from rlhf_core.ops import kl_estimate
 from rlhf_core.rollout import response_logprobs, sample
@@ -29,7 +30,7 @@ def evaluate_policy(
     policy: Transformer,
     reference: Transformer,
     prompts: Sequence[Sequence[int]],
-    reward: Callable[[list[str], list[str]], Sequence[float]],
+    reward: Callable[..., Sequence[float]],
     tokenizer: Tokenizer,
     *,
     max_new_tokens: int,
@@ -38,7 +39,9 @@ def evaluate_policy(
     batch_size: int = 128,
     seed: int = 0,
 ) -> Evaluation:
-    """Sample a response to every prompt (token ids), score it and estimate its KL to the reference.
+    """Sample a response to every prompt, score it and estimate its KL to the reference.
+
+    Prompts and reward are those of `best_of_n`; the reward is a callable.
 
     A prompt's seed depends on its place in the list and on `seed`, so batch_size changes nothing
     but rounding.
@@ -64,11 +67,9 @@ def evaluate_policy(
             response_ids += rollout.responses()
             texts = [tokenizer.decode(ids) for ids in response_ids[start:]]
             responses += texts
-            scores.append(
-                torch.as_tensor(
-                    reward([tokenizer.decode(ids) for ids in batch], texts), dtype=torch.float32
-                )
-            )
+            columns = columns_for(reward, 2, columns_of(batch))
+            returned = reward([tokenizer.decode(ids) for ids in batch], texts, **columns)
+            scores.append(torch.as_tensor(returned, dtype=torch.float32))
     return Evaluation(
         responses, torch.cat(scores), torch.cat(kls).cpu(), torch.cat(lengths).cpu(), response_ids
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_core.data import Pair, Tokenizer
+from rlhf_core.data import Pair, Prompt, Tokenizer, columns_of
 from rlhf_core.data.encode import cut_prompt
 from rlhf_core.feedback.judges import Judge, JudgeScorer
 from rlhf_core.feedback.rewards import Reward, Scorer
@@ -83,11 +83,11 @@ def best_of_n(
     on_long_prompt) have no candidates.
 
     Args:
-        prompts: lists of token ids.
+        prompts: lists of token ids, or `Prompt` with columns for the reward.
         reward: as for `Scorer`.
         eos_ids: tokens that end a response; None: the policy's own.
     """
-    scorer = make_scorer(model, config, reward=reward, tokenizer=tokenizer)
+    scorer = make_scorer(model, prompts, config, reward=reward, tokenizer=tokenizer)
     prompts = list(prompts_for(model, prompts, config).values())
     generator = torch.Generator().manual_seed(config.seed)
     return candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
@@ -127,7 +127,8 @@ def candidates(
         )
         flat = rollout.responses()
         responses += [flat[i : i + n] for i in range(0, len(flat), n)]
-        scores.append(scorer(rollout.prompts(), flat).cpu().view(-1, n))
+        repeated = [prompt for prompt in prompts[part] for _ in range(n)]
+        scores.append(scorer(repeated, flat).cpu().view(-1, n))
     return Candidates(list(prompts), responses, torch.cat(scores))
 
 
@@ -143,16 +144,24 @@ def fit_prompts(
 ) -> dict[int, list[int]]:
     """Prompts of at most `length` tokens, by their place; longer ones as on_long_prompt says.
 
-    Warns with the number of dropped or truncated prompts.
+    Warns with the number of dropped or truncated prompts. If any prompt has columns, all get the
+    same ones, None where a prompt has no value.
 
     Raises:
         ValueError: on_long_prompt is error and a prompt is longer, or none is left.
     """
     if not len(prompts):
         raise ValueError("there are no prompts to sample responses to")
-    long = [i for i, prompt in enumerate(prompts) if len(prompt) > length]
+    columns = columns_of(prompts)
+
+    def with_columns(i: int, ids: Sequence[int]) -> list[int]:
+        own = {name: values[i] for name, values in columns.items()}
+        return Prompt(ids, **own) if own else list(ids)
+
+    kept = {i: with_columns(i, prompt) for i, prompt in enumerate(prompts)}
+    long = [i for i, prompt in kept.items() if len(prompt) > length]
     if not long:
-        return {i: list(prompt) for i, prompt in enumerate(prompts)}
+        return kept
     mode, longest = config.on_long_prompt, max(long, key=lambda i: len(prompts[i]))
     found = (
         f"{len(long)} of {len(prompts)} prompts have more than {length} tokens; the longest is "
@@ -161,17 +170,17 @@ def fit_prompts(
     if mode == "error" or (mode == "drop" and len(long) == len(prompts)):
         raise ValueError(f"{found}. Shorten them, or set on_long_prompt to truncate")
     warnings.warn(f"{found}. on_long_prompt={mode!r} applies to them", stacklevel=3)
-    kept = {i: list(prompt) for i, prompt in enumerate(prompts)}
     for i in long:
         if mode == "drop":
             del kept[i]
         else:
-            kept[i] = cut_prompt(kept[i], length, bos_id)
+            kept[i] = with_columns(i, cut_prompt(kept[i], length, bos_id))
     return kept
 
 
 def make_scorer(
     model: Transformer,
+    prompts: Sequence[Sequence[int]],
     config: SamplingConfig,
     *,
     reward: Reward | Sequence[tuple[Reward, float]] | None = None,
@@ -181,16 +190,20 @@ def make_scorer(
     """The scorer of a model's samples, from a reward or a judge, whichever is given.
 
     Raises:
-        ValueError: both or neither is given, or they or the config's lengths do not fit the model.
+        ValueError: both or neither is given, they or the config's lengths do not fit the model, or
+            they need a column that the prompts do not have.
     """
     _prompt_length(model, config)
     if (reward is None) == (judge is None):
         raise ValueError("pass either a reward or a judge")
+    scorer: Scorer | JudgeScorer
     if judge is not None:
-        return JudgeScorer(judge, config.num_samples, tokenizer)
-    options = dict(pad_id=model.config.pad_id or 0, batch_size=config.batch_size)
-    scorer = Scorer(reward, tokenizer=tokenizer, **options)
-    scorer.check_vocabulary(model)
+        scorer = JudgeScorer(judge, config.num_samples, tokenizer)
+    else:
+        options = dict(pad_id=model.config.pad_id or 0, batch_size=config.batch_size)
+        scorer = Scorer(reward, tokenizer=tokenizer, **options)
+        scorer.check_vocabulary(model)
+    scorer.check_columns(prompts)
     return scorer
 
 

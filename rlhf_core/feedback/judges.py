@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_core.data import Tokenizer
+from rlhf_core.data import Tokenizer, columns_of
 from rlhf_core.feedback.rewards import (
     RewardError,
+    columns_for,
     describe_function,
     first_failure,
     no_hard_exit,
     unique_rows,
 )
 
-# (prompts, first, second) -> for each row the probability that the first response is better.
-Judge = Callable[[list, list, list], Sequence[float]]
+# (prompts, first, second, **columns) -> for each row the probability that the first response is
+# better.
+Judge = Callable[..., Sequence[float]]
 
 
 class JudgeScorer:
@@ -39,6 +41,10 @@ class JudgeScorer:
     def describe(self) -> dict[str, Any]:
         """As `Scorer.describe`."""
         return {"judge": describe_function(self.judge)}
+
+    def check_columns(self, prompts: Sequence[Sequence[int]]) -> None:
+        """As `Scorer.check_columns`."""
+        columns_for(self.judge, 3, columns_of(prompts))
 
     def __call__(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         n, scores = self.num_samples, torch.zeros(len(responses), dtype=torch.float64)
@@ -65,8 +71,8 @@ def judged(
 ) -> Tensor:
     """The judge's probabilities (B,) float64 that the first response is better.
 
-    The judge gets strings if there is a tokenizer, else token ids. Equal responses tie without
-    asking it, and it sees equal rows once.
+    The judge gets strings if there is a tokenizer, else token ids, and columns of the prompts as a
+    reward does. Equal responses tie without asking it, and it sees equal rows once.
 
     Raises:
         ValueError: a returned value is not a probability.
@@ -74,16 +80,17 @@ def judged(
     """
     if not len(prompts):
         raise ValueError("there are no responses to judge")
-    columns = [prompts, first, second]
+    texts, columns = [prompts, first, second], columns_for(judge, 3, columns_of(prompts))
     if tokenizer is not None:
-        columns = [[tokenizer.decode(ids) for ids in column] for column in columns]
-    *distinct, place = unique_rows(*columns)
-    differ = [row for row, (one, other) in enumerate(zip(*distinct[1:])) if one != other]
+        texts = [[tokenizer.decode(ids) for ids in column] for column in texts]
+    *distinct, place = unique_rows(*texts, *columns.values())
+    differ = [row for row, (one, other) in enumerate(zip(*distinct[1:3])) if one != other]
     wins = torch.full((len(distinct[0]),), 0.5, dtype=torch.float64)
     if differ:
-        wins[differ] = _ask(judge, *([column[row] for row in differ] for column in distinct))
+        asked = [[column[row] for row in differ] for column in distinct]
+        wins[differ] = _ask(judge, asked[:3], dict(zip(columns, asked[3:])))
     wins = wins[place]
-    for row, (p, prompt, *responses) in enumerate(zip(wins.tolist(), *columns)):
+    for row, (p, prompt, *responses) in enumerate(zip(wins.tolist(), *texts)):
         if not 0 <= p <= 1:
             raise ValueError(
                 f"the judge returned {p} for row {row}, not a probability; prompt {prompt!r}, "
@@ -92,19 +99,21 @@ def judged(
     return wins
 
 
-def _ask(judge: Judge, prompts: list, first: list, second: list) -> Tensor:
+def _ask(judge: Judge, texts: list[list], columns: dict[str, list]) -> Tensor:
+    """texts: prompts, first and second responses."""
     try:
         with no_hard_exit():
-            returned = judge(prompts, first, second)
+            returned = judge(*texts, **columns)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # sys.exit, too
-        where = first_failure(judge, prompts, first, second)
+        where = first_failure(judge, columns, *texts)
         raise RewardError(f"the judge raised {error!r}; {where}") from error
     try:
         wins = torch.as_tensor(returned, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the judge returned {returned!r:.200}: {error}") from None
-    if wins.shape != (len(prompts),):
-        raise ValueError(f"the judge returned shape {tuple(wins.shape)} for {len(prompts)} pairs")
+    pairs = len(texts[0])
+    if wins.shape != (pairs,):
+        raise ValueError(f"the judge returned shape {tuple(wins.shape)} for {pairs} pairs")
     return wins

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_core.data import Example, Tokenizer, collate, step_ends
+from rlhf_core.data import Example, Tokenizer, collate, columns_of, step_ends
 from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import unknown_id
 from rlhf_core.models import EnsembleReward, RewardModel, Transformer
 
-Reward = RewardModel | EnsembleReward | Callable[[list, list], Sequence[float | Sequence[float]]]
+# (prompts, responses, **columns) -> a number for each response, or for each of its tokens.
+Reward = RewardModel | EnsembleReward | Callable[..., Sequence[float | Sequence[float]]]
 
 
 class RewardError(RuntimeError):
@@ -48,12 +49,13 @@ class Scorer:
     ):
         """
         Args:
-            reward: a RewardModel or EnsembleReward; a callable (prompts, responses) -> rewards; or
-                a list of (reward, weight), whose weighted sum counts. A callable gets lists of
-                strings without special tokens if there is a tokenizer, else lists of token ids. It
-                returns a finite number for each response, or one for each token of it. An
-                exception in it, sys.exit included, is a RewardError. os._exit is not seen: it ends
-                the process, and a run leaves its lock file.
+            reward: a RewardModel or EnsembleReward; a callable (prompts, responses, **columns) ->
+                rewards; or a list of (reward, weight), whose weighted sum counts. A callable gets
+                lists of strings without special tokens if there is a tokenizer, else lists of
+                token ids, and those columns of the prompts that its parameters name, see
+                `columns_for`. It returns a finite number for each response, or one for each token
+                of it. An exception in it, sys.exit included, is a RewardError. os._exit is not
+                seen: it ends the process, and a run leaves its lock file.
             batch_size: rows of a reward model's forward; None: all at once.
             device: of the returned rewards.
             of_steps: the reward models are process reward models. The end of a step earns the log
@@ -118,6 +120,13 @@ class Scorer:
                     "share a tokenizer"
                 )
 
+    def check_columns(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise ValueError if a callable needs a column that the prompts do not have."""
+        columns = columns_of(prompts)
+        for reward, _ in self.rewards:
+            if not isinstance(reward, RewardModel | EnsembleReward):
+                columns_for(reward, 2, columns)
+
     def __call__(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Scores (B,) float32: the sum over each response's tokens."""
         return scores_of(self.rewards_of(prompts, responses))
@@ -172,15 +181,16 @@ class Scorer:
 
     def _call(self, reward: Callable, prompts: list[list[int]], responses: list) -> Tensor:
         texts = [[self.readable(ids) for ids in column] for column in (prompts, responses)]
+        columns = columns_for(reward, 2, columns_of(prompts))
         try:
             with no_hard_exit():
-                returned = reward(*texts)
+                returned = reward(*texts, **columns)
                 if isinstance(returned, Iterator):
                     returned = list(returned)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # sys.exit, too
-            where = first_failure(reward, *texts)
+            where = first_failure(reward, columns, *texts)
             raise RewardError(f"the reward raised {error!r}; {where}") from error
         try:
             if isinstance(returned, dict | set | str | bytes):
@@ -246,12 +256,45 @@ def scores_of(rewards: Tensor) -> Tensor:
     return rewards if rewards.ndim == 1 else rewards.sum(dim=1)
 
 
-def first_failure(function: Callable, prompts: list, *responses: list) -> str:
+def columns_for(function: Callable, lists: int, columns: Mapping[str, list]) -> dict[str, list]:
+    """The columns that a reward or judge takes: those its parameters name, or with **names all.
+
+    Args:
+        lists: how many first parameters get prompts and responses; they never get a column.
+
+    Raises:
+        ValueError: a parameter without a default has no column.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return {}
+    positional = [x for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
+    first = [x.name for x in positional[:lists]]
+    named = [x for x in parameters if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)]
+    named = {x.name: x for x in named if x.name not in first}
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in columns:
+            found = ", ".join(columns) or "none"
+            raise ValueError(
+                f"{describe_function(function)['name']} has a parameter {name!r}, but the prompts "
+                f"have no such column; their columns: {found}. Give it a default, or add the column"
+            )
+    takes_all = any(x.kind == x.VAR_KEYWORD for x in parameters)
+    return {
+        name: values
+        for name, values in columns.items()
+        if name in named or (takes_all and name not in first)
+    }
+
+
+def first_failure(function: Callable, columns: dict, prompts: list, *responses: list) -> str:
     """Call a reward or judge with single rows; says on which row it raises."""
     for row, (prompt, *texts) in enumerate(zip(prompts, *responses)):
         try:
             with no_hard_exit():
-                function([prompt], *([text] for text in texts))
+                own = {name: [values[row]] for name, values in columns.items()}
+                function([prompt], *([text] for text in texts), **own)
         except KeyboardInterrupt:
             raise
         except BaseException:

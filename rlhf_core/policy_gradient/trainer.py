@@ -93,9 +93,9 @@ class PolicyGradientTrainer(Trainer):
         """
         Args:
             model: the policy.
-            examples: prompts as lists of token ids.
-            reward: as for `Scorer`: a RewardModel, a callable (prompts, responses) -> rewards, or
-                several with weights.
+            examples: prompts as lists of token ids, or `Prompt` with columns for the reward.
+            reward: as for `Scorer`: a RewardModel, a callable (prompts, responses, **columns) ->
+                rewards, or several with weights.
             critic: trained with the policy, for methods that have one.
             reference: as for `Reference`; with reference_ema a copy of it follows the policy. With
                 kl_coef 0 and no reference given there is none, and no KL is reported.
@@ -135,6 +135,7 @@ class PolicyGradientTrainer(Trainer):
             of_steps=config.process_rewards,
         )
         self.scorer.check_vocabulary(model)
+        self.scorer.check_columns(self.examples)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         if config.kl_in == "reward" and config.kl_coef and config.estimator != "k1":
             warnings.warn(
@@ -180,9 +181,14 @@ class PolicyGradientTrainer(Trainer):
         return sample(self.sampled_policy, batch, **(settings | options))
 
     @torch.no_grad()
-    def score(self, rollout: Rollout) -> Tensor:
-        """Rewards (B,) or (B, R), minus the penalties for length and missing EOS."""
-        rewards = self.scorer.rewards_of(rollout.prompts(), rollout.responses())
+    def score(self, rollout: Rollout, batch: list[list[int]]) -> Tensor:
+        """Rewards (B,) or (B, R), minus the penalties for length and missing EOS.
+
+        batch: the prompts that the rollout was sampled from.
+        """
+        num_samples = len(rollout.response_ids) // len(batch)
+        prompts = [prompt for prompt in batch for _ in range(num_samples)]
+        rewards = self.scorer.rewards_of(prompts, rollout.responses())
         if rewards.ndim == 2:
             rewards = F.pad(rewards, (0, rollout.response_ids.shape[1] - rewards.shape[1]))
         return penalized(

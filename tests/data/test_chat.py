@@ -20,6 +20,7 @@ from rlhf_core.data import (
     encode_text,
     load_tokenizer,
     read_preferences,
+    read_prompt_rows,
     read_prompts,
     read_texts,
 )
@@ -832,6 +833,23 @@ def test_every_shape_of_conversation_is_read(tmp_path):
     assert read_prompts(write(tmp_path / "q.jsonl", *(row for row, _ in prompts))) == [
         want for _, want in prompts
     ]
+
+
+def test_rows_of_prompts_keep_every_other_column_and_their_messages(tmp_path):
+    rows = [
+        {"question": "2 + 3?", "answer": "#### 5", "level": {"grade": 1}},
+        {"messages": [SYSTEM, HI, YES], "answer": 5},
+        {"instruction": "add", "input": "2 and 3", "output": "5"},
+    ]
+    assert read_prompt_rows(write(tmp_path / "p.jsonl", *rows)) == [
+        ("2 + 3?", {"answer": "#### 5", "level": {"grade": 1}}),
+        ([SYSTEM, HI], {"answer": 5, "messages": [SYSTEM, HI]}),
+        ("add\n\n2 and 3", {"instruction": "add", "input": "2 and 3", "output": "5"}),
+    ]
+    path = write(tmp_path / "q.jsonl", {"problem": "2 + 3?", "answer": 5})
+    assert read_prompt_rows(path, columns={"prompt": "problem"}) == [("2 + 3?", {"answer": 5})]
+    (tmp_path / "p.txt").write_text("one\n")
+    assert read_prompt_rows(tmp_path / "p.txt") == [("one", {})]
 
 
 BAD = [

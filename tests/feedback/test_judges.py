@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_core.data import ByteTokenizer
+from rlhf_core.data import ByteTokenizer, Prompt
 from rlhf_core.feedback.judges import JudgeScorer, judged
 
 
@@ -51,6 +51,20 @@ def test_a_judge_gets_strings_with_a_tokenizer():
     tokenizer = ByteTokenizer()
     rows = [tokenizer.encode_prompt("ab")], [[*b"c", *tokenizer.eos_ids]], [list(b"d")]
     assert judged(judge, *rows, tokenizer=tokenizer).tolist() == [1]
+
+
+def test_a_judge_sees_the_columns_that_its_parameters_name():
+    seen = []
+
+    def judge(prompts, first, second, answer):
+        seen.extend(zip(first, second, answer))
+        return [float(one == [right]) for one, right in zip(first, answer)]
+
+    prompts = [Prompt([7], answer=3, other=1)] * 2 + [Prompt([7], answer=4, other=1)] * 2
+    assert JudgeScorer(judge, 2)(prompts, [[3], [4], [3], [4]]).tolist() == [1, 0, 0, 1]
+    assert seen == [([3], [4], 3), ([3], [4], 4)]
+    with pytest.raises(ValueError, match=r"parameter 'answer', .* their columns: other"):
+        JudgeScorer(judge, 2).check_columns([Prompt([7], other=1)])
 
 
 def test_a_judge_needs_two_responses_to_compare():

@@ -1,13 +1,16 @@
 """Every kind of reward becomes numbers; a bad reward is an error with its row."""
 
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Letters, tiny
+from helpers import Letters, make_ppo, tiny
 from torch.testing import assert_close
 
+from rlhf_core.data import Prompt
+from rlhf_core.feedback.rewards import columns_for
 from rlhf_core.models import EnsembleReward, RewardModel
 from rlhf_core.trainers import GRPOConfig, GRPOTrainer, SamplingConfig, Scorer, best_of_n
 
@@ -231,3 +234,105 @@ def test_equal_rows_are_scored_once():
     assert calls == [([[4], [6], [4]], [[5], [5], [7]])]
     scores = Scorer(model(), batch_size=2)(prompts, responses)
     assert scores[0] == scores[2] and scores[1] == scores[4] and len(scores.unique()) == 3
+
+
+# ---- columns of the prompts' rows
+
+
+def with_sums(prompts):
+    """The prompts with their sum and first token as columns."""
+    return [Prompt(ids, total=sum(ids), first=ids[0], responses="kept out") for ids in prompts]
+
+
+def matches(prompts, responses, total, *, first=None, other="default"):
+    """A reward that also checks that its columns belong to its prompts."""
+    assert total == [sum(ids) for ids in prompts] and first == [ids[0] for ids in prompts]
+    assert other == "default"
+    return [float(len(response)) for response in responses]
+
+
+MIXED = [[5, 3, 7, 4], [8, 1], [6], [9] * 30, [4, 4], [8, 1]]  # one too long, two equal
+
+
+def test_rewards_see_the_columns_that_their_parameters_name_in_every_order_of_prompts():
+    """Also with several samples, repeated rows, shuffled and dropped prompts."""
+    options = dict(num_samples=3, batch_size=2, response_length=4)
+    policy, prompts = tiny(), with_sums(MIXED)
+    with pytest.warns(UserWarning, match="1 of 6 prompts"):
+        GRPOTrainer(policy, prompts, GRPOConfig(epochs=2, **options), reward=matches).train()
+    with pytest.warns(UserWarning, match="1 of 6 prompts"):
+        best_of_n(policy, prompts, SamplingConfig(**options), reward=matches)
+    scorer = Scorer([(matches, 1.0), (lambda prompts, responses: [0.0] * len(prompts), 1.0)])
+    assert scorer(with_sums(PROMPTS), RESPONSES).tolist() == [2.0, 4.0, 1.0]
+
+
+def test_rows_that_differ_only_in_a_column_are_scored_apart():
+    calls = []
+
+    def right(prompts, responses, answer):
+        calls.append(answer)
+        return [float(response == [token]) for response, token in zip(responses, answer)]
+
+    prompts = [Prompt([4], answer=5), Prompt([4], answer=6), Prompt([4], answer=5), [4]]
+    assert Scorer(right)(prompts, [[5]] * 4).tolist() == [1, 0, 1, 0]
+    assert calls == [[5, 6, None]]
+
+
+def test_a_function_with_open_names_gets_every_column_but_those_of_its_first_parameters():
+    def score(prompts, responses, **columns):
+        return columns
+
+    columns = {"total": [1], "responses": ["kept out"], "two words": [2]}
+    assert columns_for(score, 2, columns) == {"total": [1], "two words": [2]}
+    assert columns_for(lambda *rows: rows, 2, columns) == {}
+    bound = functools.partial(lambda prompts, responses, scale, total: [0], scale=2)
+    assert columns_for(bound, 2, columns) == {"total": [1]}
+    assert columns_for(max, 2, columns) == {}  # a builtin without a signature
+
+
+def test_a_parameter_without_a_column_is_refused_before_anything_is_sampled():
+    def score(prompts, responses, answer):
+        raise AssertionError
+
+    message = r"score has a parameter 'answer', but .* their columns: total, first, responses. Give"
+    with pytest.raises(ValueError, match=message):
+        make_ppo(reward=score, prompts=with_sums(PROMPTS))
+    with pytest.raises(ValueError, match=r"'answer', .* their columns: none"):
+        best_of_n(tiny(), PROMPTS, SamplingConfig(response_length=4), reward=score)
+
+
+def test_a_reward_that_raises_is_called_with_the_columns_of_each_row():
+    def score(prompts, responses, answer):
+        return [1 / number for number in answer]
+
+    prompts = [Prompt([4], answer=2), Prompt([5], answer=0)]
+    with pytest.raises(RuntimeError, match=r"ZeroDivisionError.*on row 1 alone: prompt .*\[5\]"):
+        Scorer(score)(prompts, [[6], [7]])
+
+
+def test_a_run_resumes_only_with_the_columns_that_it_began_with(tmp_path):
+    def right(prompts, responses, answer):
+        return [float(response.count(token)) for response, token in zip(responses, answer)]
+
+    def trainer(out, answer, max_steps):
+        prompts = [Prompt(ids, answer=answer) for ids in ([4, 5], [6], [7], [8])]
+        return make_ppo(
+            reward=right,
+            prompts=prompts,
+            others=dict(out=tmp_path / out),
+            batch_size=2,
+            minibatch_size=2,
+            save_every=1,
+            max_steps=max_steps,
+            lr_schedule="constant",
+        )
+
+    whole = trainer("whole", 5, 2).train()
+    trainer("parts", 5, 1).train()
+    other = trainer("parts", 6, 2)
+    with pytest.raises(ValueError, match="a run with different examples"):
+        other.resume()
+    rest = trainer("parts", 5, 2)
+    rest.resume()
+    names = ("loss", "objective/scores", "grad_norm")
+    assert [rest.train()[-1][name] for name in names] == [whole[-1][name] for name in names]

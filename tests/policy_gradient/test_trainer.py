@@ -64,7 +64,13 @@ def test_the_missing_eos_penalty_applies_only_to_rows_without_eos():
     prompts = torch.ones(5, 2, dtype=torch.long)
     rollout = Rollout(prompts, prompts.bool(), ids, mask, torch.zeros(5, 3))
     assert trainer.ended(rollout).tolist() == [True, True, True, False, False]
-    assert trainer.score(rollout).tolist() == [1.0, 2.0, 0.0, 2.0 - 1.5, 1.0 - 1.5]
+    assert trainer.score(rollout, rollout.prompts()).tolist() == [
+        1.0,
+        2.0,
+        0.0,
+        2.0 - 1.5,
+        1.0 - 1.5,
+    ]
     by_default = make_ppo().ended(rollout).tolist()  # the model's own stops: 2 and 3
     assert by_default == [True, False, False, False, True]
 
@@ -73,7 +79,7 @@ def test_penalties_for_length_and_missing_eos_are_subtracted_from_the_score():
     trainer = make_ppo(reward=lengths, length_penalty=0.5, missing_eos_penalty=2.0)
     rollout = rollout_of(trainer)
     want = [len(r) * 0.5 - 2.0 * (r[-1] not in (2, 3)) for r in rollout.responses()]
-    assert_close(trainer.score(rollout), torch.tensor(want))
+    assert_close(trainer.score(rollout, rollout.prompts()), torch.tensor(want))
     assert len({r[-1] in (2, 3) for r in rollout.responses()}) == 2
 
 
@@ -177,7 +183,7 @@ def test_a_reward_model_scores_prompt_and_response_without_padding(micro_batch_s
         torch.tensor([prompt + response]) for prompt, response in zip(PROMPTS, rollout.responses())
     ]
     want = torch.cat([reward(row, torch.ones_like(row, dtype=torch.bool)) for row in rows])
-    assert_close(trainer.score(rollout), want, rtol=0, atol=1e-5)
+    assert_close(trainer.score(rollout, rollout.prompts()), want, rtol=0, atol=1e-5)
 
 
 # ---- predictions
