@@ -1,4 +1,4 @@
-"""Atomic file writes, JSON with clear errors, downloads from the hub, optional dependencies."""
+"""Atomic writes of files and folders, JSON with clear errors, downloads, optional dependencies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import os
 import re
 import reprlib
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -107,12 +108,7 @@ class Replacement:
             raise
         if len(self.new) + len(self.stale) > 1:
             _remove_leftovers(self.folder, ".old")
-        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        _sync_folder(self.folder)
 
 
 @contextlib.contextmanager
@@ -121,6 +117,45 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     path = Path(path)
     with Replacement(path.parent) as files:
         yield files.open(path.name)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a new folder, which replaces `path` when the block succeeds.
+
+    The block writes files as `replacing` does, the last one directly into the folder: that puts all
+    of it on the disk. The caller holds the parent folder.
+    """
+    path = Path(path)
+    new = _temporary_name(path.parent, ".tmp")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        remove_folder(path)
+        os.replace(new, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        named = _named(path, error)
+        raise type(named)(str(named).replace(new.name, path.name)) from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, file or link. A killed process leaves all of it or nothing at `path`."""
+    if path.is_dir() and not path.is_symlink():
+        old = _temporary_name(path.parent, ".old")
+        os.replace(path, old)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftover_folders(folder: Path) -> None:
+    """Remove what killed processes left of the two functions above; the caller holds `folder`."""
+    for entry in os.scandir(folder):
+        if _OURS.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def open_for_append(path: str | os.PathLike) -> TextIO:
@@ -212,6 +247,15 @@ def _temporary_file(folder: Path) -> tuple[Path, BinaryIO]:
         if path.exists():
             return path, file
         file.close()  # another process removed it before it was locked
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _remove_leftovers(folder: Path, suffix: str) -> None:

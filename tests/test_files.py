@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from rlhf_core import files
-from rlhf_core.files import Replacement, replacing, subfolder, write_json
+from rlhf_core.files import (
+    Replacement,
+    remove_folder,
+    remove_leftover_folders,
+    replacing,
+    replacing_folder,
+    subfolder,
+    write_json,
+)
 from rlhf_core.models.safetensors import write_tensors
 
 WRITERS = {
@@ -308,3 +316,48 @@ def test_a_folder_behind_a_broken_link_is_refused_before_anything_is_computed(tm
     (tmp_path / "link").symlink_to(tmp_path / "missing")
     with pytest.raises(NotADirectoryError, match="link is not a directory"):
         files.check_writable(tmp_path / "link" / "out")
+
+
+# ---- folders
+
+
+def test_a_folder_is_replaced_whole_and_a_failed_block_leaves_the_old_one(tmp_path):
+    path = tmp_path / "runs" / "x"
+    for value in (1, 2):
+        with replacing_folder(path) as new:
+            write_json(new / "sub" / "a", value)
+            write_json(new / f"b{value}", value)
+    kept = {"sub/a": b"2\n", "b2": b"2\n"}
+    assert contents(path) == kept
+    with pytest.raises(KeyError), replacing_folder(path) as new:
+        write_json(new / "c", 3)
+        raise KeyError
+    message = f"^{path}/sub is a directory"
+    with pytest.raises(IsADirectoryError, match=message), replacing_folder(path) as new:
+        write_json(new / "sub" / "a", 3)
+        write_json(new / "sub", 3)
+    assert contents(path) == kept and os.listdir(path.parent) == ["x"]
+
+
+def test_a_link_to_a_folder_is_replaced_or_removed_and_its_target_stays(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.mkdir()
+    (target / "a").write_text("of somebody else")
+    link.symlink_to(target)
+    with replacing_folder(link) as new:
+        write_json(new / "b", 1)
+    assert contents(link) == {"b": b"1\n"} and not link.is_symlink()
+    remove_folder(link)
+    link.symlink_to(target)
+    remove_folder(link)
+    assert os.listdir(tmp_path) == ["target"] and os.listdir(target) == ["a"]
+
+
+def test_leftover_folders_are_removed_and_others_stay(tmp_path):
+    ours, other = tmp_path / f".rlhf-core-{16 * 'a'}.old", tmp_path / ".rlhf-core-mine.old"
+    link = tmp_path / f".rlhf-core-{16 * 'b'}.tmp"
+    for folder in (ours, other):
+        (folder / "sub").mkdir(parents=True)
+    link.symlink_to(other)
+    remove_leftover_folders(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [link, other] and os.listdir(other) == ["sub"]

@@ -13,6 +13,7 @@ from rlhf_core.data import Example
 from rlhf_core.models.safetensors import read_tensors
 from rlhf_core.policy_gradient import trainer as policy_gradient
 from rlhf_core.trainers import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
+from rlhf_core.training.checkpoint import find
 
 PROMPTS = [[5], [6], [7], [8], [9], [10], [5, 6], [7, 8]]
 NAN = math.nan
@@ -137,9 +138,9 @@ def test_a_failing_step_names_itself_its_row_and_likely_causes_and_saves_the_sta
         error, match=rf"(?s)^step 2: .*{message}.*; the state is saved in .*checkpoint-error$"
     ):
         trainer.train()
-    header, tensors = read_tensors(tmp_path / "checkpoint-error")
+    header, tensors = read_tensors(tmp_path / "checkpoint-error" / "state.safetensors")
     assert json.loads(header["run"])["steps_done"] == trainer.steps_done == 1
-    assert not (tmp_path / "checkpoint").exists()
+    assert not find(tmp_path)
     if not done_to_trainer:  # nothing was trained on a bad reward
         assert_close(weights(trainer), before, rtol=0, atol=0)
         assert torch.equal(tensors["weight:0.trunk.embed.weight"], trainer.model.trunk.embed.weight)
@@ -152,7 +153,8 @@ def test_an_evaluation_that_fails_saves_the_state_before_it(tmp_path, monkeypatc
     monkeypatch.setattr(trainer, "evaluate", lambda: raising(ValueError("no"))(None))
     with pytest.raises(ValueError, match=r"step 1: no; the state is saved in .*checkpoint-error$"):
         trainer.train()
-    assert json.loads(read_tensors(tmp_path / "checkpoint-error")[0]["run"])["steps_done"] == 1
+    header, _ = read_tensors(tmp_path / "checkpoint-error" / "state.safetensors")
+    assert json.loads(header["run"])["steps_done"] == 1
 
 
 def test_any_other_error_saves_the_state_and_keeps_its_type(tmp_path, monkeypatch):

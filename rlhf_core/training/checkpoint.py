@@ -1,9 +1,10 @@
-"""The state of a run in one file, from which a new process continues bit by bit (on a CPU).
+"""The state of a run, from which a new process continues bit by bit (on a CPU).
 
-A checkpoint is a safetensors file. Trained weights, optimiser state, generators and counters are
-tensors; the rest is JSON in the header. Weights that do not train (the base of adapters, the
-reference, the reward model) and the data are stored as digests only: build the trainer from the
-original model, then `load` moves it to the checkpoint's step.
+A checkpoint is a folder checkpoint-STEP: the model at that step, which other programs load, and the
+trainer's state in one safetensors file. There, trained weights, optimiser state, generators and
+counters are tensors; the rest is JSON in the header. Weights that do not train (the base of
+adapters, the reference, the reward model) and the data are stored as digests only: build the
+trainer from the original model, then `load` moves it to the checkpoint's step.
 
 The header describes what the run depends on (settings, models, reward, tokenizer, data), and holds
 a digest of the file's own tensors. `load` compares all of it before it changes anything.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.data import Tokenizer
+from rlhf_core.files import remove_folder, remove_leftover_folders
 from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
 
 NAME, ERROR_NAME = "checkpoint", "checkpoint-error"
+STATE = "state.safetensors"  # the trainer's state in the folder of a checkpoint
 # Options that may differ when a run is resumed: finished steps do not depend on them ...
-FREE = {"log_every", "eval_every", "save_every", "reference_logprobs"}
+FREE = {"log_every", "eval_every", "save_every", "keep", "reference_logprobs"}
 # ... or only through the slope of a linear schedule, which gives a warning.
 LENGTH = {"epochs", "max_steps"}
 MISSING = object()
@@ -44,6 +48,57 @@ DATED = (
 OPTIONAL = {"generator_cuda"}  # its device may differ when a run is resumed
 
 
+def find(out: Path) -> list[Path]:
+    """The state files of the checkpoints in a run's folder, the newest last.
+
+    An older version wrote a single file, which counts as the oldest.
+    """
+    steps = {int(path.name.removeprefix(f"{NAME}-")): path / STATE for path in _folders(out)}
+    states = [steps[step] for step in sorted(steps) if steps[step].is_file()]
+    return [out / NAME] * (out / NAME).is_file() + states
+
+
+def remove(states: Sequence[Path]) -> None:
+    """Remove the checkpoints of these state files."""
+    for state in states:
+        remove_folder(_place(state))
+
+
+def begin(out: Path, steps_done: int) -> None:
+    """Remove what earlier runs and killed processes left in the folder of a run that starts.
+
+    Raises:
+        FileExistsError: a folder with the name of a checkpoint is not one.
+    """
+    for path in _folders(out):
+        check_ours(path)
+    remove_leftover_folders(out)
+    error = out / ERROR_NAME
+    if error.is_file() or (error / STATE).is_file():
+        remove_folder(error)
+    if not steps_done:
+        remove(find(out))
+
+
+def check_ours(path: Path) -> None:
+    """Raise FileExistsError if there is something else at the path of a checkpoint."""
+    if path.exists() and not (path / STATE).is_file():
+        raise FileExistsError(
+            f"{path}: not a checkpoint of a run: {STATE} is missing. Move it, or choose another "
+            "folder"
+        )
+
+
+def _place(state: Path) -> Path:
+    """The path of a checkpoint, given that of its state file."""
+    return state if state.name == NAME else state.parent
+
+
+def _folders(out: Path) -> list[Path]:
+    pattern = re.compile(rf"{NAME}-(0|[1-9]\d*)")
+    return [path for path in out.glob(f"{NAME}-*") if pattern.fullmatch(path.name)]
+
+
 def save(
     path: Path,
     run: dict[str, Any],
@@ -51,7 +106,7 @@ def save(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write a checkpoint; it replaces the file at `path` once it is complete.
+    """Write the state file of a checkpoint to `path`.
 
     Args:
         run: JSON values: steps_done, total_steps, settings (name to value), digests.
@@ -68,16 +123,17 @@ def save(
 
 
 def load(
-    path: Path,
+    out: Path,
     run: dict[str, Any],
     state: dict[str, Tensor],
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     load_state: Callable[[dict[str, Tensor]], None],
 ) -> int:
-    """Read a checkpoint into parameters, optimiser and, through `load_state`, the trainer's state.
+    """Read the newest checkpoint into parameters, optimiser and, through `load_state`, the trainer.
 
     Args:
+        out: folder of the run.
         run: that of the trainer, as for `save`; only FREE and LENGTH settings may differ.
         state: that of the trainer; the checkpoint must hold the same names, shapes and dtypes.
 
@@ -85,21 +141,22 @@ def load(
         The number of steps done.
 
     Raises:
-        FileNotFoundError: there is no checkpoint at `path`.
+        FileNotFoundError: there is no checkpoint in `out`.
         ValueError: it is damaged or belongs to another run; the message names the difference, and
             the trainer is unchanged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no checkpoint to resume from")
-    header, stored = read_tensors(path)
-    then = _run_of(path, header)
+    *older, path = find(out) or [None]
+    if path is None:
+        raise FileNotFoundError(f"{out}: there is no checkpoint to resume from")
+    try:
+        then, stored = _read(path)
+    except ValueError as error:
+        if not older:
+            raise
+        remedy = f"Or remove {_place(path)} to resume from {_place(older[-1]).name}"
+        raise ValueError(f"{error}. {remedy}") from None
     _check_same_run(path, then, run)
     _check_tensors(path, stored, state, parameters)
-    if then.get("tensors") not in (None, _digest_of_tensors(stored)):
-        raise ValueError(
-            f"{path}: damaged: its tensors have the digest {_digest_of_tensors(stored):.8}, but "
-            f"{then['tensors']:.8} was written. Use a copy of the file, or start a new run"
-        )
     load_state(stored)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -113,6 +170,18 @@ def load(
             copy = torch.empty_like(like, dtype=value.dtype, device=parameter.device).copy_(value)
             optimizer.state[parameter][kind] = copy
     return then["steps_done"]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description of the run and the tensors in a state file; ValueError if it is damaged."""
+    header, stored = read_tensors(path)
+    then = _run_of(path, header)
+    if then.get("tensors") not in (None, _digest_of_tensors(stored)):
+        raise ValueError(
+            f"{path}: damaged: its tensors have the digest {_digest_of_tensors(stored):.8}, but "
+            f"{then['tensors']:.8} was written. Use a copy of the file, or start a new run"
+        )
+    return then, stored
 
 
 def _run_of(path: Path, header: dict[str, str]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class TrainConfig(Options):
         "steps between checkpoints, with one at the end; unset: only when interrupted",
         within="[1, inf)",
     )
+    keep: int = option(1, "checkpoints to keep, the newest ones", within="[1, inf)")
     precision: str = option(
         "float32",
         "precision of the forward pass; weights and log-probs stay float32",
@@ -56,3 +57,7 @@ class TrainConfig(Options):
         0, "from 1: freeze the embedding and this many of the lowest blocks", within="[0, inf)"
     )
     seed: int = option(0, "seed of data order and sampling")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.warn_unused(("keep", self.save_every is not None, "without save_every"))

@@ -139,7 +139,7 @@ def with_seed(config: Config, seed: int) -> Config:
 
 def resumed(trainer: Trainer) -> Trainer:
     """The trainer, moved to the checkpoint in its `out` if there is one."""
-    if trainer.out is not None and (trainer.out / checkpoint.NAME).is_file():
+    if trainer.out is not None and checkpoint.find(trainer.out):
         trainer.resume()
     return trainer
 
@@ -154,7 +154,7 @@ def _begin(out: Path, run: dict, resume: bool) -> tuple[History, str | None]:
         metrics.unlink(missing_ok=True)
         for folder in out.glob("round-*"):
             if re.fullmatch(r"round-[1-9]\d*", folder.name) and not folder.is_symlink():
-                (folder / checkpoint.NAME).unlink(missing_ok=True)
+                checkpoint.remove(checkpoint.find(folder))
         write_json(file, run)
     elif not file.is_file():
         raise FileNotFoundError(f"{file}: there is no run to resume")

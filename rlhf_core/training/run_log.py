@@ -64,9 +64,7 @@ class RunLog:
 
     def _keep_steps_done(self, path: Path) -> None:
         """Remove what an earlier run left: lines of later steps, and checkpoints out of date."""
-        (self.out / checkpoint.ERROR_NAME).unlink(missing_ok=True)
-        if not self.steps_done:
-            (self.out / checkpoint.NAME).unlink(missing_ok=True)
+        checkpoint.begin(self.out, self.steps_done)
         text = path.read_text(encoding="utf-8") if self.steps_done and path.is_file() else ""
         lines = text.splitlines(keepends=True)[: self.steps_done]
         whole = sum(line.endswith("\n") for line in lines)

@@ -26,6 +26,7 @@ from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import length, misfit, unknown_id
 from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import RewardError, Scorer
+from rlhf_core.files import replacing_folder
 from rlhf_core.locks import check_one_process, hold
 from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.training import checkpoint, signals
@@ -386,23 +387,35 @@ class Trainer:
 
     # ---- checkpoints
 
-    def save_checkpoint(self, name: str = checkpoint.NAME) -> Path:
-        """Write the run's state to the file `name` in `out`; returns its path."""
-        path, run, parameters = self.out / name, self._run(), self._named_parameters()
+    def save_checkpoint(self, name: str | None = None) -> Path:
+        """Write the model and the run's state to a folder in `out`; returns its path.
+
+        name: of the folder; None means checkpoint-STEP, which also removes older ones: see `keep`.
+        """
+        path = self.out / (name or f"{checkpoint.NAME}-{self.steps_done}")
+        checkpoint.check_ours(path)
         with hold(self.out):
-            checkpoint.save(path, run, self.state(), parameters, self.optimizer)
+            with replacing_folder(path) as folder:
+                self.save(folder)
+                run, parameters = self._run(), self._named_parameters()
+                state = folder / checkpoint.STATE
+                checkpoint.save(state, run, self.state(), parameters, self.optimizer)
+            if name is None:
+                states = checkpoint.find(self.out)
+                last = states.index(path / checkpoint.STATE)
+                checkpoint.remove(states[: max(last + 1 - self.config.keep, 0)])
         return path
 
     def resume(self) -> None:
-        """Move to the step of the checkpoint in `out`; `train` then runs the remaining steps.
+        """Move to the step of the newest checkpoint in `out`; `train` runs the remaining steps.
 
         Build the trainer as for the original run. For errors see `checkpoint.load`.
         """
         if self.out is None:
             raise ValueError("a trainer without out has no checkpoint to resume from")
-        path, run, parameters = self.out / checkpoint.NAME, self._run(), self._named_parameters()
+        run, parameters = self._run(), self._named_parameters()
         self.steps_done = checkpoint.load(
-            path, run, self.state(), parameters, self.optimizer, self.load_state
+            self.out, run, self.state(), parameters, self.optimizer, self.load_state
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -211,11 +211,12 @@ def kill_runs(root):
     from helpers import make_trainer
 
     from rlhf_core.data import ByteTokenizer
+    from rlhf_core.training.checkpoint import find
 
     def train(folder):
         others = dict(out=folder, tokenizer=ByteTokenizer())
         trainer = make_trainer("sft", batch_size=4, save_every=1, log_every=99, others=others)
-        resumed = (folder / "checkpoint").is_file()
+        resumed = bool(find(folder))
         if resumed:
             trainer.resume()
         trainer.train()

@@ -213,7 +213,7 @@ def test_an_interrupted_run_continues_with_resume(command, folders, tmp_path, ca
         )
         assert step_twice(out, *rate) == 130
     error = capsys.readouterr().err
-    assert "interrupted; " in error and f"{out / 'checkpoint'}" in error and "--resume" in error
+    assert "interrupted; " in error and f"{out / 'checkpoint'}-1" in error and "--resume" in error
     fails_with("written with lr=0.05, this run has 0.1", "--lr", 0.1, "--resume")
     if command == "dpo":  # whose reference is the model that the run started from
         fails_with("a run with different frozen weights", *rate, "--resume", model=whole)

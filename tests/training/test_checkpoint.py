@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,14 +23,16 @@ from torch.testing import assert_close
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the other process
 from helpers import tiny
 
-from rlhf_core.data import Example, Pair
-from rlhf_core.models import RewardModel, Transformer
+from rlhf_core.data import ByteTokenizer, Example, Pair, load_tokenizer
+from rlhf_core.models import ILQLModel, RewardModel, Transformer
 from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.models.safetensors import read_tensors
 from rlhf_core.policy_gradient.experience import Predictions
 from rlhf_core.trainers import (
     DPOConfig,
     DPOTrainer,
+    ILQLConfig,
+    ILQLTrainer,
     OnlineDPOConfig,
     OnlineDPOTrainer,
     PPOConfig,
@@ -49,6 +52,7 @@ TRAINERS = {
     "dpo": (DPOTrainer, DPOConfig),
     "ppo": (PPOTrainer, PPOConfig),
     "online": (OnlineDPOTrainer, OnlineDPOConfig),
+    "ilql": (ILQLTrainer, ILQLConfig),
 }
 KINDS = [
     "sft",
@@ -76,20 +80,23 @@ VARIANTS = {  # of a config
 PPO = dict(minibatch_size=2, ppo_epochs=2, response_length=5)
 
 
-def build(kind, out=None, seed=0, examples=None, others=None, alpha=16.0, **config):
+def build(kind, out=None, seed=0, examples=None, others=None, alpha=16.0, base=None, **config):
     """The trainer of a run of two epochs of three steps. Dropout makes every generator matter."""
     kind, _, variant = kind.partition("-")
     trainer_type, config_type = TRAINERS[kind]
     model = tiny(RewardModel if kind == "reward" else Transformer, seed, dropout=0.1)
     others = dict(others or {})
     if variant == "lora":
-        add_adapters(model, LoRAConfig(rank=2, alpha=alpha, dropout=0.1))
+        add_adapters(model, LoRAConfig(rank=2, alpha=alpha, dropout=0.1, base=base))
     settings = dict(batch_size=4, epochs=2, lr=1e-2, dropout=True)
     if kind in ("ppo", "online"):
         others = dict(reward=tiny(RewardModel, seed=1)) | others
         settings |= PPO if kind == "ppo" else dict(response_length=5)
         settings |= VARIANTS.get(variant, {})
         examples = [pair.prompt_ids for pair in PAIRS] if examples is None else examples
+    elif kind == "ilql":
+        model = ILQLModel(model)
+        examples = [example._replace(reward=1.0) for example in EXAMPLES]
     elif examples is None:
         examples = EXAMPLES if kind == "sft" else PAIRS
     return trainer_type(model, examples, config_type(**(settings | config)), out=out, **others)
@@ -102,7 +109,7 @@ class Stop(Exception):
 def run(kind, out, cut=None):
     """Resume from the checkpoint if there is one; stop in the middle of step cut + 1."""
     trainer = build(kind, out, save_every=2)
-    if (out / "checkpoint").exists():
+    if checkpoint.find(out):
         torch.manual_seed(99)  # as if the process had drawn other numbers before
         trainer.resume()
     step, taken = trainer.step, []
@@ -128,6 +135,11 @@ def result(out):
     taken, metrics, weights = torch.load(out / "result.pt")
     assert [{name: x for name, x in line.items() if name != "eps"} for line in lines] == metrics
     return taken, metrics, weights
+
+
+def snapshot_of(folder):
+    """The bytes of every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def snapshot(trainer):
@@ -260,7 +272,7 @@ def test_a_finished_run_continues_with_a_larger_max_steps(tmp_path):
 
 def test_a_checkpoint_of_adapters_holds_no_other_weights(tmp_path):
     build("dpo-lora", tmp_path, save_every=3).train()
-    _, tensors = read_tensors(tmp_path / "checkpoint")
+    _, tensors = read_tensors(tmp_path / "checkpoint-6" / checkpoint.STATE)
     assert len(tensors) > 4 and all("lora_" in name for name in tensors if name != "generator")
 
 
@@ -273,26 +285,123 @@ def test_checkpoints_are_written_when_due_and_at_the_end(save_every, want, tmp_p
         lambda path, run, *rest: saved.append(run["steps_done"]) or save(path, run, *rest),
     )
     build("sft", tmp_path, save_every=save_every).train()
-    assert saved == want and (tmp_path / "checkpoint").exists() == bool(want)
+    assert saved == want
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-6"] * bool(want)
 
 
 def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     options = dict(save_every=2, lr_schedule="constant")
     build("sft", tmp_path, max_steps=2, **options).train()
-    before = (tmp_path / "checkpoint").read_bytes()
+    before = snapshot_of(tmp_path / "checkpoint-2")
     trainer = build("sft", tmp_path, **options)
     trainer.resume()
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):
         trainer.save_checkpoint()
-    assert (tmp_path / "checkpoint").read_bytes() == before and not list(tmp_path.glob(".*"))
+    assert snapshot_of(tmp_path / "checkpoint-2") == before and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_a_model_folder_of_its_step(tmp_path):
+    """Ours and transformers' classes load it, with the weights of a run that ends there."""
+    transformers = pytest.importorskip("transformers")
+    options = dict(lr_schedule="constant", others=dict(tokenizer=ByteTokenizer()))
+    build("sft", tmp_path / "long", save_every=2, keep=3, **options).train()
+    for step in (2, 4, 6):
+        folder = tmp_path / "long" / f"checkpoint-{step}"
+        short = build("sft", max_steps=step, **options)
+        short.train()
+        assert equal([Transformer.from_pretrained(folder).state_dict()], snapshot(short))
+        assert isinstance(load_tokenizer(folder), ByteTokenizer)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        embedding = theirs.get_input_embeddings().weight
+        assert torch.equal(embedding, short.model.trunk.embed.weight)
+
+
+@pytest.mark.parametrize(
+    "kind, cls",
+    [("reward", RewardModel), ("dpo-lora", Transformer), ("ppo", Transformer), ("ilql", ILQLModel)],
+)
+def test_checkpoints_of_other_methods_are_model_folders_too(kind, cls, tmp_path):
+    tiny(dropout=0.1).save_pretrained(tmp_path / "base")
+    trainer = build(kind, tmp_path, save_every=1, max_steps=1, base=str(tmp_path / "base"))
+    trainer.advance(next(trainer.batches()))
+    folder = trainer.save_checkpoint()
+    assert folder == tmp_path / "checkpoint-1"
+    assert equal([cls.from_pretrained(folder).state_dict()], [trainer.model.state_dict()])
+    assert (folder / "critic" / "model.safetensors").exists() == (kind == "ppo")
+
+
+def names(out):
+    return sorted(path.name for path in out.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize(
+    "keep, want", [(1, ["checkpoint-6"]), (2, ["checkpoint-4", "checkpoint-6"])]
+)
+def test_the_newest_checkpoints_are_kept(keep, want, tmp_path):
+    build("sft", tmp_path, save_every=2, keep=keep).train()
+    assert names(tmp_path) == want
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_there(tmp_path, monkeypatch):
+    build("sft", tmp_path, save_every=2, max_steps=4, lr_schedule="constant").train()
+    removed = []
+    monkeypatch.setattr(checkpoint, "remove_folder", lambda path: removed.append(names(tmp_path)))
+    trainer = build("sft", tmp_path, save_every=2, lr_schedule="constant")
+    trainer.resume()
+    trainer.train()
+    assert removed == [["checkpoint-4", "checkpoint-6"]]
+
+
+def test_a_damaged_checkpoint_names_the_one_before_it(tmp_path):
+    build("sft", tmp_path, save_every=2, keep=2).train()
+    state = tmp_path / "checkpoint-6" / checkpoint.STATE
+    state.write_bytes(state.read_bytes()[:-1])
+    remedy = rf"{state}: .*damaged.*Or remove {state.parent} to resume from checkpoint-4$"
+    with pytest.raises(ValueError, match=remedy):
+        build("sft", tmp_path).resume()
+    shutil.rmtree(state.parent)
+    trainer = build("sft", tmp_path)
+    trainer.resume()
+    assert trainer.steps_done == 4
+
+
+def test_a_file_of_an_older_version_is_resumed_and_then_replaced(tmp_path):
+    whole = build("sft")
+    whole.train()
+    run("sft", tmp_path, cut=2)
+    (tmp_path / "checkpoint-2" / checkpoint.STATE).rename(tmp_path / "checkpoint")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    trainer = build("sft", tmp_path, save_every=2)
+    trainer.resume()
+    assert trainer.steps_done == 2
+    trainer.train()
+    assert names(tmp_path) == ["checkpoint-6"] and equal(snapshot(trainer), snapshot(whole))
+
+
+def test_a_folder_of_somebody_else_with_the_name_of_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "model.safetensors").write_text("of somebody else")
+    (tmp_path / "checkpoint-best").mkdir()
+    trainer = build("sft", tmp_path, save_every=4)
+    message = r"checkpoint-4: not a checkpoint of a run: state\.safetensors is missing\. Move it"
+    with pytest.raises(FileExistsError, match=message):
+        trainer.train()
+    trainer.steps_done = 4
+    with pytest.raises(FileExistsError, match=message):
+        trainer.save_checkpoint()
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").read_text() == "of somebody else"
+    (tmp_path / "checkpoint-4").rename(tmp_path / "other")
+    build("sft", tmp_path, save_every=4).train()
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-best"]
 
 
 def test_a_new_run_in_the_same_folder_removes_the_checkpoint_of_the_old_one(tmp_path):
     build("sft", tmp_path, save_every=1).train()
     build("sft", tmp_path).train()
     assert (
-        not (tmp_path / "checkpoint").exists()
+        not checkpoint.find(tmp_path)
         and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     )
 
@@ -373,9 +482,9 @@ def test_the_reference_of_a_resumed_run_is_the_original_policy(tmp_path):
 def test_a_checkpoint_that_cannot_be_used_is_reported(what, tmp_path):
     trainer = build("sft", tmp_path, save_every=6)
     trainer.train()
-    file = tmp_path / "checkpoint"
+    file = tmp_path / "checkpoint-6" / checkpoint.STATE
     if what == "missing":
-        file.unlink()
+        shutil.rmtree(file.parent)
     elif what == "damaged":
         file.write_bytes(file.read_bytes()[:-1])
     elif what == "other":
@@ -384,7 +493,7 @@ def test_a_checkpoint_that_cannot_be_used_is_reported(what, tmp_path):
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:9])
     message = {
-        "missing": "checkpoint: there is no checkpoint to resume from",
+        "missing": "there is no checkpoint to resume from",
         "damaged": "damaged or cut short",
         "other": "this safetensors file is not a checkpoint of a run",
         "metrics": "metrics.jsonl: the file ends before step 5, but the checkpoint is at step 6",
@@ -434,7 +543,7 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tmp_path, capsys):
         return step(batch)
 
     trainer.step = interrupted
-    with pytest.raises(KeyboardInterrupt, match=r"step 3 is saved in .*checkpoint$"):
+    with pytest.raises(KeyboardInterrupt, match=r"step 3 is saved in .*checkpoint-3$"):
         trainer.train()
     assert "press Ctrl-C again to stop at once" in capsys.readouterr().err
     resumed = build("sft", tmp_path)
@@ -457,7 +566,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     trainer.step = stuck
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert not (tmp_path / "checkpoint").exists()
+    assert not checkpoint.find(tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

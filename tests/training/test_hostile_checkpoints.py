@@ -80,13 +80,13 @@ def sft_run(tmp_path_factory):
 
 
 def parts_of(out):
-    header, tensors = read_tensors(out / "checkpoint")
+    header, tensors = read_tensors(checkpoint.find(out)[-1])
     return json.loads(header["run"]), tensors
 
 
 @pytest.fixture
 def refused(trained, tmp_path):
-    """Writes a checkpoint. Resuming raises a ValueError with the words, and changes nothing."""
+    """Writes a checkpoint as one file. Resuming raises the words and changes nothing."""
     trainer = trained[0](tmp_path)
     return lambda *checkpoint: _refused(trainer, *checkpoint)
 
@@ -179,12 +179,13 @@ def test_a_changed_bit_is_found(trained, refused):
 
 
 def test_a_checkpoint_of_an_older_version_still_loads(trained, tmp_path):
-    """It has no digest of its tensors and no description of models, reward and tokenizer."""
+    """A file without digest of its tensors and description of models, reward and tokenizer."""
     make, out = trained
     run, tensors = parts_of(out)
     del run["tensors"]
     run["settings"] = {k: v for k, v in run["settings"].items() if k not in checkpoint.DESCRIBED}
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoint-2")
     write_tensors(tmp_path / "checkpoint", tensors, {"run": json.dumps(run)})
     trainer = make(tmp_path)
     trainer.resume()

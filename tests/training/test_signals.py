@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from rlhf_core.feedback.rewards import RewardError
 from rlhf_core.models import Transformer
 from rlhf_core.trainers import OnlineDPOConfig, OnlineDPOTrainer, RFTConfig, SFTTrainer, rft
 from rlhf_core.training import signals
+from rlhf_core.training.checkpoint import find
 
 ROOT = Path(__file__).parents[2]
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -92,7 +94,9 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint_that_continues_the_s
     whole.train()
     trainer, before = make(tmp_path, save_every=1), handlers()
     setattr(trainer, phase, raising(signum, getattr(trainer, phase), at))
-    with pytest.raises(KeyboardInterrupt, match=f"step {step} is saved in .*checkpoint$") as raised:
+    with pytest.raises(
+        KeyboardInterrupt, match=f"step {step} is saved in .*checkpoint-{step}$"
+    ) as raised:
         trainer.train()
     assert getattr(raised.value, "code", 130) == STATUS[signum] and handlers() == before
     assert "stopping after this step, or after 30 s; " in capsys.readouterr().err
@@ -116,18 +120,22 @@ def test_a_signal_in_the_last_step_leaves_the_finished_model(tmp_path):
 
 
 @every_signal
-@pytest.mark.parametrize("phase", ["losses", "save_checkpoint", "save"])
-def test_a_second_signal_stops_at_once_and_keeps_the_checkpoint_before(signum, phase, tmp_path):
+@pytest.mark.parametrize(
+    "phase, at", [("losses", 3), ("save_checkpoint", 2), ("save", 2), ("save", 4)]
+)
+def test_a_second_signal_stops_at_once_and_keeps_the_checkpoint_before(signum, phase, at, tmp_path):
+    """The fourth save is that of the finished model."""
     trainer, before = sft(tmp_path, save_every=1), handlers()
     kept = []
 
     def stuck(*args, **kwargs):
-        kept.append((tmp_path / "checkpoint").read_bytes())
+        kept.extend(find(tmp_path))
+        kept.append(kept[0].read_bytes())
         signal.raise_signal(signum)
         signal.raise_signal(signum)
         pytest.fail("still running")
 
-    original, at = getattr(trainer, phase), dict(losses=3, save_checkpoint=2, save=1)[phase]
+    original = getattr(trainer, phase)
     calls = []
 
     def second(*args, **kwargs):
@@ -138,7 +146,7 @@ def test_a_second_signal_stops_at_once_and_keeps_the_checkpoint_before(signum, p
     with pytest.raises(KeyboardInterrupt) as raised:
         trainer.train()
     assert getattr(raised.value, "code", 130) == STATUS[signum] and handlers() == before
-    assert (tmp_path / "checkpoint").read_bytes() == kept[0]
+    assert find(tmp_path) == kept[:1] and kept[0].read_bytes() == kept[1]
     assert not list(tmp_path.glob(".*"))
     sft(tmp_path).resume()
 
@@ -306,7 +314,7 @@ def test_a_command_that_is_stopped_twice_and_resumed_is_one_run(folders, tmp_pat
         if signum is not None:
             assert process.returncode == STATUS[signum]
             assert f"rlhf-core sft: stopped by {signum.name}; step " in error
-            assert error.endswith("checkpoint, continue with --resume\n")
+            assert re.search(r"checkpoint-\d+, continue with --resume\n$", error)
     assert process.returncode == 0
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
@@ -322,7 +330,7 @@ def test_a_run_whose_terminal_closes_saves_its_checkpoint(folders, tmp_path):
     wait_for_lines(tmp_path / "out" / "metrics.jsonl", 3)
     os.close(terminal)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status == 129 and (tmp_path / "out" / "checkpoint").exists()
+    assert status == 129 and find(tmp_path / "out")
     assert not (tmp_path / "out" / ".lock").exists()
 
 
