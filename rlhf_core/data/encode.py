@@ -46,8 +46,9 @@ class Prompt(list[int]):
         super().__init__(ids)
         self.columns = columns
 
-    def __repr__(self) -> str:  # part of the digest of a run's data
-        return f"Prompt({super().__repr__()}, **{self.columns!r})"
+    def __repr__(self) -> str:  # part of the digest of a run's data: a list's without columns
+        ids = super().__repr__()
+        return f"Prompt({ids}, **{self.columns!r})" if self.columns else ids
 
 
 class Pair(NamedTuple):
@@ -67,6 +68,11 @@ class Pair(NamedTuple):
     margin: float | None = None
     masks: list[list[bool] | None] | None = None
     label_smoothing: float | None = None
+
+    def __repr__(self) -> str:
+        """Part of the digest of a run's data, so a field that older versions lack is shown when set."""
+        shown = [f"{name}={value!r}" for name, value in zip(self._fields, self)]
+        return f"Pair({', '.join(shown[: -1 if self.label_smoothing is None else None])})"
 
     @property
     def completions_ids(self) -> list[list[int]]:

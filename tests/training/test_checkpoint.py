@@ -23,7 +23,7 @@ from torch.testing import assert_close
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the other process
 from helpers import tiny
 
-from rlhf_core.data import ByteTokenizer, Example, Pair, load_tokenizer
+from rlhf_core.data import ByteTokenizer, Example, Pair, Prompt, load_tokenizer
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
 from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.models.safetensors import read_tensors
@@ -521,6 +521,14 @@ def test_a_digest_covers_the_bits_of_all_tensors_and_the_order_of_the_parts():
     a, b = torch.arange(6.0).view(2, 3), torch.ones(2, dtype=torch.bfloat16)
     assert digest(a.T.contiguous().T, "x", b) == digest(a, "x", b) != digest(b, "x", a)
     assert len({digest(a), digest(-a), digest(a, "x"), digest(a, "y"), digest("x", a)}) == 5
+
+
+def test_examples_have_the_digests_that_older_versions_wrote():
+    """Without values in fields that were added later, their text is what it was."""
+    old = "Pair(prompt_ids=[1], chosen_ids=[2], rejected_ids=[3], margin=0.5, masks=None)"
+    assert repr(Pair([1], [2], [3], 0.5)) == old and repr(Prompt([1, 2])) == "[1, 2]"
+    assert "label_smoothing=0.1" in repr(Pair([1], [2], [3], label_smoothing=0.1))
+    assert repr(Prompt([1], answer="2")) == "Prompt([1], **{'answer': '2'})"
 
 
 def test_references_and_rounds_use_the_digest_of_checkpoints():
