@@ -35,6 +35,7 @@ class Generation(NamedTuple):
     response_mask: Tensor  # (N, R) bool, True up to the end, EOS included
     logprobs: Tensor  # (N, R) float32, nats, of the distribution sampled from; 0 after the end
     full_logprobs: Tensor  # (N, R) float32, nats, of softmax(logits / temperature), as in training
+    ended: Tensor  # (N,) bool, whether EOS or a stop string ended it, and not max_new_tokens
 
 
 @torch.no_grad()
@@ -143,8 +144,9 @@ def generate(
             min_p=min_p,
         )
         step.draw(logits.repeat_interleave(n, dim=0) if n > 1 else logits)
-        lengths = _run(step, stops, max_new_tokens)
-    return step.result(torch.tensor(lengths, device=device), config.pad_id or 0)
+        lengths = torch.tensor(_run(step, stops, max_new_tokens), device=device)
+    ended = lengths > 0
+    return step.result(lengths.where(ended, max_new_tokens), ended, config.pad_id or 0)
 
 
 class DecodeStep:
@@ -228,8 +230,8 @@ class DecodeStep:
         self.rows = rows
         self.slots, self.seeds, self.last, self.counters = rows.unbind()
 
-    def result(self, lengths: Tensor, pad_id: int) -> Generation:
-        """The Generation, given the lengths (N,) of the responses."""
+    def result(self, lengths: Tensor, ended: Tensor, pad_id: int) -> Generation:
+        """The Generation, given the lengths (N,) of the responses and whether they ended."""
         R = int(lengths.max())
         mask = torch.arange(R, device=lengths.device) < lengths[:, None]
         logprobs = self.logprobs[:, :R].where(mask, 0)
@@ -242,11 +244,15 @@ class DecodeStep:
                 f"row {row}: the model's logits are not finite at token {step} of the response"
             )
         ids = self.response_ids[:, :R].where(mask, pad_id)
-        return Generation(ids, mask, logprobs, full_logprobs)
+        return Generation(ids, mask, logprobs, full_logprobs, ended)
 
 
 def _run(step: DecodeStep, stops: _Stops, max_new_tokens: int) -> list[int]:
-    """Step until all rows end and return their lengths. The first token is already drawn."""
+    """Step until all rows end. The first token is already drawn.
+
+    Returns:
+        Their lengths, 0 for a row that nothing ended.
+    """
     device = step.slots.device.type
     slots = list(range(len(step.slots)))  # step.slots, known without waiting for the device
     lengths = [0] * len(slots)  # 0: not finished
@@ -273,7 +279,7 @@ def _run(step: DecodeStep, stops: _Stops, max_new_tokens: int) -> list[int]:
             run = _captured(step) if device == "cuda" else step
         else:
             run()
-    return [length or max_new_tokens for length in lengths]
+    return lengths
 
 
 def _captured(step: Callable[[], None]) -> Callable[[], None]:
@@ -290,6 +296,14 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+def check_stop_strings(strings: Sequence[str], tokenizer: Tokenizer | None) -> None:
+    """Raise ValueError unless the strings can end a response."""
+    if isinstance(strings, str) or not all(x and isinstance(x, str) for x in strings):
+        raise ValueError(f"stop_strings must be a sequence of strings, none empty, got {strings!r}")
+    if strings and tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer: pass tokenizer=")
+
+
 class _Stops:
     """Finds where a response ends: at an EOS id, or where its text completes a stop string."""
 
@@ -300,12 +314,7 @@ class _Stops:
         tokenizer: Tokenizer | None,
         least: int,
     ):
-        if isinstance(strings, str) or not all(strings):
-            raise ValueError(
-                f"stop_strings must be a sequence of strings, none empty, got {strings!r}"
-            )
-        if strings and tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer: pass tokenizer=")
+        check_stop_strings(strings, tokenizer)
         self.eos_ids, self.strings = set(eos_ids), tuple(strings)
         self.tokenizer, self.least = tokenizer, least
         # A token with text has at least one byte. One more, as decoders may strip a leading space.

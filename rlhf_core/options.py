@@ -21,6 +21,7 @@ TYPES = {  # annotation -> the values that fit it, and how to say so
     "float": (numbers.Real, "a number"),
     "bool": (bool, "True or False"),
     "str": (str, "a string"),
+    "tuple[str, ...]": ((tuple, list), "a list of strings"),
 }
 SYNONYMS = {  # an option or choice of ours -> its names in other libraries
     "lr": "learning_rate actor_learning_rate",
@@ -89,6 +90,7 @@ def option(
     *,
     within: str | None = None,
     choices: Sequence[str] | None = None,
+    flag: str | None = None,
     factory: Any = MISSING,
 ) -> Any:
     """A config field.
@@ -98,8 +100,9 @@ def option(
         help: meaning and unit; what happens when the value goes up.
         within: interval of valid numbers, such as "(0, 1]" or "[0, inf)".
         choices: valid strings.
+        flag: its name on the command line; None: made from the field's name.
     """
-    metadata = {"help": help, "within": within, "choices": choices}
+    metadata = {"help": help, "within": within, "choices": choices, "flag": flag}
     return field(default=default, default_factory=factory, metadata=metadata)
 
 
@@ -177,7 +180,7 @@ def describe(entry: Field) -> str:
 
 
 def _default(entry: Field) -> str:
-    unset = any(entry.default is value for value in (MISSING, None, False))
+    unset = any(entry.default is value for value in (MISSING, None, False, ()))
     return "" if unset else f"default {entry.default}"
 
 

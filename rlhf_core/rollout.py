@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_core.data import Tokenizer
 from rlhf_core.data.collate import left_pad, unknown_id
 from rlhf_core.generation import generate
 from rlhf_core.models import Transformer, ValueModel
@@ -29,6 +30,7 @@ class Rollout(NamedTuple):
     response_ids: Tensor  # (B, R) int64, right-padded
     response_mask: Tensor  # (B, R) bool, True = counts, EOS included
     logprobs: Tensor  # (B, R) float32, recorded while sampling, of the distribution sampled from
+    ended: Tensor  # (B,) bool, whether EOS or a stop string ended the response: it is not truncated
 
     @property
     def input_ids(self) -> Tensor:
@@ -60,6 +62,8 @@ def sample(
     top_p: float | None = None,
     min_p: float | None = None,
     eos_ids: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
     seeds: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Rollout:
@@ -87,6 +91,8 @@ def sample(
         top_p=top_p,
         min_p=min_p,
         eos_ids=eos_ids,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
         seeds=seeds,
         generator=generator,
     )
@@ -94,7 +100,12 @@ def sample(
         x.repeat_interleave(num_samples, dim=0) for x in (prompt_ids, prompt_mask)
     )
     return Rollout(
-        prompt_ids, prompt_mask, response.response_ids, response.response_mask, response.logprobs
+        prompt_ids,
+        prompt_mask,
+        response.response_ids,
+        response.response_mask,
+        response.logprobs,
+        response.ended,
     )
 
 

@@ -349,7 +349,7 @@ def test_a_stop_string_ends_a_row_at_the_token_that_completes_it(
                 for string in strings
             )
         ]
-        assert lengths[row] == min(ends, default=16)
+        assert lengths[row] == min(ends, default=16) and got.ended[row] == bool(ends)
         assert got.response_ids[row, : lengths[row]].tolist() == response[: lengths[row]]
 
 
@@ -382,11 +382,12 @@ def test_any_of_several_ends_closes_its_row_and_is_counted(from_config):
         model, ids, max_new_tokens=6, eos_ids=eos_ids, temperature=2.0, generator=seeded()
     )
     ends = set()
-    for row, mask in zip(got.response_ids.tolist(), got.response_mask):
+    for row, mask, ended in zip(got.response_ids.tolist(), got.response_mask, got.ended):
         length = int(mask.sum())
         assert mask[:length].all()  # no gap
         assert not any(token in stops for token in row[: length - 1])
         assert row[length - 1] in stops or length == 6  # a truncated response gets no EOS
+        assert ended == (row[length - 1] in stops)
         assert row[length:] == [11] * (len(row) - length)
         ends.add(row[length - 1])
     assert ends > set(stops)

@@ -61,6 +61,7 @@ def with_padding(rollout, left, right):
         pad(rollout.response_ids, 0, right, 2),  # an EOS, which must not count
         pad(rollout.response_mask, 0, right, False),
         pad(rollout.logprobs, 0, right, float("nan")),
+        rollout.ended,
     )
 
 
@@ -177,7 +178,7 @@ def test_training_never_holds_the_logits_of_a_batch(scored):
     with Largest() as largest:
         if scored == "responses":
             whole = torch.ones(B, P, dtype=torch.bool)
-            rollout = Rollout(ids[:, :P], whole, ids[:, P:], mask, torch.zeros(B, R))
+            rollout = Rollout(ids[:, :P], whole, ids[:, P:], mask, torch.zeros(B, R), mask[:, -1])
             logprobs, entropy = response_logprobs(model, rollout)
             loss = (logprobs + entropy).sum()
         elif scored == "completions":

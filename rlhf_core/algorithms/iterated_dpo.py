@@ -71,7 +71,8 @@ def iterated_dpo(
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)
-        samples = candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
+        options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator)
+        samples = candidates(model, prompts, scorer, config, **options)
         pairs = samples.pairs()
         if not pairs:
             raise ValueError(ALL_TIED)

@@ -98,7 +98,8 @@ def iterated_rlhf(
     ) -> Candidates:
         settings = replace(config.sampling, num_samples=num_samples)
         generator = torch.Generator().manual_seed(seed)
-        return candidates(model, prompts, scorer, settings, eos_ids=eos_ids, generator=generator)
+        options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator)
+        return candidates(model, prompts, scorer, settings, **options)
 
     def answer() -> list[list[int]]:
         """The policy's response to each of eval_prompts, with the same seeds for every policy."""

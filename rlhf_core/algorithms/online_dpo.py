@@ -96,7 +96,7 @@ class OnlineDPOTrainer(DPOTrainer):
 
     def step(self, batch: list[list[int]]) -> dict[str, float]:
         """Sample responses to the prompts, and take a step of DPO on the pairs among them."""
-        options = dict(eos_ids=self.eos_ids, generator=self.generator)
+        options = dict(eos_ids=self.eos_ids, tokenizer=self.tokenizer, generator=self.generator)
         samples = candidates(self.model, batch, self.scorer, self.config, **options)
         pairs, report = samples.pairs(), sample_metrics(samples)
         if not pairs:

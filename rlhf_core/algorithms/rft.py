@@ -72,7 +72,8 @@ def rft(
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)
-        samples = candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
+        options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator)
+        samples = candidates(model, prompts, scorer, config, **options)
         examples = kept(samples, config.threshold)
         if config.threshold is None and config.num_samples > 1 and not samples.margins().any():
             warnings.warn(ALL_TIED, stacklevel=2)

@@ -56,13 +56,15 @@ def add_config(parser: ArgumentParser, config: type[Options], without: Sequence[
         if kind is bool:
             action = argparse.BooleanOptionalAction if field.default else "store_true"
             options = {"action": action}
+        elif typing.get_origin(kind) is tuple:
+            options = {"nargs": "+", "metavar": "STRING"}
         else:
             options = {
                 "type": seed if field.name == "seed" else kind,
                 "metavar": field.name.upper(),
                 "choices": field.metadata.get("choices"),
             }
-        flag = "--" + field.name.replace("_", "-")
+        flag = field.metadata["flag"] or "--" + field.name.replace("_", "-")
         text = describe(field).replace("%", "%%")
         groups[owner].add_argument(flag, default=field.default, help=text, **options)
 

@@ -14,6 +14,7 @@ from rlhf_core.data import Pair, Prompt, Tokenizer, columns_of
 from rlhf_core.data.encode import cut_prompt
 from rlhf_core.feedback.judges import Judge, JudgeScorer
 from rlhf_core.feedback.rewards import Reward, Scorer
+from rlhf_core.generation import check_stop_strings
 from rlhf_core.masking import tied
 from rlhf_core.models import Transformer
 from rlhf_core.options import Options, option
@@ -22,6 +23,10 @@ from rlhf_core.rollout import sample
 LONG_PROMPTS = ("drop", "truncate", "error")
 ON_LONG_PROMPT = (
     "what happens to prompts that leave no room for a response; truncate cuts the start"
+)
+STOP_STRINGS = (
+    "strings that end a response; the token that completes one counts and is trained on, and the "
+    "reward sees the string"
 )
 ALL_TIED = (
     "no response scores differently from the others to its prompt, so there is nothing to learn. "
@@ -38,6 +43,7 @@ class SamplingConfig(Options):
     temperature: float = option(1.0, "temperature of sampling", within="(0, inf)")
     max_length: int = option(1024, "tokens of prompt and response together; see on_long_prompt")
     on_long_prompt: str = option("drop", ON_LONG_PROMPT, choices=LONG_PROMPTS)
+    stop_strings: tuple[str, ...] = option((), STOP_STRINGS, flag="--stop")
     batch_size: int = option(
         16, "prompts sampled at a time, and rows of a reward model's forward", within="[1, inf)"
     )
@@ -90,7 +96,8 @@ def best_of_n(
     scorer = make_scorer(model, prompts, config, reward=reward, tokenizer=tokenizer)
     prompts = list(prompts_for(model, prompts, config).values())
     generator = torch.Generator().manual_seed(config.seed)
-    return candidates(model, prompts, scorer, config, eos_ids=eos_ids, generator=generator)
+    options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator)
+    return candidates(model, prompts, scorer, config, **options)
 
 
 def candidates(
@@ -100,6 +107,7 @@ def candidates(
     config: SamplingConfig,
     *,
     eos_ids: Sequence[int] | None = None,
+    tokenizer: Tokenizer | None = None,
     generator: torch.Generator,
 ) -> Candidates:
     """Sample n responses to each prompt and score them.
@@ -108,6 +116,7 @@ def candidates(
 
     Args:
         scorer: (prompts, responses) -> scores (B n,), a prompt's responses in a row.
+        tokenizer: required with stop_strings.
     """
     if not len(prompts):
         raise ValueError("there are no prompts to sample responses to")
@@ -123,6 +132,8 @@ def candidates(
             num_samples=n,
             temperature=config.temperature,
             eos_ids=eos_ids,
+            stop_strings=config.stop_strings,
+            tokenizer=tokenizer,
             seeds=seeds[part].flatten(),
         )
         flat = rollout.responses()
@@ -194,6 +205,7 @@ def make_scorer(
             they need a column that the prompts do not have.
     """
     _prompt_length(model, config)
+    check_stop_strings(config.stop_strings, tokenizer)
     if (reward is None) == (judge is None):
         raise ValueError("pass either a reward or a judge")
     scorer: Scorer | JudgeScorer

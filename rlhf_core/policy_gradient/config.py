@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rlhf_core.feedback.candidates import LONG_PROMPTS, ON_LONG_PROMPT
+from rlhf_core.feedback.candidates import LONG_PROMPTS, ON_LONG_PROMPT, STOP_STRINGS
 from rlhf_core.ops.kl import ESTIMATORS
 from rlhf_core.options import option
 from rlhf_core.training.config import TrainConfig
@@ -29,6 +29,7 @@ class PolicyGradientConfig(TrainConfig):
         512, "longest prompt, tokens; see on_long_prompt", within="[1, inf)"
     )
     on_long_prompt: str = option("drop", ON_LONG_PROMPT, choices=LONG_PROMPTS)
+    stop_strings: tuple[str, ...] = option((), STOP_STRINGS, flag="--stop")
     temperature: float = option(0.7, TEMPERATURE, within="(0, inf)")
 
     kl_coef: float = option(0.05, KL_COEF, within="[0, inf)")
@@ -106,7 +107,9 @@ class PolicyGradientConfig(TrainConfig):
         "truncated step earns nothing; missing_eos_penalty can offset that",
     )
     missing_eos_penalty: float | None = option(
-        None, "subtracted from the score of a response without EOS", within="(-inf, inf)"
+        None,
+        "subtracted from the score of a response that neither EOS nor a stop string ends",
+        within="(-inf, inf)",
     )
     length_penalty: float = option(
         0.0, "subtracted from the score for each token of the response", within="(-inf, inf)"

@@ -34,12 +34,12 @@ def penalized(
     length_penalty: float,
     missing_eos_penalty: float | None,
 ) -> Tensor:
-    """Rewards minus the penalties for length and for a missing EOS.
+    """Rewards minus the penalties for length and for a missing end.
 
     Args:
         rewards: (B,) or (B, R).
         mask: (B, R) bool, the response tokens.
-        ended: (B,) bool, whether the response ends with EOS.
+        ended: (B,) bool, as in `Rollout`.
     """
     penalty = length_penalty * mask.sum(dim=1)
     if missing_eos_penalty is not None:

@@ -23,8 +23,9 @@ from rlhf_core.data.batches import micro_batches, rows
 from rlhf_core.data.collate import count_targets
 from rlhf_core.feedback.candidates import fit_prompts
 from rlhf_core.feedback.rewards import Reward, Scorer, scores_of
+from rlhf_core.generation import check_stop_strings
 from rlhf_core.losses.kl import kl_loss
-from rlhf_core.masking import Moments, last_token_index, loss_weights, masked_mean, masked_moments
+from rlhf_core.masking import Moments, loss_weights, masked_mean, masked_moments
 from rlhf_core.models import Transformer, ValueModel
 from rlhf_core.ops import kl_estimate, ppo_loss
 from rlhf_core.ops.linear_logprobs import TokenStatistics
@@ -110,6 +111,7 @@ class PolicyGradientTrainer(Trainer):
                 f"response_length {longest} leaves no room for a prompt in the model's {positions} "
                 "positions"
             )
+        check_stop_strings(config.stop_strings, tokenizer)
         if len(examples):
             examples = fit_prompts(examples, prompt_length, model.config.bos_id, config)
             examples = list(examples.values())
@@ -176,6 +178,8 @@ class PolicyGradientTrainer(Trainer):
             temperature=self.config.temperature,
             num_samples=num_samples,
             eos_ids=self.eos_ids,
+            stop_strings=self.config.stop_strings,
+            tokenizer=self.tokenizer,
             generator=self.generator,
         )
         return sample(self.sampled_policy, batch, **(settings | options))
@@ -194,16 +198,10 @@ class PolicyGradientTrainer(Trainer):
         return penalized(
             rewards,
             rollout.response_mask,
-            self.ended(rollout),
+            rollout.ended,
             length_penalty=self.config.length_penalty,
             missing_eos_penalty=self.config.missing_eos_penalty,
         )
-
-    def ended(self, rollout: Rollout) -> Tensor:
-        """(B,) bool: whether the last counted token ends a response."""
-        index = last_token_index(rollout.response_mask)[:, None]
-        last = rollout.response_ids.gather(1, index)[:, 0]
-        return torch.isin(last, torch.tensor(self.eos_ids, device=last.device, dtype=last.dtype))
 
     def shape(self, rewards: Tensor, mask: Tensor) -> Tensor:
         """Rewards (B,) or (B, R), whitened and clipped as configured."""
@@ -525,7 +523,7 @@ class PolicyGradientTrainer(Trainer):
             del report["objective/kl"]
         report["val/ratio_var"] = report.pop("ratio_squared") - report["val/ratio"] ** 2
         report |= rollout_mismatch(rollout, predictions)
-        report["val/num_eos_tokens"] = int(self.ended(rollout).sum())
+        report["val/num_eos_tokens"] = int(rollout.ended.sum())
         report |= {"objective/kl_coef": kl_coef, "policy/entropy_coef": entropy_coef}
         if self.policy_trains:
             entropy = masked_mean(predictions.entropy, rollout.response_mask)

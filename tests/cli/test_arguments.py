@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -136,6 +137,20 @@ def breaks(prompts, responses):
 
 number = 3
 """
+
+
+def test_stop_ends_responses_in_training_and_best_of_n(folders, sample, tmp_path):
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    (tmp_path / "beside.py").write_text("here = True")
+    function = ["--reward-function", f"{tmp_path / 'functions.py'}:length"]
+    stop = ["--stop", *"abcdefghijklmnopqrstuvwxyz"]
+    paths = ["--model", folders / "policy", "--prompts", write(tmp_path / "p.txt", ["one"])]
+    options = [*stop, "--num-samples", 4, "--device", "cpu", "--out", tmp_path / "best.jsonl"]
+    assert run("best-of-n", *paths, *function, *options) == 0
+    assert re.fullmatch(
+        r"[^a-z]*[a-z]", json.loads((tmp_path / "best.jsonl").read_text())["completion"]
+    )
+    assert sample("grpo", *function, *stop, "--num-samples", 2, "--response-length", 40) == 0
 
 
 @pytest.mark.parametrize("command", ["ppo", "grpo", "online-dpo", "rft", "best-of-n"])

@@ -54,25 +54,39 @@ def test_a_response_must_leave_room_for_a_prompt():
         make_ppo(response_length=32)
 
 
-def test_the_missing_eos_penalty_applies_only_to_rows_without_eos():
-    """Rows 8 and 11: several ids end a response; a truncated row ends at its own length."""
-    trainer = make_ppo(missing_eos_penalty=1.5, others=dict(eos_ids=(2, 7)))
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1], [1, 1, 0]], dtype=torch.bool)
-    ids = torch.tensor(
-        [[5, 2, 0], [5, 5, 7], [7, 5, 5], [5, 2, 5], [5, 3, 2]]
-    )  # here 3 ends nothing, nor does a masked 2
-    prompts = torch.ones(5, 2, dtype=torch.long)
-    rollout = Rollout(prompts, prompts.bool(), ids, mask, torch.zeros(5, 3))
-    assert trainer.ended(rollout).tolist() == [True, True, True, False, False]
-    assert trainer.score(rollout, rollout.prompts()).tolist() == [
-        1.0,
-        2.0,
-        0.0,
-        2.0 - 1.5,
-        1.0 - 1.5,
-    ]
-    by_default = make_ppo().ended(rollout).tolist()  # the model's own stops: 2 and 3
-    assert by_default == [True, False, False, False, True]
+@pytest.mark.parametrize("strings, ends", [((), (2, 7)), (("f", "kk"), (2, 7, 5))])
+def test_the_missing_eos_penalty_applies_only_to_rows_without_an_end(strings, ends):
+    """Rows 8 and 11: several ids and stop strings end a response, at the last place as well."""
+    others = dict(eos_ids=(2, 7), tokenizer=Letters())
+    trainer = make_ppo(reward=lengths, missing_eos_penalty=1.5, stop_strings=strings, others=others)
+    rollout = trainer.sample(PROMPTS * 8)
+    ended = [r[-1] in ends or (r[-2:] == [10, 10] and bool(strings)) for r in rollout.responses()]
+    assert rollout.ended.tolist() == ended
+    assert {len(r) == 6 for r, end in zip(rollout.responses(), ended) if end} == {True, False}
+    texts = [Letters().decode(ids) for ids in rollout.responses()]
+    want = [len(text) - 1.5 * (not end) for text, end in zip(texts, ended)]
+    assert_close(trainer.score(rollout, PROMPTS * 8), torch.tensor(want))
+    assert {r[-1] for r, end in zip(rollout.responses(), ended) if end} >= set(ends)
+
+
+def test_the_token_that_completes_a_stop_string_is_trained_on():
+    """With a reward of nothing but the length penalty, the stop string becomes likely."""
+    options = dict(stop_strings=("f",), length_penalty=1.0, lr=1e-2, epochs=30)
+    trainer = make_ppo(
+        reward=lambda prompts, _: [0.0] * len(prompts),
+        others=dict(tokenizer=Letters(), eos_ids=()),
+        **options,
+    )
+    history = trainer.train()
+    assert history[-1]["response_length"] < 2 < 3.5 < history[0]["response_length"]
+    assert history[-1]["val/num_eos_tokens"] == 8
+
+
+def test_stop_strings_need_a_tokenizer():
+    with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
+        make_ppo(stop_strings=("f",))
+    with pytest.raises(ValueError, match="stop_strings must be a list of strings, got 'f'"):
+        make_ppo(stop_strings="f")
 
 
 def test_penalties_for_length_and_missing_eos_are_subtracted_from_the_score():
@@ -279,6 +293,7 @@ def test_padding_columns_change_no_loss_metric_or_gradient(left, right, aggregat
         pad(rollout.response_ids, 0, right, 2),
         pad(rollout.response_mask, 0, right, False),
         pad(rollout.logprobs, 0, right, NAN),
+        rollout.ended,
     )
     want = gradients(trainer, rollout, experience)
     got = gradients(trainer, padded, Experience(*(pad(x, 0, right, NAN) for x in experience[:5])))
