@@ -5,6 +5,7 @@ first imported.
 """
 
 import contextlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -88,3 +89,9 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no data at {path}; set RLHF_CORE_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def expected(data_dir) -> dict:
+    """Right values of agreement, ratings, win rates and data checks, by independent libraries."""
+    return json.loads((data_dir / "feedback" / "expected.json").read_text(encoding="utf-8"))

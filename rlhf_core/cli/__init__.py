@@ -44,7 +44,10 @@ GROUPS = {  # heading -> module, and what each of its commands does
             "merge": "fold adapters into the weights of their base: a plain model",
         },
     ),
-    "human feedback": ("feedback", {}),
+    "human feedback": (
+        "feedback",
+        {"audit": "check preference pairs for faults and biases"},
+    ),
     "evaluate": ("evaluation", {}),
     "tools": (
         "tools",

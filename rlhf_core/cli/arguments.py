@@ -11,7 +11,7 @@ import sys
 import types
 import typing
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,16 @@ def read(reader: Callable, path: Path, arguments: Namespace, encode: Callable) -
         count = f"{len(dropped)} bad line{'s' * (len(dropped) > 1)}"
         print(f"dropped {count}, the first: {dropped[0]}", file=sys.stderr)
     return items
+
+
+def progress(rows: Iterable, name: str, total: int | None = None) -> Iterable:
+    """The rows, counted by a bar on a terminal."""
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):  # tqdm, which is optional
+            from tqdm import tqdm
+
+            return tqdm(rows, desc=name, total=total, unit=" rows", file=sys.stderr)
+    return rows
 
 
 @contextlib.contextmanager

@@ -213,6 +213,16 @@ def read_preferences(
     return list(_rows(path, _preference, on_bad, encode, columns))
 
 
+def iterate_preferences(
+    path: StrPath, on_bad: OnBad = None, columns: Columns = None
+) -> Iterator[tuple[dict[str, Any], Preference]]:
+    """Yield fields and pair of every row of `read_preferences`, also if answers are empty or equal.
+
+    The pairs are yielded while the file is read. Only a check of the data wants such rows.
+    """
+    return _rows(path, lambda row: (row, _preference(row, as_is=True)), on_bad, None, columns)
+
+
 def read_comparisons(
     path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
 ) -> list[Any]:
@@ -335,13 +345,16 @@ def read_candidates(
     return list(_rows(path, parse, on_bad, encode, columns))
 
 
-def check_messages(value, field: str) -> list[Message]:
-    """Return the messages with only role and content. Raises ValueError if there is more."""
+def check_messages(value, field: str, empty: bool = False) -> list[Message]:
+    """Return the messages with only role and content. Raises ValueError if there is more.
+
+    empty: Messages of the assistant may be empty.
+    """
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"field {field!r} must be a list of messages, got {shown(value)}")
     if not value:
         raise ValueError(f"field {field!r} is an empty list")
-    messages = []
+    messages, silent = [], ("system", "assistant") if empty else ("system",)
     for i, message in enumerate(value):
         where = f"{field}[{i}]"
         if not isinstance(message, dict):
@@ -358,7 +371,7 @@ def check_messages(value, field: str) -> list[Message]:
                     f"field '{where}.{name[:80]}' is not supported, got {shown(extra)}: a message "
                     "has only role and content, and every turn of the assistant is learned"
                 )
-        content = _string(message, "content", where, empty=role == "system")
+        content = _string(message, "content", where, empty=role in silent)
         messages.append({"role": role, "content": content})
     return messages
 
@@ -379,21 +392,23 @@ def _text(row: dict) -> Text:
     return Text(_string(row, "prompt"), _string(row, completion))
 
 
-def _preference(row: dict) -> Preference:
+def _preference(row: dict, as_is: bool = False) -> Preference:
+    """The pair of a row. as_is: The answers may be empty or equal."""
     if isinstance(row.get("prompt"), list):
         prompt, shared = _conversation(row, "prompt"), 0
-        answers = {field: _turns(row, field) for field in ("chosen", "rejected")}
+        answers = {field: _turns(row, field, as_is) for field in ("chosen", "rejected")}
     elif isinstance(row.get("chosen"), list):
-        answers = {field: _conversation(row, field) for field in ("chosen", "rejected")}
+        answers = {field: _conversation(row, field, as_is) for field in ("chosen", "rejected")}
         both = list(answers.values())
         shared = next((i for i, (a, b) in enumerate(zip(*both)) if a != b), min(map(len, both)))
+        shared -= both[0] == both[1]  # the last message is the answer
         prompt = both[0][:shared]
         contents = [message["content"] for message in prompt]
         if row.get("prompt") is not None and row["prompt"] not in contents:
             raise ValueError("field 'prompt' is not a message that 'chosen' and 'rejected' share")
     else:
-        prompt, *answers = _strings(row)
-        return _pair(row, prompt, *answers)
+        prompt, *answers = _strings(row, as_is)
+        return _pair(row, prompt, *answers, as_is)
     if not prompt:
         raise ValueError("fields 'chosen' and 'rejected' share no message")
     for field, messages in answers.items():
@@ -404,11 +419,11 @@ def _preference(row: dict) -> Preference:
                 f"shared messages, got {', '.join(roles) or 'none'}"
             )
     turns = [messages[shared:] for messages in answers.values()]
-    return _pair(row, prompt, *(x[0]["content"] if len(x) == 1 else x for x in turns))
+    return _pair(row, prompt, *(x[0]["content"] if len(x) == 1 else x for x in turns), as_is)
 
 
-def _strings(row: dict) -> tuple[str, str, str]:
-    chosen, rejected = _string(row, "chosen"), _string(row, "rejected")
+def _strings(row: dict, empty: bool) -> tuple[str, str, str]:
+    chosen, rejected = (_string(row, field, empty=empty) for field in ("chosen", "rejected"))
     if "prompt" in row:
         return _string(row, "prompt"), chosen, rejected
     turn = "\n\nAssistant:"
@@ -416,11 +431,13 @@ def _strings(row: dict) -> tuple[str, str, str]:
     if turn not in chosen or not rejected.startswith(chosen[:end]):
         raise ValueError("field 'prompt' is missing, and 'chosen' and 'rejected' share no dialogue")
     answers = {"chosen": chosen[end:], "rejected": rejected[end:]}
-    return chosen[:end], _string(answers, "chosen"), _string(answers, "rejected")
+    return chosen[:end], *(_string(answers, field, empty=empty) for field in answers)
 
 
-def _pair(row: dict, prompt: Content, chosen: Content, rejected: Content) -> Preference:
-    if chosen == rejected:
+def _pair(
+    row: dict, prompt: Content, chosen: Content, rejected: Content, as_is: bool
+) -> Preference:
+    if chosen == rejected and not as_is:
         raise ValueError("fields 'chosen' and 'rejected' are equal")
     margin = row.get("margin")
     if margin is not None and not (_is_number(margin) and margin >= 0):
@@ -488,21 +505,21 @@ def _is_number(value) -> bool:
     return number and math.isfinite(value) and abs(value) < 2**127  # so that float32 holds it
 
 
-def _conversation(row: dict, field: str) -> list[Message]:
+def _conversation(row: dict, field: str, empty: bool = False) -> list[Message]:
     """The messages of a field. Rejects a row with tools, documents or media."""
     for name in _UNSUPPORTED:
         if row.get(name) not in _EMPTY:
             raise ValueError(f"field {name!r} is not supported: messages are plain text")
     if field not in row:
         raise ValueError(_missing(field, row))
-    return check_messages(row[field], field)
+    return check_messages(row[field], field, empty)
 
 
-def _turns(row: dict, field: str) -> list[Message]:
+def _turns(row: dict, field: str, empty: bool = False) -> list[Message]:
     """A completion after messages: a string, or messages that begin with the assistant's."""
     if isinstance(row.get(field), str):
-        return [{"role": "assistant", "content": _string(row, field)}]
-    messages = _conversation(row, field)
+        return [{"role": "assistant", "content": _string(row, field, empty=empty)}]
+    messages = _conversation(row, field, empty)
     if messages[0]["role"] != "assistant":
         raise ValueError(f"field '{field}[0].role' must be assistant, got {messages[0]['role']!r}")
     return messages

@@ -7,12 +7,11 @@ from rlhf_core.evaluation.comparisons import (
     compare,
     comparisons_needed,
     length_controlled_win_rate,
-    sign_test,
-    wilson_interval,
 )
 from rlhf_core.evaluation.frontier import hypervolume, pareto_frontier
 from rlhf_core.evaluation.policies import Evaluation, evaluate_policy
 from rlhf_core.evaluation.ratings import davidson, elo, rate_players, win_rate
+from rlhf_core.significance import sign_test, wilson_interval
 
 __all__ = [
     "Evaluation",

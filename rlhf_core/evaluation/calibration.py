@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_core.evaluation.comparisons import Numbers, wilson_interval
+from rlhf_core.evaluation.comparisons import Numbers
 from rlhf_core.losses import preferred
+from rlhf_core.significance import wilson_interval
 
 
 class Calibration(NamedTuple):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from rlhf_core.significance import normal_quantile, sign_test, wilson_interval
 
 Numbers = Tensor | Sequence[float]
 _BLOCK = 2**24  # weights of the bootstrap that are held at once
@@ -106,52 +107,6 @@ def clustered_error(values: Numbers, clusters: Sequence | None, small_sample: bo
     return float((variance * G / (G - 1) if small_sample else variance).sqrt())
 
 
-def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval for a share; half a success for a tie is allowed.
-
-    Source: Wilson 1927.
-    """
-    _check_share(successes, n)
-    z = _quantile(0.5 + confidence / 2)
-    share, scale = successes / n, 1 + z**2 / n
-    middle = (share + z**2 / (2 * n)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def exact_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval whose coverage is at least `confidence` for every n.
-
-    Source: Clopper & Pearson 1934.
-    """
-    _check_share(successes, n)
-    tail = (1 - confidence) / 2
-
-    def share_at(successes: int) -> float:
-        """The share at which so many successes, or more, have the probability `tail`."""
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (
-                (middle, high) if _upper_tail(successes, n, middle) < tail else (low, middle)
-            )
-        return high
-
-    lower = share_at(successes) if successes else 0.0
-    upper = 1 - share_at(n - successes) if successes < n else 1.0
-    return lower, upper
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p of the hypothesis that a win is as likely as a loss. Ties are left out.
-
-    McNemar's exact test of paired right and wrong answers is the same: `wins` counts the items that
-    only the first model solved, `losses` those that only the second one solved.
-    """
-    _check_share(wins, wins + losses)
-    return min(1.0, 2 * _upper_tail(max(wins, losses), wins + losses, 0.5))
-
-
 def comparisons_needed(win_rate: float, power: float = 0.8, alpha: float = 0.05) -> int:
     """Independent comparisons by which a test finds that this win rate is not 1/2.
 
@@ -166,7 +121,7 @@ def comparisons_needed(win_rate: float, power: float = 0.8, alpha: float = 0.05)
             f"0.5, got {win_rate}"
         )
     spread = math.sqrt(win_rate * (1 - win_rate))
-    needed = _quantile(1 - alpha / 2) / 2 + _quantile(power) * spread
+    needed = normal_quantile(1 - alpha / 2) / 2 + normal_quantile(power) * spread
     return max(1, math.ceil((needed / (win_rate - 0.5)) ** 2))
 
 
@@ -336,24 +291,3 @@ def _logistic(features: Tensor, outcomes: Tensor, weights: Tensor) -> tuple[Tens
         if step.abs().max() < 1e-9:
             return beta, curvature, True
     return beta, curvature, False
-
-
-def _upper_tail(successes: int, n: int, p: float) -> float:
-    """P(X >= successes) for X binomial of n and p."""
-    if p in (0, 1):
-        return float(p or successes == 0)
-    k = torch.arange(successes, n + 1, dtype=torch.float64)
-    total = torch.tensor(n + 1, dtype=torch.float64)
-    choose = torch.lgamma(total) - torch.lgamma(k + 1) - torch.lgamma(total - k)
-    return float((choose + k * math.log(p) + (n - k) * math.log1p(-p)).exp().sum())
-
-
-def _quantile(p: float) -> float:
-    if not 0 < p < 1:
-        raise ValueError(f"confidence, power and alpha must be between 0 and 1, got {p}")
-    return NormalDist().inv_cdf(p)
-
-
-def _check_share(successes: float, n: float) -> None:
-    if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"there are {successes} successes in {n}; give 0 <= successes <= n, n > 0")

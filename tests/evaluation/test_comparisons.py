@@ -12,13 +12,11 @@ from rlhf_core.evaluation.comparisons import (
     clustered_error,
     compare,
     comparisons_needed,
-    exact_interval,
     flip_rate,
     length_controlled_win_rate,
-    sign_test,
     standard_error,
-    wilson_interval,
 )
+from rlhf_core.significance import exact_interval, sign_test, wilson_interval
 
 
 def close(got, want, tolerance=1e-6):

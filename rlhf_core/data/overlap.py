@@ -1,0 +1,223 @@
+"""Texts that overlap: near duplicates, and test texts that training data holds.
+
+Texts become words, and words become 64-bit hashes of n-grams, so that a million texts fit in
+memory. A word is a run of letters and digits. Scripts without blanks (Chinese, Japanese, Thai, Lao,
+Khmer, Burmese) count each character as a word.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_LETTER = re.compile(rf"[{_UNSPACED}]")
+_ODD = np.random.default_rng(0).integers(2**63, size=64, dtype=np.uint64) * np.uint64(
+    2
+) + np.uint64(1)
+SHINGLE = 5  # words
+JACCARD = 0.8
+MAX_CANDIDATES = 50_000_000  # pairs of texts that `near_duplicates` compares at most
+_AT_ONCE = 2**22  # n-grams that are compared at once
+
+
+def normalized(text: str) -> str:
+    """The text in Unicode's form NFKC, without case, with single blanks."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def words(text: str) -> list[str]:
+    """The words of a normalized text, without punctuation."""
+    return _WORD.findall(text)
+
+
+def count_words(text: str) -> int:
+    """The number of words between blanks; of characters if most are of scripts without blanks."""
+    letters = 0 if text.isascii() else len(_LETTER.findall(text))
+    return letters if 2 * letters > len(text) else len(text.split())
+
+
+def ngrams(texts: Sequence[list[str]], n: int, short: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes (S,) uint64 of the n-grams of texts, text by text, and their number (N,) in each.
+
+    short: A text of fewer than n words, but at least one, has one n-gram: all its words. Otherwise
+        it has none.
+    """
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    padded = np.where(lengths > 0, np.maximum(lengths, n), 0) if short else lengths
+    counts = np.maximum(padded - n + 1, 0)
+    places = _starts(padded).repeat(lengths) + _within(lengths)
+    hashes = np.zeros(padded.sum() + n, dtype=np.uint64)
+    # 1 is added because 0 is the padding.
+    flat = (zlib.crc32(word.encode()) + 1 for text in texts for word in text)
+    hashes[places] = np.fromiter(flat, np.uint64, len(places))
+    starts = _starts(padded).repeat(counts) + _within(counts)
+    total = np.zeros(len(starts), dtype=np.uint64)
+    for k in range(n):
+        total += hashes[starts + k] * _ODD[k]
+    return total ^ (total >> np.uint64(29)), counts
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return counts.cumsum() - counts
+
+
+def _within(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... for each of the groups, which have these sizes."""
+    return np.arange(counts.sum()) - _starts(counts).repeat(counts)
+
+
+class Near(NamedTuple):
+    """Pairs of near duplicates.
+
+    pairs: (P, 2), the lower index first, in order.
+    complete: Whether all pairs were compared that could be near duplicates.
+    """
+
+    pairs: np.ndarray
+    complete: bool
+
+
+def near_duplicates(
+    hashes: np.ndarray, counts: np.ndarray, max_candidates: int = MAX_CANDIDATES
+) -> Near:
+    """Pairs of texts whose sets of shingles have a Jaccard similarity of at least 0.8, exactly.
+
+    An inverted index with prefix filtering finds the candidates: two such sets share one of the
+    rarest 20 % of the shingles of each (Chaudhuri et al. 2006, Bayardo et al. 2007).
+
+    Args:
+        hashes: (S,) uint64, the shingles of every text, as of `ngrams`.
+        counts: (N,) their number in each text.
+        max_candidates: Stop after so many comparisons. Only data with a great many similar texts,
+            such as a template with one word that changes, have more.
+    """
+    # Shingles as numbers 0, 1, ..., the rarest first, once for each text that has them.
+    text = np.arange(len(counts), dtype=np.int32).repeat(counts)
+    order = np.argsort(hashes, kind="stable")
+    text, ordered = text[order], hashes[order]
+    del order
+    new = np.ones(len(ordered), dtype=bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    once = new.copy()
+    once[1:] |= text[1:] != text[:-1]
+    shingle = (new.cumsum() - 1).astype(np.int32)[once]
+    text = text[once]
+    del ordered, new, once
+    frequency = np.bincount(shingle)
+    rank = np.empty(len(frequency), dtype=np.int32)
+    rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency), dtype=np.int32)
+    shared = np.zeros(len(frequency), dtype=bool)
+    shared[rank] = frequency > 1
+    # Every text's shingles as one sorted list of text * number of shingles + rank.
+    keys = text.astype(np.int64) * max(len(frequency), 1) + rank[shingle]
+    del text, shingle, rank
+    keys.sort()
+    text, shingle = np.divmod(keys, max(len(frequency), 1))
+    sizes = np.bincount(text, minlength=len(counts))
+    # The prefixes. Two texts that share none of them share less than 80 %.
+    prefix = sizes - np.ceil(JACCARD * sizes - 1e-9).astype(np.int64) + 1
+    kept = (_within(sizes) < prefix.repeat(sizes)) & shared[shingle]
+    text, shingle = text[kept], shingle[kept]
+    order = np.lexsort((sizes[text], shingle))
+    text, shingle = text[order], shingle[order]
+    found, compared, ahead = [], 0, 1
+    active = np.arange(len(text) - 1)
+    while len(active):
+        active = active[active + ahead < len(text)]
+        small, large = text[active], text[active + ahead]
+        same = shingle[active] == shingle[active + ahead]
+        close = same & (sizes[small] >= JACCARD * sizes[large] - 1e-9)
+        active, small, large = active[close], small[close], large[close]
+        if compared + len(active) > max_candidates:
+            break
+        compared += len(active)
+        codes = np.unique(np.minimum(small, large) * len(counts) + np.maximum(small, large))
+        found.append(_similar(codes, keys, sizes, len(frequency)))
+        ahead += 1
+    codes = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
+    return Near(np.stack(np.divmod(codes, max(len(counts), 1)), axis=1), not len(active))
+
+
+def _similar(codes: np.ndarray, keys: np.ndarray, sizes: np.ndarray, shingles: int) -> np.ndarray:
+    """Those pairs, coded as first * number of texts + second, whose sets are similar enough."""
+    starts, kept = _starts(sizes), []
+    step = max(1, _AT_ONCE // int(sizes.max(initial=1)))
+    for at in range(0, len(codes), step):
+        part = codes[at : at + step]
+        first, second = np.divmod(part, len(sizes))
+        owner = np.arange(len(part)).repeat(sizes[first])
+        places = starts[first].repeat(sizes[first]) + _within(sizes[first])
+        wanted = keys[places] + (second - first)[owner] * shingles
+        where = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        both = np.bincount(owner[keys[where] == wanted], minlength=len(part))
+        union = sizes[first] + sizes[second] - both
+        kept.append(part[both >= JACCARD * union - 1e-9])
+    return np.concatenate([np.zeros(0, dtype=np.int64), *kept])
+
+
+class Leaks:
+    """Finds which test texts occur in training texts, and which training texts hold them.
+
+    A test text leaks if it shares a run of 13 words with a training text. One of fewer than 13
+    words must share 8, and one of fewer than 8 must be equal.
+
+    Args:
+        tests: The words of each test text.
+        n: Words of a run, for all test texts. Shorter texts never leak.
+    """
+
+    def __init__(self, tests: Sequence[list[str]], n: int | None = None):
+        self.tests, self.short = tests, n is None
+        sizes = [n or (13 if len(text) >= 13 else 8) for text in tests]
+        self.groups = {
+            size: [i for i, own in enumerate(sizes) if own == size] for size in sorted(set(sizes))
+        }
+        self.grams = {
+            size: self._ngrams([tests[i] for i in self.groups[size]], size) for size in self.groups
+        }
+        self.index = {size: np.unique(hashes) for size, (hashes, _) in self.grams.items()}
+        self.seen = {size: np.zeros(len(index), bool) for size, index in self.index.items()}
+
+    def _ngrams(self, texts: Sequence[list[str]], size: int) -> tuple[np.ndarray, np.ndarray]:
+        return ngrams(texts, size, short=self.short and size == 8)
+
+    def add(self, texts: Sequence[list[str]]) -> np.ndarray:
+        """Whether each training text, as words, shares a run with a test text (N,)."""
+        holds = np.zeros(len(texts), dtype=bool)
+        for size, index in self.index.items():
+            hashes, counts = self._ngrams(texts, size)
+            places = np.searchsorted(index, hashes)
+            hit = np.append(index, 0)[places] == hashes
+            hit &= places < len(index)
+            self.seen[size][places[hit]] = True
+            holds[np.arange(len(texts)).repeat(counts)[hit]] = True
+        return holds
+
+    def coverage(self) -> np.ndarray:
+        """The share of each test text's words (N,) within runs that training texts hold."""
+        shares = np.zeros(len(self.tests))
+        for size, (hashes, counts) in self.grams.items():
+            seen = self.seen[size][np.searchsorted(self.index[size], hashes)]
+            lengths = np.array([len(self.tests[i]) for i in self.groups[size]], dtype=np.int64)
+            begin = (_starts(lengths).repeat(counts) + _within(counts))[seen]
+            end = np.minimum(begin + size, (_starts(lengths) + lengths).repeat(counts)[seen])
+            change = np.zeros(lengths.sum() + 1, dtype=np.int64)
+            np.add.at(change, begin, 1)
+            np.add.at(change, end, -1)
+            covered = np.bincount(
+                np.arange(len(lengths)).repeat(lengths),
+                weights=change.cumsum()[:-1] > 0,
+                minlength=len(lengths),
+            )
+            shares[self.groups[size]] = covered / np.maximum(lengths, 1)
+        return shares
