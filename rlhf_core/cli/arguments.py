@@ -66,7 +66,8 @@ def add_config(parser: ArgumentParser, config: type[Options], without: Sequence[
             }
         flag = field.metadata["flag"] or "--" + field.name.replace("_", "-")
         text = describe(field).replace("%", "%%")
-        groups[owner].add_argument(flag, default=field.default, help=text, **options)
+        options |= {"dest": field.name, "default": field.default, "help": text}
+        groups[owner].add_argument(flag, **options)
 
 
 def _declared(owner: type) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def test_every_option_of_a_config_appears_once_in_the_group_of_its_class(command
     left_out = {"eval_every"} if command in training.ON_PROMPTS else set()
     title = None
     for field in dataclasses.fields(config):
-        flag = f"--{field.name.replace('_', '-')}"
+        flag = field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
         lines = re.findall(rf"^  {flag}(?: |$|,).*", shown, flags=re.M)
         assert len(lines) == (field.name not in left_out), flag
         assert not lines or flat(describe(field)) in flat(shown), flag
