@@ -14,6 +14,11 @@ from rlhf_core import backends
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 _DENSE = torch.strided
+_FOREIGN = {  # class of transformers or peft -> how to get ours
+    "PreTrainedModel": "save_pretrained(folder), then {}.from_pretrained(folder)",
+    "PeftModel": "save_pretrained(folder), then {}.from_pretrained(folder)",
+    "PreTrainedTokenizerBase": "save_pretrained(folder), then rlhf_core.load_tokenizer(folder)",
+}
 _NUMBERS = {float, int, bool, type(None)}
 _forward_ad = torch.autograd.forward_ad
 _in_torch_func = torch._C._are_functorch_transforms_active
@@ -127,3 +132,14 @@ def values_may_be_read(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or transform() or not is_plain(x):
         return False
     return x.device.type == "cpu" or backends.debug()
+
+
+def check_own(*things: Any) -> None:
+    """Raise TypeError for a model or tokenizer of transformers or peft, with what to call."""
+    for thing in things:
+        for base in type(thing).__mro__:
+            library, name = base.__module__.split(".")[0], type(thing).__name__
+            if library in ("transformers", "peft") and base.__name__ in _FOREIGN:
+                ours = "RewardModel" if name.endswith("SequenceClassification") else "Transformer"
+                call = _FOREIGN[base.__name__].format(ours)
+                raise TypeError(f"{name} is a class of {library}; use its {call}")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_core.checks import check_own
 from rlhf_core.data import Tokenizer
 from rlhf_core.models import KVCache, Transformer, eval_mode
 from rlhf_core.models.packed_decode import PackedModel, packed_for_decoding
@@ -92,6 +93,7 @@ def generate(
             left, or a sequence longer than the model's positions.
         FloatingPointError: logits that are not finite; the message names the row and the token.
     """
+    check_own(model, tokenizer)
     device, config, n = model.device, model.config, num_samples
     prompt_ids, prompt_lengths = _right_padded(prompt_ids, attention_mask)
     B, P = prompt_ids.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from rlhf_core.checks import check_own
 from rlhf_core.data.chat import Content, Message
 from rlhf_core.data.readers import (
     Labelled,
@@ -98,6 +99,7 @@ class Steps(NamedTuple):
 
 def encode_prompt(prompt: Content, tokenizer: Tokenizer) -> list[int]:
     """Return the ids before a response. After messages, add the header of the assistant's turn."""
+    check_own(tokenizer)
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt)
     return tokenizer.encode_chat(prompt, start=len(prompt), add_generation_prompt=True)[0]
@@ -224,6 +226,7 @@ def cut_prompt(prompt: list[int], length: int, bos_id: int | None) -> list[int]:
 
 
 def _encode(prompt: Content, completion: Content, tokenizer: Tokenizer) -> Example:
+    check_own(tokenizer)
     if not isinstance(prompt, str):
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]

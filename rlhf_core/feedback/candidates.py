@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_core.checks import check_own
 from rlhf_core.data import Pair, Prompt, Tokenizer, columns_of
 from rlhf_core.data.encode import cut_prompt
 from rlhf_core.feedback.judges import Judge, JudgeScorer
@@ -204,6 +205,7 @@ def make_scorer(
         ValueError: both or neither is given, they or the config's lengths do not fit the model, or
             they need a column that the prompts do not have.
     """
+    check_own(model, tokenizer)
     _prompt_length(model, config)
     check_stop_strings(config.stop_strings, tokenizer)
     if (reward is None) == (judge is None):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhf_core.checks import check_own
 from rlhf_core.data import Example, Tokenizer, collate, columns_of, step_ends
 from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import unknown_id
@@ -74,6 +75,7 @@ class Scorer:
                 raise ValueError(f"several rewards must be (reward, weight) pairs, got {row!r}")
             if not isinstance(row[1], float | int) or not math.isfinite(row[1]):
                 raise ValueError(f"a reward's weight must be a finite number, got {row[1]!r}")
+            check_own(row[0])
         models = (
             part for part, _ in self.rewards if isinstance(part, RewardModel | EnsembleReward)
         )

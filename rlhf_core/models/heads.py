@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.checks import check_own
 from rlhf_core.masking import last_token_index
 from rlhf_core.models import hub
 from rlhf_core.models.lora import freeze_base, has_adapters
@@ -34,6 +35,7 @@ class _ScalarHead(Pretrained, TrunkModel):
         even if `model` is frozen, because a critic can start from a frozen reward model. If it has
         adapters, only these and the head train. A shared trunk trains as before.
         """
+        check_own(model)
         with torch.device("meta"):
             new = cls(model.config)
         new.trunk = model.trunk if share_trunk else copy.deepcopy(model.trunk)

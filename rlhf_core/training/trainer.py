@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.checks import check_own
 from rlhf_core.data import TokenBatch, Tokenizer, collate
 from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import length, misfit, unknown_id
@@ -48,6 +49,11 @@ class Trainer:
     kinds: tuple[type, ...] = ()  # types of the examples; empty: prompts
     scorer: Scorer | JudgeScorer | None = None  # of methods that sample
     reference: Reference | None = None
+
+    def __new__(cls, *arguments: Any, **options: Any):
+        """Look at the arguments before any `__init__` reads them."""
+        check_own(*arguments, *options.values())
+        return super().__new__(cls)
 
     def __init__(
         self,
