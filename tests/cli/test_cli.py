@@ -14,6 +14,7 @@ import pytest
 from helpers import TEXTS, run, write
 
 from rlhf_core import cli
+from rlhf_core.cli import arguments as shared
 from rlhf_core.cli import sampling, training
 from rlhf_core.feedback.candidates import SamplingConfig
 from rlhf_core.models import hub
@@ -234,8 +235,7 @@ def test_an_interrupt_mentions_the_model_only_where_one_is_trained(
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for module in (sampling, training):
-        monkeypatch.setattr(module, "load_tokenizer", interrupt)
+    monkeypatch.setattr(shared, "load_tokenizer", interrupt)
     assert run("generate", "--model", folders / "policy", "--prompt", "x") == 130
     assert capsys.readouterr().err == "rlhf-core generate: interrupted\n"
     assert train("sft", TEXTS) == 130
