@@ -11,6 +11,7 @@ from rlhf_core.evaluation.comparisons import (
 from rlhf_core.evaluation.frontier import hypervolume, pareto_frontier
 from rlhf_core.evaluation.policies import Evaluation, evaluate_policy
 from rlhf_core.evaluation.ratings import davidson, elo, rate_players, win_rate
+from rlhf_core.evaluation.refusals import refusal_rate
 from rlhf_core.significance import sign_test, wilson_interval
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "measure_calibration",
     "pareto_frontier",
     "rate_players",
+    "refusal_rate",
     "sign_test",
     "wilson_interval",
     "win_rate",
