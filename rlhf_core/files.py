@@ -368,7 +368,7 @@ def model_folder(source: str | os.PathLike) -> Path:
         )
     try:
         download = require("huggingface_hub", "hub").snapshot_download
-        patterns = ["*.json", "*.jinja", "*model*.safetensors"]
+        patterns = ["*.json", "*.jinja", "merges.txt", "*model*.safetensors"]
         return Path(download(str(source), allow_patterns=patterns))
     except ImportError as error:
         raise ImportError(

@@ -1,4 +1,4 @@
-"""Text and conversations to ids and back: a built-in byte tokenizer, and any `tokenizer.json`.
+"""Text and conversations to ids and back: bytes, any `tokenizer.json`, or GPT-2's two files.
 
 Text that spells a special token is encoded letter by letter. Only BOS, EOS and chat templates give
 special ids. A prompt starts with BOS if the tokenizer's post-processor adds it. EOS is added by the
@@ -31,6 +31,8 @@ from rlhf_core.files import (
     short,
     shown,
 )
+
+_GPT2, _END = ("GPT2Tokenizer", "GPT2TokenizerFast"), "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
@@ -105,6 +107,9 @@ class ByteTokenizer:
 class JsonTokenizer:
     """The tokenizer.json of a folder, read with the `tokenizers` package.
 
+    A folder of GPT-2's kind may have vocab.json and merges.txt instead. `save` then makes the
+    tokenizer.json.
+
     BOS, EOS and padding are those of tokenizer_config.json (or else special_tokens_map.json), then
     of generation_config.json, then of config.json. `eos_ids` holds all of them in this order,
     `bos_id` and `pad_id` are the first. Without padding, `pad_id` is 0, because any id works.
@@ -131,17 +136,24 @@ class JsonTokenizer:
         self._template_date, self._template_vars = template_date, template_vars
         self._file = file = self._folder / "tokenizer.json"
         self._config = self._read("special_tokens_map.json") | self._read("tokenizer_config.json")
+        self._made: dict[str, dict] = {}  # files that the folder lacks
+        if file.is_file():
+            spec = read_object(file)
+            self._tokenizer = _tokenizer("from_file", file, str(file))
+        else:
+            self._file = file = self._folder / "vocab.json"
+            spec, self._config = _of_gpt2(self._folder, self._config)
+            self._made = {"tokenizer.json": spec, "tokenizer_config.json": self._config}
+            self._tokenizer = _tokenizer("from_str", file, json.dumps(spec))
         self._names = {
             name: self._text_of(name, token)
             for name, token in self._config.items()
             if name.endswith("_token") and not isinstance(token, bool)
         }
-        self._tokenizer = _tokenizer("from_file", file, str(file))
         known = self._tokenizer.token_to_id
         named = [text for text in self._names.values() if known(text) is not None]
         self._tokenizer.add_special_tokens(named)
         # SentencePiece normalizers put a space before a text, which a completion must not have.
-        spec = read_object(file)
         parts = ("normalizer", "pre_tokenizer")
         unprefixed = spec | {part: _without_prefix(spec.get(part)) for part in parts}
         self._continuing = self._tokenizer
@@ -304,7 +316,7 @@ class JsonTokenizer:
             return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Copy the tokenizer's files, without config.json, which belongs to the model.
+        """Write the tokenizer's files, without config.json, which belongs to the model.
 
         Files with these names that the tokenizer lacks are removed.
         """
@@ -313,14 +325,17 @@ class JsonTokenizer:
         names = (*self._FILES, self._TEMPLATE)
         found = {name: self._folder / name for name in reversed(names)}  # tokenizer.json last
         found = {
-            name: file.read_bytes()
+            name: None if name in self._made else file.read_bytes()
             for name, file in found.items()
-            if name == "tokenizer.json" or file.is_file()
+            if name == "tokenizer.json" or name in self._made or file.is_file()
         }
         with Replacement(path) as files:
             files.remove(*names)
             for name, content in found.items():
-                files.open(name).write(content)
+                if content is None:
+                    dump_json(files.open(name), self._made[name])
+                else:
+                    files.open(name).write(content)
 
 
 def load_tokenizer(
@@ -350,9 +365,67 @@ def load_tokenizer(
                 f"{short(template_vars)}"
             )
         return ByteTokenizer()
+    if all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        return JsonTokenizer(folder, template_date, template_vars)
     raise FileNotFoundError(
-        f"{folder}: no tokenizer.json, and no tokenizer_config.json of a ByteTokenizer"
+        f"{folder}: no tokenizer.json, no vocab.json with merges.txt, and no tokenizer_config.json "
+        "of a ByteTokenizer"
     )
+
+
+def _of_gpt2(folder: Path, config: dict) -> tuple[dict, dict]:
+    """Return tokenizer.json and tokenizer_config.json of GPT-2's vocab.json and merges.txt.
+
+    Raises:
+        ValueError: The tokenizer is of another kind, whose ids these files do not determine, or a
+            file is damaged.
+    """
+    model = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    kinds = config.get("tokenizer_class"), model.get("model_type")
+    if kinds[0] not in (None, *_GPT2) or (kinds[0] is None and kinds[1] not in (None, "gpt2")):
+        raise ValueError(
+            f"{folder}: without tokenizer.json only GPT-2's tokenizer is read, not that of "
+            f"{shown(kinds[0] or kinds[1])}. Write tokenizer.json with transformers: "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    vocabulary, merges = read_object(folder / "vocab.json"), []
+    for number, line in enumerate(read_text(folder / "merges.txt").split("\n"), 1):
+        parts = line.rstrip("\r").split(" ")
+        if line.startswith("#version") or not line.strip():
+            continue
+        if len(parts) != 2 or not {*parts, "".join(parts)} <= vocabulary.keys():
+            raise ValueError(
+                f"{folder / 'merges.txt'}:{number}: must be two tokens of vocab.json that make a "
+                f"third one, got {shown(line)}"
+            )
+        merges.append(parts)
+    if _END in vocabulary:
+        config = {"bos_token": _END, "eos_token": _END, "unk_token": _END} | config
+    file = folder / "added_tokens.json"
+    extra = read_object(file) if file.is_file() else {}
+    extra |= {_END: vocabulary[_END]} if _END in vocabulary else {}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokens = {i: {"content": x, "special": x == _END, **flags} for x, i in extra.items()}
+    try:
+        tokens = config.get("added_tokens_decoder", tokens).items()
+        added = [{**token, "id": int(i)} for i, token in tokens]
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f"{folder}: the added tokens in tokenizer_config.json or added_tokens.json must have "
+            f"whole numbers as ids, got {shown(tokens)}"
+        ) from None
+    spaced = bool(config.get("add_prefix_space", False))
+    bytes_of = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    spec = {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {**bytes_of, "add_prefix_space": spaced},
+        "post_processor": {**bytes_of, "trim_offsets": False, "add_prefix_space": spaced},
+        "decoder": {**bytes_of, "add_prefix_space": True},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+    }
+    return spec, {"tokenizer_class": "GPT2Tokenizer"} | config
 
 
 def _tokenizer(constructor: str, file: Path, argument: str):

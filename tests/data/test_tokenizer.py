@@ -1,8 +1,10 @@
 """Tokenizers: any text survives, prompts start with one BOS, and a saved tokenizer reads back."""
 
+import json
 import random
 
 import pytest
+from helpers import edit_json
 
 from rlhf_core.data import ByteTokenizer, JsonTokenizer, load_tokenizer
 
@@ -66,3 +68,79 @@ def test_a_folder_without_a_tokenizer_or_with_a_broken_one_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json: cannot be read"):
         JsonTokenizer(tmp_path)
+
+
+# ---- vocab.json and merges.txt
+
+
+@pytest.fixture
+def gpt2(data_dir, tmp_path):
+    """A folder with the two files that GPT-2 was released with, and the one with tokenizer.json."""
+    whole, folder = data_dir / "tokenizers/gpt2", tmp_path / "gpt2"
+    model = json.loads((whole / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = [x if isinstance(x, str) else " ".join(x) for x in model["merges"]]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    return folder, whole
+
+
+@pytest.mark.slow
+def test_vocab_and_merges_alone_give_gpt2s_ids(gpt2):
+    transformers = pytest.importorskip("transformers")
+    ours, wanted = map(load_tokenizer, gpt2)
+    peer = transformers.GPT2Tokenizer.from_pretrained(gpt2[0])
+    for name in ("vocab_size", "bos_id", "eos_ids", "pad_id"):
+        assert getattr(ours, name) == getattr(wanted, name)
+    for text in TEXTS:
+        assert ours.encode(text) == wanted.encode(text)
+        if "<|endoftext|>" not in text:  # which is text here
+            assert ours.encode(text) == peer.encode(text)
+
+
+def write_gpt2(folder, merges="a b\n", **config):
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}))
+    (folder / "merges.txt").write_text(merges)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_added_tokens_beside_vocab_and_merges_are_read(tmp_path):
+    write_gpt2(tmp_path, pad_token="<pad>")
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 4, "<x>": 5}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.eos_ids, tokenizer.pad_id) == (6, (3,), 4)
+    assert tokenizer.encode("ab<x>ba") == [2, 5, 1, 0] and tokenizer.decode([2, 3, 4]) == "ab"
+    tokenizer.save(tmp_path / "out")
+    again = load_tokenizer(tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (again.eos_ids, again.pad_id, again.encode("ab<x>ba")) == ((3,), 4, [2, 5, 1, 0])
+    token = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    edit_json(
+        tmp_path / "tokenizer_config.json",
+        added_tokens_decoder={"4": {"content": "<y>", **token}},
+        pad_token="remove",
+    )
+    assert load_tokenizer(tmp_path).encode("a<y>") == [0, 4]
+    edit_json(tmp_path / "tokenizer_config.json", added_tokens_decoder={"x": 1})
+    with pytest.raises(ValueError, match="must have whole numbers as ids"):
+        load_tokenizer(tmp_path)
+
+
+def test_other_tokenizers_of_two_files_and_damaged_merges_are_refused(tmp_path):
+    write_gpt2(tmp_path, tokenizer_class="RobertaTokenizer")
+    with pytest.raises(
+        ValueError, match=r'that of "RobertaTokenizer"\. Write tokenizer\.json with'
+    ):
+        load_tokenizer(tmp_path)
+    write_gpt2(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match='that of "qwen2"'):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").unlink()
+    for line in ("a", "a c", "b a", "a b b"):
+        write_gpt2(tmp_path, f"#version: 0.2\na b\n{line}\n")
+        with pytest.raises(ValueError, match=rf"merges\.txt:3: .*got \"{line}\""):
+            load_tokenizer(tmp_path)
