@@ -25,6 +25,8 @@ from rlhf_core.feedback.rewards import no_hard_exit
 from rlhf_core.files import check_writable, parse_json
 from rlhf_core.models import Transformer, load_reward
 from rlhf_core.models.heads import AGGREGATES
+from rlhf_core.models.hub import stored_dtype
+from rlhf_core.models.lora import is_adapter, read_adapter_config
 from rlhf_core.options import Options, describe
 
 MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hub"
@@ -105,6 +107,20 @@ def device_of(arguments: Namespace) -> torch.device:
         return probe.device
     except (RuntimeError, AssertionError) as error:  # unknown, or this torch is built without it
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def add_save_dtype(parser: ArgumentParser) -> None:
+    help = "dtype of the weights in --out; same: that of --model's files, or of its base"
+    choices = ("float32", "bfloat16", "float16", "same")
+    parser.add_argument("--save-dtype", choices=choices, default="float32", help=help)
+
+
+def save_dtype_of(arguments: Namespace) -> torch.dtype:
+    """The dtype that --save-dtype names."""
+    if arguments.save_dtype != "same":
+        return getattr(torch, arguments.save_dtype)
+    source = arguments.model
+    return stored_dtype(read_adapter_config(source).base if is_adapter(source) else source)
 
 
 def add_template(parser: ArgumentParser) -> None:
@@ -210,10 +226,16 @@ def held_out(arguments: Namespace) -> Iterator[None]:
 def absolute_paths(arguments: Namespace) -> None:
     """Make paths absolute, because a reward may call os.chdir; an owner/name on the hub stays."""
     for name, value in vars(arguments).items():
-        if isinstance(value, Path) and (name != "model" or value.exists()):
-            setattr(arguments, name, value.absolute())
-        elif name == "reward_model" and value is not None:
-            setattr(arguments, name, [x.absolute() if x.exists() else x for x in value])
+        hub = name in ("model", "reward_model")
+        several = isinstance(value, list)
+        paths = [_absolute(x, hub) for x in (value if several else [value])]
+        setattr(arguments, name, paths if several else paths[0])
+
+
+def _absolute(value: Any, hub: bool) -> Any:
+    """The value, or its absolute path; what does not exist may be the name of a hub repository."""
+    plain = not isinstance(value, Path) or (hub and not value.exists())
+    return value if plain else value.absolute()
 
 
 # ---- prompts and rewards

@@ -145,6 +145,7 @@ def _add_merge(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="write into --out even if it is not empty"
     )
+    shared.add_save_dtype(parser)
 
 
 def run_merge(arguments: Namespace) -> None:
@@ -161,9 +162,9 @@ def _merge(arguments: Namespace) -> None:
         raise FileNotFoundError(f"{file} does not exist, so there are no adapters to merge")
     model_type = ILQLModel if has_values(arguments.model) else Transformer
     model_type = RewardModel if is_reward_model(arguments.model) else model_type
-    model = model_type.from_pretrained(arguments.model)
+    model, dtype = model_type.from_pretrained(arguments.model), shared.save_dtype_of(arguments)
     merge_adapters(model)
-    model.save_pretrained(arguments.out)
+    model.save_pretrained(arguments.out, dtype)
     tokenizer.save(arguments.out)
     print(f"merged with {read_json(file)['base_model_name_or_path']}; written to {arguments.out}")
 

@@ -104,7 +104,13 @@ ON_PROMPTS = {
 
 def _add_data_arguments(method: OnData, parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, help=MODEL)
-    parser.add_argument("--data", required=True, type=Path, help=method.data)
+    parser.add_argument(
+        "--data", required=True, type=Path, nargs="+", metavar="FILE", help=method.data
+    )
+    parser.add_argument(
+        "--data-weights", type=float, nargs="+", metavar="WEIGHT",
+        help="share of each --data file in an epoch; default: all rows of all files",
+    )  # fmt: skip
     parser.add_argument("--eval-data", type=Path, help="file to evaluate on")
     parser.add_argument(
         "--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out"
@@ -137,6 +143,7 @@ def _add_run(parser: ArgumentParser) -> None:
     existing.add_argument(
         "--resume", action="store_true", help="continue the checkpoint in --out, with same options"
     )
+    shared.add_save_dtype(parser)
     shared.add_skip_bad(parser)
     shared.add_device(parser)
     lora = parser.add_argument_group(
@@ -183,6 +190,7 @@ def train_on_data(method: OnData, arguments: Namespace) -> None:
 
 def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> None:
     torch.manual_seed(config.seed)
+    dtype = shared.save_dtype_of(arguments)
     tokenizer = shared.tokenizer_of(arguments)
     model = method.load(arguments.model)
     _add_adapters(getattr(model, "lm", model), arguments)
@@ -206,11 +214,19 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
             print(f"{found} and were cut; see --max-length", file=sys.stderr)
         return examples
 
-    examples = load(arguments.data)
+    sources = [load(path) for path in arguments.data]
     if arguments.eval_data is not None:
         held_out = load(arguments.eval_data)
     else:
-        examples, held_out = _split(examples, arguments.eval_fraction, config.seed)
+        splits = [_split(source, arguments.eval_fraction, config.seed) for source in sources]
+        sources, held_out = (
+            [rows for rows, _ in splits],
+            [row for _, rows in splits for row in rows],
+        )
+    if arguments.data_weights is None:
+        examples = [example for source in sources for example in source]
+    else:
+        examples = data.mix(sources, arguments.data_weights, config.seed)
     trainer = method.trainer(
         model.to(shared.device_of(arguments)),
         examples,
@@ -221,8 +237,16 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
     )
     if arguments.resume:
         trainer.resume()
+    metrics = trainer.train()[-1]
+    _save_as(dtype, model, arguments.out)
     note = f"{len(examples)} to train on, {len(held_out)} held out"
-    shared.print_result(trainer.train()[-1], arguments.out, note)
+    shared.print_result(metrics, arguments.out, note)
+
+
+def _save_as(dtype: torch.dtype, model: nn.Module, out: Path) -> None:
+    """Write the model again, unless it has this dtype: trainers save what they hold in memory."""
+    if dtype != next(model.parameters()).dtype:
+        model.save_pretrained(out, dtype)
 
 
 def _split(examples: list, fraction: float, seed: int) -> tuple[list, list]:
@@ -244,6 +268,7 @@ def train_on_prompts(method: OnPrompts, arguments: Namespace) -> None:
 
 
 def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) -> None:
+    dtype = shared.save_dtype_of(arguments)
     model, rows, options = shared.prompted(arguments, config)
     _add_adapters(model, arguments)
     if getattr(arguments, "ptx_data", None) is not None:
@@ -258,6 +283,7 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
         history = trainer.train()
     else:
         history = method.train(model, prompts, config, resume=arguments.resume, **options)
+    _save_as(dtype, model, arguments.out)
     shared.print_result(history[-1], arguments.out, f"{len(rows)} prompts")
 
 

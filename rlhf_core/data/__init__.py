@@ -18,6 +18,7 @@ from rlhf_core.data.encode import (
     step_ends,
 )
 from rlhf_core.data.formats import DataError
+from rlhf_core.data.mixture import mix
 from rlhf_core.data.readers import (
     Candidates,
     Labelled,
@@ -67,6 +68,7 @@ __all__ = [
     "encode_solution",
     "encode_text",
     "load_tokenizer",
+    "mix",
     "read_candidates",
     "read_comparisons",
     "read_labelled",

@@ -86,6 +86,9 @@ class _File:
         try:
             with gzip.open(self.path, "rb") if zipped else open(self.path, "rb") as self.file:
                 yield from (self._lines if plain else self._method(zipped))()
+        except (FileNotFoundError, IsADirectoryError) as error:
+            found = f"{error.strerror[:1].lower()}{error.strerror[1:]}"
+            raise type(error)(f"{self.path}: {found}. {FORMATS}") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             place = self._place(self.number + 1)
             raise DataError(f"{place}: damaged gzip file: {error}") from None

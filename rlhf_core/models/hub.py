@@ -6,8 +6,10 @@ Reading runs no code and opens no pickle. Left out: the meaning of fields and na
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from rlhf_core.files import (
 )
 from rlhf_core.models import families
 from rlhf_core.models.config import TransformerConfig
-from rlhf_core.models.safetensors import StoredTensor, dump_tensors, stored_tensors
+from rlhf_core.models.safetensors import DTYPES, StoredTensor, dump_tensors, stored_tensors
 
 MAX_SHARD_BYTES = 5 * 2**30
 HEADS_FILE = "model.ilql.safetensors"  # the heads of an ILQLModel
@@ -102,6 +104,14 @@ def load(
     return model.requires_grad_(True).eval()
 
 
+def stored_dtype(source: str | os.PathLike) -> torch.dtype:
+    """Return the dtype in which a folder or hub repository stores most of its numbers."""
+    path, numbers = model_folder(source), Counter()
+    for tensor in _find_tensors(path, families.FAMILIES[read_config(path).family]).values():
+        numbers[tensor.dtype] += math.prod(tensor.shape)
+    return DTYPES[max(numbers, key=numbers.__getitem__)]
+
+
 def has_scalar_head(source: str | os.PathLike) -> bool:
     """Whether a folder or hub repository holds a sequence classifier, such as a reward model."""
     file = model_folder(source) / "config.json"
@@ -117,6 +127,7 @@ def save(
     path: str | os.PathLike,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     heads: tuple[dict[str, Tensor], dict[str, str]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write model.safetensors (or shards and their index) and config.json into folder `path`.
 
@@ -124,23 +135,29 @@ def save(
     leaves the folder as it was.
 
     Args:
-        heads: Tensors and texts of HEADS_FILE.
+        heads: Tensors and texts of HEADS_FILE, whose dtype stays.
+        dtype: Dtype of the weights in the files. None means that in memory.
+
+    Raises:
+        ValueError: A weight is beyond the range of dtype.
     """
     path, config = Path(path), model.config
+    dtype = dtype or next(model.parameters()).dtype
     family = families.family_of(config)
-    hf = family.write(config, next(model.parameters()).dtype, scalar_head=hasattr(model, "score"))
+    hf = family.write(config, dtype, scalar_head=hasattr(model, "score"))
     if getattr(model, "of_steps", False):
         hf[families.OF_STEPS] = True
     tensors: dict[str, Tensor] = {}
     for ours, parameter in model.state_dict().items():
         tensors |= family.parts(ours, parameter, config)
     shards, room = [[]], max_shard_bytes
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(name)
-        room -= tensor.nbytes
+        room -= size
     file = "model.safetensors" if len(shards) == 1 else "model-{:05}-of-{:05}.safetensors"
     weight_map = {
         name: file.format(i, len(shards)) for i, names in enumerate(shards, 1) for name in names
@@ -152,12 +169,11 @@ def save(
             files.remove("generation_config.json")
         for names in shards:
             part = {name: tensors[name] for name in names}
-            dump_tensors(files.open(weight_map[names[0]]), part)
+            dump_tensors(files.open(weight_map[names[0]]), part, dtype=dtype)
         if heads is not None:
             dump_tensors(files.open(HEADS_FILE), *heads)
         if len(shards) > 1:
-            total = sum(tensor.nbytes for tensor in tensors.values())
-            value = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            value = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             dump_json(files.open(INDEX_FILE), value)
         dump_json(files.open("config.json"), hf)
 

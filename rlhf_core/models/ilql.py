@@ -85,10 +85,13 @@ class ILQLModel(TrunkModel):
 
     prefill, decode = Transformer.prefill, Transformer.decode  # which call `logits`
 
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write the heads, and the language model as `Transformer.save_pretrained` does."""
+    def save_pretrained(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """Write the heads, and the language model as `Transformer.save_pretrained` does.
+
+        The heads keep their dtype.
+        """
         save = save_adapters if has_adapters(self.lm) else hub.save
-        save(self.lm, path, heads=(self._heads(), {"beta": repr(self.beta)}))
+        save(self.lm, path, dtype=dtype, heads=(self._heads(), {"beta": repr(self.beta)}))
 
     @classmethod
     @torch.no_grad()

@@ -250,8 +250,9 @@ def save_adapters(
     model: nn.Module,
     path: str | os.PathLike,
     heads: tuple[dict[str, Tensor], dict[str, str]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write adapters and a scalar head in PEFT's layout, and `heads` as `hub.save` does.
+    """Write adapters and a scalar head in PEFT's layout; `heads` and `dtype` as for `hub.save`.
 
     The files are adapter_model.safetensors and adapter_config.json. A model in the folder stays. A
     failed save leaves the folder as it was.
@@ -278,7 +279,7 @@ def save_adapters(
         dump_json(files.open(CONFIG_FILE), fields)
         if heads is not None:
             dump_tensors(files.open(HEADS_FILE), *heads)
-        dump_tensors(files.open(WEIGHTS_FILE), _tensors(model), texts)
+        dump_tensors(files.open(WEIGHTS_FILE), _tensors(model), texts, dtype)
 
 
 @torch.no_grad()

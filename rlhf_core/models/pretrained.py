@@ -56,11 +56,17 @@ class Pretrained:
         """A `cls` to load adapters into."""
         return hub.load(cls, path, dtype)
 
-    def save_pretrained(self, path: str | os.PathLike) -> None:
+    def save_pretrained(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write a folder in the Hugging Face layout. A model with adapters writes only these.
+
+        Args:
+            path: The folder.
+            dtype: Dtype of the weights in the files. None means that in memory.
 
         Raises:
             BlockingIOError: A run in another process or thread writes into the folder.
+            ValueError: A weight is beyond the range of dtype.
         """
         check_free(path)
-        (lora.save_adapters if lora.has_adapters(self) else hub.save)(self, path)
+        save = lora.save_adapters if lora.has_adapters(self) else hub.save
+        save(self, path, dtype=dtype)

@@ -99,28 +99,45 @@ def write_tensors(
 
 
 def dump_tensors(
-    file: BinaryIO, tensors: dict[str, Tensor], texts: dict[str, str] | None = None
+    file: BinaryIO,
+    tensors: dict[str, Tensor],
+    texts: dict[str, str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write to an open file, as `write_tensors`. One tensor is copied at a time, if at all.
 
     The bytes are those of the package, which would write to a file of its own, with mode 0600.
+
+    Args:
+        dtype: Dtype of all tensors in the file. None means those of the tensors.
+
+    Raises:
+        ValueError: A number is beyond the range of dtype.
     """
     header, end = {"__metadata__": {"format": "pt", **(texts or {})}}, 0
     ordered = []
-    for dtype, stored in _WRITTEN:
-        for name in sorted(name for name in tensors if tensors[name].dtype == dtype):
-            start, end = end, end + tensors[name].nbytes
+    for written, stored in _WRITTEN:
+        for name in sorted(x for x in tensors if (dtype or tensors[x].dtype) == written):
+            start, end = end, end + tensors[name].numel() * written.itemsize
             shape = list(tensors[name].shape)
             header[name] = {"dtype": stored, "shape": shape, "data_offsets": [start, end]}
-            ordered.append(tensors[name])
+            ordered.append(name)
     if len(ordered) < len(tensors):
         other = next(name for name in tensors if name not in header)
         raise ValueError(f"tensor {other!r} has dtype {tensors[other].dtype}, which is not stored")
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in ordered:
-        file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for name in ordered:
+        tensor = tensors[name].detach().cpu()
+        written = tensor.to(dtype or tensor.dtype)
+        if written.dtype != tensor.dtype and not written.isfinite().equal(tensor.isfinite()):
+            largest = float(tensor.abs().max())
+            raise ValueError(
+                f"tensor {name!r} has a number of size {largest:.4g}, which {dtype} cannot hold. "
+                "Save it as bfloat16 or float32"
+            )
+        file.write(written.contiguous().flatten().view(torch.uint8).numpy())
 
 
 @contextlib.contextmanager

@@ -219,7 +219,7 @@ def test_an_error_states_what_would_be_right(options, remedy, folders, fails, tm
 
 
 def test_a_full_disk_is_an_error_in_one_line(train, tmp_path, capsys, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(hub, "dump_tensors", full)

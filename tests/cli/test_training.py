@@ -1,15 +1,18 @@
 """The commands that train: from files to files, interrupted and resumed, with adapters."""
 
 import json
+import shutil
 import signal
+from collections import Counter
 
 import pytest
 import torch
 from helpers import PAIRS, SMALL, TEXTS, run, write
 
 from rlhf_core.models import RewardModel, Transformer
+from rlhf_core.models.hub import stored_dtype
 from rlhf_core.models.lora import has_adapters
-from rlhf_core.trainers import PPOTrainer
+from rlhf_core.trainers import PPOTrainer, SFTTrainer
 from rlhf_core.training.trainer import Trainer
 
 on_rows = pytest.mark.parametrize(
@@ -303,3 +306,60 @@ def test_methods_that_choose_among_samples_turn_prompts_into_a_policy(
         assert sample(command, *options, "--rounds", 4, "--resume") == 0
         assert len(metrics_in(out)) == 4
         assert (out / "model.safetensors").read_bytes() != weights
+
+
+# ---- several data files, and the dtype of the weights
+
+
+def test_several_data_files_are_joined_or_mixed(train, tmp_path, monkeypatch, fails, folders):
+    start, seen = SFTTrainer.__init__, {}
+
+    def watched(self, model, examples, config, *, eval_examples, **options):
+        for name, rows in (("train", examples), ("eval", eval_examples)):
+            seen[name] = [bytes(row.completion_ids[:-1]).decode() for row in rows]
+        start(self, model, examples, config, eval_examples=eval_examples, **options)
+
+    monkeypatch.setattr(SFTTrainer, "__init__", watched)
+    other = [{"prompt": "p", "completion": f"b{i}"} for i in range(30)]
+    files = [write(tmp_path / "a.jsonl", TEXTS), write(tmp_path / "b.jsonl", other)]
+    assert train("sft", TEXTS, "--data", *files, out="joined") == 0
+    joined = {name: sorted(rows) for name, rows in seen.items()}
+    assert [len(joined[name]) for name in ("train", "eval")] == [36, 4]
+    assert sorted(joined["train"] + joined["eval"]) == sorted(
+        [row["completion"] for row in TEXTS + other]
+    )
+    weights = ["--data-weights", 0.75, 0.25]
+    assert train("sft", TEXTS, "--data", *files, *weights, out="mixed") == 0
+    rows = Counter(seen["train"])
+    assert {name: count for name, count in rows.items() if name[0] != "b"} == dict.fromkeys(
+        [name for name in joined["train"] if name[0] != "b"], 3
+    )  # 27 of the 36 from 9 rows
+    assert sorted(name for name in rows if name[0] == "b") and rows.total() == 36
+    assert sorted(seen["eval"]) == joined["eval"] and not rows.keys() & set(seen["eval"])
+    command = ["sft", "--model", folders / "policy", "--out", tmp_path / "out", "--data"]
+    assert "1 weights for 2 data files" in fails(*command, *files, "--data-weights", 1)
+    missing = fails(*command, "org/name")
+    assert "org/name: no such file or directory. Rows are read from JSON lines" in missing
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "rft"])
+def test_weights_are_saved_in_the_dtype_that_is_asked_for(
+    command, train, sample, folders, tmp_path
+):
+    source = tmp_path / "policy"
+    shutil.copytree(folders / "policy", source)
+    Transformer.from_pretrained(source).save_pretrained(source, torch.bfloat16)
+    options, cls = ["--model", source], RewardModel if command == "reward" else Transformer
+    for asked, name in (("same", "bfloat16"), ("float16", "float16"), ("float32", "float32")):
+        more = [*options, "--save-dtype", asked, "--max-steps", 1]
+        if command == "rft":
+            reward = ["--reward-model", folders / "reward", "--rounds", 1]
+            assert sample(command, *reward, *more, out=asked) == 0
+        else:
+            assert train(command, {"sft": TEXTS, "reward": PAIRS}[command], *more, out=asked) == 0
+        assert json.loads((tmp_path / asked / "config.json").read_text())["torch_dtype"] == name
+        assert stored_dtype(tmp_path / asked) == getattr(torch, name)
+    exact = cls.from_pretrained(tmp_path / "float32").state_dict()
+    half = cls.from_pretrained(tmp_path / "same").state_dict()
+    for name, weight in exact.items():  # rounded once, from the weights that were trained
+        assert torch.equal(half[name], weight.bfloat16().float())

@@ -341,3 +341,60 @@ def test_a_critic_folder_that_is_a_link_is_refused_before_training(tmp_path):
     with pytest.raises(NotADirectoryError, match="critic is a link to"):
         make_ppo(others=dict(out=tmp_path / "out"))
     assert (tmp_path / "elsewhere" / "model.safetensors").read_bytes() == before
+
+
+# ---- the dtype in the files
+
+
+def test_16_bit_files_hold_the_rounded_weights_and_untouched_ones_survive_exactly(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = tiny()
+    for dtype in (torch.bfloat16, torch.float16):
+        model.save_pretrained(tmp_path / "a", dtype)
+        again = Transformer.from_pretrained(tmp_path / "a")
+        for name, weight in again.state_dict().items():
+            assert torch.equal(weight, model.state_dict()[name].to(dtype).float())
+        again.save_pretrained(tmp_path / "b", dtype)
+        bytes_of = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
+        assert bytes_of[0] == bytes_of[1]
+        peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype="auto")
+        assert {x.dtype for x in peer.parameters()} == {dtype}
+        assert hub.stored_dtype(tmp_path / "b") == dtype
+
+
+def test_shards_are_measured_in_the_dtype_that_is_written(tmp_path):
+    model = tiny()
+    hub.save(model, tmp_path, max_shard_bytes=4000, dtype=torch.bfloat16)
+    index = json.loads((tmp_path / hub.INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == 2 * sum(x.numel() for x in model.parameters())
+    for file in set(index["weight_map"].values()):
+        tensors = safetensors.torch.load_file(tmp_path / file).values()
+        assert sum(x.nbytes for x in tensors) <= 4000 or len(tensors) == 1
+        assert {x.dtype for x in tensors} == {torch.bfloat16}
+
+
+def test_adapters_and_a_language_model_with_values_are_saved_in_16_bits(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path / "base")
+    add_adapters(model, LoRAConfig(rank=2, base=str(tmp_path / "base")))
+    model.save_pretrained(tmp_path / "adapters", torch.bfloat16)
+    tensors = safetensors.torch.load_file(tmp_path / "adapters" / WEIGHTS).values()
+    assert {x.dtype for x in tensors} == {torch.bfloat16}
+    Transformer.from_pretrained(tmp_path / "adapters")
+    ILQLModel(tiny()).save_pretrained(tmp_path / "ilql", torch.bfloat16)
+    assert hub.stored_dtype(tmp_path / "ilql") == torch.bfloat16
+    assert ILQLModel.from_pretrained(tmp_path / "ilql").v[0].weight.dtype == torch.float32
+    heads = safetensors.torch.load_file(tmp_path / "ilql" / hub.HEADS_FILE).values()
+    assert {x.dtype for x in heads} == {torch.float32}
+
+
+def test_a_weight_beyond_the_range_of_the_dtype_is_refused_and_the_folder_stays(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.trunk.embed.weight[0, 0] = -70000.0
+    with pytest.raises(ValueError, match=r"a number of size 7e\+04, which torch\.float16 cannot"):
+        model.save_pretrained(tmp_path, torch.float16)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    model.save_pretrained(tmp_path, torch.bfloat16)
