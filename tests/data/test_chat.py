@@ -906,7 +906,7 @@ BAD = [
     ),
     (
         read_preferences, {"chosen": [HI, YES], "rejected": [HI, YES]},
-        "'chosen' must start and end with messages of the assistant .*, got none",
+        "'chosen' and 'rejected' are equal",
     ),
     (
         read_preferences, {"chosen": [HI, YES], "rejected": [HI]},
