@@ -48,6 +48,14 @@ GROUPS = {  # heading -> module, and what each of its commands does
         "feedback",
         {"audit": "check preference pairs for faults and biases"},
     ),
+    "label": (
+        "annotation",
+        {
+            "annotate": "a page on which people label candidates",
+            "export": "labels as training rows, or candidates as another platform's tasks",
+            "import-labels": "labels from Label Studio or Argilla",
+        },
+    ),
     "evaluate": ("evaluation", {}),
     "tools": (
         "tools",

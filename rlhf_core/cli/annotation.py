@@ -1,0 +1,245 @@
+"""The commands for labels from people: the page, exports, and labels from other platforms."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from rlhf_core.cli import arguments as shared
+from rlhf_core.cli.arguments import Command
+from rlhf_core.data import read_candidates
+from rlhf_core.feedback.annotation import export, flags, platforms
+from rlhf_core.feedback.annotation.items import MODES, Item, make_items
+from rlhf_core.feedback.annotation.labels import Settings, open_store, read_labels
+from rlhf_core.feedback.annotation.server import AnnotationServer
+from rlhf_core.files import check_replaceable, check_writable, read_text, replacing
+
+# ---- annotate
+
+
+def _add_annotate(parser: ArgumentParser) -> None:
+    _add_data(parser, required=True)
+    parser.add_argument(
+        "--db", required=True, type=Path, help="database of labels; made if it does not exist"
+    )
+    parser.add_argument(
+        "--annotators", nargs="+", default=["annotator"], metavar="NAME", help="a link for each"
+    )
+    parser.add_argument(
+        "--overlap", type=_positive, default=1, help="number of people who label each item"
+    )
+    parser.add_argument(
+        "--gold", type=Path, metavar="FILE", help="pairs or ranked lists whose answer is known"
+    )
+    parser.add_argument(
+        "--gold-every", type=_positive, default=20, help="every so many items is a gold question"
+    )
+    parser.add_argument(
+        "--guidelines", type=Path, metavar="FILE", help="text that the page shows on request"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every network"
+    )
+    parser.add_argument("--port", type=_port, default=8765, help="0 takes a free one")
+
+
+def _add_data(parser: ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--data",
+        required=required,
+        type=Path,
+        help="candidates: prompt and responses; or pairs, or prompts alone for write",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="pair",
+        help="choose one of two, say how much better it is (8 points), rank, or write the answer",
+    )
+    parser.add_argument(
+        "--criteria",
+        type=_criteria,
+        default=(),
+        metavar="NAME,...",
+        help="rate each answer from 1 to 5 by these, such as helpful,honest,harmless",
+    )
+    parser.add_argument("--seed", type=shared.seed, default=0, help="seed of the sides")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, got {text}")
+    return value
+
+
+def _criteria(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"must be different names, NAME,NAME,..., got {text!r}")
+    return names
+
+
+def _items_and_settings(arguments: Namespace) -> tuple[list[Item], Settings]:
+    if arguments.mode == "write" and arguments.criteria:
+        raise ValueError("--criteria rates answers, but --mode write asks for a text. Remove one")
+    rows = read_candidates(arguments.data)
+    items = make_items(rows, arguments.mode)
+    used = len({item.row for item in items})
+    if not items:
+        raise ValueError(
+            f"{arguments.data}: no row has two different responses to compare. Add responses, or "
+            "use --mode write"
+        )
+    if used < len(rows):
+        reason = "repeated, or without two different responses"
+        print(f"{len(rows) - used} of {len(rows)} rows are left out: {reason}", file=sys.stderr)
+    return items, Settings(arguments.mode, arguments.criteria, arguments.seed)
+
+
+def run_annotate(arguments: Namespace) -> None:
+    """Serve the page on which people label, until a signal."""
+    people = arguments.annotators
+    if len(set(people)) < len(people) or not all(name.isprintable() and name for name in people):
+        raise ValueError(f"--annotators must be different names, got {' '.join(people)}")
+    if arguments.overlap > len(people):
+        raise ValueError(
+            f"--overlap {arguments.overlap} needs as many annotators, got {len(people)}. Name more "
+            "with --annotators"
+        )
+    items, settings = _items_and_settings(arguments)
+    if arguments.gold:
+        items += make_items(read_candidates(arguments.gold), arguments.mode, gold=True)
+    if arguments.host not in ("127.0.0.1", "::1", "localhost"):
+        warnings.warn(
+            f"--host {arguments.host}: texts, labels and links travel unencrypted, and whoever "
+            "reads them can label. Use a network that you trust, or a proxy with TLS",
+            stacklevel=1,
+        )
+    options = {
+        "annotators": people,
+        "overlap": arguments.overlap,
+        "gold_every": arguments.gold_every,
+        "guidelines": read_text(arguments.guidelines) if arguments.guidelines else "",
+    }
+    with (
+        open_store(arguments.db, items, settings, **options) as store,
+        AnnotationServer(store, arguments.host, arguments.port) as server,
+    ):
+        for name, token in store.tokens.items():
+            print(f"{name}: {server.link(token)}", flush=True)
+        status = server.link(server.status_token, "/status")
+        print(f"status: {status}\nCtrl-C ends the server; every label is stored", file=sys.stderr)
+        try:
+            server.serve_forever()
+        finally:
+            for line in flags.summary_lines(flags.summary(arguments.db)):
+                print(line, file=sys.stderr)
+
+
+# ---- export
+
+
+def _add_export(parser: ArgumentParser) -> None:
+    parser.add_argument("--db", type=Path, help="database of labels")
+    _add_data(parser, required=False)
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=(*export.FORMATS, *platforms.PLATFORMS),
+        help="rows that train a model, or tasks for another platform (of --db, or of --data)",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="file of rows or tasks")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument(
+        "--min-agreement",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="leave out comparisons whose winner has a smaller share of the votes",
+    )
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return value
+
+
+def run_export(arguments: Namespace) -> None:
+    """Write labels as rows that train a model, or items as tasks for another platform."""
+    is_tasks = arguments.format in platforms.PLATFORMS
+    if (arguments.db is None) == (arguments.data is None):
+        raise ValueError("pass either --db or --data")
+    if arguments.db is None and not is_tasks:
+        raise ValueError(f"--format {arguments.format} is made from labels: pass --db")
+    config = arguments.out.with_suffix(
+        ".config.xml" if arguments.format == "label-studio" else ".settings.json"
+    )
+    for path in (arguments.out, config) if is_tasks else (arguments.out,):
+        if path.exists() and not arguments.overwrite:
+            raise FileExistsError(f"{path} exists. Choose another --out, or pass --overwrite")
+        check_replaceable(path)
+    check_writable(arguments.out.parent)
+    if not is_tasks:
+        options = arguments.format, arguments.min_agreement
+        rows, left_out = export.export_rows(read_labels(arguments.db), *options)
+        with replacing(arguments.out) as file:
+            for row in rows:
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        reasons = f"; left out: {export.describe(left_out)}" if left_out.total() else ""
+        print(f"{len(rows)} rows written to {arguments.out}{reasons}")
+        return
+    if arguments.db is None:
+        items, settings = _items_and_settings(arguments)
+    else:
+        contents = read_labels(arguments.db)
+        items, settings = list(contents.items.values()), contents.settings
+        items = [item for item in items if not item.ranks]
+    platforms.write_tasks(arguments.format, items, settings, arguments.out, config)
+    print(f"{len(items)} tasks written to {arguments.out}, their configuration to {config}")
+
+
+# ---- import-labels
+
+
+def _add_import(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="JSON export of Label Studio or Argilla"
+    )
+    parser.add_argument(
+        "--db", required=True, type=Path, help="database of labels; made if --data is given"
+    )
+    _add_data(parser, required=False)
+
+
+def run_import(arguments: Namespace) -> None:
+    """Store the labels that another platform exports, with their annotators and times."""
+    source = _items_and_settings(arguments) if arguments.data else (None, None)
+    with open_store(arguments.db, *source) as store:
+        rows = platforms.read_platform(arguments.file, store.items, store.settings)
+        counts = store.add_imported(rows)
+    people = len({row["annotator"] for row in rows})
+    print(
+        f"{counts['new']} labels of {people} people are new, {counts['replaced']} replace older "
+        f"ones, {counts['known']} were known; stored in {arguments.db}"
+    )
+
+
+COMMANDS: dict[str, Command] = {
+    "annotate": Command(_add_annotate, run_annotate),
+    "export": Command(_add_export, run_export),
+    "import-labels": Command(_add_import, run_import),
+}

@@ -1,0 +1,315 @@
+"""Tasks for Label Studio and Argilla, and labels back from their exports.
+
+Tasks hold the texts and nothing else: no model, and the responses in an order by the item's digest.
+On the way back, the texts say which response was left, so that a platform may reorder nothing
+without notice. Left out: requests to a server; both platforms read and write files.
+"""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+from rlhf_core.data.chat import Content
+from rlhf_core.feedback.annotation.items import (
+    MAX_RATING,
+    Item,
+    display_order,
+    unblind,
+    unblind_ratings,
+)
+from rlhf_core.feedback.annotation.labels import Settings
+from rlhf_core.files import Replacement, dump_json, read_json, shown
+
+PLATFORMS = ("label-studio", "argilla")
+_PAIR = {"left": 1, "right": 2, "tie": 0, "both_bad": "both_bad"}
+_PAIR_TEXTS = {
+    "left": "Left is better",
+    "right": "Right is better",
+    "tie": "Tie",
+    "both_bad": "Both are bad",
+}
+_STEPS = ("much better", "better", "slightly better", "barely better")
+_LIKERT = {str(i): f"{i}: left is {word}" for i, word in enumerate(_STEPS, start=1)}
+_LIKERT |= {str(9 - i): f"{9 - i}: right is {word}" for i, word in enumerate(_STEPS, start=1)}
+_LIKERT = dict(sorted(_LIKERT.items()))
+
+Row = dict[str, Any]
+
+
+# ---- to a platform
+
+
+def write_tasks(
+    platform: str, items: Sequence[Item], settings: Settings, out: Path, config: Path
+) -> None:
+    """Write tasks of one of PLATFORMS to `out`, and what its project needs to `config`."""
+    if settings.criteria and settings.mode == "rank":
+        raise ValueError("criteria are not part of ranking tasks. Remove --criteria")
+    tasks, made = (label_studio if platform == "label-studio" else argilla)(items, settings)
+    with Replacement(out.parent) as files:
+        for path, value in ((config, made), (out, tasks)):
+            file = files.open(path.name)
+            file.write(value.encode()) if isinstance(value, str) else dump_json(file, value)
+
+
+def label_studio(items: Sequence[Item], settings: Settings) -> tuple[list[Row], str]:
+    """Tasks for Label Studio, and the labelling configuration to paste into its project."""
+    tasks = []
+    for item in items:
+        order = display_order(settings.seed, item.id, "label-studio", len(item.responses))
+        data: Row = {"item": item.id, "prompt": as_text(item.prompt)}
+        if settings.mode in ("pair", "likert8"):
+            data |= {"left": _text_of(item, order[0]), "right": _text_of(item, order[1])}
+        elif item.responses:
+            data["answers"] = [
+                {"id": str(i), "title": f"Answer {place}", "body": _text_of(item, i)}
+                for place, i in enumerate(order, start=1)
+            ]
+        tasks.append({"data": data})
+    return tasks, _label_studio_view(settings, any(item.responses for item in items))
+
+
+def _label_studio_view(settings: Settings, has_answers: bool) -> str:
+    lines = ['<Header value="Prompt"/>', '<Text name="prompt" value="$prompt"/>']
+    if settings.mode in ("pair", "likert8"):
+        for side in ("left", "right"):
+            lines.append(f'<Header value="{side.title()} answer"/>')
+            lines.append(f'<Text name="{side}" value="${side}"/>')
+            lines += [
+                f"<Header value={quoteattr(f'{criterion}, {side} answer')}/>\n  <Rating "
+                f'name={quoteattr(f"{criterion}:{side}")} toName="{side}" maxRating="{MAX_RATING}" '
+                'required="true"/>'
+                for criterion in settings.criteria
+            ]
+        lines.append('<Header value="Which answer is better?"/>')
+    if settings.mode == "pair":
+        lines.append('<Pairwise name="better" toName="left,right"/>')
+        lines.append('<Choices name="neither" toName="prompt" choice="single" showInline="true">')
+        lines += [f'  <Choice value="{name}" alias="{name}"/>' for name in ("tie", "both_bad")]
+        lines.append("</Choices>")
+    elif settings.mode == "likert8":
+        lines.append('<Choices name="choice" toName="prompt" choice="single" required="true">')
+        lines += [f'  <Choice value="{text}" alias="{i}"/>' for i, text in _LIKERT.items()]
+        lines.append("</Choices>")
+    elif settings.mode == "rank":
+        lines.append('<List name="answers" value="$answers" title="Best answer first"/>')
+        lines.append('<Ranker name="rank" toName="answers"/>')
+    else:
+        if has_answers:
+            lines.append('<List name="answers" value="$answers" title="Answers of models"/>')
+        lines.append('<TextArea name="text" toName="prompt" rows="8" maxSubmissions="1"/>')
+    return "<View>\n" + "".join(f"  {line}\n" for line in lines) + "</View>\n"
+
+
+def argilla(items: Sequence[Item], settings: Settings) -> tuple[list[Row], Row]:
+    """Records for Argilla (`dataset.records.from_json`), and settings (`Settings.from_json`)."""
+    most = max(len(item.responses) for item in items)
+    if settings.mode in ("pair", "likert8"):
+        names = ["left", "right"]
+    else:
+        names = [f"answer_{place}" for place in range(1, most + 1)]
+    records = []
+    for item in items:
+        order = display_order(settings.seed, item.id, "argilla", len(item.responses))
+        fields = {"prompt": as_text(item.prompt)}
+        fields |= {name: _text_of(item, i) for name, i in zip(names, order)}
+        records.append({"id": str(item.id), "fields": fields, "metadata": {"item": item.id}})
+    fields = [
+        _part(name, {"type": "text", "use_markdown": False}, required=name == "prompt")
+        for name in ("prompt", *names)
+    ]
+    questions = [_argilla_question(settings.mode, names)]
+    questions += [
+        _part(f"{criterion}_{name}", _options("rating", range(1, MAX_RATING + 1)))
+        for criterion in settings.criteria
+        for name in names
+    ]
+    return records, {"fields": fields, "questions": questions, "allow_extra_metadata": True}
+
+
+def _argilla_question(mode: str, names: Sequence[str]) -> Row:
+    if mode == "rank":
+        return _part("rank", _options("ranking", names))
+    if mode == "write":
+        return _part("text", {"type": "text", "use_markdown": False})
+    texts = _PAIR_TEXTS if mode == "pair" else _LIKERT
+    options = [{"value": value, "text": text} for value, text in texts.items()]
+    return _part("choice", {"type": "label_selection", "options": options})
+
+
+def _part(name: str, settings: Row, required: bool = True) -> Row:
+    title = name.replace("_", " ").capitalize()
+    return {"name": name, "title": title, "required": required, "settings": settings}
+
+
+def _options(kind: str, values: Sequence) -> Row:
+    return {"type": kind, "options": [{"value": value} for value in values]}
+
+
+def as_text(content: Content) -> str:
+    """A conversation as text, with the role before each turn."""
+    if isinstance(content, str):
+        return content
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in content)
+
+
+def _text_of(item: Item, i: int) -> str:
+    return as_text(item.responses[i])
+
+
+# ---- from a platform
+
+
+def read_platform(path: Path, items: dict[str | int, Item], settings: Settings) -> list[Row]:
+    """Labels in an export of Label Studio (JSON) or Argilla (`records.to_json`).
+
+    Returns:
+        Rows for `LabelStore.add_imported`.
+
+    Raises:
+        ValueError: The file is neither, or an entry of it is not about an item of these.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list) or not all(isinstance(x, dict) for x in entries):
+        raise ValueError(f"{path}: must hold a JSON list of tasks or records, got {shown(entries)}")
+    rows = []
+    for i, entry in enumerate(entries, start=1):
+        try:
+            if "annotations" in entry:
+                rows += _from_label_studio(entry, items, settings)
+            elif "responses" in entry:
+                rows += _from_argilla(entry, items, settings)
+            else:
+                raise ValueError(
+                    "has neither annotations (Label Studio's JSON) nor responses (Argilla's)"
+                )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            fault = error if type(error) is ValueError else f"field {error} is missing or wrong"
+            raise ValueError(f"{path}: entry {i}: {fault}") from None
+    return rows
+
+
+def _item_of(name: Any, items: dict[str | int, Item]) -> Item:
+    if type(name) not in (str, int) or name not in items:
+        raise ValueError(
+            f"item {shown(name)} is not in the database. Import into the --db of its data"
+        )
+    return items[name]
+
+
+def _order_of(item: Item, texts: Sequence[str]) -> list[int]:
+    """The responses' numbers in the order of these texts."""
+    known = [as_text(response) for response in item.responses]
+    if sorted(texts) != sorted(known):
+        raise ValueError(f"the answers of item {shown(item.id)} differ from those in the database")
+    return [known.index(text) for text in texts]
+
+
+def _from_label_studio(task: Row, items: dict, settings: Settings) -> Iterator[Row]:
+    data = task["data"]
+    item = _item_of(data["item"], items)
+    for annotation in task["annotations"]:
+        moment = _moment(annotation.get("updated_at") or annotation["created_at"])
+        by = annotation["completed_by"]
+        by = (by.get("email") or by["id"]) if isinstance(by, dict) else by
+        seconds = annotation.get("lead_time")
+        row = {
+            "id": f"label-studio:{annotation['id']}:{moment}",
+            "item": item.id,
+            "annotator": str(by),
+            "time": moment,
+            "ms": None if seconds is None else round(1000 * seconds),
+        }
+        if annotation.get("was_cancelled"):
+            yield row | {"kind": "skip"}
+            continue
+        values = {part["from_name"]: part["value"] for part in annotation["result"]}
+        if settings.mode in ("pair", "likert8"):
+            order = _order_of(item, [data["left"], data["right"]])
+        else:
+            order = [int(answer["id"]) for answer in data.get("answers", ())]
+        yield row | _meaning(item, settings, order, *_label_studio_choice(values, settings, order))
+
+
+def _label_studio_choice(values: Row, settings: Settings, order: list[int]) -> tuple[Any, Any]:
+    """The choice and the ratings in an annotation's parts, as shown."""
+    ratings = {
+        criterion: [values[f"{criterion}:{side}"]["rating"] for side in ("left", "right")]
+        for criterion in settings.criteria
+    }
+    if settings.mode == "pair":
+        neither = values.get("neither", {}).get("choices")
+        name = neither[0] if neither else values["better"]["selected"]
+        return _PAIR.get(name), ratings
+    if settings.mode == "likert8":
+        return int(values["choice"]["choices"][0].partition(":")[0]), ratings
+    if settings.mode == "rank":
+        best_first = values["rank"]["ranker"]
+        if isinstance(best_first, dict):
+            (best_first,) = (ids for name, ids in best_first.items() if name != "_")
+        return [best_first.index(str(i)) + 1 for i in order], ratings
+    text = values["text"]["text"]
+    return text if isinstance(text, str) else "\n".join(text), ratings
+
+
+def _from_argilla(record: Row, items: dict, settings: Settings) -> Iterator[Row]:
+    item = _item_of(record["metadata"]["item"], items)
+    texts = [
+        text for name, text in record["fields"].items() if name != "prompt" and text is not None
+    ]
+    order, names = _order_of(item, texts), [n for n in record["fields"] if n != "prompt"]
+    moment = record.get("updated_at") or record.get("inserted_at")
+    moment = _moment(moment) if moment else None
+    question = {"rank": "rank", "write": "text"}.get(settings.mode, "choice")
+    for answer in record["responses"].get(question) or ():
+        user = answer["user_id"]
+        value = answer["value"]
+        if settings.mode == "pair":
+            value = _PAIR.get(value)
+        elif settings.mode == "likert8":
+            value = int(value)
+        elif settings.mode == "rank":
+            ranks = {x["value"]: x["rank"] for x in value}
+            value = [ranks[name] for name in names[: len(order)]]
+        ratings = {
+            criterion: [
+                next(
+                    x["value"]
+                    for x in record["responses"][f"{criterion}_{name}"]
+                    if x["user_id"] == user
+                )
+                for name in names
+            ]
+            for criterion in settings.criteria
+        }
+        row = _meaning(item, settings, order, value, ratings)
+        digest = uuid.uuid5(uuid.NAMESPACE_OID, f"{user}:{item.id}:{row}")
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        yield row | {
+            "id": f"argilla:{digest}",
+            "item": item.id,
+            "annotator": str(user),
+            "time": moment or now,
+        }
+
+
+def _meaning(item: Item, settings: Settings, order: list[int], choice: Any, ratings: Row) -> Row:
+    """The columns of a label that the choice fills."""
+    return {
+        "choice": unblind(settings.mode, choice, order),
+        "ratings": unblind_ratings(ratings, settings.criteria, order),
+        "shown": order,
+    }
+
+
+def _moment(text: str) -> str:
+    """A time of a platform as the database writes it."""
+    moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=datetime.timezone.utc)
+    return moment.astimezone(datetime.timezone.utc).isoformat(timespec="milliseconds")
