@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_core.data import Tokenizer
@@ -107,6 +108,19 @@ def sample(
         response.logprobs,
         response.ended,
     )
+
+
+def join(*rollouts: Rollout) -> Rollout:
+    """One rollout of all rows, padded to the longest prompt and the longest response."""
+    P, R = (max(x[i].shape[1] for x in rollouts) for i in (0, 2))
+
+    def padded(rollout: Rollout) -> Rollout:
+        before, after = P - rollout.prompt_ids.shape[1], R - rollout.response_ids.shape[1]
+        prompt = (F.pad(x, (before, 0)) for x in rollout[:2])
+        response = (F.pad(x, (0, after)) for x in rollout[2:5])
+        return Rollout(*prompt, *response, rollout.ended)
+
+    return Rollout(*map(torch.cat, zip(*map(padded, rollouts))))
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from rlhf_core.models import Transformer, TransformerConfig, ValueModel
 from rlhf_core.rollout import (
     Rollout,
     _warn_of_truncation,
+    join,
     response_logprobs,
     response_values,
     sample,
@@ -165,6 +166,18 @@ class Largest(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.nbytes = max(self.nbytes, x.untyped_storage().nbytes())
         return out
+
+
+def test_joined_rollouts_keep_their_rows():
+    model, options = tiny(), dict(max_new_tokens=6, generator=torch.Generator().manual_seed(0))
+    parts = [sample(model, prompts, **options) for prompts in ([[5, 4, 3]], [[8], [7, 9]])]
+    assert len({x.response_ids.shape for x in parts}) == 2
+    joined = join(*parts)
+    for name in ("prompts", "responses"):
+        assert getattr(joined, name)() == [row for x in parts for row in getattr(x, name)()]
+    assert joined.logprobs.sum() == sum(x.logprobs.sum() for x in parts)
+    assert joined.ended.tolist() == [end for x in parts for end in x.ended.tolist()]
+    assert joined.prompt_mask[:, -1].all()  # still padded on the left
 
 
 @pytest.mark.parametrize("scored", ["responses", "completions", "a loss of completions"])

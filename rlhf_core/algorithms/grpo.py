@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_core.data.batches import rows
 from rlhf_core.feedback.candidates import ALL_TIED
 from rlhf_core.feedback.rewards import scores_of
 from rlhf_core.losses.advantages import ESTIMATORS
-from rlhf_core.masking import tied
+from rlhf_core.losses.cispo import cispo_loss
+from rlhf_core.masking import masked_mean, tied
+from rlhf_core.ops.policy_loss import PPOLossStats
 from rlhf_core.options import option
 from rlhf_core.policy_gradient.config import (
     KL_COEF,
@@ -23,6 +28,7 @@ from rlhf_core.policy_gradient.config import (
 )
 from rlhf_core.policy_gradient.experience import Experience
 from rlhf_core.policy_gradient.trainer import PolicyGradientTrainer
+from rlhf_core.rollout import Rollout, join
 from rlhf_core.training.metrics import Metrics
 
 
@@ -30,9 +36,10 @@ from rlhf_core.training.metrics import Metrics
 class GRPOConfig(PolicyGradientConfig):
     """Groups and advantages of GRPO, RLOO, REINFORCE++ and ReMax.
 
-    Dr. GRPO (Liu et al. 2025): normalize False, aggregation sequence_sum. DAPO's clip-higher (Yu et
-    al. 2025), with several updates per rollout: clip_range_high 0.28. GSPO (Zheng et al. 2025),
-    likewise: ratio sequence, aggregation sequence_mean, clip ranges near 3e-4.
+    Dr. GRPO (Liu et al. 2025): normalize False, aggregation sequence_sum. DAPO (Yu et al. 2025):
+    mask_truncated or overlong_buffer, dynamic_sampling and, with several updates per rollout,
+    clip_range_high 0.28. GSPO (Zheng et al. 2025), likewise: ratio sequence, aggregation
+    sequence_mean, clip ranges near 3e-4.
     """
 
     lr: float = option(1e-6, "peak learning rate of AdamW", within="(0, inf)")
@@ -52,6 +59,18 @@ class GRPOConfig(PolicyGradientConfig):
     )
     advantage: str = option("grpo", "how scores become advantages", choices=tuple(ESTIMATORS))
     normalize: bool = option(True, "grpo divides by the standard deviation of the group's scores")
+    dynamic_sampling: int = option(
+        0,
+        "groups whose scores all tie are replaced by groups of other prompts, drawn at random, up "
+        "to so many times a step (DAPO)",
+        within="[0, inf)",
+    )
+    loss: str = option(
+        "clip",
+        "clip: PPO's clipped ratio; cispo: log-probs weighted by the clipped ratio, whose gradient "
+        "no token loses (MiniMax-M1 2025)",
+        choices=("clip", "cispo"),
+    )
     ratio: str = option(
         "token",
         "the clipped ratio: that of each token, or the geometric mean of the sequence's (GSPO)",
@@ -60,10 +79,13 @@ class GRPOConfig(PolicyGradientConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        has_groups = self.num_samples > 1
         least = 2 if self.advantage in ("grpo", "rloo") else 1
         unscaled = self.advantage != "remax" or self.whiten_scores == "none"
         self.check(
             ("num_samples", self.num_samples >= least, f"at least {least} for {self.advantage}"),
+            ("dynamic_sampling", has_groups or not self.dynamic_sampling, "0 for groups of 1"),
+            ("ratio", self.loss == "clip" or self.ratio == "token", "token with loss cispo"),
             ("whiten_scores", unscaled, "none for remax: greedy responses would scale differently"),
         )
         kl_in_reward = self.kl_in == "reward" and self.kl_coef > 0
@@ -73,7 +95,9 @@ class GRPOConfig(PolicyGradientConfig):
             kl_in_reward and self.advantage in ("remax", "reinforce_pp")
         )
         self.warn_unused(
+            ("loss", not self.at_ratio_1, ONE_UPDATE),
             ("ratio", per_token or not self.at_ratio_1, ONE_UPDATE),
+            ("dual_clip", self.loss == "clip" or self.at_ratio_1, "with loss cispo"),
             ("normalize", self.advantage == "grpo", f"on {self.advantage}, which never divides"),
             ("whiten_scores", scale_matters, f"on {self.advantage}, which divides scores itself"),
             (
@@ -96,7 +120,7 @@ class GRPOTrainer(PolicyGradientTrainer):
     """Arguments as for `PolicyGradientTrainer`, without a critic.
 
     Further metrics: reward, reward_std (within groups), kl, clip_ratio, completions/mean_length,
-    frac_reward_zero_std.
+    frac_reward_zero_std; with dynamic_sampling, resampled_groups.
     """
 
     main_metric = "reward"
@@ -109,21 +133,20 @@ class GRPOTrainer(PolicyGradientTrainer):
         """Sample a rollout, a group of responses per prompt, and take the optimiser steps on it."""
         config, metrics = self.config, Metrics()
 
-        # 1. Sample a group of n responses to each of P prompts.
-        rollout = self.sample(batch, config.num_samples)
-        mask = rollout.response_mask  # (P n, R)
+        # 1. Sample a group of n responses to each of P prompts; score and penalize them.
+        batch, rollout, rewards = self.sample_groups(batch, metrics)
+        mask = rollout.response_mask  # (P n, R); rewards are (P n,), or (P n, R) if per token
 
-        # 2. Score the responses; penalize, whiten and clip the scores.
-        rewards = self.score(rollout, batch)  # (P n,), or (P n, R) from a reward per token
+        # 2. Whiten and clip the scores.
         shaped = self.shape(rewards, mask)
 
         # 3. Before any update: log-probs under policy and reference, (P n, R) each.
         predictions = self.predict(rollout)
 
         # 4. The advantage of each response over the others of its group.
-        groups = len(batch), config.num_samples
+        sizes = len(batch), config.num_samples
         kl = predictions.kl * (self.kl_coef.value if config.kl_in == "reward" else 0.0)
-        grouped = [x.unflatten(0, groups) for x in (scores_of(shaped), kl, mask)]
+        grouped = [x.unflatten(0, sizes) for x in (scores_of(shaped), kl, mask)]
         advantages = self.advantages(*grouped, batch).flatten(0, 1)  # (P n, R)
 
         # 5. Epochs of clipped updates.
@@ -132,7 +155,35 @@ class GRPOTrainer(PolicyGradientTrainer):
 
         # 6. Report.
         report = self.report(rollout, predictions, rewards, shaped, metrics)
-        return report | self.group_report(scores_of(rewards).view(groups), advantages, report)
+        return report | self.group_report(scores_of(rewards).view(sizes), advantages, report)
+
+    def sample_groups(
+        self, batch: list[list[int]], metrics: Metrics
+    ) -> tuple[list[list[int]], Rollout, Tensor]:
+        """P prompts, a group of responses to each, and their rewards.
+
+        With dynamic_sampling, groups that tie make room for those of other prompts.
+        """
+        n = self.config.num_samples
+        rollout = self.sample(batch, n)
+        rewards = self.score(rollout, batch)
+        for _ in range(self.config.dynamic_sampling):
+            tie = tied(scores_of(rewards).view(-1, n))  # (P,)
+            metrics.add_part("resampled_groups", tie.sum())
+            if not tie.any():
+                break
+            where = dict(generator=self.generator, device=self.device)
+            index = torch.randint(len(self.examples), (int(tie.sum()),), **where).tolist()
+            others = [self.examples[i] for i in index]
+            fresh, keep = self.sample(others, n), ~tie.repeat_interleave(n)
+            parts = [rewards[keep], self.score(fresh, others)]
+            batch = [prompt for prompt, ties in zip(batch, tie.tolist()) if not ties] + others
+            rollout = join(rows(rollout, keep), fresh)
+            if rewards.ndim == 2:
+                R = rollout.response_ids.shape[1]
+                parts = [F.pad(x, (0, R - x.shape[1])) for x in parts]
+            rewards = torch.cat(parts)
+        return batch, rollout, rewards
 
     def advantages(
         self, scores: Tensor, kl: Tensor, mask: Tensor, batch: list[list[int]]
@@ -160,9 +211,23 @@ class GRPOTrainer(PolicyGradientTrainer):
             "reward": report["objective/scores"],
             "reward_std": scores.std(dim=1).mean().item() if scores.shape[1] > 1 else 0.0,
             "frac_reward_zero_std": tied(scores).float().mean().item(),
-            "clip_ratio": report["policy/clipfrac_avg"],
+            "clip_ratio": report.get("policy/clipfrac_avg", 0.0),
             "completions/mean_length": report["response_length"],
         }
+
+    def surrogate(
+        self, logprobs: Tensor, entropy: Tensor, old: Experience, mask: Tensor, weights: Tensor
+    ) -> tuple[Tensor, PPOLossStats]:
+        """With loss cispo, PPO's op adds only the entropy bonus and the statistics."""
+        if self.config.loss == "clip":
+            return super().surrogate(logprobs, entropy, old, mask, weights)
+        none = old._replace(advantages=torch.zeros_like(old.advantages))
+        bonus, stats = super().surrogate(logprobs.detach(), entropy, none, mask, weights)
+        loss, clipped = cispo_loss(
+            logprobs, old.old_logprobs, old.advantages, mask, clip_ranges=self.config.clip_ranges
+        )
+        stats = stats._replace(clip_frac=masked_mean(clipped.float(), mask))
+        return (loss * weights).sum() + bonus, stats
 
     def ratio_logprobs(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
         """With ratio sequence every token gets its response's mean log-ratio (GSPO, eq. 7)."""

@@ -6,6 +6,7 @@ from rlhf_core.losses.advantages import (
     remax_advantages,
     rloo_advantages,
 )
+from rlhf_core.losses.cispo import cispo_loss
 from rlhf_core.losses.ilql import cloning_loss, expectile_loss, q_loss, transitions
 from rlhf_core.losses.kl import kl_loss
 from rlhf_core.losses.language import regularized_cross_entropy
@@ -31,6 +32,7 @@ from rlhf_core.losses.reward import (
 __all__ = [
     "bradley_terry_loss",
     "centering_loss",
+    "cispo_loss",
     "cloning_loss",
     "dpo_loss",
     "expectile_loss",

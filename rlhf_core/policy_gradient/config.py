@@ -111,6 +111,17 @@ class PolicyGradientConfig(TrainConfig):
         "subtracted from the score of a response that neither EOS nor a stop string ends",
         within="(-inf, inf)",
     )
+    overlong_buffer: int | None = option(
+        None,
+        "soft overlong punishment (DAPO, eq. 13): over the last so many tokens of response_length "
+        "a penalty on the score grows from 0 to 1",
+        within="[1, inf)",
+    )
+    mask_truncated: bool = option(
+        False,
+        "responses that neither EOS nor a stop string ends do not enter the loss (DAPO's overlong "
+        "filtering); their scores still count in the advantages of the others",
+    )
     length_penalty: float = option(
         0.0, "subtracted from the score for each token of the response", within="(-inf, inf)"
     )
@@ -130,9 +141,11 @@ class PolicyGradientConfig(TrainConfig):
         steered = bool(self.kl_target or self.entropy_target)
         has_gradient = self.kl_in == "reward" or self.kl_estimator != "abs"
         long_enough = not steered or self.kl_horizon >= rollout
+        buffer, longest = self.overlong_buffer or 1, self.response_length
         self.check(
             ("kl_estimator", has_gradient, "one with the KL's gradient when kl_in is loss"),
             ("minibatch_size", size is None or 0 < size <= rollout, f"from 1 to {rollout}"),
+            ("overlong_buffer", buffer <= longest, f"at most response_length {longest}"),
             ("kl_horizon", long_enough, f"at least the rollout's {rollout} responses"),
         )
         no_kl = "because kl_coef is 0"

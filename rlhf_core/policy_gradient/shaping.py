@@ -33,15 +33,23 @@ def penalized(
     *,
     length_penalty: float,
     missing_eos_penalty: float | None,
+    overlong_buffer: int | None,
+    response_length: int,
 ) -> Tensor:
-    """Rewards minus the penalties for length and for a missing end.
+    """Rewards minus the penalties for length, for a missing end and for too long a response.
 
     Args:
         rewards: (B,) or (B, R).
         mask: (B, R) bool, the response tokens.
         ended: (B,) bool, as in `Rollout`.
+        overlong_buffer: the last penalty grows from 0 to 1 over so many tokens before
+            response_length (Yu et al. 2025, eq. 13).
     """
-    penalty = length_penalty * mask.sum(dim=1)
+    lengths = mask.sum(dim=1)
+    penalty = length_penalty * lengths
+    if overlong_buffer is not None:
+        beyond = lengths - (response_length - overlong_buffer)
+        penalty = penalty + (beyond / overlong_buffer).clamp_min(0)
     if missing_eos_penalty is not None:
         penalty = penalty + missing_eos_penalty * ~ended
     return add_to_last(rewards, -penalty, mask)

@@ -29,6 +29,7 @@ from rlhf_core.masking import Moments, loss_weights, masked_mean, masked_moments
 from rlhf_core.models import Transformer, ValueModel
 from rlhf_core.ops import kl_estimate, ppo_loss
 from rlhf_core.ops.linear_logprobs import TokenStatistics
+from rlhf_core.ops.policy_loss import PPOLossStats
 from rlhf_core.policy_gradient.config import PolicyGradientConfig
 from rlhf_core.policy_gradient.experience import Experience, Predictions
 from rlhf_core.policy_gradient.report import (
@@ -61,6 +62,11 @@ from rlhf_core.training.trainer import Trainer
 # Largest error of the first minibatch's ratio: other padding rounds differently.
 MAX_FIRST_ERROR = {"float32": 1e-3, "bfloat16": 0.05}
 DIVERGED = "the weights have diverged (try a smaller lr or fewer ppo_epochs) or bfloat16 overflows"
+
+ALL_TRUNCATED = (
+    "every response is truncated, so with mask_truncated there is nothing to learn. Raise "
+    "response_length, or start from a policy that ends its responses"
+)
 
 
 class EarlyStop(Exception):
@@ -186,7 +192,7 @@ class PolicyGradientTrainer(Trainer):
 
     @torch.no_grad()
     def score(self, rollout: Rollout, batch: list[list[int]]) -> Tensor:
-        """Rewards (B,) or (B, R), minus the penalties for length and missing EOS.
+        """Rewards (B,) or (B, R), minus the penalties of `penalized`.
 
         batch: the prompts that the rollout was sampled from.
         """
@@ -201,6 +207,8 @@ class PolicyGradientTrainer(Trainer):
             rollout.ended,
             length_penalty=self.config.length_penalty,
             missing_eos_penalty=self.config.missing_eos_penalty,
+            overlong_buffer=self.config.overlong_buffer,
+            response_length=self.config.response_length,
         )
 
     def shape(self, rewards: Tensor, mask: Tensor) -> Tensor:
@@ -288,9 +296,16 @@ class PolicyGradientTrainer(Trainer):
     def update(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> None:
         """Pass over the rollout ppo_epochs times in minibatches, one optimiser step for each.
 
-        Before a step beyond max_approx_kl the passes stop.
+        Before a step beyond max_approx_kl the passes stop. With mask_truncated the minibatches, and
+        so the denominators of the loss, know only the responses that ended.
         """
-        config, size = self.config, len(rollout.response_ids)
+        config = self.config
+        if config.mask_truncated:
+            rollout, experience = (rows(x, rollout.ended) for x in (rollout, experience))
+        size = len(rollout.response_ids)
+        if not size:
+            self.warn_once(ALL_TRUNCATED)
+            return
         if config.importance_cap is not None:
             experience = weighted_by_importance(experience, rollout, config.importance_cap)
         first = True
@@ -374,23 +389,9 @@ class PolicyGradientTrainer(Trainer):
         """The clipped loss () of tokens (B, R), with entropy bonus and KL penalty."""
         config, entropy_coef = self.config, self.entropy_coef.value
         ratio_logprobs = self.ratio_logprobs(logprobs, old.old_logprobs, mask)
-        loss, stats = ppo_loss(
-            ratio_logprobs,
-            old.old_logprobs,
-            old.advantages,
-            None,
-            None,
-            None,
-            mask,
-            clip_range=config.clip_ranges,
-            value_clip_range=None,
-            vf_coef=0.0,
-            # For the statistics alone it needs no gradient, which would be all zeros.
-            entropy=entropy if entropy_coef else entropy.detach(),
-            entropy_coef=entropy_coef,
-            dual_clip=config.dual_clip,
-            weights=weights,
-        )
+        # For the statistics alone the entropy needs no gradient, which would be all zeros.
+        entropy_term = entropy if entropy_coef else entropy.detach()
+        loss, stats = self.surrogate(ratio_logprobs, entropy_term, old, mask, weights)
         if ratio_logprobs is not logprobs:  # the approximate KL stays that of single tokens
             kl = kl_estimate(old.old_logprobs, logprobs.detach(), estimator="k3", mask=mask)
             stats = stats._replace(approx_kl=masked_mean(kl, mask))
@@ -408,6 +409,28 @@ class PolicyGradientTrainer(Trainer):
             metrics.add_part("loss/kl", kl)
             loss = loss + self.kl_coef.value * kl
         return loss
+
+    def surrogate(
+        self, logprobs: Tensor, entropy: Tensor, old: Experience, mask: Tensor, weights: Tensor
+    ) -> tuple[Tensor, PPOLossStats]:
+        """The clipped loss () with entropy bonus, and its statistics."""
+        config = self.config
+        return ppo_loss(
+            logprobs,
+            old.old_logprobs,
+            old.advantages,
+            None,
+            None,
+            None,
+            mask,
+            clip_range=config.clip_ranges,
+            value_clip_range=None,
+            vf_coef=0.0,
+            entropy=entropy,
+            entropy_coef=self.entropy_coef.value,
+            dual_clip=config.dual_clip,
+            weights=weights,
+        )
 
     def ratio_logprobs(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
         """The log-probs (B, R) whose ratio to the old ones is clipped."""
@@ -521,7 +544,8 @@ class PolicyGradientTrainer(Trainer):
         report = metrics.means()
         if self.reference is None:
             del report["objective/kl"]
-        report["val/ratio_var"] = report.pop("ratio_squared") - report["val/ratio"] ** 2
+        if "val/ratio" in report:  # there was an update
+            report["val/ratio_var"] = report.pop("ratio_squared") - report["val/ratio"] ** 2
         report |= rollout_mismatch(rollout, predictions)
         report["val/num_eos_tokens"] = int(rollout.ended.sum())
         report |= {"objective/kl_coef": kl_coef, "policy/entropy_coef": entropy_coef}

@@ -36,7 +36,7 @@ NAME, ERROR_NAME = "checkpoint", "checkpoint-error"
 STATE = "state.safetensors"  # the trainer's state in the folder of a checkpoint
 # Options that may differ when a run is resumed: finished steps do not depend on them ...
 FREE = {"log_every", "eval_every", "save_every", "keep", "reference_logprobs"}
-# ... or only through the slope of a linear schedule, which gives a warning.
+# ... or only through the slope of a decaying schedule, which gives a warning.
 LENGTH = {"epochs", "max_steps"}
 MISSING = object()
 # Entries in which a missing part is a difference.
@@ -272,11 +272,12 @@ def _check_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> No
     if total < steps:
         raise ValueError(f"{path}: the checkpoint is at step {steps}, this run ends at {total}")
     settings = now["settings"]
-    decays = settings["lr_schedule"] == "linear" and steps > settings["warmup_steps"]
+    schedule = settings["lr_schedule"]
+    decays = schedule != "constant" and steps > settings["warmup_steps"]
     if decays and total != then.get("total_steps", total):
         warnings.warn(
-            f"{path}: the first {steps} steps used a linear schedule over {then['total_steps']} "
-            f"steps, the following ones use one over {total}",
+            f"{path}: the first {steps} steps used a {schedule} schedule over "
+            f"{then['total_steps']} steps, the following ones use one over {total}",
             stacklevel=4,
         )
 

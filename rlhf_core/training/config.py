@@ -16,7 +16,9 @@ class TrainConfig(Options):
 
     lr: float = option(1e-5, "peak learning rate of AdamW", within="(0, inf)")
     lr_schedule: str = option(
-        "linear", "linear decays lr to 0 over the run", choices=("linear", "constant")
+        "linear",
+        "after the warmup, linear and cosine decay lr to 0 over the run",
+        choices=("linear", "cosine", "constant"),
     )
     warmup_steps: int = option(0, "steps over which lr rises from 0", within="[0, inf)")
     batch_size: int = option(

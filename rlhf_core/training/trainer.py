@@ -386,8 +386,10 @@ class Trainer:
         factor, warmup = 1.0, self.config.warmup_steps
         if self.steps_done < warmup:
             factor = (self.steps_done + 1) / warmup
-        elif self.config.lr_schedule == "linear":
+        elif self.config.lr_schedule != "constant":
             factor = (self.total_steps - self.steps_done) / (self.total_steps - warmup)
+            if self.config.lr_schedule == "cosine":
+                factor = (1 - math.cos(math.pi * factor)) / 2
         for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lrs):
             group["lr"] = peak_lr * factor
 

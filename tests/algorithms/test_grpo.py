@@ -5,11 +5,13 @@ import warnings
 
 import pytest
 import torch
-from helpers import PROMPTS, Letters, fives, forward, lengths, rollout_of, tiny
+from helpers import PROMPTS, Letters, fives, forward, lengths, rollout_of, snapshot, tiny
 from torch.testing import assert_close
 
+from rlhf_core.data.batches import rows
 from rlhf_core.losses import (
     grpo_advantages,
+    kl_loss,
     reinforce_pp_advantages,
     remax_advantages,
     rloo_advantages,
@@ -165,6 +167,128 @@ def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens():
     assert 0 < metrics.means()["policy/clipfrac_avg"] < 1
     kl = (log_ratio.exp() - 1 - log_ratio).sum() / mask.sum()  # of tokens
     assert metrics.means()["policy/approxkl_avg"] == pytest.approx(kl.item(), rel=1e-4)
+
+
+def test_cispo_keeps_the_gradient_of_tokens_beyond_the_clip():
+    """Against its formula on the model's own log-probs, with entropy bonus and KL in the loss."""
+    settings = dict(entropy_coef=0.1, kl_coef=0.2, clip_range=1.0, clip_range_high=0.1)
+    trainer = make(loss="cispo", ppo_epochs=2, others=dict(reference=tiny(seed=1)), **settings)
+    rollout = rollout_of(trainer)
+    mask, columns = rollout.response_mask, trainer.predict(rollout)
+    torch.manual_seed(3)
+    old_logprobs = columns.logprobs + 0.3 * torch.randn(mask.shape) * mask
+    advantages = torch.randn(8)[:, None].expand_as(mask)
+    trainer.optimizer.zero_grad()
+    metrics = Metrics()
+    old = Experience(old_logprobs, advantages, columns.ref_logprobs)
+    for loss in trainer.minibatch_losses(rollout, old, metrics):
+        loss.backward()
+    got = [p.grad.clone() for p in trainer.model.parameters()]
+    trainer.optimizer.zero_grad()
+    now = forward(trainer, rollout)
+    ratio = (now.logprobs - old_logprobs).exp().detach()
+    objective = ratio.clamp_max(1.1) * advantages * now.logprobs + 0.1 * now.entropy
+    kl = kl_loss(now.logprobs, old_logprobs, columns.ref_logprobs, mask, estimator="k3")
+    (-(objective - 0.2 * kl)[mask].mean()).backward()
+    assert_close(got, [p.grad for p in trainer.model.parameters()], rtol=1e-4, atol=1e-6)
+    clipped = (ratio > 1.1)[mask].float().mean().item()
+    assert metrics.means()["policy/clipfrac_avg"] == pytest.approx(clipped) and 0 < clipped < 1
+    value = -(ratio.clamp_max(1.1) * advantages * now.logprobs)[mask].mean().item()
+    assert metrics.means()["loss/policy_avg"] == pytest.approx(value, rel=1e-4)
+
+
+def test_truncated_responses_teach_nothing_and_count_in_no_denominator():
+    """The update is that on the responses that ended; their advantages know all of the group."""
+    _, rollout, experience, _ = captured()
+    masked, ended = make(mask_truncated=True), rollout.ended
+    assert 0 < ended.sum() < len(ended)
+    masked.update(rollout, experience, Metrics())
+    kept = rows(rollout, ended), rows(experience, ended)
+    plain = make()
+    plain.update(*kept, Metrics())
+    assert_close(masked.model.state_dict(), plain.model.state_dict(), rtol=0, atol=0)
+    assert masked.step(PROMPTS)["val/num_eos_tokens"] < 8 * N
+
+
+def test_a_step_of_only_truncated_responses_changes_nothing():
+    trainer = make(mask_truncated=True, others=dict(eos_ids=()), reward=fives)
+    before = snapshot(trainer.model)
+    with pytest.warns(UserWarning, match="every response is truncated"):
+        report = trainer.step(PROMPTS)
+    assert "loss" not in report and report["clip_ratio"] == 0
+    assert_close(snapshot(trainer.model), before, rtol=0, atol=0)
+
+
+def odd(prompts, responses):
+    """Only responses to prompts that begin with an odd token differ."""
+    return [len(r) * float(p[0] % 2) for p, r in zip(prompts, responses)]
+
+
+def odd_per_token(prompts, responses):
+    return [[float(p[0] % 2)] * len(r) for p, r in zip(prompts, responses)]
+
+
+@pytest.mark.parametrize("reward", [odd, odd_per_token])
+def test_groups_that_tie_are_replaced_by_those_of_other_prompts(reward):
+    _, rollout, experience, report = captured(dynamic_sampling=20, reward=reward)
+    assert report["frac_reward_zero_std"] == 0 < report["resampled_groups"]
+    prompts = rollout.prompts()
+    assert len(prompts) == 8 * N and all(prompt[0] % 2 for prompt in prompts)
+    assert all(prompts[i : i + N] == [prompts[i]] * N for i in range(0, 8 * N, N))
+    scores = torch.tensor(odd(prompts, rollout.responses())).view(8, N)
+    assert report["reward"] == pytest.approx(scores.mean().item())
+    mask = rollout.response_mask.unflatten(0, (8, N))
+    want = grpo_advantages(scores, torch.zeros(mask.shape), mask).flatten(0, 1)
+    assert_close(experience.advantages, want)
+
+
+def test_groups_are_resampled_only_as_often_as_configured():
+    """All tie: 8 groups twice, and the last ones stay."""
+    calls = []
+
+    def nothing(prompts, responses):
+        calls.append(len(prompts))
+        return [0.0] * len(prompts)
+
+    _, rollout, _, report = captured(dynamic_sampling=2, reward=nothing)
+    assert len(calls) == 3 and len(rollout.response_ids) == 8 * N
+    assert report["resampled_groups"] == 16 and report["frac_reward_zero_std"] == 1
+    with pytest.raises(ValueError, match="dynamic_sampling must be 0 for groups of 1, got 1"):
+        make(num_samples=1, advantage="remax", dynamic_sampling=1)
+
+
+def test_a_run_with_every_part_of_dapo_resumes_bit_by_bit(tmp_path):
+    """Row 19. Also with cispo and a cosine schedule."""
+
+    def build(out, **options):
+        dapo = dict(dynamic_sampling=2, mask_truncated=True, overlong_buffer=3, loss="cispo")
+        sizes = dict(batch_size=2, ppo_epochs=2, lr=1e-2, lr_schedule="cosine", warmup_steps=1)
+        others = dict(out=tmp_path / out, tokenizer=Letters())
+        options |= dapo | sizes | dict(stop_strings=("f",))
+        return make(reward=odd_texts, others=others, **options)
+
+    def odd_texts(prompts, responses):
+        return [len(r) * float(len(p) % 2) for p, r in zip(prompts, responses)]
+
+    whole = build("whole")
+    history = whole.train()
+    first = build("parts", save_every=2)
+    for batch in list(first.batches())[:2]:
+        first.advance(batch)
+    first.save_checkpoint()
+    (tmp_path / "parts" / "metrics.jsonl").write_text(
+        "".join((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(keepends=True)[:2])
+    )
+    rest = build("parts", save_every=2)
+    rest.resume()
+    resumed = rest.train()
+    assert equal_steps(resumed, history) and sum(step["resampled_groups"] for step in history) > 0
+    assert_close(snapshot(rest.model), snapshot(whole.model), rtol=0, atol=0)
+
+
+def equal_steps(some, others):
+    """Whether the metrics agree apart from speed."""
+    return [{**x, "eps": 0} for x in some] == [{**x, "eps": 0} for x in others]
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce_pp", "remax"])

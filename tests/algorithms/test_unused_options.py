@@ -101,6 +101,8 @@ CASES = [  # what trains, its options, the one without effect
     (ppo, dict(vf_coef=0.0), dict(critic_lr=1.0)),
     (a2c, {}, dict(clip_range=1e-4)),
     (grpo, {}, dict(ratio="sequence")),
+    (grpo, {}, dict(loss="cispo")),
+    (grpo, dict(loss="cispo", ppo_epochs=2), dict(dual_clip=1.001)),
     (grpo, dict(aggregation="sequence_mean", entropy_coef=0.1), dict(ratio="sequence")),
     *((grpo, dict(advantage=name), dict(normalize=False)) for name in ("rloo", "remax")),
     (grpo, {}, dict(whiten_scores="batch")),
@@ -149,7 +151,7 @@ def test_an_option_without_effect_warns_once_and_changes_no_weight(train, option
     assert len([warning for warning in caught if "no effect" in str(warning.message)]) == 1
     # The same numbers, computed otherwise: the mean of a ratio, scores divided by their deviation,
     # advantages in torch instead of a kernel.
-    rounds = name in ("ratio", "whiten_scores", "whiten_mean") or value == "full"
+    rounds = name in ("loss", "ratio", "whiten_scores", "whiten_mean") or value == "full"
     assert_close(got, want, rtol=1e-3 if rounds else 0, atol=1e-5 if rounds else 0)
 
 

@@ -46,6 +46,10 @@ def test_sizes_of_rollout_and_update():
             dict(kl_target=6.0, kl_horizon=63),
             "kl_horizon must be at least the rollout's 64 responses, got 63",
         ),
+        (
+            dict(overlong_buffer=9, response_length=8),
+            "overlong_buffer must be at most response_length 8, got 9",
+        ),
         (dict(length_penalty=math.nan), "length_penalty must be finite, got nan"),
         (dict(missing_eos_penalty=math.inf), r"missing_eos_penalty must be .*, got inf"),
     ],

@@ -25,12 +25,29 @@ def test_a_coefficient_is_steered_to_its_target():
 
 def test_penalties_are_subtracted_at_the_last_counted_token():
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    ended, settings = torch.tensor([True, False]), dict(length_penalty=0.5, missing_eos_penalty=2.0)
+    ended, others = torch.tensor([True, False]), dict(overlong_buffer=None, response_length=3)
+    settings = dict(length_penalty=0.5, missing_eos_penalty=2.0, **others)
     of_responses, per_token = torch.tensor([1.0, 1.0]), torch.tensor([[1.0, 0, 2], [3, 0, 0]])
     assert penalized(of_responses, mask, ended, **settings).tolist() == [-0.5, -1.5]
     assert penalized(per_token, mask, ended, **settings).tolist() == [[1, 0, 0.5], [0.5, 0, 0]]
     none = dict(length_penalty=0.0, missing_eos_penalty=None)
-    assert torch.equal(penalized(per_token, mask, ended, **none), per_token)
+    assert torch.equal(penalized(per_token, mask, ended, **none, **others), per_token)
+
+
+def test_the_overlong_penalty_grows_from_0_to_1_over_the_buffer():
+    """DAPO's eq. 13 by hand: length 10, a buffer of 4."""
+    lengths = torch.tensor([1, 6, 7, 9, 10])
+    mask = torch.arange(10) < lengths[:, None]
+    got = penalized(
+        torch.full((5,), 2.0),
+        mask,
+        lengths < 10,
+        length_penalty=0.0,
+        missing_eos_penalty=None,
+        overlong_buffer=4,
+        response_length=10,
+    )
+    assert got.tolist() == [2, 2, 1.75, 1.25, 1]
 
 
 @pytest.mark.parametrize("subtract_mean", [False, True])

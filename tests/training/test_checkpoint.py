@@ -238,17 +238,18 @@ def test_a_reward_run_resumed_at_its_last_step_is_normalized(tmp_path):
     assert abs(scores.mean()) < 1e-4 and abs(scores.std(correction=0) - 1) < 1e-4
 
 
-def test_resuming_with_another_linear_schedule_warns(tmp_path):
-    build("sft", tmp_path, save_every=1, max_steps=2).train()
-    longer = build("sft", tmp_path)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_resuming_with_another_decaying_schedule_warns(schedule, tmp_path):
+    build("sft", tmp_path, save_every=1, max_steps=2, lr_schedule=schedule).train()
+    longer = build("sft", tmp_path, lr_schedule=schedule)
     with pytest.warns(
-        UserWarning, match="the first 2 steps used a linear schedule over 2 steps, .* over 6"
+        UserWarning, match=f"the first 2 steps used a {schedule} schedule over 2 steps, .* over 6"
     ):
         longer.resume()
     assert longer.steps_done == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build("sft", tmp_path, max_steps=2).resume()  # the same
+        build("sft", tmp_path, max_steps=2, lr_schedule=schedule).resume()  # the same
         for out, options in (
             ("flat", dict(lr_schedule="constant")),
             ("rising", dict(warmup_steps=2)),

@@ -17,7 +17,7 @@ from rlhf_core.training.config import TrainConfig
         (dict(epochs=-1), "epochs must be at least 1, got -1"),
         (dict(max_grad_norm=0), "max_grad_norm must be > 0, got 0"),
         (dict(lr=NAN), "lr must be > 0 and finite, got nan"),
-        (dict(lr_schedule="cosine"), "lr_schedule must be one of linear, constant, got 'cosine'"),
+        (dict(lr_schedule="step"), "must be one of linear, cosine, constant, got 'step'"),
         (dict(precision="float16"), "precision must be one of float32, bfloat16, got 'float16'"),
         (dict(freeze_layers=-1), "freeze_layers must be at least 0, got -1"),
         (dict(warmup_steps=-1), "warmup_steps must be at least 0, got -1"),

@@ -480,6 +480,9 @@ def test_every_epoch_sees_every_example_once_in_another_order():
         (dict(), [1, 0.75, 0.5, 0.25]),
         (dict(lr_schedule="constant"), [1, 1, 1, 1]),
         (dict(warmup_steps=2), [0.5, 1, 1, 0.5]),
+        # As transformers' get_cosine_schedule_with_warmup gives them.
+        (dict(lr_schedule="cosine"), [1, 0.8535533906, 0.5, 0.1464466094]),
+        (dict(warmup_steps=1, lr_schedule="cosine"), [1, 1, 0.75, 0.25]),
         (dict(warmup_steps=2, lr_schedule="constant"), [0.5, 1, 1, 1]),
         (dict(warmup_steps=4), [0.25, 0.5, 0.75, 1]),
         (dict(warmup_steps=8), [0.125, 0.25, 0.375, 0.5]),
