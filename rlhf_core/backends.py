@@ -96,21 +96,28 @@ _choose._dynamo_marked_constant = True
 
 def status() -> list[Status]:
     """Name, availability and reason of every backend."""
-    rows = [Status("reference", True, "plain PyTorch, any device and float dtype")]
-    for name in list(_MODULES)[1:]:
-        module, reason = _load(name)
-        if module is None:
-            rows.append(Status(name, False, f"{reason}; {_REMEDY[name]}"))
-        elif name == "cpp":
-            threads = torch.get_num_threads()
-            rows.append(Status(name, True, f"rlhf_core._C, {module.isa()} code, {threads} threads"))
-        elif torch.cuda.is_available():
-            rows.append(Status(name, True, f"on {torch.cuda.get_device_name()}"))
-        elif _interpreting():
-            rows.append(Status(name, True, "interpreted on CPU (TRITON_INTERPRET=1)"))
-        else:
-            rows.append(Status(name, False, "no CUDA device found"))
-    return rows
+    return [_status(name) for name in _MODULES]
+
+
+def of_device(device: str) -> Status:
+    """The backend that `resolve` picks for float32 tensors on a type of device, such as "cpu"."""
+    return _status(_choose(None, torch.float32, device))
+
+
+def _status(name: str) -> Status:
+    if name == "reference":
+        return Status(name, True, "plain PyTorch, any device and float dtype")
+    module, reason = _load(name)
+    if module is None:
+        return Status(name, False, f"{reason}; {_REMEDY[name]}")
+    if name == "cpp":
+        threads = torch.get_num_threads()
+        return Status(name, True, f"rlhf_core._C, {module.isa()} code, {threads} threads")
+    if torch.cuda.is_available():
+        return Status(name, True, f"on {torch.cuda.get_device_name()}")
+    if _interpreting():
+        return Status(name, True, "interpreted on CPU (TRITON_INTERPRET=1)")
+    return Status(name, False, "no CUDA device found")
 
 
 def report() -> None:

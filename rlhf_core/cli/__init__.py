@@ -133,11 +133,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(name: str, options: Sequence[str]) -> None:
     from rlhf_core.cli.arguments import absolute_paths
+    from rlhf_core.cli.config_file import expanded
 
     command = load(name)
     parser = Parser(prog=f"rlhf-core {name}", description=COMMANDS[name], formatter_class=Help)
     command.add_arguments(parser)
-    arguments = parser.parse_args(options)
+    arguments = parser.parse_args(expanded(parser, name, options))
+    arguments.command_line = ["rlhf-core", name, *options]
     absolute_paths(arguments)
     with signals.handled(signals.stop_at_once):
         command.run(arguments)

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import importlib.util
+import os
 import sys
 import types
 import typing
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 from rlhf_core import locks
+from rlhf_core.cli.config_file import options_of
 from rlhf_core.data import Tokenizer, encode_prompt_row, load_tokenizer, read_prompt_rows
 from rlhf_core.data.collate import unknown_id
 from rlhf_core.data.readers import FIELDS
@@ -28,6 +31,7 @@ from rlhf_core.models.heads import AGGREGATES
 from rlhf_core.models.hub import stored_dtype
 from rlhf_core.models.lora import is_adapter, read_adapter_config
 from rlhf_core.options import Options, describe
+from rlhf_core.training.run_file import recording
 
 MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hub"
 
@@ -56,8 +60,7 @@ def add_config(parser: ArgumentParser, config: type[Options], without: Sequence[
         if isinstance(kind, types.UnionType):  # X | None
             kind = typing.get_args(kind)[0]
         if kind is bool:
-            action = argparse.BooleanOptionalAction if field.default else "store_true"
-            options = {"action": action}
+            options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is tuple:
             options = {"nargs": "+", "metavar": "STRING"}
         else:
@@ -195,6 +198,9 @@ def read(reader: Callable, path: Path, arguments: Namespace, encode: Callable) -
     dropped = []
     on_bad = dropped.append if arguments.skip_bad else None
     items = reader(path, on_bad, encode, arguments.columns)
+    if hasattr(arguments, "files"):
+        facts = {"path": str(path), "sha256": _sha256(path), "rows": len(items)}
+        arguments.files.append({**facts, "dropped": len(dropped)})
     if dropped:
         count = f"{len(dropped)} bad line{'s' * (len(dropped) > 1)}"
         print(f"dropped {count}, the first: {dropped[0]}", file=sys.stderr)
@@ -223,6 +229,25 @@ def held_out(arguments: Namespace) -> Iterator[None]:
         yield
 
 
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def recorded(arguments: Namespace) -> Iterator[None]:
+    """Hold --out as `held_out`, and describe the run in its run.json once it starts."""
+    if arguments.template_date is None:  # fixed now, so that the same options give the same run
+        arguments.template_date = datetime.datetime.now().date()
+    facts = {"command": arguments.command_line, "options": options_of(arguments)}
+    facts["data"] = arguments.files = []  # `read` adds what it has read
+    with held_out(arguments), recording(arguments.out, **facts):
+        yield
+
+
 def absolute_paths(arguments: Namespace) -> None:
     """Make paths absolute, because a reward may call os.chdir; an owner/name on the hub stays."""
     for name, value in vars(arguments).items():
@@ -230,6 +255,10 @@ def absolute_paths(arguments: Namespace) -> None:
         several = isinstance(value, list)
         paths = [_absolute(x, hub) for x in (value if several else [value])]
         setattr(arguments, name, paths if several else paths[0])
+    for name in ("reward_function", "judge"):
+        value = getattr(arguments, name, None)
+        if value is not None and value.rpartition(":")[0].endswith(".py"):
+            setattr(arguments, name, os.path.abspath(value))
 
 
 def _absolute(value: Any, hub: bool) -> Any:

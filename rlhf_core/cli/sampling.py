@@ -11,6 +11,7 @@ import torch
 
 from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import MODEL, Command
+from rlhf_core.cli.config_file import add_config_file
 from rlhf_core.data import encode_prompt, load_tokenizer
 from rlhf_core.data.collate import left_pad
 from rlhf_core.evaluation import best_of_n_kl
@@ -24,6 +25,7 @@ from rlhf_core.models.lora import CONFIG_FILE, is_reward_model, merge_adapters
 
 
 def _add_generate(parser: ArgumentParser) -> None:
+    add_config_file(parser)
     parser.add_argument("--model", required=True, type=Path, help=MODEL)
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     parser.add_argument(
@@ -96,6 +98,7 @@ def run_generate(arguments: Namespace) -> None:
 
 
 def _add_best_of_n(parser: ArgumentParser) -> None:
+    add_config_file(parser)
     parser.add_argument("--model", required=True, type=Path, help=MODEL)
     shared.add_prompts_and_reward(parser)
     parser.add_argument(

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-import numpy
 import torch
 
-import rlhf_core
 from rlhf_core import backends
 from rlhf_core import demo as chain
 from rlhf_core.benchmarks import OPS
 from rlhf_core.cli.arguments import Command, device_of, seed
 from rlhf_core.files import check_writable
 from rlhf_core.locks import check_one_process, hold
+from rlhf_core.training.run_file import versions
 
 
 def _add_demo(parser: ArgumentParser) -> None:
@@ -70,15 +68,9 @@ def run_bench(arguments: Namespace) -> None:
 
 def run_info(arguments: Namespace) -> None:
     """Print versions, backends and CPU features."""
-    versions = f"Python {platform.python_version()}, {platform.platform()}"
-    print(f"rlhf_core {rlhf_core.__version__}, {versions}")
-    threads = f"{torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, numpy {numpy.__version__}, {threads}")
-    for name in ("triton", "safetensors", "tokenizers", "jinja2", "tqdm"):
-        try:
-            print(name, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            print(name, "not installed")
+    for name, version in versions().items():
+        print(name, version or "not installed")
+    print(f"{platform.platform()}, {torch.get_num_threads()} threads")
     backends.report()
     try:
         from rlhf_core import cpp

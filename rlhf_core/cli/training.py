@@ -15,6 +15,7 @@ from torch import nn
 from rlhf_core import data, trainers
 from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import MODEL, Command
+from rlhf_core.cli.config_file import add_config_file
 from rlhf_core.data import encode_text, read_texts
 from rlhf_core.data.collate import length
 from rlhf_core.locks import check_one_process
@@ -133,15 +134,18 @@ def _add_prompt_arguments(method: OnPrompts, parser: ArgumentParser) -> None:
 
 
 def _add_run(parser: ArgumentParser) -> None:
+    add_config_file(parser)
     parser.add_argument(
-        "--out", required=True, type=Path, help="folder for the model, its config and metrics.jsonl"
+        "--out", required=True, type=Path, help="folder for the model, run.json and metrics.jsonl"
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--overwrite", action="store_true", help="write into --out even if it is not empty"
     )
     existing.add_argument(
-        "--resume", action="store_true", help="continue the checkpoint in --out, with same options"
+        "--resume",
+        action="store_true",
+        help="continue the run in --out from its newest checkpoint, with its options",
     )
     shared.add_save_dtype(parser)
     shared.add_skip_bad(parser)
@@ -184,7 +188,7 @@ def train_on_data(method: OnData, arguments: Namespace) -> None:
     """Read examples and model, train, print the last metrics."""
     check_one_process()
     config = shared.config_of(method.config, arguments)
-    with shared.held_out(arguments):
+    with shared.recorded(arguments):
         _train_on_data(method, config, arguments)
 
 
@@ -207,6 +211,7 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
             return example
 
         examples = shared.read(method.reader, path, arguments, encode)
+        arguments.files[-1]["cut"] = sum(cut)
         if any(cut):
             found = (
                 f"{sum(cut)} of {len(examples)} rows of {path} are longer than {max_length} tokens"
@@ -263,7 +268,7 @@ def train_on_prompts(method: OnPrompts, arguments: Namespace) -> None:
     """Read prompts, reward and model, train, print the last metrics."""
     check_one_process()
     config = shared.config_of(method.config, arguments)
-    with shared.held_out(arguments):
+    with shared.recorded(arguments):
         _train_on_prompts(method, config, arguments)
 
 

@@ -71,7 +71,7 @@ class Pair(NamedTuple):
     label_smoothing: float | None = None
 
     def __repr__(self) -> str:
-        """Part of the digest of a run's data, so a field that older versions lack is shown when set."""
+        # Part of the digest of a run's data: a field that older versions lack is shown when set.
         shown = [f"{name}={value!r}" for name, value in zip(self._fields, self)]
         return f"Pair({', '.join(shown[: -1 if self.label_smoothing is None else None])})"
 

@@ -31,6 +31,7 @@ from rlhf_core.data import Tokenizer
 from rlhf_core.files import remove_folder, remove_leftover_folders
 from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
+from rlhf_core.training.run_file import masked
 
 NAME, ERROR_NAME = "checkpoint", "checkpoint-error"
 STATE = "state.safetensors"  # the trainer's state in the folder of a checkpoint
@@ -328,7 +329,7 @@ def description(
         "tokenizer": None if tokenizer is None else _tokenizer_digest(tokenizer),
         "template_dates": dates or None,
     }
-    return json.loads(json.dumps(settings))
+    return masked(json.loads(json.dumps(settings)))
 
 
 def _model_settings(model: nn.Module) -> dict[str, Any]:

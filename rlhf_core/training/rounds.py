@@ -21,7 +21,6 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-import rlhf_core
 from rlhf_core.data import Tokenizer
 from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import Scorer
@@ -29,9 +28,11 @@ from rlhf_core.files import read_object, replacing, subfolder, write_json
 from rlhf_core.locks import check_one_process, hold
 from rlhf_core.models import Transformer
 from rlhf_core.training import checkpoint, signals
+from rlhf_core.training.run_file import OLD_NAME, recording
 from rlhf_core.training.run_log import parse_line
 from rlhf_core.training.trainer import Trainer
 
+SETTINGS = "rounds.json"  # what the rounds depend on; older versions wrote train_config.json
 LAST = "last_round"  # its number, and its model's digest
 FREE = checkpoint.FREE | {"rounds", "versions", LAST}  # finished rounds do not depend on these
 History = list[dict]
@@ -71,29 +72,29 @@ def run_rounds(
     if out is None:
         if resume:
             raise ValueError("a run without out cannot be resumed")
-        return _run_rounds(algorithm, model, config, train_round, out=None, **options)
+        return _run_rounds(algorithm, model, config, train_round, out=None, run=None, **options)
     out = out.absolute()  # a reward may call os.chdir
-    with hold(out), signals.handled(signals.stop_at_once):
-        return _run_rounds(algorithm, model, config, train_round, out=out, **options)
+    with hold(out), signals.handled(signals.stop_at_once), recording(out) as run:
+        return _run_rounds(algorithm, model, config, train_round, out=out, run=run, **options)
 
 
 def _run_rounds(
-    algorithm, model, config, train_round, *, fixed, scorer, tokenizer, out, resume, restore
+    algorithm, model, config, train_round, *, fixed, scorer, tokenizer, out, run, resume, restore
 ) -> History:
     history: History = []
     if out is not None:
         digests = {name: _digest(x) for name, x in {"model": model, **fixed}.items()}
         digests["reward models"] = _digest(*scorer.models)
-        run = {
+        described = checkpoint.description([model, *scorer.models], tokenizer, scorer)
+        settings = {
             "algorithm": algorithm,
             **asdict(config),
-            **checkpoint.description([model, *scorer.models], tokenizer, scorer),
+            **described,
             "digests": digests,
             "digest": _digest(model, *fixed.values(), *scorer.models),
-            "versions": {"rlhf_core": rlhf_core.__version__},
         }
-        run = json.loads(json.dumps(run))
-        history, run[LAST] = _begin(out, run, resume)
+        settings = json.loads(json.dumps(settings))
+        history, settings[LAST] = _begin(out, settings, resume)
     if len(history) > config.rounds:
         raise ValueError(f"{out}: {len(history)} rounds are done, this run ends at {config.rounds}")
     for number in range(1, len(history) + 1):
@@ -104,12 +105,16 @@ def _run_rounds(
                 model.load_state_dict(type(model).from_pretrained(folder).state_dict())
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{folder}: damaged, or of another run: {error!r}") from None
-    if history and run[LAST] not in (None, checkpoint.digest(model)):
+    if history and settings[LAST] not in (None, checkpoint.digest(model)):
         raise ValueError(
             f"{folder}: its model is not the one that the round has written (digest "
-            f"{run[LAST]:.8}, now {checkpoint.digest(model):.8}). Restore the folder, or start a "
-            "new run"
+            f"{settings[LAST]:.8}, now {checkpoint.digest(model):.8}). Restore the folder, or "
+            "start a new run"
         )
+    if out is not None:
+        facts = {"algorithm": algorithm, "steps_done": len(history), "total_steps": config.rounds}
+        facts |= {"seed": config.seed, "options": asdict(config), **described}
+        run.start({**facts, "device": str(model.device)}, resumed=resume)
     for number in range(len(history) + 1, config.rounds + 1):
         torch.manual_seed(config.seed + number)
         folder = None if out is None else subfolder(out, f"round-{number}")
@@ -118,15 +123,17 @@ def _run_rounds(
         history.append({"round": number, **metrics})
         if out is not None:
             last = {"round": number, "digest": checkpoint.digest(model)}
-            write_json(out / "train_config.json", run | {LAST: last})
+            write_json(out / SETTINGS, settings | {LAST: last})
             lines = "".join(json.dumps(line) + "\n" for line in history)
             with replacing(out / "metrics.jsonl") as file:
                 file.write(lines.encode())
+            run.facts["steps_done"] = number
         print(f"{algorithm}: finished round {number}/{config.rounds}", file=sys.stderr)
     if out is not None:
         model.save_pretrained(out)
         if tokenizer is not None:
             tokenizer.save(out)
+        run.facts["status"] = "finished"
     return history
 
 
@@ -144,22 +151,24 @@ def resumed(trainer: Trainer) -> Trainer:
     return trainer
 
 
-def _begin(out: Path, run: dict, resume: bool) -> tuple[History, str | None]:
+def _begin(out: Path, settings: dict, resume: bool) -> tuple[History, str | None]:
     """Metrics of the finished rounds, and their last model's digest; a new run has none.
 
     A new run removes those of an older one.
     """
-    file, metrics = out / "train_config.json", out / "metrics.jsonl"
+    file, metrics = out / SETTINGS, out / "metrics.jsonl"
+    if resume and not file.is_file():
+        file = out / OLD_NAME
     if not resume:
         metrics.unlink(missing_ok=True)
         for folder in out.glob("round-*"):
             if re.fullmatch(r"round-[1-9]\d*", folder.name) and not folder.is_symlink():
                 checkpoint.remove(checkpoint.find(folder))
-        write_json(file, run)
+        write_json(file, settings)
     elif not file.is_file():
-        raise FileNotFoundError(f"{file}: there is no run to resume")
+        raise FileNotFoundError(f"{out}: there is no run to resume")
     then = read_object(file)
-    checkpoint.check_settings(file, then, run, FREE, "the run was started with")
+    checkpoint.check_settings(file, then, settings, FREE, "the run was started with")
     if not metrics.is_file():
         return [], None
     lines = metrics.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""A run's metrics and options on disk, and its progress on the terminal."""
+"""A run's metrics on disk, and its progress on the terminal."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import rlhf_core
-from rlhf_core.files import naming, open_for_append, replacing, write_json
-from rlhf_core.models.hub import stale_adapters
+from rlhf_core.files import naming, open_for_append, replacing
 from rlhf_core.training import checkpoint
 
 
 class RunLog:
-    """Writes metrics.jsonl and train_config.json to `out`; shows a progress bar or plain lines."""
+    """Writes metrics.jsonl to `out`; shows a progress bar or plain lines."""
 
     def __init__(
         self,
@@ -33,8 +29,8 @@ class RunLog:
     ):
         """
         Args:
-            config: the options of the run, for train_config.json.
-            out: folder of the files; None writes none.
+            config: the options of the run.
+            out: folder of the file; None writes none.
             main_metric: the metric on the terminal; those of evaluations are shown, too.
             steps_done: steps before this process, whose lines are kept.
         """
@@ -46,10 +42,6 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         if self.out is not None:
-            stale_adapters(self.out)  # refuses now what it would refuse at the end
-            versions = {"rlhf_core": rlhf_core.__version__, "torch": torch.__version__}
-            run = {"algorithm": self.algorithm, **self.config, "versions": versions}
-            write_json(self.out / "train_config.json", run)
             self._keep_steps_done(self.out / "metrics.jsonl")
             self.file = open_for_append(self.out / "metrics.jsonl")
         if sys.stderr.isatty():

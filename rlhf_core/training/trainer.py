@@ -29,11 +29,13 @@ from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import RewardError, Scorer
 from rlhf_core.files import replacing_folder
 from rlhf_core.locks import check_one_process, hold
+from rlhf_core.models.hub import stale_adapters
 from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.training import checkpoint, signals
 from rlhf_core.training.config import TrainConfig
 from rlhf_core.training.metrics import Metrics
 from rlhf_core.training.reference import Reference
+from rlhf_core.training.run_file import recording
 from rlhf_core.training.run_log import RunLog
 
 
@@ -70,8 +72,7 @@ class Trainer:
             model: trained in place. Layers frozen by freeze_layers stay frozen afterwards.
             examples, eval_examples: `step` and `losses` get them in batches.
             tokenizer: saved with the model; methods that sample decode with it.
-            out: folder for metrics.jsonl, train_config.json, checkpoints and the model; None writes
-                nothing.
+            out: folder for metrics.jsonl, run.json, checkpoints and the model; None writes nothing.
         """
         if not isinstance(model, self.model_type):
             wanted = self.model_type.__name__
@@ -302,9 +303,14 @@ class Trainer:
         """
         if self.out is None:
             return self._train(signals.DelayedStop())
-        with hold(self.out), signals.delayed() as delayed:
-            _ = self.description  # of the reward's source as it is now
-            history = self._train(delayed)
+        with hold(self.out), signals.delayed() as delayed, recording(self.out) as run:
+            stale_adapters(self.out)  # refuses now what it would refuse at the end
+            run.start(self._facts(), resumed=self.steps_done > 0)
+            try:
+                history = self._train(delayed)
+            finally:
+                run.facts["steps_done"] = self.steps_done
+            run.facts["status"] = "finished"
             if delayed.signum:
                 done = (
                     f"all {self.total_steps} steps are done, and the model is saved in {self.out}"
@@ -480,6 +486,19 @@ class Trainer:
         steps = {"steps_done": self.steps_done, "total_steps": self.total_steps}
         settings = json.loads(json.dumps(settings)) | self.description
         return {**steps, "settings": settings, "digests": self.digests}
+
+    def _facts(self) -> dict[str, Any]:
+        """What run.json says of the run; JSON values."""
+        return {
+            "algorithm": self.algorithm,
+            "steps_done": self.steps_done,
+            "total_steps": self.total_steps,
+            "seed": self.config.seed,
+            "options": asdict(self.config),
+            "examples": {"train": len(self.examples), "eval": len(self.eval_examples)},
+            **self.description,
+            "device": str(self.device),
+        }
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter once, by the index of its model and its name there."""

@@ -390,7 +390,7 @@ def test_training_writes_policy_critic_config_and_one_line_of_metrics_per_step(t
     loss/policy_avg loss/value_avg val/clipfrac_avg val/ratio val/ratio_var val/num_eos_tokens
     val/explained_variance lr eps episode"""
     assert set(names.split()) <= set(lines[0])
-    assert json.loads((tmp_path / "train_config.json").read_text())["response_length"] == 6
+    assert json.loads((tmp_path / "run.json").read_text())["options"]["response_length"] == 6
     assert (tmp_path / "letters").exists()
     for saved, kept in (
         (Transformer.from_pretrained(tmp_path), trainer.model),

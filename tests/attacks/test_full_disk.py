@@ -27,7 +27,7 @@ if limit:
 from rlhf_core.cli import main
 sys.exit(main())
 """
-RESULTS = {"metrics.jsonl", "train_config.json"}  # which belong to the new run from its start
+RESULTS = {"metrics.jsonl", "run.json"}  # which belong to the new run from its start
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ on_rows = pytest.mark.parametrize(
 
 
 def config_in(folder):
-    return json.loads((folder / "train_config.json").read_text())
+    run = json.loads((folder / "run.json").read_text())
+    return run["options"] | {"algorithm": run["algorithm"]}
 
 
 def metrics_in(folder):

@@ -300,7 +300,7 @@ def test_a_save_that_fails_anywhere_leaves_the_old_model(make, tmp_path, monkeyp
 # ---- links in the folder of a run
 
 
-FILES = ["metrics.jsonl", "train_config.json", "model.safetensors", "config.json"]
+FILES = ["metrics.jsonl", "run.json", "model.safetensors", "config.json"]
 FILES += ["tokenizer_config.json", "checkpoint"]
 
 

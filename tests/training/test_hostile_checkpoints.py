@@ -285,9 +285,9 @@ def rounds(out, resume=False):
 @pytest.mark.parametrize(
     "file, text, message",
     [
-        ("train_config.json", "[]", r"train_config\.json: must hold a JSON object"),
-        ("train_config.json", "{", r"train_config\.json:1: not valid JSON"),
-        ("train_config.json", "{}", r"train_config\.json: the run was started with algorithm=None"),
+        ("rounds.json", "[]", r"rounds\.json: must hold a JSON object"),
+        ("rounds.json", "{", r"rounds\.json:1: not valid JSON"),
+        ("rounds.json", "{}", r"rounds\.json: the run was started with algorithm=None"),
         ("metrics.jsonl", "{}\n", r"metrics\.jsonl:1: not the metrics of round 1"),
         ("metrics.jsonl", '{"round": 2}\n', r"metrics\.jsonl:1: .*round is 2, not 1"),
         ("metrics.jsonl", "x\n", r"metrics\.jsonl:1: not the metrics of round 1"),

@@ -185,7 +185,7 @@ def test_rounds_name_what_changed(tmp_path):
         with pytest.raises(ValueError, match=message):
             rounds(**changed)
     rounds()
-    file = tmp_path / "train_config.json"
+    file = tmp_path / "rounds.json"
     run = json.loads(file.read_text())
     for name in ("models", "feedback", "tokenizer", "template_dates", "digests", "last_round"):
         del run[name]
@@ -308,9 +308,7 @@ def on(day, monkeypatch):
     monkeypatch.setattr(module.datetime, "datetime", Clock)
 
 
-def test_after_midnight_a_dated_template_is_named_and_the_first_date_resumes(
-    dated, tmp_path, monkeypatch, capsys
-):
+def test_after_midnight_a_run_resumes_with_its_first_date(dated, tmp_path, monkeypatch, capsys):
     folder, data = dated
     command = ["sft", "--model", folder, "--data", data, "--out", tmp_path / "out", *SMALL]
     command += ["--save-every", 1]
@@ -319,6 +317,9 @@ def test_after_midnight_a_dated_template_is_named_and_the_first_date_resumes(
         assert run(*command) == 0
     with monkeypatch.context() as patched:
         on((2025, 1, 1), patched)
+        assert run("sft", "--resume", "--out", tmp_path / "out") == 0
+        assert run(*command, "--resume") == 0
+        (tmp_path / "out" / "run.json").unlink()  # which an older version has not written
         assert run(*command, "--resume") == 2
         error = capsys.readouterr().err
         assert "template_dates.%d %B %Y='31 December 2024', this run has '01 January 2025'" in error

@@ -27,7 +27,7 @@ from helpers import (
     write,
 )
 
-from rlhf_core.cli import sampling
+from rlhf_core.cli import arguments, sampling
 from rlhf_core.feedback.rewards import RewardError
 from rlhf_core.models import Transformer
 from rlhf_core.trainers import OnlineDPOConfig, OnlineDPOTrainer, RFTConfig, SFTTrainer, rft
@@ -242,7 +242,7 @@ def test_rounds_that_a_signal_stops_continue_as_one_run(signum, where, tmp_path,
         rounds(tmp_path, reward=reward)
     monkeypatch.undo()
     assert getattr(raised.value, "code", 130) == STATUS[signum] and handlers() == before
-    run = tmp_path / "train_config.json"
+    run = tmp_path / "rounds.json"
     description = json.loads(run.read_text())
     description["feedback"] = None  # `reward` above is another function
     run.write_text(json.dumps(description).replace('"feedback": null,', ""))
@@ -264,9 +264,7 @@ def folders(tmp_path_factory):
 def test_a_command_exits_with_the_status_of_the_signal(
     signum, command, folders, tmp_path, monkeypatch, capsys
 ):
-    from rlhf_core.cli import training
-
-    for module in (sampling, training):
+    for module in (sampling, arguments):
         load = module.load_tokenizer
         monkeypatch.setattr(module, "load_tokenizer", raising(signum, load))
     options = dict(
