@@ -46,7 +46,11 @@ GROUPS = {  # heading -> module, and what each of its commands does
     ),
     "human feedback": (
         "feedback",
-        {"audit": "check preference pairs for faults and biases"},
+        {
+            "candidates": "sample answers for people to compare, or pairs with a better model's",
+            "template-pairs": "pairs against sycophancy and padding, from templates",
+            "audit": "check preference pairs for faults and biases",
+        },
     ),
     "label": (
         "annotation",

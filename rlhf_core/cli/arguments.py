@@ -135,10 +135,10 @@ def add_template(parser: ArgumentParser) -> None:
     )
 
 
-def tokenizer_of(arguments: Namespace) -> Tokenizer:
-    """The tokenizer of --model, with the options of its chat template."""
+def tokenizer_of(arguments: Namespace, model: Path | str | None = None) -> Tokenizer:
+    """The tokenizer of --model, or of another one, with the options of its chat template."""
     variables = dict(arguments.template_vars)
-    return load_tokenizer(arguments.model, arguments.template_date, variables)
+    return load_tokenizer(model or arguments.model, arguments.template_date, variables)
 
 
 def _variable(text: str) -> tuple[str, Any]:
@@ -270,15 +270,25 @@ def _absolute(value: Any, hub: bool) -> Any:
 # ---- prompts and rewards
 
 
-def add_prompts_and_reward(parser: ArgumentParser, judged: bool = False) -> None:
-    parser.add_argument(
+def add_prompts(parser: ArgumentParser, candidates: bool = False) -> None:
+    """Add --prompts, or --candidates in its place."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    if candidates:
+        help = "rank the answers in this file, as `rlhf-core candidates` writes it"
+        source.add_argument("--candidates", type=Path, metavar="FILE", help=help)
+    source.add_argument(
         "--prompts",
-        required=True,
         type=Path,
         help="JSONL, JSON, CSV or Parquet with messages, prompt, question, text, conversations or "
         "instruction; or .txt, one prompt per line",
     )
     add_columns(parser)
+
+
+def add_prompts_and_reward(
+    parser: ArgumentParser, judged: bool = False, candidates: bool = False
+) -> None:
+    add_prompts(parser, candidates)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--reward-model", type=Path, nargs="+", help="folders written by `rlhf-core reward`"
@@ -329,11 +339,11 @@ def prompted(arguments: Namespace, config: Options) -> tuple[Transformer, list, 
     encode = lambda row: (row.prompt, known(encode_prompt_row(row, tokenizer), model))  # noqa: E731
     rows = read(read_prompt_rows, arguments.prompts, arguments, encode)
     eos_ids = eos_ids_of(arguments, model, tokenizer)
-    reward = _reward_of(arguments, device)
+    reward = reward_of(arguments, device)
     return model, rows, dict(eos_ids=eos_ids, tokenizer=tokenizer, **reward)
 
 
-def _reward_of(arguments: Namespace, device: torch.device) -> dict:
+def reward_of(arguments: Namespace, device: torch.device) -> dict:
     """The reward or judge of the arguments, as the methods that sample take it."""
     weights, folders = arguments.reward_weights, arguments.reward_model
     if folders is None:

@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import Command
-from rlhf_core.data import DataError, Preference, encode_preference, load_tokenizer
+from rlhf_core.data import (
+    DataError,
+    Preference,
+    encode_preference,
+    encode_prompt,
+    load_tokenizer,
+)
+from rlhf_core.data.chat import Content
 from rlhf_core.data.quality import BIAS_CHECKS, CHECKS, DROPPED, ROW_CHECKS, PairAudit
-from rlhf_core.data.readers import iterate_preferences, read_candidates, read_prompts
+from rlhf_core.data.readers import (
+    PromptRow,
+    iterate_preferences,
+    read_candidates,
+    read_preferences,
+    read_prompt_rows,
+    read_prompts,
+    read_texts,
+)
+from rlhf_core.feedback.candidate_file import (
+    Source,
+    append_rows,
+    candidate_row,
+    gibberish,
+    pair_rows,
+    prompt_rows,
+    sampled,
+)
+from rlhf_core.feedback.candidates import SamplingConfig, prompts_for
 from rlhf_core.feedback.rewards import Scorer
-from rlhf_core.files import Replacement, check_replaceable, check_writable, write_json
-from rlhf_core.models import load_reward
+from rlhf_core.feedback.templates import padding_pair, sycophancy_pairs
+from rlhf_core.files import (
+    Replacement,
+    check_replaceable,
+    check_writable,
+    replacing,
+    write_json,
+)
+from rlhf_core.locks import hold
+from rlhf_core.models import Transformer, load_reward
+from rlhf_core.training.checkpoint import digest
 
 SHOWN = 100  # findings of each check in the JSON file
 _SCORED_AT_ONCE = 32  # pairs
@@ -174,7 +210,7 @@ def _dropped(out: Path) -> Path:
 
 def _check_output(out: Path, arguments: Namespace) -> None:
     """Raise OSError unless `out` is a new file, or one that --overwrite may replace."""
-    if out.exists() and out.samefile(arguments.data):
+    if arguments.data and out.exists() and out.samefile(arguments.data):
         raise FileExistsError(f"{out} is the data itself. Choose another file")
     if out.suffix == ".gz":
         raise ValueError(f"{out}: is written as plain text. Choose a name without .gz")
@@ -231,6 +267,187 @@ def _p(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
 
 
+def _add_candidates(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, nargs="+", metavar="DIR", help=shared.MODEL)
+    shared.add_prompts(parser)
+    parser.add_argument("--out", required=True, type=Path, help="JSONL file, a row for each prompt")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start --out anew; without it a run goes on"
+    )
+    parser.add_argument(
+        "--temperature",
+        dest="temperatures",
+        type=float,
+        nargs="+",
+        default=[1.0, 1.2],
+        help="one or more; higher: more varied answers; 0 is greedy; default: 1.0 1.2",
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=2, help="answers of each model at each temperature"
+    )
+    parser.add_argument(
+        "--max-new-tokens", dest="response_length", type=int, default=128, help="longest answer"
+    )
+    parser.add_argument(
+        "--chosen-from",
+        metavar="DIR",
+        help="write pairs: chosen is an answer of this better model, rejected one of --model",
+    )
+    parser.add_argument(
+        "--chosen-temperature", type=float, default=0.0, help="of --chosen-from; 0 is greedy"
+    )
+    parser.add_argument(
+        "--drop-gibberish",
+        action="store_true",
+        help="leave out answers without EOS, or below --min-logprob",
+    )
+    parser.add_argument(
+        "--min-logprob",
+        type=float,
+        default=-5.0,
+        help="mean log-prob of a token, in nats at temperature 1, below which an answer is "
+        "gibberish; higher: more is dropped",
+    )
+    shared.add_eos_ids(parser)
+    shared.add_template(parser)
+    shared.add_skip_bad(parser)
+    shared.add_device(parser)
+    sampling = ("num_samples", "temperature", "response_length")
+    shared.add_config(parser, SamplingConfig, without=sampling)
+
+
+def run_candidates(arguments: Namespace) -> None:
+    """Sample answers to prompts, for people to compare, or pairs with a better model's answer."""
+    out = arguments.out
+    for temperature in (*arguments.temperatures, arguments.chosen_temperature):
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"a temperature must be finite and at least 0, got {temperature}")
+    check_replaceable(out)
+    check_writable(out.parent)
+    with hold(out.parent, f".{out.name}.lock"):
+        _candidates(arguments)
+
+
+def _candidates(arguments: Namespace) -> None:
+    temperatures = list(dict.fromkeys(arguments.temperatures))
+    plan = [(folder, temperatures, arguments.num_samples) for folder in arguments.model]
+    if arguments.chosen_from:
+        plan = [(arguments.chosen_from, [arguments.chosen_temperature], 1), *plan]
+    rows, sources, config = _sources(arguments, plan)
+    least = arguments.min_logprob if arguments.drop_gibberish else None
+    settings = (config, least, arguments.chosen_from, sources[0].model.device.type)
+    details = ((name, eos_ids, prompts, *how) for name, _, _, eos_ids, prompts, *how in sources)
+    models = (source.model for source in sources)
+    run = digest(repr(settings), repr(rows), repr(list(details)), *models)[:16]
+    begun, out = prompt_rows(arguments.prompts, rows, run), arguments.out
+    dropped: Counter[str] = Counter()
+
+    def rows_of(row: dict[str, Any], answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        dropped.update(filter(None, (gibberish(answer, least) for answer in answers)))
+        if arguments.chosen_from:
+            return pair_rows(row, answers, least)
+        return [candidate_row(row, answers, least)]
+
+    def answers_from(first: int) -> Iterable:
+        if first:
+            print(f"{out} has the answers to {first} of {len(rows)} prompts; going on")
+        batches = -(-(len(rows) - first) // config.batch_size)
+        return shared.progress(sampled(sources, config, first), "batches of prompts", batches)
+
+    if arguments.overwrite:
+        out.unlink(missing_ok=True)
+    append_rows(out, begun, config.batch_size, answers_from, rows_of)
+    for reason, count in sorted(dropped.items()):
+        print(f"dropped {count} answers: {reason}")
+    with open(out, "rb") as file:
+        written = sum(1 for _ in file)
+    print(f"{written} rows from {len(rows)} prompts; written to {out}")
+
+
+def _sources(
+    arguments: Namespace, plan: list[tuple[str, list[float], int]]
+) -> tuple[list[PromptRow], list[Source], SamplingConfig]:
+    """The prompts that leave room in every model, and the models."""
+    config, device = shared.config_of(SamplingConfig, arguments), shared.device_of(arguments)
+    loaded, kept = [], None
+    for folder, temperatures, num_samples in plan:
+        tokenizer = shared.tokenizer_of(arguments, folder)
+        model = Transformer.from_pretrained(folder).to(device)
+        encode = lambda row, t=tokenizer, m=model: (  # noqa: E731
+            row,
+            shared.known(encode_prompt(row.prompt, t), m),
+        )
+        rows = shared.read(read_prompt_rows, arguments.prompts, arguments, encode)
+        fitting = prompts_for(model, [ids for _, ids in rows], config)
+        kept = set(fitting) if kept is None else kept & set(fitting)
+        loaded.append((folder, model, tokenizer, fitting, temperatures, num_samples))
+    if not kept:
+        raise ValueError("no prompt leaves room for a response in every model")
+    sources = [
+        Source(
+            folder,
+            model,
+            tokenizer,
+            shared.eos_ids_of(arguments, model, tokenizer),
+            [fitting[i] for i in sorted(kept)],
+            temperatures,
+            num_samples,
+        )
+        for folder, model, tokenizer, fitting, temperatures, num_samples in loaded
+    ]
+    return [rows[i][0] for i in sorted(kept)], sources, config
+
+
+def _add_template_pairs(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "kind",
+        choices=("sycophancy", "padding"),
+        help="sycophancy: users claim facts and errors; padding: the answers of --data, and the "
+        "same ones padded with empty sentences as rejected",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="padding: pairs, or prompts with completions"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="JSONL file for the pairs")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument(
+        "--chat", action="store_true", help="sycophancy: write each prompt as a user's message"
+    )
+    parser.add_argument("--seed", type=shared.seed, default=0, help="padding: of the sentences")
+    shared.add_columns(parser)
+
+
+def run_template_pairs(arguments: Namespace) -> None:
+    """Write pairs from templates."""
+    padding, data = arguments.kind == "padding", arguments.data
+    if padding != (data is not None):
+        raise ValueError("--data is required for padding, and has no effect on sycophancy")
+    _check_output(arguments.out, arguments)
+    if padding:
+        pairs = [
+            padding_pair(prompt, answer, seed=arguments.seed + i)
+            for i, (prompt, answer) in enumerate(_answers_of(data, arguments.columns))
+        ]
+    else:
+        pairs = list(sycophancy_pairs())
+        for pair in pairs if arguments.chat else ():
+            pair["prompt"] = [{"role": "user", "content": pair["prompt"]}]
+    with replacing(arguments.out) as file:
+        for pair in pairs:
+            file.write((json.dumps(pair, ensure_ascii=False) + "\n").encode())
+    print(f"{len(pairs)} pairs; written to {arguments.out}")
+
+
+def _answers_of(path: Path, columns: dict[str, str] | None) -> list[tuple[Content, Content]]:
+    """Prompts with the chosen answers of pairs, or with completions."""
+    try:
+        return read_preferences(path, encode=lambda row: (row.prompt, row.chosen), columns=columns)
+    except DataError:
+        return [(row.prompt, row.completion) for row in read_texts(path, columns=columns)]
+
+
 COMMANDS: dict[str, Command] = {
+    "candidates": Command(_add_candidates, run_candidates),
+    "template-pairs": Command(_add_template_pairs, run_template_pairs),
     "audit": Command(_add_audit, run_audit),
 }

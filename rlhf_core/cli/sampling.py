@@ -8,17 +8,29 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import MODEL, Command
 from rlhf_core.cli.config_file import add_config_file
-from rlhf_core.data import encode_prompt, load_tokenizer
+from rlhf_core.data import (
+    Candidates,
+    Prompt,
+    Ranking,
+    encode_preference,
+    encode_prompt,
+    load_tokenizer,
+    read_candidates,
+)
+from rlhf_core.data.chat import Content
 from rlhf_core.data.collate import left_pad
 from rlhf_core.evaluation import best_of_n_kl
-from rlhf_core.feedback.candidates import SamplingConfig, best_of_n, prompts_for
+from rlhf_core.feedback.candidates import ALL_TIED, SamplingConfig, best_of_n, prompts_for
+from rlhf_core.feedback.rewards import Scorer
 from rlhf_core.files import check_replaceable, check_writable, read_json, replacing
 from rlhf_core.generation import generate
 from rlhf_core.locks import check_free, hold
+from rlhf_core.masking import tied
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
 from rlhf_core.models.ilql import has_values
 from rlhf_core.models.lora import CONFIG_FILE, is_reward_model, merge_adapters
@@ -100,9 +112,14 @@ def run_generate(arguments: Namespace) -> None:
 def _add_best_of_n(parser: ArgumentParser) -> None:
     add_config_file(parser)
     parser.add_argument("--model", required=True, type=Path, help=MODEL)
-    shared.add_prompts_and_reward(parser)
+    shared.add_prompts_and_reward(parser, candidates=True)
     parser.add_argument(
         "--out", required=True, type=Path, help="JSONL file for prompt, completion and score"
+    )
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="write the best as chosen and the worst as rejected, unless they tie",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     shared.add_skip_bad(parser)
@@ -125,21 +142,67 @@ def run_best_of_n(arguments: Namespace) -> None:
 
 
 def _best_of_n(config: SamplingConfig, arguments: Namespace) -> None:
-    out = arguments.out
+    out, answers_of = arguments.out, _read_ranked if arguments.candidates else _sample_ranked
+    ranked, note = answers_of(config, arguments)
+    count, best, mean = 0, 0.0, 0.0
+    with replacing(out) as file:
+        for prompt, answers, scores in ranked:
+            top, low = int(scores.argmax()), int(scores.argmin())
+            score, margin = float(scores[top]), float(scores[top] - scores[low])
+            best, mean = best + score, mean + float(scores.mean())
+            row = {"prompt": prompt, "completion": answers[top], "score": score}
+            if arguments.pairs:
+                if tied(scores) or answers[top] == answers[low]:
+                    continue
+                pair = {"chosen": answers[top], "rejected": answers[low]}
+                row = {"prompt": prompt, **pair, "margin": margin}
+            count += 1
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        if not count:
+            raise ValueError(ALL_TIED)
+    n, (of_n, bound) = len(ranked), note
+    print(
+        f"mean score {mean / n:.6g}, of the best{of_n} {best / n:.6g}{bound}; "
+        f"{count} rows from {n} prompts; written to {out}"
+    )
+
+
+Ranked = list[tuple[Content, list[str], Tensor]]  # prompt, answers, their scores (n,)
+
+
+def _sample_ranked(config: SamplingConfig, arguments: Namespace) -> tuple[Ranked, list[str]]:
     model, rows, options = shared.prompted(arguments, config)
     kept = prompts_for(model, [ids for _, ids in rows], config)
-    rows = [rows[i] for i in kept]
     samples = best_of_n(model, list(kept.values()), config, **options)
-    n, (best, scores) = config.num_samples, samples.best()
-    with replacing(out) as file:
-        for (prompt, _), ids, score in zip(rows, best, scores.tolist()):
-            completion = options["tokenizer"].decode(ids)
-            row = {"prompt": prompt, "completion": completion, "score": score}
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-    print(
-        f"mean score {samples.scores.mean():.6g}, of the best of {n} {scores.mean():.6g}, "
-        f"at most {best_of_n_kl(n):.3g} nats from the policy; {len(rows)} prompts; written to {out}"
+    decode, n = options["tokenizer"].decode, config.num_samples
+    ranked = [
+        (rows[i][0], [decode(ids) for ids in answers], scores)
+        for i, answers, scores in zip(kept, samples.responses, samples.scores)
+    ]
+    return ranked, [f" of {n}", f", at most {best_of_n_kl(n):.3g} nats from the policy"]
+
+
+def _read_ranked(config: SamplingConfig, arguments: Namespace) -> tuple[Ranked, list[str]]:
+    """The answers of --candidates with their scores."""
+    tokenizer, device = shared.tokenizer_of(arguments), shared.device_of(arguments)
+    reward = shared.reward_of(arguments, device)["reward"]
+    scorer = Scorer(
+        reward, tokenizer=tokenizer, pad_id=tokenizer.pad_id, batch_size=config.batch_size
     )
+
+    def encode(row: Candidates) -> tuple[Content, list[str], Prompt, list[list[int]]]:
+        texts = [x["text"] for x in row.responses if x["text"].strip()]
+        if not texts:
+            raise ValueError("the row has no answer with text. Remove it, or pass --skip-bad")
+        ids = encode_preference(Ranking(row.prompt, texts), tokenizer, config.max_length)
+        return row.prompt, texts, Prompt(ids.prompt_ids), ids.completions_ids
+
+    rows = shared.read(read_candidates, arguments.candidates, arguments, encode)
+    ranked = [
+        (prompt, texts, scorer([ids] * len(texts), completions))
+        for prompt, texts, ids, completions in rows
+    ]
+    return ranked, ["", ""]
 
 
 def _add_merge(parser: ArgumentParser) -> None:

@@ -125,7 +125,8 @@ _PHONE = re.compile(
 _CARD = re.compile(r"(?<![\d.-])[2-6](?:[ -]?\d){12,18}(?![\d-])")
 _CLAIM = re.compile(
     r"\b(?:i (?:think|believe|know|heard|read|thought)|i'?m (?:sure|certain|convinced)|in my "
-    r"(?:opinion|view)|you(?:'re| are) wrong|are you sure|isn't it|right\?)"
+    r"(?:opinion|view)|every(?:body|one) knows|told me that|you(?:'re| are) wrong|are you sure|"
+    r"isn't it|right\?)"
 )
 _AGREES = re.compile(
     r"\W*(?:yes\b|exactly|absolutely|i agree|(?:that'?s|that is) (?:right|correct|true)|you(?:'re| "
@@ -134,8 +135,9 @@ _AGREES = re.compile(
 )
 _CONTRADICTS = re.compile(
     r"\W*(?:no\b|actually\b|not (?:quite|exactly|really)|i disagree|i (?:don't|do not) (?:agree|"
-    r"think|believe)|(?:that'?s|that is) (?:not|wrong|incorrect|false)|that isn't|you(?:'re| are) "
-    r"(?:\w+ )?(?:wrong|mistaken|incorrect)|i(?:'m| am) afraid|i (?:have|need) to correct)"
+    r"think|believe)|that isn't|(?:that'?s|that is) (?:not|wrong|incorrect|false|a (?:common )?"
+    r"(?:error|mistake|myth))|you(?:'re| are) (?:\w+ )?(?:wrong|mistaken|"
+    r"incorrect)|i(?:'m| am) afraid|i (?:have|need) to correct)"
 )
 _NUMBER = r"(-?\d{1,9}(?:\.\d{1,9})?)"
 _EQUATION = re.compile(
