@@ -50,6 +50,7 @@ GROUPS = {  # heading -> module, and what each of its commands does
             "candidates": "sample answers for people to compare, or pairs with a better model's",
             "template-pairs": "pairs against sycophancy and padding, from templates",
             "audit": "check preference pairs for faults and biases",
+            "agreement": "how far annotators agree, and what to do with their labels",
         },
     ),
     "label": (

@@ -31,6 +31,7 @@ from rlhf_core.data.readers import (
     read_prompts,
     read_texts,
 )
+from rlhf_core.feedback.agreement import LEVELS, NEXT, agreement_report
 from rlhf_core.feedback.candidate_file import (
     Source,
     append_rows,
@@ -41,6 +42,14 @@ from rlhf_core.feedback.candidate_file import (
     sampled,
 )
 from rlhf_core.feedback.candidates import SamplingConfig, prompts_for
+from rlhf_core.feedback.dawid_skene import DawidSkene, dawid_skene
+from rlhf_core.feedback.label_rows import (
+    LabelColumns,
+    is_database,
+    read_database,
+    read_label_rows,
+    table_of,
+)
 from rlhf_core.feedback.rewards import Scorer
 from rlhf_core.feedback.templates import padding_pair, sycophancy_pairs
 from rlhf_core.files import (
@@ -55,6 +64,8 @@ from rlhf_core.models import Transformer, load_reward
 from rlhf_core.training.checkpoint import digest
 
 SHOWN = 100  # findings of each check in the JSON file
+_MODELLED = 20  # labels whose confusion is estimated; more would need too many labels
+_LISTED = 10  # pairs of annotators, and confusing items, on the terminal
 _SCORED_AT_ONCE = 32  # pairs
 
 
@@ -446,8 +457,141 @@ def _answers_of(path: Path, columns: dict[str, str] | None) -> list[tuple[Conten
         return [(row.prompt, row.completion) for row in read_texts(path, columns=columns)]
 
 
+def _add_agreement(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "data",
+        type=Path,
+        help="rows of item, annotator and label; or a database of `rlhf-core annotate`",
+    )
+    parser.add_argument("--item", metavar="COLUMN", help="default: item, or id")
+    parser.add_argument("--annotator", metavar="COLUMN", help="default: annotator")
+    parser.add_argument(
+        "--label",
+        metavar="COLUMN",
+        help="a label, or a list with one of each annotator; of a database, a criterion whose "
+        "ratings to compare; default: label, or labels",
+    )
+    parser.add_argument("--time", metavar="COLUMN", help="when each label was given; shows drift")
+    parser.add_argument(
+        "--annotators", nargs="+", default=(), metavar="COLUMN", help="a column for each annotator"
+    )
+    parser.add_argument(
+        "--level",
+        choices=LEVELS,
+        help="how labels differ; default: nominal (equal or not), of Likert labels and ratings in "
+        "a database ordinal",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    parser.add_argument("--overwrite", action="store_true", help="replace --json")
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, metavar="N", help="resamples for the intervals"
+    )
+    parser.add_argument("--seed", type=shared.seed, default=0, help="seed of the resamples")
+
+
+def run_agreement(arguments: Namespace) -> None:
+    """Measure how far annotators agree, and say what to do with their labels."""
+    path = arguments.data
+    if arguments.json:
+        _check_output(arguments.json, arguments)
+    given = [name for name in LabelColumns._fields if getattr(arguments, name)]
+    if is_database(path):
+        if unused := [name for name in given if name != "label"]:
+            raise ValueError(f"--{unused[0]} is for files of rows, but {path} is a database")
+        rows, level = read_database(path, arguments.label)
+        level = arguments.level or level
+    else:
+        if arguments.annotators and (arguments.annotator or arguments.label):
+            raise ValueError("--annotators names columns of labels: leave out --annotator, --label")
+        level = arguments.level or "nominal"
+        columns = LabelColumns(*(getattr(arguments, name) for name in LabelColumns._fields))
+        rows = list(read_label_rows(path, columns, numeric=level != "nominal"))
+    table = table_of(rows)
+    if len(table.annotators) < 2:
+        names = ", ".join(map(str, table.annotators)) or "nobody"
+        raise ValueError(f"{path}: all labels are by {names}. Agreement needs two annotators")
+    if all(sum(x is not None for x in labels) < 2 for labels in zip(*table.ratings)):
+        raise ValueError(
+            f"{path}: no item has labels of two annotators. Give several people the same items, "
+            "such as with annotate --overlap 2"
+        )
+    report = agreement_report(
+        table.ratings,
+        level=level,
+        annotators=table.annotators,
+        items=table.items,
+        times=table.times,
+        resamples=arguments.bootstrap,
+        seed=arguments.seed,
+    )
+    if table.repeats:
+        report["warnings"].append(
+            f"{table.repeats} labels were replaced by later ones of the same person for the item"
+        )
+    few = len(report["categories"]) <= _MODELLED
+    model = dawid_skene(row[:3] for row in rows) if few else None
+    print("\n".join(_agreement_lines(path, report, model)))
+    if arguments.json:
+        if model is not None:
+            report["dawid_skene"] = model.as_json()
+        write_json(arguments.json, {"file": str(path), **report})
+
+
+def _agreement_lines(path: Path, report: dict[str, Any], model: DawidSkene | None) -> Iterable[str]:
+    """The report as tables."""
+    labels = ", ".join(f"{n} x {label}" for label, n in report["categories"].items())
+    yield f"{path}: {report['items']} items, {report['labels']} labels: {labels}"
+    yield f"{report['unanimous_items']} items unanimous, {report['split_items']} split"
+    yield ""
+    yield f"{'coefficient':<24} {'value':>6}   95 % interval"
+    for name, entry in report["coefficients"].items():
+        undefined = entry["undefined_resamples"]
+        note = f"   undefined in {undefined} resamples" * bool(undefined and not entry["reason"])
+        yield f"{name:<24} {_estimate(entry)}{note}"
+    yield ""
+    beside = [
+        f"{name} {entry['value']:.3f}"
+        for name, entry in report["coefficients"].items()
+        if name in (report["based_on"], "gwet_ac1") and entry["value"] is not None
+    ]
+    yield f"verdict: {report['verdict']}, by {report['based_on']} ({', '.join(beside)})"
+    yield f"next: {NEXT[report['verdict']]}"
+    yield from (f"! {warning}" for warning in report["warnings"])
+    yield ""
+    yield f"{'annotator':<24} {'labels':>6}   with the others' majority"
+    for row in report["annotators"]:
+        share = "-" if row["with_majority"] is None else f"{row['with_majority']:.1%}"
+        guesses = model is not None and row["annotator"] in model.guessers
+        note = "   guesses: labels carry no information (Dawid & Skene)" * guesses
+        yield f"{row['annotator']!s:<24} {row['labels']:>6}   {share} of {row['compared']}{note}"
+    yield ""
+    yield f"{'pair':<24} {'items':>6}   Cohen's kappa, lowest first"
+    pairs = [pair for pair in report["pairs"] if pair["cohen_kappa"]["value"] is not None]
+    for pair in sorted(pairs, key=lambda pair: pair["cohen_kappa"]["value"])[:_LISTED]:
+        names = " - ".join(map(str, pair["annotators"]))
+        yield f"{names:<24} {pair['items']:>6}   {_estimate(pair['cohen_kappa'])}"
+    if report["confusing_items"]:
+        yield ""
+        yield f"{'confusing item':<24} labels"
+    for row in report["confusing_items"][:_LISTED]:
+        votes = ", ".join(f"{name}: {label}" for name, label in row["labels"].items())
+        yield f"{row['item']!s:<24} {votes}"
+    if report["drift"]:
+        yield ""
+        yield f"{'items by time':<24} {report['based_on']}"
+    for block in report["drift"]:
+        yield f"{block['items']:<24} {_estimate(block)}"
+
+
+def _estimate(entry: dict[str, Any]) -> str:
+    if entry["value"] is None:
+        return f"     -   {entry['reason']}"
+    return f"{entry['value']:6.3f}   {entry['low']:.3f} to {entry['high']:.3f}"
+
+
 COMMANDS: dict[str, Command] = {
     "candidates": Command(_add_candidates, run_candidates),
     "template-pairs": Command(_add_template_pairs, run_template_pairs),
     "audit": Command(_add_audit, run_audit),
+    "agreement": Command(_add_agreement, run_agreement),
 }

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ NEXT = {
     "train": "train on the labels",
     "review": "look at the confusing items before you train on the labels",
     "rewrite": "rewrite the guidelines, with the confusing items as examples, and label again",
-    "undecided": "label more items: the interval spans a threshold",
+    "undecided": "label more items: these are too few, or too alike, to decide",
 }
 
 
@@ -50,7 +51,7 @@ class Ratings:
     """
 
     def __init__(self, ratings: Sequence[Sequence[Hashable | None]]):
-        lists = [x.tolist() if isinstance(x, np.ndarray) else x for x in ratings]
+        lists = [x.tolist() if hasattr(x, "tolist") else x for x in ratings]
         for i, labels in enumerate(lists):
             if not isinstance(labels, list | tuple):
                 raise ValueError(
@@ -104,7 +105,7 @@ class Ratings:
     def numbers(self, purpose: str) -> np.ndarray:
         """The categories (K,) as float64. ValueError names the first that is not a number."""
         for label in self.categories:
-            if not isinstance(label, int | float) or not math.isfinite(label):
+            if not isinstance(label, Real) or not math.isfinite(label):
                 raise ValueError(f"{purpose} needs labels that are numbers, got {short(label)}")
         return np.array(self.categories, dtype=float)
 
@@ -278,12 +279,13 @@ def kendall_w(ratings) -> float | None:
     complete = x.sizes == x.annotators
     codes, counts = x.codes[complete], x.weights[complete]
     m, n = x.annotators, counts.sum()
-    ranks, ties, K = np.zeros(len(codes)), 0.0, len(x.categories)
+    ranks, ties, K, all_tied = np.zeros(len(codes)), 0.0, len(x.categories), True
     for column in codes.T:
         tied = np.bincount(column, counts, minlength=K)
         ranks += _midranks(tied)[column]
         ties += (tied**3 - tied).sum()
-    if m < 2 or n < 2 or ties == m * (n**3 - n):
+        all_tied &= (tied > 0).sum() < 2
+    if m < 2 or all_tied:
         return None
     spread = counts @ (ranks - counts @ ranks / n) ** 2
     return float(12 * spread / (m**2 * (n**3 - n) - m * ties))
@@ -399,9 +401,14 @@ def threshold_label(kappa: float) -> str:
     return next((label for label, above in THRESHOLDS.items() if kappa > above), "rewrite")
 
 
-def verdict(kappa: float | None, low: float | None, high: float | None) -> str:
-    """The `threshold_label` of kappa if its whole interval has that label, else undecided."""
-    if kappa is None or low is None or high is None:
+def verdict(
+    kappa: float | None, low: float | None, high: float | None, undefined: float = 0.0
+) -> str:
+    """The `threshold_label` of kappa if its whole interval has that label, else undecided.
+
+    undefined: share of the resamples without a value; above 5 % the interval says too little.
+    """
+    if kappa is None or low is None or high is None or undefined > 0.05:
         return "undecided"
     labels = {threshold_label(x) for x in (low, kappa, high)}
     return labels.pop() if len(labels) == 1 else "undecided"
@@ -437,10 +444,17 @@ def agreement_report(
         coefficients, each with value, low, high, undefined_resamples, and a reason where there is
         no value; based_on, the coefficient of label and verdict; warnings; pairs of annotators;
         annotators, each against the majority of the others; confusing_items by entropy in bits;
-        drift, blocks of items by the time of their last label, empty without times.
+        drift, up to ten blocks of at least 20 items by the time of their last label, if there are
+        two or more.
     """
     x = Ratings.of(ratings)
-    names = [_plain(name) for name in (annotators or range(x.annotators))]
+    names = [*map(_plain, range(x.annotators) if annotators is None else annotators)]
+    ids = range(len(x.row_of)) if items is None else items
+    if len(names) != x.annotators or len(ids) != len(x.row_of):
+        raise ValueError(
+            f"the ratings are of {x.annotators} annotators and {len(x.row_of)} items, but there "
+            f"are names of {len(names)} and {len(ids)}"
+        )
     coefficients = _coefficients_at(level)
     count = len(coefficients)
 
@@ -455,7 +469,7 @@ def agreement_report(
     based_on = "krippendorff_alpha"
     if level == "nominal":
         based_on = "cohen_kappa" if x.annotators == 2 else "fleiss_kappa"
-    kappa, low, high = (entries[based_on][key] for key in ("value", "low", "high"))
+    kappa, low, high, _, undefined = entries[based_on].values()
     drift = []
     if times is not None:
         drift = _drift(x, times, coefficients[based_on], resamples, seed)
@@ -470,11 +484,11 @@ def agreement_report(
         "coefficients": entries,
         "based_on": based_on,
         "label": None if kappa is None else threshold_label(kappa),
-        "verdict": verdict(kappa, low, high),
+        "verdict": verdict(kappa, low, high, undefined / resamples),
         "warnings": _warnings(x, based_on, entries, drift),
         "pairs": _pairs(x, names, values[count:], draws[count:]),
         "annotators": [_against_the_others(x, a) | {"annotator": n} for a, n in enumerate(names)],
-        "confusing_items": _confusing(x, items or range(len(x.row_of)), names, most),
+        "confusing_items": _confusing(x, ids, names, most),
         "drift": drift,
     }
 
@@ -520,6 +534,8 @@ def _warnings(x: Ratings, based_on: str, entries: dict, drift: list[dict]) -> li
             f"{based_on} is {kappa:.3f} and gwet_ac1 {ac1:.3f}. Label more items that may get a "
             "rare label before you trust either"
         )
+    if len(set(map(str, x.categories))) < len(x.categories):
+        warnings.append("some labels differ only by their type, such as 1 and '1'")
     alone = int(x.weights[x.sizes == 1].sum())
     if alone:
         warnings.append(f"{alone} of {len(x.row_of)} items have one label, which has no partner")
@@ -597,8 +613,8 @@ def _drift(
     last = np.fmax.reduce(when)
     usable = np.flatnonzero((x.sizes[x.row_of] > 1) & ~np.isnan(last))
     ordered = usable[np.argsort(last[usable], kind="stable")]
-    count, blocks = max(1, min(10, len(ordered) // MIN_BLOCK)), []
-    for block in np.array_split(ordered, count) if len(ordered) else ():
+    count, blocks = min(10, len(ordered) // MIN_BLOCK), []
+    for block in np.array_split(ordered, count) if count > 1 else ():
         part = x.weighted(np.bincount(x.row_of[block], minlength=len(x.weights)))
         value = float(np.array(coefficient(part), dtype=float))  # NaN where undefined
         draws = _resample(lambda some: [coefficient(some)], part, resamples, seed)

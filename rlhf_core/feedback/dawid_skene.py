@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,6 +53,22 @@ class DawidSkene(NamedTuple):
         """The most probable category of each item."""
         return [self.categories[k] for k in self.soft_labels.argmax(axis=1)]
 
+    def as_json(self) -> dict[str, Any]:
+        """All estimates as JSON values; soft_labels and confusion by the names as text."""
+        names, matrices = map(str, self.annotators), self.confusion.round(6).tolist()
+        soft = zip(map(str, self.items), self.soft_labels.round(6).tolist())
+        categories = list(map(str, self.categories))
+        return {
+            "categories": categories,
+            "priors": dict(zip(categories, self.priors.tolist())),
+            "confusion": dict(zip(names, matrices)),
+            "information": dict(zip(map(str, self.annotators), self.information.tolist())),
+            "guessers": list(map(str, self.guessers)),
+            "soft_labels": {item: dict(zip(categories, shares)) for item, shares in soft},
+            "log_likelihood": self.log_likelihood,
+            "converged": self.converged,
+        }
+
 
 def dawid_skene(
     labels: Iterable[tuple[Hashable, Hashable, Hashable]],
@@ -87,22 +103,25 @@ def dawid_skene(
     label = np.array([code_of[row[2]] for row in rows])
     N, A, K, count = len(items), len(annotators), len(categories), len(rows)
 
-    def summed(index: np.ndarray, weights: np.ndarray, size: int) -> np.ndarray:
-        """Sums (size, columns) of the rows (count, columns) with each index."""
-        return np.stack([np.bincount(index, w, minlength=size) for w in weights.T], axis=1)
+    def summed(index: np.ndarray, columns: Iterable[np.ndarray], size: int) -> np.ndarray:
+        """Sums (size, columns) of the values with each index, of each column (count,)."""
+        sums = [np.bincount(index, column, minlength=size) for column in columns]
+        return np.stack(sums, axis=1)
 
-    soft_labels = summed(item, np.eye(K)[label], N)
+    soft_labels = summed(item, (label == k for k in range(K)), N)
     soft_labels /= soft_labels.sum(axis=1, keepdims=True)  # the votes
     log_likelihood, converged, iterations = -math.inf, False, 0
     while not converged and iterations < max_iterations:
         iterations += 1
-        seen = summed(annotator * K + label, soft_labels[item], A * K)
+        seen = summed(annotator * K + label, (soft_labels[item, k] for k in range(K)), A * K)
         seen = seen.reshape(A, K, K).swapaxes(1, 2)  # annotator, true label, label
         totals = seen.sum(axis=2, keepdims=True)
         confusion = np.divide(seen, totals, out=np.full(seen.shape, 1 / K), where=totals > 0)
         priors = soft_labels.mean(axis=0)
         with np.errstate(divide="ignore"):
-            joint = np.log(priors) + summed(item, np.log(confusion)[annotator, :, label], N)
+            logs = np.log(confusion)
+            evidence_of = (logs[annotator, k, label] for k in range(K))
+            joint = np.log(priors) + summed(item, evidence_of, N)
         top = joint.max(axis=1, keepdims=True)
         evidence = top + np.log(np.exp(joint - top).sum(axis=1, keepdims=True))
         soft_labels = np.exp(joint - evidence)

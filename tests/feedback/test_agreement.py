@@ -322,6 +322,15 @@ def test_thresholds_are_exclusive_and_an_interval_over_one_is_undecided():
     assert verdict(0.7, 0.61, 0.8) == "train"
     assert verdict(0.7, 0.6, 0.8) == verdict(0.7, 0.61, 0.81) == "undecided"
     assert verdict(None, None, None) == "undecided"
+    assert verdict(1, 1, 1, undefined=0.05) == "golden"
+    assert verdict(1, 1, 1, undefined=0.06) == "undecided"
+    report = agreement_report([[0, 0, 1], [0, 0, 1]], resamples=100)  # three items prove little
+    assert (report["label"], report["verdict"]) == ("golden", "undecided")
+
+
+def test_labels_that_differ_only_by_type_give_a_warning():
+    report = agreement_report([[1, "1", 2, 2], ["1", 1, 2, 2]], resamples=5)
+    assert "some labels differ only by their type, such as 1 and '1'" in report["warnings"]
 
 
 def test_drift_is_found_by_the_time_of_the_last_label():
@@ -366,6 +375,7 @@ def test_drift_is_found_by_the_time_of_the_last_label():
         (lambda: from_counts([[1, 2, 3]], two_annotators=True), "must be square"),
         (lambda: interval(cohen_kappa, TEXTBOOK, resamples=0), "resamples must be at least 1"),
         (lambda: agreement_report(TEXTBOOK, times=[[1]]), "times must have the shape"),
+        (lambda: agreement_report(TEXTBOOK, annotators="a"), "but there are names of 1 and 5"),
         (lambda: Ratings([list(range(1001))] * 2), "1001 different labels, more than 1000"),
     ],
 )
