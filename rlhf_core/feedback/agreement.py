@@ -110,7 +110,7 @@ class Ratings:
         return np.array(self.categories, dtype=float)
 
     def shares(self, at_least: int) -> np.ndarray:
-        """Mean share (K,) of each category in items with so many labels."""
+        """Mean share (K,) of each category in the items with at least this number of labels."""
         totals = np.where(self.sizes >= at_least, self.weights / self.sizes.clip(1), 0) @ self.tally
         return totals / totals.sum()
 

@@ -86,7 +86,7 @@ def dawid_skene(
         labels: rows; an annotator may label an item several times. A missing label (None, NaN) is
             left out.
         tolerance: EM stops when a step raises the log-likelihood by less, in nats per label.
-        max_iterations: EM stops after so many steps.
+        max_iterations: the most steps of EM.
 
     Raises:
         ValueError: there is no label, or one that is not hashable.
