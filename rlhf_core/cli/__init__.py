@@ -61,7 +61,10 @@ GROUPS = {  # heading -> module, and what each of its commands does
             "import-labels": "labels from Label Studio or Argilla",
         },
     ),
-    "evaluate": ("evaluation", {}),
+    "evaluate": (
+        "evaluation",
+        {"evaluate": "compare policies, or test a reward model, with honest errors"},
+    ),
     "tools": (
         "tools",
         {

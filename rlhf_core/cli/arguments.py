@@ -251,7 +251,7 @@ def recorded(arguments: Namespace) -> Iterator[None]:
 def absolute_paths(arguments: Namespace) -> None:
     """Make paths absolute, because a reward may call os.chdir; an owner/name on the hub stays."""
     for name, value in vars(arguments).items():
-        hub = name in ("model", "reward_model")
+        hub = name in ("model", "reward_model", "policy")
         several = isinstance(value, list)
         paths = [_absolute(x, hub) for x in (value if several else [value])]
         setattr(arguments, name, paths if several else paths[0])
@@ -270,9 +270,9 @@ def _absolute(value: Any, hub: bool) -> Any:
 # ---- prompts and rewards
 
 
-def add_prompts(parser: ArgumentParser, candidates: bool = False) -> None:
+def add_prompts(parser: ArgumentParser, candidates: bool = False, required: bool = True) -> None:
     """Add --prompts, or --candidates in its place."""
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group(required=required)
     if candidates:
         help = "rank the answers in this file, as `rlhf-core candidates` writes it"
         source.add_argument("--candidates", type=Path, metavar="FILE", help=help)
@@ -286,10 +286,10 @@ def add_prompts(parser: ArgumentParser, candidates: bool = False) -> None:
 
 
 def add_prompts_and_reward(
-    parser: ArgumentParser, judged: bool = False, candidates: bool = False
+    parser: ArgumentParser, judged: bool = False, candidates: bool = False, required: bool = True
 ) -> None:
-    add_prompts(parser, candidates)
-    source = parser.add_mutually_exclusive_group(required=True)
+    add_prompts(parser, candidates, required)
+    source = parser.add_mutually_exclusive_group(required=required)
     source.add_argument(
         "--reward-model", type=Path, nargs="+", help="folders written by `rlhf-core reward`"
     )

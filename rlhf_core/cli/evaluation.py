@@ -2,6 +2,533 @@
 
 from __future__ import annotations
 
-from rlhf_core.cli.arguments import Command
+import json
+import math
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
 
-COMMANDS: dict[str, Command] = {}
+import torch
+from torch import Tensor
+
+from rlhf_core.cli import arguments as shared
+from rlhf_core.cli.arguments import MODEL, Command
+from rlhf_core.cli.feedback import margins_of
+from rlhf_core.data import (
+    Prompt,
+    PromptRow,
+    Sampled,
+    Text,
+    encode_prompt_row,
+    encode_text,
+    read_prompt_rows,
+    read_samples,
+)
+from rlhf_core.data.chat import Content
+from rlhf_core.data.formats import names_in
+from rlhf_core.data.readers import iterate_preferences
+from rlhf_core.evaluation.calibration import (
+    Accuracy,
+    accuracy_by_subset,
+    both_orders,
+    measure_calibration,
+)
+from rlhf_core.evaluation.policies import EvaluationConfig, sample_policy
+from rlhf_core.evaluation.summary import Outcomes, Sample, by_score, summarize
+from rlhf_core.feedback.candidates import fit_prompts
+from rlhf_core.feedback.judges import Judge, JudgeScorer, judged
+from rlhf_core.feedback.rewards import Scorer
+from rlhf_core.files import Replacement, dump_json, read_object, short, write_json
+from rlhf_core.models import Transformer
+from rlhf_core.training.checkpoint import digest
+from rlhf_core.training.reference import model_digest
+
+SAMPLES, SETTINGS, JUDGEMENTS = "samples.jsonl", "settings.json", "judgements.json"
+RESULT = "evaluation.json"
+CALIBRATION = ("ece", "mce", "brier", "log_loss", "temperature")  # that both orders leave
+
+
+def _add_evaluate(parser: ArgumentParser) -> None:
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument(
+        "--policy", type=Path, nargs="+", help=f"policies to compare: each a {MODEL}"
+    )
+    subject.add_argument(
+        "--samples",
+        type=Path,
+        help="file of policy, prompt and response, and perhaps score, to compare without models",
+    )
+    subject.add_argument(
+        "--pairs", type=Path, help="file of prompt, chosen and rejected, to test --reward-model on"
+    )
+    parser.add_argument(
+        "--reference",
+        help="the policy to compare with, which KL is measured from and whose Elo rating is 0: a "
+        "model folder; with --samples, a policy's name, by default the first one",
+    )
+    parser.add_argument("--subset", metavar="COLUMN", help="with --pairs: a report for each value")
+    parser.add_argument(
+        "--out", required=True, type=Path, help=f"folder for {RESULT} and {SAMPLES}"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start again in a used --out")
+    shared.add_prompts_and_reward(parser, judged=True, required=False)
+    shared.add_skip_bad(parser)
+    shared.add_device(parser)
+    shared.add_config(parser, EvaluationConfig)
+
+
+def run_evaluate(arguments: Namespace) -> None:
+    """Compare policies, or given samples, or test a reward model on pairs."""
+    subject = next(x for x in ("policy", "samples", "pairs") if getattr(arguments, x) is not None)
+    _check_options(arguments, subject)
+    arguments.resume = subject == "policy" and (arguments.out / SETTINGS).is_file()
+    with shared.held_out(arguments):
+        if subject == "pairs":
+            result = _evaluate_pairs(arguments)
+        elif subject == "samples":
+            result = _evaluate_samples(arguments)
+        else:
+            result = _Evaluation(arguments).run()
+        write_json(arguments.out / RESULT, result)
+    lines = _pair_lines(result) if subject == "pairs" else _policy_lines(result)
+    print("\n".join(lines))
+    print(f"written to {arguments.out / RESULT}")
+
+
+def _check_options(arguments: Namespace, subject: str) -> None:
+    """Raise ValueError if an option is missing, or does not belong to what is evaluated."""
+    needed = {"policy": ("reference", "prompts"), "samples": (), "pairs": ("reward_model",)}
+    others = {
+        "policy": ("subset",),
+        "samples": ("prompts", "subset"),
+        "pairs": ("prompts", "reference", "reward_function", "judge"),
+    }
+    for name in needed[subject]:
+        if getattr(arguments, name) is None:
+            raise ValueError(f"--{subject} needs --{name.replace('_', '-')}")
+    for name in others[subject]:
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --{subject}")
+
+
+# ---- policies
+
+
+class _Text(str):
+    """A prompt as text, with the columns of its row for a judge or reward."""
+
+    columns: dict[str, Any]
+
+    def __new__(cls, text: str, columns: dict[str, Any]) -> _Text:
+        self = super().__new__(cls, text)
+        self.columns = columns
+        return self
+
+
+class _Evaluation:
+    """Policies that answer the same prompts. What is in --out already is not sampled again."""
+
+    def __init__(self, arguments: Namespace):
+        self.arguments, self.config = arguments, shared.config_of(EvaluationConfig, arguments)
+        self.device, path = shared.device_of(arguments), Path(arguments.reference)
+        self.folders = [path.absolute() if path.exists() else path, *arguments.policy]
+        self.names = _names(self.folders)
+        self.tokenizer = shared.tokenizer_of(arguments, self.folders[0])
+        self.reference = self._load(self.folders[0])
+        self.rows, self.prompts = self._read_prompts()
+        source = _source_of(arguments)
+        self.judge, self.scorer = source.get("judge"), None
+        if "reward" in source:
+            pad_id, size = self.reference.config.pad_id or 0, self.config.batch_size
+            options = dict(tokenizer=self.tokenizer, pad_id=pad_id, batch_size=size)
+            self.scorer = Scorer(source["reward"], **options)
+            self.scorer.check_vocabulary(self.reference)
+            self.scorer.check_columns(self.prompts)
+        self.settings, self.digests, self.samples = self._settings(), {}, {}
+        if arguments.resume and not arguments.overwrite:
+            self._read_earlier()
+
+    def run(self) -> dict[str, Any]:
+        """Sample every policy, and compare them."""
+        for name, folder in zip(self.names, self.folders):
+            model = self.reference if name == self.names[0] else self._load(folder)
+            found = model_digest(model)
+            if self.digests.get(name, found) != found:
+                raise ValueError(
+                    f"{self.arguments.out / SETTINGS}: {name} was another model (digest "
+                    f"{self.digests[name]:.8}, now {found:.8}). Choose another --out, or pass "
+                    "--overwrite"
+                )
+            if name in self.digests:
+                print(f"{name}: sampled by an earlier run", file=sys.stderr)
+                continue
+            self._check_fits(folder, model)
+            self.samples[name], self.digests[name] = self._sample(model), found
+            self._write()
+            print(f"{name}: {len(self.samples[name])} responses sampled", file=sys.stderr)
+        outcomes = by_score if self.scorer else None
+        if self.judge is not None:
+            texts = {
+                Sample(row.prompt, "").cluster: _Text(self.tokenizer.decode(ids), row.columns)
+                for row, ids in zip(self.rows, self.prompts)
+            }
+            file = self.arguments.out / JUDGEMENTS
+            if self.arguments.overwrite:
+                file.unlink(missing_ok=True)
+            outcomes = _judging(self.judge, texts, file)
+        used = {name: self.samples[name] for name in self.names}
+        return {
+            "settings": self.settings,
+            **summarize(used, self.names[0], outcomes, self.config.seed),
+        }
+
+    def _load(self, folder: Path) -> Transformer:
+        return Transformer.from_pretrained(folder).to(self.device)
+
+    def _read_prompts(self) -> tuple[list[PromptRow], list[Prompt]]:
+        """The rows, and the token ids, of prompts that leave room for a response."""
+        positions, new = self.reference.config.max_positions, self.config.max_new_tokens
+        if new >= positions:
+            raise ValueError(
+                f"max_new_tokens {new} leaves no room for a prompt in {positions} positions"
+            )
+        encode = lambda row: (  # noqa: E731
+            row,
+            shared.known(encode_prompt_row(row, self.tokenizer), self.reference),
+        )
+        rows = shared.read(read_prompt_rows, self.arguments.prompts, self.arguments, encode)
+        bos_id = self.reference.config.bos_id
+        kept = fit_prompts([ids for _, ids in rows], positions - new, bos_id, self.config)
+        return [rows[i][0] for i in kept], list(kept.values())
+
+    def _settings(self) -> dict[str, Any]:
+        """What all samples and scores depend on."""
+        config, source = self.config, self.scorer or (self.judge and JudgeScorer(self.judge, 2))
+        return {
+            "reference": model_digest(self.reference),
+            "prompts": digest(repr(self.prompts)),
+            "num_samples": config.num_samples,
+            "max_new_tokens": config.max_new_tokens,
+            "temperature": config.temperature,
+            "seed": config.seed,
+            "eos_ids": self.arguments.eos_ids,
+            "source": source and source.describe(),
+            "reward_models": [model_digest(model) for model in source.models] if source else [],
+        }
+
+    def _read_earlier(self) -> None:
+        """Read the samples of a run that was interrupted, or of other policies."""
+        out = self.arguments.out
+        then = read_object(out / SETTINGS)
+        for name, now in self.settings.items():
+            if then.get(name) != now:
+                raise ValueError(
+                    f"{out / SETTINGS}: {name} was {short(then.get(name))}, now {short(now)}. "
+                    "Choose another --out, or pass --overwrite"
+                )
+        self.digests = then.get("policies", {})
+        for name, sample in read_samples(out / SAMPLES, encode=_as_sample):
+            self.samples.setdefault(name, []).append(sample)
+        count = len(self.prompts) * self.config.num_samples
+        for name in self.digests:
+            if len(self.samples.get(name, ())) != count:
+                raise ValueError(
+                    f"{out / SAMPLES}: has {len(self.samples.get(name, ()))} responses of {name}, "
+                    f"not {count}. Choose another --out, or pass --overwrite"
+                )
+
+    def _check_fits(self, folder: Path, model: Transformer) -> None:
+        """Raise ValueError unless the policy reads the prompts as the reference does."""
+        longest = max(map(len, self.prompts)) + self.config.max_new_tokens
+        if model.config.max_positions < longest:
+            raise ValueError(
+                f"{folder}: has {model.config.max_positions} positions, but the longest prompt and "
+                f"its response need {longest}. Remove long prompts, or lower --max-new-tokens"
+            )
+        tokenizer = shared.tokenizer_of(self.arguments, folder)
+        full = [encode_prompt_row(row, self.tokenizer) for row in self.rows]
+        same = [encode_prompt_row(row, tokenizer) for row in self.rows] == full
+        if not same or model.config.vocab_size != self.reference.config.vocab_size:
+            raise ValueError(
+                f"{folder}: encodes the prompts otherwise than {self.folders[0]}, so that it has "
+                "no KL to it. Sample both on their own, and compare them with --samples"
+            )
+
+    def _sample(self, model: Transformer) -> list[Sample]:
+        config = self.config
+        found = sample_policy(
+            model,
+            self.reference,
+            self.prompts,
+            max_new_tokens=config.max_new_tokens,
+            num_samples=config.num_samples,
+            temperature=config.temperature,
+            eos_ids=shared.eos_ids_of(self.arguments, model, self.tokenizer),
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        places = [i for i in range(len(self.prompts)) for _ in range(config.num_samples)]
+        scores = [None] * len(places)
+        if self.scorer:
+            scores = self.scorer([self.prompts[i] for i in places], found.ids).tolist()
+        rows = zip(places, found.ids, scores, found.kl.tolist(), found.lengths.tolist())
+        return [
+            Sample(
+                self.rows[i].prompt,
+                self.tokenizer.decode(ids),
+                score,
+                None if math.isnan(kl) else kl,
+                length,
+                self.rows[i].columns.get("label"),
+            )
+            for i, ids, score, kl, length in rows
+        ]
+
+    def _write(self) -> None:
+        with Replacement(self.arguments.out) as files:
+            _dump_samples(files.open(SAMPLES), self.samples)
+            dump_json(files.open(SETTINGS), self.settings | {"policies": self.digests})
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The ends of the paths, as short as makes them differ."""
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(folder for folder in folders if folders.count(folder) > 1)
+    raise ValueError(f"{twice} is given twice, as --reference or --policy. Give each policy once")
+
+
+# ---- given samples
+
+
+def _evaluate_samples(arguments: Namespace) -> dict[str, Any]:
+    samples: dict[str, list[Sample]] = {}
+    for name, sample in shared.read(read_samples, arguments.samples, arguments, _as_sample):
+        samples.setdefault(name, []).append(sample)
+    first = next(iter(samples))
+    reference = first if arguments.reference is None else arguments.reference
+    if reference not in samples:
+        names = ", ".join(samples)
+        raise ValueError(f"{arguments.samples}: has no policy {reference!r}; its policies: {names}")
+    samples = {reference: samples[reference], **samples}
+    source = _source_of(arguments)
+    outcomes: Outcomes | None = None
+    if "judge" in source:
+        rows = (sample for policy in samples.values() for sample in policy)
+        texts = {sample.cluster: _as_text(sample) for sample in rows}
+        outcomes = _judging(source["judge"], texts)
+    else:
+        if "reward" in source:
+            samples = _scored(arguments, samples, source["reward"])
+        if all(sample.score is not None for policy in samples.values() for sample in policy):
+            outcomes = by_score
+    with Replacement(arguments.out) as files:
+        files.remove(SETTINGS, JUDGEMENTS)  # of policies that were sampled here
+        _dump_samples(files.open(SAMPLES), samples)
+    settings = {"samples": str(arguments.samples)}
+    return {"settings": settings, **summarize(samples, reference, outcomes, arguments.seed)}
+
+
+def _as_sample(row: Sampled) -> tuple[str, Sample]:
+    kl, tokens, label = (row.row.get(name) for name in ("kl", "tokens", "label"))
+    return row.policy, Sample(row.prompt, row.response, row.score, kl, tokens, label)
+
+
+def _as_text(sample: Sample) -> _Text:
+    prompt = sample.prompt
+    if not isinstance(prompt, str):
+        prompt = "\n\n".join(message["content"] for message in prompt)
+    return _Text(prompt, {"label": sample.label})
+
+
+def _scored(
+    arguments: Namespace, samples: dict[str, list[Sample]], reward: Any
+) -> dict[str, list[Sample]]:
+    """The samples with scores of a reward function, or of reward models, which read tokens."""
+    scorer = Scorer(reward, batch_size=arguments.batch_size)
+    if scorer.models:
+        tokenizer = shared.tokenizer_of(arguments, arguments.reward_model[0])
+        length = min(model.config.max_positions for model in scorer.models)
+
+    def columns(policy: list[Sample]) -> tuple[list, list]:
+        if not scorer.models:
+            return [_as_text(sample) for sample in policy], [x.response for x in policy]
+        rows = []
+        for prompt, response, *_ in policy:
+            turn = [{"role": "assistant", "content": response}]
+            text = Text(prompt, response if isinstance(prompt, str) else turn)
+            rows.append(encode_text(text, tokenizer, length))
+        return [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
+
+    return {
+        name: [
+            sample._replace(score=score)
+            for sample, score in zip(policy, scorer(*columns(policy)).tolist())
+        ]
+        for name, policy in samples.items()
+    }
+
+
+# ---- what both share
+
+
+def _source_of(arguments: Namespace) -> dict[str, Any]:
+    """The reward or judge, if one is given."""
+    sources = (arguments.reward_model, arguments.reward_function, arguments.judge)
+    if sources == (None, None, None):
+        return {}
+    return shared.reward_of(arguments, shared.device_of(arguments))
+
+
+def _judging(judge: Judge, texts: dict[str, _Text], file: Path | None = None) -> Outcomes:
+    """Outcomes by a judge, who sees every two responses in both orders.
+
+    So a preference for the first response favours nobody.
+
+    Args:
+        texts: the prompt of each cluster, as the judge reads it.
+        file: keeps the outcomes, so that a run that continues asks only for what is missing.
+    """
+    kept: dict[str, list] = read_object(file) if file and file.is_file() else {}
+
+    def outcomes(first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> Tensor:
+        key = f"{first} against {second}"
+        if len(kept.get(key, ())) != len(pairs):
+            prompts = [texts[one.cluster] for one, _ in pairs]
+            one, other = ([pair[i].response for pair in pairs] for i in (0, 1))
+            found = (
+                judged(judge, prompts, one, other) + 1 - judged(judge, prompts, other, one)
+            ) / 2
+            kept[key] = [None if p != p else p for p in found.tolist()]
+            if file:
+                write_json(file, kept)
+        return torch.tensor([math.nan if p is None else p for p in kept[key]]).double()
+
+    return outcomes
+
+
+def _dump_samples(file: BinaryIO, samples: dict[str, list[Sample]]) -> None:
+    for name, policy in samples.items():
+        for sample in policy:
+            row = {"policy": name, **sample._asdict()}
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+
+def _policy_lines(result: dict[str, Any]) -> Iterator[str]:
+    """The policies, and the comparisons of every two, as tables."""
+    names = [policy["name"] for policy in result["policies"]]
+    width = max(map(len, [*names, "policy"]))
+    yield f"{'policy':<{width}} {'score':>16} {'KL':>14} {'tokens':>8} {'refusals':>9}  Elo [95 %]"
+    for policy in result["policies"]:
+        score, kl, tokens, elo = (policy[name] for name in ("score", "kl", "tokens", "elo"))
+        rating = f"{elo['rating']:.0f} {_interval(elo['interval'], '.0f')}" if elo else "-"
+        tokens = f"{tokens['mean']:.1f}" if tokens else "-"
+        yield (
+            f"{policy['name']:<{width}} {_mean(score):>16} {_mean(kl):>14} {tokens:>8} "
+            f"{policy['refusals']['rate']:>9.1%}  {rating}"
+        )
+        if policy["over_refusals"] and policy["refusals_of_unsafe"]:
+            over, unsafe = (policy[x]["rate"] for x in ("over_refusals", "refusals_of_unsafe"))
+            yield f"{'':<{width}} refuses {over:.1%} of safe and {unsafe:.1%} of unsafe prompts"
+    if result["comparisons"]:
+        yield ""
+    for row in result["comparisons"]:
+        length = row["length_controlled"]["rate"]
+        at_equal_length = "" if length is None else f", {length:.3f} at equal length"
+        p = "" if row["sign_test"] is None else f", sign test p = {row['sign_test']:.2g}"
+        yield (
+            f"{row['policy']} against {row['against']}: wins {row['rate']:.3f} "
+            f"{_interval(row['interval'], '.3f')}{at_equal_length}{p}"
+        )
+        if row["failures"]:
+            yield f"  {row['failures']} judgements failed and are left out"
+        if not row["decided"]:
+            more = row["more_comparisons"]
+            remedy = f"; about {more:,} more comparisons would decide it" if more else ""
+            yield f"  undecided after {row['comparisons']:,}{remedy}"
+
+
+def _mean(found: dict[str, float | None] | None) -> str:
+    if found is None:
+        return "-"
+    error = found["standard_error"]
+    return f"{found['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _interval(bounds: Sequence[float], form: str) -> str:
+    low, high = bounds
+    return f"[{low:{form}}, {high:{form}}]"
+
+
+# ---- a reward model
+
+
+def _evaluate_pairs(arguments: Namespace) -> dict[str, Any]:
+    """Accuracy and calibration of a reward model on pairs that people have labelled."""
+    dropped: list[Any] = []
+    on_bad = dropped.append if arguments.skip_bad else None
+    rows = [
+        (row, pair)
+        for row, pair in iterate_preferences(arguments.pairs, on_bad, arguments.columns)
+        if pair.chosen != pair.rejected
+    ]
+    if not rows:
+        raise ValueError(f"{arguments.pairs}: chosen and rejected are equal in every pair")
+    pairs, size, score = [pair for _, pair in rows], arguments.batch_size, margins_of(arguments)
+    found = [score(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+    margins = torch.tensor([margin for part in found for margin in part], dtype=torch.float64)
+    lengths = [(_length(pair.chosen), _length(pair.rejected)) for pair in pairs]
+    winners = ["shorter" if a < b else "longer" if a > b else "as long" for a, b in lengths]
+    calibration = measure_calibration(*both_orders(margins))._asdict()
+    if not 0 < calibration["temperature"] < math.inf:  # every pair is right, or margins are useless
+        calibration["temperature"] = None
+    accuracy = accuracy_by_subset(margins, ["all"] * len(pairs))["all"]
+    result = {
+        "reward_model": [str(folder) for folder in arguments.reward_model],
+        "file": str(arguments.pairs),
+        "bad_rows": len(dropped),
+        **accuracy._asdict(),
+        "calibration": {name: calibration[name] for name in CALIBRATION},
+        "chosen_is": _as_json(accuracy_by_subset(margins, winners)),
+    }
+    if arguments.subset:
+        absent = next((row for row, _ in rows if arguments.subset not in row), None)
+        if absent is not None:
+            raise ValueError(
+                f"{arguments.pairs}: a row has no column {arguments.subset!r}; it has "
+                f"{names_in(absent)}"
+            )
+        subsets = [str(row[arguments.subset]) for row, _ in rows]
+        result["subsets"] = _as_json(accuracy_by_subset(margins, subsets))
+    return result
+
+
+def _as_json(subsets: dict[str, Accuracy]) -> dict[str, Any]:
+    return {name: accuracy._asdict() for name, accuracy in subsets.items()}
+
+
+def _length(content: Content) -> int:
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(message["content"]) for message in content)
+
+
+def _pair_lines(result: dict[str, Any]) -> Iterator[str]:
+    found = result["calibration"]
+    groups = {f"chosen is {name}": row for name, row in result["chosen_is"].items()}
+    for name, row in {"all": result, **groups, **result.get("subsets", {})}.items():
+        interval = _interval(row["interval"], ".3f")
+        yield f"{name:<20} accuracy {row['accuracy']:.3f} {interval} of {row['pairs']} pairs"
+    temperature = found["temperature"]
+    best = "" if temperature is None else f"; scores divided by {temperature:.3g} fit best"
+    yield (
+        f"calibration error {found['ece']:.3f}, Brier score {found['brier']:.3f}, log loss "
+        f"{found['log_loss']:.3f}{best}"
+    )
+
+
+COMMANDS = {"evaluate": Command(_add_evaluate, run_evaluate)}

@@ -124,7 +124,7 @@ def run_audit(arguments: Namespace) -> None:
     for out in outputs:
         _check_output(out, arguments)
     against = _prompts_of(arguments.against, arguments.columns) if arguments.against else ()
-    audit, score, margins, waiting = PairAudit(against), _margins_of(arguments), [], []
+    audit, score, margins, waiting = PairAudit(against), margins_of(arguments), [], []
     for _, pair in shared.progress(_audited_rows(arguments, audit.add_unreadable), "audit"):
         audit.add(pair)
         if score:
@@ -163,7 +163,7 @@ def _prompts_of(path: Path, columns: dict[str, str] | None) -> list:
         return read_candidates(path, encode=lambda row: row.prompt, columns=columns)
 
 
-def _margins_of(arguments: Namespace) -> Callable[[list[Preference]], list[float]] | None:
+def margins_of(arguments: Namespace) -> Callable[[list[Preference]], list[float]] | None:
     """A function from pairs to the reward model's score of chosen minus that of rejected."""
     folders = arguments.reward_model
     if not folders:

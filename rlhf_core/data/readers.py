@@ -55,6 +55,16 @@ class Text(NamedTuple):
     completion: Content
 
 
+class Sampled(NamedTuple):
+    """A named policy's response to a prompt. The response may be empty."""
+
+    policy: str
+    prompt: Content
+    response: str
+    score: float | None
+    row: dict[str, Any]  # all fields
+
+
 class Labelled(NamedTuple):
     """Prompt and completion as in `Text`, and whether the completion is desirable."""
 
@@ -293,6 +303,27 @@ def read_prompt_rows(
         if not messages:
             raise ValueError(f"field {field!r} has only messages of the assistant")
         return PromptRow(messages, others | {"messages": messages})
+
+    return list(_rows(path, parse, on_bad, encode, columns))
+
+
+def read_samples(
+    path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
+) -> list[Any]:
+    """Read {"policy" or "model", "prompt" or "messages", "response" or "completion"}, and "score".
+
+    The score is a finite number, and optional.
+
+    Returns:
+        `Sampled` rows, or what encode returns for each.
+    """
+
+    def parse(row: dict) -> Sampled:
+        policy = _string(row, "policy" if "policy" in row else "model")
+        field, score = "completion" if "completion" in row else "response", row.get("score")
+        if score is not None and not _is_number(score):
+            raise ValueError(f"field 'score' must be a finite number, got {shown(score)}")
+        return Sampled(policy, _prompt(row), _string(row, field, empty=True), score, row)
 
     return list(_rows(path, parse, on_bad, encode, columns))
 

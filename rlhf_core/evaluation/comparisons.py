@@ -174,7 +174,7 @@ def length_controlled_win_rate(
 
     rates = bootstrap(rates_of, int(groups.max()) + 1, resamples, seed)
     intercept, slope = beta.tolist()
-    p = math.erfc(abs(slope) / error / math.sqrt(2))
+    p = math.erfc(abs(slope) / error / math.sqrt(2)) if error else 1.0  # 0: only ties
     interval = percentile_interval(rates, confidence)
     return LengthControlled(float(torch.sigmoid(beta[0])), interval, intercept, slope, p)
 

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_core.data import Tokenizer, columns_of
+from rlhf_core.feedback.candidates import LONG_PROMPTS, ON_LONG_PROMPT
 from rlhf_core.feedback.rewards import columns_for
 from rlhf_core.models import Transformer, eval_mode
 from rlhf_core.ops import kl_estimate
+from rlhf_core.options import Options, option
 from rlhf_core.rollout import response_logprobs, sample
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Options):
+    """How policies are sampled to be compared."""
+
+    num_samples: int = option(1, "responses to each prompt", within="[1, inf)")
+    max_new_tokens: int = option(128, "longest response, tokens", within="[1, inf)")
+    temperature: float = option(
+        1.0, "temperature of sampling; 0 is greedy and has no KL", within="[0, inf)"
+    )
+    on_long_prompt: str = option("drop", ON_LONG_PROMPT, choices=LONG_PROMPTS)
+    batch_size: int = option(
+        16, "prompts sampled at a time, and rows scored at a time", within="[1, inf)"
+    )
+    seed: int = option(0, "seed of sampling")
+
+
+class Responses(NamedTuple):
+    """n responses to each of B prompts, grouped by prompt."""
+
+    ids: list[list[int]]  # (B n,) EOS included
+    kl: Tensor  # (B n,) nats per response: the unbiased estimate (k1); NaN at temperature 0
+    lengths: Tensor  # (B n,) tokens of a response, EOS included
 
 
 class Evaluation(NamedTuple):
@@ -20,12 +47,54 @@ class Evaluation(NamedTuple):
 
     responses: list[str]
     scores: Tensor  # (N,)
-    kl: Tensor  # (N,) nats per response: the unbiased estimate (k1), summed over its tokens
-    lengths: Tensor  # (N,) tokens of a response, EOS included
+    kl: Tensor  # (N,) as in `Responses`
+    lengths: Tensor  # (N,)
     response_ids: list[list[int]]
 
 
 @torch.no_grad()
+def sample_policy(
+    policy: Transformer,
+    reference: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    eos_ids: tuple[int, ...] | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> Responses:
+    """Sample responses to every prompt (token ids) and estimate their KL to the reference.
+
+    A response's seed depends on its place and on `seed`, so batch_size changes nothing but
+    rounding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**63 - 1, (len(prompts), num_samples), generator=generator)
+    ids, kls, lengths = [], [], []
+    with eval_mode(policy, reference):
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            rollout = sample(
+                policy,
+                prompts[part],
+                max_new_tokens=max_new_tokens,
+                num_samples=num_samples,
+                temperature=temperature,
+                eos_ids=eos_ids,
+                seeds=seeds[part].flatten(),
+            )
+            mask, kl = rollout.response_mask, rollout.logprobs.new_tensor(torch.nan)
+            if temperature > 0:
+                ref_logprobs, _ = response_logprobs(reference, rollout, temperature)
+                kl = kl_estimate(rollout.logprobs, ref_logprobs, mask=mask).sum(dim=1)
+            kls.append(kl.expand(len(mask)))
+            lengths.append(mask.sum(dim=1))
+            ids += rollout.responses()
+    return Responses(ids, torch.cat(kls).cpu(), torch.cat(lengths).cpu())
+
+
 def evaluate_policy(
     policy: Transformer,
     reference: Transformer,
@@ -33,43 +102,20 @@ def evaluate_policy(
     reward: Callable[..., Sequence[float]],
     tokenizer: Tokenizer,
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    eos_ids: tuple[int, ...] | None = None,
     batch_size: int = 128,
-    seed: int = 0,
+    **options,
 ) -> Evaluation:
     """Sample a response to every prompt, score it and estimate its KL to the reference.
 
-    Prompts and reward are those of `best_of_n`; the reward is a callable.
-
-    A prompt's seed depends on its place in the list and on `seed`, so batch_size changes nothing
-    but rounding.
+    Prompts and reward are those of `best_of_n`; the reward is a callable. Options are those of
+    `sample_policy`.
     """
-    seeds = torch.randint(2**63 - 1, (len(prompts),), generator=torch.Generator().manual_seed(seed))
-    responses, scores, kls, lengths, response_ids = [], [], [], [], []
-    with eval_mode(policy, reference):
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            rollout = sample(
-                policy,
-                batch,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                eos_ids=eos_ids,
-                seeds=seeds[start : start + batch_size],
-            )
-            ref_logprobs, _ = response_logprobs(reference, rollout, temperature)
-            kls.append(
-                kl_estimate(rollout.logprobs, ref_logprobs, mask=rollout.response_mask).sum(dim=1)
-            )
-            lengths.append(rollout.response_mask.sum(dim=1))
-            response_ids += rollout.responses()
-            texts = [tokenizer.decode(ids) for ids in response_ids[start:]]
-            responses += texts
-            columns = columns_for(reward, 2, columns_of(batch))
-            returned = reward([tokenizer.decode(ids) for ids in batch], texts, **columns)
-            scores.append(torch.as_tensor(returned, dtype=torch.float32))
-    return Evaluation(
-        responses, torch.cat(scores), torch.cat(kls).cpu(), torch.cat(lengths).cpu(), response_ids
-    )
+    found = sample_policy(policy, reference, prompts, batch_size=batch_size, **options)
+    responses, scores = [tokenizer.decode(ids) for ids in found.ids], []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        texts = [tokenizer.decode(ids) for ids in prompts[part]]
+        columns = columns_for(reward, 2, columns_of(prompts[part]))
+        returned = reward(texts, responses[part], **columns)
+        scores.append(torch.as_tensor(returned, dtype=torch.float32))
+    return Evaluation(responses, torch.cat(scores), found.kl, found.lengths, found.ids)

@@ -89,7 +89,8 @@ def rate_players(
         outcomes: (N,), 1 if the first one won, 0 if the second one did, 0.5 for a draw.
         anchor: the player whose rating is 0; None: the mean of all is 0.
         clusters: as for `compare`: the prompt of each game.
-        prior: as for `elo`.
+        prior: as for `elo`. In a bootstrap sample these draws have random weights, too, so that the
+            interval of a player who won all games is wide.
 
     Raises:
         ValueError: as for `elo`.
@@ -102,31 +103,36 @@ def rate_players(
     both = torch.stack((first, second))
     if (both < 0).any() or (both >= players).any() or (first == second).any():
         raise ValueError(f"a game needs two different players from 0 to {players - 1}")
-    groups, N = group_ids(clusters, len(outcomes)), len(outcomes)
-    G, rows = int(groups.max()) + 1, torch.arange(N)
+    groups = group_ids(clusters, len(outcomes))
+    # The prior's draws are games of weight `prior`, each with a cluster of its own.
+    pairs = torch.triu_indices(players, players, 1)[:, : None if prior else 0]
+    first, second = torch.cat((both, pairs), dim=1)
+    groups = torch.cat((groups, groups.max() + 1 + torch.arange(pairs.shape[1])))
+    weights = torch.cat((torch.ones_like(outcomes), outcomes.new_full(pairs[0].shape, prior)))
+    outcomes = torch.cat((outcomes, outcomes.new_full(pairs[0].shape, 0.5)))
+    G, N = int(groups.max()) + 1, len(outcomes)
     cells = outcomes.new_zeros(G, players * players)  # wins in each cluster
-    cells.index_put_((groups, first * players + second), outcomes, accumulate=True)
-    cells.index_put_((groups, second * players + first), 1 - outcomes, accumulate=True)
-    wins = _games(cells.sum(dim=0).view(players, players), prior)
+    cells.index_put_((groups, first * players + second), weights * outcomes, accumulate=True)
+    cells.index_put_((groups, second * players + first), weights * (1 - outcomes), accumulate=True)
+    wins = _games(cells.sum(dim=0).view(players, players), 0.0)
     strengths = _strengths(wins)
 
     shift = torch.eye(players, dtype=torch.float64)
     shift -= 1 / players if anchor is None else shift[anchor].clone()
-    expected = torch.sigmoid(strengths[first] - strengths[second])
-    signs = outcomes.new_zeros(N, players)
-    signs[rows, first], signs[rows, second] = 1.0, -1.0
-    covariance = sandwich(
-        _curvature(wins, strengths), signs * (outcomes - expected)[:, None], groups
-    )
-    errors = (shift @ covariance @ shift.T).diagonal().clamp_min(0).sqrt()
+    residuals = weights * (outcomes - torch.sigmoid(strengths[first] - strengths[second]))
+    scores = outcomes.new_zeros(N, players)
+    rows = torch.arange(N)
+    scores[rows, first], scores[rows, second] = residuals, -residuals
+    covariance = shift @ sandwich(_curvature(wins, strengths), scores, groups) @ shift.T
 
     def ratings_of(weights: Tensor) -> Tensor:
         wins = (weights @ cells).view(-1, players, players)
-        return _strengths(_games(wins, prior)) @ shift.T * POINTS
+        return _strengths(_games(wins, 0.0)) @ shift.T * POINTS
 
     samples = bootstrap(ratings_of, G, resamples, seed)
     bounds = [percentile_interval(samples[:, i], confidence) for i in range(players)]
     lower, upper = torch.tensor(bounds, dtype=torch.float64).unbind(dim=1)
+    errors = covariance.diagonal().clamp_min(0).sqrt()
     return Ratings(shift @ strengths * POINTS, errors * POINTS, lower, upper)
 
 

@@ -173,8 +173,12 @@ def test_no_bootstrap_sample_has_an_undefeated_player():
     assert 0 < found.lower[1] < found.elo[1] < found.upper[1] < 2000
     with pytest.raises(ValueError, match="player 1 never lost"):
         rate_players([0] * 40, [1] * 40, [0.0] * 40, 2)
-    prior = rate_players([0] * 40, [1] * 40, [0.0] * 40, 2, prior=1)
-    assert prior.upper[1] == pytest.approx(400 * math.log10(40.5 / 0.5))
+
+
+def test_the_prior_makes_the_rating_of_an_undefeated_player_finite_and_unsure():
+    found = rate_players([0] * 40, [1] * 40, [0.0] * 40, 2, prior=1)
+    assert_close(found.elo, elo([[0, 0], [40, 0]], prior=1))
+    assert found.lower[1] < found.elo[1] - 100 and found.elo[1] + 300 < found.upper[1] < 2000
 
 
 def test_davidsons_ties_agree_with_scipy(expected, games):

@@ -1,0 +1,200 @@
+"""From the samples of several policies to everything that a comparison of them shows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_core.data.chat import Content
+from rlhf_core.evaluation.comparisons import (
+    clustered_error,
+    compare,
+    comparisons_needed,
+    length_controlled_win_rate,
+)
+from rlhf_core.evaluation.frontier import hypervolume, pareto_frontier
+from rlhf_core.evaluation.ratings import rate_players
+from rlhf_core.evaluation.refusals import refusal_rate
+from rlhf_core.losses import preferred
+
+PRIOR = 1.0  # draws between every two policies, so that all ratings are finite
+
+
+class Sample(NamedTuple):
+    """A policy's response to a prompt."""
+
+    prompt: Content
+    response: str
+    score: float | None = None
+    kl: float | None = None  # nats per response, to the reference
+    tokens: int | None = None
+    label: str | None = None  # of the prompt: "safe" or "unsafe", or anything else
+
+    @property
+    def cluster(self) -> str:
+        """Equal for equal prompts."""
+        return json.dumps(self.prompt, sort_keys=True)
+
+
+Samples = Sequence[Sample]
+# Outcomes (N,) of the first policy's samples against the second's; NaN where a judgement failed.
+Outcomes = Callable[[str, str, list[tuple[Sample, Sample]]], Tensor]
+
+
+def by_score(first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> Tensor:
+    """Outcomes by the samples' scores."""
+    scores = torch.tensor([[one.score, other.score] for one, other in pairs], dtype=torch.float64)
+    return preferred(*scores.unbind(dim=1))
+
+
+def paired(first: Samples, second: Samples) -> list[tuple[Sample, Sample]]:
+    """The n-th samples of both policies for every prompt that both answered n times or more."""
+    return [
+        (sample, other)
+        for key, sample in _keyed(first).items()
+        if (other := _keyed(second).get(key))
+    ]
+
+
+def summarize(
+    samples: dict[str, Samples], reference: str, outcomes: Outcomes | None, seed: int = 0
+) -> dict[str, Any]:
+    """Policies, comparisons of every two of them, and their frontier, as JSON.
+
+    Args:
+        samples: of each policy, by its name.
+        reference: the name of the policy whose Elo rating is 0.
+        outcomes: None: there are no scores and no judge, so nothing is compared.
+        seed: of the bootstraps.
+
+    Raises:
+        ValueError: two policies have no prompt in common.
+    """
+    policies = {name: _policy(rows) for name, rows in samples.items()}
+    names, comparisons, games = list(samples), [], []
+    for second, first in combinations(names, 2) if outcomes else ():
+        pairs = paired(samples[first], samples[second])
+        if not pairs:
+            raise ValueError(f"policies {first} and {second} have no prompt in common")
+        found = outcomes(first, second, pairs)
+        failed = found.isnan()
+        pairs = [pair for pair, bad in zip(pairs, failed.tolist()) if not bad]
+        comparison = {"policy": first, "against": second, "failures": int(failed.sum())}
+        comparisons.append(comparison | _comparison(found[~failed], pairs, seed))
+        ends = names.index(first), names.index(second)
+        games += [
+            (*ends, outcome, one.cluster)
+            for outcome, (one, _) in zip(found[~failed].tolist(), pairs)
+        ]
+    if games:
+        one, other, results, clusters = zip(*games)
+        ratings = rate_players(
+            one,
+            other,
+            results,
+            len(names),
+            anchor=names.index(reference),
+            clusters=clusters,
+            prior=PRIOR,
+            seed=seed,
+        )
+        for name, rating, error, *interval in zip(names, *(x.tolist() for x in ratings)):
+            elo = {"rating": rating, "standard_error": error, "interval": interval}
+            policies[name]["elo"] = elo
+    return {
+        "reference": reference,
+        "policies": [{"name": name, **policy} for name, policy in policies.items()],
+        "comparisons": comparisons,
+        "frontier": _frontier(policies),
+    }
+
+
+def _keyed(samples: Samples) -> dict[tuple[str, int], Sample]:
+    """Samples by prompt, and by how many samples of it came before."""
+    seen: dict[str, int] = {}
+    keyed = {}
+    for sample in samples:
+        number = seen[sample.cluster] = seen.get(sample.cluster, -1) + 1
+        keyed[sample.cluster, number] = sample
+    return keyed
+
+
+def _policy(samples: Samples) -> dict[str, Any]:
+    clusters = [sample.cluster for sample in samples]
+    columns = {
+        "score": [sample.score for sample in samples],
+        "kl": [sample.kl for sample in samples],
+        "tokens": [sample.tokens for sample in samples],
+        "characters": [len(sample.response) for sample in samples],
+    }
+    groups = {"refusals": [sample.response for sample in samples]}
+    for name, label in (("over_refusals", "safe"), ("refusals_of_unsafe", "unsafe")):
+        groups[name] = [sample.response for sample in samples if sample.label == label]
+    return {
+        "responses": len(samples),
+        "prompts": len(set(clusters)),
+        **{name: _mean(values, clusters) for name, values in columns.items()},
+        **{
+            name: refusal_rate(texts)._asdict() if texts else None for name, texts in groups.items()
+        },
+        "elo": None,
+    }
+
+
+def _mean(values: list, clusters: list[str]) -> dict[str, float | None] | None:
+    """Mean and clustered standard error; None unless all values are numbers."""
+    if None in values:
+        return None
+    error = clustered_error(values, clusters) if len(set(clusters)) > 1 else None
+    return {"mean": sum(values) / len(values), "standard_error": error}
+
+
+def _comparison(outcomes: Tensor, pairs: list[tuple[Sample, Sample]], seed: int) -> dict[str, Any]:
+    clusters = [one.cluster for one, _ in pairs]
+    if not pairs:
+        raise ValueError("every judgement failed, so nothing is known. Look at the judge")
+    found = compare(outcomes, clusters)
+    low, high = found.interval
+    decided, more = not low <= 0.5 <= high, None
+    if not decided and found.rate != 0.5:
+        needed = comparisons_needed(found.rate) * len(outcomes) / found.effective
+        more = max(1, math.ceil(needed) - len(outcomes))
+    lengths = ([len(pair[i].response) for pair in pairs] for i in (0, 1))
+    try:
+        controlled = length_controlled_win_rate(outcomes, *lengths, clusters, seed=seed)._asdict()
+    except ValueError as error:  # it has no finite value
+        controlled = {"rate": None, "reason": str(error)}
+    return {
+        "comparisons": len(pairs),
+        "prompts": len(set(clusters)),
+        **found._asdict(),
+        "decided": decided,
+        "more_comparisons": more,
+        "length_controlled": controlled,
+    }
+
+
+def _frontier(policies: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Harmlessness, the refusal rate of unsafe prompts, and helpfulness, 1 - over-refusal."""
+    if not all(
+        policy["over_refusals"] and policy["refusals_of_unsafe"] for policy in policies.values()
+    ):
+        return None
+    points = [
+        [policy["refusals_of_unsafe"]["rate"], 1 - policy["over_refusals"]["rate"]]
+        for policy in policies.values()
+    ]
+    rows = zip(policies, points, pareto_frontier(points).tolist())
+    return {
+        "points": [
+            {"name": name, "harmlessness": x, "helpfulness": y, "on_frontier": on}
+            for name, (x, y), on in rows
+        ],
+        "hypervolume": hypervolume(points, [0, 0]),
+    }
