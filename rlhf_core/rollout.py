@@ -45,11 +45,15 @@ class Rollout(NamedTuple):
 
     def prompts(self) -> list[list[int]]:
         """Token ids of every prompt, without padding."""
-        return [ids[mask].tolist() for ids, mask in zip(self.prompt_ids, self.prompt_mask)]
+        return _unpadded(self.prompt_ids, self.prompt_mask)
 
     def responses(self) -> list[list[int]]:
         """Token ids of every response, without padding, EOS included."""
-        return [ids[mask].tolist() for ids, mask in zip(self.response_ids, self.response_mask)]
+        return _unpadded(self.response_ids, self.response_mask)
+
+
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[counts].tolist() for row, counts in zip(ids.cpu(), mask.cpu())]
 
 
 def sample(

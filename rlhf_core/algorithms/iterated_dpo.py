@@ -14,7 +14,7 @@ import torch
 
 from rlhf_core.algorithms.dpo import WITHOUT_REFERENCE, DPOTrainer
 from rlhf_core.algorithms.online_dpo import OnlineDPOConfig, sample_metrics
-from rlhf_core.data import Tokenizer
+from rlhf_core.data import Example, Tokenizer
 from rlhf_core.feedback.candidates import ALL_TIED, candidates, make_scorer, prompts_for
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward
@@ -53,6 +53,7 @@ def iterated_dpo(
     reward: Reward | Sequence[tuple[Reward, float]] | None = None,
     judge: Judge | None = None,
     eos_ids: Sequence[int] | None = None,
+    pretraining_examples: Sequence[Example] = (),
     tokenizer: Tokenizer | None = None,
     out: str | os.PathLike | None = None,
     resume: bool = False,
@@ -66,7 +67,10 @@ def iterated_dpo(
     keeps_first = config.has_reference and config.reference_policy == "first"
     first = frozen_copy(model) if keeps_first else None
     out = None if out is None else Path(out)
-    Trainer(model, prompts, config, out=out)  # checks the arguments before anything is sampled
+    checked = dict(pretraining_examples=pretraining_examples, tokenizer=tokenizer)
+    Trainer(
+        model, prompts, config, out=out, **checked
+    )  # checks the arguments before anything is sampled
     prompts = list(prompts_for(model, prompts, config).values())
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
@@ -76,8 +80,8 @@ def iterated_dpo(
         pairs = samples.pairs()
         if not pairs:
             raise ValueError(ALL_TIED)
-        options = dict(reference=first, tokenizer=tokenizer, out=folder)
-        trainer = resumed(DPOTrainer(model, pairs, with_seed(config, seed), **options))
+        dpo_config, options = with_seed(config, seed), dict(reference=first, out=folder)
+        trainer = resumed(DPOTrainer(model, pairs, dpo_config, **options, **checked))
         return trainer.train()[-1] | sample_metrics(samples) | {"pairs": len(pairs)}
 
     options = dict(scorer=scorer, tokenizer=tokenizer, out=out, resume=resume)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf_core.algorithms.ppo import PPOConfig, PPOTrainer
 from rlhf_core.algorithms.reward import RewardConfig, RewardTrainer
-from rlhf_core.data import Pair, Tokenizer
+from rlhf_core.data import Example, Pair, Tokenizer
 from rlhf_core.evaluation import elo
 from rlhf_core.feedback.candidates import (
     Candidates,
@@ -64,6 +64,7 @@ def iterated_rlhf(
     pairs: Sequence[Pair] = (),
     eval_prompts: Sequence[Sequence[int]] = (),
     eos_ids: Sequence[int] | None = None,
+    pretraining_examples: Sequence[Example] = (),
     tokenizer: Tokenizer | None = None,
     out: str | os.PathLike | None = None,
     resume: bool = False,
@@ -76,7 +77,7 @@ def iterated_rlhf(
     one, with one draw added between every two.
 
     Args:
-        judge, eos_ids, tokenizer: as for `OnlineDPOTrainer`.
+        judge, eos_ids, pretraining_examples, tokenizer: as for `OnlineDPOTrainer`.
         pairs: earlier pairs, which every round's reward model also learns from.
         eval_prompts: each policy answers them once. The judge compares its answers with those of
             every earlier policy in both orders, so that a preference for the first answer favours
@@ -131,7 +132,13 @@ def iterated_rlhf(
         reward_report = RewardTrainer(reward_model, all_pairs, reward_config, **options).train()[-1]
 
         # 3. Continue PPO of the policy against it.
-        options = dict(reference=first, eos_ids=eos_ids, tokenizer=tokenizer, out=folder)
+        options = dict(
+            reference=first,
+            eos_ids=eos_ids,
+            pretraining_examples=pretraining_examples,
+            tokenizer=tokenizer,
+            out=folder,
+        )
         ppo_config = with_seed(config.ppo, seed)
         trainer = resumed(PPOTrainer(model, prompts, ppo_config, reward=reward_model, **options))
         report = trainer.train()[-1]

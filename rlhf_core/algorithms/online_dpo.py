@@ -20,6 +20,7 @@ from rlhf_core.feedback.candidates import (
     make_scorer,
     prompts_for,
 )
+from rlhf_core.feedback.diversity import diversity
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
@@ -45,7 +46,8 @@ class OnlineDPOTrainer(DPOTrainer):
 
     Metrics: DPO's, response_length, and objective/{scores,margin,ties} of the samples: the mean
     score (one half with a judge), the mean of best minus worst, and the share of prompts whose
-    responses tie. A step without pairs changes nothing and has no metrics of DPO.
+    responses tie; and those of `diversity`. A step without pairs changes nothing and has no metrics
+    of DPO.
     """
 
     algorithm = "online_dpo"
@@ -114,4 +116,5 @@ def sample_metrics(samples: Candidates) -> dict[str, float]:
         "objective/margin": margins.mean().item(),
         "objective/ties": (margins == 0).double().mean().item(),
         "response_length": sum(lengths) / len(lengths),
+        **diversity(samples.responses),
     }

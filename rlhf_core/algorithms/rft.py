@@ -25,6 +25,7 @@ from rlhf_core.feedback.candidates import (
     make_scorer,
     prompts_for,
 )
+from rlhf_core.feedback.diversity import diversity
 from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
@@ -49,25 +50,29 @@ def rft(
     *,
     reward: Reward | Sequence[tuple[Reward, float]],
     eos_ids: Sequence[int] | None = None,
+    pretraining_examples: Sequence[Example] = (),
     tokenizer: Tokenizer | None = None,
     out: str | os.PathLike | None = None,
     resume: bool = False,
 ) -> list[dict]:
     """Train the model in place on the best of its own samples; returns each round's metrics.
 
-    Metrics: those of SFT's last step; objective/scores and objective/best, the mean score of all
-    samples and of each prompt's best; examples, the number kept.
+    Metrics: those of SFT's last step and of `diversity`; objective/scores and objective/best, the
+    mean score of all samples and of each prompt's best; examples, the number kept.
 
     Args:
         prompts: lists of token ids.
-        reward, eos_ids, tokenizer: as for `PPOTrainer`.
+        reward, eos_ids, pretraining_examples, tokenizer: as for `PPOTrainer`.
         out: folder for the model, metrics.jsonl with a line per round, and each round's SFT in
             round-1, round-2, ...
         resume: continue the run in `out`, with the original model, prompts and config.
     """
     scorer = make_scorer(model, prompts, config, reward=reward, tokenizer=tokenizer)
     out = None if out is None else Path(out)
-    Trainer(model, prompts, config, out=out)  # checks the arguments before anything is sampled
+    checked = dict(pretraining_examples=pretraining_examples, tokenizer=tokenizer)
+    Trainer(
+        model, prompts, config, out=out, **checked
+    )  # checks the arguments before anything is sampled
     prompts = list(prompts_for(model, prompts, config).values())
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
@@ -77,12 +82,13 @@ def rft(
         examples = kept(samples, config.threshold)
         if config.threshold is None and config.num_samples > 1 and not samples.margins().any():
             warnings.warn(ALL_TIED, stacklevel=2)
-        options = dict(tokenizer=tokenizer, out=folder)
-        trainer = resumed(SFTTrainer(model, examples, with_seed(config, seed), **options))
+        sft_config = with_seed(config, seed)
+        trainer = resumed(SFTTrainer(model, examples, sft_config, out=folder, **checked))
         return trainer.train()[-1] | {
             "objective/scores": samples.scores.mean().item(),
             "objective/best": samples.best()[1].mean().item(),
             "examples": len(examples),
+            **diversity(samples.responses),
         }
 
     options = dict(scorer=scorer, tokenizer=tokenizer, out=out, resume=resume)

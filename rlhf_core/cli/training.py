@@ -127,10 +127,15 @@ def _add_prompt_arguments(method: OnPrompts, parser: ArgumentParser) -> None:
     shared.add_prompts_and_reward(parser, method.judged)
     if issubclass(method.config, PolicyGradientConfig):
         parser.add_argument("--ptx-data", type=Path, help=f"examples for --ptx-coef: {TEXTS}")
+    parser.add_argument(
+        "--pretraining-eval",
+        type=Path,
+        metavar="FILE",
+        help="texts, as for sft, whose loss in nats per token shows what the model forgets: before "
+        "the first step, after the last one, and every --eval-every steps",
+    )
     _add_run(parser)
-    shared.add_config(
-        parser, method.config, without=("eval_every",)
-    )  # there are no examples to evaluate
+    shared.add_config(parser, method.config)
 
 
 def _add_run(parser: ArgumentParser) -> None:
@@ -276,10 +281,16 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
     dtype = shared.save_dtype_of(arguments)
     model, rows, options = shared.prompted(arguments, config)
     _add_adapters(model, arguments)
-    if getattr(arguments, "ptx_data", None) is not None:
-        limit, tokenizer = model.config.max_positions, options["tokenizer"]
-        encode = lambda text: shared.known(encode_text(text, tokenizer, limit), model)  # noqa: E731
-        options["ptx_examples"] = shared.read(read_texts, arguments.ptx_data, arguments, encode)
+    positions, tokenizer = model.config.max_positions, options["tokenizer"]
+    limit = min(getattr(config, "max_length", positions), positions)
+    encode = lambda text: shared.known(encode_text(text, tokenizer, limit), model)  # noqa: E731
+    for name, option in (
+        ("ptx_data", "ptx_examples"),
+        ("pretraining_eval", "pretraining_examples"),
+    ):
+        if getattr(arguments, name, None) is not None:
+            path = getattr(arguments, name)
+            options[option] = shared.read(read_texts, path, arguments, encode)
     prompts, options["out"] = [ids for _, ids in rows], arguments.out
     if isinstance(method.train, type):
         trainer = method.train(model, prompts, config, **options)

@@ -22,6 +22,7 @@ from rlhf_core.data import Example, Tokenizer
 from rlhf_core.data.batches import micro_batches, rows
 from rlhf_core.data.collate import count_targets
 from rlhf_core.feedback.candidates import fit_prompts
+from rlhf_core.feedback.diversity import diversity
 from rlhf_core.feedback.rewards import Reward, Scorer, scores_of
 from rlhf_core.generation import check_stop_strings
 from rlhf_core.losses.kl import kl_loss
@@ -94,6 +95,7 @@ class PolicyGradientTrainer(Trainer):
         reference: Transformer | None = None,
         eos_ids: tuple[int, ...] | None = None,
         ptx_examples: Sequence[Example] = (),
+        pretraining_examples: Sequence[Example] = (),
         tokenizer: Tokenizer | None = None,
         out: str | os.PathLike | None = None,
     ):
@@ -121,7 +123,8 @@ class PolicyGradientTrainer(Trainer):
         if len(examples):
             examples = fit_prompts(examples, prompt_length, model.config.bos_id, config)
             examples = list(examples.values())
-        super().__init__(model, examples, config, tokenizer=tokenizer, out=out)
+        options = dict(pretraining_examples=pretraining_examples, tokenizer=tokenizer, out=out)
+        super().__init__(model, examples, config, **options)
         self.shares_trunk = critic is not None and critic.shares_trunk_with(model)
         needed = config.kl_coef > 0 or reference is not None
         moves = config.reference_ema is not None
@@ -547,6 +550,8 @@ class PolicyGradientTrainer(Trainer):
         if "val/ratio" in report:  # there was an update
             report["val/ratio_var"] = report.pop("ratio_squared") - report["val/ratio"] ** 2
         report |= rollout_mismatch(rollout, predictions)
+        responses, size = rollout.responses(), self.config.rollout_size // self.config.batch_size
+        report |= diversity([responses[i : i + size] for i in range(0, n, size)])
         report["val/num_eos_tokens"] = int(rollout.ended.sum())
         report |= {"objective/kl_coef": kl_coef, "policy/entropy_coef": entropy_coef}
         if self.policy_trains:

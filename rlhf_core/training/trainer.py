@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.checks import check_own
-from rlhf_core.data import TokenBatch, Tokenizer, collate
+from rlhf_core.data import Example, TokenBatch, Tokenizer, collate
 from rlhf_core.data.batches import to_device
-from rlhf_core.data.collate import length, misfit, unknown_id
+from rlhf_core.data.collate import count_targets, length, misfit, unknown_id
 from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import RewardError, Scorer
 from rlhf_core.files import replacing_folder
@@ -32,11 +32,14 @@ from rlhf_core.locks import check_one_process, hold
 from rlhf_core.models.hub import stale_adapters
 from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.training import checkpoint, signals
+from rlhf_core.training.completions import completion_loss
 from rlhf_core.training.config import TrainConfig
 from rlhf_core.training.metrics import Metrics
 from rlhf_core.training.reference import Reference
 from rlhf_core.training.run_file import recording
 from rlhf_core.training.run_log import RunLog
+
+PRETRAINING_BEFORE = "pretraining/loss_before"
 
 
 class Trainer:
@@ -65,12 +68,16 @@ class Trainer:
         *,
         tokenizer: Tokenizer | None = None,
         eval_examples: Sequence = (),
+        pretraining_examples: Sequence[Example] = (),
         out: str | os.PathLike | None = None,
     ):
         """
         Args:
             model: trained in place. Layers frozen by freeze_layers stay frozen afterwards.
             examples, eval_examples: `step` and `losses` get them in batches.
+            pretraining_examples: plain text, whose loss in nats per token shows what the model
+                forgets: pretraining/loss_before of the first step, and pretraining/loss after the
+                last one and at eval_every.
             tokenizer: saved with the model; methods that sample decode with it.
             out: folder for metrics.jsonl, run.json, checkpoints and the model; None writes nothing.
         """
@@ -85,8 +92,10 @@ class Trainer:
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.examples, self.eval_examples = examples, eval_examples
         self.out = None if out is None else Path(out).absolute()  # a reward may call os.chdir
-        if config.eval_every is not None and not len(eval_examples):
-            warnings.warn("eval_every has no effect without evaluation examples", stacklevel=3)
+        self.pretraining_examples = pretraining_examples
+        if config.eval_every is not None and not (len(eval_examples) or len(pretraining_examples)):
+            message = "eval_every has no effect without evaluation or pretraining examples"
+            warnings.warn(message, stacklevel=3)
         if config.save_every is not None and out is None:
             warnings.warn("save_every has no effect without out", stacklevel=3)
         self.device = model.device
@@ -96,6 +105,9 @@ class Trainer:
         self._warned: set[str] = set()
         self.check_examples("example", examples, self.kinds)
         self.check_examples("evaluation example", eval_examples, self.kinds)
+        self.check_examples("pretraining example", pretraining_examples, (Example,), plain=True)
+        if len(pretraining_examples) and not any(map(count_targets, pretraining_examples)):
+            raise ValueError("no pretraining example has a token to predict")
         for trained in self.trained_models():
             self._prepare(trained)
         if config.dropout and not any(map(_has_dropout, self.trained_models())):
@@ -131,10 +143,13 @@ class Trainer:
             activation_checkpointing=self.config.activation_checkpointing,
         )
 
-    def check_examples(self, name: str, examples: Sequence, kinds: tuple[type, ...]) -> None:
+    def check_examples(
+        self, name: str, examples: Sequence, kinds: tuple[type, ...], *, plain: bool = False
+    ) -> None:
         """Raise ValueError for the first example that cannot be trained on.
 
-        Without kinds the examples are prompts, which are truncated instead.
+        Without kinds the examples are prompts, which are truncated instead. A method's `fault` does
+        not apply to plain text.
         """
         if kinds:
             self.check_kinds(name, examples, kinds)
@@ -143,7 +158,7 @@ class Trainer:
             fault = unknown_id(example, vocab_size)
             if kinds:
                 fault = misfit(example) or fault or self._excess(length(example))
-                fault = fault or self.fault(example)
+                fault = fault or (None if plain else self.fault(example))
             if fault:
                 raise ValueError(f"{name} {i} {fault}")
 
@@ -288,6 +303,18 @@ class Trainer:
         self.model.train(self.config.dropout)
         return {f"eval_{name}": value for name, value in metrics.means().items()}
 
+    @torch.no_grad()
+    def pretraining_loss(self) -> float:
+        """Mean loss of `pretraining_examples` in nats per token, without dropout."""
+        metrics, size = Metrics(), self.config.batch_size
+        self.model.eval()
+        for start in range(0, len(self.pretraining_examples), size):
+            for _, tokens in self.parts(self.pretraining_examples[start : start + size]):
+                with self.autocast():
+                    completion_loss(self.model, tokens, 1, metrics)
+        self.model.train(self.config.dropout)
+        return metrics.means()["loss"]
+
     # ---- the run
 
     def train(self) -> list[dict[str, float]]:
@@ -331,8 +358,10 @@ class Trainer:
             history = log.history
             for batch in itertools.islice(self.batches(), self.steps_done, self.total_steps):
                 history.append(self.advance(batch))
-                log.write(history[-1])
                 last, every = self.steps_done == self.total_steps, self.config.save_every
+                if last and PRETRAINING_BEFORE in history[0]:
+                    history[-1][PRETRAINING_BEFORE] = history[0][PRETRAINING_BEFORE]
+                log.write(history[-1])
                 due = every and self.out and (last or self.steps_done % every == 0)
                 if delayed.signum or due:
                     log.sync()
@@ -359,10 +388,16 @@ class Trainer:
         last = step == self.total_steps
         self._set_lr()
         try:
-            metrics = {"step": step, **self.step(batch)}
+            metrics: dict[str, float] = {"step": step}
+            if len(self.pretraining_examples) and step == 1:
+                metrics[PRETRAINING_BEFORE] = self.pretraining_loss()
+            metrics |= self.step(batch)
             self.steps_done = step
-            if len(self.eval_examples) and (last or (every and step % every == 0)):
+            due = last or (every and step % every == 0)
+            if len(self.eval_examples) and due:
                 metrics |= self.evaluate()
+            if len(self.pretraining_examples) and due:
+                metrics["pretraining/loss"] = self.pretraining_loss()
             return metrics | self.last_metrics() if last else metrics
         except Exception as error:
             saved = ""

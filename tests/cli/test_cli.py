@@ -138,13 +138,12 @@ def test_a_value_may_start_with_a_dash(fails, tmp_path):
 def test_every_option_of_a_config_appears_once_in_the_group_of_its_class(command, help_of):
     """With its meaning, and its choices or interval and its default."""
     shown, config = help_of(command), CONFIGS[command]
-    left_out = {"eval_every"} if command in training.ON_PROMPTS else set()
     title = None
     for field in dataclasses.fields(config):
         flag = field.metadata["flag"] or f"--{field.name.replace('_', '-')}"
         lines = re.findall(rf"^  {flag}(?: |$|,).*", shown, flags=re.M)
-        assert len(lines) == (field.name not in left_out), flag
-        assert not lines or flat(describe(field)) in flat(shown), flag
+        assert len(lines) == 1, flag
+        assert flat(describe(field)) in flat(shown), flag
         owner = next(
             base
             for base in reversed(config.__mro__)
@@ -160,11 +159,6 @@ def test_a_default_is_stated_once_and_only_where_it_says_something(command, help
     for text in flat(help_of(command)).split("options:")[1].split(" --")[1:]:
         assert text.count("default:") <= 1 and "(default: False)" not in text
         assert "None:" in text or "(default: None)" not in text
-
-
-@pytest.mark.parametrize("command", training.COMMANDS)
-def test_eval_every_is_offered_to_commands_that_hold_examples_out(command, help_of):
-    assert ("--eval-every" in help_of(command)) == (command in training.ON_DATA)
 
 
 def test_help_names_choices_intervals_and_defaults(help_of):

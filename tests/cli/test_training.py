@@ -282,6 +282,22 @@ def test_methods_that_sample_take_several_rewards_and_texts(
     Transformer.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.parametrize("command", ["ppo", "grpo", "online-dpo", "iterated-dpo", "rft"])
+def test_methods_that_sample_report_diversity_and_forgetting(command, folders, sample, tmp_path):
+    texts = ["--pretraining-eval", write(tmp_path / "texts.jsonl", TEXTS)]
+    options = ["--reward-model", folders / "reward", "--lr", 0.01, "--max-steps", 1, *texts]
+    options += ["--num-samples", 2] * (command != "ppo") + ["--rounds", 1] * (
+        command == "iterated-dpo"
+    )
+    assert sample(command, *options) == 0
+    last = metrics_in(tmp_path / "out")[-1]
+    names = {name for name in last if name.startswith(("diversity/", "pretraining/"))}
+    wanted = {"diversity/distinct_1", "diversity/distinct_2", "pretraining/loss"}
+    wanted |= {"diversity/self_similarity"} if command != "ppo" else set()
+    assert names == wanted | {"pretraining/loss_before"}
+    assert last["pretraining/loss_before"] != last["pretraining/loss"]
+
+
 @pytest.mark.parametrize(
     "command",
     [

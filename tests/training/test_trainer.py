@@ -91,13 +91,56 @@ def test_a_run_without_examples_is_refused():
         make_trainer("sft", examples=[])
 
 
+def test_the_loss_on_plain_text_is_reported_before_and_after(tmp_path):
+    """In nats per token of all texts together, by hand; a resumed run knows the first one."""
+    texts = [Example([], [7, 8, 9, 2]), Example([5], [6, 2])]
+    settings = dict(batch_size=2, lr=1e-2, lr_schedule="constant")
+
+    def trainer(**options):
+        others = dict(pretraining_examples=texts, out=tmp_path)
+        return make_trainer("sft", others=others, **(settings | options))
+
+    def by_hand(model):
+        rows = [
+            model(torch.tensor([x.prompt_ids + x.completion_ids])).log_softmax(-1) for x in texts
+        ]
+        ids = [[8, 9, 2], [6, 2]]
+        losses = [-row[0, range(len(x)), x] for row, x in zip(rows, ids)]
+        return torch.cat(losses).mean().item()
+
+    first = trainer(max_steps=2, eval_every=1, save_every=2)
+    history = first.train()
+    assert history[0]["pretraining/loss_before"] == pytest.approx(by_hand(tiny()), rel=1e-5)
+    assert history[1]["pretraining/loss"] == pytest.approx(by_hand(first.model), rel=1e-5)
+    assert history[0]["pretraining/loss"] != history[1]["pretraining/loss"]
+    rest = trainer()
+    rest.resume()
+    history = rest.train()
+    assert "pretraining/loss" not in history[2]
+    assert history[3]["pretraining/loss"] == pytest.approx(by_hand(rest.model), rel=1e-5)
+    assert history[3]["pretraining/loss_before"] == history[0]["pretraining/loss_before"]
+    plain = make_trainer("sft", **settings)
+    plain.train()
+    assert_close(snapshot(rest.model), snapshot(plain.model), rtol=0, atol=0)
+
+
+def test_texts_that_a_model_cannot_read_are_refused():
+    for texts, message in (
+        ([Example([], [99])], "pretraining example 0 has"),
+        ([Example([], [5])], "no pretraining example has a token to predict"),
+        ([[5, 6]], "pretraining example 0 is of type list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer("sft", others=dict(pretraining_examples=texts))
+
+
 def test_an_option_of_the_run_without_effect_warns_and_the_run_works(tmp_path, monkeypatch):
     """For example, save_every without out saves nothing and does not fail."""
     monkeypatch.chdir(tmp_path)
     for options, message in (
         (dict(dropout=True), "dropout has no effect: the model's config has none"),
         (dict(save_every=1), "save_every has no effect without out"),
-        (dict(eval_every=1), "eval_every has no effect without evaluation examples"),
+        (dict(eval_every=1), "eval_every has no effect without evaluation or pretraining examples"),
     ):
         with pytest.warns(UserWarning, match=message) as caught:
             trainer = make_trainer("sft", **options)
