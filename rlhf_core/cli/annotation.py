@@ -163,6 +163,12 @@ def _add_export(parser: ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="file of rows or tasks")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     parser.add_argument(
+        "--aggregate",
+        choices=export.AGGREGATES,
+        default="majority",
+        help="the outcome with most votes, or the most likely one given how reliable people are",
+    )
+    parser.add_argument(
         "--min-agreement",
         type=_share,
         default=0.0,
@@ -194,7 +200,7 @@ def run_export(arguments: Namespace) -> None:
         check_replaceable(path)
     check_writable(arguments.out.parent)
     if not is_tasks:
-        options = arguments.format, arguments.min_agreement
+        options = arguments.format, arguments.aggregate, arguments.min_agreement
         rows, left_out = export.export_rows(read_labels(arguments.db), *options)
         with replacing(arguments.out) as file:
             for row in rows:

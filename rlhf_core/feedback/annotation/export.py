@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 from rlhf_core.data.chat import Content
 from rlhf_core.feedback.annotation.items import Item, outcomes
 from rlhf_core.feedback.annotation.labels import Contents
+from rlhf_core.feedback.dawid_skene import dawid_skene
 
 FORMATS = ("preference", "ranked", "kto", "sft")
+AGGREGATES = ("majority", "dawid-skene")
 _NO_WINNER = {
     0: "ties",
     "both_bad": "both bad",
@@ -35,7 +37,8 @@ class Decision(NamedTuple):
     Attributes:
         pair: The places of the responses in the item.
         winner: 1, 2, or a key of _NO_WINNER.
-        agreement: Share of the votes for this outcome.
+        agreement: Share of the votes for this outcome, or its probability under Dawid and Skene.
+        smoothing: Probability that the loser is the better one, under Dawid and Skene; else None.
         votes: Of each person.
     """
 
@@ -43,19 +46,21 @@ class Decision(NamedTuple):
     pair: tuple[int, int]
     winner: int | str
     agreement: float
+    smoothing: float | None
     votes: list[Vote]
 
 
 def export_rows(
-    contents: Contents, format: str, min_agreement: float = 0.0
+    contents: Contents, format: str, aggregate: str = "majority", min_agreement: float = 0.0
 ) -> tuple[list[Row], Counter[str]]:
     """Rows in one of FORMATS, in the order of the data, and what was left out, by reason.
 
     Args:
         contents: A database of labels.
-        format: "preference": prompt, chosen, rejected, and a margin from Likert labels. "ranked":
-            prompt, responses, ranks. "kto": prompt, completion, label. "sft": prompt, completion,
-            from texts that people wrote.
+        format: "preference": prompt, chosen, rejected, a margin from Likert labels, and with
+            "dawid-skene" a label_smoothing. "ranked": prompt, responses, ranks. "kto": prompt,
+            completion, label. "sft": prompt, completion, from texts that people wrote.
+        aggregate: "majority" takes the most frequent outcome, "dawid-skene" the most likely one.
         min_agreement: Comparisons with less agreement are left out; from 0 to 1.
 
     Raises:
@@ -69,7 +74,7 @@ def export_rows(
     if format == "sft":
         rows = _written(contents)
     else:
-        decisions = _decide(contents, min_agreement)
+        decisions = _decide(contents, aggregate, min_agreement)
         make = {"preference": _preferences, "ranked": _rankings, "kto": _desirable}[format]
         rows = make(contents, decisions, left_out)
     if not rows:
@@ -86,13 +91,13 @@ def describe(left_out: Counter[str]) -> str:
 # ---- votes to decisions
 
 
-def _decide(contents: Contents, min_agreement: float) -> list[Decision]:
+def _decide(contents: Contents, aggregate: str, min_agreement: float) -> list[Decision]:
     """A decision on every comparison that anybody made, in the order of the data."""
     votes: dict[Comparison, list[Vote]] = defaultdict(list)
     for row in contents.labels():
         for pair, outcome in outcomes(contents.settings.mode, row["choice"]).items():
             votes[row["item"], pair].append((row, outcome))
-    shares = _shares(votes)
+    shares = (_shares if aggregate == "majority" else _probabilities)(votes)
     position = {name: i for i, name in enumerate(contents.items)}
     decisions = []
     for name, pair in sorted(votes, key=lambda key: (position[key[0]], key[1])):
@@ -101,8 +106,12 @@ def _decide(contents: Contents, min_agreement: float) -> list[Decision]:
             winner = "split"
         elif winner in (1, 2) and most < min_agreement:
             winner = "low"
+        smoothing = None
+        if aggregate == "dawid-skene" and winner in (1, 2):
+            loser = shares[name, pair].get(3 - winner, 0.0)
+            smoothing = loser / (loser + most)
         item = contents.items[name]
-        decisions.append(Decision(item, pair, winner, most, votes[name, pair]))
+        decisions.append(Decision(item, pair, winner, most, smoothing, votes[name, pair]))
     return decisions
 
 
@@ -115,6 +124,14 @@ def _shares(votes: dict[Comparison, list[Vote]]) -> dict[Comparison, dict[int | 
         }
         for key, given in votes.items()
     }
+
+
+def _probabilities(votes: dict[Comparison, list[Vote]]) -> dict[Comparison, dict[int | str, float]]:
+    """The probability of each outcome of each comparison, after Dawid and Skene."""
+    rows = [(key, row["annotator"], vote) for key, given in votes.items() for row, vote in given]
+    fit = dawid_skene(rows)
+    soft = (dict(zip(fit.categories, row)) for row in fit.soft_labels.tolist())
+    return dict(zip(fit.items, soft))
 
 
 def _won(decisions: Sequence[Decision], left_out: Counter[str]) -> Iterator[Decision]:
@@ -136,7 +153,7 @@ def _preferences(
     contents: Contents, decisions: Sequence[Decision], left_out: Counter[str]
 ) -> list[Row]:
     rows = []
-    for item, pair, winner, agreement, votes in _won(decisions, left_out):
+    for item, pair, winner, agreement, smoothing, votes in _won(decisions, left_out):
         places = dict(zip(("chosen", "rejected"), pair if winner == 1 else pair[::-1]))
         row: Row = {"id": _comparison_id(item, pair), "prompt": item.prompt}
         row |= {name: _completion(item, item.responses[i]) for name, i in places.items()}
@@ -146,6 +163,8 @@ def _preferences(
         keys = {"chosen": winner, "rejected": 3 - winner, "tie": 0, "both_bad": "both_bad"}
         row["votes"] = {name: counts[outcome] for name, outcome in keys.items()}
         row["agreement"] = round(agreement, 6)
+        if smoothing is not None:
+            row["label_smoothing"] = round(smoothing, 6)
         for name, i in places.items():
             if "model" in item.sources[i]:
                 row[f"{name}_model"] = item.sources[i]["model"]

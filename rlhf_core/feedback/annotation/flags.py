@@ -13,22 +13,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.feedback.agreement import krippendorff_alpha
 from rlhf_core.feedback.annotation.items import Item, is_right, outcomes
 from rlhf_core.feedback.annotation.labels import Contents, read_labels
+from rlhf_core.files import shown
 
 CHARACTERS_PER_SECOND = 100  # of text; 1,200 words a minute, which nobody reads
+LOW_AGREEMENT = 0.4  # the threshold below which guidelines are to be rewritten
 _SESSION_PAUSE = 1800  # seconds without a label that end a session
 
 Row = dict[str, Any]
 
 
 def summary(db: Path) -> dict[str, Any]:
-    """What has been labelled so far, and what looks wrong: for JSON.
+    """What has been labelled so far, what looks wrong, and whether to pause: for JSON.
 
     Returns:
         `items` and `labels`, their numbers; `annotators`: for each person the numbers of labels,
         skips, and gold questions answered and missed, the median milliseconds of an item, and
-        flags as text.
+        flags as text; `alpha`: Krippendorff's alpha of all labels, or None; `warnings` as text.
     """
     contents = read_labels(db)
     rows_of: dict[str, list[Row]] = defaultdict(list)
@@ -36,10 +39,13 @@ def summary(db: Path) -> dict[str, Any]:
         rows_of[row["annotator"]].append(row)
     agreed = _agreed_with_others(contents)
     people = {name: _person(contents, rows, agreed) for name, rows in sorted(rows_of.items())}
+    alpha, warnings = _agreement(contents)
     return {
         "items": sum(not item.ranks for item in contents.items.values()),
         "labels": len(contents.labels()),
         "annotators": people,
+        "alpha": alpha,
+        "warnings": warnings,
     }
 
 
@@ -52,7 +58,9 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         )
         lines.append(f"{name}: {person['labels']} labels, {person['skips']} skips{pace}")
         lines += [f"{name}: {flag}" for flag in person["flags"]]
-    return lines
+    if report["alpha"] is not None:
+        lines.append(f"Krippendorff's alpha: {report['alpha']:.2f}")
+    return lines + [f"warning: {text}" for text in report["warnings"]]
 
 
 def _person(contents: Contents, rows: Sequence[Row], agreed: dict[str, float]) -> dict[str, Any]:
@@ -193,3 +201,33 @@ def _agreed_with_others(contents: Contents) -> dict[str, float]:
                 outcome == theirs for other, (_, theirs) in given.items() if other != person
             ]
     return {name: statistics.fmean(values) for name, values in pairs.items() if values}
+
+
+def _agreement(contents: Contents) -> tuple[float | None, list[str]]:
+    """Krippendorff's alpha of all comparisons, and a warning where it stays low.
+
+    It stays low if it is at most 0.4 in both halves of the comparisons that two people made, of
+    which there are at least 20.
+    """
+    shared = [
+        (name, {person: outcome for person, (_, outcome) in given.items()})
+        for name, given in _votes(contents).items()
+        if len(given) > 1
+    ]
+    half = len(shared) // 2
+    alpha, *halves = (_alpha(part) for part in (shared, shared[:half], shared[half:]))
+    if len(shared) < 20 or not all(x is not None and x <= LOW_AGREEMENT for x in halves):
+        return alpha, []
+    split = [shown(item) for (item, _), given in shared if len(set(given.values())) > 1]
+    examples = ", ".join(dict.fromkeys(split[-5:]))
+    return alpha, [
+        f"agreement stays low (alpha {halves[0]:.2f}, then {halves[1]:.2f}). Pause, talk about "
+        f"items such as {examples}, and add them to the guidelines as corner cases"
+    ]
+
+
+def _alpha(shared: Sequence[tuple[Any, dict[str, Any]]]) -> float | None:
+    people = sorted({person for _, given in shared for person in given})
+    if not people:
+        return None
+    return krippendorff_alpha([[given.get(name) for _, given in shared] for name in people])

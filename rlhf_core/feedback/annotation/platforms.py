@@ -8,7 +8,9 @@ without notice. Left out: requests to a server; both platforms read and write fi
 from __future__ import annotations
 
 import datetime
-import uuid
+import hashlib
+import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,29 @@ _STEPS = ("much better", "better", "slightly better", "barely better")
 _LIKERT = {str(i): f"{i}: left is {word}" for i, word in enumerate(_STEPS, start=1)}
 _LIKERT |= {str(9 - i): f"{9 - i}: right is {word}" for i, word in enumerate(_STEPS, start=1)}
 _LIKERT = dict(sorted(_LIKERT.items()))
+
+_PROMPT = """\
+  <Header value="Prompt" size="5"/>
+  <Text name="prompt" value="$prompt"/>
+"""
+_PAIRWISE = """\
+  <Pairwise name="better" toName="left,right"/>
+  <Header value="Click on the better answer, or choose:" size="5"/>
+  <Choices name="neither" toName="prompt" choice="single" showInline="true">
+    <Choice value="Tie" alias="tie"/>
+    <Choice value="Both are bad" alias="both_bad"/>
+  </Choices>
+"""
+_RANK = """\
+  <List name="answers" value="$answers" title="Drag the best answer to the top"/>
+  <Ranker name="rank" toName="answers"/>
+"""
+_ANSWERS = """\
+  <List name="answers" value="$answers" title="Answers of models"/>
+"""
+_WRITE = """\
+  <TextArea name="text" toName="prompt" rows="8" maxSubmissions="1"/>
+"""
 
 Row = dict[str, Any]
 
@@ -67,7 +92,7 @@ def label_studio(items: Sequence[Item], settings: Settings) -> tuple[list[Row], 
             data |= {"left": _text_of(item, order[0]), "right": _text_of(item, order[1])}
         elif item.responses:
             data["answers"] = [
-                {"id": str(i), "title": f"Answer {place}", "body": _text_of(item, i)}
+                {"id": str(place), "title": f"Answer {place}", "body": _text_of(item, i)}
                 for place, i in enumerate(order, start=1)
             ]
         tasks.append({"data": data})
@@ -75,35 +100,35 @@ def label_studio(items: Sequence[Item], settings: Settings) -> tuple[list[Row], 
 
 
 def _label_studio_view(settings: Settings, has_answers: bool) -> str:
-    lines = ['<Header value="Prompt"/>', '<Text name="prompt" value="$prompt"/>']
-    if settings.mode in ("pair", "likert8"):
-        for side in ("left", "right"):
-            lines.append(f'<Header value="{side.title()} answer"/>')
-            lines.append(f'<Text name="{side}" value="${side}"/>')
-            lines += [
-                f"<Header value={quoteattr(f'{criterion}, {side} answer')}/>\n  <Rating "
-                f'name={quoteattr(f"{criterion}:{side}")} toName="{side}" maxRating="{MAX_RATING}" '
-                'required="true"/>'
-                for criterion in settings.criteria
-            ]
-        lines.append('<Header value="Which answer is better?"/>')
-    if settings.mode == "pair":
-        lines.append('<Pairwise name="better" toName="left,right"/>')
-        lines.append('<Choices name="neither" toName="prompt" choice="single" showInline="true">')
-        lines += [f'  <Choice value="{name}" alias="{name}"/>' for name in ("tie", "both_bad")]
-        lines.append("</Choices>")
-    elif settings.mode == "likert8":
-        lines.append('<Choices name="choice" toName="prompt" choice="single" required="true">')
-        lines += [f'  <Choice value="{text}" alias="{i}"/>' for i, text in _LIKERT.items()]
-        lines.append("</Choices>")
-    elif settings.mode == "rank":
-        lines.append('<List name="answers" value="$answers" title="Best answer first"/>')
-        lines.append('<Ranker name="rank" toName="answers"/>')
+    """The XML of a labelling interface."""
+    if settings.mode == "rank":
+        body = _RANK
+    elif settings.mode == "write":
+        body = _ANSWERS * has_answers + _WRITE
     else:
-        if has_answers:
-            lines.append('<List name="answers" value="$answers" title="Answers of models"/>')
-        lines.append('<TextArea name="text" toName="prompt" rows="8" maxSubmissions="1"/>')
-    return "<View>\n" + "".join(f"  {line}\n" for line in lines) + "</View>\n"
+        columns = "".join(_column(side, settings.criteria) for side in ("left", "right"))
+        choice = _PAIRWISE if settings.mode == "pair" else _likert()
+        body = f'  <View style="display: flex; gap: 2em">\n{columns}  </View>\n{choice}'
+    return f"<View>\n{_PROMPT}{body}</View>\n"
+
+
+def _column(side: str, criteria: Sequence[str]) -> str:
+    ratings = "".join(
+        f'      <Header value={quoteattr(criterion)} size="5"/>\n'
+        f'      <Rating name={quoteattr(f"{criterion}:{side}")} toName="{side}" '
+        f'maxRating="{MAX_RATING}" required="true"/>\n'
+        for criterion in criteria
+    )
+    return (
+        f'    <View style="flex: 1">\n      <Header value="{side.title()} answer" size="5"/>\n'
+        f'      <Text name="{side}" value="${side}"/>\n{ratings}    </View>\n'
+    )
+
+
+def _likert() -> str:
+    choices = "".join(f'    <Choice value="{text}" alias="{i}"/>\n' for i, text in _LIKERT.items())
+    options = 'toName="prompt" choice="single-radio" required="true"'
+    return f'  <Choices name="choice" {options}>\n{choices}  </Choices>\n'
 
 
 def argilla(items: Sequence[Item], settings: Settings) -> tuple[list[Row], Row]:
@@ -124,22 +149,20 @@ def argilla(items: Sequence[Item], settings: Settings) -> tuple[list[Row], Row]:
         for name in ("prompt", *names)
     ]
     questions = [_argilla_question(settings.mode, names)]
+    ratings = {"type": "rating", "options": [{"value": i} for i in range(1, MAX_RATING + 1)]}
     questions += [
-        _part(f"{criterion}_{name}", _options("rating", range(1, MAX_RATING + 1)))
-        for criterion in settings.criteria
-        for name in names
+        _part(f"{criterion}_{name}", ratings) for criterion in settings.criteria for name in names
     ]
     return records, {"fields": fields, "questions": questions, "allow_extra_metadata": True}
 
 
 def _argilla_question(mode: str, names: Sequence[str]) -> Row:
     if mode == "rank":
-        return _part("rank", _options("ranking", names))
+        texts = {name: name.replace("_", " ").capitalize() for name in names}
+        return _part("rank", _options("ranking", texts))
     if mode == "write":
         return _part("text", {"type": "text", "use_markdown": False})
-    texts = _PAIR_TEXTS if mode == "pair" else _LIKERT
-    options = [{"value": value, "text": text} for value, text in texts.items()]
-    return _part("choice", {"type": "label_selection", "options": options})
+    return _part("choice", _options("label_selection", _PAIR_TEXTS if mode == "pair" else _LIKERT))
 
 
 def _part(name: str, settings: Row, required: bool = True) -> Row:
@@ -147,8 +170,9 @@ def _part(name: str, settings: Row, required: bool = True) -> Row:
     return {"name": name, "title": title, "required": required, "settings": settings}
 
 
-def _options(kind: str, values: Sequence) -> Row:
-    return {"type": kind, "options": [{"value": value} for value in values]}
+def _options(kind: str, texts: dict[str, str]) -> Row:
+    options = [{"value": value, "text": text} for value, text in texts.items()]
+    return {"type": kind, "options": options}
 
 
 def as_text(content: Content) -> str:
@@ -217,6 +241,8 @@ def _from_label_studio(task: Row, items: dict, settings: Settings) -> Iterator[R
         moment = _moment(annotation.get("updated_at") or annotation["created_at"])
         by = annotation["completed_by"]
         by = (by.get("email") or by["id"]) if isinstance(by, dict) else by
+        if not isinstance(by, str | int):
+            raise ValueError(f"field 'completed_by' must be a name or an id, got {shown(by)}")
         seconds = annotation.get("lead_time")
         row = {
             "id": f"label-studio:{annotation['id']}:{moment}",
@@ -225,18 +251,19 @@ def _from_label_studio(task: Row, items: dict, settings: Settings) -> Iterator[R
             "time": moment,
             "ms": None if seconds is None else round(1000 * seconds),
         }
-        if annotation.get("was_cancelled"):
+        if annotation.get("was_cancelled") or not annotation["result"]:
             yield row | {"kind": "skip"}
             continue
         values = {part["from_name"]: part["value"] for part in annotation["result"]}
         if settings.mode in ("pair", "likert8"):
             order = _order_of(item, [data["left"], data["right"]])
         else:
-            order = [int(answer["id"]) for answer in data.get("answers", ())]
-        yield row | _meaning(item, settings, order, *_label_studio_choice(values, settings, order))
+            order = _order_of(item, [answer["body"] for answer in data.get("answers", ())])
+        choice, ratings = _label_studio_choice(values, settings, len(order))
+        yield row | _meaning(item, settings, order, choice, ratings)
 
 
-def _label_studio_choice(values: Row, settings: Settings, order: list[int]) -> tuple[Any, Any]:
+def _label_studio_choice(values: Row, settings: Settings, count: int) -> tuple[Any, Row]:
     """The choice and the ratings in an annotation's parts, as shown."""
     ratings = {
         criterion: [values[f"{criterion}:{side}"]["rating"] for side in ("left", "right")]
@@ -245,57 +272,56 @@ def _label_studio_choice(values: Row, settings: Settings, order: list[int]) -> t
     if settings.mode == "pair":
         neither = values.get("neither", {}).get("choices")
         name = neither[0] if neither else values["better"]["selected"]
-        return _PAIR.get(name), ratings
+        return _PAIR.get(name, name), ratings
     if settings.mode == "likert8":
         return int(values["choice"]["choices"][0].partition(":")[0]), ratings
     if settings.mode == "rank":
         best_first = values["rank"]["ranker"]
         if isinstance(best_first, dict):
             (best_first,) = (ids for name, ids in best_first.items() if name != "_")
-        return [best_first.index(str(i)) + 1 for i in order], ratings
+        return [best_first.index(str(place)) + 1 for place in range(1, count + 1)], ratings
     text = values["text"]["text"]
     return text if isinstance(text, str) else "\n".join(text), ratings
 
 
 def _from_argilla(record: Row, items: dict, settings: Settings) -> Iterator[Row]:
     item = _item_of(record["metadata"]["item"], items)
-    texts = [
-        text for name, text in record["fields"].items() if name != "prompt" and text is not None
-    ]
-    order, names = _order_of(item, texts), [n for n in record["fields"] if n != "prompt"]
-    moment = record.get("updated_at") or record.get("inserted_at")
-    moment = _moment(moment) if moment else None
-    question = {"rank": "rank", "write": "text"}.get(settings.mode, "choice")
-    for answer in record["responses"].get(question) or ():
-        user = answer["user_id"]
-        value = answer["value"]
-        if settings.mode == "pair":
-            value = _PAIR.get(value)
-        elif settings.mode == "likert8":
-            value = int(value)
-        elif settings.mode == "rank":
-            ranks = {x["value"]: x["rank"] for x in value}
-            value = [ranks[name] for name in names[: len(order)]]
+    fields = {name: x for name, x in record["fields"].items() if name != "prompt" and x is not None}
+    order = _order_of(item, list(fields.values()))
+    given: dict[str, Row] = defaultdict(dict)  # user -> question -> value
+    for question, answers in record["responses"].items():
+        for answer in answers or ():
+            given[answer["user_id"]][question] = answer["value"]
+    for user, values in given.items():
         ratings = {
-            criterion: [
-                next(
-                    x["value"]
-                    for x in record["responses"][f"{criterion}_{name}"]
-                    if x["user_id"] == user
-                )
-                for name in names
-            ]
+            criterion: [values[f"{criterion}_{name}"] for name in fields]
             for criterion in settings.criteria
         }
-        row = _meaning(item, settings, order, value, ratings)
-        digest = uuid.uuid5(uuid.NAMESPACE_OID, f"{user}:{item.id}:{row}")
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        choice = _argilla_choice(values, settings, list(fields))
+        row = _meaning(item, settings, order, choice, ratings)
+        digest = hashlib.sha256(f"{user} {item.id} {json.dumps(row)}".encode()).hexdigest()[:24]
+        moment = datetime.datetime.now(datetime.timezone.utc).isoformat()
         yield row | {
             "id": f"argilla:{digest}",
             "item": item.id,
             "annotator": str(user),
-            "time": moment or now,
+            "time": _moment(record.get("updated_at") or moment),
         }
+
+
+def _argilla_choice(values: Row, settings: Settings, names: list[str]) -> Any:
+    if settings.mode == "pair":
+        return _PAIR.get(values["choice"], values["choice"])
+    if settings.mode == "likert8":
+        return int(values["choice"])
+    if settings.mode == "write":
+        return values["text"]
+    ranked = values["rank"]  # names from best to worst, or objects with value and rank
+    ranks = {
+        (x["value"] if isinstance(x, dict) else x): (x["rank"] if isinstance(x, dict) else place)
+        for place, x in enumerate(ranked, start=1)
+    }
+    return [ranks[name] for name in names]
 
 
 def _meaning(item: Item, settings: Settings, order: list[int], choice: Any, ratings: Row) -> Row:

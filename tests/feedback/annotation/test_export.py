@@ -63,6 +63,20 @@ def test_the_majority_wins_and_everything_else_is_counted():
     assert left_out["below the minimum agreement"] == 1
 
 
+def test_reliable_people_outvote_those_who_guess_under_dawid_and_skene():
+    truth = [1, 2] * 20
+    good = [truth, truth[:1] + truth[1:]]
+    bad = [[1] * 40, [1] * 40, [1] * 40]  # three people who always say 1
+    choices = {f"p{i:02}": [x[i] for x in [*good, *bad]] for i in range(40)}
+    majority, _ = export_rows(contents("pair", choices), "preference")
+    weighted, _ = export_rows(contents("pair", choices), "preference", "dawid-skene")
+    assert all(row["chosen"].endswith("a") for row in majority)
+    assert [row["chosen"][-1] for row in weighted] == ["ab"[x - 1] for x in truth]
+    assert min(row["agreement"] for row in weighted) > 0.95
+    assert all(row["label_smoothing"] == round(1 - row["agreement"], 6) for row in weighted)
+    assert "label_smoothing" not in majority[0]
+
+
 def test_the_margin_is_the_mean_distance_on_the_scale():
     choices = {"a": [1], "b": [8, 7], "c": [4], "d": [3, 4, 8]}
     rows, _ = export_rows(contents("likert8", choices), "preference")
