@@ -533,7 +533,10 @@ def run_agreement(arguments: Namespace) -> None:
     print("\n".join(_agreement_lines(path, report, model)))
     if arguments.json:
         if model is not None:
-            report["dawid_skene"] = model.as_json()
+            report["dawid_skene"] = {
+                name: value.tolist() if hasattr(value, "tolist") else value
+                for name, value in model._asdict().items()
+            }
         write_json(arguments.json, {"file": str(path), **report})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,22 +53,6 @@ class DawidSkene(NamedTuple):
         """The most probable category of each item."""
         return [self.categories[k] for k in self.soft_labels.argmax(axis=1)]
 
-    def as_json(self) -> dict[str, Any]:
-        """All estimates as JSON values; soft_labels and confusion by the names as text."""
-        names, matrices = map(str, self.annotators), self.confusion.round(6).tolist()
-        soft = zip(map(str, self.items), self.soft_labels.round(6).tolist())
-        categories = list(map(str, self.categories))
-        return {
-            "categories": categories,
-            "priors": dict(zip(categories, self.priors.tolist())),
-            "confusion": dict(zip(names, matrices)),
-            "information": dict(zip(map(str, self.annotators), self.information.tolist())),
-            "guessers": list(map(str, self.guessers)),
-            "soft_labels": {item: dict(zip(categories, shares)) for item, shares in soft},
-            "log_likelihood": self.log_likelihood,
-            "converged": self.converged,
-        }
-
 
 def dawid_skene(
     labels: Iterable[tuple[Hashable, Hashable, Hashable]],
@@ -97,10 +81,13 @@ def dawid_skene(
     categories = categories_of(label for _, _, label in rows)
     if not rows:
         raise ValueError("there are no labels")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
     items, item = _indexed(row[0] for row in rows)
     annotators, annotator = _indexed(row[1] for row in rows)
     code_of = {label: code for code, label in enumerate(categories)}
     label = np.array([code_of[row[2]] for row in rows])
+    given = annotator * len(categories) + label
     N, A, K, count = len(items), len(annotators), len(categories), len(rows)
 
     def summed(index: np.ndarray, columns: Iterable[np.ndarray], size: int) -> np.ndarray:
@@ -113,15 +100,15 @@ def dawid_skene(
     log_likelihood, converged, iterations = -math.inf, False, 0
     while not converged and iterations < max_iterations:
         iterations += 1
-        seen = summed(annotator * K + label, (soft_labels[item, k] for k in range(K)), A * K)
+        seen = summed(given, (share[item] for share in soft_labels.T), A * K)
         seen = seen.reshape(A, K, K).swapaxes(1, 2)  # annotator, true label, label
         totals = seen.sum(axis=2, keepdims=True)
         confusion = np.divide(seen, totals, out=np.full(seen.shape, 1 / K), where=totals > 0)
         priors = soft_labels.mean(axis=0)
         with np.errstate(divide="ignore"):
             logs = np.log(confusion)
-            evidence_of = (logs[annotator, k, label] for k in range(K))
-            joint = np.log(priors) + summed(item, evidence_of, N)
+            by_label = (logs[:, k].ravel()[given] for k in range(K))
+            joint = np.log(priors) + summed(item, by_label, N)
         top = joint.max(axis=1, keepdims=True)
         evidence = top + np.log(np.exp(joint - top).sum(axis=1, keepdims=True))
         soft_labels = np.exp(joint - evidence)
@@ -129,8 +116,7 @@ def dawid_skene(
         converged = log_likelihood - before < tolerance * count
     information = _information(confusion, priors)
     entropy = -float(priors[priors > 0] @ np.log(priors[priors > 0]))
-    given = np.bincount(annotator)
-    noise = _chi_squared_95((K - 1) ** 2) / (2 * given)
+    noise = _chi_squared_95((K - 1) ** 2) / (2 * np.bincount(annotator))
     floor = np.maximum(noise, MIN_INFORMATION * entropy)
     guesses = (information < floor) & (noise < entropy / 2)
     return DawidSkene(

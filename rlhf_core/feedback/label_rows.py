@@ -88,7 +88,8 @@ def read_label_rows(
             else:
                 labels = {_key(row, columns.annotator or "annotator", place): row[column]}
         if is_wide:
-            name = next((x for x in (columns.item, "item", "id") if x in row), None)
+            names = [columns.item] if columns.item else [x for x in ("item", "id") if x in row]
+            name = next(iter(names), None)
             item = f"row {number}" if name is None else _key(row, name, place)
         else:
             item = _key(row, columns.item or "item", place)
@@ -96,7 +97,7 @@ def read_label_rows(
         found |= {columns.time} & row.keys()
         for annotator, label in labels.items():
             if label is not None:
-                yield LabelRow(item, annotator, _label(label, place, numeric), time)
+                yield LabelRow(item, annotator, _scalar(label, f"{place}: a label", numeric), time)
     wanted = columns.annotators or [columns.label or "label"]
     missing = [name for name in (*wanted, columns.time) if name and name not in found]
     if missing:
@@ -167,21 +168,18 @@ def table_of(rows: Sequence[LabelRow]) -> LabelTable:
 def _key(row: dict[str, Any], column: str, place: str) -> Hashable:
     if column not in row:
         raise DataError(f"{place}: column {column!r} is missing; the row has {names_in(row)}")
-    value = row[column]
-    if not isinstance(value, str | int | float):
-        raise DataError(f"{place}: column {column!r} must be text or a number, got {shown(value)}")
-    return value
+    return _scalar(row[column], f"{place}: column {column!r}")
 
 
-def _label(value: Any, place: str, numeric: bool) -> Hashable:
-    if numeric and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            raise DataError(f"{place}: the label must be a number, got {shown(value)}") from None
-    if not isinstance(value, str | int | float):
-        raise DataError(f"{place}: a label must be text or a number, got {shown(value)}")
-    return value
+def _scalar(value: Any, what: str, numeric: bool = False) -> Hashable:
+    """A value that is text or a number; with `numeric`, text is read as a number."""
+    try:
+        if isinstance(value, str | int | float):
+            return float(value) if numeric and isinstance(value, str) else value
+    except ValueError:
+        pass
+    wanted = "a number" if numeric else "text or a number"
+    raise DataError(f"{what} must be {wanted}, got {shown(value)}")
 
 
 def _time(value: Any, place: str) -> float | None:

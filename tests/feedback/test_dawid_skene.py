@@ -89,6 +89,8 @@ def test_it_reports_when_it_has_not_converged():
     short = dawid_skene(rows, max_iterations=2)
     assert not short.converged and short.iterations == 2
     assert dawid_skene(rows).log_likelihood > short.log_likelihood
+    with pytest.raises(ValueError, match="max_iterations must be at least 1, got 0"):
+        dawid_skene(rows, max_iterations=0)
 
 
 @pytest.mark.parametrize("rows", [[], [("i", "a", None)]])

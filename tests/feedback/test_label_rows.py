@@ -69,6 +69,7 @@ def test_a_table_keeps_the_last_label_of_a_person_for_an_item():
     "rows, columns, message",
     [
         ([{"item": 1, "label": 1}], {}, r"a.jsonl:1: column 'annotator' is missing; .* 'label'"),
+        (LONG, dict(item="q", annotators=["label"]), "a.jsonl:1: column 'q' is missing"),
         (LONG, dict(item="id"), "a.jsonl:1: column 'id' is missing; the row has 'item'"),
         (
             [{"item": 1}],
@@ -91,7 +92,7 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, columns, message):
 
 def test_a_text_where_numbers_are_needed_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [LONG[0] | {"label": "good"}])
-    with pytest.raises(DataError, match='the label must be a number, got "good"'):
+    with pytest.raises(DataError, match='a label must be a number, got "good"'):
         rows_of(path, numeric=True)
 
 
