@@ -75,15 +75,7 @@ def options_of(arguments: Namespace) -> dict[str, Any]:
 
 def read_options(file: Path, command: str) -> dict[str, Any]:
     """The options in a file; those of a run.json must be of the same command."""
-    suffix = file.suffix.lower()
-    if suffix == ".json":
-        found = read_object(file)
-    elif suffix == ".toml":
-        found = _read_toml(file)
-    elif suffix in (".yaml", ".yml"):
-        found = _read_yaml(file)
-    else:
-        raise ValueError(f"{file}: --config takes a .yaml, .toml or .json file")
+    found = read_object(file) if file.suffix.lower() == ".json" else _parsed(file)
     if isinstance(found, dict) and isinstance(found.get("options"), dict):
         algorithm = str(found.get("algorithm")).replace("_", "-")
         if algorithm != command:
@@ -94,21 +86,22 @@ def read_options(file: Path, command: str) -> dict[str, Any]:
     return found
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
-    toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
+def _parsed(file: Path) -> Any:
+    """The value in a YAML or TOML file."""
+    suffix = file.suffix.lower()
+    if suffix in (".yaml", ".yml"):
+        yaml = require("yaml", "train")
+        parse, error_type = yaml.safe_load, yaml.YAMLError
+    elif suffix == ".toml":
+        toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
+        parse, error_type = toml.loads, toml.TOMLDecodeError
+    else:
+        raise ValueError(f"{file}: --config takes a .yaml, .toml or .json file")
     try:
-        return toml.loads(read_text(file))
-    except toml.TOMLDecodeError as error:
-        raise ValueError(f"{file}: not valid TOML: {error}") from None
-
-
-def _read_yaml(file: Path) -> Any:
-    yaml = require("yaml", "train")
-    try:
-        return yaml.safe_load(read_text(file))
-    except yaml.YAMLError as error:
+        return parse(read_text(file))
+    except error_type as error:
         text = " ".join(str(error).split())
-        raise ValueError(f"{file}: not valid YAML: {text}") from None
+        raise ValueError(f"{file}: not valid {suffix[1:].upper()}: {text}") from None
 
 
 def _given(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:

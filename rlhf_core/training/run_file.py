@@ -33,7 +33,7 @@ ORDER = (
     "device", "backend", "threads", "cpu", "versions", "git",
 )  # fmt: skip
 PACKAGES = ("torch", "numpy", "triton", "safetensors", "tokenizers", "jinja2", "tqdm")
-_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _open: dict[Path, RunFile] = {}
 
 
@@ -141,14 +141,8 @@ def _git(folder: str) -> dict[str, Any] | None:
     command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "status"]
     command += ["--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        streams = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, timeout=10, **streams)
     except (OSError, subprocess.SubprocessError, ValueError):  # no git, a slow one, or odd names
         return None
     lines = done.stdout.splitlines()

@@ -1,5 +1,6 @@
 """run.json: what it says of a run that goes on, ends, fails or resumes, and what it leaves out."""
 
+import contextlib
 import datetime
 import functools
 import json
@@ -9,7 +10,7 @@ import subprocess
 
 import pytest
 import torch
-from helpers import make_trainer, tiny
+from helpers import make_ppo, make_trainer, tiny
 
 from rlhf_core import __version__, backends
 from rlhf_core.data import ByteTokenizer
@@ -194,8 +195,9 @@ def test_secrets_of_the_environment_and_credentials_of_urls_are_masked(tmp_path,
     assert masked(url) == "https://***@host/v1?to=a@b and http://host/x@y"
 
 
+@pytest.mark.parametrize("method", ["rft", "ppo"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_no_file_of_a_run_holds_a_key_of_the_environment(fails, tmp_path, monkeypatch):
+def test_no_file_of_a_run_holds_a_key_of_the_environment(fails, method, tmp_path, monkeypatch):
     """Not even that of a reward that holds it, or whose error shows it."""
     for name in ("HF_TOKEN", "OPENAI_API_KEY"):
         monkeypatch.setenv(name, SECRET)
@@ -207,13 +209,18 @@ def test_no_file_of_a_run_holds_a_key_of_the_environment(fails, tmp_path, monkey
         return length(prompts, responses)
 
     reward = functools.partial(score, key=os.environ["OPENAI_API_KEY"])
-    config = RFTConfig(response_length=4, num_samples=2, batch_size=4, save_every=1)
-    try:
-        rft(tiny(), [[5], [6]] * 2, config, reward=reward, out=tmp_path)
-    except RuntimeError as error:
-        assert fails and SECRET in str(error)
-        assert "401 for ***" in read(tmp_path).get("error", "401 for ***")
+    shape = dict(response_length=4, batch_size=4, save_every=1)
+    with pytest.raises(RuntimeError, match=SECRET) if fails else contextlib.nullcontext():
+        if method == "rft":
+            config = RFTConfig(num_samples=2, **shape)
+            rft(tiny(), [[5], [6]] * 2, config, reward=reward, out=tmp_path)
+        else:
+            make_ppo(reward=reward, others=dict(out=tmp_path), minibatch_size=4, **shape).train()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 2 and not any(SECRET.encode() in path.read_bytes() for path in files)
-    assert read(tmp_path)["command"] == ["train.py", "--token=***"]
-    assert read(tmp_path)["status"] == ("failed" if fails else "finished")
+    saved = "checkpoint-error" if fails else "checkpoint-2"
+    assert method == "rft" or (tmp_path / saved / "state.safetensors") in files
+    run = read(tmp_path)
+    assert run["command"] == ["train.py", "--token=***"]
+    assert run["status"] == ("failed" if fails else "finished")
+    assert not fails or "401 for ***" in run["error"]
