@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +20,7 @@ from rlhf_core.cli.feedback import margins_of
 from rlhf_core.data import (
     Prompt,
     PromptRow,
-    Sampled,
+    Sample,
     Text,
     encode_prompt_row,
     encode_text,
@@ -35,8 +36,9 @@ from rlhf_core.evaluation.calibration import (
     both_orders,
     measure_calibration,
 )
+from rlhf_core.evaluation.comparisons import checked_outcomes
 from rlhf_core.evaluation.policies import EvaluationConfig, sample_policy
-from rlhf_core.evaluation.summary import Outcomes, Sample, by_score, summarize
+from rlhf_core.evaluation.summary import Outcomes, by_score, cluster_of, summarize
 from rlhf_core.feedback.candidates import fit_prompts
 from rlhf_core.feedback.judges import Judge, JudgeScorer, judged
 from rlhf_core.feedback.rewards import Scorer
@@ -100,17 +102,17 @@ def run_evaluate(arguments: Namespace) -> None:
 def _check_options(arguments: Namespace, subject: str) -> None:
     """Raise ValueError if an option is missing, or does not belong to what is evaluated."""
     needed = {"policy": ("reference", "prompts"), "samples": (), "pairs": ("reward_model",)}
-    others = {
+    unused = {
         "policy": ("subset",),
         "samples": ("prompts", "subset"),
         "pairs": ("prompts", "reference", "reward_function", "judge"),
     }
-    for name in needed[subject]:
-        if getattr(arguments, name) is None:
-            raise ValueError(f"--{subject} needs --{name.replace('_', '-')}")
-    for name in others[subject]:
-        if getattr(arguments, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} does not go with --{subject}")
+    for name in (*needed[subject], *unused[subject]):
+        option = f"--{name.replace('_', '-')}"
+        if name in needed[subject] and getattr(arguments, name) is None:
+            raise ValueError(f"--{subject} needs {option}")
+        if name in unused[subject] and getattr(arguments, name) is not None:
+            raise ValueError(f"{option} does not go with --{subject}")
 
 
 # ---- policies
@@ -135,9 +137,16 @@ class _Evaluation:
         self.device, path = shared.device_of(arguments), Path(arguments.reference)
         self.folders = [path.absolute() if path.exists() else path, *arguments.policy]
         self.names = _names(self.folders)
-        self.tokenizer = shared.tokenizer_of(arguments, self.folders[0])
+        self.tokenizer, *others = [shared.tokenizer_of(arguments, x) for x in self.folders]
         self.reference = self._load(self.folders[0])
         self.rows, self.prompts = self._read_prompts()
+        for folder, tokenizer in zip(arguments.policy, others):
+            ids = (encode_prompt_row(row, self.tokenizer) for row in self.rows)
+            if any(encode_prompt_row(row, tokenizer) != x for row, x in zip(self.rows, ids)):
+                raise ValueError(
+                    f"{folder}: encodes the prompts otherwise than {self.folders[0]}, so that it "
+                    "has no KL to it. Sample both on their own, and compare them with --samples"
+                )
         source = _source_of(arguments)
         self.judge, self.scorer = source.get("judge"), None
         if "reward" in source:
@@ -146,43 +155,45 @@ class _Evaluation:
             self.scorer = Scorer(source["reward"], **options)
             self.scorer.check_vocabulary(self.reference)
             self.scorer.check_columns(self.prompts)
-        self.settings, self.digests, self.samples = self._settings(), {}, {}
+        self.settings, self.digests, self.samples = self._settings(), {}, []
         if arguments.resume and not arguments.overwrite:
             self._read_earlier()
 
     def run(self) -> dict[str, Any]:
         """Sample every policy, and compare them."""
+        out = self.arguments.out
         for name, folder in zip(self.names, self.folders):
             model = self.reference if name == self.names[0] else self._load(folder)
             found = model_digest(model)
             if self.digests.get(name, found) != found:
                 raise ValueError(
-                    f"{self.arguments.out / SETTINGS}: {name} was another model (digest "
-                    f"{self.digests[name]:.8}, now {found:.8}). Choose another --out, or pass "
-                    "--overwrite"
+                    f"{out / SETTINGS}: {name} was another model (digest {self.digests[name]:.8}, "
+                    f"now {found:.8}). Choose another --out, or pass --overwrite"
                 )
             if name in self.digests:
                 print(f"{name}: sampled by an earlier run", file=sys.stderr)
                 continue
-            self._check_fits(folder, model)
-            self.samples[name], self.digests[name] = self._sample(model), found
-            self._write()
-            print(f"{name}: {len(self.samples[name])} responses sampled", file=sys.stderr)
+            new = self._sample(name, folder, model)
+            self.samples += new
+            self.digests[name] = found
+            with Replacement(out) as files:
+                _dump_samples(files.open(SAMPLES), self.samples)
+                dump_json(files.open(SETTINGS), self.settings | {"policies": self.digests})
+            print(f"{name}: {len(new)} responses sampled", file=sys.stderr)
         outcomes = by_score if self.scorer else None
         if self.judge is not None:
             texts = {
-                Sample(row.prompt, "").cluster: _Text(self.tokenizer.decode(ids), row.columns)
+                cluster_of(Sample("", row.prompt, "")): _Text(
+                    self.tokenizer.decode(ids), row.columns
+                )
                 for row, ids in zip(self.rows, self.prompts)
             }
-            file = self.arguments.out / JUDGEMENTS
             if self.arguments.overwrite:
-                file.unlink(missing_ok=True)
-            outcomes = _judging(self.judge, texts, file)
-        used = {name: self.samples[name] for name in self.names}
-        return {
-            "settings": self.settings,
-            **summarize(used, self.names[0], outcomes, self.config.seed),
-        }
+                (out / JUDGEMENTS).unlink(missing_ok=True)
+            outcomes = _judging(self.judge, texts, out / JUDGEMENTS)
+        used = [sample for sample in self.samples if sample.policy in self.names]
+        result = summarize(used, self.names[0], outcomes, self.config.seed)
+        return {"settings": self.settings, **result}
 
     def _load(self, folder: Path) -> Transformer:
         return Transformer.from_pretrained(folder).to(self.device)
@@ -228,36 +239,28 @@ class _Evaluation:
                     f"{out / SETTINGS}: {name} was {short(then.get(name))}, now {short(now)}. "
                     "Choose another --out, or pass --overwrite"
                 )
-        self.digests = then.get("policies", {})
-        for name, sample in read_samples(out / SAMPLES, encode=_as_sample):
-            self.samples.setdefault(name, []).append(sample)
-        count = len(self.prompts) * self.config.num_samples
+        self.digests, count = then.get("policies"), len(self.prompts) * self.config.num_samples
+        if not isinstance(self.digests, dict):
+            raise ValueError(f"{out / SETTINGS}: damaged: policies must be an object")
+        self.samples = read_samples(out / SAMPLES)
+        counts = Counter(sample.policy for sample in self.samples)
         for name in self.digests:
-            if len(self.samples.get(name, ())) != count:
+            if counts[name] != count:
                 raise ValueError(
-                    f"{out / SAMPLES}: has {len(self.samples.get(name, ()))} responses of {name}, "
-                    f"not {count}. Choose another --out, or pass --overwrite"
+                    f"{out / SAMPLES}: has {counts[name]} responses of {name}, not {count}. "
+                    "Choose another --out, or pass --overwrite"
                 )
 
-    def _check_fits(self, folder: Path, model: Transformer) -> None:
-        """Raise ValueError unless the policy reads the prompts as the reference does."""
-        longest = max(map(len, self.prompts)) + self.config.max_new_tokens
-        if model.config.max_positions < longest:
+    def _sample(self, name: str, folder: Path, model: Transformer) -> list[Sample]:
+        config, sizes = self.config, model.config
+        longest = max(map(len, self.prompts)) + config.max_new_tokens
+        if sizes.max_positions < longest or sizes.vocab_size != self.reference.config.vocab_size:
             raise ValueError(
-                f"{folder}: has {model.config.max_positions} positions, but the longest prompt and "
-                f"its response need {longest}. Remove long prompts, or lower --max-new-tokens"
+                f"{folder}: has {sizes.max_positions} positions and {sizes.vocab_size} tokens, but "
+                f"the longest prompt with its response has {longest}, and the reference knows "
+                f"{self.reference.config.vocab_size}. Remove long prompts, lower "
+                "--max-new-tokens, or compare with --samples"
             )
-        tokenizer = shared.tokenizer_of(self.arguments, folder)
-        full = [encode_prompt_row(row, self.tokenizer) for row in self.rows]
-        same = [encode_prompt_row(row, tokenizer) for row in self.rows] == full
-        if not same or model.config.vocab_size != self.reference.config.vocab_size:
-            raise ValueError(
-                f"{folder}: encodes the prompts otherwise than {self.folders[0]}, so that it has "
-                "no KL to it. Sample both on their own, and compare them with --samples"
-            )
-
-    def _sample(self, model: Transformer) -> list[Sample]:
-        config = self.config
         found = sample_policy(
             model,
             self.reference,
@@ -273,23 +276,12 @@ class _Evaluation:
         scores = [None] * len(places)
         if self.scorer:
             scores = self.scorer([self.prompts[i] for i in places], found.ids).tolist()
-        rows = zip(places, found.ids, scores, found.kl.tolist(), found.lengths.tolist())
+        kls = [None if math.isnan(kl) else kl for kl in found.kl.tolist()]
+        texts = map(self.tokenizer.decode, found.ids)
         return [
-            Sample(
-                self.rows[i].prompt,
-                self.tokenizer.decode(ids),
-                score,
-                None if math.isnan(kl) else kl,
-                length,
-                self.rows[i].columns.get("label"),
-            )
-            for i, ids, score, kl, length in rows
+            Sample(name, self.rows[i].prompt, *known, self.rows[i].columns.get("label"))
+            for i, *known in zip(places, texts, scores, kls, found.lengths.tolist())
         ]
-
-    def _write(self) -> None:
-        with Replacement(self.arguments.out) as files:
-            _dump_samples(files.open(SAMPLES), self.samples)
-            dump_json(files.open(SETTINGS), self.settings | {"policies": self.digests})
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -306,26 +298,21 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _evaluate_samples(arguments: Namespace) -> dict[str, Any]:
-    samples: dict[str, list[Sample]] = {}
-    for name, sample in shared.read(read_samples, arguments.samples, arguments, _as_sample):
-        samples.setdefault(name, []).append(sample)
-    first = next(iter(samples))
-    reference = first if arguments.reference is None else arguments.reference
-    if reference not in samples:
-        names = ", ".join(samples)
-        raise ValueError(f"{arguments.samples}: has no policy {reference!r}; its policies: {names}")
-    samples = {reference: samples[reference], **samples}
-    source = _source_of(arguments)
-    outcomes: Outcomes | None = None
+    samples = shared.read(read_samples, arguments.samples, arguments, lambda sample: sample)
+    names = list(dict.fromkeys(sample.policy for sample in samples))
+    reference = names[0] if arguments.reference is None else arguments.reference
+    if reference not in names:
+        known = ", ".join(names)
+        raise ValueError(f"{arguments.samples}: has no policy {reference!r}; its policies: {known}")
+    source, outcomes = _source_of(arguments), None
+    if "reward" in source:
+        scores = _scores(arguments, samples, source["reward"])
+        samples = [sample._replace(score=score) for sample, score in zip(samples, scores)]
     if "judge" in source:
-        rows = (sample for policy in samples.values() for sample in policy)
-        texts = {sample.cluster: _as_text(sample) for sample in rows}
+        texts = {cluster_of(sample): _as_text(sample.prompt) for sample in samples}
         outcomes = _judging(source["judge"], texts)
-    else:
-        if "reward" in source:
-            samples = _scored(arguments, samples, source["reward"])
-        if all(sample.score is not None for policy in samples.values() for sample in policy):
-            outcomes = by_score
+    elif all(sample.score is not None for sample in samples):
+        outcomes = by_score
     with Replacement(arguments.out) as files:
         files.remove(SETTINGS, JUDGEMENTS)  # of policies that were sampled here
         _dump_samples(files.open(SAMPLES), samples)
@@ -333,44 +320,25 @@ def _evaluate_samples(arguments: Namespace) -> dict[str, Any]:
     return {"settings": settings, **summarize(samples, reference, outcomes, arguments.seed)}
 
 
-def _as_sample(row: Sampled) -> tuple[str, Sample]:
-    kl, tokens, label = (row.row.get(name) for name in ("kl", "tokens", "label"))
-    return row.policy, Sample(row.prompt, row.response, row.score, kl, tokens, label)
+def _as_text(prompt: Content) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(message["content"] for message in prompt)
 
 
-def _as_text(sample: Sample) -> _Text:
-    prompt = sample.prompt
-    if not isinstance(prompt, str):
-        prompt = "\n\n".join(message["content"] for message in prompt)
-    return _Text(prompt, {"label": sample.label})
-
-
-def _scored(
-    arguments: Namespace, samples: dict[str, list[Sample]], reward: Any
-) -> dict[str, list[Sample]]:
-    """The samples with scores of a reward function, or of reward models, which read tokens."""
+def _scores(arguments: Namespace, samples: list[Sample], reward: Any) -> list[float]:
+    """Scores by a reward function, which reads texts, or by reward models, which read tokens."""
     scorer = Scorer(reward, batch_size=arguments.batch_size)
-    if scorer.models:
-        tokenizer = shared.tokenizer_of(arguments, arguments.reward_model[0])
-        length = min(model.config.max_positions for model in scorer.models)
-
-    def columns(policy: list[Sample]) -> tuple[list, list]:
-        if not scorer.models:
-            return [_as_text(sample) for sample in policy], [x.response for x in policy]
-        rows = []
-        for prompt, response, *_ in policy:
-            turn = [{"role": "assistant", "content": response}]
-            text = Text(prompt, response if isinstance(prompt, str) else turn)
-            rows.append(encode_text(text, tokenizer, length))
-        return [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
-
-    return {
-        name: [
-            sample._replace(score=score)
-            for sample, score in zip(policy, scorer(*columns(policy)).tolist())
-        ]
-        for name, policy in samples.items()
-    }
+    if not scorer.models:
+        prompts = [_as_text(sample.prompt) for sample in samples]
+        return scorer(prompts, [sample.response for sample in samples]).tolist()
+    tokenizer = shared.tokenizer_of(arguments, arguments.reward_model[0])
+    length, rows = min(model.config.max_positions for model in scorer.models), []
+    for sample in samples:
+        turn = [{"role": "assistant", "content": sample.response}]
+        text = Text(sample.prompt, sample.response if isinstance(sample.prompt, str) else turn)
+        rows.append(encode_text(text, tokenizer, length))
+    return scorer([row.prompt_ids for row in rows], [row.completion_ids for row in rows]).tolist()
 
 
 # ---- what both share
@@ -378,44 +346,43 @@ def _scored(
 
 def _source_of(arguments: Namespace) -> dict[str, Any]:
     """The reward or judge, if one is given."""
-    sources = (arguments.reward_model, arguments.reward_function, arguments.judge)
-    if sources == (None, None, None):
+    options = ("reward_model", "reward_function", "judge", "reward_weights", "reward_ensemble")
+    if all(getattr(arguments, name) is None for name in (*options, "reward_coef")):
         return {}
     return shared.reward_of(arguments, shared.device_of(arguments))
 
 
-def _judging(judge: Judge, texts: dict[str, _Text], file: Path | None = None) -> Outcomes:
+def _judging(judge: Judge, texts: dict[str, str], file: Path | None = None) -> Outcomes:
     """Outcomes by a judge, who sees every two responses in both orders.
 
     So a preference for the first response favours nobody.
 
     Args:
         texts: the prompt of each cluster, as the judge reads it.
-        file: keeps the outcomes, so that a run that continues asks only for what is missing.
+        file: keeps the outcomes, so that a run that continues asks only for what is missing or
+            has failed.
     """
-    kept: dict[str, list] = read_object(file) if file and file.is_file() else {}
+    kept: dict[str, Any] = read_object(file) if file and file.is_file() else {}
 
     def outcomes(first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> Tensor:
-        key = f"{first} against {second}"
-        if len(kept.get(key, ())) != len(pairs):
-            prompts = [texts[one.cluster] for one, _ in pairs]
-            one, other = ([pair[i].response for pair in pairs] for i in (0, 1))
-            found = (
-                judged(judge, prompts, one, other) + 1 - judged(judge, prompts, other, one)
-            ) / 2
-            kept[key] = [None if p != p else p for p in found.tolist()]
-            if file:
-                write_json(file, kept)
-        return torch.tensor([math.nan if p is None else p for p in kept[key]]).double()
+        known = kept.get(f"{first} against {second}")
+        if isinstance(known, list) and len(known) == len(pairs) and None not in known:
+            return checked_outcomes(known)
+        prompts = [texts[cluster_of(one)] for one, _ in pairs]
+        one, other = ([pair[i].response for pair in pairs] for i in (0, 1))
+        last = judged(judge, prompts, other, one)
+        found = (judged(judge, prompts, one, other) + 1 - last) / 2
+        kept[f"{first} against {second}"] = [None if p != p else p for p in found.tolist()]
+        if file:
+            write_json(file, kept)
+        return found
 
     return outcomes
 
 
-def _dump_samples(file: BinaryIO, samples: dict[str, list[Sample]]) -> None:
-    for name, policy in samples.items():
-        for sample in policy:
-            row = {"policy": name, **sample._asdict()}
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+def _dump_samples(file: BinaryIO, samples: list[Sample]) -> None:
+    for sample in samples:
+        file.write((json.dumps(sample._asdict(), ensure_ascii=False) + "\n").encode())
 
 
 def _policy_lines(result: dict[str, Any]) -> Iterator[str]:
@@ -456,7 +423,8 @@ def _mean(found: dict[str, float | None] | None) -> str:
     if found is None:
         return "-"
     error = found["standard_error"]
-    return f"{found['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    mean = round(found["mean"], 3) + 0.0  # no -0.000
+    return f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _interval(bounds: Sequence[float], form: str) -> str:

@@ -55,14 +55,16 @@ class Text(NamedTuple):
     completion: Content
 
 
-class Sampled(NamedTuple):
-    """A named policy's response to a prompt. The response may be empty."""
+class Sample(NamedTuple):
+    """A policy's response, which may be empty, to a prompt, and what is known of it."""
 
     policy: str
     prompt: Content
     response: str
-    score: float | None
-    row: dict[str, Any]  # all fields
+    score: float | None = None
+    kl: float | None = None  # nats per response, to the reference
+    tokens: int | None = None
+    label: str | None = None  # of the prompt: "safe", "unsafe", or anything else
 
 
 class Labelled(NamedTuple):
@@ -310,20 +312,23 @@ def read_prompt_rows(
 def read_samples(
     path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
 ) -> list[Any]:
-    """Read {"policy" or "model", "prompt" or "messages", "response" or "completion"}, and "score".
+    """Read {"policy" or "model", "prompt" or "messages", "response" or "completion"}.
 
-    The score is a finite number, and optional.
+    The other fields of `Sample` are optional.
 
     Returns:
-        `Sampled` rows, or what encode returns for each.
+        `Sample` rows, or what encode returns for each.
     """
 
-    def parse(row: dict) -> Sampled:
+    def parse(row: dict) -> Sample:
+        numbers = {name: row.get(name) for name in ("score", "kl", "tokens")}
+        for name, value in numbers.items():
+            if value is not None and not _is_number(value):
+                raise ValueError(f"field {name!r} must be a finite number, got {shown(value)}")
         policy = _string(row, "policy" if "policy" in row else "model")
-        field, score = "completion" if "completion" in row else "response", row.get("score")
-        if score is not None and not _is_number(score):
-            raise ValueError(f"field 'score' must be a finite number, got {shown(score)}")
-        return Sampled(policy, _prompt(row), _string(row, field, empty=True), score, row)
+        field = "completion" if "completion" in row else "response"
+        response = _string(row, field, empty=True)
+        return Sample(policy, _prompt(row), response, **numbers, label=row.get("label"))
 
     return list(_rows(path, parse, on_bad, encode, columns))
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_core.data.chat import Content
+from rlhf_core.data import Sample
 from rlhf_core.evaluation.comparisons import (
     clustered_error,
     compare,
@@ -26,25 +27,13 @@ from rlhf_core.losses import preferred
 PRIOR = 1.0  # draws between every two policies, so that all ratings are finite
 
 
-class Sample(NamedTuple):
-    """A policy's response to a prompt."""
-
-    prompt: Content
-    response: str
-    score: float | None = None
-    kl: float | None = None  # nats per response, to the reference
-    tokens: int | None = None
-    label: str | None = None  # of the prompt: "safe" or "unsafe", or anything else
-
-    @property
-    def cluster(self) -> str:
-        """Equal for equal prompts."""
-        return json.dumps(self.prompt, sort_keys=True)
-
-
-Samples = Sequence[Sample]
 # Outcomes (N,) of the first policy's samples against the second's; NaN where a judgement failed.
 Outcomes = Callable[[str, str, list[tuple[Sample, Sample]]], Tensor]
+
+
+def cluster_of(sample: Sample) -> str:
+    """Equal for samples of equal prompts."""
+    return json.dumps(sample.prompt, sort_keys=True)
 
 
 def by_score(first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> Tensor:
@@ -53,22 +42,15 @@ def by_score(first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> Ten
     return preferred(*scores.unbind(dim=1))
 
 
-def paired(first: Samples, second: Samples) -> list[tuple[Sample, Sample]]:
-    """The n-th samples of both policies for every prompt that both answered n times or more."""
-    return [
-        (sample, other)
-        for key, sample in _keyed(first).items()
-        if (other := _keyed(second).get(key))
-    ]
-
-
 def summarize(
-    samples: dict[str, Samples], reference: str, outcomes: Outcomes | None, seed: int = 0
+    samples: Sequence[Sample], reference: str, outcomes: Outcomes | None, seed: int = 0
 ) -> dict[str, Any]:
     """Policies, comparisons of every two of them, and their frontier, as JSON.
 
+    The n-th samples of both policies are compared for every prompt that both answered n times.
+
     Args:
-        samples: of each policy, by its name.
+        samples: of all policies.
         reference: the name of the policy whose Elo rating is 0.
         outcomes: None: there are no scores and no judge, so nothing is compared.
         seed: of the bootstraps.
@@ -76,34 +58,32 @@ def summarize(
     Raises:
         ValueError: two policies have no prompt in common.
     """
-    policies = {name: _policy(rows) for name, rows in samples.items()}
-    names, comparisons, games = list(samples), [], []
+    by_policy: dict[str, list[Sample]] = {reference: []}
+    for sample in samples:
+        by_policy.setdefault(sample.policy, []).append(sample)
+    policies = {name: _policy(rows) for name, rows in by_policy.items()}
+    keyed = {name: _keyed(rows) for name, rows in by_policy.items()}
+    names, comparisons, games = list(by_policy), [], []
     for second, first in combinations(names, 2) if outcomes else ():
-        pairs = paired(samples[first], samples[second])
-        if not pairs:
+        shared = [key for key in keyed[first] if key in keyed[second]]
+        if not shared:
             raise ValueError(f"policies {first} and {second} have no prompt in common")
+        pairs = [(keyed[first][key], keyed[second][key]) for key in shared]
         found = outcomes(first, second, pairs)
-        failed = found.isnan()
-        pairs = [pair for pair, bad in zip(pairs, failed.tolist()) if not bad]
-        comparison = {"policy": first, "against": second, "failures": int(failed.sum())}
-        comparisons.append(comparison | _comparison(found[~failed], pairs, seed))
+        judged = (~found.isnan()).nonzero().flatten().tolist()
+        if not judged:
+            raise ValueError(f"every judgement of {first} against {second} failed: test the judge")
+        found, pairs = found[judged], [pairs[i] for i in judged]
+        clusters = [shared[i][0] for i in judged]
+        row = {"policy": first, "against": second, "failures": len(shared) - len(judged)}
+        comparisons.append(row | _comparison(found, pairs, clusters, seed))
         ends = names.index(first), names.index(second)
-        games += [
-            (*ends, outcome, one.cluster)
-            for outcome, (one, _) in zip(found[~failed].tolist(), pairs)
-        ]
+        games += [(*ends, *game) for game in zip(found.tolist(), clusters)]
     if games:
-        one, other, results, clusters = zip(*games)
-        ratings = rate_players(
-            one,
-            other,
-            results,
-            len(names),
-            anchor=names.index(reference),
-            clusters=clusters,
-            prior=PRIOR,
-            seed=seed,
-        )
+        *players, results, clusters = zip(*games)
+        anchor = names.index(reference)
+        options = dict(anchor=anchor, clusters=clusters, prior=PRIOR, seed=seed)
+        ratings = rate_players(*players, results, len(names), **options)
         for name, rating, error, *interval in zip(names, *(x.tolist() for x in ratings)):
             elo = {"rating": rating, "standard_error": error, "interval": interval}
             policies[name]["elo"] = elo
@@ -115,18 +95,19 @@ def summarize(
     }
 
 
-def _keyed(samples: Samples) -> dict[tuple[str, int], Sample]:
+def _keyed(samples: list[Sample]) -> dict[tuple[str, int], Sample]:
     """Samples by prompt, and by how many samples of it came before."""
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     keyed = {}
     for sample in samples:
-        number = seen[sample.cluster] = seen.get(sample.cluster, -1) + 1
-        keyed[sample.cluster, number] = sample
+        cluster = cluster_of(sample)
+        keyed[cluster, seen[cluster]] = sample
+        seen[cluster] += 1
     return keyed
 
 
-def _policy(samples: Samples) -> dict[str, Any]:
-    clusters = [sample.cluster for sample in samples]
+def _policy(samples: list[Sample]) -> dict[str, Any]:
+    clusters = [cluster_of(sample) for sample in samples]
     columns = {
         "score": [sample.score for sample in samples],
         "kl": [sample.kl for sample in samples],
@@ -155,10 +136,9 @@ def _mean(values: list, clusters: list[str]) -> dict[str, float | None] | None:
     return {"mean": sum(values) / len(values), "standard_error": error}
 
 
-def _comparison(outcomes: Tensor, pairs: list[tuple[Sample, Sample]], seed: int) -> dict[str, Any]:
-    clusters = [one.cluster for one, _ in pairs]
-    if not pairs:
-        raise ValueError("every judgement failed, so nothing is known. Look at the judge")
+def _comparison(
+    outcomes: Tensor, pairs: list[tuple[Sample, Sample]], clusters: list[str], seed: int
+) -> dict[str, Any]:
     found = compare(outcomes, clusters)
     low, high = found.interval
     decided, more = not low <= 0.5 <= high, None

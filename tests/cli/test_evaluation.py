@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import run, write
 
+from rlhf_core.cli import arguments as shared
 from rlhf_core.data import ByteTokenizer
 from rlhf_core.models import Transformer
 
@@ -146,6 +147,9 @@ def test_samples_of_a_policy_that_changed_are_refused(arguments, policies, fails
     settings.write_text(json.dumps(fields | {"policies": fields["policies"] | {"a": "0" * 64}}))
     assert "a was another model (digest 00000000, now" in fails(*arguments(names=("a",)))
     settings.write_text(json.dumps(fields))
+    settings.write_text(json.dumps(fields | {"policies": ["a"]}))
+    assert "damaged: policies must be an object" in fails(*arguments(names=("a",)))
+    settings.write_text(json.dumps(fields))
     file = tmp_path / "out" / "samples.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     assert "has 11 responses of a, not 12" in fails(*arguments(names=("a",)))
@@ -188,8 +192,32 @@ def test_policies_of_two_runs_have_the_names_that_tell_them_apart(
 def test_prompts_that_no_policy_can_take_are_one_line(arguments, fails, tmp_path):
     write(tmp_path / "prompts.jsonl", [{"prompt": "x" * 100}])
     assert "1 of 1 prompts have more than 60 tokens" in fails(*arguments())
+    assert not (tmp_path / "out").exists()
     line = fails(*arguments("--max-new-tokens", 64))
     assert "max_new_tokens 64 leaves no room for a prompt in 64 positions" in line
+
+
+def test_a_policy_that_is_absent_or_has_another_tokenizer_is_found_before_sampling(
+    arguments, fails, tmp_path, monkeypatch
+):
+    assert "absent: no such folder" in fails(*arguments(names=("a", "absent")))
+    assert not (tmp_path / "out").exists()
+
+    class Other(ByteTokenizer):
+        def encode_prompt(self, text):
+            return super().encode_prompt(text.upper())
+
+    tokenizer_of = lambda _, folder: Other() if folder.name == "b" else ByteTokenizer()  # noqa: E731
+    monkeypatch.setattr(shared, "tokenizer_of", tokenizer_of)
+    line = fails(*arguments(names=("a", "b")))
+    assert "b: encodes the prompts otherwise than" in line and "--samples" in line
+
+
+def test_an_option_of_reward_models_needs_them(arguments, fails):
+    options = arguments(names=("a",))
+    at = options.index("--reward-function")
+    line = fails(*options[:at], *options[at + 2 :], "--reward-coef", 1)
+    assert "--reward-coef needs --reward-model" in line
 
 
 # ---- samples
@@ -251,6 +279,7 @@ def test_given_samples_are_judged_or_scored_again(given, policies, folders, tmp_
     [
         ({"policy": 3}, "rows.jsonl:1: field 'policy' must be a string, got 3"),
         ({"score": "high"}, "field 'score' must be a finite number, got \"high\""),
+        ({"kl": [1]}, "field 'kl' must be a finite number, got [1]"),
         ({"prompt": "other"}, None),
     ],
 )
