@@ -286,6 +286,12 @@ PYBIND11_MODULE(_C, m) {
     a.x = {x, x.strides[0], 0}, a.weight = weight, a.out = out;
     rms_norm_fwd(a, threads);
   });
+  def("linear_rows_fwd", [](Tensor x, Tensor weight, Tensor bias, Tensor y, int threads) {
+    LinearRowsArgs a = {};
+    a.dtype = weight.dtype(), a.n = x.shape[0], a.in = x.shape[1], a.out = weight.shape[0];
+    a.rows = {x, x.strides[0], 0}, a.weight = weight, a.bias = bias, a.y = y;
+    linear_rows_fwd(a, threads);
+  });
   def("sample_tokens_fwd",
       [](Tensor logits, Tensor seeds, Tensor counters, double temperature,
          std::optional<int64_t> top_k, std::optional<double> top_p, std::optional<double> min_p,

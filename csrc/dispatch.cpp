@@ -13,7 +13,12 @@
 #include <stdexcept>
 #include <type_traits>
 #ifdef __x86_64__
+#include <cpuid.h>
 #include <immintrin.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -123,6 +128,22 @@ Isa choose() {
 const Isa& chosen() {
   static const Isa isa = choose();  // at the first call, or again after one that threw
   return isa;
+}
+
+// Whether the CPU multiplies tiles of bfloat16, and Linux lets this process use their registers.
+bool amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool there = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned kAmxBf16 = 1 << 22, kAmxTile = 1 << 24;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return there;
+#else
+  return false;
+#endif
 }
 
 // Rows per chunk: about 30 us of work, because waking a thread on a busy machine is not cheap.
@@ -249,6 +270,15 @@ void decode_attention_fwd(DecodeAttentionArgs a, int threads) {
 
 void rms_norm_fwd(const RmsNormArgs& a, int threads) {
   run(chosen().table->rms_norm[a.dtype], a, a.B, row_grain(a.D), threads);
+}
+
+void linear_rows_fwd(LinearRowsArgs a, int threads) {
+  const Table& table = *chosen().table;
+  a.amx = table.amx && amx() && a.dtype == kBFloat16 && a.n > 4 && a.n <= 64 && a.out >= 16;
+  const std::unique_ptr<float[]> x(new float[(a.n + 15) / 16 * 16 * a.padded() + 16]());
+  a.x = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(x.get()) + 63) & ~uintptr_t{63});
+  run(table.spread_rows[a.dtype], a, a.n, row_grain(a.in), threads);
+  run(table.linear_rows[a.dtype], a, a.out, row_grain(a.in) / 16 * 16 + 16, threads);
 }
 
 void packed_decode_fwd(const PackedDecodeArgs& args, int64_t num_weights, int threads) {

@@ -131,6 +131,17 @@ struct RmsNormArgs {
   char* out;  // contiguous
 };
 
+struct LinearRowsArgs {
+  Dtype dtype;
+  int64_t n, in, out;
+  Rows rows;                  // (n, in)
+  const char *weight, *bias;  // (out, in), (out,); bias may be null
+  char* y;                    // (n, out)
+  float* x;                   // the rows as the kernel reads them, and zeros
+  bool amx;
+  int64_t padded() const { return (in + 31) / 32 * 32; }
+};
+
 constexpr int64_t kPanel = 32;       // outputs of a linear layer that are packed side by side
 constexpr int64_t kDecodeRows = 32;  // that packed_decode processes together
 
@@ -179,6 +190,8 @@ struct Table {
   Kernel<PpoLossArgs> ppo_loss;                           // [begin, end) are chunks of rows
   Kernel<DecodeAttentionArgs> decode_attention[kDtypes];  // by cache_dtype; B * Hkv units
   Kernel<RmsNormArgs> rms_norm[kDtypes];
+  bool amx;  // whether linear_rows can use it
+  Kernel<LinearRowsArgs> spread_rows[kDtypes], linear_rows[kDtypes];  // rows; outputs
   Kernel<PackedDecodeArgs> packed_decode;
   Kernel<SamplingArgs> sample_tokens[kDtypes];
 };
@@ -196,6 +209,7 @@ void ppo_advantages_fwd(AdvantagesArgs args, bool whiten, int threads);
 void ppo_loss_fwd(PpoLossArgs args, int threads);
 void decode_attention_fwd(DecodeAttentionArgs args, int threads);
 void rms_norm_fwd(const RmsNormArgs& args, int threads);
+void linear_rows_fwd(LinearRowsArgs args, int threads);
 void packed_decode_fwd(const PackedDecodeArgs& args, int64_t num_weights, int threads);
 void sample_tokens_fwd(const SamplingArgs& args, int threads);
 

@@ -10,6 +10,7 @@
 #include "sampling.h"
 
 #include "decode_attention.h"
+#include "linear_rows.h"
 #include "rms_norm.h"
 
 #include "packed_decode.h"
@@ -29,6 +30,9 @@ const Table table = {
     ppo_loss,
     {decode_attention<float>, decode_attention<BF16>, decode_attention<F16>},
     {rms_norm<float>, rms_norm<BF16>, rms_norm<F16>},
+    RLHF_ISA == 513,
+    {spread_rows<float>, spread_rows<BF16>, spread_rows<F16>},
+    {linear_rows<float>, linear_rows<BF16>, linear_rows<F16>},
     packed_decode,
     {sample_tokens<float>, sample_tokens<BF16>, sample_tokens<F16>},
 };

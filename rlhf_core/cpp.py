@@ -233,6 +233,13 @@ def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def linear_rows_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (n, in) times weight (out, in) transposed, plus bias (out,): (n, out), all in one dtype."""
+    y = x.new_empty(len(x), len(weight))
+    _C.linear_rows_fwd(x, weight, bias, y, torch.get_num_threads())
+    return y
+
+
 def packed_decode_fwd(
     tokens: Tensor,
     counts: Tensor | None,

@@ -135,8 +135,12 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias, self.sizes = linear.weight, linear.bias, sizes
         self.adapters = nn.ModuleDict()
 
+    def base(self, x: Tensor) -> Tensor:
+        """The layer without its adapters."""
+        return super().forward(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        y = self.base(x)
         if not self.adapters:
             return y
         parts = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,9 @@ from rlhf_core.models.transformer import (
     Trunk,
     TrunkModel,
 )
+from rlhf_core.ops.linear_rows import linear_rows
 
-PACKED_FROM = 2**16  # layers with fewer weights are not packed: they fit a core's cache anyway
+READ_FROM = 2**16  # with fewer weights a layer is in a core's cache, and F.linear is as fast
 PANEL = 32  # kPanel in csrc/kernels.h
 # Each thread reads all weights. With more weights, splitting every layer over threads is as fast.
 MOST_WEIGHTS = 2**22
@@ -39,38 +41,28 @@ PARTS |= {nn.Linear, nn.RMSNorm, nn.Embedding, nn.Dropout, nn.ModuleDict}
 def packed_for_decoding(model: TrunkModel) -> Iterator[TrunkModel | PackedModel]:
     """Yield the model in its fastest form: a small model as a PackedModel, any other as it is.
 
-    On CPUs, the linear layers and the head of other models use copies of their float32 weights in
-    oneDNN's own layout. A few rows then cost about one read of the weights; `F.linear` takes
-    several times as long.
+    On CPUs, the linear layers and the head of other models go through `linear_rows`, so that a few
+    rows cost about one read of the weights.
     """
     launch = getattr(backends.resolve(None, model.trunk.embed.weight), "packed_decode_fwd", None)
     if launch is not None and _fits(model):
         yield PackedModel(model, launch)
         return
     layers = []
-    if model.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        for module in model.modules():
-            if isinstance(module, Transformer):  # the model, or a part of it
-                layers += [
-                    (linear, "forward", linear.weight, linear.bias)
-                    for linear in module.trunk.modules()
-                    if type(linear) is nn.Linear
-                ]
-                layers.append((module, "logits", module.head_weight, None))
-    layers = [x for x in layers if x[2].dtype == torch.float32 and x[2].numel() >= PACKED_FROM]
+    for module in model.modules() if launch is not None else ():
+        if isinstance(module, Transformer):  # the model, or a part of it
+            layers.append((module, "logits", module.head_weight, None))
+        elif type(module) in (nn.Linear, LoRALinear):
+            method = "forward" if type(module) is nn.Linear else "base"
+            layers.append((module, method, module.weight, module.bias))
+    layers = [layer for layer in layers if layer[2].numel() >= READ_FROM]
     try:
         for owner, method, weight, bias in layers:
-            setattr(owner, method, _packed_linear(weight, bias))
+            setattr(owner, method, partial(linear_rows, weight=weight, bias=bias))
         yield model
     finally:
         for owner, method, _, _ in layers:
             owner.__dict__.pop(method, None)  # uncovers the method of the class
-
-
-def _packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-    linear = torch.ops.mkldnn._linear_pointwise
-    return lambda x: linear(x, weight, bias, "none", [], "")
 
 
 class PackedModel:

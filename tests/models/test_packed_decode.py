@@ -11,6 +11,7 @@ from rlhf_core.models import packed_decode as module
 from rlhf_core.models.lagging import lagging_copy
 from rlhf_core.models.lora import LoRAConfig, adapters_off, add_adapters
 from rlhf_core.models.packed_decode import PackedModel, packed_for_decoding
+from rlhf_core.ops.linear_rows import linear_rows
 
 pytestmark = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 S = 40
@@ -264,23 +265,29 @@ def test_generate_uses_it_and_samples_what_the_modules_sample(backend, monkeypat
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=2e-5)
 
 
-def test_large_layers_in_onednns_layout_give_the_same_and_leave_the_model_as_it_was(
-    backend, monkeypatch
-):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_large_layers_give_the_same_and_the_model_stays_as_it_was(backend, monkeypatch, adapted):
     """All layers count as large. The rows drop to one, so that every number of rows occurs."""
-    model, ids = make(positions="learned", tie_embeddings=False), torch.randint(67, (20, 5))
+    monkeypatch.setattr(module, "MOST_WEIGHTS", 0)
+    model, ids = make(tie_embeddings=False), torch.randint(67, (20, 5))
+    if adapted:
+        add_adapters(model, LoRAConfig(rank=2, target_modules=("v_proj", "down_proj")))
+        for parameter in filter(lambda x: x.requires_grad, model.parameters()):
+            torch.nn.init.normal_(parameter, std=0.2)
     options = dict(max_new_tokens=14, eos_ids=tuple(range(9)), seeds=torch.arange(20))
     want = generation.generate(model, ids, **options)
     assert len(want.response_mask.sum(dim=1).unique()) > 5
-    monkeypatch.setattr(module, "PACKED_FROM", 0)
-    packed_weights, packed_linear = [], module._packed_linear
-    monkeypatch.setattr(
-        module,
-        "_packed_linear",
-        lambda weight, bias: packed_weights.append(weight) or packed_linear(weight, bias),
-    )
+    monkeypatch.setattr(module, "READ_FROM", 0)
+    used = {}
+
+    def counted(x, weight, bias):
+        used[id(weight)] = used.get(id(weight), 0) + 1
+        return linear_rows(x, weight, bias)
+
+    monkeypatch.setattr(module, "linear_rows", counted)
     got = generation.generate(model, ids, **options)
-    assert len(packed_weights) == 4 * 3 + 1 and packed_weights[-1] is model.head_weight
+    # In each of 14 steps: the prompt's, and 13 tokens.
+    assert list(used.values()) == [14] * (4 * 3 + 1) and id(model.head_weight) in used
     assert torch.equal(got.response_ids, want.response_ids)
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=2e-5)
-    assert not any({"forward", "logits"} & vars(layer).keys() for layer in model.modules())
+    assert not any({"forward", "base", "logits"} & vars(layer).keys() for layer in model.modules())
