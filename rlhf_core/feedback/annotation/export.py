@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_core.data.chat import Content
-from rlhf_core.feedback.annotation.items import Item, outcomes
-from rlhf_core.feedback.annotation.labels import Contents
+from rlhf_core.feedback.annotation.items import Item
+from rlhf_core.feedback.annotation.labels import Comparison, Contents, Vote
 from rlhf_core.feedback.dawid_skene import dawid_skene
 
 FORMATS = ("preference", "ranked", "kto", "sft")
@@ -27,8 +27,6 @@ _NO_WINNER = {
 }
 
 Row = dict[str, Any]
-Vote = tuple[Row, int | str]  # the row of the label, and its outcome
-Comparison = tuple[str | int, tuple[int, int]]  # the item's id, and the places of two responses
 
 
 class Decision(NamedTuple):
@@ -93,10 +91,7 @@ def describe(left_out: Counter[str]) -> str:
 
 def _decide(contents: Contents, aggregate: str, min_agreement: float) -> list[Decision]:
     """A decision on every comparison that anybody made, in the order of the data."""
-    votes: dict[Comparison, list[Vote]] = defaultdict(list)
-    for row in contents.labels():
-        for pair, outcome in outcomes(contents.settings.mode, row["choice"]).items():
-            votes[row["item"], pair].append((row, outcome))
+    votes = contents.votes()
     shares = (_shares if aggregate == "majority" else _probabilities)(votes)
     position = {name: i for i, name in enumerate(contents.items)}
     decisions = []
@@ -156,12 +151,11 @@ def _preferences(
     for item, pair, winner, agreement, smoothing, votes in _won(decisions, left_out):
         places = dict(zip(("chosen", "rejected"), pair if winner == 1 else pair[::-1]))
         row: Row = {"id": _comparison_id(item, pair), "prompt": item.prompt}
-        row |= {name: _completion(item, item.responses[i]) for name, i in places.items()}
+        row |= {name: _completion(item.prompt, item.responses[i]) for name, i in places.items()}
         if contents.settings.mode == "likert8":
             row["margin"] = _margin(winner, [label["choice"] for label, _ in votes])
         counts = Counter(outcome for _, outcome in votes)
-        keys = {"chosen": winner, "rejected": 3 - winner, "tie": 0, "both_bad": "both_bad"}
-        row["votes"] = {name: counts[outcome] for name, outcome in keys.items()}
+        row["votes"] = dict(_votes(counts, ("chosen", "rejected"), winner))
         row["agreement"] = round(agreement, 6)
         if smoothing is not None:
             row["label_smoothing"] = round(smoothing, 6)
@@ -200,25 +194,40 @@ def _mean_ratings(contents: Contents, votes: Sequence[Vote], place: int) -> dict
 
 
 class _Standing:
-    """How the responses to one prompt did: comparisons won minus lost, by the response's number."""
+    """How the responses to one prompt did, by the response's number in the row.
 
-    def __init__(self, item: Item):
-        self.item = item
+    Attributes:
+        points: Comparisons won minus lost.
+        votes: Of single people, in all comparisons of the response.
+        compared: Number of comparisons.
+    """
+
+    def __init__(self, prompt: Content):
+        self.prompt = prompt
         self.texts: dict[int, Content] = {}
         self.points: Counter[int] = Counter()
+        self.votes: dict[int, Counter[str]] = defaultdict(Counter)
         self.compared = 0
 
 
 def _standings(decisions: Iterable[Decision]) -> dict[str | int, _Standing]:
     standings: dict[str | int, _Standing] = {}
-    for item, pair, winner, *_ in decisions:
-        standing = standings.setdefault(item.row, _Standing(item))
+    for item, pair, winner, *_, votes in decisions:
+        standing = standings.setdefault(item.row, _Standing(item.prompt))
         standing.compared += 1
-        for place, sign in zip(pair, {1: (1, -1), 2: (-1, 1)}.get(winner, (0, 0))):
+        counts = Counter(outcome for _, outcome in votes)
+        for place, own, other in ((pair[0], 1, 2), (pair[1], 2, 1)):
             number = item.numbers[place]
             standing.texts[number] = item.responses[place]
-            standing.points[number] += sign
+            standing.points[number] += (winner == own) - (winner == other)
+            standing.votes[number].update(_votes(counts, ("won", "lost"), own))
     return standings
+
+
+def _votes(counts: Counter[int | str], names: tuple[str, str], own: int | str) -> Counter[str]:
+    """Votes by name: for the response whose outcome is `own`, for the other one, and for none."""
+    keys = (own, 1 if own == 2 else 2, 0, "both_bad")
+    return Counter({name: counts[key] for name, key in zip((*names, "tie", "both_bad"), keys)})
 
 
 def _rankings(
@@ -245,9 +254,10 @@ def _rankings(
                 distinct[standing.points[number]] = number
         if len(distinct) > 1:
             order = [distinct[points] for points in sorted(distinct, reverse=True)]
-            row = {"id": name, "prompt": standing.item.prompt}
+            row: Row = {"id": name, "prompt": standing.prompt}
             row |= {"responses": [texts[number] for number in order]}
-            rows.append(row | {"ranks": list(range(1, len(order) + 1))})
+            row |= {"ranks": list(range(1, len(order) + 1))}
+            rows.append(row | {"votes": [dict(standing.votes[number]) for number in order]})
     return rows
 
 
@@ -262,9 +272,9 @@ def _desirable(
             if points == 0:
                 left_out["answers that won as often as they lost"] += 1
                 continue
-            row = {"id": f"{name}:{number}", "prompt": standing.item.prompt}
-            row["completion"] = _completion(standing.item, text)
-            rows.append(row | {"label": points > 0})
+            row: Row = {"id": f"{name}:{number}", "prompt": standing.prompt}
+            row |= {"completion": _completion(standing.prompt, text), "label": points > 0}
+            rows.append(row | {"votes": dict(standing.votes[number])})
     return rows
 
 
@@ -274,14 +284,14 @@ def _written(contents: Contents) -> list[Row]:
     for label in sorted(contents.labels(), key=lambda row: position[row["item"]]):
         item = contents.items[label["item"]]
         row = {"id": item.id, "prompt": item.prompt}
-        row["completion"] = _completion(item, label["choice"])
+        row["completion"] = _completion(item.prompt, label["choice"])
         rows.append(row | {"annotator": label["annotator"]})
     return rows
 
 
-def _completion(item: Item, text: Content) -> Content:
+def _completion(prompt: Content, text: Content) -> Content:
     """After a prompt of messages a completion is a message, as TRL wants it."""
-    if isinstance(item.prompt, str) or not isinstance(text, str):
+    if isinstance(prompt, str) or not isinstance(text, str):
         return text
     return [{"role": "assistant", "content": text}]
 

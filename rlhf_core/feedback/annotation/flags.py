@@ -15,8 +15,9 @@ from typing import Any
 
 from rlhf_core.feedback.agreement import krippendorff_alpha
 from rlhf_core.feedback.annotation.items import Item, is_right, outcomes
-from rlhf_core.feedback.annotation.labels import Contents, read_labels
+from rlhf_core.feedback.annotation.labels import Contents, Vote, read_labels
 from rlhf_core.files import shown
+from rlhf_core.significance import sign_test
 
 CHARACTERS_PER_SECOND = 100  # of text; 1,200 words a minute, which nobody reads
 LOW_AGREEMENT = 0.4  # the threshold below which guidelines are to be rewritten
@@ -114,22 +115,15 @@ def _one_side(mode: str, labels: Sequence[Row]) -> str:
     """The choices of the left and the right one differ, by a binomial test at 0.001."""
     if mode not in ("pair", "likert8"):
         return ""
-    chose_left = [
-        outcomes(mode, row["choice"])[0, 1] - 1 == row["shown"][0]
-        for row in labels
-        if row["shown"] and outcomes(mode, row["choice"])[0, 1] in (1, 2)
-    ]
-    left, n = sum(chose_left), len(chose_left)
-    if n == 0 or binomial_p(left, n) >= 0.001:
+    winners = [(outcomes(mode, row["choice"])[0, 1], row["shown"]) for row in labels]
+    chose_left = [(1, 2).index(x) == shown[0] for x, shown in winners if shown and x in (1, 2)]
+    left, right = sum(chose_left), len(chose_left) - sum(chose_left)
+    p = sign_test(left, right) if chose_left else 1.0
+    if p >= 0.001:
         return ""
-    side, count = ("left", left) if 2 * left > n else ("right", n - left)
-    return f"chose the {side} answer in {count} of {n} items (binomial p {binomial_p(left, n):.1g})"
-
-
-def binomial_p(successes: int, n: int) -> float:
-    """Two-sided p of an exact binomial test against one half."""
-    tail = sum(math.comb(n, k) for k in range(min(successes, n - successes) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    side = "left" if left > right else "right"
+    n = left + right
+    return f"chose the {side} answer in {max(left, right)} of {n} items (binomial p {p:.1g})"
 
 
 def _fatigue(labels: Sequence[Row], agreed: dict[str, float]) -> str:
@@ -144,23 +138,18 @@ def _fatigue(labels: Sequence[Row], agreed: dict[str, float]) -> str:
         if third >= 10:
             first += session[:third]
             last += session[-third:]
-    found = []
-    paces = [
-        _mean([row["ms"] for row in part if row["ms"] is not None], statistics.median)
-        for part in (first, last)
-    ]
-    if None not in paces and paces[1] > 1.5 * paces[0]:
-        found.append(
-            f"{paces[0] / 1000:.1f} s an item at first, {paces[1] / 1000:.1f} s at the end"
-        )
-    shares = [
-        _mean([agreed[row["id"]] for row in part if row["id"] in agreed]) for part in (first, last)
-    ]
-    if None not in shares and shares[1] < shares[0] - 0.2:
-        found.append(
-            f"agreed with others in {shares[0]:.0%} at first, in {shares[1]:.0%} at the end"
-        )
-    return f"may be tired, within a session: {'; '.join(found)}" if found else ""
+    signs = []
+    paces = [[row["ms"] for row in part if row["ms"] is not None] for part in (first, last)]
+    if all(paces):
+        early, late = (statistics.median(part) / 1000 for part in paces)
+        if late > 1.5 * early:
+            signs.append(f"{early:.1f} s an item at first, {late:.1f} s at the end")
+    shares = [[agreed[row["id"]] for row in part if row["id"] in agreed] for part in (first, last)]
+    if all(shares):
+        early, late = map(statistics.fmean, shares)
+        if late < early - 0.2:
+            signs.append(f"agreed with others in {early:.0%} at first, in {late:.0%} at the end")
+    return f"may be tired, within a session: {'; '.join(signs)}" if signs else ""
 
 
 def _sessions(labels: Sequence[Row]) -> list[list[Row]]:
@@ -175,32 +164,16 @@ def _sessions(labels: Sequence[Row]) -> list[list[Row]]:
     return sessions
 
 
-def _mean(values: Sequence[float], mean=statistics.fmean) -> float | None:
-    return mean(values) if values else None
-
-
 # ---- agreement
-
-
-def _votes(contents: Contents) -> dict[tuple, dict[str, Row]]:
-    """For each two responses of an item that somebody compared: person to (row, outcome)."""
-    votes: dict[tuple, dict[str, Any]] = defaultdict(dict)
-    if contents.settings.mode != "write":
-        for row in contents.labels():
-            for pair, outcome in outcomes(contents.settings.mode, row["choice"]).items():
-                votes[row["item"], pair][row["annotator"]] = (row, outcome)
-    return votes
 
 
 def _agreed_with_others(contents: Contents) -> dict[str, float]:
     """For each label that others gave, too: the share of comparisons in which they agree."""
-    pairs: dict[str, list[bool]] = defaultdict(list)
-    for given in _votes(contents).values():
-        for person, (row, outcome) in given.items():
-            pairs[row["id"]] += [
-                outcome == theirs for other, (_, theirs) in given.items() if other != person
-            ]
-    return {name: statistics.fmean(values) for name, values in pairs.items() if values}
+    agreed: dict[str, list[bool]] = defaultdict(list)
+    for votes in contents.votes().values():
+        for row, outcome in votes:
+            agreed[row["id"]] += [outcome == theirs for other, theirs in votes if other is not row]
+    return {name: statistics.fmean(values) for name, values in agreed.items() if values}
 
 
 def _agreement(contents: Contents) -> tuple[float | None, list[str]]:
@@ -209,16 +182,12 @@ def _agreement(contents: Contents) -> tuple[float | None, list[str]]:
     It stays low if it is at most 0.4 in both halves of the comparisons that two people made, of
     which there are at least 20.
     """
-    shared = [
-        (name, {person: outcome for person, (_, outcome) in given.items()})
-        for name, given in _votes(contents).items()
-        if len(given) > 1
-    ]
-    half = len(shared) // 2
-    alpha, *halves = (_alpha(part) for part in (shared, shared[:half], shared[half:]))
+    shared = {key: votes for key, votes in contents.votes().items() if len(votes) > 1}
+    votes, half = list(shared.values()), len(shared) // 2
+    alpha, *halves = map(_alpha, (votes, votes[:half], votes[half:]))
     if len(shared) < 20 or not all(x is not None and x <= LOW_AGREEMENT for x in halves):
         return alpha, []
-    split = [shown(item) for (item, _), given in shared if len(set(given.values())) > 1]
+    split = [shown(item) for (item, _), given in shared.items() if len({x for _, x in given}) > 1]
     examples = ", ".join(dict.fromkeys(split[-5:]))
     return alpha, [
         f"agreement stays low (alpha {halves[0]:.2f}, then {halves[1]:.2f}). Pause, talk about "
@@ -226,8 +195,9 @@ def _agreement(contents: Contents) -> tuple[float | None, list[str]]:
     ]
 
 
-def _alpha(shared: Sequence[tuple[Any, dict[str, Any]]]) -> float | None:
-    people = sorted({person for _, given in shared for person in given})
+def _alpha(comparisons: Sequence[Sequence[Vote]]) -> float | None:
+    outcomes_of = [{row["annotator"]: outcome for row, outcome in votes} for votes in comparisons]
+    people = sorted({name for given in outcomes_of for name in given})
     if not people:
         return None
-    return krippendorff_alpha([[given.get(name) for _, given in shared] for name in people])
+    return krippendorff_alpha([[given.get(name) for given in outcomes_of] for name in people])

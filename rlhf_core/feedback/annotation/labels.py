@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from rlhf_core.feedback.annotation.items import Item, display_order, unblind, unblind_ratings
+from rlhf_core.feedback.annotation.items import (
+    Item,
+    display_order,
+    outcomes,
+    unblind,
+    unblind_ratings,
+)
 from rlhf_core.files import shown
 from rlhf_core.locks import hold
 
@@ -90,6 +96,10 @@ class Settings(NamedTuple):
     seed: int = 0
 
 
+Comparison = tuple[str | int, tuple[int, int]]  # an item's id, the places of two responses in it
+Vote = tuple[dict[str, Any], int | str]  # the row of a label, and 1, 2, 0 or "both_bad"
+
+
 class Contents(NamedTuple):
     """A database as read.
 
@@ -107,6 +117,14 @@ class Contents(NamedTuple):
     def labels(self) -> list[dict[str, Any]]:
         """The rows that are labels, without gold questions."""
         return [row for row in self.rows if row["kind"] == "label" and not row["gold"]]
+
+    def votes(self) -> dict[Comparison, list[Vote]]:
+        """What the labels say about each two responses of an item; in "write" they say nothing."""
+        votes: dict[Comparison, list[Vote]] = defaultdict(list)
+        for row in self.labels() if self.settings.mode != "write" else ():
+            for pair, outcome in outcomes(self.settings.mode, row["choice"]).items():
+                votes[row["item"], pair].append((row, outcome))
+        return votes
 
 
 def read_labels(db: Path) -> Contents:
@@ -257,7 +275,7 @@ class LabelStore:
             for name, lease in self._leases.items()
             if lease.item == item and lease.expires > now and name != annotator
         }
-        return len(labelled | open_to) < self.overlap
+        return len((labelled | open_to) - self._skipped[item]) < self.overlap
 
     def _lease(self, annotator: str, lease: Lease) -> None:
         with self._transaction():

@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _next(self) -> dict[str, Any]:
         person, store = self._person(), self.server.store
         item = store.next_item(person)
-        reply = {"annotator": person, "mode": store.settings.mode}
+        reply: dict[str, Any] = {"annotator": person, "mode": store.settings.mode}
         reply["progress"] = store.progress(person)
         if item is None:
             return reply | {"done": True, "waiting": store.waiting(person)}
@@ -185,6 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
                 value["code"] = "in_use"
         except OSError as error:  # the database, not the socket: nothing is sent before this line
             status, value = 507, {"error": str(error)}
+        except ValueError as error:
+            status, value = 500, {"error": str(error)}
         is_page = isinstance(value, str)
         body = (value if is_page else json.dumps(value, ensure_ascii=False)).encode()
         self.send_response(status)
@@ -204,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_sender(self) -> None:
         """Refuse a request of another site: by a name that it made point here, or by its page."""
         host = self.headers.get("Host", "")
-        name = (urlsplit(f"//{host}").hostname or "").lower()
+        name = re.sub(r":\d+$", "", host).strip("[]").lower()
         if name not in self.server.hosts and not _is_address(name):
             allowed = ", ".join(sorted(self.server.hosts))
             raise Refused(f"host {shown(name)} is not this server ({allowed}, or its address)", 421)
@@ -239,6 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused("the request must have Content-Type: application/json", 415)
         try:
             value = parse_json(raw.decode())
+            json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
         except ValueError as error:
             raise Refused(f"the request is malformed: {error}", 400) from None
         if not isinstance(value, dict):

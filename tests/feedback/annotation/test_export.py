@@ -102,6 +102,9 @@ def test_lists_are_ranked_by_the_comparisons_won():
     ]
     found = contents("rank", {"r": [[3, 1, 2, 2]], "s": [[1, 1]]}, rows)
     ranked, left_out = export_rows(found, "ranked")
+    votes = ranked[0].pop("votes")
+    assert votes[0] == {"won": 3, "lost": 0, "tie": 0, "both_bad": 0}
+    assert votes[1] == {"won": 1, "lost": 1, "tie": 1, "both_bad": 0}
     assert ranked == [{"id": "r", "prompt": "q", "responses": ["b", "c", "a"], "ranks": [1, 2, 3]}]
     assert describe(left_out) == "2 tied answers"
     pairs = {"r:0-1": [2], "r:0-2": [2], "r:1-2": [1]}
@@ -121,6 +124,8 @@ def test_lists_are_ranked_by_the_comparisons_won():
 def test_kto_takes_what_won_more_often_than_it_lost():
     row = Candidates("r", "q", [{"text": x} for x in "abc"])
     rows, left_out = export_rows(contents("rank", {"r": [[1, 2, 3]]}, [row]), "kto")
+    assert rows[0].pop("votes") == {"won": 2, "lost": 0, "tie": 0, "both_bad": 0}
+    assert rows[1].pop("votes") == {"won": 0, "lost": 2, "tie": 0, "both_bad": 0}
     assert rows == [
         {"id": "r:0", "prompt": "q", "completion": "a", "label": True},
         {"id": "r:2", "prompt": "q", "completion": "c", "label": False},

@@ -78,12 +78,6 @@ def test_one_side_is_flagged_whatever_it_holds(monkeypatch, mode, left, right):
     assert not flags_of(summary(monkeypatch, [*rows[:5], *one], mode))
 
 
-def test_the_binomial_test_is_exact():
-    assert flags.binomial_p(0, 10) == 2 / 1024
-    assert flags.binomial_p(5, 10) == 1.0
-    assert flags.binomial_p(8, 10) == pytest.approx(0.109375)
-
-
 def test_fatigue_is_slower_or_less_agreement_within_a_session(monkeypatch):
     slow = [label("ann", i, 1 + i % 2, ms=9000 if i < 20 else 15000) for i in range(30)]
     (flag,) = flags_of(summary(monkeypatch, slow))

@@ -166,6 +166,13 @@ def test_a_lease_ends_after_ten_minutes_and_the_late_label_is_refused(tmp_path, 
         assert store.waiting("ann") == 0
 
 
+def test_a_skipped_item_is_free_for_others_at_once(tmp_path):
+    with opened(tmp_path / "l.sqlite", rows(1)) as store:
+        label(store, "ann", "skip")
+        assert store.next_item("ann") is None
+        assert store.next_item("ben").id == "p0"
+
+
 def test_every_nth_item_is_a_gold_question_and_everybody_gets_it(tmp_path):
     with opened(tmp_path / "l.sqlite", rows(6), gold_rows=gold(2), gold_every=3) as store:
         order = []

@@ -147,6 +147,7 @@ def test_a_token_may_come_as_a_bearer(tmp_path):
         (b"{", {}, 400, "the request is malformed"),
         (b"\xff", {}, 400, "the request is malformed"),
         (b"[" * 10**5, {}, 400, "the request is malformed: not valid JSON: nested"),
+        (b'{"id": "\\ud800"}', {}, 400, "the request is malformed"),
         (b"[1]", {}, 400, "the request must be a JSON object, got [1]"),
         (b"{}", {"Content-Type": "text/plain"}, 415, "must have Content-Type: application/json"),
         (b"x" * (MAX_BODY + 1), {}, 413, "more than 1048576"),
@@ -198,6 +199,8 @@ def test_other_sites_get_nothing(tmp_path):
         port = server.server_address[1]
         assert ann.request("GET", "/next", Host=f"evil.example:{port}")[0] == 421
         assert ann.request("GET", "/", Host="evil.example")[0] == 421
+        assert ann.request("GET", "/", Host="[evil")[0] == 421
+        assert ann.request("GET", "/", Host="[::1]")[0] == 200
         assert ann.request("GET", "/next", Origin="http://evil.example")[0] == 403
         for host in ("localhost", "127.0.0.1"):
             own = {"Host": f"{host}:{port}", "Origin": f"http://{host}:{port}"}
