@@ -6,9 +6,10 @@
     DPOTrainer(...).train()  # TRL's own
     trl.unpatch()
 
-The functions in `_REPLACEMENTS` are replaced in every module of TRL that holds them. Two results
-differ. For 16-bit logits TRL's log-probs and entropies have 16 bits, ours 32. If several tokens are
-the most likely ones, `is_top1` is True for the first of them in TRL, for all of them here.
+The functions in `_REPLACEMENTS` are replaced wherever TRL holds them. `patch` prints those that
+the installed version has. Two results differ. For 16-bit logits TRL's log-probs and entropies have
+16 bits, ours 32. If several tokens are the most likely ones, `is_top1` is True for the first of
+them in TRL, for all of them here.
 
 TRL's own code still runs in cases that our ops do not cover: several targets for each row, a soft
 cap on logits, the sum of squared probabilities, and a head that DeepSpeed has sharded.
@@ -33,49 +34,83 @@ from rlhf_core.ops import (
     token_logprobs_and_entropy,
 )
 
-VERSIONS = "1.12 and 1.16"  # the tested ones
+VERSIONS = ("1.12", "1.13", "1.14", "1.15", "1.16")  # the tested ones
 # Largest difference of values (nats) and gradients, which float32 sums in another order have.
 TOLERANCE = 1e-4
 
 _replaced: list[tuple[Any, Any]] = []  # pairs of TRL's object and ours
+_last: dict[str, Any] = {}  # what the last patch reported
 
 
-def patch() -> contextlib.ExitStack:
-    """Replace TRL's functions with our ops, unless that has been done.
+class Patch(contextlib.ExitStack):
+    """What `patch` has replaced; as text, a report. As a context manager it undoes the patch.
 
-    Before that, values and gradients of both are compared on random input.
+    Attributes:
+        version: TRL's version.
+        replaced: Names of TRL's functions that are ours now.
+        kept: Those that still are TRL's, with the reason.
+    """
+
+    def __init__(self, version: str, replaced: list[str], kept: dict[str, str]):
+        super().__init__()
+        self.version, self.replaced, self.kept = version, replaced, kept
+
+    def __str__(self) -> str:
+        lines = [f"TRL {self.version}: replaced {', '.join(self.replaced)}"]
+        lines += [f"  not replaced: {name}, which {reason}" for name, reason in self.kept.items()]
+        if _FUSED in self.kept:
+            lines.append("  SFTTrainer's default loss, and losses on hidden states, stay TRL's own")
+        if not self.version.startswith(tuple(f"{version}." for version in VERSIONS)):
+            lines.append(
+                f"  this version is not tested ({VERSIONS[0]} to {VERSIONS[-1]} are), but values "
+                "and gradients agree"
+            )
+        return "\n".join(lines)
+
+
+def patch() -> Patch:
+    """Replace TRL's functions with our ops, and print which, unless that has been done.
+
+    Before that, values and gradients of both are compared on random input. A function that this
+    version of TRL lacks, or that cannot run on a CPU, is not replaced.
 
     Returns:
-        A context manager that calls `unpatch` at the end of its block.
+        What was replaced: a context manager that calls `unpatch` at the end of its block.
 
     Raises:
         ImportError: TRL is not installed.
         RuntimeError: a function is missing or differs from the tested versions. The message names
             it, and nothing is replaced.
     """
-    undo = contextlib.ExitStack()
     if _replaced:
-        return undo
-    utils = require("trl.trainer.utils", "trl")
-    pairs = []
+        return Patch(**_last)
+    utils, version = require("trl.trainer.utils", "trl"), require("trl", "trl").__version__
+    pairs, kept = {}, {}
     for name, replacement in _REPLACEMENTS.items():
         theirs = getattr(utils, name, None) or getattr(sys.modules.get("trl.kernels"), name, None)
-        if theirs is None and name in _SINCE_1_16:
+        if theirs is None and name in _OPTIONAL:
+            kept[name] = "this version lacks"
             continue
         ours = replacement(theirs)
-        fault = "is missing" if theirs is None else _difference(name, theirs, ours)
+        try:
+            fault = "is missing" if theirs is None else _difference(name, theirs, ours)
+        except _Failed as failure:
+            kept[name] = f"cannot be checked on a CPU: {failure}"
+            continue
         if fault:
-            version = require("trl", "trl").__version__
             raise RuntimeError(
                 f"{name} {fault}, so nothing is replaced (found TRL {version}). "
-                f"Install one of the tested versions, {VERSIONS}"
+                f"Install one of the tested versions, {VERSIONS[0]} to {VERSIONS[-1]}"
             )
-        pairs.append((theirs, ours))
-    for theirs, ours in pairs:
+        pairs[name] = theirs, ours
+    for theirs, ours in pairs.values():
         _replace(theirs, ours)
-    _replaced.extend(pairs)
-    undo.callback(unpatch)
-    return undo
+    _replaced.extend(pairs.values())
+    _last.update(version=version, replaced=list(pairs), kept=kept)
+    done = Patch(**_last)
+    done.callback(unpatch)
+    print(done, file=sys.stderr)
+    return done
 
 
 def unpatch() -> None:
@@ -83,6 +118,10 @@ def unpatch() -> None:
     for theirs, ours in _replaced:
         _replace(ours, theirs)
     _replaced.clear()
+
+
+class _Failed(Exception):
+    """A function of TRL raised an error, where ours did not."""
 
 
 def _replace(old: Any, new: Any) -> None:
@@ -166,14 +205,15 @@ def _chunked_log_prob_function(theirs: type[torch.autograd.Function]) -> type:
     return ChunkedLogProbFunction
 
 
-_SINCE_1_16 = {
+_FUSED = "ChunkedLogProbFunction"
+_OPTIONAL = {  # since TRL 1.14 and 1.15
     "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
-    "ChunkedLogProbFunction": _chunked_log_prob_function,
+    _FUSED: _chunked_log_prob_function,
 }
 _REPLACEMENTS = {
     "selective_log_softmax": _selective_log_softmax,
     "entropy_from_logits": _entropy_from_logits,
-} | _SINCE_1_16
+} | _OPTIONAL
 
 
 def _bool(mask: Tensor | None) -> Tensor | None:
@@ -187,9 +227,12 @@ def _difference(name: str, theirs: Any, ours: Any) -> str:
     known = list(inspect.signature(getattr(ours, "apply", ours)).parameters)
     if takes != known[: len(takes)]:
         return f"takes {', '.join(takes)}, not {', '.join(known)}"
-    for what, expected, found in zip(
-        ("value", "gradient"), _tried(name, theirs), _tried(name, ours)
-    ):
+    ours_tried = _tried(name, ours)
+    try:
+        theirs_tried = _tried(name, theirs)
+    except Exception as error:  # such as a Triton kernel, which needs a GPU
+        raise _Failed(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+    for what, expected, found in zip(("value", "gradient"), theirs_tried, ours_tried):
         error = max(
             float((a.float() - b.float()).detach().abs().max())
             for a, b in zip(expected, found, strict=True)
@@ -208,7 +251,7 @@ def _tried(name: str, function: Any) -> tuple[list[Tensor], list[Tensor]]:
         for shape in ((2, 5, 37), (10, 8), (37, 8), (37,))
     )
     targets = torch.randint(37, (2, 5), generator=generator)
-    if name == "ChunkedLogProbFunction":
+    if name == _FUSED:
         outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
         results = function.apply(
             hidden, weight, bias, targets.flatten(), 0.7, 16, None, 0.5, outputs

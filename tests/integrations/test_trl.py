@@ -237,11 +237,42 @@ def test_another_trl_is_refused_by_its_difference_and_left_alone(file, old, new,
         door.patch()
     error = str(caught.value)
     assert "so nothing is replaced (found TRL 9.9). " in error
-    assert error.endswith("Install one of the tested versions, 1.12 and 1.16")
+    assert error.endswith("Install one of the tested versions, 1.12 to 1.16")
     assert (dict(vars(utils)), dict(vars(trainer))) == before
 
 
-def test_a_trl_without_the_fused_functions_is_patched_partly(fake):
+FUNCTIONS = ["selective_log_softmax", "entropy_from_logits"]
+FUSED = ["selective_log_softmax_and_entropy", "ChunkedLogProbFunction"]
+
+
+def test_what_is_replaced_is_returned_and_printed_once(fake, capsys):
+    fake()
+    done = door.patch()
+    assert (done.version, done.replaced, done.kept) == ("9.9", FUNCTIONS + FUSED, {})
+    shown = capsys.readouterr().err
+    assert shown == str(done) + "\n" and shown.startswith(f"TRL 9.9: replaced {FUNCTIONS[0]}, ")
+    assert "this version is not tested (1.12 to 1.16 are)" in shown and "SFTTrainer" not in shown
+    again = door.patch()
+    assert again.replaced == done.replaced and capsys.readouterr().err == ""
+    with again:
+        pass
+    assert door.patch().replaced == done.replaced and capsys.readouterr().err == ""  # still active
+
+
+def test_a_function_that_needs_a_gpu_is_left_alone_with_its_error(fake, capsys):
+    """As TRL 1.15's, which is a Triton kernel."""
+    kernels = KERNELS.replace("calls.append(outputs)", "raise RuntimeError('no driver')")
+    _, utils = fake(**{KERNEL: kernels, "__init__": "__version__ = '1.15.2'"})
+    before = utils._ChunkedLogProbFunction
+    done = door.patch()
+    assert done.replaced == [*FUNCTIONS, FUSED[0]] and utils._ChunkedLogProbFunction is before
+    shown = capsys.readouterr().err
+    assert "ChunkedLogProbFunction, which cannot be checked on a CPU: RuntimeError: no dri" in shown
+    assert "SFTTrainer's default loss, and losses on hidden states, stay TRL's own" in shown
+    assert "not tested" not in shown
+
+
+def test_a_trl_without_the_fused_functions_is_patched_partly(fake, capsys):
     older = UTILS.split("def selective_log_softmax_and_entropy")[0].replace(
         "from ..kernels import", "# no"
     )
@@ -254,7 +285,11 @@ def test_a_trl_without_the_fused_functions_is_patched_partly(fake):
     trainer, utils = fake(**{"trainer/utils": older, "kernels/__init__": ""})
     before = trainer.logprobs_of
     logits, several = torch.randn(2, 3, 11), torch.randint(11, (2, 3, 4))
-    with door.patch():
+    with door.patch() as done:
+        assert done.replaced == FUNCTIONS and list(done.kept) == FUSED
+        shown = capsys.readouterr().err
+        assert "not replaced: ChunkedLogProbFunction, which this version lacks" in shown
+        assert "SFTTrainer's default loss, and losses on hidden states, stay TRL's own" in shown
         assert trainer.logprobs_of is utils.selective_log_softmax is not before
         torch.testing.assert_close(
             utils.selective_log_softmax(logits, several), before(logits, several)
