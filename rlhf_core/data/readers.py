@@ -276,7 +276,7 @@ def read_prompt_rows(
 ) -> list[Any]:
     """Read {"messages"}, {"prompt"}, {"question"}, {"text"}, or a .txt file with a prompt per line.
 
-    Messages of the assistant at the end are dropped.
+    Messages of the assistant at the end are dropped. `columns` may also rename the other columns.
 
     Returns:
         `PromptRow` rows, or what encode returns for each.
@@ -291,12 +291,13 @@ def read_prompt_rows(
 
         return list(_rows(path, None, on_bad, of_line, columns))
     used = (*_RIVALS[0], "input", "system")
+    renamed = {column: field for field, column in (columns or {}).items() if field not in used}
     columns = {field: column for field, column in (columns or {}).items() if field in used}
 
     def parse(row: dict) -> PromptRow:
         fields = (name for name in ("messages", "prompt", "question", "text") if name in row)
         field = next(fields, "prompt")
-        others = {name: value for name, value in row.items() if name != field}
+        others = {renamed.get(name, name): x for name, x in row.items() if name != field}
         if field != "messages" and not isinstance(row.get(field), list):
             return PromptRow(_string(row, field), others)
         messages = _conversation(row, field)

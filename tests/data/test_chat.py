@@ -848,6 +848,8 @@ def test_rows_of_prompts_keep_every_other_column_and_their_messages(tmp_path):
     ]
     path = write(tmp_path / "q.jsonl", {"problem": "2 + 3?", "answer": 5})
     assert read_prompt_rows(path, columns={"prompt": "problem"}) == [("2 + 3?", {"answer": 5})]
+    both = {"prompt": "problem", "label": "answer", "completion": "nowhere"}
+    assert read_prompt_rows(path, columns=both) == [("2 + 3?", {"label": 5})]
     (tmp_path / "p.txt").write_text("one\n")
     assert read_prompt_rows(tmp_path / "p.txt") == [("one", {})]
 

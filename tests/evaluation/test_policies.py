@@ -4,7 +4,7 @@ import torch
 from helpers import tiny
 from torch.testing import assert_close
 
-from rlhf_core.data import ByteTokenizer
+from rlhf_core.data import ByteTokenizer, Prompt
 from rlhf_core.evaluation import evaluate_policy
 
 
@@ -32,6 +32,17 @@ def test_evaluation_gives_a_score_and_a_kl_for_every_prompt():
     assert evaluated(policy, other).kl.mean() > 1
     assert evaluated(policy, other, seed=0).responses == same.responses
     assert evaluated(policy, other, seed=1).responses != same.responses
+
+
+def test_a_reward_sees_the_columns_of_its_prompts_in_every_batch():
+    prompts = [Prompt([257, 97 + i], letter=chr(97 + i)) for i in range(3)]
+
+    def right(texts, responses, letter):
+        return [float(text == own) for text, own in zip(texts, letter)]
+
+    options = dict(max_new_tokens=2, batch_size=2)
+    got = evaluate_policy(noisy(), noisy(), prompts, right, ByteTokenizer(), **options)
+    assert got.scores.tolist() == [1, 1, 1]
 
 
 def test_lengths_count_the_tokens_of_a_response_with_its_eos():
