@@ -25,7 +25,7 @@ from rlhf_core.data import Tokenizer, encode_prompt_row, load_tokenizer, read_pr
 from rlhf_core.data.collate import unknown_id
 from rlhf_core.data.readers import FIELDS
 from rlhf_core.feedback.rewards import no_hard_exit
-from rlhf_core.files import check_writable, parse_json
+from rlhf_core.files import check_replaceable, check_writable, parse_json
 from rlhf_core.models import Transformer, load_reward
 from rlhf_core.models.heads import AGGREGATES
 from rlhf_core.models.hub import stored_dtype
@@ -215,6 +215,19 @@ def progress(rows: Iterable, name: str, total: int | None = None) -> Iterable:
 
             return tqdm(rows, desc=name, total=total, unit=" rows", file=sys.stderr)
     return rows
+
+
+def check_new_file(out: Path, overwrite: bool, data: Path | None = None) -> None:
+    """Raise OSError unless `out` is a new file, or one that --overwrite may replace.
+
+    data: The file that is read, which is never replaced.
+    """
+    check_replaceable(out)
+    if data is not None and out.exists() and out.samefile(data):
+        raise FileExistsError(f"{out} is the data itself. Choose another file")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists. Choose another file, or pass --overwrite")
+    check_writable(out.parent)
 
 
 @contextlib.contextmanager

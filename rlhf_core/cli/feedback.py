@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -121,19 +122,19 @@ def run_audit(arguments: Namespace) -> None:
     outputs = [arguments.json] if arguments.json else []
     if arguments.fix:
         outputs += [arguments.fix, _dropped(arguments.fix)]
+    if arguments.json in outputs[1:]:
+        raise ValueError(f"--json {arguments.json} is also written by --fix. Choose another file")
     for out in outputs:
-        _check_output(out, arguments)
+        shared.check_new_file(out, arguments.overwrite, arguments.data)
     against = _prompts_of(arguments.against, arguments.columns) if arguments.against else ()
-    audit, score, margins, waiting = PairAudit(against), margins_of(arguments), [], []
-    for _, pair in shared.progress(_audited_rows(arguments, audit.add_unreadable), "audit"):
-        audit.add(pair)
-        if score:
-            waiting.append(pair)
-            if len(waiting) == _SCORED_AT_ONCE:
-                margins += score(waiting)
-                waiting.clear()
-    if waiting:
-        margins += score(waiting)
+    audit, margins, score = PairAudit(against), [], margins_of(arguments)
+    pairs = _pairs(arguments, audit)
+    while batch := list(itertools.islice(pairs, _SCORED_AT_ONCE)):
+        try:
+            margins += score(batch) if score else []
+        except ValueError as error:
+            last = f"the pairs up to row {audit.rows}"
+            raise ValueError(f"{arguments.data}: {last} cannot be scored: {error}") from None
     report = audit.report(margins if score else None, arguments.flip_margin)
     print("\n".join(_audit_lines(report, audit)))
     if arguments.fix:
@@ -153,6 +154,13 @@ def _audited_rows(
     arguments: Namespace, on_bad: Callable[[str], None]
 ) -> Iterator[tuple[dict[str, Any], Preference]]:
     return iterate_preferences(arguments.data, lambda error: on_bad(str(error)), arguments.columns)
+
+
+def _pairs(arguments: Namespace, audit: PairAudit) -> Iterator[Preference]:
+    """The pairs, each added to the audit."""
+    for _, pair in shared.progress(_audited_rows(arguments, audit.add_unreadable), "audit"):
+        audit.add(pair)
+        yield pair
 
 
 def _prompts_of(path: Path, columns: dict[str, str] | None) -> list:
@@ -216,19 +224,10 @@ def _fix(arguments: Namespace, audit: PairAudit) -> None:
 
 
 def _dropped(out: Path) -> Path:
-    return out.with_name(f"{out.name.removesuffix('.jsonl')}.dropped.jsonl")
-
-
-def _check_output(out: Path, arguments: Namespace) -> None:
-    """Raise OSError unless `out` is a new file, or one that --overwrite may replace."""
-    if arguments.data and out.exists() and out.samefile(arguments.data):
-        raise FileExistsError(f"{out} is the data itself. Choose another file")
+    """The file beside --fix for the rows that are not kept."""
     if out.suffix == ".gz":
         raise ValueError(f"{out}: is written as plain text. Choose a name without .gz")
-    check_replaceable(out)
-    if out.exists() and not arguments.overwrite:
-        raise FileExistsError(f"{out} exists. Choose another file, or pass --overwrite")
-    check_writable(out.parent)
+    return out.with_name(f"{out.name.removesuffix('.jsonl')}.dropped.jsonl")
 
 
 def _audit_lines(report: dict[str, Any], audit: PairAudit) -> Iterable[str]:
@@ -433,7 +432,7 @@ def run_template_pairs(arguments: Namespace) -> None:
     padding, data = arguments.kind == "padding", arguments.data
     if padding != (data is not None):
         raise ValueError("--data is required for padding, and has no effect on sycophancy")
-    _check_output(arguments.out, arguments)
+    shared.check_new_file(arguments.out, arguments.overwrite, data)
     if padding:
         pairs = [
             padding_pair(prompt, answer, seed=arguments.seed + i)
@@ -493,7 +492,7 @@ def run_agreement(arguments: Namespace) -> None:
     """Measure how far annotators agree, and say what to do with their labels."""
     path = arguments.data
     if arguments.json:
-        _check_output(arguments.json, arguments)
+        shared.check_new_file(arguments.json, arguments.overwrite, path)
     given = [name for name in LabelColumns._fields if getattr(arguments, name)]
     if is_database(path):
         if unused := [name for name in given if name != "label"]:

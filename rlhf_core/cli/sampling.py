@@ -27,7 +27,7 @@ from rlhf_core.data.collate import left_pad
 from rlhf_core.evaluation import best_of_n_kl
 from rlhf_core.feedback.candidates import ALL_TIED, SamplingConfig, best_of_n, prompts_for
 from rlhf_core.feedback.rewards import Scorer
-from rlhf_core.files import check_replaceable, check_writable, read_json, replacing
+from rlhf_core.files import read_json, replacing
 from rlhf_core.generation import generate
 from rlhf_core.locks import check_free, hold
 from rlhf_core.masking import tied
@@ -130,12 +130,7 @@ def _add_best_of_n(parser: ArgumentParser) -> None:
 def run_best_of_n(arguments: Namespace) -> None:
     """Write each prompt's best response to a file."""
     config, out = shared.config_of(SamplingConfig, arguments), arguments.out
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a directory, not a file")
-    if out.exists() and not arguments.overwrite:
-        raise FileExistsError(f"{out} exists. Choose another --out, or pass --overwrite")
-    check_replaceable(out)
-    check_writable(out.parent)
+    shared.check_new_file(out, arguments.overwrite, arguments.candidates)
     check_free(out.parent)
     with hold(out.parent, f".{out.name}.lock"):
         _best_of_n(config, arguments)

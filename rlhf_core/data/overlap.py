@@ -26,7 +26,7 @@ _ODD = np.random.default_rng(0).integers(2**63, size=64, dtype=np.uint64) * np.u
 ) + np.uint64(1)
 SHINGLE = 5  # words
 JACCARD = 0.8
-MAX_CANDIDATES = 50_000_000  # pairs of texts that `near_duplicates` compares at most
+MAX_CANDIDATES = 20_000_000  # pairs of texts that `near_duplicates` compares at most
 _AT_ONCE = 2**22  # n-grams that are compared at once
 
 
@@ -93,7 +93,7 @@ def near_duplicates(
     """Pairs of texts whose sets of shingles have a Jaccard similarity of at least 0.8, exactly.
 
     An inverted index with prefix filtering finds the candidates: two such sets share one of the
-    rarest 20 % of the shingles of each (Chaudhuri et al. 2006, Bayardo et al. 2007).
+    rarest shingles of each (Chaudhuri et al. 2006, Bayardo et al. 2007, Xiao et al. 2008).
 
     Args:
         hashes: (S,) uint64, the shingles of every text, as of `ngrams`.
@@ -124,14 +124,19 @@ def near_duplicates(
     keys.sort()
     text, shingle = np.divmod(keys, max(len(frequency), 1))
     sizes = np.bincount(text, minlength=len(counts))
-    # The prefixes. Two texts that share none of them share less than 80 %.
-    prefix = sizes - np.ceil(JACCARD * sizes - 1e-9).astype(np.int64) + 1
-    kept = (_within(sizes) < prefix.repeat(sizes)) & shared[shingle]
-    text, shingle = text[kept], shingle[kept]
+    # Sets of a and b >= a elements need at least 2a J / (1 + J) in common, and b J. So the first
+    # one that they share is among so many of the smaller set, and so many of the larger one.
+    place = _within(sizes)
+    in_smaller = place <= (sizes - np.ceil(2 * JACCARD / (1 + JACCARD) * sizes - 1e-9)).repeat(
+        sizes
+    )
+    in_larger = place <= (sizes - np.ceil(JACCARD * sizes - 1e-9)).repeat(sizes)
+    kept = in_larger & shared[shingle]
+    text, shingle, in_smaller = text[kept], shingle[kept], in_smaller[kept]
     order = np.lexsort((sizes[text], shingle))
-    text, shingle = text[order], shingle[order]
+    text, shingle, in_smaller = text[order], shingle[order], in_smaller[order]
     found, compared, ahead = [], 0, 1
-    active = np.arange(len(text) - 1)
+    active = np.flatnonzero(in_smaller)
     while len(active):
         active = active[active + ahead < len(text)]
         small, large = text[active], text[active + ahead]

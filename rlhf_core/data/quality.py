@@ -165,7 +165,8 @@ class PairAudit:
         self.numbers = array("q")  # of the rows that are read
         self.keys = array("Q")  # hashes of prompt, chosen and rejected, three for each row
         self.lengths = array("l")  # characters of chosen and rejected, two for each row
-        self.words = Counter[int]()  # sign of the difference in words
+        self.words = Counter[int]()  # sign of the difference in numbers of words
+        self.alike = 0  # rows whose answers are equal without case and blanks
         self.formats = {name: [0, 0] for name in FORMATS}  # only chosen, only rejected
         self.agreement = [0, 0]  # chosen agrees with a claim that rejected contradicts; the reverse
         self.against = Leaks([words(normalized(text_of(prompt))) for prompt in against])
@@ -192,8 +193,9 @@ class PairAudit:
         empty = [name for name, form in zip(("chosen", "rejected"), forms[1:]) if not form]
         if empty:
             self.findings["empty"][number] = f"{' and '.join(empty)} empty"
-        elif chosen_key == rejected_key:
-            self.findings["equal"][number] = "the answers are equal, apart from case and blanks"
+        elif texts[1].strip() == texts[2].strip():
+            self.findings["equal"][number] = ROW_CHECKS["equal"]
+        self.alike += chosen_key == rejected_key
         for name, has in FORMATS.items():
             one, other = bool(has(texts[1])), bool(has(texts[2]))
             self.formats[name][other] += one != other
@@ -318,8 +320,9 @@ class PairAudit:
         one, other = near.pairs.T
         # Each near duplicate refers to the first prompt of those that are like it.
         like = np.arange(len(self.prompts))
-        for a, b in near.pairs.tolist():
-            like[b] = min(like[b], like[a])
+        np.minimum.at(like, other, one)
+        while (like[like] != like).any():
+            like = like[like]
         firsts = np.zeros(len(self.prompts), dtype=np.int64)
         firsts[places[::-1]] = np.array(self.numbers, dtype=np.int64)[::-1]
         for at in np.flatnonzero(like[places] != places).tolist():
@@ -330,6 +333,7 @@ class PairAudit:
         return {
             "rows": len(keys) - len(first),
             "prompts": len(keys) - len(self.prompts),
+            "answers_of_a_pair": self.alike,
             "near_prompt_pairs": int((rows * (rows - 1) // 2).sum() + rows[one] @ rows[other]),
             "rows_in_near_pairs": int(rows[in_pairs].sum()),
             "all_pairs_compared": near.complete,

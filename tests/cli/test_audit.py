@@ -114,6 +114,8 @@ def test_bad_input_is_one_line(tmp_path, fails):
     assert f"{tmp_path}/no.jsonl: no such file" in fails("audit", tmp_path / "no.jsonl")
     line = fails("audit", data, "--fix", data, "--overwrite")
     assert f"{data} is the data itself. Choose another file" in line
+    same = ["--json", tmp_path / "y.jsonl", "--fix", tmp_path / "y.jsonl"]
+    assert "y.jsonl is also written by --fix" in fails("audit", data, *same)
     line = fails("audit", data, "--json", write(tmp_path / "x.json", []))
     assert f"{tmp_path}/x.json exists. Choose another file, or pass --overwrite" in line
     line = fails("audit", data, "--fix", tmp_path / "x.jsonl.gz")

@@ -77,7 +77,7 @@ def test_best_of_n_writes_rows_that_sft_reads(folders, train, tmp_path, capsys):
         assert f"of the best of {n} {scores[n] / 2:.6g}" in capsys.readouterr().out
     assert scores[8] > scores[1] and list(out.parent.iterdir()) == [out]
     assert run("best-of-n", *models, *options) == 2
-    assert f"{out} exists. Choose another --out, or pass --overwrite" in capsys.readouterr().err
+    assert f"{out} exists. Choose another file, or pass --overwrite" in capsys.readouterr().err
     assert train("sft", out, "--eval-fraction", 0) == 0
 
 
@@ -88,7 +88,7 @@ def test_a_folder_in_the_place_of_a_file_is_reported_before_anything_is_computed
     models = ["--model", tmp_path / "absent", "--reward-model", folders / "reward"]
     options = ["--prompts", write(tmp_path / "p.txt", ["one"]), "--overwrite"]
     line = fails("best-of-n", *models, *options, "--out", tmp_path)
-    assert f"--out {tmp_path} is a directory, not a file" in line
+    assert f"{tmp_path} is a directory, not a file" in line
     assert train("dpo", PAIRS, "--reference-logprobs", tmp_path) == 2
     message = f"reference_logprobs {tmp_path} is a directory, not a file"
     assert message in capsys.readouterr().err

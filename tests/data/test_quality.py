@@ -78,7 +78,9 @@ def test_length_bias_of_real_pairs(reports, expected, name):
         share = values[f"longer_chosen_{unit}(ties half)"]
         assert length[f"longer_chosen_{unit}"] == pytest.approx(share, abs=1e-6)
     assert report["flagged"]["empty"] == values["empty"]
-    assert report["flagged"]["equal"] == values["equal_after_strip_casefold"]
+    assert report["flagged"]["equal"] == values["equal_texts"]
+    alike = report["duplicates"]["answers_of_a_pair"]
+    assert alike == values["equal_after_strip_casefold"]
     assert length["biased"] == (name != "rasbt_pref")
 
 
@@ -100,6 +102,7 @@ def test_repeated_prompts_of_real_pairs(reports):
     assert report["duplicates"] == {
         "rows": 0,
         "prompts": 22,
+        "answers_of_a_pair": 0,
         "near_prompt_pairs": 31,
         "rows_in_near_pairs": 53,
         "all_pairs_compared": True,
@@ -135,7 +138,7 @@ def test_each_fault_of_a_row_is_found_with_its_reason():
         [
             ("p", "a", "b"),
             ("p", "x", "  "),
-            ("p", "Same\n thing", "same thing"),
+            ("p", "Same thing", "Same thing\n"),
             ("P", "a", "b"),
             (long + "one", "a", "b"),
             (long + "two", "a", "b"),
@@ -152,7 +155,7 @@ def test_each_fault_of_a_row_is_found_with_its_reason():
     found = {name: rows for name, rows in audit.findings.items() if rows}
     assert found == {
         "empty": {2: "rejected empty"},
-        "equal": {3: "the answers are equal, apart from case and blanks"},
+        "equal": {3: "the answers are equal"},
         "duplicate": {4: "row 1 has the same prompt and answers"},
         "near_duplicate": {6: "the prompt is nearly that of row 5"},
         "contradiction": dict.fromkeys(
