@@ -5,6 +5,7 @@ other process, too: `python test_checkpoint.py FOLDER` resumes every run FOLDER/
 """
 
 import copy
+import errno
 import json
 import math
 import os
@@ -331,6 +332,14 @@ def test_checkpoints_of_other_methods_are_model_folders_too(kind, cls, tmp_path)
     assert folder == tmp_path / "checkpoint-1"
     assert equal([cls.from_pretrained(folder).state_dict()], [trainer.model.state_dict()])
     assert (folder / "critic" / "model.safetensors").exists() == (kind == "ppo")
+
+
+def test_a_full_disk_names_the_checkpoint_and_leaves_nothing_of_it(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match=rf"^{tmp_path}/checkpoint-2: not written: No space left"):
+        build("sft", tmp_path, save_every=2).train()
+    assert not checkpoint.find(tmp_path) and not list(tmp_path.glob(".*"))
 
 
 def names(out):
