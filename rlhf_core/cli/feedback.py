@@ -528,7 +528,7 @@ def run_agreement(arguments: Namespace) -> None:
             f"{table.repeats} labels were replaced by later ones of the same person for the item"
         )
     few = len(report["categories"]) <= _MODELLED
-    model = dawid_skene(row[:3] for row in rows) if few else None
+    model = dawid_skene(rows) if few else None
     print("\n".join(_agreement_lines(path, report, model)))
     if arguments.json:
         if model is not None:

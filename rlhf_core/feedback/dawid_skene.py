@@ -8,7 +8,7 @@ result are probabilities, which a preference pair takes as its `label_smoothing`
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +55,7 @@ class DawidSkene(NamedTuple):
 
 
 def dawid_skene(
-    labels: Iterable[tuple[Hashable, Hashable, Hashable]],
+    labels: Iterable[Sequence | Mapping],
     *,
     tolerance: float = 1e-9,
     max_iterations: int = 1000,
@@ -67,8 +67,8 @@ def dawid_skene(
     few labels that the test could not find a half of that entropy are not judged.
 
     Args:
-        labels: rows; an annotator may label an item several times. A missing label (None, NaN) is
-            left out.
+        labels: rows, in this order or with these names; an annotator may label an item several
+            times. A missing label (None, NaN) is left out.
         tolerance: EM stops when a step raises the log-likelihood by less, in nats per label.
         max_iterations: the most steps of EM.
 
@@ -77,7 +77,9 @@ def dawid_skene(
 
     Source: Dawid & Skene 1979, "Maximum likelihood estimation of observer error-rates".
     """
-    rows = [row for row in map(tuple, labels) if row[2] is not None and row[2] == row[2]]
+    names = ("item", "annotator", "label")
+    rows = [[row[x] for x in names] if isinstance(row, Mapping) else row[:3] for row in labels]
+    rows = [row for row in rows if row[2] is not None and row[2] == row[2]]
     categories = categories_of(label for _, _, label in rows)
     if not rows:
         raise ValueError("there are no labels")

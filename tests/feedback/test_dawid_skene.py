@@ -79,6 +79,8 @@ def test_an_annotator_with_few_labels_is_not_judged():
 def test_repeated_missing_and_equal_labels():
     result = dawid_skene([("i", "a", 1), ("i", "a", 1), ("i", "b", 0), ("j", "b", None)])
     assert result.items == ["i"] and result.categories == [0, 1] and result.labels == [1]
+    by_name = [{"label": 1, "annotator": "a", "item": "i"}, ("i", "b", 0, "further columns")]
+    assert dawid_skene(by_name).annotators == ["a", "b"]
     same = dawid_skene([(i, a, "x") for i in range(9) for a in "ab"])
     assert same.soft_labels.tolist() == [[1.0]] * 9 and same.guessers == []
     assert same.log_likelihood == 0 and np.isfinite(same.information).all()
