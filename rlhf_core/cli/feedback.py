@@ -66,7 +66,7 @@ from rlhf_core.training.checkpoint import digest
 
 SHOWN = 100  # findings of each check in the JSON file
 _MODELLED = 20  # labels whose confusion is estimated; more would need too many labels
-_LISTED = 10  # pairs of annotators, and confusing items, on the terminal
+_LISTED = 10  # labels, pairs of annotators, and confusing items, on the terminal
 _SCORED_AT_ONCE = 32  # pairs
 
 
@@ -541,7 +541,10 @@ def run_agreement(arguments: Namespace) -> None:
 
 def _agreement_lines(path: Path, report: dict[str, Any], model: DawidSkene | None) -> Iterable[str]:
     """The report as tables."""
-    labels = ", ".join(f"{n} x {label}" for label, n in report["categories"].items())
+    labels = ", ".join(
+        f"{n} x {label}" for label, n in list(report["categories"].items())[:_LISTED]
+    )
+    labels += ", ..." * (len(report["categories"]) > _LISTED)
     yield f"{path}: {report['items']} items, {report['labels']} labels: {labels}"
     yield f"{report['unanimous_items']} items unanimous, {report['split_items']} split"
     yield ""
@@ -588,6 +591,8 @@ def _agreement_lines(path: Path, report: dict[str, Any], model: DawidSkene | Non
 def _estimate(entry: dict[str, Any]) -> str:
     if entry["value"] is None:
         return f"     -   {entry['reason']}"
+    if entry["low"] is None:
+        return f"{entry['value']:6.3f}   no resample has a value"
     return f"{entry['value']:6.3f}   {entry['low']:.3f} to {entry['high']:.3f}"
 
 

@@ -539,7 +539,7 @@ def _warnings(x: Ratings, based_on: str, entries: dict, drift: list[dict]) -> li
     alone = int(x.weights[x.sizes == 1].sum())
     if alone:
         warnings.append(f"{alone} of {len(x.row_of)} items have one label, which has no partner")
-    blocks = [block for block in drift if block["value"] is not None]
+    blocks = [block for block in drift if block["low"] is not None]
     if blocks:
         first, last = blocks[0], blocks[-1]
         if last["high"] < first["low"] or first["high"] < last["low"]:

@@ -56,6 +56,16 @@ def test_ordinal_labels_from_text_in_columns(tmp_path, capsys):
     assert "by krippendorff_alpha" in out and "kendall_w" in out and "cohen_kappa_quadratic" in out
 
 
+def test_a_coefficient_whose_resamples_have_no_value_and_many_labels_are_printed(tmp_path, capsys):
+    rows = [{"labels": [0, 0]}] * 30 + [{"labels": [1, 1]}]
+    assert run("agreement", write(tmp_path / "a.jsonl", rows), "--bootstrap", 1, "--seed", 3) == 0
+    assert "1.000   no resample has a value" in capsys.readouterr().out
+    rows = [{"labels": [i, i]} for i in range(30)]
+    assert run("agreement", write(tmp_path / "b.jsonl", rows), "--bootstrap", 5) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.endswith("2 x 8, 2 x 9, ...")
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [

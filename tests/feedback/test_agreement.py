@@ -345,6 +345,8 @@ def test_drift_is_found_by_the_time_of_the_last_label():
     assert [block["value"] for block in report["drift"][:5]] == [1] * 5
     assert report["drift"][0]["from"] == 1000 and report["drift"][-1]["to"] == 1199
     assert any("drifts from 1.000" in warning for warning in report["warnings"])
+    same = [[0] * 199 + [1]] * 2  # hardly any block has a coefficient
+    assert agreement_report(same, times=times, resamples=5)["warnings"] == []
     steady = agreement_report([first, first], times=times, resamples=20)
     assert steady["warnings"] == []
 
