@@ -79,11 +79,6 @@ def compare(
     )
 
 
-def standard_error(values: Numbers) -> float:
-    """Standard error of the mean of independent values (N,), N >= 2."""
-    return clustered_error(values, None)
-
-
 def clustered_error(values: Numbers, clusters: Sequence | None, small_sample: bool = True) -> float:
     """Standard error of the mean of values (N,) that are alike within clusters.
 

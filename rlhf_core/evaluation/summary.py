@@ -26,7 +26,6 @@ from rlhf_core.losses import preferred
 
 PRIOR = 1.0  # draws between every two policies, so that all ratings are finite
 
-
 # Outcomes (N,) of the first policy's samples against the second's; NaN where a judgement failed.
 Outcomes = Callable[[str, str, list[tuple[Sample, Sample]]], Tensor]
 

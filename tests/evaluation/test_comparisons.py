@@ -14,7 +14,6 @@ from rlhf_core.evaluation.comparisons import (
     comparisons_needed,
     flip_rate,
     length_controlled_win_rate,
-    standard_error,
 )
 from rlhf_core.significance import exact_interval, sign_test, wilson_interval
 
@@ -64,7 +63,7 @@ def test_errors_clustered_by_prompt_agree_with_statsmodels(expected, pandalm):
     items, instructions, outcomes, *_ = zip(*against_llama(pandalm, lambda row: row["labels"]))
     sizes = len(outcomes), len(set(items)), len(set(instructions))
     assert sizes == (want["n_labels"], want["items"], want["instructions"])
-    close(standard_error(outcomes), want["se_naive"])
+    close(clustered_error(outcomes, None), want["se_naive"])
     by_item = want["se_clustered_by_item(with/without small-sample correction)"]
     for clusters, both in ((items, by_item), (instructions, want["se_clustered_by_instruction"])):
         close([clustered_error(outcomes, clusters, small) for small in (True, False)], both)
@@ -140,7 +139,7 @@ def test_the_bootstrap_finds_the_error_of_a_mean_also_in_blocks(monkeypatch):
         monkeypatch.setattr(comparisons, "_BLOCK", block)
         samples = bootstrap(mean, 200, 4000, seed=0)
         assert samples.shape == (4000,) and len(samples.unique()) == 4000
-        assert samples.std().item() == pytest.approx(standard_error(values), rel=0.05)
+        assert samples.std().item() == pytest.approx(clustered_error(values, None), rel=0.05)
 
 
 def test_flips_count_only_answers_that_were_right():

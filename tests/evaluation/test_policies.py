@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from rlhf_core.data import ByteTokenizer, Prompt
 from rlhf_core.evaluation import evaluate_policy
+from rlhf_core.evaluation.policies import sample_policy
 
 
 def noisy(seed=0, **options):
@@ -68,3 +69,15 @@ def test_evaluation_does_not_depend_on_the_batch_size():
     assert_close(a.scores, b.scores)
     assert torch.equal(a.lengths, b.lengths)
     assert_close(a.kl, b.kl, rtol=1e-4, atol=1e-4)
+
+
+def test_every_sample_of_a_prompt_has_a_seed_of_its_own():
+    prompts, options = [[257, *b"hello"], [257]], dict(max_new_tokens=5, eos_ids=(258,))
+    policy, reference = (noisy(seed) for seed in (0, 1))
+    found = sample_policy(policy, reference, prompts, num_samples=3, **options)
+    assert len(found.ids) == len(found.kl) == len(found.lengths) == 6
+    assert len({tuple(ids) for ids in found.ids}) == 6
+    again = sample_policy(policy, reference, prompts, num_samples=3, batch_size=1, **options)
+    assert again.ids == found.ids
+    greedy = sample_policy(policy, reference, prompts, num_samples=2, temperature=0, **options)
+    assert greedy.ids[0] == greedy.ids[1] and greedy.kl.isnan().all()
