@@ -333,7 +333,7 @@ class PairAudit:
         return {
             "rows": len(keys) - len(first),
             "prompts": len(keys) - len(self.prompts),
-            "answers_of_a_pair": self.alike,
+            "equal_answers": self.alike,
             "near_prompt_pairs": int((rows * (rows - 1) // 2).sum() + rows[one] @ rows[other]),
             "rows_in_near_pairs": int(rows[in_pairs].sum()),
             "all_pairs_compared": near.complete,

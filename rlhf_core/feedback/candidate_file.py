@@ -126,12 +126,10 @@ def candidate_row(
     row: dict[str, Any], answers: list[dict[str, Any]], least: float | None = None
 ) -> dict[str, Any]:
     """A prompt with its distinct answers. Those that are `gibberish` go to "dropped", with why."""
-    distinct = merged(answers)
-    row = row | {"responses": [x for x in distinct if gibberish(x, least) is None]}
-    if least is None:
-        return row
-    reasons = [(answer, gibberish(answer, least)) for answer in distinct]
-    return row | {"dropped": [answer | {"reason": why} for answer, why in reasons if why]}
+    reasons = [(answer, gibberish(answer, least)) for answer in merged(answers)]
+    dropped = [answer | {"reason": reason} for answer, reason in reasons if reason]
+    row = row | {"responses": [answer for answer, reason in reasons if reason is None]}
+    return row if least is None else row | {"dropped": dropped}
 
 
 def pair_rows(

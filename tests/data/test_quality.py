@@ -79,7 +79,7 @@ def test_length_bias_of_real_pairs(reports, expected, name):
         assert length[f"longer_chosen_{unit}"] == pytest.approx(share, abs=1e-6)
     assert report["flagged"]["empty"] == values["empty"]
     assert report["flagged"]["equal"] == values["equal_texts"]
-    alike = report["duplicates"]["answers_of_a_pair"]
+    alike = report["duplicates"]["equal_answers"]
     assert alike == values["equal_after_strip_casefold"]
     assert length["biased"] == (name != "rasbt_pref")
 
@@ -102,7 +102,7 @@ def test_repeated_prompts_of_real_pairs(reports):
     assert report["duplicates"] == {
         "rows": 0,
         "prompts": 22,
-        "answers_of_a_pair": 0,
+        "equal_answers": 0,
         "near_prompt_pairs": 31,
         "rows_in_near_pairs": 53,
         "all_pairs_compared": True,
