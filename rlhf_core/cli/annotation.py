@@ -16,7 +16,7 @@ from rlhf_core.feedback.annotation import export, flags, platforms
 from rlhf_core.feedback.annotation.items import MODES, Item, make_items
 from rlhf_core.feedback.annotation.labels import Settings, open_store, read_labels
 from rlhf_core.feedback.annotation.server import AnnotationServer
-from rlhf_core.files import check_replaceable, check_writable, read_text, replacing
+from rlhf_core.files import read_text, replacing
 
 # ---- annotate
 
@@ -36,7 +36,10 @@ def _add_annotate(parser: ArgumentParser) -> None:
         "--gold", type=Path, metavar="FILE", help="pairs or ranked lists whose answer is known"
     )
     parser.add_argument(
-        "--gold-every", type=_positive, default=20, help="every so many items is a gold question"
+        "--gold-every",
+        type=_positive,
+        metavar="N",
+        help="one in N items is a gold question; default: 20",
     )
     parser.add_argument(
         "--guidelines", type=Path, metavar="FILE", help="text that the page shows on request"
@@ -57,17 +60,16 @@ def _add_data(parser: ArgumentParser, required: bool) -> None:
     parser.add_argument(
         "--mode",
         choices=MODES,
-        default="pair",
-        help="choose one of two, say how much better it is (8 points), rank, or write the answer",
+        help="choose one of two, say how much better it is (8 points), rank, or write the answer; "
+        "default: pair",
     )
     parser.add_argument(
         "--criteria",
         type=_criteria,
-        default=(),
         metavar="NAME,...",
         help="rate each answer from 1 to 5 by these, such as helpful,honest,harmless",
     )
-    parser.add_argument("--seed", type=shared.seed, default=0, help="seed of the sides")
+    parser.add_argument("--seed", type=shared.seed, help="seed of the sides; default: 0")
 
 
 def _positive(text: str) -> int:
@@ -92,20 +94,29 @@ def _criteria(text: str) -> tuple[str, ...]:
 
 
 def _items_and_settings(arguments: Namespace) -> tuple[list[Item], Settings]:
-    if arguments.mode == "write" and arguments.criteria:
+    """What --data and its options say."""
+    mode = arguments.mode or MODES[0]
+    if mode == "write" and arguments.criteria:
         raise ValueError("--criteria rates answers, but --mode write asks for a text. Remove one")
     rows = read_candidates(arguments.data)
-    items = make_items(rows, arguments.mode)
-    used = len({item.row for item in items})
+    items = make_items(rows, mode)
     if not items:
         raise ValueError(
             f"{arguments.data}: no row has two different responses to compare. Add responses, or "
             "use --mode write"
         )
-    if used < len(rows):
+    left_out = len(rows) - len({item.row for item in items})
+    if left_out:
         reason = "repeated, or without two different responses"
-        print(f"{len(rows) - used} of {len(rows)} rows are left out: {reason}", file=sys.stderr)
-    return items, Settings(arguments.mode, arguments.criteria, arguments.seed)
+        print(f"{left_out} of {len(rows)} rows are left out: {reason}", file=sys.stderr)
+    return items, Settings(mode, arguments.criteria or (), arguments.seed or 0)
+
+
+def _check_database_decides(arguments: Namespace) -> None:
+    """Raise ValueError if an option of --data is given without it."""
+    for name in ("mode", "criteria", "seed"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} goes with --data; the database has its own. Remove it")
 
 
 def run_annotate(arguments: Namespace) -> None:
@@ -120,7 +131,9 @@ def run_annotate(arguments: Namespace) -> None:
         )
     items, settings = _items_and_settings(arguments)
     if arguments.gold:
-        items += make_items(read_candidates(arguments.gold), arguments.mode, gold=True)
+        items += make_items(read_candidates(arguments.gold), settings.mode, gold=True)
+    elif arguments.gold_every:
+        warnings.warn("--gold-every has no effect without --gold", stacklevel=1)
     if arguments.host not in ("127.0.0.1", "::1", "localhost"):
         warnings.warn(
             f"--host {arguments.host}: texts, labels and links travel unencrypted, and whoever "
@@ -130,7 +143,7 @@ def run_annotate(arguments: Namespace) -> None:
     options = {
         "annotators": people,
         "overlap": arguments.overlap,
-        "gold_every": arguments.gold_every,
+        "gold_every": arguments.gold_every or 20,
         "guidelines": read_text(arguments.guidelines) if arguments.guidelines else "",
     }
     with (
@@ -186,34 +199,41 @@ def _share(text: str) -> float:
 
 def run_export(arguments: Namespace) -> None:
     """Write labels as rows that train a model, or items as tasks for another platform."""
-    is_tasks = arguments.format in platforms.PLATFORMS
     if (arguments.db is None) == (arguments.data is None):
         raise ValueError("pass either --db or --data")
-    if arguments.db is None and not is_tasks:
+    if arguments.data is None:
+        _check_database_decides(arguments)
+    votes = arguments.format not in ("sft", *platforms.PLATFORMS)
+    if not votes and (arguments.min_agreement or arguments.aggregate != export.AGGREGATES[0]):
+        options = "--aggregate and --min-agreement have no effect"
+        warnings.warn(f"{options} with --format {arguments.format}", stacklevel=1)
+    (_export_tasks if arguments.format in platforms.PLATFORMS else _export_rows)(arguments)
+
+
+def _export_rows(arguments: Namespace) -> None:
+    if arguments.db is None:
         raise ValueError(f"--format {arguments.format} is made from labels: pass --db")
-    config = arguments.out.with_suffix(
-        ".config.xml" if arguments.format == "label-studio" else ".settings.json"
-    )
-    for path in (arguments.out, config) if is_tasks else (arguments.out,):
-        if path.exists() and not arguments.overwrite:
-            raise FileExistsError(f"{path} exists. Choose another --out, or pass --overwrite")
-        check_replaceable(path)
-    check_writable(arguments.out.parent)
-    if not is_tasks:
-        options = arguments.format, arguments.aggregate, arguments.min_agreement
-        rows, left_out = export.export_rows(read_labels(arguments.db), *options)
-        with replacing(arguments.out) as file:
-            for row in rows:
-                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        reasons = f"; left out: {export.describe(left_out)}" if left_out.total() else ""
-        print(f"{len(rows)} rows written to {arguments.out}{reasons}")
-        return
+    shared.check_new_file(arguments.out, arguments.overwrite)
+    options = arguments.format, arguments.aggregate, arguments.min_agreement
+    rows, left_out = export.export_rows(read_labels(arguments.db), *options)
+    with replacing(arguments.out) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    reasons = export.describe(left_out)
+    print(f"{len(rows)} rows written to {arguments.out}" + f"; left out: {reasons}" * bool(reasons))
+
+
+def _export_tasks(arguments: Namespace) -> None:
+    suffix = ".config.xml" if arguments.format == "label-studio" else ".settings.json"
+    config = arguments.out.with_suffix(suffix)
+    for path in (arguments.out, config):
+        shared.check_new_file(path, arguments.overwrite, arguments.data)
     if arguments.db is None:
         items, settings = _items_and_settings(arguments)
     else:
         contents = read_labels(arguments.db)
-        items, settings = list(contents.items.values()), contents.settings
-        items = [item for item in items if not item.ranks]
+        items = [item for item in contents.items.values() if not item.ranks]
+        settings = contents.settings
     platforms.write_tasks(arguments.format, items, settings, arguments.out, config)
     print(f"{len(items)} tasks written to {arguments.out}, their configuration to {config}")
 
@@ -233,7 +253,11 @@ def _add_import(parser: ArgumentParser) -> None:
 
 def run_import(arguments: Namespace) -> None:
     """Store the labels that another platform exports, with their annotators and times."""
-    source = _items_and_settings(arguments) if arguments.data else (None, None)
+    source: tuple = ()
+    if arguments.data:
+        source = _items_and_settings(arguments)
+    else:
+        _check_database_decides(arguments)
     with open_store(arguments.db, *source) as store:
         rows = platforms.read_platform(arguments.file, store.items, store.settings)
         counts = store.add_imported(rows)

@@ -73,7 +73,7 @@ def test_exports_are_equal_and_read_by_the_readers(files, capsys):
     assert f"3 rows written to {out}" in capsys.readouterr().out
     first = out.read_bytes()
     assert [row.chosen for row in read_preferences(out)] == ["good"] * 3
-    assert error_of(capsys, *export).endswith("exists. Choose another --out, or pass --overwrite")
+    assert error_of(capsys, *export).endswith("exists. Choose another file, or pass --overwrite")
     assert run(*export, "--overwrite") == 0
     assert out.read_bytes() == first
 
@@ -103,6 +103,11 @@ def test_tasks_are_equal_from_the_candidates_and_from_the_database(files, platfo
             ["export", "--data", "c.jsonl", "--format", "kto", "--out", "o"],
             "from labels: pass --db",
         ),
+        (
+            ["export", "--db", "l.sqlite", "--mode", "rank", "--format", "kto", "--out", "o"],
+            "--mode g",
+        ),
+        (["import-labels", "x", "--db", "l.sqlite", "--seed", 1], "--seed goes with --data; the"),
         (["export", "--db", "no", "--format", "kto", "--out", "o"], "no does not exist"),
         (["export", "--db", "l.sqlite", "--format", "sft", "--out", "o"], "of --mode write"),
         (["import-labels", "c.jsonl", "--db", "no"], "no does not exist. Pass --data to make it"),
@@ -116,6 +121,14 @@ def test_bad_input_is_named(files, capsys, monkeypatch, arguments, error):
     assert error in error_of(capsys, *arguments)
     assert not (files / "o").exists()
     assert len(read_labels(files / "l.sqlite").rows) == 6
+
+
+def test_options_without_effect_are_warned_about(files):
+    with pytest.warns(UserWarning, match="--gold-every has no effect without --gold"):
+        serve(files, "--gold-every", 3)
+    with pytest.warns(UserWarning, match="no effect with --format argilla"):
+        command = ("export", "--db", files / "l.sqlite", "--out", files / "tasks.json")
+        run(*command, "--format", "argilla", "--min-agreement", 0.5)
 
 
 def test_rows_that_nobody_can_compare_are_counted(tmp_path, capsys):

@@ -37,7 +37,7 @@ class Decision(NamedTuple):
         winner: 1, 2, or a key of _NO_WINNER.
         agreement: Share of the votes for this outcome, or its probability under Dawid and Skene.
         smoothing: Probability that the loser is the better one, under Dawid and Skene; else None.
-        votes: Of each person.
+        votes: One vote a person.
     """
 
     item: Item
@@ -233,7 +233,7 @@ def _votes(counts: Counter[int | str], names: tuple[str, str], own: int | str) -
 def _rankings(
     contents: Contents, decisions: Sequence[Decision], left_out: Counter[str]
 ) -> list[Row]:
-    """Responses by points. Of those with equal points, the first stays.
+    """Responses by points. Where points are equal, the first response stays.
 
     A list is left out if people were undecided on a pair of it.
     """

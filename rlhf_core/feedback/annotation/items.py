@@ -24,8 +24,8 @@ class Item(NamedTuple):
     """What a person sees at once.
 
     Attributes:
-        id: Of the row in the data; with the two responses' numbers ("7:0-2") if it has more pairs.
-        row: Id of the row in the data.
+        id: The row's id, with the numbers of two responses ("7:0-2") if the row has more pairs.
+        row: The row's id in the data.
         numbers: The place in the row of each response.
         responses: Their texts or messages, in the order of the row.
         sources: What the row says about each response, such as its model: never shown.

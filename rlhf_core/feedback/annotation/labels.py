@@ -155,12 +155,12 @@ def open_store(
     """Hold a database and yield its store. Given items, a database that does not exist is made.
 
     Args:
-        db: The file. A file `.NAME.lock` beside it keeps a second process out.
+        db: The file. A lock in its folder, `.NAME.lock`, keeps a second process out.
         items: What is labelled; gold questions have ranks. None: those of the database.
         settings: None: those of the database.
         annotators: Names. Each has a token, which stays the same in later runs.
         overlap: Number of people who label each item. Everybody gets all gold questions.
-        gold_every: Every so many items of a person is a gold question.
+        gold_every: One in this many items of a person is a gold question.
         guidelines: Their text. A text that differs from the last one is a new version.
 
     Raises:

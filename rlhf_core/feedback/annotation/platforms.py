@@ -72,9 +72,7 @@ Row = dict[str, Any]
 def write_tasks(
     platform: str, items: Sequence[Item], settings: Settings, out: Path, config: Path
 ) -> None:
-    """Write tasks of one of PLATFORMS to `out`, and what its project needs to `config`."""
-    if settings.criteria and settings.mode == "rank":
-        raise ValueError("criteria are not part of ranking tasks. Remove --criteria")
+    """Write tasks for one of PLATFORMS to `out`, and the settings of its project to `config`."""
     tasks, made = (label_studio if platform == "label-studio" else argilla)(items, settings)
     with Replacement(out.parent) as files:
         for path, value in ((config, made), (out, tasks)):
@@ -84,13 +82,17 @@ def write_tasks(
 
 def label_studio(items: Sequence[Item], settings: Settings) -> tuple[list[Row], str]:
     """Tasks for Label Studio, and the labelling configuration to paste into its project."""
+    if settings.criteria and settings.mode == "rank":
+        raise ValueError(
+            "Label Studio rates no answers of a list. Remove --criteria, or use --format argilla"
+        )
     tasks = []
     for item in items:
         order = display_order(settings.seed, item.id, "label-studio", len(item.responses))
         data: Row = {"item": item.id, "prompt": as_text(item.prompt)}
         if settings.mode in ("pair", "likert8"):
             data |= {"left": _text_of(item, order[0]), "right": _text_of(item, order[1])}
-        elif item.responses:
+        else:
             data["answers"] = [
                 {"id": str(place), "title": f"Answer {place}", "body": _text_of(item, i)}
                 for place, i in enumerate(order, start=1)
