@@ -213,7 +213,7 @@ def run_export(arguments: Namespace) -> None:
 def _export_rows(arguments: Namespace) -> None:
     if arguments.db is None:
         raise ValueError(f"--format {arguments.format} is made from labels: pass --db")
-    shared.check_new_file(arguments.out, arguments.overwrite)
+    shared.check_new_file(arguments.out, arguments.overwrite, arguments.db)
     options = arguments.format, arguments.aggregate, arguments.min_agreement
     rows, left_out = export.export_rows(read_labels(arguments.db), *options)
     with replacing(arguments.out) as file:
@@ -227,7 +227,7 @@ def _export_tasks(arguments: Namespace) -> None:
     suffix = ".config.xml" if arguments.format == "label-studio" else ".settings.json"
     config = arguments.out.with_suffix(suffix)
     for path in (arguments.out, config):
-        shared.check_new_file(path, arguments.overwrite, arguments.data)
+        shared.check_new_file(path, arguments.overwrite, arguments.db or arguments.data)
     if arguments.db is None:
         items, settings = _items_and_settings(arguments)
     else:

@@ -108,6 +108,10 @@ def test_tasks_are_equal_from_the_candidates_and_from_the_database(files, platfo
             "--mode g",
         ),
         (["import-labels", "x", "--db", "l.sqlite", "--seed", 1], "--seed goes with --data; the"),
+        (
+            ["export", "--db", "l.sqlite", "--format", "kto", "--out", "l.sqlite", "--overwrite"],
+            "l.sqlite is the data itself",
+        ),
         (["export", "--db", "no", "--format", "kto", "--out", "o"], "no does not exist"),
         (["export", "--db", "l.sqlite", "--format", "sft", "--out", "o"], "of --mode write"),
         (["import-labels", "c.jsonl", "--db", "no"], "no does not exist. Pass --data to make it"),
