@@ -514,15 +514,18 @@ def run_agreement(arguments: Namespace) -> None:
             f"{path}: no item has labels of two annotators. Give several people the same items, "
             "such as with annotate --overlap 2"
         )
-    report = agreement_report(
-        table.ratings,
-        level=level,
-        annotators=table.annotators,
-        items=table.items,
-        times=table.times,
-        resamples=arguments.bootstrap,
-        seed=arguments.seed,
-    )
+    try:
+        report = agreement_report(
+            table.ratings,
+            level=level,
+            annotators=table.annotators,
+            items=table.items,
+            times=table.times,
+            resamples=arguments.bootstrap,
+            seed=arguments.seed,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if table.repeats:
         report["warnings"].append(
             f"{table.repeats} labels were replaced by later ones of the same person for the item"

@@ -88,6 +88,9 @@ def test_files_that_are_missing_or_half_written_are_one_line(tmp_path, fails):
     assert f"{half} is damaged, or not a database" in fails("agreement", half)
     assert "--time is for files of rows" in fails("agreement", half, "--time", "when")
     data = write(tmp_path / "votes.jsonl", votes())
+    negative = write(tmp_path / "n.jsonl", [{"labels": [-1, 2]}])
+    line = fails("agreement", negative, "--level", "ratio")
+    assert f"{negative}: level='ratio' needs labels of at least 0, got -1" in line
     assert "resamples must be at least 1" in fails("agreement", data, "--bootstrap", 0)
     line = fails("agreement", data, "--annotators", "a", "b", "--label", "c")
     assert "leave out --annotator, --label" in line
