@@ -86,6 +86,7 @@ CASES = [  # what trains, its options, the one without effect
     (ppo, NO_KL, dict(kl_target=6.0)),
     (ppo, REFERENCE, dict(kl_target=6.0)),
     (ppo, {}, dict(kl_horizon=8)),
+    (ppo, {}, dict(keep=2)),
     (ppo, NO_KL, dict(kl_in="loss")),
     (ppo, REFERENCE, dict(kl_in="loss")),
     *((ppo, REFERENCE, dict(kl_estimator=name)) for name in ("k1", "abs", "full")),
