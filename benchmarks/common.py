@@ -458,7 +458,7 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
                 "speed relative to the measured roof (memory traffic or matrix products alone)"
             )
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     for ax in axes[len(panels) :]:
         ax.remove()
     figure.suptitle(title, fontsize=10)

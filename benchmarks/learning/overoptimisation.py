@@ -151,7 +151,7 @@ def draw(results: list[dict], path: Path) -> None:
             panel.plot(kl.clamp_min(0).sqrt(), score, color=colour, linewidth=2, label=name)
         panel.axhline(0, color="grey", linewidth=0.5)
         panel.set(title=title, xlabel="√KL to SFT, √nats", ylabel="score above SFT's mean, s.d.")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

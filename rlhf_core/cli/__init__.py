@@ -65,6 +65,7 @@ GROUPS = {  # heading -> module, and what each of its commands does
         "evaluation",
         {"evaluate": "compare policies, or test a reward model, with honest errors"},
     ),
+    "look at runs": ("plot", {"plot": "draw the metrics of one or several runs as curves"}),
     "tools": (
         "tools",
         {

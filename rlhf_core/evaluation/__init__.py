@@ -8,6 +8,7 @@ from rlhf_core.evaluation.comparisons import (
     comparisons_needed,
     length_controlled_win_rate,
 )
+from rlhf_core.evaluation.curves import draw_curves, read_run
 from rlhf_core.evaluation.frontier import hypervolume, pareto_frontier
 from rlhf_core.evaluation.policies import Evaluation, evaluate_policy
 from rlhf_core.evaluation.ratings import davidson, elo, rate_players, win_rate
@@ -21,6 +22,7 @@ __all__ = [
     "compare",
     "comparisons_needed",
     "davidson",
+    "draw_curves",
     "elo",
     "evaluate_policy",
     "hypervolume",
@@ -29,6 +31,7 @@ __all__ = [
     "measure_calibration",
     "pareto_frontier",
     "rate_players",
+    "read_run",
     "refusal_rate",
     "sign_test",
     "wilson_interval",

@@ -1,0 +1,48 @@
+"""The command that draws runs."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from rlhf_core.cli import arguments as shared
+from rlhf_core.cli.arguments import Command
+from rlhf_core.evaluation.curves import draw_curves, read_run
+from rlhf_core.files import replacing
+
+FORMATS = ("png", "svg", "pdf")
+
+
+def _add_plot(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument(
+        "--out", required=True, type=Path, help=f"picture; its name ends with {', '.join(FORMATS)}"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="default: the main ones")
+    parser.add_argument(
+        "--smooth", type=int, default=1, metavar="STEPS", help="average over this many steps"
+    )
+
+
+def run_plot(arguments: Namespace) -> None:
+    """Draw the curves of the runs' metrics into a file."""
+    out, smooth = arguments.out, arguments.smooth
+    suffix = out.suffix.lower().removeprefix(".")
+    if suffix not in FORMATS:
+        raise ValueError(f"--out must end with one of {', '.join(FORMATS)}, got {out.name}")
+    if smooth < 1:
+        raise ValueError(f"--smooth must be at least 1, got {smooth}")
+    shared.check_new_file(out, arguments.overwrite)
+    runs = [read_run(folder, str(folder)) for folder in dict.fromkeys(arguments.runs)]
+    figure = draw_curves(runs, arguments.metrics, smooth)
+    with replacing(out) as file:
+        figure.savefig(file, format=suffix, dpi=130)
+    for run in runs:
+        if run.fault is not None:
+            print(f"note: {run.fault}", file=sys.stderr)
+    print(f"{len(runs)} run{'s' * (len(runs) > 1)} drawn in {out}")
+
+
+COMMANDS = {"plot": Command(_add_plot, run_plot)}
