@@ -62,7 +62,7 @@ def compare(
     groups = group_ids(clusters, len(outcomes))
     N, G, rate = len(outcomes), int(groups.max()) + 1, outcomes.mean().item()
     error = clustered_error(outcomes, clusters) if G > 1 else None
-    if error:
+    if error and error > 1e-9:
         effective = min(N, rate * (1 - rate) / (error**2 * (G - 1) / G))
     else:  # one cluster, or all have the same mean
         effective = G

@@ -144,14 +144,14 @@ def davidson(wins: Tensor, ties: Tensor, *, prior: float = 0.0) -> tuple[Tensor,
     Args:
         wins: (K, K), how often the row's player beat the column's, without ties.
         ties: (K, K), symmetric: how often the two tied.
-        prior: ties added between every two players.
+        prior: games added between every two players, a third of them each of the three outcomes.
 
     Returns:
         The ratings, and log v: equal players tie with the probability v / (2 + v).
 
     Raises:
-        ValueError: as for `elo`; or nothing but ties, or no tie, was observed, so that no finite v
-            has the highest likelihood.
+        ValueError: as for `elo`. Finite ratings need more than there: a player who only won or tied
+            against the others has none, and without ties, or with nothing else, v has no value.
 
     Source: Davidson 1970.
     """
@@ -161,25 +161,31 @@ def davidson(wins: Tensor, ties: Tensor, *, prior: float = 0.0) -> tuple[Tensor,
     _games(wins + ties / 2, prior)  # raises
     K = len(wins)
     i, j = torch.triu_indices(K, K, 1)
-    counts = torch.stack((wins[i, j], wins[j, i], ties[i, j] + prior), dim=1)  # (pairs, 3)
+    counts = torch.stack((wins[i, j], wins[j, i], ties[i, j]), dim=1) + prior / 3  # (pairs, 3)
     if not counts[:, :2].any() or not counts[:, 2].any():
         raise ValueError("Davidson's model needs wins and ties; without ties, use `elo`")
-    # The logits of the three outcomes are linear in the log-strengths and log v.
-    players = torch.eye(K + 1, dtype=torch.float64)
-    features = torch.stack((players[i], players[j], (players[i] + players[j]) / 2 + players[K]), 1)
-    games, parameters = counts.sum(dim=1), wins.new_zeros(K + 1)
-    for _ in range(1000):
+    # The logits of the three outcomes are linear in log v and the log-strengths, the first one 0.
+    log_v, *players = torch.eye(K, dtype=torch.float64)
+    players = torch.stack((torch.zeros_like(log_v), *players))
+    features = torch.stack((players[i], players[j], (players[i] + players[j]) / 2 + log_v), dim=1)
+    games, parameters = counts.sum(dim=1), log_v * 0
+    for _ in range(200):
         p = (features @ parameters).softmax(dim=1)
         slope = torch.einsum("po,pof->f", counts - games[:, None] * p, features)
         means = torch.einsum("po,pof->pf", p, features)
         curvature = torch.einsum("p,po,pof,pog->fg", games, p, features, features)
         curvature -= torch.einsum("p,pf,pg->fg", games, means, means)
-        step = torch.linalg.pinv(curvature, hermitian=True) @ slope
+        step, failed = torch.linalg.solve_ex(curvature, slope)
         change = step.abs().max().item()
-        parameters += step / max(1, change)
+        if failed or math.isnan(change):
+            break
+        parameters = parameters + step / max(1, change)
         if change < 1e-9:
-            return (parameters[:K] - parameters[0]) * POINTS, parameters[K].item()
-    raise ValueError(f"no convergence in 1000 steps, the last one of size {change:.3g}")
+            return players @ parameters * POINTS, parameters[0].item()
+    raise ValueError(
+        "no finite ratings and tie parameter have the highest likelihood. prior=1 adds a game "
+        "between every two players"
+    )
 
 
 def _games(wins: Tensor, prior: float) -> Tensor:

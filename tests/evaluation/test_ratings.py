@@ -201,6 +201,18 @@ def test_davidsons_ties_agree_with_scipy(expected, games):
         davidson(wins, 0 * ties)
 
 
+def test_davidsons_ratings_are_finite_or_an_error_that_names_the_prior():
+    """Who wins or ties, and never loses, explains it ever better with a higher rating and v."""
+    wins, ties = [[0, 5], [0, 0]], [[0, 600], [600, 0]]
+    with pytest.raises(ValueError, match="no finite ratings and tie parameter"):
+        davidson(wins, ties)
+    ratings, _ = davidson(wins, ties, prior=1)
+    assert -1000 < ratings[1] < 0
+    ratings, log_tie = davidson([[0, 1], [3, 0]], [[0, 1469], [1469, 0]])  # nearly always ties
+    assert ratings[1].item() == pytest.approx(400 * math.log10(3))
+    assert log_tie == pytest.approx(math.log(1469 / 3**0.5))
+
+
 def test_equal_players_tie_as_often_as_the_tie_parameter_says():
     ratings, log_tie = davidson([[0, 6], [6, 0]], [[0, 8], [8, 0]])
     v = math.exp(log_tie)
