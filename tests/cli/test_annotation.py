@@ -96,7 +96,7 @@ def test_tasks_are_equal_from_the_candidates_and_from_the_database(files, platfo
         (["annotate", "--annotators", "a", "a"], "--annotators must be different names, got a a"),
         (["annotate", "--overlap", 2], "--overlap 2 needs as many annotators, got 1"),
         (["annotate", "--mode", "write", "--criteria", "kind"], "--criteria rates answers, but"),
-        (["annotate", "--seed", 1], "l.sqlite was made with another --seed (0, now 1)"),
+        (["annotate", "--seed", 1], "l.sqlite was made with --seed 0, now it is 1"),
         (["annotate", "--gold", "c.jsonl"], 'gold row "p0" has no right answer'),
         (["export", "--format", "kto", "--out", "o"], "pass either --db or --data"),
         (

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import math
 import secrets
@@ -152,11 +151,12 @@ def open_store(
     gold_every: int = 20,
     guidelines: str = "",
 ) -> Iterator[LabelStore]:
-    """Hold a database and yield its store. Given items, a database that does not exist is made.
+    """Hold a database and yield its store. Given items, it is made or extended.
 
     Args:
         db: The file. A lock in its folder, `.NAME.lock`, keeps a second process out.
-        items: What is labelled; gold questions have ranks. None: those of the database.
+        items: What is labelled; gold questions have ranks. All items of the database must be among
+            them, new ones are added. None: those of the database.
         settings: None: those of the database.
         annotators: Names. Each has a token, which stays the same in later runs.
         overlap: Number of people who label each item. Everybody gets all gold questions.
@@ -173,7 +173,7 @@ def open_store(
         with contextlib.closing(_connect(db, "rwc")) as connection:
             connection.execute("PRAGMA synchronous = FULL")
             if items is not None and settings is not None:
-                _make_or_compare(db, connection, items, settings)
+                _make_or_extend(db, connection, items, settings)
             _check_kind(db, connection)
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("pages are missing or wrong")
@@ -486,29 +486,44 @@ def _check_kind(db: Path, connection: sqlite3.Connection) -> None:
         raise ValueError(f"{db} is not a database of labels. Choose another --db")
 
 
-def _make_or_compare(
+def _make_or_extend(
     db: Path, connection: sqlite3.Connection, items: Sequence[Item], settings: Settings
 ) -> None:
-    """Fill an empty database, or raise ValueError if it was made from something else."""
-    kinds = {"data": [x for x in items if not x.ranks], "gold": [x for x in items if x.ranks]}
+    """Fill an empty database, or add items that are new.
+
+    Raises:
+        ValueError: The database was made with other settings, or holds items that are not these.
+    """
     meta = {name: json.dumps(value) for name, value in settings._asdict().items()}
-    for name, part in kinds.items():
-        meta[name] = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
-    if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        rows = [(i, item.id, json.dumps(item._asdict())) for i, item in enumerate(items)]
-        with _transaction(connection):
-            for statement in _SCHEMA:
-                connection.execute(statement)
-            connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-            connection.executemany("INSERT INTO items VALUES (?, ?, ?)", rows)
-        return
-    _check_kind(db, connection)
-    for name, value in connection.execute("SELECT name, value FROM meta"):
-        if meta[name] != value:
+    contents = {item.id: json.dumps(item._asdict()) for item in items}
+    if len(contents) < len(items):
+        twice = next(x for x, n in Counter(item.id for item in items).items() if n > 1)
+        raise ValueError(f"a gold question and another item have the id {shown(twice)}. Rename one")
+    is_new = not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    stored = {}
+    if not is_new:
+        _check_kind(db, connection)
+        for name, value in connection.execute("SELECT name, value FROM meta"):
+            if meta[name] != value:
+                raise ValueError(
+                    f"{db} was made with --{name} {value}, now it is {meta[name]}. Use the same, "
+                    "or choose another --db"
+                )
+        stored = dict(connection.execute("SELECT id, content FROM items"))
+        other = [name for name, content in stored.items() if contents.get(name) != content]
+        if other:
             raise ValueError(
-                f"{db} was made with another --{name} ({value}, now {meta[name]}). Use the same, "
-                "or choose another --db"
+                f"{db} was made from other data: item {shown(other[0])} is missing or differs. Use "
+                "the same --data and --gold, to which rows may be added, or choose another --db"
             )
+    new = [(name, content) for name, content in contents.items() if name not in stored]
+    if new or is_new:
+        with _transaction(connection):
+            if is_new:
+                for statement in _SCHEMA:
+                    connection.execute(statement)
+                connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+            connection.executemany("INSERT INTO items (id, content) VALUES (?, ?)", new)
 
 
 def _settings(connection: sqlite3.Connection) -> Settings:

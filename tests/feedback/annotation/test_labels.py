@@ -280,22 +280,33 @@ def test_labels_keep_their_time_and_the_version_of_the_guidelines(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "change, name",
+    "change, message",
     [
-        ({"data": rows(3)}, "data"),
-        ({"mode": "likert8"}, "mode"),
-        ({"seed": 1}, "seed"),
-        ({"criteria": ("honest",)}, "criteria"),
-        ({"gold_rows": gold()}, "gold"),
+        ({"data": rows(3)}, 'from other data: item "p3" is missing or differs'),
+        ({"data": rows(4, k=3)}, 'from other data: item "p0" is missing or differs'),
+        ({"gold_rows": ()}, 'from other data: item "g0" is missing or differs'),
+        ({"gold_rows": [*gold(), rows()[0]._replace(ranks=[1, 2])]}, 'have the id "p0". Rename'),
+        ({"mode": "likert8"}, 'with --mode "pair", now it is "likert8"'),
+        ({"seed": 1}, "with --seed 0, now it is 1"),
+        ({"criteria": ("honest",)}, r'with --criteria \[\], now it is \["honest"\]'),
     ],
 )
-def test_a_database_of_other_data_is_refused(tmp_path, change, name):
+def test_a_database_of_other_data_is_refused(tmp_path, change, message):
     db = tmp_path / "l.sqlite"
-    with opened(db) as store:
+    with opened(db, gold_rows=gold()) as store:
         label(store, "ann")
-    with pytest.raises(ValueError, match=f"{db} was made with another --{name}"):
-        opened(db, **change).__enter__()
+    with pytest.raises(ValueError, match=message):
+        opened(db, **({"gold_rows": gold()} | change)).__enter__()
     assert len(read_labels(db).rows) == 1
+
+
+def test_rows_may_be_added_to_the_data(tmp_path):
+    db = tmp_path / "l.sqlite"
+    with opened(db, rows(2)) as store:
+        label(store, "ann")
+    with opened(db, rows(4), gold_rows=gold()) as store:
+        assert store.next_item("ann").id == "p1"
+    assert list(read_labels(db).items) == ["p0", "p1", "p2", "p3", "g0"]
 
 
 def test_a_database_has_one_server(tmp_path):
