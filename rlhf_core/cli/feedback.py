@@ -376,36 +376,28 @@ def _candidates(arguments: Namespace) -> None:
 
 def _sources(
     arguments: Namespace, plan: list[tuple[str, list[float], int]]
-) -> tuple[list[PromptRow], list[Source], SamplingConfig]:
-    """The prompts that leave room in every model, and the models."""
+) -> tuple[dict[int, PromptRow], list[Source], SamplingConfig]:
+    """The prompts that leave room in every model, by their number, and the models."""
     config, device = shared.config_of(SamplingConfig, arguments), shared.device_of(arguments)
-    loaded, kept = [], None
-    for folder, temperatures, num_samples in plan:
-        tokenizer = shared.tokenizer_of(arguments, folder)
-        model = Transformer.from_pretrained(folder).to(device)
-        encode = lambda row, t=tokenizer, m=model: (  # noqa: E731
-            row,
-            shared.known(encode_prompt(row.prompt, t), m),
-        )
-        rows = shared.read(read_prompt_rows, arguments.prompts, arguments, encode)
-        fitting = prompts_for(model, [ids for _, ids in rows], config)
-        kept = set(fitting) if kept is None else kept & set(fitting)
-        loaded.append((folder, model, tokenizer, fitting, temperatures, num_samples))
+    tokenizers = [shared.tokenizer_of(arguments, folder) for folder, *_ in plan]
+    models = [Transformer.from_pretrained(folder).to(device) for folder, *_ in plan]
+
+    def encode(row: PromptRow) -> tuple[PromptRow, list[list[int]]]:
+        both = zip(tokenizers, models)
+        return row, [shared.known(encode_prompt(row.prompt, t), model) for t, model in both]
+
+    rows = shared.read(read_prompt_rows, arguments.prompts, arguments, encode)
+    fitting = [
+        prompts_for(model, [ids[i] for _, ids in rows], config) for i, model in enumerate(models)
+    ]
+    kept = [i for i in range(len(rows)) if all(i in prompts for prompts in fitting)]
     if not kept:
         raise ValueError("no prompt leaves room for a response in every model")
-    sources = [
-        Source(
-            folder,
-            model,
-            tokenizer,
-            shared.eos_ids_of(arguments, model, tokenizer),
-            [fitting[i] for i in sorted(kept)],
-            temperatures,
-            num_samples,
-        )
-        for folder, model, tokenizer, fitting, temperatures, num_samples in loaded
-    ]
-    return [rows[i][0] for i in sorted(kept)], sources, config
+    sources = []
+    for (folder, *how), model, tokenizer, prompts in zip(plan, models, tokenizers, fitting):
+        eos_ids = shared.eos_ids_of(arguments, model, tokenizer)
+        sources.append(Source(folder, model, tokenizer, eos_ids, [prompts[i] for i in kept], *how))
+    return {i: rows[i][0] for i in kept}, sources, config
 
 
 def _add_template_pairs(parser: ArgumentParser) -> None:

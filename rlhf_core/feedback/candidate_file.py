@@ -157,16 +157,18 @@ def _origin(answer: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in answer.items() if name != "text"}
 
 
-def prompt_rows(path: Path, rows: Sequence[PromptRow], run: str) -> list[dict[str, Any]]:
+def prompt_rows(path: Path, rows: dict[int, PromptRow], run: str) -> list[dict[str, Any]]:
     """The start of each prompt's rows in the file: id, prompt, other columns, and the run's digest.
 
-    A prompt without an id has its number, from 0.
+    Args:
+        path: The prompts' file, for errors.
+        rows: The prompts by their number from 0, which is the id of those that have none.
 
     Raises:
         ValueError: two prompts have one id.
     """
     begun: dict[Any, dict[str, Any]] = {}
-    for i, row in enumerate(rows):
+    for i, row in rows.items():
         others = {name: value for name, value in row.columns.items() if name not in _OWN}
         name = row.columns.get("id", i)
         if not isinstance(name, str | int) or name in begun:

@@ -137,3 +137,17 @@ def test_template_pairs_are_read_by_dpo(tmp_path, fails, train, capsys):
         assert all(row.chosen == " yes" for row in read_preferences(padded))
     assert "--data is required for padding" in fails("template-pairs", "padding", "--out", out)
     assert f"{out} exists" in fails("template-pairs", "sycophancy", "--out", out)
+
+
+def test_models_that_read_different_prompts_answer_only_those_that_all_read(
+    arguments, folders, data_dir, tmp_path, capsys
+):
+    """The policy has 64 positions and a token for each byte, the stories model has 512."""
+    prompts = ["one", "x" * 61, "two", "three"]
+    models = ["--model", folders / "policy", data_dir / "models" / "stories260k"]
+    prompts = [{"prompt": prompt} for prompt in prompts]
+    with pytest.warns(UserWarning, match="1 of 4 prompts have more than 60 tokens"):
+        assert run(*arguments(*models, "--temperature", 1, prompts=prompts)) == 0
+    rows = lines(tmp_path / "c.jsonl")
+    assert [(row["id"], row["prompt"]) for row in rows] == [(0, "one"), (2, "two"), (3, "three")]
+    assert all(len({x["model"] for x in row["responses"]}) == 2 for row in rows)

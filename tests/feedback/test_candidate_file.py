@@ -106,13 +106,13 @@ def test_pairs_are_the_first_answer_against_each_other_distinct_one():
 
 def test_rows_keep_ids_and_other_columns(tmp_path):
     columns = {"content_warning": True, "chosen": "x", "messages": []}
-    rows = [PromptRow("p", columns | {"id": "a"}), PromptRow("q", {})]
+    rows = {0: PromptRow("p", columns | {"id": "a"}), 5: PromptRow("q", {})}
     assert prompt_rows(tmp_path, rows, "r") == [
         {"id": "a", "prompt": "p", "content_warning": True, "run": "r"},
-        {"id": 1, "prompt": "q", "run": "r"},
+        {"id": 5, "prompt": "q", "run": "r"},
     ]
-    rows.append(PromptRow("s", {"id": "a"}))
-    with pytest.raises(ValueError, match='id "a" of prompt 2 is not a new text or number'):
+    rows[7] = PromptRow("s", {"id": "a"})
+    with pytest.raises(ValueError, match='id "a" of prompt 7 is not a new text or number'):
         prompt_rows(tmp_path, rows, "r")
 
 
