@@ -283,9 +283,11 @@ def _absolute(value: Any, hub: bool) -> Any:
 # ---- prompts and rewards
 
 
-def add_prompts(parser: ArgumentParser, candidates: bool = False, required: bool = True) -> None:
-    """Add --prompts, or --candidates in its place."""
-    source = parser.add_mutually_exclusive_group(required=required)
+def add_prompts(
+    parser: ArgumentParser, candidates: bool = False, required: bool = True, source: Any = None
+) -> None:
+    """Add --prompts, or --candidates in its place. source: A group of other options instead."""
+    source = source or parser.add_mutually_exclusive_group(required=required)
     if candidates:
         help = "rank the answers in this file, as `rlhf-core candidates` writes it"
         source.add_argument("--candidates", type=Path, metavar="FILE", help=help)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from rlhf_core.data import (
     encode_prompt,
     load_tokenizer,
     read_candidates,
+    read_prompt_rows,
 )
 from rlhf_core.data.chat import Content
 from rlhf_core.data.collate import left_pad
@@ -38,8 +41,16 @@ from rlhf_core.models.lora import CONFIG_FILE, is_reward_model, merge_adapters
 
 def _add_generate(parser: ArgumentParser) -> None:
     add_config_file(parser)
-    parser.add_argument("--model", required=True, type=Path, help=MODEL)
-    parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
+    parser.add_argument(
+        "--model", required=True, type=Path, nargs="+", help=f"{MODEL}; several answer in turn"
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", nargs="+", help="one or more prompts")
+    shared.add_prompts(parser, source=source)
+    parser.add_argument("--out", type=Path, help="JSONL file for the responses; default: print")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts sampled at a time")
+    shared.add_skip_bad(parser)
     parser.add_argument(
         "--chat", action="store_true", help="put each prompt into the model's chat template as user"
     )
@@ -70,43 +81,117 @@ def _add_generate(parser: ArgumentParser) -> None:
 
 
 def run_generate(arguments: Namespace) -> None:
-    """Print responses to the prompts."""
-    device = shared.device_of(arguments)
-    tokenizer = shared.tokenizer_of(arguments)
-    valued = has_values(arguments.model)
-    model = (ILQLModel if valued else Transformer).from_pretrained(arguments.model).to(device)
+    """Print responses to the prompts, or write them to a file."""
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    if arguments.out is None:
+        if arguments.overwrite:
+            raise ValueError("--overwrite needs --out")
+        _generate(arguments)
+        return
+    with _held_file(arguments):
+        _generate(arguments)
+
+
+def _generate(arguments: Namespace) -> None:
+    prompts: list[Content] = arguments.prompt
+    if prompts is None:
+        of_row = lambda row: row.prompt  # noqa: E731
+        prompts = shared.read(read_prompt_rows, arguments.prompts, arguments, of_row)
+    if arguments.chat:
+        prompts = [
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+    answers = [_responses(folder, prompts, arguments) for folder in arguments.model]
+    options = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    options += ("repetition_penalty", "stop", "eos_ids", "beta")
+    sampling = {name: getattr(arguments, name) for name in options}
+    fixed = {"seed": arguments.seed, "sampling": sampling}
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if arguments.out is None:
+            print(f"--- prompt\n{answers[0][i][0]}")
+        for folder, (_, responses) in zip(arguments.model, (each[i] for each in answers)):
+            for sample, response in enumerate(responses, 1):
+                if arguments.out is None:
+                    where = f" of {folder}" * (len(answers) > 1)
+                    where += f", sample {sample}" * (len(responses) > 1)
+                    print(f"--- response{where}\n{response}")
+                row = {"prompt": prompt, "response": response, "model": str(folder)}
+                rows.append(row | {"sample": sample} | fixed)
+    if arguments.out is not None:
+        with replacing(arguments.out) as file:
+            for row in rows:
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        print(f"{len(rows)} responses to {len(prompts)} prompts; written to {arguments.out}")
+
+
+def _responses(
+    folder: Path, prompts: list[Content], arguments: Namespace
+) -> list[tuple[str, list[str]]]:
+    """A model's responses to each prompt, after the prompt as the model reads it."""
+    device, n = shared.device_of(arguments), arguments.num_samples
+    tokenizer = shared.tokenizer_of(arguments, folder)
+    valued = has_values(folder)
+    model = (ILQLModel if valued else Transformer).from_pretrained(folder).to(device)
     if arguments.beta is not None:
         if not valued:
-            raise ValueError(
-                f"--beta needs a model trained by ilql, {arguments.model} has no values"
-            )
+            raise ValueError(f"--beta needs a model trained by ilql, {folder} has no values")
         if not 0 <= arguments.beta < math.inf:
             raise ValueError(f"--beta must be finite and at least 0, got {arguments.beta}")
         model.beta = arguments.beta
-    prompts = arguments.prompt
-    if arguments.chat:
-        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    prompts = [shared.known(encode_prompt(prompt, tokenizer), model) for prompt in prompts]
-    prompt_ids, attention_mask = (x.to(device) for x in left_pad(prompts, tokenizer.pad_id))
-    response = generate(
-        model,
-        prompt_ids,
-        attention_mask=attention_mask,
-        max_new_tokens=arguments.max_new_tokens,
-        min_new_tokens=arguments.min_new_tokens,
-        num_samples=arguments.num_samples,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        eos_ids=shared.eos_ids_of(arguments, model, tokenizer),
-        stop_strings=arguments.stop,
-        tokenizer=tokenizer,
-        generator=torch.Generator().manual_seed(arguments.seed),
-    )
-    for row, (ids, mask) in enumerate(zip(response.response_ids, response.response_mask)):
-        print(tokenizer.decode(prompts[row // arguments.num_samples] + ids[mask].tolist()))
+    encoded, room = [], model.config.max_positions - arguments.max_new_tokens
+    for number, prompt in enumerate(prompts, 1):
+        encoded.append(shared.known(encode_prompt(prompt, tokenizer), model))
+        if len(encoded[-1]) > room:
+            raise ValueError(
+                f"prompt {number} has {len(encoded[-1])} tokens, which leave no room for "
+                f"--max-new-tokens {arguments.max_new_tokens} in the {model.config.max_positions} "
+                f"positions of {folder}. Shorten it, or ask for fewer"
+            )
+    # Every response has its own seed, so the size of a batch changes nothing but rounding.
+    generator = torch.Generator().manual_seed(arguments.seed)
+    seeds = torch.randint(2**63 - 1, (len(prompts) * n,), generator=generator)
+    found = []
+    for start in range(0, len(prompts), arguments.batch_size):
+        batch = encoded[start : start + arguments.batch_size]
+        prompt_ids, attention_mask = (x.to(device) for x in left_pad(batch, tokenizer.pad_id))
+        response = generate(
+            model,
+            prompt_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=arguments.max_new_tokens,
+            min_new_tokens=arguments.min_new_tokens,
+            num_samples=n,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            min_p=arguments.min_p,
+            repetition_penalty=arguments.repetition_penalty,
+            eos_ids=shared.eos_ids_of(arguments, model, tokenizer),
+            stop_strings=arguments.stop,
+            tokenizer=tokenizer,
+            seeds=seeds[start * n : (start + len(batch)) * n],
+        )
+        rows = [ids[mask].tolist() for ids, mask in zip(*response[:2])]
+        for i, ids in enumerate(batch):
+            text = tokenizer.decode(ids)
+            wholes = [tokenizer.decode(ids + row) for row in rows[i * n : (i + 1) * n]]
+            # SentencePiece would drop the space before a response that is decoded alone.
+            found.append((text, [whole.removeprefix(text) for whole in wholes]))
+    return found
+
+
+@contextlib.contextmanager
+def _held_file(arguments: Namespace) -> Iterator[None]:
+    """Hold the file --out. Raises OSError if it exists or cannot be written."""
+    out = arguments.out
+    data = getattr(arguments, "candidates", None) or arguments.prompts
+    shared.check_new_file(out, arguments.overwrite, data)
+    check_free(out.parent)
+    with hold(out.parent, f".{out.name}.lock"):
+        yield
 
 
 def _add_best_of_n(parser: ArgumentParser) -> None:
@@ -114,7 +199,10 @@ def _add_best_of_n(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, help=MODEL)
     shared.add_prompts_and_reward(parser, candidates=True)
     parser.add_argument(
-        "--out", required=True, type=Path, help="JSONL file for prompt, completion and score"
+        "--out", required=True, type=Path, help="JSONL file for prompt, completion, score and rank"
+    )
+    parser.add_argument(
+        "--keep", type=int, default=1, metavar="K", help="write the K best, with their ranks"
     )
     parser.add_argument(
         "--pairs",
@@ -128,11 +216,13 @@ def _add_best_of_n(parser: ArgumentParser) -> None:
 
 
 def run_best_of_n(arguments: Namespace) -> None:
-    """Write each prompt's best response to a file."""
-    config, out = shared.config_of(SamplingConfig, arguments), arguments.out
-    shared.check_new_file(out, arguments.overwrite, arguments.candidates)
-    check_free(out.parent)
-    with hold(out.parent, f".{out.name}.lock"):
+    """Write each prompt's best responses to a file."""
+    config, keep = shared.config_of(SamplingConfig, arguments), arguments.keep
+    if keep < 1 or (keep > config.num_samples and not arguments.candidates):
+        raise ValueError(f"--keep must be from 1 to --num-samples {config.num_samples}, got {keep}")
+    if keep > 1 and arguments.pairs:
+        raise ValueError(f"--keep {keep} contradicts --pairs, which keeps the best and the worst")
+    with _held_file(arguments):
         _best_of_n(config, arguments)
 
 
@@ -142,17 +232,26 @@ def _best_of_n(config: SamplingConfig, arguments: Namespace) -> None:
     count, best, mean = 0, 0.0, 0.0
     with replacing(out) as file:
         for prompt, answers, scores in ranked:
-            top, low = int(scores.argmax()), int(scores.argmin())
-            score, margin = float(scores[top]), float(scores[top] - scores[low])
-            best, mean = best + score, mean + float(scores.mean())
-            row = {"prompt": prompt, "completion": answers[top], "score": score}
+            order = scores.argsort(descending=True, stable=True).tolist()
+            top, low = order[0], order[-1]
+            best, mean = best + float(scores[top]), mean + float(scores.mean())
+            rows = [
+                {
+                    "prompt": prompt,
+                    "completion": answers[i],
+                    "score": float(scores[i]),
+                    "rank": rank,
+                }
+                for rank, i in enumerate(order[: arguments.keep], 1)
+            ]
             if arguments.pairs:
                 if tied(scores) or answers[top] == answers[low]:
                     continue
                 pair = {"chosen": answers[top], "rejected": answers[low]}
-                row = {"prompt": prompt, **pair, "margin": margin}
-            count += 1
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                rows = [{"prompt": prompt, **pair, "margin": float(scores[top] - scores[low])}]
+            count += len(rows)
+            for row in rows:
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         if not count:
             raise ValueError(ALL_TIED)
     n, (of_n, bound) = len(ranked), note

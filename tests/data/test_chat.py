@@ -1001,7 +1001,7 @@ def test_every_command_takes_conversations(command, tmp_path, capsys):
     assert cli.main([command, *map(str, options)]) == 0
     shown = capsys.readouterr().out
     if command == "generate":
-        assert shown.startswith("user\nhi\nassistant\n")
+        assert shown.startswith("--- prompt\nuser\nhi\nassistant\n\n--- response\n")
     else:
         assert f"written to {tmp_path / 'out'}" in shown
         assert load_tokenizer(tmp_path / "out").encode_chat(talk[0]) == tokenizer.encode_chat(
@@ -1048,6 +1048,8 @@ def test_a_response_ends_at_the_eos_of_model_or_tokenizer(tmp_path, monkeypatch,
                     "--prompt",
                     "hi",
                     "--chat",
+                    "--max-new-tokens",
+                    "5",
                     "--device",
                     "cpu",
                     *more,
