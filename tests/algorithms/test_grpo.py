@@ -258,7 +258,7 @@ def test_groups_are_resampled_only_as_often_as_configured():
 
 
 def test_a_run_with_every_part_of_dapo_resumes_bit_by_bit(tmp_path):
-    """Row 19. Also with cispo and a cosine schedule."""
+    """Also with cispo, stop strings and a cosine schedule."""
 
     def build(out, **options):
         dapo = dict(dynamic_sampling=2, mask_truncated=True, overlong_buffer=3, loss="cispo")
