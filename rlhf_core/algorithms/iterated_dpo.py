@@ -68,9 +68,8 @@ def iterated_dpo(
     first = frozen_copy(model) if keeps_first else None
     out = None if out is None else Path(out)
     checked = dict(pretraining_examples=pretraining_examples, tokenizer=tokenizer)
-    Trainer(
-        model, prompts, config, out=out, **checked
-    )  # checks the arguments before anything is sampled
+    # It checks the arguments before anything is sampled.
+    Trainer(model, prompts, config, out=out, **checked)
     prompts = list(prompts_for(model, prompts, config).values())
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:

@@ -70,9 +70,8 @@ def rft(
     scorer = make_scorer(model, prompts, config, reward=reward, tokenizer=tokenizer)
     out = None if out is None else Path(out)
     checked = dict(pretraining_examples=pretraining_examples, tokenizer=tokenizer)
-    Trainer(
-        model, prompts, config, out=out, **checked
-    )  # checks the arguments before anything is sampled
+    # It checks the arguments before anything is sampled.
+    Trainer(model, prompts, config, out=out, **checked)
     prompts = list(prompts_for(model, prompts, config).values())
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
