@@ -26,6 +26,8 @@ _NO_WINNER = {
     "low": "below the minimum agreement",
 }
 
+_SAME = 1e-5  # shares that differ by less lead to no winner
+
 Row = dict[str, Any]
 
 
@@ -97,7 +99,7 @@ def _decide(contents: Contents, aggregate: str, min_agreement: float) -> list[De
     decisions = []
     for name, pair in sorted(votes, key=lambda key: (position[key[0]], key[1])):
         (winner, most), *others = Counter(shares[name, pair]).most_common(2)
-        if others and others[0][1] == most:
+        if others and most - others[0][1] < _SAME:
             winner = "split"
         elif winner in (1, 2) and most < min_agreement:
             winner = "low"
@@ -132,7 +134,7 @@ def _probabilities(votes: dict[Comparison, list[Vote]]) -> dict[Comparison, dict
 def _won(decisions: Sequence[Decision], left_out: Counter[str]) -> Iterator[Decision]:
     """The decisions with a winner and two answers that are not empty; the rest is counted."""
     for decision in decisions:
-        reason = _NO_WINNER.get(decision.winner) if decision.winner not in (1, 2) else None
+        reason = _NO_WINNER.get(decision.winner)
         if not all(_has_text(decision.item.responses[i]) for i in decision.pair):
             reason = "with an empty answer"
         if reason is None:

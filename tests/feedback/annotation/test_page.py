@@ -76,7 +76,7 @@ class Browser:
         return base64.b64decode(self.call("/screenshot"))
 
     def devtools(self, command, **parameters):
-        self.call("/goog/cdp/execute", {"cmd": command, "params": parameters})
+        return self.call("/goog/cdp/execute", {"cmd": command, "params": parameters})
 
 
 @pytest.fixture(scope="module")
@@ -321,3 +321,32 @@ def test_the_page_fits_a_phone_and_the_dark(tmp_path, browser):
         colours.append(browser.run(style))
     assert light[:4] == dark[:4] == b"\x89PNG" and light != dark
     assert colours == ["rgb(246, 246, 243)", "rgb(21, 24, 27)"]
+
+
+def test_a_screen_reader_finds_names_and_keys(tmp_path, browser):
+    with serving(tmp_path / "l.sqlite", rows=ROWS[:1], criteria=("kind",)) as (_, link):
+        browser.open(link)
+        shows(browser, "p0")
+        browser.devtools("Accessibility.enable")
+        nodes = browser.devtools("Accessibility.getFullAXTree")["nodes"]
+    found = {
+        (node["role"]["value"], node["name"]["value"])
+        for node in nodes
+        if not node["ignored"] and node.get("name", {}).get("value")
+    }
+    assert {
+        ("heading", "Prompt"),
+        ("region", "Left answer"),
+        ("region", "Right answer"),
+        ("group", "kind of the left answer, 1 is worst, 5 is best"),
+        ("radio", "3"),
+        ("group", "Your choice"),
+        ("progressbar", "0 of 1 labels"),
+    } <= found
+    buttons = {name for role, name in found if role == "button"}
+    choices = {"Left is better", "Right is better", "Tie", "Both are bad"}
+    assert buttons == choices | {"Undo", "Skip", "Guidelines"}
+    keys = (
+        "[...document.querySelectorAll('button[aria-keyshortcuts]')].map(x => x.ariaKeyShortcuts)"
+    )
+    assert browser.run(keys) == ["u", "s", "?", "1", "2", "0", "b"]

@@ -313,6 +313,7 @@ def test_a_killed_server_has_stored_what_it_answered(tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
+    assert len(read_labels(db).rows) == 200
     rows = sqlite3.connect(db).execute("SELECT id, item FROM labels ORDER BY number").fetchall()
     assert rows == [(f"c{i}", i) for i in range(200)]
     items = make_items(
