@@ -89,12 +89,15 @@ def label_studio(items: Sequence[Item], settings: Settings) -> tuple[list[Row], 
     tasks = []
     for item in items:
         order = display_order(settings.seed, item.id, "label-studio", len(item.responses))
-        data: Row = {"item": item.id, "prompt": as_text(item.prompt)}
+        data: Row = {"item": item.id, "prompt": _as_text(item.prompt)}
         if settings.mode in ("pair", "likert8"):
-            data |= {"left": _text_of(item, order[0]), "right": _text_of(item, order[1])}
+            data |= {
+                "left": _as_text(item.responses[order[0]]),
+                "right": _as_text(item.responses[order[1]]),
+            }
         else:
             data["answers"] = [
-                {"id": str(place), "title": f"Answer {place}", "body": _text_of(item, i)}
+                {"id": str(place), "title": f"Answer {place}", "body": _as_text(item.responses[i])}
                 for place, i in enumerate(order, start=1)
             ]
         tasks.append({"data": data})
@@ -143,8 +146,8 @@ def argilla(items: Sequence[Item], settings: Settings) -> tuple[list[Row], Row]:
     records = []
     for item in items:
         order = display_order(settings.seed, item.id, "argilla", len(item.responses))
-        fields = {"prompt": as_text(item.prompt)}
-        fields |= {name: _text_of(item, i) for name, i in zip(names, order)}
+        fields = {"prompt": _as_text(item.prompt)}
+        fields |= {name: _as_text(item.responses[i]) for name, i in zip(names, order)}
         records.append({"id": str(item.id), "fields": fields, "metadata": {"item": item.id}})
     fields = [
         _part(name, {"type": "text", "use_markdown": False}, required=name == "prompt")
@@ -177,15 +180,11 @@ def _options(kind: str, texts: dict[str, str]) -> Row:
     return {"type": kind, "options": options}
 
 
-def as_text(content: Content) -> str:
+def _as_text(content: Content) -> str:
     """A conversation as text, with the role before each turn."""
     if isinstance(content, str):
         return content
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in content)
-
-
-def _text_of(item: Item, i: int) -> str:
-    return as_text(item.responses[i])
 
 
 # ---- from a platform
@@ -230,7 +229,7 @@ def _item_of(name: Any, items: dict[str | int, Item]) -> Item:
 
 def _order_of(item: Item, texts: Sequence[str]) -> list[int]:
     """The responses' numbers in the order of these texts."""
-    known = [as_text(response) for response in item.responses]
+    known = [_as_text(response) for response in item.responses]
     if sorted(texts) != sorted(known):
         raise ValueError(f"the answers of item {shown(item.id)} differ from those in the database")
     return [known.index(text) for text in texts]
@@ -323,7 +322,8 @@ def _argilla_choice(values: Row, settings: Settings, names: list[str]) -> Any:
         (x["value"] if isinstance(x, dict) else x): (x["rank"] if isinstance(x, dict) else place)
         for place, x in enumerate(ranked, start=1)
     }
-    return [ranks[name] for name in names]
+    dense = sorted({ranks[name] for name in names})  # lists may be shorter than the longest one
+    return [dense.index(ranks[name]) + 1 for name in names]
 
 
 def _meaning(item: Item, settings: Settings, order: list[int], choice: Any, ratings: Row) -> Row:

@@ -161,7 +161,7 @@ def test_records_of_argilla_are_read(tmp_path, mode):
     "value",
     [
         ["answer_2", "answer_3", "answer_1"],
-        [{"value": f"answer_{i}", "rank": rank} for i, rank in ((1, 3), (2, 1), (3, 2))],
+        [{"value": f"answer_{i}", "rank": rank} for i, rank in ((1, 9), (2, 1), (3, 4))],
     ],
 )
 def test_rankings_and_ratings_of_argilla_are_read(tmp_path, value):
