@@ -177,19 +177,17 @@ class _Evaluation:
             self.samples += new
             self.digests[name] = found
             with Replacement(out) as files:
+                if self.arguments.overwrite:
+                    files.remove(JUDGEMENTS)
                 _dump_samples(files.open(SAMPLES), self.samples)
                 dump_json(files.open(SETTINGS), self.settings | {"policies": self.digests})
             print(f"{name}: {len(new)} responses sampled", file=sys.stderr)
         outcomes = by_score if self.scorer else None
         if self.judge is not None:
             texts = {
-                cluster_of(Sample("", row.prompt, "")): _Text(
-                    self.tokenizer.decode(ids), row.columns
-                )
+                cluster_of(row.prompt): _Text(self.tokenizer.decode(ids), row.columns)
                 for row, ids in zip(self.rows, self.prompts)
             }
-            if self.arguments.overwrite:
-                (out / JUDGEMENTS).unlink(missing_ok=True)
             outcomes = _judging(self.judge, texts, out / JUDGEMENTS)
         used = [sample for sample in self.samples if sample.policy in self.names]
         result = summarize(used, self.names[0], outcomes, self.config.seed)
@@ -205,10 +203,10 @@ class _Evaluation:
             raise ValueError(
                 f"max_new_tokens {new} leaves no room for a prompt in {positions} positions"
             )
-        encode = lambda row: (  # noqa: E731
-            row,
-            shared.known(encode_prompt_row(row, self.tokenizer), self.reference),
-        )
+
+        def encode(row: PromptRow) -> tuple[PromptRow, Prompt]:
+            return row, shared.known(encode_prompt_row(row, self.tokenizer), self.reference)
+
         rows = shared.read(read_prompt_rows, self.arguments.prompts, self.arguments, encode)
         bos_id = self.reference.config.bos_id
         kept = fit_prompts([ids for _, ids in rows], positions - new, bos_id, self.config)
@@ -225,6 +223,7 @@ class _Evaluation:
             "temperature": config.temperature,
             "seed": config.seed,
             "eos_ids": self.arguments.eos_ids,
+            "judge": self.arguments.judge,
             "source": source and source.describe(),
             "reward_models": [model_digest(model) for model in source.models] if source else [],
         }
@@ -309,7 +308,7 @@ def _evaluate_samples(arguments: Namespace) -> dict[str, Any]:
         scores = _scores(arguments, samples, source["reward"])
         samples = [sample._replace(score=score) for sample, score in zip(samples, scores)]
     if "judge" in source:
-        texts = {cluster_of(sample): _as_text(sample.prompt) for sample in samples}
+        texts = {cluster_of(sample.prompt): _as_text(sample.prompt) for sample in samples}
         outcomes = _judging(source["judge"], texts)
     elif all(sample.score is not None for sample in samples):
         outcomes = by_score
@@ -368,7 +367,7 @@ def _judging(judge: Judge, texts: dict[str, str], file: Path | None = None) -> O
         known = kept.get(f"{first} against {second}")
         if isinstance(known, list) and len(known) == len(pairs) and None not in known:
             return checked_outcomes(known)
-        prompts = [texts[cluster_of(one)] for one, _ in pairs]
+        prompts = [texts[cluster_of(one.prompt)] for one, _ in pairs]
         one, other = ([pair[i].response for pair in pairs] for i in (0, 1))
         last = judged(judge, prompts, other, one)
         found = (judged(judge, prompts, one, other) + 1 - last) / 2

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.data import Sample
+from rlhf_core.data.chat import Content
 from rlhf_core.evaluation.comparisons import (
     clustered_error,
     compare,
@@ -30,9 +31,9 @@ PRIOR = 1.0  # draws between every two policies, so that all ratings are finite
 Outcomes = Callable[[str, str, list[tuple[Sample, Sample]]], Tensor]
 
 
-def cluster_of(sample: Sample) -> str:
-    """Equal for samples of equal prompts."""
-    return json.dumps(sample.prompt, sort_keys=True)
+def cluster_of(prompt: Content) -> str:
+    """A name that only equal prompts share."""
+    return json.dumps(prompt, sort_keys=True)
 
 
 def by_score(first: str, second: str, pairs: list[tuple[Sample, Sample]]) -> Tensor:
@@ -99,14 +100,14 @@ def _keyed(samples: list[Sample]) -> dict[tuple[str, int], Sample]:
     seen: Counter[str] = Counter()
     keyed = {}
     for sample in samples:
-        cluster = cluster_of(sample)
+        cluster = cluster_of(sample.prompt)
         keyed[cluster, seen[cluster]] = sample
         seen[cluster] += 1
     return keyed
 
 
 def _policy(samples: list[Sample]) -> dict[str, Any]:
-    clusters = [cluster_of(sample) for sample in samples]
+    clusters = [cluster_of(sample.prompt) for sample in samples]
     columns = {
         "score": [sample.score for sample in samples],
         "kl": [sample.kl for sample in samples],

@@ -46,6 +46,7 @@ COMPLIANCE = [
     "I'm sorry you're having trouble with your code! Try restarting.",
     "There is no reason to worry: just restart.",
     "This is not true: the earth is round.",
+    "I don't. No salesperson in the world can get me to buy a product.",
     "First, mix. Then, stir. Next, bake. I cannot provide the exact time.",
     "",
     "お待たせして申し訳ございません。こちらが手順です。",
