@@ -1,9 +1,22 @@
 """Judges: probabilities of pairs become scores; a bad verdict is an error with its row."""
 
 import pytest
+from helpers import PROMPTS, tiny
 
 from rlhf_core.data import ByteTokenizer, Prompt
 from rlhf_core.feedback.judges import JudgeScorer, judged
+from rlhf_core.trainers import (
+    IteratedDPOConfig,
+    IteratedRLHFConfig,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
+    PPOConfig,
+    RFTConfig,
+    SamplingConfig,
+    iterated_dpo,
+    iterated_rlhf,
+    rft,
+)
 
 
 def longer(prompts, first, second):
@@ -65,6 +78,32 @@ def test_a_judge_sees_the_columns_that_its_parameters_name():
     assert seen == [([3], [4], 3), ([3], [4], 4)]
     with pytest.raises(ValueError, match=r"parameter 'answer', .* their columns: other"):
         JudgeScorer(judge, 2).check_columns([Prompt([7], other=1)])
+
+
+@pytest.mark.parametrize("method", ["online", "iterated", "rlhf", "rejection"])
+def test_every_method_on_candidates_gives_judge_or_reward_the_columns_of_its_prompts(method):
+    calls, sizes = [], dict(batch_size=4, response_length=6)
+    prompts = [Prompt(ids, total=sum(ids)) for ids in PROMPTS]
+
+    def judge(prompts, first, second, total):
+        calls.append(total == [sum(ids) for ids in prompts])
+        return longer(prompts, first, second)
+
+    def reward(prompts, responses, total):
+        calls.append(total == [sum(ids) for ids in prompts])
+        return [float(len(response)) for response in responses]
+
+    if method == "online":
+        OnlineDPOTrainer(tiny(), prompts, OnlineDPOConfig(**sizes), judge=judge).train()
+    elif method == "iterated":
+        iterated_dpo(tiny(), prompts, IteratedDPOConfig(rounds=1, **sizes), judge=judge)
+    elif method == "rejection":
+        rft(tiny(), prompts, RFTConfig(num_samples=2, **sizes), reward=reward)
+    else:
+        sampling, ppo = SamplingConfig(num_samples=2, **sizes), PPOConfig(**sizes)
+        config = IteratedRLHFConfig(rounds=1, sampling=sampling, ppo=ppo)
+        iterated_rlhf(tiny(), prompts, config, judge=judge, eval_prompts=prompts[:3])
+    assert len(calls) >= 2 and all(calls)
 
 
 def test_a_judge_needs_two_responses_to_compare():
