@@ -148,7 +148,7 @@ def run_annotate(arguments: Namespace) -> None:
     }
     with (
         open_store(arguments.db, items, settings, **options) as store,
-        AnnotationServer(store, arguments.host, arguments.port) as server,
+        AnnotationServer(store, arguments.host, arguments.port, _report) as server,
     ):
         for name, token in store.tokens.items():
             print(f"{name}: {server.link(token)}", flush=True)
@@ -157,8 +157,12 @@ def run_annotate(arguments: Namespace) -> None:
         try:
             server.serve_forever()
         finally:
-            for line in flags.summary_lines(flags.summary(arguments.db)):
-                print(line, file=sys.stderr)
+            _report(flags.summary_lines(flags.summary(arguments.db)))
+
+
+def _report(lines: list[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
 
 
 # ---- export

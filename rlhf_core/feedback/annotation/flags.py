@@ -54,14 +54,19 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     """The summary as lines of text."""
     lines = [f"{report['labels']} labels of {report['items']} items"]
     for name, person in report["annotators"].items():
-        pace = (
-            "" if person["median_ms"] is None else f", {person['median_ms'] / 1000:.1f} s an item"
-        )
+        seconds = None if person["median_ms"] is None else person["median_ms"] / 1000
+        pace = "" if seconds is None else f", {seconds:.1f} s an item"
         lines.append(f"{name}: {person['labels']} labels, {person['skips']} skips{pace}")
-        lines += [f"{name}: {flag}" for flag in person["flags"]]
     if report["alpha"] is not None:
         lines.append(f"Krippendorff's alpha: {report['alpha']:.2f}")
-    return lines + [f"warning: {text}" for text in report["warnings"]]
+    return lines + alert_lines(report)
+
+
+def alert_lines(report: dict[str, Any]) -> list[str]:
+    """Flags and warnings alone, as lines of text."""
+    people = report["annotators"].items()
+    flags = [f"{name} {flag}" for name, person in people for flag in person["flags"]]
+    return [f"warning: {text}" for text in flags + report["warnings"]]
 
 
 def _person(contents: Contents, rows: Sequence[Row], agreed: dict[str, float]) -> dict[str, Any]:
@@ -100,7 +105,7 @@ def _haste(items: dict[Any, Item], labels: Sequence[Row]) -> str:
     )
     if fast < 3 or fast <= 0.1 * len(timed):
         return ""
-    return f"{fast} of {len(timed)} labels came faster than anybody reads the texts"
+    return f"gave {fast} of {len(timed)} labels faster than anybody reads the texts"
 
 
 def _characters(item: Item) -> int:

@@ -146,9 +146,9 @@ def argilla(items: Sequence[Item], settings: Settings) -> tuple[list[Row], Row]:
     records = []
     for item in items:
         order = display_order(settings.seed, item.id, "argilla", len(item.responses))
-        fields = {"prompt": _as_text(item.prompt)}
-        fields |= {name: _as_text(item.responses[i]) for name, i in zip(names, order)}
-        records.append({"id": str(item.id), "fields": fields, "metadata": {"item": item.id}})
+        texts = {name: _as_text(item.responses[i]) for name, i in zip(names, order)}
+        texts = {"prompt": _as_text(item.prompt)} | texts
+        records.append({"id": str(item.id), "fields": texts, "metadata": {"item": item.id}})
     fields = [
         _part(name, {"type": "text", "use_markdown": False}, required=name == "prompt")
         for name in ("prompt", *names)
@@ -202,7 +202,7 @@ def read_platform(path: Path, items: dict[str | int, Item], settings: Settings) 
     entries = read_json(path)
     if not isinstance(entries, list) or not all(isinstance(x, dict) for x in entries):
         raise ValueError(f"{path}: must hold a JSON list of tasks or records, got {shown(entries)}")
-    rows = []
+    rows: list[Row] = []
     for i, entry in enumerate(entries, start=1):
         try:
             if "annotations" in entry:

@@ -19,18 +19,20 @@ import socket
 import socketserver
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from rlhf_core.feedback.annotation.flags import summary
+from rlhf_core.feedback.annotation import flags
 from rlhf_core.feedback.annotation.items import Item
 from rlhf_core.feedback.annotation.labels import LEASE_SECONDS, LabelStore, Refused
 from rlhf_core.files import parse_json, read_text, shown
 
 MAX_BODY = 2**20  # bytes
 _MAX_DRAINED = 2**25  # bytes of a body that is too long, read so that the client gets the answer
+_ALERT_EVERY = 50  # labels
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -45,6 +47,7 @@ class AnnotationServer(ThreadingHTTPServer):
         store: The open database.
         host: The address to listen on.
         port: 0 takes a free one.
+        alert: Called with flags and warnings, as lines of text, after every 50th label.
 
     Attributes:
         status_token: The secret of `GET /status`, for the person who runs the project.
@@ -56,14 +59,20 @@ class AnnotationServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, store: LabelStore, host: str = "127.0.0.1", port: int = 0):
-        self.store, self.host = store, host
+    def __init__(
+        self,
+        store: LabelStore,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        alert: Callable[[list[str]], None] = lambda lines: None,
+    ):
+        self.store, self.host, self.alert, self.labels = store, host, alert, 0
         self.status_token = secrets.token_urlsafe(18)
         self.page = read_text(PAGE)
         self.policy = _content_policy(self.page)
         self.hosts = {"localhost", host.lower(), socket.gethostname().lower()}
         self.sessions: dict[str, tuple[str, float]] = {}  # person -> window, time of last request
-        self.sessions_lock = threading.Lock()
+        self.lock = threading.Lock()  # of the sessions and the count of labels
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:
@@ -96,7 +105,7 @@ class AnnotationServer(ThreadingHTTPServer):
         """Note that a window is at work. Refused if another one of this person is, too."""
         if not session:
             return
-        with self.sessions_lock:
+        with self.lock:
             other, last = self.sessions.get(person, (session, 0.0))
             idle = time.monotonic() - last
             if other != session and idle < LEASE_SECONDS and not takes_over:
@@ -106,6 +115,14 @@ class AnnotationServer(ThreadingHTTPServer):
                     "one link count as one."
                 )
             self.sessions[person] = session, time.monotonic()
+
+    def count_label(self) -> None:
+        """Look for signs of trouble after every 50th label of this run."""
+        with self.lock:
+            self.labels += 1
+            is_due = self.labels % _ALERT_EVERY == 0
+        if is_due:
+            self.alert(flags.alert_lines(flags.summary(self.store.db)))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -154,7 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
         named = label.get("annotator", person)
         if named != person:
             raise Refused(f"annotator {shown(named)} does not belong to this token", 403)
-        return self.server.store.add(person, label)
+        reply = self.server.store.add(person, label)
+        self.server.count_label()
+        return reply
 
     def _session(self) -> dict[str, Any]:
         self._body()
@@ -168,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _status(self) -> dict[str, Any]:
         if not hmac.compare_digest(self._token().encode(), self.server.status_token.encode()):
             raise Refused("the status needs the token that was printed for it", 401)
-        return summary(self.server.store.db)
+        return flags.summary(self.server.store.db)
 
     # ---- requests
 

@@ -62,7 +62,7 @@ def test_missed_gold_questions_are_flagged(monkeypatch, missed, flagged):
 def test_haste_is_flagged(monkeypatch, fast, flagged):
     """201 characters take at least 2.01 seconds."""
     rows = [label("ann", i, 1 + i % 2, ms=2000 if i < fast else 2020) for i in range(20)]
-    expected = [f"{fast} of 20 labels came faster than anybody reads the texts"] if flagged else []
+    expected = [f"gave {fast} of 20 labels faster than anybody reads the texts"] if flagged else []
     assert flags_of(summary(monkeypatch, rows)) == expected
 
 
@@ -101,7 +101,8 @@ def test_agreement_that_stays_low_proposes_a_pause(monkeypatch):
         "agreement stays low (alpha 0.03, then 0.03). Pause, talk about items"
     )
     assert warning.endswith("33, 34, 37, 38, and add them to the guidelines as corner cases")
-    assert f"warning: {warning}" in flags.summary_lines(report)
+    assert flags.alert_lines(report) == [f"warning: {warning}"]
+    assert flags.summary_lines(report)[-1] == f"warning: {warning}"
     assert not summary(monkeypatch, [*ann[:19], *ben[:19]])["warnings"]
     assert not summary(monkeypatch, [*ann, *(row | {"annotator": "ben"} for row in ann)])[
         "warnings"

@@ -134,6 +134,17 @@ def test_undo_and_skip_are_choices(tmp_path):
         assert ann.next()["item"] == "p1"
 
 
+def test_signs_of_trouble_are_reported_while_people_label(tmp_path):
+    alerts = []
+    rows = [Candidates(f"p{i}", "?", RESPONSES) for i in range(60)]
+    with serving(tmp_path / "l.sqlite", rows) as server:
+        server.alert = alerts.append
+        ann = Client(server)
+        for i in range(60):
+            ann.label(f"p{i}", 1, ms=5000)  # always the left one
+    assert alerts == [["warning: ann chose the left answer in 50 of 50 items (binomial p 2e-15)"]]
+
+
 def test_a_token_may_come_as_a_bearer(tmp_path):
     with serving(tmp_path / "l.sqlite") as server:
         client = Client(server, "unknown")
