@@ -24,6 +24,7 @@ GAINS = {  # example -> pattern of a number before and after in its output
     "iterated_rlhf_with_a_judge": r"round 1:.*Elo (\S+) .*round 3:.*Elo (\S+) ",
     "ppo_from_scratch": r"step   1  score (\S+) .*step  40  score (\S+) ",
     "ppo_with_several_rewards": r"score (\S+),.*score (\S+),",
+    "three_policies": r"early .*Elo (\S+) .*late .*Elo (\S+) ",
 }
 
 
