@@ -101,37 +101,33 @@ def near_duplicates(
         max_candidates: Stop after so many comparisons. Only data with a great many similar texts,
             such as a template with one word that changes, have more.
     """
-    # Shingles as numbers 0, 1, ..., the rarest first, once for each text that has them.
-    text = np.arange(len(counts), dtype=np.int32).repeat(counts)
-    order = np.argsort(hashes, kind="stable")
-    text, ordered = text[order], hashes[order]
-    del order
-    new = np.ones(len(ordered), dtype=bool)
-    new[1:] = ordered[1:] != ordered[:-1]
-    once = new.copy()
-    once[1:] |= text[1:] != text[:-1]
-    shingle = (new.cumsum() - 1).astype(np.int32)[once]
-    text = text[once]
-    del ordered, new, once
-    frequency = np.bincount(shingle)
-    rank = np.empty(len(frequency), dtype=np.int32)
-    rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency), dtype=np.int32)
-    shared = np.zeros(len(frequency), dtype=bool)
-    shared[rank] = frequency > 1
-    # Every text's shingles as one sorted list of text * number of shingles + rank.
-    keys = text.astype(np.int64) * max(len(frequency), 1) + rank[shingle]
-    del text, shingle, rank
-    keys.sort()
-    text, shingle = np.divmod(keys, max(len(frequency), 1))
-    sizes = np.bincount(text, minlength=len(counts))
+    # Most shingles are in one text alone. They count, but need no place in the index.
+    low = hashes.astype(np.uint32)
+    ordered = np.sort(low)
+    again = _distinct(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    parts = (low[i : i + _AT_ONCE] for i in range(0, len(low), _AT_ONCE))
+    repeated = np.concatenate([np.zeros(0, dtype=bool), *(_find(again, x)[1] for x in parts)])
+    del low
+    text = np.arange(len(counts), dtype=np.int64).repeat(counts)[repeated]
+    values, shingle = np.unique(hashes[repeated], return_inverse=True)
+    total = max(len(values), 1)
+    alone = counts - np.bincount(text, minlength=len(counts))
+    # The others as one sorted list of text * total + shingle. The rarest have the lowest numbers.
+    keys = _distinct(np.sort(text * total + shingle))
+    text, shingle = np.divmod(keys, total)
+    frequency = np.bincount(shingle, minlength=total)
+    rank = np.empty(total, dtype=np.int64)
+    rank[np.argsort(frequency, kind="stable")] = np.arange(total)
+    keys = np.sort(text * total + rank[shingle])
+    text, shingle = np.divmod(keys, total)
+    indexed = np.bincount(text, minlength=len(counts))
+    sizes = alone + indexed
     # Sets of a and b >= a elements need at least 2a J / (1 + J) in common, and b J. So the first
     # one that they share is among so many of the smaller set, and so many of the larger one.
-    place = _within(sizes)
-    in_smaller = place <= (sizes - np.ceil(2 * JACCARD / (1 + JACCARD) * sizes - 1e-9)).repeat(
-        sizes
-    )
-    in_larger = place <= (sizes - np.ceil(JACCARD * sizes - 1e-9)).repeat(sizes)
-    kept = in_larger & shared[shingle]
+    place, size = alone[text] + _within(indexed), sizes[text]
+    in_smaller = place <= size - np.ceil(2 * JACCARD / (1 + JACCARD) * size - 1e-9)
+    kept = place <= size - np.ceil(JACCARD * size - 1e-9)
     text, shingle, in_smaller = text[kept], shingle[kept], in_smaller[kept]
     order = np.lexsort((sizes[text], shingle))
     text, shingle, in_smaller = text[order], shingle[order], in_smaller[order]
@@ -146,28 +142,44 @@ def near_duplicates(
         if compared + len(active) > max_candidates:
             break
         compared += len(active)
-        codes = np.unique(np.minimum(small, large) * len(counts) + np.maximum(small, large))
-        found.append(_similar(codes, keys, sizes, len(frequency)))
+        codes = np.minimum(small, large) * len(counts) + np.maximum(small, large)
+        codes = _distinct(np.sort(codes))
+        found.append(_similar(codes, keys, total, indexed, sizes))
         ahead += 1
-    codes = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
+    codes = _distinct(np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *found])))
     return Near(np.stack(np.divmod(codes, max(len(counts), 1)), axis=1), not len(active))
 
 
-def _similar(codes: np.ndarray, keys: np.ndarray, sizes: np.ndarray, shingles: int) -> np.ndarray:
+def _similar(
+    codes: np.ndarray, keys: np.ndarray, total: int, indexed: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
     """Those pairs, coded as first * number of texts + second, whose sets are similar enough."""
-    starts, kept = _starts(sizes), []
-    step = max(1, _AT_ONCE // int(sizes.max(initial=1)))
+    starts, kept = _starts(indexed), []
+    step = max(1, _AT_ONCE // int(indexed.max(initial=1)))
     for at in range(0, len(codes), step):
         part = codes[at : at + step]
         first, second = np.divmod(part, len(sizes))
-        owner = np.arange(len(part)).repeat(sizes[first])
-        places = starts[first].repeat(sizes[first]) + _within(sizes[first])
-        wanted = keys[places] + (second - first)[owner] * shingles
-        where = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        both = np.bincount(owner[keys[where] == wanted], minlength=len(part))
-        union = sizes[first] + sizes[second] - both
-        kept.append(part[both >= JACCARD * union - 1e-9])
+        owner = np.arange(len(part)).repeat(indexed[first])
+        places = starts[first].repeat(indexed[first]) + _within(indexed[first])
+        _, shared = _find(keys, keys[places] + (second - first)[owner] * total)
+        both = np.bincount(owner[shared], minlength=len(part))
+        kept.append(part[both >= JACCARD * (sizes[first] + sizes[second] - both) - 1e-9])
     return np.concatenate([np.zeros(0, dtype=np.int64), *kept])
+
+
+def _distinct(ordered: np.ndarray) -> np.ndarray:
+    """The distinct values of a sorted array. numpy's unique hashes them, which is slower."""
+    new = np.ones(len(ordered), dtype=bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return ordered[new]
+
+
+def _find(index: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places of values in a sorted array, and for which of them it has one."""
+    places = np.searchsorted(index, values)
+    inside = places < len(index)
+    inside[inside] = index[places[inside]] == values[inside]
+    return places, inside
 
 
 class Leaks:
@@ -201,9 +213,7 @@ class Leaks:
         holds = np.zeros(len(texts), dtype=bool)
         for size, index in self.index.items():
             hashes, counts = self._ngrams(texts, size)
-            places = np.searchsorted(index, hashes)
-            hit = np.append(index, 0)[places] == hashes
-            hit &= places < len(index)
+            places, hit = _find(index, hashes)
             self.seen[size][places[hit]] = True
             holds[np.arange(len(texts)).repeat(counts)[hit]] = True
         return holds
