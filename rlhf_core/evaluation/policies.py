@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_core.data import Tokenizer, columns_of
+from rlhf_core.data import Tokenizer
 from rlhf_core.feedback.candidates import LONG_PROMPTS, ON_LONG_PROMPT
-from rlhf_core.feedback.rewards import columns_for
+from rlhf_core.feedback.rewards import Reward, Scorer
 from rlhf_core.models import Transformer, eval_mode
 from rlhf_core.ops import kl_estimate
 from rlhf_core.options import Options, option
@@ -99,7 +99,7 @@ def evaluate_policy(
     policy: Transformer,
     reference: Transformer,
     prompts: Sequence[Sequence[int]],
-    reward: Callable[..., Sequence[float]],
+    reward: Reward | Sequence[tuple[Reward, float]],
     tokenizer: Tokenizer,
     *,
     batch_size: int = 128,
@@ -107,15 +107,17 @@ def evaluate_policy(
 ) -> Evaluation:
     """Sample a response to every prompt, score it and estimate its KL to the reference.
 
-    Prompts and reward are those of `best_of_n`; the reward is a callable. Options are those of
-    `sample_policy`.
+    Prompts and reward are those of `best_of_n`: the reward is a RewardModel, an EnsembleReward, a
+    callable, or a list of (reward, weight). Options are those of `sample_policy`.
     """
+    pad_id = policy.config.pad_id or 0
+    scorer = Scorer(reward, tokenizer=tokenizer, pad_id=pad_id, batch_size=batch_size)
+    scorer.check_vocabulary(policy)
+    scorer.check_columns(prompts)
     found = sample_policy(policy, reference, prompts, batch_size=batch_size, **options)
-    responses, scores = [tokenizer.decode(ids) for ids in found.ids], []
+    scores = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        texts = [tokenizer.decode(ids) for ids in prompts[part]]
-        columns = columns_for(reward, 2, columns_of(prompts[part]))
-        returned = reward(texts, responses[part], **columns)
-        scores.append(torch.as_tensor(returned, dtype=torch.float32))
+        scores.append(scorer(prompts[part], found.ids[part]))
+    responses = [tokenizer.decode(ids) for ids in found.ids]
     return Evaluation(responses, torch.cat(scores), found.kl, found.lengths, found.ids)

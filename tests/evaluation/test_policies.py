@@ -1,12 +1,14 @@
 """Evaluation of a policy's own samples."""
 
+import pytest
 import torch
 from helpers import tiny
 from torch.testing import assert_close
 
-from rlhf_core.data import ByteTokenizer, Prompt
+from rlhf_core.data import ByteTokenizer, Example, Prompt, collate
 from rlhf_core.evaluation import evaluate_policy
 from rlhf_core.evaluation.policies import sample_policy
+from rlhf_core.models import EnsembleReward, RewardModel
 
 
 def noisy(seed=0, **options):
@@ -18,10 +20,12 @@ def scores_of(prompts, responses):
     return [float(len(response)) for response in responses]
 
 
-def evaluated(policy, reference, **options):
-    prompts = [[257, *b"hello"], [257, *b"ok"], [257]]
+PROMPTS = [[257, *b"hello"], [257, *b"ok"], [257]]
+
+
+def evaluated(policy, reference, reward=scores_of, **options):
     options = dict(max_new_tokens=5) | options
-    return evaluate_policy(policy, reference, prompts, scores_of, ByteTokenizer(), **options)
+    return evaluate_policy(policy, reference, PROMPTS, reward, ByteTokenizer(), **options)
 
 
 def test_evaluation_gives_a_score_and_a_kl_for_every_prompt():
@@ -81,3 +85,19 @@ def test_every_sample_of_a_prompt_has_a_seed_of_its_own():
     assert again.ids == found.ids
     greedy = sample_policy(policy, reference, prompts, num_samples=2, temperature=0, **options)
     assert greedy.ids[0] == greedy.ids[1] and greedy.kl.isnan().all()
+
+
+def test_the_reward_may_be_a_model_an_ensemble_or_a_weighted_list():
+    policy = noisy()
+    models = [noisy(seed, cls=RewardModel) for seed in (3, 4)]
+    plain, one = evaluated(policy, policy), evaluated(policy, policy, models[0], batch_size=2)
+    examples = [Example(*row) for row in zip(PROMPTS, one.response_ids)]
+    scores = [model.scores(collate(examples, 0)).detach() for model in models]
+    assert one.responses == plain.responses
+    assert_close(one.scores, scores[0], rtol=0, atol=1e-5)
+    both = evaluated(policy, policy, EnsembleReward(models, "mean"))
+    assert_close(both.scores, (scores[0] + scores[1]) / 2, rtol=0, atol=1e-5)
+    mixed = evaluated(policy, policy, [(models[0], 2.0), (scores_of, 0.5)])
+    assert_close(mixed.scores, 2 * scores[0] + 0.5 * plain.scores, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="the policy has 259 tokens, but reward model 0 has 12"):
+        evaluated(policy, policy, tiny(RewardModel))
