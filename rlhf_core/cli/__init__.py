@@ -34,6 +34,7 @@ GROUPS = {  # heading -> module, and what each of its commands does
             "online-dpo": "DPO on new samples in every step",
             "iterated-dpo": "DPO on its own samples, in rounds",
             "rft": "rejection sampling: SFT on its own best samples",
+            "iterated-rlhf": "rounds of judged pairs, a reward model and PPO",
         },
     ),
     "sample": (

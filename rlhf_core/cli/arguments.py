@@ -131,7 +131,7 @@ def add_template(parser: ArgumentParser) -> None:
     parser.add_argument("--template-date", type=_date, metavar="YYYY-MM-DD", help=help)
     help = "variables of the chat template, such as enable_thinking=false; values are JSON or text"
     parser.add_argument(
-        "--template-vars", type=_variable, nargs="+", default=(), metavar="NAME=VALUE", help=help
+        "--template-vars", type=variable, nargs="+", default=(), metavar="NAME=VALUE", help=help
     )
 
 
@@ -141,7 +141,8 @@ def tokenizer_of(arguments: Namespace, model: Path | str | None = None) -> Token
     return load_tokenizer(model or arguments.model, arguments.template_date, variables)
 
 
-def _variable(text: str) -> tuple[str, Any]:
+def variable(text: str) -> tuple[str, Any]:
+    """The name and value of NAME=VALUE. The value is JSON or text."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")

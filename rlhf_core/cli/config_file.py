@@ -69,7 +69,9 @@ def options_of(arguments: Namespace) -> dict[str, Any]:
     """The options of a run as JSON, from which `expanded` makes the same command line."""
     left_out = ("config", "resume", "overwrite", "command_line")
     options = {name: x for name, x in vars(arguments).items() if name not in left_out}
-    options["template_vars"] = dict(options["template_vars"])
+    for name, value in options.items():
+        if isinstance(value, list) and value and isinstance(value[0], tuple):  # NAME=VALUE each
+            options[name] = dict(value)
     return json.loads(json.dumps(options, default=str))
 
 

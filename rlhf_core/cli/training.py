@@ -18,6 +18,8 @@ from rlhf_core.cli.arguments import MODEL, Command
 from rlhf_core.cli.config_file import add_config_file
 from rlhf_core.data import encode_text, read_texts
 from rlhf_core.data.collate import length
+from rlhf_core.feedback.judges import RewardJudge
+from rlhf_core.feedback.rewards import Scorer
 from rlhf_core.locks import check_one_process
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
 from rlhf_core.models.ilql import has_values
@@ -119,6 +121,7 @@ def _add_data_arguments(method: OnData, parser: ArgumentParser) -> None:
     shared.add_columns(parser)
     shared.add_template(parser)
     _add_run(parser)
+    _add_lora(parser)
     shared.add_config(parser, method.config)
 
 
@@ -135,7 +138,77 @@ def _add_prompt_arguments(method: OnPrompts, parser: ArgumentParser) -> None:
         "the first step, after the last one, and every --eval-every steps",
     )
     _add_run(parser)
+    _add_lora(parser)
     shared.add_config(parser, method.config)
+
+
+PARTS = {  # fields of IteratedRLHFConfig that hold a config, and the command that lists its options
+    "sampling": (trainers.SamplingConfig, "best-of-n"),
+    "reward": (trainers.RewardConfig, "reward"),
+    "ppo": (trainers.PPOConfig, "ppo"),
+}
+
+
+def _add_iterated_rlhf(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, help=MODEL)
+    shared.add_prompts_and_reward(parser, judged=True)
+    parser.add_argument("--pairs", type=Path, help=f"earlier pairs to learn from, too: {PAIRS}")
+    parser.add_argument(
+        "--eval-prompts", type=Path, help="prompts whose answers rate the policies of all rounds"
+    )
+    for name, (_, command) in PARTS.items():
+        parser.add_argument(
+            f"--{name}", type=shared.variable, nargs="+", default=(), metavar="NAME=VALUE",
+            help=f"options of {name}, such as batch_size=8: see `rlhf-core {command} --help`",
+        )  # fmt: skip
+    _add_run(parser)
+    shared.add_config(parser, trainers.IteratedRLHFConfig, without=PARTS)
+
+
+def run_iterated_rlhf(arguments: Namespace) -> None:
+    """Read prompts, judge and model, train in rounds, print the last metrics."""
+    check_one_process()
+    parts = {}
+    for name, (config_type, _) in PARTS.items():
+        given = dict(getattr(arguments, name))
+        if name == "sampling":
+            given = {"num_samples": 2} | given
+        try:
+            parts[name] = config_type(**given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--{name}: {error}") from None
+    config = trainers.IteratedRLHFConfig(arguments.rounds, **parts, seed=arguments.seed)
+    with shared.recorded(arguments):
+        _run_iterated_rlhf(config, arguments)
+
+
+def _run_iterated_rlhf(config: trainers.IteratedRLHFConfig, arguments: Namespace) -> None:
+    dtype = shared.save_dtype_of(arguments)
+    model, rows, options = shared.prompted(arguments, config)
+    tokenizer = options["tokenizer"]
+    if "reward" in options:
+        pad_id, size = tokenizer.pad_id, config.sampling.batch_size
+        reward = options.pop("reward")
+        scorer = Scorer(reward, tokenizer=tokenizer, pad_id=pad_id, batch_size=size)
+        scorer.check_vocabulary(model)
+        options["judge"] = RewardJudge(scorer)
+    if arguments.pairs is not None:
+        limit = min(config.reward.max_length, model.config.max_positions)
+        encode = lambda row: shared.known(data.encode_preference(row, tokenizer, limit), model)  # noqa: E731
+        options["pairs"] = shared.read(data.read_preferences, arguments.pairs, arguments, encode)
+    if arguments.eval_prompts is not None:
+        encode = lambda row: shared.known(data.encode_prompt_row(row, tokenizer), model)  # noqa: E731
+        path = arguments.eval_prompts
+        options["eval_prompts"] = shared.read(data.read_prompt_rows, path, arguments, encode)
+    options |= dict(out=arguments.out, resume=arguments.resume)
+    last = trainers.iterated_rlhf(model, [ids for _, ids in rows], config, **options)[-1]
+    _save_as(dtype, model, arguments.out)
+    note = f"{len(rows)} prompts"
+    if "elo" in last:
+        ratings = ", ".join(f"{rating:.0f}" for rating in last["elo"])
+        note = f"Elo ratings of the first policy and each round's: {ratings}\n{note}"
+    metrics = {name: x for name, x in last.items() if not isinstance(x, list)}
+    shared.print_result(metrics, arguments.out, note)
 
 
 def _add_run(parser: ArgumentParser) -> None:
@@ -155,6 +228,9 @@ def _add_run(parser: ArgumentParser) -> None:
     shared.add_save_dtype(parser)
     shared.add_skip_bad(parser)
     shared.add_device(parser)
+
+
+def _add_lora(parser: ArgumentParser) -> None:
     lora = parser.add_argument_group(
         "LoRA", "--out then holds adapters in PEFT's layout, with --model as their base"
     )
@@ -303,10 +379,14 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
     shared.print_result(history[-1], arguments.out, f"{len(rows)} prompts")
 
 
-COMMANDS = {
-    name: Command(partial(_add_data_arguments, method), partial(train_on_data, method))
-    for name, method in ON_DATA.items()
-} | {
-    name: Command(partial(_add_prompt_arguments, method), partial(train_on_prompts, method))
-    for name, method in ON_PROMPTS.items()
-}
+COMMANDS = (
+    {
+        name: Command(partial(_add_data_arguments, method), partial(train_on_data, method))
+        for name, method in ON_DATA.items()
+    }
+    | {
+        name: Command(partial(_add_prompt_arguments, method), partial(train_on_prompts, method))
+        for name, method in ON_PROMPTS.items()
+    }
+    | {"iterated-rlhf": Command(_add_iterated_rlhf, run_iterated_rlhf)}
+)

@@ -11,16 +11,32 @@ from torch import Tensor, nn
 from rlhf_core.data import Tokenizer, columns_of
 from rlhf_core.feedback.rewards import (
     RewardError,
+    Scorer,
     columns_for,
     describe_function,
     first_failure,
     no_hard_exit,
     unique_rows,
 )
+from rlhf_core.losses import preferred
 
 # (prompts, first, second, **columns) -> for each row the probability that the first response is
 # better.
 Judge = Callable[..., Sequence[float]]
+
+
+class RewardJudge:
+    """A judge that prefers the response with the higher reward. It reads token ids, not text."""
+
+    def __init__(self, scorer: Scorer):
+        self.scorer = scorer
+
+    def __call__(self, prompts: list, first: list, second: list, **columns: list) -> Tensor:
+        """1 where the first response is better, 0 where the second is, 1/2 for equal rewards.
+
+        The scorer gets the columns with the prompts.
+        """
+        return preferred(self.scorer(prompts, first), self.scorer(prompts, second))
 
 
 class JudgeScorer:
@@ -29,17 +45,19 @@ class JudgeScorer:
     The scores of two responses are p and 1 - p. The judge sees each pair once, in sampling order.
     """
 
-    models: Sequence[nn.Module] = ()  # as for `Scorer`
-
     def __init__(self, judge: Judge, num_samples: int, tokenizer: Tokenizer | None = None):
         if num_samples < 2:
             raise ValueError(
                 f"a judge compares responses: num_samples must be >= 2, got {num_samples}"
             )
         self.judge, self.num_samples, self.tokenizer = judge, num_samples, tokenizer
+        by_reward = isinstance(judge, RewardJudge)
+        self.models: Sequence[nn.Module] = judge.scorer.models if by_reward else ()
 
     def describe(self) -> dict[str, Any]:
         """As `Scorer.describe`."""
+        if isinstance(self.judge, RewardJudge):
+            return {"judge": self.judge.scorer.describe()}
         return {"judge": describe_function(self.judge)}
 
     def check_columns(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -81,7 +99,7 @@ def judged(
     if not len(prompts):
         raise ValueError("there are no responses to judge")
     texts, columns = [prompts, first, second], columns_for(judge, 3, columns_of(prompts))
-    if tokenizer is not None:
+    if tokenizer is not None and not isinstance(judge, RewardJudge):
         texts = [[tokenizer.decode(ids) for ids in column] for column in texts]
     *distinct, place = unique_rows(*texts, *columns.values())
     differ = [row for row, (one, other) in enumerate(zip(*distinct[1:3])) if one != other]

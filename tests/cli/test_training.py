@@ -325,6 +325,61 @@ def test_methods_that_choose_among_samples_turn_prompts_into_a_policy(
         assert (out / "model.safetensors").read_bytes() != weights
 
 
+# ---- iterated RLHF
+
+
+@pytest.fixture
+def iterated(folders, tmp_path):
+    """Runs iterated RLHF on four prompts, into tmp_path / out."""
+
+    def iterated(*options, out="out"):
+        prompts = write(tmp_path / "prompts.txt", ["one", "two", "three", "four"])
+        small = ["--sampling", "response_length=4", "--reward", "lr=0.01", "batch_size=4"]
+        small += ["--ppo", "lr=0.01", "batch_size=4", "response_length=4", "--device", "cpu"]
+        paths = ["--model", folders / "policy", "--prompts", prompts, "--out", tmp_path / out]
+        return run("iterated-rlhf", *paths, *small, *options)
+
+    return iterated
+
+
+@pytest.mark.slow
+def test_iterated_rlhf_learns_from_a_gold_reward_and_resumes(iterated, folders, tmp_path, capsys):
+    (tmp_path / "gold.py").write_text(
+        "def gold(prompts, responses): return [sum(map(ord, x)) for x in responses]\n"
+    )
+    options = ["--reward-function", f"{tmp_path}/gold.py:gold"]
+    options += ["--pairs", write(tmp_path / "pairs.jsonl", PAIRS)]
+    options += ["--eval-prompts", write(tmp_path / "eval.txt", ["five", "six"])]
+    assert iterated(*options, "--rounds", 2, out="whole") == 0
+    shown, whole = capsys.readouterr().out, tmp_path / "whole"
+    assert "Elo ratings of the first policy and each round's: 0, " in shown
+    assert f"4 prompts; written to {whole}" in shown
+    lines = metrics_in(whole)
+    assert [line["round"] for line in lines] == [1, 2] and len(lines[1]["elo"]) == 3
+    assert 10 < lines[0]["pairs"] <= 14 and lines[0]["pairs"] < lines[1]["pairs"] <= 18
+    assert moved(folders, whole) and (whole / "tokenizer_config.json").is_file()
+    assert iterated(*options, "--rounds", 1) == 0
+    assert run("iterated-rlhf", "--resume", "--out", tmp_path / "out", "--rounds", 2) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
+    (tmp_path / "gold.py").write_text("def gold(prompts, responses): return [0] * len(responses)\n")
+    assert run("iterated-rlhf", "--resume", "--out", tmp_path / "out", "--rounds", 3) == 2
+    assert "feedback.judge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--ppo", "learning_rate=1"], "--ppo: PPOConfig has no option 'learning_rate'; did you"),
+        (["--reward", "epochs=2.5"], "--reward: epochs must be a whole number, got 2.5"),
+        (["--sampling", "num_samples=1"], "sampling.num_samples must be at least 2"),
+    ],
+)
+def test_a_bad_option_of_a_part_of_iterated_rlhf_is_named(options, message, iterated, capsys):
+    assert iterated("--judge", "judge.py:judge", *options) == 2
+    assert message in capsys.readouterr().err
+
+
 # ---- several data files, and the dtype of the weights
 
 

@@ -4,7 +4,9 @@ import pytest
 from helpers import PROMPTS, tiny
 
 from rlhf_core.data import ByteTokenizer, Prompt
-from rlhf_core.feedback.judges import JudgeScorer, judged
+from rlhf_core.feedback.judges import JudgeScorer, RewardJudge, judged
+from rlhf_core.feedback.rewards import Scorer
+from rlhf_core.models import RewardModel
 from rlhf_core.trainers import (
     IteratedDPOConfig,
     IteratedRLHFConfig,
@@ -140,3 +142,19 @@ def test_a_judge_that_raises_is_reported_with_the_row():
 def test_a_verdict_that_is_not_a_probability_is_reported_with_its_row(verdict, message):
     with pytest.raises(ValueError, match=message):
         judged(lambda *_: verdict, [[7], [8]], [[3], [4]], [[5], [6]])
+
+
+def test_a_reward_as_judge_prefers_the_higher_one_and_reads_ids_and_columns():
+    def matches(prompts, responses, wanted):
+        return [float(response.count(x)) for response, x in zip(responses, wanted)]
+
+    judge = RewardJudge(Scorer(matches))
+    prompts = [Prompt([1], wanted=5), Prompt([2], wanted=6), Prompt([3], wanted=5)]
+    first, second = [[5, 5], [5], [7]], [[5], [6], [8]]
+    for tokenizer in (None, ByteTokenizer()):
+        wins = judged(judge, prompts, first, second, tokenizer=tokenizer)
+        assert wins.tolist() == [1, 0, 0.5]
+    described = JudgeScorer(judge, 2).describe()["judge"]
+    assert described == Scorer(matches).describe()
+    model = tiny(RewardModel)
+    assert JudgeScorer(RewardJudge(Scorer(model)), 2).models == [model]
