@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import secrets
@@ -208,8 +209,9 @@ class LabelStore:
         leases = connection.execute("SELECT annotator, item, served, expires FROM leases")
         self._leases = {annotator: Lease(*rest) for annotator, *rest in leases}
         self._gold = [item for item in self.items.values() if item.ranks]
-        self._others = [item for item in self.items.values() if not item.ranks]
-        # Folds of the log: who has labelled or skipped an item, and each person's rows in order.
+        # Folds of the log: items with fewer labels than `overlap`, who has labelled or skipped an
+        # item, and each person's rows in order.
+        self._open = {name: item for name, item in self.items.items() if not item.ranks}
         self._labelled: dict[Any, set[str]] = defaultdict(set)
         self._skipped: dict[Any, set[str]] = defaultdict(set)
         self._history: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -258,7 +260,7 @@ class LabelStore:
         seen = self._history[annotator]
         asked = sum(row["gold"] for row in seen)
         is_due = (asked + 1) * self.gold_every <= len(seen) + 1
-        queue = [*self._gold, *self._others] if is_due else self._others
+        queue = itertools.chain(self._gold if is_due else (), self._open.values())
         return next((item for item in queue if self._has_room(item.id, annotator, now)), None)
 
     def _has_room(self, item: str | int, annotator: str, now: float) -> bool:
@@ -295,9 +297,7 @@ class LabelStore:
         """
         with self.lock:
             rows = [row for row in self._history[annotator] if row["kind"] == "label"]
-            needed = sum(
-                max(0, self.overlap - len(self._labelled[item.id])) for item in self._others
-            )
+            needed = sum(self.overlap - len(self._labelled[name]) for name in self._open)
         left = math.ceil(needed / max(1, len(self.tokens)))
         times = [row["ms"] for row in rows[-50:] if row["ms"] is not None]
         seconds = round(left * statistics.median(times) / 1000) if len(times) > 2 else None
@@ -307,9 +307,7 @@ class LabelStore:
         """Number of items that this person may still get, if others do not finish them."""
         with self.lock:
             return sum(
-                len(self._labelled[item.id]) < self.overlap
-                and annotator not in self._labelled[item.id] | self._skipped[item.id]
-                for item in self._others
+                annotator not in self._labelled[name] | self._skipped[name] for name in self._open
             )
 
     # ---- labels
@@ -440,6 +438,11 @@ class LabelStore:
             history.append(row)
             seen = self._labelled if row["kind"] == "label" else self._skipped
             seen[row["item"]].add(annotator)
+        item = self.items[row["item"]]
+        if len(self._labelled[item.id]) >= self.overlap:
+            self._open.pop(item.id, None)
+        elif not item.ranks and item.id not in self._open:  # after an undo it comes first
+            self._open = {item.id: item} | self._open
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -121,8 +121,10 @@ class AnnotationServer(ThreadingHTTPServer):
         with self.lock:
             self.labels += 1
             is_due = self.labels % _ALERT_EVERY == 0
-        if is_due:
-            self.alert(flags.alert_lines(flags.summary(self.store.db)))
+        if is_due:  # in a thread, because nobody should wait for it
+            report = lambda: self.alert(flags.alert_lines(flags.summary(self.store.db)))  # noqa: E731
+            self.watcher = threading.Thread(target=report, daemon=True)
+            self.watcher.start()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -142,6 +142,8 @@ def test_signs_of_trouble_are_reported_while_people_label(tmp_path):
         ann = Client(server)
         for i in range(60):
             ann.label(f"p{i}", 1, ms=5000)  # always the left one
+            if i == 49:
+                server.watcher.join()
     assert alerts == [["warning: ann chose the left answer in 50 of 50 items (binomial p 2e-15)"]]
 
 
