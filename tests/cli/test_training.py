@@ -414,7 +414,14 @@ def test_several_data_files_are_joined_or_mixed(train, tmp_path, monkeypatch, fa
     assert "org/name: no such file or directory. Rows are read from JSON lines" in missing
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "rft"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sft",
+        pytest.param("reward", marks=pytest.mark.slow),
+        pytest.param("rft", marks=pytest.mark.slow),
+    ],
+)
 def test_weights_are_saved_in_the_dtype_that_is_asked_for(
     command, train, sample, folders, tmp_path
 ):
