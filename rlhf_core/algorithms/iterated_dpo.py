@@ -21,7 +21,7 @@ from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
 from rlhf_core.training.reference import frozen_copy
-from rlhf_core.training.rounds import resumed, run_rounds, with_seed
+from rlhf_core.training.rounds import SAMPLE_ROUNDS, log_samples, resumed, run_rounds, with_seed
 from rlhf_core.training.trainer import Trainer
 
 
@@ -30,6 +30,7 @@ class IteratedDPOConfig(OnlineDPOConfig):
     """Online DPO's options; epochs and max_steps are those of a round."""
 
     rounds: int = option(3, "rounds of sampling and DPO", within="[1, inf)")
+    sample_every: int = option(1, SAMPLE_ROUNDS, within="[0, inf)")
     reference_policy: str = option(
         "round",
         "DPO's reference: the policy at the start of the round, or the first policy",
@@ -76,6 +77,7 @@ def iterated_dpo(
         generator = torch.Generator().manual_seed(seed)
         options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator)
         samples = candidates(model, prompts, scorer, config, **options)
+        log_samples(out, len(history) + 1, samples, config, tokenizer)
         pairs = samples.pairs()
         if not pairs:
             raise ValueError(ALL_TIED)

@@ -25,6 +25,7 @@ from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
+from rlhf_core.training.config import PRINT_SAMPLES, SAMPLE_EVERY
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class OnlineDPOConfig(DPOConfig, SamplingConfig):
     num_samples: int = option(
         2, "responses to each prompt; the best and the worst are the pair", within="[2, inf)"
     )
+    sample_every: int = option(10, SAMPLE_EVERY, within="[0, inf)")
+    print_samples: bool = option(False, PRINT_SAMPLES)
 
     def __post_init__(self):
         super().__post_init__()
@@ -100,6 +103,9 @@ class OnlineDPOTrainer(DPOTrainer):
         """Sample responses to the prompts, and take a step of DPO on the pairs among them."""
         options = dict(eos_ids=self.eos_ids, tokenizer=self.tokenizer, generator=self.generator)
         samples = candidates(self.model, batch, self.scorer, self.config, **options)
+        rows = samples.rows()
+        self.note_samples(*rows)
+        self.tokens += sum(map(len, rows[1]))
         pairs, report = samples.pairs(), sample_metrics(samples)
         if not pairs:
             self.warn_once(ALL_TIED)

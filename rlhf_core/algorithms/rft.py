@@ -29,7 +29,8 @@ from rlhf_core.feedback.diversity import diversity
 from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
-from rlhf_core.training.rounds import resumed, run_rounds, with_seed
+from rlhf_core.training.config import PRINT_SAMPLES
+from rlhf_core.training.rounds import SAMPLE_ROUNDS, log_samples, resumed, run_rounds, with_seed
 from rlhf_core.training.trainer import Trainer
 
 
@@ -38,6 +39,8 @@ class RFTConfig(SFTConfig, SamplingConfig):
     """SFT's options, per round, and those of sampling; batch_size is also that of sampling."""
 
     rounds: int = option(1, "rounds of sampling and SFT", within="[1, inf)")
+    sample_every: int = option(1, SAMPLE_ROUNDS, within="[0, inf)")
+    print_samples: bool = option(False, PRINT_SAMPLES)
     threshold: float | None = option(
         None, "keep every distinct response with at least this score; unset: each prompt's best"
     )
@@ -78,6 +81,7 @@ def rft(
         generator = torch.Generator().manual_seed(seed)
         options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator)
         samples = candidates(model, prompts, scorer, config, **options)
+        log_samples(out, len(history) + 1, samples, config, tokenizer)
         examples = kept(samples, config.threshold)
         if config.threshold is None and config.num_samples > 1 and not samples.margins().any():
             warnings.warn(ALL_TIED, stacklevel=2)

@@ -403,8 +403,32 @@ def _function(option: str, text: str) -> Callable:
     return getattr(module, name)
 
 
-def print_result(metrics: dict[str, float], out: Path, note: str) -> None:
-    """Print the last step's metrics and where the model is."""
-    for name, value in metrics.items():
-        print(f"{name:<28} {value:.6g}")
+def print_result(history: list[dict], out: Path, note: str) -> None:
+    """Print the means of the last tenth of the steps, and where the model is.
+
+    Evaluations, and other metrics that only the last of several steps has, are as they are.
+    """
+    last, recent = history[-1], history[-max(len(history) // 10, 1) :]
+    unit = "round" if "round" in last else "step"
+    before = {name for line in history[:-1] for name in line} or last.keys()
+    means, final = {}, {}
+    for name, value in last.items():
+        if name.startswith("eval_") or name not in before:
+            final[name] = value
+        elif isinstance(value, list):
+            means[name] = value
+        elif name != unit:
+            values = [line[name] for line in recent if name in line]
+            means[name] = sum(values) / len(values)
+    steps = f"{unit} {last[unit]}"
+    if len(recent) > 1:
+        steps = f"mean of {unit}s {recent[0][unit]} to {last[unit]}"
+    for title, metrics in ((steps, means), (f"after {unit} {last[unit]}", final)):
+        groups = list(dict.fromkeys(name.rpartition("/")[0] for name in metrics))
+        names = sorted(metrics, key=lambda name: groups.index(name.rpartition("/")[0]))
+        if names:
+            print(f"{title}:")
+        for name in names:
+            value = metrics[name]
+            print(f"  {name:<28} {value if isinstance(value, list) else format(value, '.6g')}")
     print(f"{note}; written to {out}")

@@ -323,10 +323,10 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
     )
     if arguments.resume:
         trainer.resume()
-    metrics = trainer.train()[-1]
+    history = trainer.train()
     _save_as(dtype, model, arguments.out)
     note = f"{len(examples)} to train on, {len(held_out)} held out"
-    shared.print_result(metrics, arguments.out, note)
+    shared.print_result(history, arguments.out, note)
 
 
 def _save_as(dtype: torch.dtype, model: nn.Module, out: Path) -> None:
@@ -376,7 +376,7 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
     else:
         history = method.train(model, prompts, config, resume=arguments.resume, **options)
     _save_as(dtype, model, arguments.out)
-    shared.print_result(history[-1], arguments.out, f"{len(rows)} prompts")
+    shared.print_result(history, arguments.out, f"{len(rows)} prompts")
 
 
 COMMANDS = (

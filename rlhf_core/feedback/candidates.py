@@ -63,6 +63,16 @@ class Candidates(NamedTuple):
         scores, index = self.scores.max(dim=1)
         return [row[i] for row, i in zip(self.responses, index.tolist())], scores
 
+    def rows(self) -> tuple[list, list[list[int]], list[float]]:
+        """Prompt, response and score of each of the B n responses."""
+        n = self.scores.shape[1]
+        prompts = [prompt for prompt in self.prompts for _ in range(n)]
+        return (
+            prompts,
+            [ids for group in self.responses for ids in group],
+            self.scores.flatten().tolist(),
+        )
+
     def pairs(self) -> list[Pair]:
         """Each prompt's best response against its worst, unless they tie."""
         best, worst = self.scores.argmax(dim=1).tolist(), self.scores.argmin(dim=1).tolist()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rlhf_core.feedback.candidates import LONG_PROMPTS, ON_LONG_PROMPT, STOP_STRINGS
 from rlhf_core.ops.kl import ESTIMATORS
 from rlhf_core.options import option
-from rlhf_core.training.config import TrainConfig
+from rlhf_core.training.config import PRINT_SAMPLES, SAMPLE_EVERY, TrainConfig
 
 ONE_UPDATE = "with one update per rollout; raise ppo_epochs or lower minibatch_size"
 KL_COEF = "weight of the KL to the reference; higher keeps the policy closer to it"
@@ -31,6 +31,8 @@ class PolicyGradientConfig(TrainConfig):
     on_long_prompt: str = option("drop", ON_LONG_PROMPT, choices=LONG_PROMPTS)
     stop_strings: tuple[str, ...] = option((), STOP_STRINGS, flag="--stop")
     temperature: float = option(0.7, TEMPERATURE, within="(0, inf)")
+    sample_every: int = option(10, SAMPLE_EVERY, within="[0, inf)")
+    print_samples: bool = option(False, PRINT_SAMPLES)
 
     kl_coef: float = option(0.05, KL_COEF, within="[0, inf)")
     kl_in: str = option(
@@ -151,6 +153,7 @@ class PolicyGradientConfig(TrainConfig):
         no_kl = "because kl_coef is 0"
         no_bonus = "because entropy_coef is 0"
         self.warn_unused(
+            ("print_samples", self.sample_every > 0, "with sample_every 0"),
             ("kl_target", self.kl_coef > 0, no_kl),
             ("kl_horizon", steered, "without kl_target or entropy_target"),
             ("kl_in", self.kl_coef > 0, no_kl),

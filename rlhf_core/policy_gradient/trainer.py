@@ -27,7 +27,7 @@ from rlhf_core.feedback.rewards import Reward, Scorer, scores_of
 from rlhf_core.generation import check_stop_strings
 from rlhf_core.losses.kl import kl_loss
 from rlhf_core.masking import Moments, loss_weights, masked_mean, masked_moments
-from rlhf_core.models import Transformer, ValueModel
+from rlhf_core.models import Transformer, ValueModel, eval_mode
 from rlhf_core.ops import kl_estimate, ppo_loss
 from rlhf_core.ops.linear_logprobs import TokenStatistics
 from rlhf_core.ops.policy_loss import PPOLossStats
@@ -160,6 +160,7 @@ class PolicyGradientTrainer(Trainer):
         )
         self.score_moments = Moments(*torch.zeros(3, dtype=torch.float64, device=self.device))
         self.episodes, self.started = 0, time.monotonic()
+        self._first: tuple[Rollout, Tensor] | None = None  # of the first step, with its log-probs
 
     def trained_models(self) -> list[nn.Module]:
         return [self.model] if self.critic is None else [self.model, self.critic]
@@ -191,7 +192,9 @@ class PolicyGradientTrainer(Trainer):
             tokenizer=self.tokenizer,
             generator=self.generator,
         )
-        return sample(self.sampled_policy, batch, **(settings | options))
+        rollout = sample(self.sampled_policy, batch, **(settings | options))
+        self.tokens = self.tokens + rollout.response_mask.sum()
+        return rollout
 
     @torch.no_grad()
     def score(self, rollout: Rollout, batch: list[list[int]]) -> Tensor:
@@ -348,6 +351,7 @@ class PolicyGradientTrainer(Trainer):
                 self.autocast(),
             ):
                 hidden = response_hidden(self.model, part)  # (N, D)
+                self.tokens += len(hidden)
                 (loss,) = self.head(part).token_loss(
                     hidden,
                     part.response_ids[mask],
@@ -540,6 +544,10 @@ class PolicyGradientTrainer(Trainer):
 
         rewards, shaped: results of `score` and `shape`.
         """
+        self.note_samples(rollout.prompts(), rollout.responses(), scores_of(rewards))
+        if not self.steps_done:
+            first = slice(0, 8)
+            self._first = rows(rollout, first), predictions.logprobs[first]
         n = len(rollout.response_ids)
         kl_coef, entropy_coef = self.kl_coef.value, self.entropy_coef.value
         kl_weight = -kl_coef if self.config.kl_in == "reward" else 0.0
@@ -562,6 +570,18 @@ class PolicyGradientTrainer(Trainer):
         self.episodes += n
         report |= {"lr": self.optimizer.param_groups[0]["lr"], "episode": self.episodes}
         return report | {"eps": self.episodes / (time.monotonic() - self.started)}  # per second
+
+    @torch.no_grad()
+    def movement(self, first: dict[str, float]) -> tuple[float, str] | None:
+        """The KL of the first policy to this one, on responses of the first step."""
+        if self._first is None:  # the run was resumed
+            return None
+        rollout, old = self._first
+        with self.autocast(), eval_mode(self.model):
+            logprobs, _ = response_logprobs(self.model, rollout, self.config.temperature)
+        kl = kl_estimate(old, logprobs, estimator="k3", mask=rollout.response_mask)
+        nats = kl.sum(dim=1).mean().item()
+        return nats, f"moved the policy by {nats:.1g} nats per response"
 
     @torch.no_grad()
     def _move_reference(self) -> None:

@@ -37,6 +37,7 @@ NAME, ERROR_NAME = "checkpoint", "checkpoint-error"
 STATE = "state.safetensors"  # the trainer's state in the folder of a checkpoint
 # Options that may differ when a run is resumed: finished steps do not depend on them ...
 FREE = {"log_every", "eval_every", "save_every", "keep", "reference_logprobs"}
+FREE |= {"sample_every", "print_samples"}
 # ... or only through the slope of a decaying schedule, which gives a warning.
 LENGTH = {"epochs", "max_steps"}
 MISSING = object()

@@ -9,6 +9,10 @@ from rlhf_core.options import Options, option
 # Declared by every method that reads whole texts.
 MAX_LENGTH = "tokens of prompt and completion together; longer examples are cut"
 
+# Declared by every method that samples in its steps.
+SAMPLE_EVERY = "steps between rows of the policy's responses in samples.jsonl; 0: none"
+PRINT_SAMPLES = "also show these rows on the terminal, a line for each"
+
 
 @dataclass(frozen=True)
 class TrainConfig(Options):

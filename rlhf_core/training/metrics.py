@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+
+import torch
 from torch import Tensor
 
 
@@ -39,3 +43,11 @@ class Metrics:
     def means(self) -> dict[str, float]:
         """The means; a name whose masks were all False is left out."""
         return {n: float(total) / float(count) for n, (total, count) in self._sums.items() if count}
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak of the process so far in MB: allocated on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

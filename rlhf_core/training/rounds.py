@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from rlhf_core.data import Tokenizer
+from rlhf_core.feedback.candidates import Candidates
 from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import Scorer
 from rlhf_core.files import read_object, replacing, subfolder, write_json
@@ -29,10 +30,18 @@ from rlhf_core.locks import check_one_process, hold
 from rlhf_core.models import Transformer
 from rlhf_core.training import checkpoint, signals
 from rlhf_core.training.run_file import OLD_NAME, recording
-from rlhf_core.training.run_log import parse_line
+from rlhf_core.training.run_log import (
+    SAMPLES,
+    append_rows,
+    drop_later,
+    parse_line,
+    preview,
+    sample_rows,
+)
 from rlhf_core.training.trainer import Trainer
 
 SETTINGS = "rounds.json"  # what the rounds depend on; older versions wrote train_config.json
+SAMPLE_ROUNDS = "rounds between rows of the policy's responses in samples.jsonl; 0: none"
 LAST = "last_round"  # its number, and its model's digest
 FREE = checkpoint.FREE | {"rounds", "versions", LAST}  # finished rounds do not depend on these
 History = list[dict]
@@ -135,6 +144,21 @@ def _run_rounds(
             tokenizer.save(out)
         run.facts["status"] = "finished"
     return history
+
+
+def log_samples(
+    out: Path | None, number: int, samples: Candidates, config, tokenizer: Tokenizer | None
+) -> None:
+    """Write some of a round's responses to samples.jsonl, where sample_every asks for them."""
+    every = config.sample_every
+    if not every or (number > 1 and number % every):
+        return
+    rows = sample_rows("round", number, *samples.rows(), tokenizer)
+    if out is not None:
+        drop_later(out / SAMPLES, "round", number - 1)
+        append_rows(out / SAMPLES, rows)
+    if config.print_samples:
+        print("\n".join(map(preview, rows)), file=sys.stderr)
 
 
 def with_seed(config: Config, seed: int) -> Config:

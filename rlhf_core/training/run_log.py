@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_core.files import naming, open_for_append, replacing
 from rlhf_core.training import checkpoint
 
+TIMINGS = "timings.jsonl"  # apart from the metrics, which a repeated run gives bit by bit
+SAMPLES = "samples.jsonl"
+
 
 class RunLog:
-    """Writes metrics.jsonl to `out`; shows a progress bar or plain lines."""
+    """Writes metrics, timings and samples to `out`; shows a progress bar or plain lines."""
 
     def __init__(
         self,
@@ -31,7 +37,7 @@ class RunLog:
         Args:
             config: the options of the run.
             out: folder of the file; None writes none.
-            main_metric: the metric on the terminal; those of evaluations are shown, too.
+            main_metric: the metric on the terminal.
             steps_done: steps before this process, whose lines are kept.
         """
         self.algorithm, self.config, self.out = algorithm, config, out
@@ -44,6 +50,8 @@ class RunLog:
         if self.out is not None:
             self._keep_steps_done(self.out / "metrics.jsonl")
             self.file = open_for_append(self.out / "metrics.jsonl")
+            for name in (TIMINGS, SAMPLES):
+                drop_later(self.out / name, "step", self.steps_done)
         if sys.stderr.isatty():
             try:
                 from tqdm import tqdm
@@ -73,16 +81,23 @@ class RunLog:
         """Flush the lines to disk, before a checkpoint that counts on them."""
         os.fsync(self.file.fileno())
 
-    def write(self, metrics: dict[str, float]) -> None:
-        """Log one step."""
+    def write(
+        self, metrics: dict[str, float], timings: dict[str, float], samples: list[dict]
+    ) -> None:
+        """Log one step; samples as from `sample_rows`."""
         step = metrics["step"]
         if self.file is not None:
             self._check_there()
             with naming(self.out / "metrics.jsonl"):
                 self.file.write(json.dumps(metrics) + "\n")
                 self.file.flush()
+            append_rows(self.out / TIMINGS, [timings])
+            append_rows(self.out / SAMPLES, samples)
         with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
             self._show(step, metrics)
+            if self.config.get("print_samples"):
+                for row in samples:
+                    self._say(preview(row))
 
     def _check_there(self) -> None:
         """Raise FileNotFoundError if the folder was removed or renamed: the run would be lost."""
@@ -95,15 +110,26 @@ class RunLog:
             raise FileNotFoundError(f"{path} was removed or replaced while the run wrote to it")
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
-        shown = {n: v for n, v in metrics.items() if n == self.main_metric or n.startswith("eval_")}
-        text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        main = {name: metrics[name] for name in (self.main_metric,) if name in metrics}
+        text, place = _values(main), f"{self.algorithm} {step}/{self.total_steps}"
         if self.bar is not None:
             self.bar.set_postfix_str(text)
             self.bar.update()
         elif step == 1 or step % self.config["log_every"] == 0 or step == self.total_steps:
             seconds = time.monotonic() - self.started
-            line = f"{self.algorithm} {step}/{self.total_steps}  {text}  {seconds:.0f} s"
+            left = seconds / (step - self.steps_done) * (self.total_steps - step)
+            rest = f", {duration(left)} left" if step < self.total_steps else ""
+            print(f"{place}  {text}  {duration(seconds)}{rest}", file=sys.stderr)
+        evaluated = {n: x for n, x in metrics.items() if n.startswith("eval_")}
+        if evaluated:
+            self._say(f"{place}  {_values(evaluated)}")
+
+    def _say(self, line: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self.bar is None:
             print(line, file=sys.stderr)
+        else:
+            self.bar.write(line, file=sys.stderr)
 
     def __exit__(self, *exception) -> None:
         if self.bar is not None:
@@ -114,6 +140,62 @@ class RunLog:
                 self._check_there()
             with contextlib.suppress(OSError):  # `write` has raised it already
                 self.file.close()
+
+
+def _values(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text, in at most two units: 12 s, 1 min 48 s, 2 h 5 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def sample_rows(
+    counter: str, number: int, prompts: Sequence, responses: Sequence, scores: Sequence, tokenizer
+) -> list[dict]:
+    """Up to four rows, spread evenly, as lines of samples.jsonl; token ids without a tokenizer."""
+    read = list if tokenizer is None else tokenizer.decode
+    return [
+        {
+            counter: number,
+            "prompt": read(prompts[i]),
+            "response": read(responses[i]),
+            "score": round(float(scores[i]), 6),
+        }
+        for i in range(0, len(responses), max(math.ceil(len(responses) / 4), 1))
+    ]
+
+
+def preview(row: dict) -> str:
+    """A row of samples.jsonl in one line: the end of the prompt, the start of the response."""
+    prompt, response = str(row["prompt"]), str(row["response"])
+    return f"  {prompt[-40:]!r} -> {response[:80]!r}  score {row['score']:.4g}"
+
+
+def append_rows(path: Path, rows: Sequence[dict]) -> None:
+    """Append rows to a JSONL file, which is made if there are some."""
+    if rows:
+        with naming(path), open_for_append(path) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def drop_later(path: Path, counter: str, done: int) -> None:
+    """Keep the whole lines of a JSONL file up to step or round `done`; the others come again."""
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace") if done else ""
+    kept = []
+    for line in text.splitlines(keepends=True):
+        number = re.match(rf'\{{"{counter}": (\d+),.*\}}\n', line)
+        if number and int(number[1]) <= done:
+            kept.append(line)
+    with replacing(path) as file:
+        file.write("".join(kept).encode())
 
 
 def parse_line(path: Path, number: int, line: str, counter: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -34,12 +35,15 @@ from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.training import checkpoint, signals
 from rlhf_core.training.completions import completion_loss
 from rlhf_core.training.config import TrainConfig
-from rlhf_core.training.metrics import Metrics
+from rlhf_core.training.metrics import Metrics, peak_memory
 from rlhf_core.training.reference import Reference
 from rlhf_core.training.run_file import recording
-from rlhf_core.training.run_log import RunLog
+from rlhf_core.training.run_log import RunLog, sample_rows
 
 PRETRAINING_BEFORE = "pretraining/loss_before"
+
+
+MIN_STEPS, UNMOVED = 10, 1e-3  # a run of so many steps should move its model by more
 
 
 class Trainer:
@@ -103,6 +107,9 @@ class Trainer:
         self.steps_done = 0
         self.finished = False
         self._warned: set[str] = set()
+        self.tokens: int | Tensor = 0  # of this step: sampled, and targets that updates have read
+        self.timings: dict[str, float] = {}
+        self.samples: list[dict] = []
         self.check_examples("example", examples, self.kinds)
         self.check_examples("evaluation example", eval_examples, self.kinds)
         self.check_examples("pretraining example", pretraining_examples, (Example,), plain=True)
@@ -214,7 +221,9 @@ class Trainer:
         size = self.config.micro_batch_size or len(batch)
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
-            yield part, to_device(collate(part, self.pad_id, packing=packing), self.device)
+            tokens = collate(part, self.pad_id, packing=packing)
+            self.tokens += len(tokens.targets)
+            yield part, to_device(tokens, self.device)
 
     def total(self, count: int) -> int:
         """The count over the whole batch: the one denominator of a mean loss; at least 1."""
@@ -361,7 +370,7 @@ class Trainer:
                 last, every = self.steps_done == self.total_steps, self.config.save_every
                 if last and PRETRAINING_BEFORE in history[0]:
                     history[-1][PRETRAINING_BEFORE] = history[0][PRETRAINING_BEFORE]
-                log.write(history[-1])
+                log.write(history[-1], self.timings, self.samples)
                 due = every and self.out and (last or self.steps_done % every == 0)
                 if delayed.signum or due:
                     log.sync()
@@ -370,6 +379,8 @@ class Trainer:
                     saved = f"step {self.steps_done} is saved in {path}"
                     raise signals.stop(delayed.signum, saved)
         if not self.finished:
+            if self.total_steps >= MIN_STEPS:
+                self._warn_if_unmoved(history[0])
             self.finish(history[-1])
             self.finished = True
         if self.out is not None:
@@ -391,7 +402,9 @@ class Trainer:
             metrics: dict[str, float] = {"step": step}
             if len(self.pretraining_examples) and step == 1:
                 metrics[PRETRAINING_BEFORE] = self.pretraining_loss()
+            self.tokens, self.samples, started = 0, [], time.monotonic()
             metrics |= self.step(batch)
+            self._time(step, time.monotonic() - started)
             self.steps_done = step
             due = last or (every and step % every == 0)
             if len(self.eval_examples) and due:
@@ -406,6 +419,45 @@ class Trainer:
             if type(error) not in (FloatingPointError, ValueError, RuntimeError, RewardError):
                 raise
             raise type(error)(f"step {step}: {error}{saved}") from error
+
+    def _time(self, step: int, seconds: float) -> None:
+        self.timings = {
+            "step": step,
+            "time/step_s": seconds,
+            "time/tokens_per_s": float(self.tokens) / max(seconds, 1e-9),
+            "memory/peak_mb": peak_memory(self.device),
+        }
+
+    def note_samples(self, prompts: Sequence, responses: Sequence, scores: Sequence) -> None:
+        """Keep some of this step's responses for the log, where sample_every asks for them."""
+        step, every = self.steps_done + 1, self.config.sample_every
+        if every and (step == 1 or step % every == 0):
+            self.samples = sample_rows("step", step, prompts, responses, scores, self.tokenizer)
+
+    def _warn_if_unmoved(self, first: dict[str, float]) -> None:
+        moved = self.movement(first)
+        if moved is not None and moved[0] < UNMOVED:
+            warnings.warn(
+                f"lr {self.config.lr:g} {moved[1]} in {self.total_steps} steps: almost nothing. "
+                "Try a larger lr; see docs/guides/settings.md",
+                stacklevel=4,
+            )
+
+    @torch.no_grad()
+    def movement(self, first: dict[str, float]) -> tuple[float, str] | None:
+        """How far the run has moved the model, as a number and as text; None if unknown.
+
+        first: the metrics of the first step.
+        """
+        if not self.kinds or not first.get("loss"):
+            return None
+        metrics = Metrics()
+        self.model.eval()
+        for _ in self.losses(next(self.batches()), metrics):
+            pass
+        self.model.train(self.config.dropout)
+        before, now = first["loss"], metrics.means()["loss"]
+        return abs(now / before - 1), f"moved the first batch's loss from {before:.6g} to {now:.6g}"
 
     def last_metrics(self) -> dict[str, float]:
         """Metrics of the last step only."""

@@ -83,6 +83,7 @@ def iterated(**options):
 NO_KL, MARGIN = dict(kl_coef=0.0), dict(loss="margin_ranking")
 REFERENCE = NO_KL | dict(reference=1)  # given, so that its KL is reported
 CASES = [  # what trains, its options, the one without effect
+    (ppo, dict(sample_every=0), dict(print_samples=True)),
     (ppo, NO_KL, dict(kl_target=6.0)),
     (ppo, REFERENCE, dict(kl_target=6.0)),
     (ppo, {}, dict(kl_horizon=8)),

@@ -27,7 +27,8 @@ if limit:
 from rlhf_core.cli import main
 sys.exit(main())
 """
-RESULTS = {"metrics.jsonl", "run.json"}  # which belong to the new run from its start
+# Files that belong to the new run from its start.
+RESULTS = {"metrics.jsonl", "timings.jsonl", "samples.jsonl", "run.json"}
 
 
 @pytest.fixture

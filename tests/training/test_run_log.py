@@ -1,12 +1,34 @@
 """The files that a run writes."""
 
 import json
+import warnings
 
 import pytest
-from helpers import KINDS, make_trainer, rows, snapshot
+from helpers import (
+    KINDS,
+    PROMPTS,
+    Letters,
+    fives,
+    lengths,
+    make_ppo,
+    make_trainer,
+    rows,
+    snapshot,
+    tiny,
+)
 from torch.testing import assert_close
 
 from rlhf_core.data import ByteTokenizer
+from rlhf_core.data.collate import count_targets
+from rlhf_core.trainers import (
+    IteratedDPOConfig,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
+    RFTConfig,
+    iterated_dpo,
+    rft,
+)
+from rlhf_core.training.run_log import drop_later, duration, preview
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -36,5 +58,127 @@ def test_a_run_writes_its_model_its_config_and_one_line_of_metrics_per_step(kind
     saved = KINDS[kind][2].from_pretrained(tmp_path / "run")
     assert_close(snapshot(saved), snapshot(trainer.model), rtol=0, atol=0)
     assert (tmp_path / "run" / "tokenizer_config.json").exists()
-    shown = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
-    assert shown == ["1/3", "2/3", "3/3"]
+    shown = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert [line[1] for line in shown] == ["1/3", "2/3", "3/3", "3/3"]
+    assert [line[-1] for line in shown[:2]] == ["left", "left"] and shown[2][-1] == "s"
+    assert shown[3][2].startswith("eval_")
+
+
+# ---- timings and samples
+
+
+def rows_in(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_timings_are_apart_from_the_metrics_and_count_sampled_and_trained_tokens(tmp_path):
+    trainer = make_ppo(ppo_epochs=2, others=dict(out=tmp_path), max_steps=2, epochs=2)
+    metrics = trainer.train()
+    timings = rows_in(tmp_path / "timings.jsonl")
+    assert [row["step"] for row in timings] == [1, 2]
+    for row, line in zip(timings, metrics):
+        tokens = row["time/tokens_per_s"] * row["time/step_s"]
+        assert tokens == pytest.approx(8 * line["response_length"] * 3)  # sampled, trained twice
+        assert row["memory/peak_mb"] > 10 and not row.keys() & line.keys() - {"step"}
+    trainer = make_trainer("sft", others=dict(out=tmp_path))
+    trainer.train()
+    (row,) = rows_in(tmp_path / "timings.jsonl")  # those of the run before are gone
+    assert row["time/tokens_per_s"] * row["time/step_s"] == pytest.approx(
+        sum(map(count_targets, trainer.examples))
+    )
+
+
+@pytest.mark.parametrize("tokenizer", [None, Letters()])
+def test_samples_are_written_every_few_steps_and_shown_when_asked(tokenizer, tmp_path, capsys):
+    options = dict(sample_every=2, print_samples=True, max_steps=5, epochs=5, reward=lengths)
+    trainer = make_ppo(others=dict(out=tmp_path, tokenizer=tokenizer), **options)
+    trainer.train()
+    rows, shown = rows_in(tmp_path / "samples.jsonl"), capsys.readouterr().err
+    assert [row["step"] for row in rows] == [1] * 4 + [2] * 4 + [4] * 4
+    decode = list if tokenizer is None else tokenizer.decode
+    for row in rows:
+        assert row["prompt"] in map(decode, PROMPTS) and row["score"] >= len(row["response"])
+        assert preview(row) in shown
+    drop_later(tmp_path / "samples.jsonl", "step", 2)
+    assert rows_in(tmp_path / "samples.jsonl") == rows[:8]
+    make_ppo(sample_every=0, others=dict(out=tmp_path)).train()
+    assert not rows_in(tmp_path / "samples.jsonl")
+
+
+def test_methods_of_rounds_write_the_samples_of_each_round(tmp_path):
+    small = dict(response_length=4, num_samples=2, batch_size=4, max_steps=1, rounds=2)
+    rft(tiny(), PROMPTS, RFTConfig(**small), reward=fives, out=tmp_path)
+    rows = rows_in(tmp_path / "samples.jsonl")
+    assert [row["round"] for row in rows] == [1] * 4 + [2] * 4
+    config = IteratedDPOConfig(**small | dict(sample_every=0, num_samples=4))
+    iterated_dpo(tiny(), PROMPTS, config, reward=fives, out=tmp_path / "none")
+    assert not (tmp_path / "none" / "samples.jsonl").exists()
+
+
+def test_online_dpo_writes_samples_and_counts_their_tokens(tmp_path):
+    config = OnlineDPOConfig(response_length=4, batch_size=8, max_steps=1, num_samples=4)
+    trainer = OnlineDPOTrainer(tiny(), PROMPTS, config, reward=fives, out=tmp_path)
+    (metrics,) = trainer.train()
+    assert len(rows_in(tmp_path / "samples.jsonl")) == 4
+    (row,) = rows_in(tmp_path / "timings.jsonl")
+    sampled = 32 * metrics["response_length"]
+    assert sampled < row["time/tokens_per_s"] * row["time/step_s"] < 2 * sampled
+
+
+# ---- the terminal
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(12.4, "12 s"), (108, "1 min 48 s"), (7500, "2 h 5 min"), (59.6, "1 min 0 s")]
+)
+def test_durations_are_texts_of_at_most_two_units(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_bar_keeps_to_the_main_metric_and_evaluations_are_lines(monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    bars = []
+
+    class Bar:
+        def __init__(self, **options):
+            self.postfix, self.lines = [], []
+            bars.append(self)
+
+        def set_postfix_str(self, text):
+            self.postfix.append(text)
+
+        def write(self, text, file):
+            self.lines.append(text)
+
+        update = close = lambda self: None
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    make_trainer("dpo", others=dict(eval_examples=rows("dpo", 3))).train()
+    (bar,) = bars
+    assert [text.split()[0] for text in bar.postfix] == ["rewards/accuracies"]
+    assert len(bar.lines) == 1 and "eval_loss" in bar.lines[0]
+
+
+# ---- runs that move nothing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_learning_rate_that_moves_nothing_is_named_once(kind):
+    options = dict(batch_size=4, epochs=5)  # 10 steps
+    with pytest.warns(UserWarning, match=r"lr 1e-08 moved .* in 10 steps: almost nothing") as found:
+        make_trainer(kind, lr=1e-8, **options).train()
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(kind, lr=1e-3, **options).train()
+        make_trainer(kind, lr=1e-8, batch_size=4).train()  # too few steps to tell
+
+
+def test_a_policy_that_did_not_move_is_named_with_its_kl():
+    options = dict(epochs=10, kl_coef=0.0)
+    with pytest.warns(UserWarning, match=r"lr 1e-08 moved the policy by .* nats per response"):
+        make_ppo(lr=1e-8, **options).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_ppo(lr=1e-3, **options).train()
