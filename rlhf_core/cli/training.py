@@ -201,14 +201,13 @@ def _run_iterated_rlhf(config: trainers.IteratedRLHFConfig, arguments: Namespace
         path = arguments.eval_prompts
         options["eval_prompts"] = shared.read(data.read_prompt_rows, path, arguments, encode)
     options |= dict(out=arguments.out, resume=arguments.resume)
-    last = trainers.iterated_rlhf(model, [ids for _, ids in rows], config, **options)[-1]
+    history = trainers.iterated_rlhf(model, [ids for _, ids in rows], config, **options)
     _save_as(dtype, model, arguments.out)
     note = f"{len(rows)} prompts"
-    if "elo" in last:
-        ratings = ", ".join(f"{rating:.0f}" for rating in last["elo"])
+    if "elo" in history[-1]:
+        ratings = ", ".join(f"{rating:.0f}" for rating in history[-1]["elo"])
         note = f"Elo ratings of the first policy and each round's: {ratings}\n{note}"
-    metrics = {name: x for name, x in last.items() if not isinstance(x, list)}
-    shared.print_result(metrics, arguments.out, note)
+    shared.print_result(history, arguments.out, note)
 
 
 def _add_run(parser: ArgumentParser) -> None:
