@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from judge_helpers import JudgeServer
 from op_helpers import poison_uninitialised_memory
 
 if not torch.cuda.is_available():
@@ -95,3 +96,20 @@ def data_dir() -> Path:
 def expected(data_dir) -> dict:
     """Right values of agreement, ratings, win rates and data checks, by independent libraries."""
     return json.loads((data_dir / "feedback" / "expected.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def judge_server(monkeypatch):
+    """Starts a `JudgeServer` with the replies; no proxy and no key of the user's is used."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    servers = []
+
+    def start(replies=()):
+        servers.append(JudgeServer(replies if callable(replies) else list(replies)))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -25,6 +25,7 @@ GAINS = {  # example -> pattern of a number before and after in its output
     "ppo_from_scratch": r"step   1  score (\S+) .*step  40  score (\S+) ",
     "ppo_with_several_rewards": r"score (\S+),.*score (\S+),",
     "three_policies": r"early .*Elo (\S+) .*late .*Elo (\S+) ",
+    "rlaif_with_a_stub_judge": r"(\S+) -> (\S+)\n",
 }
 
 

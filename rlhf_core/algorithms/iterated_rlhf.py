@@ -26,7 +26,7 @@ from rlhf_core.feedback.candidates import (
     make_scorer,
     prompts_for,
 )
-from rlhf_core.feedback.judges import Judge, judged
+from rlhf_core.feedback.judges import Judge, judged_in_both_orders
 from rlhf_core.files import read_json, subfolder, write_json
 from rlhf_core.models import RewardModel, Transformer
 from rlhf_core.options import Options, option
@@ -111,10 +111,11 @@ def iterated_rlhf(
         return [responses[0] for responses in samples.responses]
 
     def wins_of(new: list[list[int]], old: list[list[int]]) -> float:
-        """Wins of the new answers against the old ones, averaged over both orders."""
-        first = judged(judge, eval_prompts, new, old, tokenizer=tokenizer)
-        last = judged(judge, eval_prompts, old, new, tokenizer=tokenizer)
-        return ((first + 1 - last) / 2).sum().item()
+        """Wins of the new answers in as many games; those that failed count as the others' mean."""
+        wins = judged_in_both_orders(judge, eval_prompts, new, old, tokenizer=tokenizer)
+        if wins.isnan().all():
+            raise ValueError("every comparison of the policy with an earlier one failed")
+        return wins.nanmean().item() * len(wins)
 
     all_pairs = list(pairs)
     answers = [answer()]  # of each policy so far

@@ -49,8 +49,9 @@ class OnlineDPOTrainer(DPOTrainer):
 
     Metrics: DPO's, response_length, and objective/{scores,margin,ties} of the samples: the mean
     score (one half with a judge), the mean of best minus worst, and the share of prompts whose
-    responses tie; and those of `diversity`. A step without pairs changes nothing and has no metrics
-    of DPO.
+    responses tie; objective/failures, the share of responses that a judge could not score, which
+    count in no mean; and those of `diversity`. A step without pairs changes nothing and has no
+    metrics of DPO.
     """
 
     algorithm = "online_dpo"
@@ -116,11 +117,12 @@ class OnlineDPOTrainer(DPOTrainer):
 def sample_metrics(samples: Candidates) -> dict[str, float]:
     """The metrics of samples, see `OnlineDPOTrainer`."""
     lengths = [len(ids) for responses in samples.responses for ids in responses]
-    margins = samples.margins()
+    margins, failed = samples.margins(), samples.scores.isnan()
+    means = {"objective/scores": samples.scores, "objective/margin": margins}
     return {
-        "objective/scores": samples.scores.mean().item(),
-        "objective/margin": margins.mean().item(),
+        **{name: x.nanmean().item() for name, x in means.items() if not failed.all()},
         "objective/ties": (margins == 0).double().mean().item(),
+        "objective/failures": failed.double().mean().item(),
         "response_length": sum(lengths) / len(lengths),
         **diversity(samples.responses),
     }

@@ -24,6 +24,10 @@ from rlhf_core.cli.config_file import options_of
 from rlhf_core.data import Tokenizer, encode_prompt_row, load_tokenizer, read_prompt_rows
 from rlhf_core.data.collate import unknown_id
 from rlhf_core.data.readers import FIELDS
+from rlhf_core.feedback.ai_judge import AIJudge
+from rlhf_core.feedback.constitution import read_principles
+from rlhf_core.feedback.endpoint import Endpoint
+from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import no_hard_exit
 from rlhf_core.files import check_replaceable, check_writable, parse_json
 from rlhf_core.models import Transformer, load_reward
@@ -33,6 +37,7 @@ from rlhf_core.models.lora import is_adapter, read_adapter_config
 from rlhf_core.options import Options, describe
 from rlhf_core.training.run_file import recording
 
+JUDGE_OPTIONS = ("principles", "max_failures", "judge_cache", "judge_key_env", "judge_timeout")
 MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hub"
 
 
@@ -271,7 +276,9 @@ def absolute_paths(arguments: Namespace) -> None:
         setattr(arguments, name, paths if several else paths[0])
     for name in ("reward_function", "judge"):
         value = getattr(arguments, name, None)
-        if value is not None and value.rpartition(":")[0].endswith(".py"):
+        if value is None:
+            continue
+        if value.rpartition(":")[0].endswith(".py") or (name == "judge" and Path(value).is_dir()):
             setattr(arguments, name, os.path.abspath(value))
 
 
@@ -316,12 +323,8 @@ def add_prompts_and_reward(
         "parameters named like other columns of the prompts get these",
     )
     if judged:
-        source.add_argument(
-            "--judge",
-            metavar="FILE.py:NAME",
-            help="a function from lists of prompts, first and second responses to the probability "
-            "that each first one is better",
-        )
+        add_judge(source)
+        add_judge_options(parser)
     several = parser.add_mutually_exclusive_group()
     several.add_argument(
         "--reward-weights", type=float, nargs="+", help="for a weighted sum of reward models"
@@ -334,6 +337,49 @@ def add_prompts_and_reward(
     )
     add_eos_ids(parser)
     add_template(parser)
+
+
+def add_judge(parser: Any) -> None:
+    parser.add_argument(
+        "--judge",
+        metavar="FILE.py:NAME | DIR | URL#MODEL",
+        help="a function from lists of prompts, first and second responses to the probability that "
+        "each first one is better, None for a failure; a model folder; or the URL of an "
+        "OpenAI-compatible endpoint, such as http://localhost:8000/v1#name",
+    )
+
+
+def add_judge_options(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("judge", "options of a --judge that is a model or a URL")
+    group.add_argument(
+        "--principles",
+        type=Path,
+        metavar="FILE",
+        help="questions that decide which answer is better: JSON list, or text with one per line",
+    )
+    group.add_argument(
+        "--max-failures",
+        type=float,
+        metavar="SHARE",
+        help="share of failed comparisons above which the run stops; default: 0.05",
+    )
+    group.add_argument(
+        "--judge-cache",
+        type=Path,
+        metavar="DIR",
+        help="keeps replies of a URL, so that none is paid twice; default: judge-cache in --out",
+    )
+    group.add_argument(
+        "--judge-key-env",
+        metavar="NAME",
+        help="environment variable with the API key of a URL; default: OPENAI_API_KEY",
+    )
+    group.add_argument(
+        "--judge-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="without data, after which a request to a URL is tried again; default: 60",
+    )
 
 
 def add_eos_ids(parser: ArgumentParser) -> None:
@@ -362,13 +408,17 @@ def prompted(arguments: Namespace, config: Options) -> tuple[Transformer, list, 
 def reward_of(arguments: Namespace, device: torch.device) -> dict:
     """The reward or judge of the arguments, as the methods that sample take it."""
     weights, folders = arguments.reward_weights, arguments.reward_model
+    if getattr(arguments, "judge", None) is None:
+        for name in JUDGE_OPTIONS:
+            if getattr(arguments, name, None) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} needs --judge")
     if folders is None:
         for name in ("reward_weights", "reward_ensemble", "reward_coef"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} needs --reward-model")
         if arguments.reward_function is not None:
             return {"reward": _function("--reward-function", arguments.reward_function)}
-        return {"judge": _function("--judge", arguments.judge)}
+        return {"judge": judge_of(arguments, device)}
     if weights is None:
         reward = load_reward(folders, arguments.reward_ensemble, arguments.reward_coef)
         return {"reward": reward.to(device)}
@@ -381,6 +431,44 @@ def reward_of(arguments: Namespace, device: torch.device) -> dict:
         )
     models = [load_reward([folder]).to(device) for folder in folders]
     return {"reward": list(zip(models, weights))}
+
+
+def judge_of(arguments: Namespace, device: torch.device) -> Judge:
+    """The judge of --judge: a function, a model, or an endpoint."""
+    source, given = arguments.judge, vars(arguments)
+    is_url = source.startswith(("http://", "https://"))
+    is_function = source.partition(":")[0].endswith(".py") and not is_url
+    for name in JUDGE_OPTIONS:
+        of_url = name.startswith("judge_")
+        if given[name] is not None and (is_function or (of_url and not is_url)):
+            kind = "a URL" if of_url else "a model or a URL"
+            raise ValueError(f"--{name.replace('_', '-')} needs {kind} as --judge, got {source}")
+    if is_function:
+        return _function("--judge", source)
+    options = {}
+    if arguments.max_failures is not None:
+        options["max_failures"] = arguments.max_failures
+    if arguments.principles is not None:
+        options["principles"] = [x.question for x in read_principles(arguments.principles)]
+    if is_url:
+        settings = {
+            "cache": arguments.judge_cache or _judge_cache(arguments.out),
+            "key_env": arguments.judge_key_env,
+            "timeout": arguments.judge_timeout,
+        }
+        settings = {name: value for name, value in settings.items() if value is not None}
+        return AIJudge(Endpoint(source, **settings), **options)
+    if not Path(source).is_dir():
+        raise FileNotFoundError(
+            f"--judge {source}: no such folder. Give a model folder, FILE.py:NAME or http(s)://URL"
+        )
+    model = Transformer.from_pretrained(source).to(device)
+    return AIJudge(model, tokenizer=load_tokenizer(source), **options)
+
+
+def _judge_cache(out: Path) -> Path:
+    """Where a run keeps a judge's replies: in its folder, or beside its file."""
+    return out / "judge-cache" if out.is_dir() else out.with_name(f"{out.name}.judge-cache")
 
 
 def _function(option: str, text: str) -> Callable:

@@ -40,7 +40,7 @@ from rlhf_core.evaluation.comparisons import checked_outcomes
 from rlhf_core.evaluation.policies import EvaluationConfig, sample_policy
 from rlhf_core.evaluation.summary import Outcomes, by_score, cluster_of, summarize
 from rlhf_core.feedback.candidates import fit_prompts
-from rlhf_core.feedback.judges import Judge, JudgeScorer, judged
+from rlhf_core.feedback.judges import Judge, JudgeScorer, judged_in_both_orders
 from rlhf_core.feedback.rewards import Scorer
 from rlhf_core.files import Replacement, dump_json, read_object, short, write_json
 from rlhf_core.models import Transformer
@@ -191,7 +191,7 @@ class _Evaluation:
             outcomes = _judging(self.judge, texts, out / JUDGEMENTS)
         used = [sample for sample in self.samples if sample.policy in self.names]
         result = summarize(used, self.names[0], outcomes, self.config.seed)
-        return {"settings": self.settings, **result}
+        return {"settings": self.settings, **_counts(self.judge), **result}
 
     def _load(self, folder: Path) -> Transformer:
         return Transformer.from_pretrained(folder).to(self.device)
@@ -316,7 +316,8 @@ def _evaluate_samples(arguments: Namespace) -> dict[str, Any]:
         files.remove(SETTINGS, JUDGEMENTS)  # of policies that were sampled here
         _dump_samples(files.open(SAMPLES), samples)
     settings = {"samples": str(arguments.samples)}
-    return {"settings": settings, **summarize(samples, reference, outcomes, arguments.seed)}
+    result = summarize(samples, reference, outcomes, arguments.seed)
+    return {"settings": settings, **_counts(source.get("judge")), **result}
 
 
 def _as_text(prompt: Content) -> str:
@@ -351,6 +352,11 @@ def _source_of(arguments: Namespace) -> dict[str, Any]:
     return shared.reward_of(arguments, shared.device_of(arguments))
 
 
+def _counts(judge: Judge | None) -> dict[str, Any]:
+    """What an AI judge was asked in this run, and how often it failed or contradicted itself."""
+    return {"judge": dict(judge.counts)} if hasattr(judge, "counts") else {}
+
+
 def _judging(judge: Judge, texts: dict[str, str], file: Path | None = None) -> Outcomes:
     """Outcomes by a judge, who sees every two responses in both orders.
 
@@ -369,8 +375,7 @@ def _judging(judge: Judge, texts: dict[str, str], file: Path | None = None) -> O
             return checked_outcomes(known)
         prompts = [texts[cluster_of(one.prompt)] for one, _ in pairs]
         one, other = ([pair[i].response for pair in pairs] for i in (0, 1))
-        last = judged(judge, prompts, other, one)
-        found = (judged(judge, prompts, one, other) + 1 - last) / 2
+        found = judged_in_both_orders(judge, prompts, one, other)
         kept[f"{first} against {second}"] = [None if p != p else p for p in found.tolist()]
         if file:
             write_json(file, kept)
@@ -402,6 +407,12 @@ def _policy_lines(result: dict[str, Any]) -> Iterator[str]:
             yield f"{'':<{width}} refuses {over:.1%} of safe and {unsafe:.1%} of unsafe prompts"
     if result["comparisons"]:
         yield ""
+    if asked := result.get("judge", {}).get("asked"):
+        counts = result["judge"]
+        yield (
+            f"the judge was asked {asked} times: {counts['failed']} failed, in "
+            f"{counts['inconsistent']} the order of the answers decided, and these tie"
+        )
     for row in result["comparisons"]:
         length = row["length_controlled"]["rate"]
         at_equal_length = "" if length is None else f", {length:.3f} at equal length"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from argparse import ArgumentParser, Namespace
@@ -29,6 +30,7 @@ from rlhf_core.data.chat import Content
 from rlhf_core.data.collate import left_pad
 from rlhf_core.evaluation import best_of_n_kl
 from rlhf_core.feedback.candidates import ALL_TIED, SamplingConfig, best_of_n, prompts_for
+from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import Scorer
 from rlhf_core.files import read_json, replacing
 from rlhf_core.generation import generate
@@ -197,7 +199,7 @@ def _held_file(arguments: Namespace) -> Iterator[None]:
 def _add_best_of_n(parser: ArgumentParser) -> None:
     add_config_file(parser)
     parser.add_argument("--model", required=True, type=Path, help=MODEL)
-    shared.add_prompts_and_reward(parser, candidates=True)
+    shared.add_prompts_and_reward(parser, judged=True, candidates=True)
     parser.add_argument(
         "--out", required=True, type=Path, help="JSONL file for prompt, completion, score and rank"
     )
@@ -229,9 +231,16 @@ def run_best_of_n(arguments: Namespace) -> None:
 def _best_of_n(config: SamplingConfig, arguments: Namespace) -> None:
     out, answers_of = arguments.out, _read_ranked if arguments.candidates else _sample_ranked
     ranked, note = answers_of(config, arguments)
+    scored = [row for row in ranked if row[2].isfinite().any()]
+    if not scored:
+        raise ValueError("every comparison by the judge failed")
+    if failed := len(ranked) - len(scored):
+        print(f"left out {failed} of {len(ranked)} prompts, on which the judge failed")
     count, best, mean = 0, 0.0, 0.0
     with replacing(out) as file:
-        for prompt, answers, scores in ranked:
+        for prompt, answers, scores in scored:
+            known = ~scores.isnan()
+            answers, scores = list(itertools.compress(answers, known)), scores[known]
             order = scores.argsort(descending=True, stable=True).tolist()
             top, low = order[0], order[-1]
             best, mean = best + float(scores[top]), mean + float(scores.mean())
@@ -254,7 +263,7 @@ def _best_of_n(config: SamplingConfig, arguments: Namespace) -> None:
                 file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         if not count:
             raise ValueError(ALL_TIED)
-    n, (of_n, bound) = len(ranked), note
+    n, (of_n, bound) = len(scored), note
     print(
         f"mean score {mean / n:.6g}, of the best{of_n} {best / n:.6g}{bound}; "
         f"{count} rows from {n} prompts; written to {out}"
@@ -279,23 +288,26 @@ def _sample_ranked(config: SamplingConfig, arguments: Namespace) -> tuple[Ranked
 def _read_ranked(config: SamplingConfig, arguments: Namespace) -> tuple[Ranked, list[str]]:
     """The answers of --candidates with their scores."""
     tokenizer, device = shared.tokenizer_of(arguments), shared.device_of(arguments)
-    reward = shared.reward_of(arguments, device)["reward"]
-    scorer = Scorer(
-        reward, tokenizer=tokenizer, pad_id=tokenizer.pad_id, batch_size=config.batch_size
-    )
+    source, size = shared.reward_of(arguments, device), config.batch_size
+
+    def score(ids: Prompt, completions: list[list[int]]) -> Tensor:
+        prompts = [ids] * len(completions)
+        if "judge" in source:
+            return JudgeScorer(source["judge"], len(completions), tokenizer)(prompts, completions)
+        options = dict(tokenizer=tokenizer, pad_id=tokenizer.pad_id, batch_size=size)
+        return Scorer(source["reward"], **options)(prompts, completions)
 
     def encode(row: Candidates) -> tuple[Content, list[str], Prompt, list[list[int]]]:
         texts = [x["text"] for x in row.responses if x["text"].strip()]
         if not texts:
             raise ValueError("the row has no answer with text. Remove it, or pass --skip-bad")
+        if "judge" in source and len(texts) < 2:
+            raise ValueError("the row has one answer, and a judge compares two. Remove the row")
         ids = encode_preference(Ranking(row.prompt, texts), tokenizer, config.max_length)
         return row.prompt, texts, Prompt(ids.prompt_ids), ids.completions_ids
 
     rows = shared.read(read_candidates, arguments.candidates, arguments, encode)
-    ranked = [
-        (prompt, texts, scorer([ids] * len(texts), completions))
-        for prompt, texts, ids, completions in rows
-    ]
+    ranked = [(prompt, texts, score(ids, completions)) for prompt, texts, ids, completions in rows]
     return ranked, ["", ""]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,11 +57,11 @@ class Candidates(NamedTuple):
 
     prompts: list[list[int]]
     responses: list[list[list[int]]]  # (B, n), EOS included
-    scores: Tensor  # (B, n), on the CPU
+    scores: Tensor  # (B, n), on the CPU; NaN where a judge has failed
 
     def best(self) -> tuple[list[list[int]], Tensor]:
         """Each prompt's response with the highest score (the first of equals), and its score."""
-        scores, index = self.scores.max(dim=1)
+        scores, index = self.scores.nan_to_num(-math.inf).max(dim=1)
         return [row[i] for row, i in zip(self.responses, index.tolist())], scores
 
     def rows(self) -> tuple[list, list[list[int]], list[float]]:
@@ -75,14 +76,16 @@ class Candidates(NamedTuple):
 
     def pairs(self) -> list[Pair]:
         """Each prompt's best response against its worst, unless they tie."""
-        best, worst = self.scores.argmax(dim=1).tolist(), self.scores.argmin(dim=1).tolist()
+        best = self.scores.nan_to_num(-math.inf).argmax(dim=1).tolist()
+        worst = self.scores.nan_to_num(math.inf).argmin(dim=1).tolist()
         rows = zip(self.prompts, self.responses, best, worst, self.margins().tolist())
         return [Pair(prompt, ids[i], ids[j]) for prompt, ids, i, j, margin in rows if margin > 0]
 
     def margins(self) -> Tensor:
-        """Best minus worst score (B,); 0 for scores that tie (see `masking.tied`)."""
-        margins = self.scores.amax(dim=1) - self.scores.amin(dim=1)
-        return margins.masked_fill(tied(self.scores), 0)
+        """Best minus worst score (B,); 0 for scores that tie (see `masking.tied`); NaN for none."""
+        failed = self.scores.isnan()
+        scores = self.scores.where(~failed, self.scores.nanmean(dim=1, keepdim=True))
+        return (scores.amax(dim=1) - scores.amin(dim=1)).masked_fill(tied(scores), 0)
 
 
 def best_of_n(
@@ -90,7 +93,8 @@ def best_of_n(
     prompts: Sequence[Sequence[int]],
     config: SamplingConfig,
     *,
-    reward: Reward | Sequence[tuple[Reward, float]],
+    reward: Reward | Sequence[tuple[Reward, float]] | None = None,
+    judge: Judge | None = None,
     eos_ids: Sequence[int] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Candidates:
@@ -101,10 +105,11 @@ def best_of_n(
 
     Args:
         prompts: lists of token ids, or `Prompt` with columns for the reward.
-        reward: as for `Scorer`.
+        reward, judge: as for `make_scorer`.
         eos_ids: tokens that end a response; None: the policy's own.
     """
-    scorer = make_scorer(model, prompts, config, reward=reward, tokenizer=tokenizer)
+    source = dict(reward=reward, judge=judge, tokenizer=tokenizer)
+    scorer = make_scorer(model, prompts, config, **source)
     prompts = list(prompts_for(model, prompts, config).values())
     generator = torch.Generator().manual_seed(config.seed)
     options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator)

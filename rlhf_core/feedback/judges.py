@@ -1,7 +1,12 @@
-"""Judges compare two responses to a prompt: the probability that the first one is better."""
+"""Judges compare two responses to a prompt: the probability that the first one is better.
+
+A comparison that has failed is NaN or None. It is no tie and no loss: it is counted and left out.
+"""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +26,8 @@ from rlhf_core.feedback.rewards import (
 from rlhf_core.losses import preferred
 
 # (prompts, first, second, **columns) -> for each row the probability that the first response is
-# better.
-Judge = Callable[..., Sequence[float]]
+# better; NaN or None where the comparison has failed.
+Judge = Callable[..., Sequence[float | None]]
 
 
 class RewardJudge:
@@ -30,6 +35,13 @@ class RewardJudge:
 
     def __init__(self, scorer: Scorer):
         self.scorer = scorer
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        return self.scorer.models
+
+    def describe(self) -> dict[str, Any]:
+        return self.scorer.describe()
 
     def __call__(self, prompts: list, first: list, second: list, **columns: list) -> Tensor:
         """1 where the first response is better, 0 where the second is, 1/2 for equal rewards.
@@ -43,6 +55,7 @@ class JudgeScorer:
     """Scores (B * n,): a response's mean probability of winning against its prompt's other ones.
 
     The scores of two responses are p and 1 - p. The judge sees each pair once, in sampling order.
+    Failed comparisons are left out. A response without any other one scores NaN.
     """
 
     def __init__(self, judge: Judge, num_samples: int, tokenizer: Tokenizer | None = None):
@@ -51,13 +64,10 @@ class JudgeScorer:
                 f"a judge compares responses: num_samples must be >= 2, got {num_samples}"
             )
         self.judge, self.num_samples, self.tokenizer = judge, num_samples, tokenizer
-        by_reward = isinstance(judge, RewardJudge)
-        self.models: Sequence[nn.Module] = judge.scorer.models if by_reward else ()
+        self.models: Sequence[nn.Module] = getattr(judge, "models", ())  # as for `Scorer`
 
     def describe(self) -> dict[str, Any]:
         """As `Scorer.describe`."""
-        if isinstance(self.judge, RewardJudge):
-            return {"judge": self.judge.scorer.describe()}
         return {"judge": describe_function(self.judge)}
 
     def check_columns(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -65,7 +75,7 @@ class JudgeScorer:
         columns_for(self.judge, 3, columns_of(prompts))
 
     def __call__(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-        n, scores = self.num_samples, torch.zeros(len(responses), dtype=torch.float64)
+        n, zeros = self.num_samples, torch.zeros(len(responses), dtype=torch.float64)
         groups = torch.arange(0, len(responses), n)[:, None]  # (B, 1) first row of each prompt
         pairs = torch.triu_indices(n, n, 1)
         first, second = ((groups + i).flatten() for i in pairs)  # (B n (n - 1) / 2,)
@@ -76,7 +86,10 @@ class JudgeScorer:
             [responses[i] for i in second],
             tokenizer=self.tokenizer,
         )
-        return scores.index_add(0, first, wins).index_add(0, second, 1 - wins) / (n - 1)
+        counts = (~wins.isnan()).double()
+        scores = zeros.index_add(0, first, wins.nan_to_num(0))
+        scores = scores.index_add(0, second, (1 - wins).nan_to_num(0))
+        return scores / zeros.index_add(0, first, counts).index_add(0, second, counts)
 
 
 def judged(
@@ -90,7 +103,8 @@ def judged(
     """The judge's probabilities (B,) float64 that the first response is better.
 
     The judge gets strings if there is a tokenizer, else token ids, and columns of the prompts as a
-    reward does. Equal responses tie without asking it, and it sees equal rows once.
+    reward does. Equal responses tie without asking it, and it sees equal rows once. Comparisons
+    that have failed are NaN, and their number is a warning.
 
     Raises:
         ValueError: a returned value is not a probability.
@@ -109,12 +123,35 @@ def judged(
         wins[differ] = _ask(judge, asked[:3], dict(zip(columns, asked[3:])))
     wins = wins[place]
     for row, (p, prompt, *responses) in enumerate(zip(wins.tolist(), *texts)):
-        if not 0 <= p <= 1:
+        if not (0 <= p <= 1 or math.isnan(p)):
             raise ValueError(
                 f"the judge returned {p} for row {row}, not a probability; prompt {prompt!r}, "
                 f"responses {responses!r}"
             )
+    if failed := int(wins.isnan().sum()):
+        warnings.warn(
+            f"{failed} of {len(wins)} comparisons by the judge failed and are left out",
+            stacklevel=2,
+        )
     return wins
+
+
+def judged_in_both_orders(
+    judge: Judge,
+    prompts: list[list[int]],
+    one: list[list[int]],
+    other: list[list[int]],
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> Tensor:
+    """As `judged`, averaged over both orders, so that a preference for the first favours nobody.
+
+    A judge with a true attribute `both_orders` does so itself.
+    """
+    wins = judged(judge, prompts, one, other, tokenizer=tokenizer)
+    if getattr(judge, "both_orders", False):
+        return wins
+    return (wins + 1 - judged(judge, prompts, other, one, tokenizer=tokenizer)) / 2
 
 
 def _ask(judge: Judge, texts: list[list], columns: dict[str, list]) -> Tensor:
@@ -122,12 +159,14 @@ def _ask(judge: Judge, texts: list[list], columns: dict[str, list]) -> Tensor:
     try:
         with no_hard_exit():
             returned = judge(*texts, **columns)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RewardError):  # a judge that says itself why it stops
         raise
     except BaseException as error:  # sys.exit, too
         where = first_failure(judge, columns, *texts)
         raise RewardError(f"the judge raised {error!r}; {where}") from error
     try:
+        if isinstance(returned, list | tuple):
+            returned = [math.nan if p is None else p for p in returned]
         wins = torch.as_tensor(returned, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the judge returned {returned!r:.200}: {error}") from None

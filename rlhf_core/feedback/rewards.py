@@ -309,8 +309,10 @@ def describe_function(function: Callable) -> dict[str, Any]:
     """Names of a callable, and SHA-256 of its source file, as JSON.
 
     A script changes for other reasons than its functions: what `__main__` defines has the digest of
-    its own source. Without a source there is none.
+    its own source. Without a source there is none. A callable with a method `describe` is asked.
     """
+    if hasattr(function, "describe"):
+        return function.describe()
     if isinstance(function, functools.partial):
         given = [*function.args, *function.keywords.items()]
         plain = [repr(x) for x in given if " at 0x" not in repr(x)]

@@ -192,3 +192,113 @@ def test_a_reward_function_that_is_missing_or_raises_is_named(
     Path("bad.py").write_text("length = width")
     assert sample("grpo", "--num-samples", 2, "--reward-function", function, *more) == 2
     assert message in capsys.readouterr().err
+
+
+# ---- judges
+
+KEY = "sk-of-a-judge"
+
+
+def vowels(body):
+    """The judge's verdict on a question: more of the letter a."""
+    question = body["messages"][0]["content"]
+    answers = re.search(r"\(A\):\n(.*)\n\nAnswer \(B\):\n(.*)\n\n", question, re.DOTALL).groups()
+    first, second = (answer.count("a") for answer in answers)
+    return "tie" if first == second else "A" if first > second else "B"
+
+
+def test_online_dpo_learns_from_a_judge_at_a_url(sample, judge_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", KEY)
+    server = judge_server(vowels)
+    (tmp_path / "principles.txt").write_text("Which is kinder?\nWhich is shorter?\n")
+    judge = ["--judge", f"{server.url}#tiny", "--principles", tmp_path / "principles.txt"]
+    judge += ["--judge-key-env", "MY_KEY"]
+    assert sample("online-dpo", *judge, "--num-samples", 2) == 0
+    _, headers, body = server.requests[0]
+    assert headers["Authorization"] == f"Bearer {KEY}" and body["model"] == "tiny"
+    questions = [body["messages"][0]["content"] for _, _, body in server.requests]
+    assert len(questions) % 4 == 0  # two principles, two orders
+    assert sum("kinder" in x for x in questions) == sum("shorter" in x for x in questions)
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert all(KEY.encode() not in file.read_bytes() for file in files)
+    kept = list((tmp_path / "out" / "judge-cache").rglob("*.json"))
+    asked = len(server.requests)
+    assert len(kept) == len({*questions}) == asked
+    assert sample("online-dpo", *judge, "--num-samples", 2, "--overwrite") == 0
+    assert len(server.requests) == asked  # all are in the cache
+
+
+@pytest.fixture
+def best_of_n(folders, tmp_path):
+    """Runs best-of-n by a judge into tmp_path / best.jsonl, and returns its status."""
+
+    def best_of_n(judge, *options):
+        prompts, out = write(tmp_path / "p.txt", ["one", "two"]), tmp_path / "best.jsonl"
+        paths = ["--model", folders / "policy", "--prompts", prompts, "--out", out]
+        sizes = ["--response-length", 8, "--num-samples", 3, "--device", "cpu"]
+        return run("best-of-n", *paths, *sizes, "--judge", judge, *options)
+
+    return best_of_n
+
+
+def test_best_of_n_by_a_url_keeps_its_replies_beside_the_file(best_of_n, judge_server, tmp_path):
+    assert best_of_n(judge_server(vowels).url) == 0
+    assert len((tmp_path / "best.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "best.jsonl.judge-cache").is_dir()
+
+
+def test_candidates_are_ranked_by_a_judge(folders, judge_server, tmp_path):
+    rows = [{"id": 1, "prompt": "p", "responses": [{"text": x} for x in ("b", "aa", "a")]}]
+    paths = ["--model", folders / "policy", "--candidates", write(tmp_path / "c.jsonl", rows)]
+    paths += ["--out", tmp_path / "best.jsonl", "--device", "cpu"]
+    assert run("best-of-n", *paths, "--judge", judge_server(vowels).url) == 0
+    assert json.loads((tmp_path / "best.jsonl").read_text())["completion"] == "aa"
+
+
+def test_a_model_folder_judges_and_a_question_that_it_cannot_hold_is_a_failure(
+    best_of_n, folders, capsys
+):
+    assert best_of_n(folders / "policy") == 2
+    assert "tokens, the judge 64 positions" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="failed"):
+        assert best_of_n(folders / "policy", "--max-failures", 1) == 2
+    assert "every comparison by the judge failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--judge", "nowhere"], "--judge nowhere: no such folder. Give a model folder, FILE.py:"),
+        (["--judge", "ftp://x"], "ftp://x: no such folder"),
+        (["--judge", "https://u:pw@x"], "a judge's URL may hold no password"),
+        (["--judge", "judge.py"], "--judge must be FILE.py:NAME"),
+        (
+            ["--judge", "judge.py:f", "--principles", "p.txt"],
+            "--principles needs a model or a URL as --judge, got ",
+        ),
+        (["--judge", ".", "--judge-timeout", 3], "--judge-timeout needs a URL as --judge, got "),
+        (
+            ["--reward-function", "a.py:f", "--max-failures", 0.1],
+            "--max-failures needs --judge",
+        ),
+        (["--judge", "http://x", "--max-failures", 2], "max_failures must be a share, got 2.0"),
+        (["--judge", "http://x", "--judge-timeout", 0], "timeout must be positive"),
+        (["--judge", "http://x", "--principles", "absent.json"], "absent.json: no such file"),
+    ],
+)
+def test_a_bad_judge_is_named(options, message, fails, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = ["--model", folders / "policy", "--prompts", write(tmp_path / "p.txt", ["one"])]
+    line = fails("online-dpo", *paths, "--out", tmp_path / "out", "--device", "cpu", *options)
+    assert message in line and "pw" not in line
+
+
+def test_a_judge_that_fails_too_often_stops_the_run_with_its_reason(
+    fails, folders, judge_server, tmp_path
+):
+    server = judge_server(lambda body: "I refuse")
+    paths = ["--model", folders / "policy", "--prompts", write(tmp_path / "p.txt", ["one", "two"])]
+    options = ["--judge", server.url, "--response-length", 4, "--num-samples", 4, "--device", "cpu"]
+    line = fails("online-dpo", *paths, "--out", tmp_path / "out", *options)
+    assert "the judge failed in 2 of 2 comparisons, more than max_failures 0.05 allows" in line
+    assert "no verdict; the reply is 'I refuse'" in line

@@ -176,6 +176,28 @@ def test_judgements_are_kept_for_a_run_that_continues(arguments, policies, tmp_p
     assert result(tmp_path)["comparisons"] == before["comparisons"]
 
 
+def test_an_ai_judge_is_asked_once_in_both_orders_and_its_failures_are_left_out(
+    arguments, judge_server, tmp_path, capsys
+):
+    def reply(body):
+        return "?" if "say 3" in body["messages"][0]["content"] else "A"
+
+    options = list(arguments("--max-failures", 1, names=("a",)))
+    at = options.index("--reward-function")
+    options[at : at + 2] = ["--judge", (server := judge_server(reply)).url]
+    with pytest.warns(UserWarning, match="1 of 12 comparisons by the judge failed"):
+        assert run(*options) == 0
+    found = result(tmp_path)
+    ties = found["judge"]["inconsistent"]  # equal answers are not asked about
+    assert found["judge"] == {"asked": 1 + ties, "failed": 1, "inconsistent": ties} and ties > 5
+    (versus,) = found["comparisons"]
+    assert (versus["failures"], versus["comparisons"], versus["rate"]) == (1, 11, 0.5)
+    assert len(server.requests) == ties * 2 + 1
+    shown = capsys.readouterr().out
+    assert f"the judge was asked {1 + ties} times: 1 failed, in {ties} the order" in shown
+    assert "1 judgements failed and are left out" in shown
+
+
 def test_policies_of_two_runs_have_the_names_that_tell_them_apart(
     policies, arguments, fails, tmp_path
 ):

@@ -148,3 +148,24 @@ def test_prompts_without_room_are_dropped_cut_or_refused_and_counted(mode):
 def test_prompts_that_are_all_too_long_are_refused():
     with pytest.raises(ValueError, match="2 of 2 prompts have more than 4 tokens"):
         sampled([[7] * 5, [8] * 6], max_length=10)
+
+
+def test_a_judges_failures_are_not_the_best_nor_the_worst():
+    nan = float("nan")
+    scores = torch.tensor([[nan, 0.2, 0.8], [nan, nan, nan], [0.5, nan, 0.5]])
+    found = Candidates([[1], [2], [3]], [[[4], [5], [6]]] * 3, scores)
+    assert found.pairs() == [Pair([1], [6], [5])]
+    assert found.best()[0][0] == [6]
+    assert_close(found.margins(), torch.tensor([0.6, nan, 0.0]), equal_nan=True)
+
+
+def test_best_of_n_by_a_judge_takes_the_response_that_wins_most():
+    def longer(prompts, first, second):
+        return [0.5 + 0.5 * ((len(a) > len(b)) - (len(a) < len(b))) for a, b in zip(first, second)]
+
+    config = SamplingConfig(num_samples=3, response_length=6)
+    found = best_of_n(tiny(), PROMPTS, config, judge=longer)
+    for best, responses in zip(found.best()[0], found.responses):
+        assert len(best) == max(map(len, responses))
+    with pytest.raises(ValueError, match="pass either a reward or a judge"):
+        best_of_n(tiny(), PROMPTS, config)

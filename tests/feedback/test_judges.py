@@ -131,10 +131,10 @@ def test_a_judge_that_raises_is_reported_with_the_row():
     [
         ([0.5], r"returned shape \(1,\) for 2 pairs"),
         (
-            [0.5, float("nan")],
-            r"returned nan.*, not a probability.* prompt \[8\].* responses \[\[4\], \[6\]\]",
+            [0.5, 1.5],
+            r"returned 1\.5.*, not a probability.* prompt \[8\].* responses \[\[4\], \[6\]\]",
         ),
-        ([1.5, 0.5], r"returned 1\.5.*, not a probability.* prompt \[7\]"),
+        (["A", "B"], "the judge returned \\['A', 'B'\\]"),
         ([0.5, -0.1], r"returned -0\.1.*, not a probability.* prompt \[8\]"),
     ],
     ids=str,
@@ -158,3 +158,19 @@ def test_a_reward_as_judge_prefers_the_higher_one_and_reads_ids_and_columns():
     assert described == Scorer(matches).describe()
     model = tiny(RewardModel)
     assert JudgeScorer(RewardJudge(Scorer(model)), 2).models == [model]
+
+
+@pytest.mark.parametrize("failure", [None, float("nan")])
+@pytest.mark.filterwarnings("ignore:.* comparisons by the judge failed")
+def test_a_failed_comparison_is_left_out_of_a_responses_mean(failure):
+    """Of 3 responses' pairs 01, 02 and 12, the first fails; of the second prompt's, all do."""
+    verdicts = [failure, 1.0, 0.25, failure, failure, failure]
+    scores = JudgeScorer(lambda *_: verdicts, 3)(
+        [[7]] * 3 + [[8]] * 3, [[3], [4], [5], [3], [4], [5]]
+    )
+    assert scores.nan_to_num(-1).tolist() == [1, 0.25, 0.375, -1, -1, -1]
+
+
+def test_failed_comparisons_are_counted():
+    with pytest.warns(UserWarning, match="1 of 2 comparisons by the judge failed and are left out"):
+        judged(lambda *_: [None, 1], [[7], [8]], [[3], [3]], [[4], [4]])
