@@ -54,6 +54,10 @@ GROUPS = {  # heading -> module, and what each of its commands does
             "agreement": "how far annotators agree, and what to do with their labels",
         },
     ),
+    "AI feedback": (
+        "ai_feedback",
+        {"cai": "answers revised by a constitution: rows for sft, pairs, and what they change"},
+    ),
     "label": (
         "annotation",
         {

@@ -22,6 +22,7 @@ import torch
 from rlhf_core import locks
 from rlhf_core.cli.config_file import options_of
 from rlhf_core.data import Tokenizer, encode_prompt_row, load_tokenizer, read_prompt_rows
+from rlhf_core.data.chat import Content
 from rlhf_core.data.collate import unknown_id
 from rlhf_core.data.readers import FIELDS
 from rlhf_core.feedback.ai_judge import AIJudge
@@ -270,11 +271,11 @@ def recorded(arguments: Namespace) -> Iterator[None]:
 def absolute_paths(arguments: Namespace) -> None:
     """Make paths absolute, because a reward may call os.chdir; an owner/name on the hub stays."""
     for name, value in vars(arguments).items():
-        hub = name in ("model", "reward_model", "policy")
+        hub = name in ("model", "reward_model", "policy", "measure")
         several = isinstance(value, list)
         paths = [_absolute(x, hub) for x in (value if several else [value])]
         setattr(arguments, name, paths if several else paths[0])
-    for name in ("reward_function", "judge"):
+    for name in ("reward_function", "harm_function", "judge"):
         value = getattr(arguments, name, None)
         if value is None:
             continue
@@ -306,6 +307,13 @@ def add_prompts(
         "instruction; or .txt, one prompt per line",
     )
     add_columns(parser)
+
+
+def text_of(prompt: Content) -> str:
+    """A prompt as a reward function or a judge reads it, where no tokenizer renders it."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(message["content"] for message in prompt)
 
 
 def add_prompts_and_reward(
@@ -408,16 +416,13 @@ def prompted(arguments: Namespace, config: Options) -> tuple[Transformer, list, 
 def reward_of(arguments: Namespace, device: torch.device) -> dict:
     """The reward or judge of the arguments, as the methods that sample take it."""
     weights, folders = arguments.reward_weights, arguments.reward_model
-    if getattr(arguments, "judge", None) is None:
-        for name in JUDGE_OPTIONS:
-            if getattr(arguments, name, None) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} needs --judge")
+    check_judge_options(arguments)
     if folders is None:
         for name in ("reward_weights", "reward_ensemble", "reward_coef"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} needs --reward-model")
         if arguments.reward_function is not None:
-            return {"reward": _function("--reward-function", arguments.reward_function)}
+            return {"reward": function_of("--reward-function", arguments.reward_function)}
         return {"judge": judge_of(arguments, device)}
     if weights is None:
         reward = load_reward(folders, arguments.reward_ensemble, arguments.reward_coef)
@@ -433,6 +438,13 @@ def reward_of(arguments: Namespace, device: torch.device) -> dict:
     return {"reward": list(zip(models, weights))}
 
 
+def check_judge_options(arguments: Namespace) -> None:
+    """Raise ValueError if a judge's option has no judge."""
+    for name in JUDGE_OPTIONS:
+        if getattr(arguments, "judge", None) is None and getattr(arguments, name, None) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --judge")
+
+
 def judge_of(arguments: Namespace, device: torch.device) -> Judge:
     """The judge of --judge: a function, a model, or an endpoint."""
     source, given = arguments.judge, vars(arguments)
@@ -444,7 +456,7 @@ def judge_of(arguments: Namespace, device: torch.device) -> Judge:
             kind = "a URL" if of_url else "a model or a URL"
             raise ValueError(f"--{name.replace('_', '-')} needs {kind} as --judge, got {source}")
     if is_function:
-        return _function("--judge", source)
+        return function_of("--judge", source)
     options = {}
     if arguments.max_failures is not None:
         options["max_failures"] = arguments.max_failures
@@ -471,7 +483,7 @@ def _judge_cache(out: Path) -> Path:
     return out / "judge-cache" if out.is_dir() else out.with_name(f"{out.name}.judge-cache")
 
 
-def _function(option: str, text: str) -> Callable:
+def function_of(option: str, text: str) -> Callable:
     """The function FILE.py:NAME. The file is executed; it may import modules of its folder."""
     file, _, name = text.rpartition(":")
     if not file.endswith(".py") or not name:

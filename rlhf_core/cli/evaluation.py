@@ -308,7 +308,7 @@ def _evaluate_samples(arguments: Namespace) -> dict[str, Any]:
         scores = _scores(arguments, samples, source["reward"])
         samples = [sample._replace(score=score) for sample, score in zip(samples, scores)]
     if "judge" in source:
-        texts = {cluster_of(sample.prompt): _as_text(sample.prompt) for sample in samples}
+        texts = {cluster_of(sample.prompt): shared.text_of(sample.prompt) for sample in samples}
         outcomes = _judging(source["judge"], texts)
     elif all(sample.score is not None for sample in samples):
         outcomes = by_score
@@ -320,17 +320,11 @@ def _evaluate_samples(arguments: Namespace) -> dict[str, Any]:
     return {"settings": settings, **_counts(source.get("judge")), **result}
 
 
-def _as_text(prompt: Content) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(message["content"] for message in prompt)
-
-
 def _scores(arguments: Namespace, samples: list[Sample], reward: Any) -> list[float]:
     """Scores by a reward function, which reads texts, or by reward models, which read tokens."""
     scorer = Scorer(reward, batch_size=arguments.batch_size)
     if not scorer.models:
-        prompts = [_as_text(sample.prompt) for sample in samples]
+        prompts = [shared.text_of(sample.prompt) for sample in samples]
         return scorer(prompts, [sample.response for sample in samples]).tolist()
     tokenizer = shared.tokenizer_of(arguments, arguments.reward_model[0])
     length, rows = min(model.config.max_positions for model in scorer.models), []
