@@ -14,7 +14,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from rlhf_core.data import (
     ByteTokenizer,
     Example,
     Pair,
+    Sample,
     Text,
     Tokenizer,
     encode_text,
@@ -30,7 +31,10 @@ from rlhf_core.data import (
     read_texts,
 )
 from rlhf_core.evaluation import Evaluation, evaluate_policy, win_rate
-from rlhf_core.files import replacing
+from rlhf_core.evaluation.report import PAGE, try_report
+from rlhf_core.evaluation.summary import Outcomes, by_score, dump_samples, summarize
+from rlhf_core.feedback.rewards import Scorer
+from rlhf_core.files import Replacement, dump_json, replacing
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig
 from rlhf_core.rollout import sample
 from rlhf_core.trainers import (
@@ -222,16 +226,40 @@ def run(task: Task, out: Path, seed: int) -> str:
     ppo_policy, dpo_policy = (copy.deepcopy(base).requires_grad_(True) for _ in range(2))
     options = dict(reference=base, tokenizer=task.tokenizer)
     rl = dict(reward=reward_model, eos_ids=task.eos_ids, out=out / "ppo")
-    PPOTrainer(ppo_policy, task.prompts, task.ppo, **rl, **options).train()
+    every = max(1, task.ppo.max_steps // 10)
+    ppo = replace(task.ppo, save_every=every, keep=task.ppo.max_steps)
+    PPOTrainer(ppo_policy, task.prompts, ppo, **rl, **options).train()
     DPOTrainer(dpo_policy, train_pairs, task.dpo, out=out / "dpo", **options).train()
 
     policies = {"SFT": base, "PPO": ppo_policy, "DPO": dpo_policy}
     results = {name: evaluated(task, base, policy, seed) for name, policy in policies.items()}
     seconds = f"{time.monotonic() - started:.0f} s"
     lines += [*table(results), "", *samples(task, results), "", seconds]
+    on_the_way = {"SFT": results["SFT"]}
+    for step in range(every, task.ppo.max_steps, every):
+        checkpoint = Transformer.from_pretrained(out / "ppo" / f"checkpoint-{step}")
+        on_the_way[f"step {step}"] = evaluated(task, base, checkpoint, seed)
+    on_the_way["PPO"] = results["PPO"]
+    scorer = Scorer(reward_model, batch_size=128)
+    proxy = {name: scorer(task.eval_prompts, x.response_ids) for name, x in on_the_way.items()}
+    proxy = {name: x._replace(scores=proxy[name]) for name, x in on_the_way.items()}
+    write_evaluation(task, results, out / "policies-by-gold", by_score)
+    write_evaluation(task, on_the_way, out / "ppo-by-gold")
+    write_evaluation(task, proxy, out / "ppo-by-reward-model")
     report = "\n".join(lines)
     with replacing(out / "report.txt") as file:
         file.write(f"{report}\n".encode())
+    parts = (
+        "policies-by-gold",
+        "ppo-by-gold",
+        "ppo-by-reward-model",
+        "sft",
+        "reward",
+        "ppo",
+        "dpo",
+    )
+    folders = [out / part for part in parts if (out / part).is_dir()]
+    try_report(folders, out / PAGE, f"From pairs to a better policy: {task.name}")
     return report
 
 
@@ -300,6 +328,21 @@ def evaluated(task: Task, base: Transformer, policy: Transformer, seed: int) -> 
     """Gold scores of a policy's responses to the held-out prompts, and its KL to the base."""
     options = dict(max_new_tokens=task.response_length, eos_ids=task.eos_ids, seed=seed + 1)
     return evaluate_policy(policy, base, task.eval_prompts, task.gold, task.tokenizer, **options)
+
+
+def write_evaluation(
+    task: Task, results: dict[str, Evaluation], folder: Path, outcomes: Outcomes | None = None
+) -> None:
+    """Write evaluation.json and samples.jsonl, as `rlhf-core evaluate` does."""
+    prompts = [task.tokenizer.decode(prompt) for prompt in task.eval_prompts]
+    rows = [
+        Sample(name, *row)
+        for name, x in results.items()
+        for row in zip(prompts, x.responses, x.scores.tolist(), x.kl.tolist(), x.lengths.tolist())
+    ]
+    with Replacement(folder) as files:
+        dump_samples(files.open("samples.jsonl"), rows)
+        dump_json(files.open("evaluation.json"), summarize(rows, "SFT", outcomes))
 
 
 def table(results: dict[str, Evaluation]) -> list[str]:

@@ -70,7 +70,13 @@ GROUPS = {  # heading -> module, and what each of its commands does
         "evaluation",
         {"evaluate": "compare policies, or test a reward model, with honest errors"},
     ),
-    "look at runs": ("plot", {"plot": "draw the metrics of one or several runs as curves"}),
+    "look at runs": (
+        "plot",
+        {
+            "plot": "draw the metrics of one or several runs as curves",
+            "report": "write one HTML page about runs, evaluations, agreement and audits",
+        },
+    ),
     "tools": (
         "tools",
         {

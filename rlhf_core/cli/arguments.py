@@ -25,6 +25,7 @@ from rlhf_core.data import Tokenizer, encode_prompt_row, load_tokenizer, read_pr
 from rlhf_core.data.chat import Content
 from rlhf_core.data.collate import unknown_id
 from rlhf_core.data.readers import FIELDS
+from rlhf_core.evaluation.report import PAGE, try_report
 from rlhf_core.feedback.ai_judge import AIJudge
 from rlhf_core.feedback.constitution import read_principles
 from rlhf_core.feedback.endpoint import Endpoint
@@ -259,13 +260,14 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def recorded(arguments: Namespace) -> Iterator[None]:
-    """Hold --out as `held_out`, and describe the run in its run.json once it starts."""
+    """Hold --out as `held_out`, describe the run in its run.json, and at the end in a report."""
     if arguments.template_date is None:  # fixed now, so that the same options give the same run
         arguments.template_date = datetime.datetime.now().date()
     facts = {"command": arguments.command_line, "options": options_of(arguments)}
     facts["data"] = arguments.files = []  # `read` adds what it has read
     with held_out(arguments), recording(arguments.out, **facts):
         yield
+    try_report([arguments.out], arguments.out / PAGE, arguments.out.name)
 
 
 def absolute_paths(arguments: Namespace) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +37,14 @@ from rlhf_core.evaluation.calibration import (
 )
 from rlhf_core.evaluation.comparisons import checked_outcomes
 from rlhf_core.evaluation.policies import EvaluationConfig, sample_policy
-from rlhf_core.evaluation.summary import Outcomes, by_score, cluster_of, summarize
+from rlhf_core.evaluation.summary import (
+    Outcomes,
+    by_score,
+    cluster_of,
+    dump_samples,
+    mean_text,
+    summarize,
+)
 from rlhf_core.feedback.candidates import fit_prompts
 from rlhf_core.feedback.judges import Judge, JudgeScorer, judged_in_both_orders
 from rlhf_core.feedback.rewards import Scorer
@@ -179,7 +185,7 @@ class _Evaluation:
             with Replacement(out) as files:
                 if self.arguments.overwrite:
                     files.remove(JUDGEMENTS)
-                _dump_samples(files.open(SAMPLES), self.samples)
+                dump_samples(files.open(SAMPLES), self.samples)
                 dump_json(files.open(SETTINGS), self.settings | {"policies": self.digests})
             print(f"{name}: {len(new)} responses sampled", file=sys.stderr)
         outcomes = by_score if self.scorer else None
@@ -314,7 +320,7 @@ def _evaluate_samples(arguments: Namespace) -> dict[str, Any]:
         outcomes = by_score
     with Replacement(arguments.out) as files:
         files.remove(SETTINGS, JUDGEMENTS)  # of policies that were sampled here
-        _dump_samples(files.open(SAMPLES), samples)
+        dump_samples(files.open(SAMPLES), samples)
     settings = {"samples": str(arguments.samples)}
     result = summarize(samples, reference, outcomes, arguments.seed)
     return {"settings": settings, **_counts(source.get("judge")), **result}
@@ -378,11 +384,6 @@ def _judging(judge: Judge, texts: dict[str, str], file: Path | None = None) -> O
     return outcomes
 
 
-def _dump_samples(file: BinaryIO, samples: list[Sample]) -> None:
-    for sample in samples:
-        file.write((json.dumps(sample._asdict(), ensure_ascii=False) + "\n").encode())
-
-
 def _policy_lines(result: dict[str, Any]) -> Iterator[str]:
     """The policies, and the comparisons of every two, as tables."""
     names = [policy["name"] for policy in result["policies"]]
@@ -393,7 +394,7 @@ def _policy_lines(result: dict[str, Any]) -> Iterator[str]:
         rating = f"{elo['rating']:.0f} {_interval(elo['interval'], '.0f')}" if elo else "-"
         tokens = f"{tokens['mean']:.1f}" if tokens else "-"
         yield (
-            f"{policy['name']:<{width}} {_mean(score):>16} {_mean(kl):>14} {tokens:>8} "
+            f"{policy['name']:<{width}} {mean_text(score):>16} {mean_text(kl):>14} {tokens:>8} "
             f"{policy['refusals']['rate']:>9.1%}  {rating}"
         )
         if policy["over_refusals"] and policy["refusals_of_unsafe"]:
@@ -421,14 +422,6 @@ def _policy_lines(result: dict[str, Any]) -> Iterator[str]:
             more = row["more_comparisons"]
             remedy = f"; about {more:,} more comparisons would decide it" if more else ""
             yield f"  undecided after {row['comparisons']:,}{remedy}"
-
-
-def _mean(found: dict[str, float | None] | None) -> str:
-    if found is None:
-        return "-"
-    error = found["standard_error"]
-    mean = round(found["mean"], 3) + 0.0  # no -0.000
-    return f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _interval(bounds: Sequence[float], form: str) -> str:

@@ -1,4 +1,4 @@
-"""The command that draws runs."""
+"""The commands that draw runs: as a picture, and as a page with all that is known of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import Command
 from rlhf_core.evaluation.curves import draw_curves, read_run
+from rlhf_core.evaluation.report import write_report
 from rlhf_core.files import replacing
 
 FORMATS = ("png", "svg", "pdf")
@@ -45,4 +46,40 @@ def run_plot(arguments: Namespace) -> None:
     print(f"{len(runs)} run{'s' * (len(runs) > 1)} drawn in {out}")
 
 
-COMMANDS = {"plot": Command(_add_plot, run_plot)}
+def _add_report(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "paths",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="folders of runs and of evaluations; JSON files of agreement and audit, which are "
+        "also found in these folders",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="HTML file")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument("--title", default="Report", help="heading of the page")
+
+
+def run_report(arguments: Namespace) -> None:
+    """Write a page about runs and evaluations."""
+    out = arguments.out
+    shared.check_new_file(out, arguments.overwrite)
+    found = write_report(arguments.paths, out, arguments.title)
+    parts = [
+        f"{len(part)} {name}{'s' * (len(part) > 1)}"
+        for name, part in zip(
+            ("run", "evaluation", "agreement", "audit"),
+            (found.runs, found.evaluations, found.agreements, found.audits),
+        )
+        if part
+    ]
+    for run in found.runs:
+        if run.fault is not None:
+            print(f"note: {run.fault}", file=sys.stderr)
+    print(f"{', '.join(parts)} reported in {out}")
+
+
+COMMANDS = {
+    "plot": Command(_add_plot, run_plot),
+    "report": Command(_add_report, run_report),
+}

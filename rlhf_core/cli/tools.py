@@ -13,6 +13,7 @@ from rlhf_core import backends
 from rlhf_core import demo as chain
 from rlhf_core.benchmarks import OPS
 from rlhf_core.cli.arguments import Command, device_of, seed
+from rlhf_core.evaluation.report import PAGE
 from rlhf_core.files import check_writable
 from rlhf_core.locks import check_one_process, hold
 from rlhf_core.training.run_file import versions
@@ -42,6 +43,8 @@ def run_demo(arguments: Namespace) -> None:
             task = chain.replies_task(arguments.seed)
         print(chain.run(task, out, arguments.seed))
     print(f"models, metrics and this report are in {out}")
+    if (out / PAGE).is_file():
+        print(f"open {out / PAGE} in a browser")
 
 
 def _add_bench(parser: ArgumentParser) -> None:

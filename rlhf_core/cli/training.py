@@ -213,7 +213,10 @@ def _run_iterated_rlhf(config: trainers.IteratedRLHFConfig, arguments: Namespace
 def _add_run(parser: ArgumentParser) -> None:
     add_config_file(parser)
     parser.add_argument(
-        "--out", required=True, type=Path, help="folder for the model, run.json and metrics.jsonl"
+        "--out",
+        required=True,
+        type=Path,
+        help="folder for the model, run.json, metrics.jsonl and report.html",
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(

@@ -13,6 +13,7 @@ from rlhf_core.evaluation.frontier import hypervolume, pareto_frontier
 from rlhf_core.evaluation.policies import Evaluation, evaluate_policy
 from rlhf_core.evaluation.ratings import davidson, elo, rate_players, win_rate
 from rlhf_core.evaluation.refusals import refusal_rate
+from rlhf_core.evaluation.report import write_report
 from rlhf_core.significance import sign_test, wilson_interval
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "sign_test",
     "wilson_interval",
     "win_rate",
+    "write_report",
 ]

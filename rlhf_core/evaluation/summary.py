@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -158,6 +158,21 @@ def _comparison(
         "more_comparisons": more,
         "length_controlled": controlled,
     }
+
+
+def mean_text(found: dict[str, float | None] | None, digits: int = 3) -> str:
+    """A mean with its standard error, as people read it."""
+    if found is None:
+        return "-"
+    error = found["standard_error"]
+    mean = round(found["mean"], digits) + 0.0  # no -0.000
+    return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def dump_samples(file: BinaryIO, samples: Sequence[Sample]) -> None:
+    """Write samples.jsonl to an open file."""
+    for sample in samples:
+        file.write((json.dumps(sample._asdict(), ensure_ascii=False) + "\n").encode())
 
 
 def _frontier(policies: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

@@ -10,6 +10,12 @@ def folders(tmp_path_factory):
     return model_folders(tmp_path_factory.mktemp("models"))
 
 
+@pytest.fixture(autouse=True)
+def no_reports(monkeypatch):
+    """Training writes no page, which would take longer than the training itself."""
+    monkeypatch.setattr("rlhf_core.cli.arguments.try_report", lambda *_: None)
+
+
 @pytest.fixture
 def train(folders, tmp_path):
     """Trains the policy for two steps on rows, or on a file, into tmp_path / out."""

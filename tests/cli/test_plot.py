@@ -1,4 +1,4 @@
-"""The command that draws runs."""
+"""The commands that draw runs, and the page that training writes."""
 
 import json
 import sys
@@ -6,7 +6,9 @@ import sys
 import pytest
 from helpers import run, write
 
+from rlhf_core.cli import arguments
 from rlhf_core.evaluation.curves import read_run
+from rlhf_core.evaluation.report import try_report
 
 pytest.importorskip("matplotlib")
 HISTORY = [{"step": i, "loss": 1 / i, "lr": 0.1} for i in range(1, 31)]
@@ -58,3 +60,25 @@ def test_what_cannot_be_drawn_is_named(folder, fails, tmp_path, monkeypatch):
     (folder / "metrics.jsonl").write_text("")
     assert "has not finished a step" in fails("plot", folder, "--out", folder / "a.png")
     assert not list(folder.glob("a.*"))
+
+
+def test_the_report_of_runs_replaces_no_file_unasked(folder, fails, capsys):
+    out = folder / "report.html"
+    assert run("report", folder, "--out", out, "--title", "Mine") == 0
+    assert f"1 run reported in {out}" in capsys.readouterr().out
+    text = out.read_text()
+    assert "<h1>Mine</h1>" in text and "<svg" in text
+    assert "pass --overwrite" in fails("report", folder, "--out", out)
+    assert "nothing to report" in fails("report", folder / "absent", "--out", folder / "b.html")
+    assert out.read_text() == text and not (folder / "b.html").exists()
+
+
+@pytest.mark.slow
+def test_training_writes_a_report_of_its_run(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "try_report", try_report)  # which the other tests go without
+    rows = [{"prompt": "a", "completion": "b"}] * 4
+    assert train("sft", rows, "--eval-fraction", 0) == 0
+    assert "finished" in (tmp_path / "out" / "report.html").read_text()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert train("sft", rows, "--eval-fraction", 0, out="without") == 0
+    assert not (tmp_path / "without" / "report.html").exists()

@@ -1,8 +1,19 @@
 """Curves of runs: what is drawn, and where the legend is."""
 
 import pytest
+from helpers import write
 
-from rlhf_core.evaluation.curves import MAIN, Run, draw_curves, moving_average
+from rlhf_core.evaluation import curves as module
+from rlhf_core.evaluation.curves import (
+    MAIN,
+    Run,
+    draw_against_kl,
+    draw_curves,
+    draw_frontier,
+    draw_policies,
+    moving_average,
+    read_run,
+)
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -68,3 +79,50 @@ def test_a_metric_that_no_run_has_is_named():
         draw_curves([A, B], ["los"])
     with pytest.raises(ValueError, match="'x'; there are loss, reward, lr"):
         draw_curves([A], ["x"])
+
+
+def test_a_long_curve_keeps_the_extremes_of_its_stretches(monkeypatch):
+    monkeypatch.setattr(module, "POINTS", 100)
+    spikes = {500: 9.0, 777: -9.0, 1001: float("nan")}
+    run = Run("r", [{"step": i, "loss": spikes.get(i, 0.0)} for i in range(1, 1002)])
+    (((steps, values),),) = curves(draw_curves([run])).values()
+    assert len(steps) <= 100 and steps == sorted(steps)
+    assert {(500, 9.0), (777, -9.0)} <= set(zip(steps, values))
+    assert not any(value != value for value in values)
+
+
+def test_of_a_long_history_the_ends_and_every_tenth_line_are_read(tmp_path):
+    rows = [{"step": i, "loss": 1.0} for i in range(1000, 2234)]
+    write(tmp_path / "metrics.jsonl", rows)
+    for most, every in ((None, 1), (1234, 1), (1233, 10), (20, 100)):
+        steps = [row["step"] for row in read_run(tmp_path, "a", most).history]
+        numbers = [i for i in range(1, 1235) if i in (1, 1234) or i % every == 0]
+        assert steps == [999 + i for i in numbers]
+
+
+def test_scores_are_drawn_against_the_root_of_the_kl():
+    rows = [{"step": i, "objective/scores": i / 10, "objective/kl": (i / 4) ** 2} for i in range(8)]
+    (((roots, scores), _),) = curves(draw_against_kl([Run("a", rows), A])).values()
+    assert roots == [i / 4 for i in range(8)] and scores == [i / 10 for i in range(8)]
+    (((roots, scores),),) = curves(draw_against_kl([Run("a", rows)], parts=4)).values()
+    assert scores == pytest.approx([0.05, 0.25, 0.45, 0.65])
+    policy = {"score": {"mean": 2.0, "standard_error": 0.5}, "kl": {"mean": 9.0}, "name": "p"}
+    start = {"score": {"mean": 1.0, "standard_error": None}, "kl": {"mean": -1e-6}, "name": "sft"}
+    (panel,) = draw_policies({"gold": [start, policy]}).axes
+    assert [text.get_text() for text in panel.texts] == ["p", "sft"]
+    assert [line.get_xydata().tolist() for line in panel.lines] == [[[0, 1]], [[3, 2]]]
+    assert panel.collections[1].get_segments()[0].tolist() == [[3, 1.5], [3, 2.5]]
+
+
+def test_the_frontier_joins_the_policies_on_it():
+    points = [("a", 0.2, 0.9, True), ("b", 0.9, 0.1, True), ("c", 0.1, 0.1, False)]
+    names = ("name", "harmlessness", "helpfulness", "on_frontier")
+    (panel,) = draw_frontier({"points": [dict(zip(names, point)) for point in points]}).axes
+    *_, step = [line.get_xydata().tolist() for line in panel.lines]
+    assert step == [[0.2, 0.9], [0.9, 0.1]]
+    assert [text.get_text() for text in panel.texts] == ["c", "b", "a"]
+    close = [dict(zip(names, (name, x, 0.5, True))) for name, x in zip("def", (0.5, 0.501, 1))]
+    assert [text.get_text() for text in draw_frontier({"points": close}).axes[0].texts] == [
+        "f",
+        "e",
+    ]
