@@ -2,6 +2,7 @@
 
 import ast
 import importlib.resources
+import json
 import os
 import re
 import runpy
@@ -88,32 +89,38 @@ def test_the_build_says_what_it_compiles(openmp, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def mypy(tmp_path_factory):
-    """mypy's lines on every Python block of the documentation and on the type of each name."""
-    pytest.importorskip("mypy")
-    folder = tmp_path_factory.mktemp("mypy")
+def blocks(tmp_path_factory):
+    """A folder with a file for each Python block of the documentation."""
+    folder = tmp_path_factory.mktemp("blocks")
     for page in PAGES:
         for number, code in enumerate(BLOCK.findall(page.read_text(encoding="utf-8"))):
             if "rlhf_core" in code:
                 name = re.sub(r"\W", "_", str(page.relative_to(ROOT).with_suffix("")))
                 (folder / f"{name}_{number}.py").write_text(code, encoding="utf-8")
+    assert len(list(folder.glob("*.py"))) > 20
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mypy(blocks):
+    """mypy's lines on every Python block of the documentation and on the type of each name."""
+    pytest.importorskip("mypy")
     names = [name for name in rlhf_core.__all__ if name != "__version__"]
     lines = ["import rlhf_core", "from rlhf_core import trainers", "from rlhf_core import *"]
     lines += [f"reveal_type(rlhf_core.{name})" for name in names]
     lines += [f"reveal_type(trainers.{name})" for name in trainers.__all__]
-    (folder / "names.py").write_text("\n".join(lines), encoding="utf-8")
-    files = sorted(file.name for file in folder.glob("*.py"))
-    command = [sys.executable, "-m", "mypy", *FLAGS, "--cache-dir", str(folder / "cache"), *files]
+    (blocks / "names.py").write_text("\n".join(lines), encoding="utf-8")
+    files = sorted(file.name for file in blocks.glob("*.py"))
+    command = [sys.executable, "-m", "mypy", *FLAGS, "--cache-dir", str(blocks / "cache"), *files]
     run = subprocess.run(
         command,
-        cwd=folder,
+        cwd=blocks,
         env=os.environ | {"MYPYPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert run.returncode in (0, 1) and not run.stderr, run.stdout + run.stderr
-    assert len(files) > 20
     return run.stdout.splitlines()
 
 
@@ -127,3 +134,15 @@ def test_mypy_knows_the_type_of_every_public_name(mypy):
     types = [line for line in mypy if "Revealed type is" in line]
     assert len(types) == len(rlhf_core.__all__) - 1 + len(trainers.__all__)
     assert not [line for line in types if 'type is "Any"' in line]
+
+
+@pytest.mark.slow
+def test_pyright_accepts_the_code_of_the_documentation(blocks):
+    """basedpyright is pyright in a wheel; "standard" is pyright's own default."""
+    pytest.importorskip("basedpyright")
+    settings = {"typeCheckingMode": "standard", "extraPaths": [str(ROOT)], "exclude": ["cache"]}
+    (blocks / "pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable]
+    run = subprocess.run(command, cwd=blocks, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "0 errors" in run.stdout

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from rlhf_core.checks import check_own
 from rlhf_core.masking import last_token_index
@@ -28,7 +29,7 @@ class _ScalarHead(Pretrained, TrunkModel):
         self.score = _fresh_head(config)
 
     @classmethod
-    def from_model(cls, model: Transformer | _ScalarHead, share_trunk: bool = False):
+    def from_model(cls, model: Transformer | _ScalarHead, share_trunk: bool = False) -> Self:
         """Return a new model on a copy of `model`'s trunk, or on the trunk itself.
 
         It gets a copy of the scalar head of `model`, or else a fresh head. A copied trunk trains,

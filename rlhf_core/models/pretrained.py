@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from typing_extensions import Self
 
 from rlhf_core.files import model_folder
 from rlhf_core.locks import check_free
@@ -21,7 +22,7 @@ class Pretrained:
     is_language_model = True
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike, dtype: torch.dtype = torch.float32):
+    def from_pretrained(cls, source: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Self:
         """Read a model in eval mode, with its adapters if it was saved with some.
 
         Args:
