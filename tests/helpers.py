@@ -1,7 +1,11 @@
 """What tests of several files share: small models, data, trainers, the command line."""
 
+import contextlib
 import json
 import random
+import threading
+import urllib.request
+import uuid
 from pathlib import Path
 
 import pytest
@@ -236,6 +240,46 @@ def gradients(trainer, rollout, experience):
     """Loss, metrics and gradients of the minibatch, as `optimize` adds them up."""
     metrics = Metrics()
     return added_up(trainer, trainer.minibatch_losses(rollout, experience, metrics), metrics)
+
+
+# ---- people
+
+
+def label_all(link, score):
+    """Choose the response with the higher score in every item, over HTTP; the number of labels."""
+    base, token = link.split("/?token=")
+
+    def call(path, body=None):
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(base + path, data, headers)
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            return json.load(reply)
+
+    count = 0
+    with contextlib.suppress(OSError):  # a run closes its page after the last label
+        while "item" in (item := call("/next")):
+            left, right = score(item["left"]), score(item["right"])
+            choice = 0 if left == right else 1 if left > right else 2
+            call("/label", {"id": uuid.uuid4().hex, "item": item["item"], "choice": choice})
+            count += 1
+    return count
+
+
+def label_printed_links(monkeypatch, module, score, then=lambda: None):
+    """Each link that the module prints is labelled by a thread; returns the counts of labels."""
+    counts = []
+
+    def label(link):
+        counts.append(label_all(link, score))
+        then()
+
+    def shown(*texts, **options):
+        if "/?token=" in texts[0]:
+            threading.Thread(target=label, args=[texts[0].split(": ")[1]], daemon=True).start()
+
+    monkeypatch.setattr(module, "print", shown, raising=False)
+    return counts
 
 
 # ---- the command line

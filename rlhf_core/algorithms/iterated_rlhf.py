@@ -2,14 +2,18 @@
 
 Each round's reward model starts from the first policy and learns from all pairs so far, so it has
 seen what the policy does now. PPO continues from the policy of the round before, with the first
-policy as reference. Elo ratings from the judge show the progress of the rounds.
+policy as reference. A judge labels the pairs (`iterated_rlhf`), or people do
+(`iterated_rlhf_with_people`). Elo ratings from the labels show the progress of the rounds.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +21,23 @@ from torch import Tensor
 
 from rlhf_core.algorithms.ppo import PPOConfig, PPOTrainer
 from rlhf_core.algorithms.reward import RewardConfig, RewardTrainer
-from rlhf_core.data import Example, Pair, Tokenizer
+from rlhf_core.checks import check_own
+from rlhf_core.data import Candidates as CandidateRow
+from rlhf_core.data import (
+    Example,
+    Pair,
+    Tokenizer,
+    encode_preference,
+    read_candidates,
+    read_comparisons,
+)
 from rlhf_core.evaluation import elo
+from rlhf_core.evaluation.ratings import Ratings, rate_players
+from rlhf_core.feedback import candidate_file
+from rlhf_core.feedback.annotation.export import describe, export_rows
+from rlhf_core.feedback.annotation.labels import Contents
+from rlhf_core.feedback.annotation.people import People, ask
+from rlhf_core.feedback.candidate_file import Source, append_rows, candidate_row
 from rlhf_core.feedback.candidates import (
     Candidates,
     SamplingConfig,
@@ -27,12 +46,14 @@ from rlhf_core.feedback.candidates import (
     prompts_for,
 )
 from rlhf_core.feedback.judges import Judge, judged_in_both_orders
-from rlhf_core.files import read_json, subfolder, write_json
-from rlhf_core.models import RewardModel, Transformer
+from rlhf_core.files import read_json, replacing, subfolder, write_json
+from rlhf_core.models import RewardModel, Transformer, eval_mode
 from rlhf_core.options import Options, option
+from rlhf_core.training.checkpoint import digest
 from rlhf_core.training.reference import frozen_copy
-from rlhf_core.training.rounds import resumed, run_rounds, with_seed
+from rlhf_core.training.rounds import CANDIDATES, resumed, run_rounds, with_seed
 
+PAIRS = "pairs.jsonl"  # in a round's folder: all labels so far, as pairs
 SAMPLES = "samples.json"  # in a round's folder: its pairs and answers, for the later rounds
 
 
@@ -119,6 +140,7 @@ def iterated_rlhf(
 
     all_pairs = list(pairs)
     answers = [answer()]  # of each policy so far
+    options = dict(eos_ids=eos_ids, pretraining_examples=pretraining_examples, tokenizer=tokenizer)
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         # 1. Sample pairs from the policy; the judge labels them.
@@ -126,25 +148,9 @@ def iterated_rlhf(
         new_pairs = samples.pairs()
         all_pairs.extend(new_pairs)
 
-        # 2. Train a reward model on all pairs so far.
-        reward_model = RewardModel.from_model(first)
-        reward_config = with_seed(config.reward, seed)
-        options = dict(tokenizer=tokenizer, out=folder and subfolder(folder, "reward"))
-        reward_report = RewardTrainer(reward_model, all_pairs, reward_config, **options).train()[-1]
-
-        # 3. Continue PPO of the policy against it.
-        options = dict(
-            reference=first,
-            eos_ids=eos_ids,
-            pretraining_examples=pretraining_examples,
-            tokenizer=tokenizer,
-            out=folder,
-        )
-        ppo_config = with_seed(config.ppo, seed)
-        trainer = resumed(PPOTrainer(model, prompts, ppo_config, reward=reward_model, **options))
-        report = trainer.train()[-1]
-        report |= {f"reward/{name}": value for name, value in reward_report.items()}
-        report |= {"pairs": len(all_pairs), "ties": (samples.margins() == 0).double().mean().item()}
+        # 2. Train a reward model on all pairs so far.  3. Continue PPO of the policy against it.
+        report = train_on(all_pairs, model, first, prompts, config, seed, folder, **options)
+        report["ties"] = (samples.margins() == 0).double().mean().item()
 
         # 4. Compare the policy with all earlier ones.
         answers.append(answer())
@@ -162,7 +168,11 @@ def iterated_rlhf(
         answers.append(samples["answers"])
 
     fixed = dict(prompts=list(prompts), pairs=list(pairs), eval_prompts=list(eval_prompts))
-    options = dict(
+    return run_rounds(
+        "iterated_rlhf",
+        model,
+        config,
+        train_round,
         fixed=fixed | {"eos_ids": eos_ids},
         scorer=scorer,
         tokenizer=tokenizer,
@@ -170,7 +180,156 @@ def iterated_rlhf(
         resume=resume,
         restore=restore,
     )
-    return run_rounds("iterated_rlhf", model, config, train_round, **options)
+
+
+def train_on(
+    pairs: Sequence[Pair],
+    model: Transformer,
+    first: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: IteratedRLHFConfig,
+    seed: int,
+    folder: Path | None,
+    *,
+    tokenizer: Tokenizer | None,
+    **options,
+) -> dict:
+    """Train a reward model on the pairs, and the policy against it; the round's metrics."""
+    reward_model = RewardModel.from_model(first)
+    own = dict(tokenizer=tokenizer, out=folder and subfolder(folder, "reward"))
+    reward_config = with_seed(config.reward, seed)
+    reward_report = RewardTrainer(reward_model, pairs, reward_config, **own).train()[-1]
+
+    options |= dict(reward=reward_model, reference=first, tokenizer=tokenizer, out=folder)
+    trainer = resumed(PPOTrainer(model, prompts, with_seed(config.ppo, seed), **options))
+    report = trainer.train()[-1]
+    report |= {f"reward/{name}": value for name, value in reward_report.items()}
+    return report | {"pairs": len(pairs)}
+
+
+def iterated_rlhf_with_people(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    config: IteratedRLHFConfig,
+    *,
+    people: People,
+    tokenizer: Tokenizer,
+    out: str | os.PathLike,
+    eos_ids: Sequence[int] | None = None,
+    pretraining_examples: Sequence[Example] = (),
+    resume: bool = False,
+) -> list[dict]:
+    """Train the model in place, with people as the judge; returns each round's metrics.
+
+    In a round, half of the sampling.num_samples answers to a prompt are of the policy, half of the
+    one before it; in the first round all are of the first policy. The reward model learns from all
+    labels in the database, earlier ones included.
+
+    Metrics: as for `iterated_rlhf` without wins. From the second round on, elo, elo_lower and
+    elo_upper rate the policies that were compared, 0 for the first one, with 95 % intervals over
+    prompts. So the policy of the last round is rated if another round follows.
+
+    Args:
+        people: with a text for each prompt.
+        out: as for `iterated_rlhf`; a round's folder has its candidates.jsonl and pairs.jsonl.
+        resume: continue the run in `out`, also one that was stopped while it waited.
+    """
+    first, out = frozen_copy(model), Path(out).absolute()
+    check_own(model, tokenizer)
+    kept = prompts_for(model, prompts, config.sampling)
+    prompts, texts = list(kept.values()), [people.prompts[i] for i in kept]
+    asked: list[CandidateRow] = []  # of all rounds
+
+    def write_candidates(seed: int, folder: Path, number: int) -> list[CandidateRow]:
+        """The answers of the policy and of the one before it."""
+        n, old = config.sampling.num_samples, None
+        if number > 1:
+            folder_of_old = out / f"round-{number - 2}"
+            old = (
+                first
+                if number == 2
+                else Transformer.from_pretrained(folder_of_old).to(model.device)
+            )
+        ends = model.config.eos_ids if eos_ids is None else eos_ids
+        how = tokenizer, ends, prompts, [config.sampling.temperature]
+        sources = [Source(f"policy-{number - 1}", model, *how, n if old is None else n - n // 2)]
+        if old is not None:
+            sources.append(Source(f"policy-{number - 2}", old, *how, n // 2))
+        sampling = with_seed(config.sampling, seed)
+        run = digest(repr(sampling), repr(prompts), *(source.model for source in sources))[:16]
+        begun = [{"id": f"{run}-{i}", "prompt": text, "run": run} for i, text in enumerate(texts)]
+        rows_of = lambda row, answers: [candidate_row(row, answers)]  # noqa: E731
+        path = folder / CANDIDATES
+        with eval_mode(model):
+            answers_from = partial(candidate_file.sampled, sources, sampling)
+            append_rows(path, begun, sampling.batch_size, answers_from, rows_of)
+        return read_candidates(path)
+
+    def train_round(seed: int, folder: Path, history: list[dict]) -> dict:
+        # 1. People compare the policy's answers with those of the policy before it.
+        asked.extend(write_candidates(seed, folder, len(history) + 1))
+        labels = ask(people, asked[-len(prompts) :], config.seed)
+        rows, left_out = export_rows(labels, "preference")
+        with replacing(folder / PAIRS) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        length = min(config.reward.max_length, model.config.max_positions)
+        encode = lambda row: encode_preference(row, tokenizer, length)  # noqa: E731
+        pairs = read_comparisons(folder / PAIRS, encode=encode)
+        print(f"{len(pairs)} pairs; left out: {describe(left_out) or 'nothing'}", file=sys.stderr)
+
+        # 2. Train a reward model on all pairs so far.  3. Continue PPO of the policy against it.
+        options = dict(eos_ids=eos_ids, pretraining_examples=pretraining_examples)
+        options |= dict(tokenizer=tokenizer)
+        report = train_on(pairs, model, first, prompts, config, seed, folder, **options)
+        report["labels"] = len(labels.labels())
+
+        # 4. Rate the policies that people have compared.
+        rated = rate_policies(labels, [row.id for row in asked], len(prompts))
+        if rated is not None:
+            columns = (rated.elo.tolist(), rated.lower.tolist(), rated.upper.tolist())
+            report |= dict(zip(("elo", "elo_lower", "elo_upper"), columns))
+            for i, (rating, low, high) in enumerate(zip(*columns)):
+                print(f"policy {i}: Elo {rating:.0f} [{low:.0f}, {high:.0f}]", file=sys.stderr)
+        return report
+
+    return run_rounds(
+        "iterated_rlhf",
+        model,
+        config,
+        train_round,
+        fixed=dict(prompts=prompts, texts=texts, eos_ids=eos_ids),
+        scorer=None,
+        tokenizer=tokenizer,
+        out=out,
+        resume=resume,
+        restore=lambda folder: asked.extend(read_candidates(folder / CANDIDATES)),
+    )
+
+
+def rate_policies(
+    labels: Contents, rows: Sequence[str | int | None], prompts: int
+) -> Ratings | None:
+    """Elo of policy 0, 1, ... from the labels of these rows; None if no two were compared.
+
+    A tie, or "both bad", is a draw, and one draw is added between every two policies. The intervals
+    are clustered by prompt.
+
+    rows: ids of the rows of all rounds, `prompts` a round, in the same order in each. Their
+        responses have a source "policy-N".
+    """
+    prompt_of = {row: i % prompts for i, row in enumerate(rows)}
+    games = []
+    for (name, places), votes in labels.votes().items():
+        item = labels.items[name]
+        if item.row in prompt_of:
+            one, two = (int(item.sources[i]["model"].removeprefix("policy-")) for i in places)
+            results = [{1: 1.0, 2: 0.0}.get(outcome, 0.5) for _, outcome in votes]
+            games += [(one, two, result, prompt_of[item.row]) for result in results if one != two]
+    if not games:
+        return None
+    one, two, outcomes, clusters = zip(*games)
+    players = 1 + max(*one, *two)
+    return rate_players(one, two, outcomes, players, clusters=clusters, prior=1)
 
 
 def ratings(wins: list[list[float]], games: int) -> Tensor:

@@ -34,7 +34,7 @@ GROUPS = {  # heading -> module, and what each of its commands does
             "online-dpo": "DPO on new samples in every step",
             "iterated-dpo": "DPO on its own samples, in rounds",
             "rft": "rejection sampling: SFT on its own best samples",
-            "iterated-rlhf": "rounds of judged pairs, a reward model and PPO",
+            "iterated-rlhf": "rounds of pairs labelled by people or a judge, reward model, PPO",
         },
     ),
     "sample": (

@@ -8,6 +8,7 @@ import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import Command
@@ -26,28 +27,51 @@ def _add_annotate(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--db", required=True, type=Path, help="database of labels; made if it does not exist"
     )
-    parser.add_argument(
-        "--annotators", nargs="+", default=["annotator"], metavar="NAME", help="a link for each"
-    )
-    parser.add_argument(
-        "--overlap", type=_positive, default=1, help="number of people who label each item"
-    )
+    add_people(parser)
     parser.add_argument(
         "--gold", type=Path, metavar="FILE", help="pairs or ranked lists whose answer is known"
     )
     parser.add_argument(
         "--gold-every",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="one in N items is a gold question; default: 20",
     )
     parser.add_argument(
         "--guidelines", type=Path, metavar="FILE", help="text that the page shows on request"
     )
+
+
+def add_people(parser: Any) -> None:
+    """Add who labels, and where the page is."""
+    parser.add_argument(
+        "--annotators", nargs="+", default=["annotator"], metavar="NAME", help="a link for each"
+    )
+    parser.add_argument(
+        "--overlap", type=positive, default=1, help="number of people who label each item"
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every network"
     )
     parser.add_argument("--port", type=_port, default=8765, help="0 takes a free one")
+
+
+def check_people(arguments: Namespace) -> None:
+    """Raise ValueError unless the options of `add_people` fit; warn of an open network."""
+    people = arguments.annotators
+    if len(set(people)) < len(people) or not all(name.isprintable() and name for name in people):
+        raise ValueError(f"--annotators must be different names, got {' '.join(people)}")
+    if arguments.overlap > len(people):
+        raise ValueError(
+            f"--overlap {arguments.overlap} needs as many annotators, got {len(people)}. Name more "
+            "with --annotators"
+        )
+    if arguments.host not in ("127.0.0.1", "::1", "localhost"):
+        warnings.warn(
+            f"--host {arguments.host}: texts, labels and links travel unencrypted, and whoever "
+            "reads them can label. Use a network that you trust, or a proxy with TLS",
+            stacklevel=1,
+        )
 
 
 def _add_data(parser: ArgumentParser, required: bool) -> None:
@@ -72,7 +96,8 @@ def _add_data(parser: ArgumentParser, required: bool) -> None:
     parser.add_argument("--seed", type=shared.seed, help="seed of the sides; default: 0")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
@@ -121,27 +146,14 @@ def _check_database_decides(arguments: Namespace) -> None:
 
 def run_annotate(arguments: Namespace) -> None:
     """Serve the page on which people label, until a signal."""
-    people = arguments.annotators
-    if len(set(people)) < len(people) or not all(name.isprintable() and name for name in people):
-        raise ValueError(f"--annotators must be different names, got {' '.join(people)}")
-    if arguments.overlap > len(people):
-        raise ValueError(
-            f"--overlap {arguments.overlap} needs as many annotators, got {len(people)}. Name more "
-            "with --annotators"
-        )
+    check_people(arguments)
     items, settings = _items_and_settings(arguments)
     if arguments.gold:
         items += make_items(read_candidates(arguments.gold), settings.mode, gold=True)
     elif arguments.gold_every:
         warnings.warn("--gold-every has no effect without --gold", stacklevel=1)
-    if arguments.host not in ("127.0.0.1", "::1", "localhost"):
-        warnings.warn(
-            f"--host {arguments.host}: texts, labels and links travel unencrypted, and whoever "
-            "reads them can label. Use a network that you trust, or a proxy with TLS",
-            stacklevel=1,
-        )
     options = {
-        "annotators": people,
+        "annotators": arguments.annotators,
         "overlap": arguments.overlap,
         "gold_every": arguments.gold_every or 20,
         "guidelines": read_text(arguments.guidelines) if arguments.guidelines else "",

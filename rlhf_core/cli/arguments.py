@@ -319,7 +319,11 @@ def text_of(prompt: Content) -> str:
 
 
 def add_prompts_and_reward(
-    parser: ArgumentParser, judged: bool = False, candidates: bool = False, required: bool = True
+    parser: ArgumentParser,
+    judged: bool = False,
+    candidates: bool = False,
+    required: bool = True,
+    people: bool = False,
 ) -> None:
     add_prompts(parser, candidates, required)
     source = parser.add_mutually_exclusive_group(required=required)
@@ -332,6 +336,10 @@ def add_prompts_and_reward(
         help="a function from lists of prompts and responses (strings) to one number per response; "
         "parameters named like other columns of the prompts get these",
     )
+    if people:
+        source.add_argument(
+            "--db", type=Path, help="people label, on a page of this run: their database of labels"
+        )
     if judged:
         add_judge(source)
         add_judge_options(parser)
@@ -423,6 +431,8 @@ def reward_of(arguments: Namespace, device: torch.device) -> dict:
         for name in ("reward_weights", "reward_ensemble", "reward_coef"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} needs --reward-model")
+        if getattr(arguments, "db", None) is not None:  # people are asked
+            return {}
         if arguments.reward_function is not None:
             return {"reward": function_of("--reward-function", arguments.reward_function)}
         return {"judge": judge_of(arguments, device)}

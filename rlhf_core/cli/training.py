@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from rlhf_core import data, trainers
+from rlhf_core.algorithms.iterated_rlhf import iterated_rlhf_with_people
+from rlhf_core.cli import annotation
 from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import MODEL, Command
 from rlhf_core.cli.config_file import add_config_file
 from rlhf_core.data import encode_text, read_texts
 from rlhf_core.data.collate import length
+from rlhf_core.feedback.annotation.people import People
 from rlhf_core.feedback.judges import RewardJudge
 from rlhf_core.feedback.rewards import Scorer
 from rlhf_core.locks import check_one_process
@@ -151,7 +154,15 @@ PARTS = {  # fields of IteratedRLHFConfig that hold a config, and the command th
 
 def _add_iterated_rlhf(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, help=MODEL)
-    shared.add_prompts_and_reward(parser, judged=True)
+    shared.add_prompts_and_reward(parser, judged=True, people=True)
+    people = parser.add_argument_group("people", "who label with --db")
+    annotation.add_people(people)
+    people.add_argument(
+        "--wait-labels",
+        type=annotation.positive,
+        metavar="N",
+        help="labels of a round after which it goes on; default: when nobody has an item left",
+    )
     parser.add_argument("--pairs", type=Path, help=f"earlier pairs to learn from, too: {PAIRS}")
     parser.add_argument(
         "--eval-prompts", type=Path, help="prompts whose answers rate the policies of all rounds"
@@ -178,6 +189,11 @@ def run_iterated_rlhf(arguments: Namespace) -> None:
         except (TypeError, ValueError) as error:
             raise ValueError(f"--{name}: {error}") from None
     config = trainers.IteratedRLHFConfig(arguments.rounds, **parts, seed=arguments.seed)
+    if arguments.db is not None:
+        annotation.check_people(arguments)
+        for name in ("pairs", "eval_prompts"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} needs a judge or a reward, not --db")
     with shared.recorded(arguments):
         _run_iterated_rlhf(config, arguments)
 
@@ -201,7 +217,13 @@ def _run_iterated_rlhf(config: trainers.IteratedRLHFConfig, arguments: Namespace
         path = arguments.eval_prompts
         options["eval_prompts"] = shared.read(data.read_prompt_rows, path, arguments, encode)
     options |= dict(out=arguments.out, resume=arguments.resume)
-    history = trainers.iterated_rlhf(model, [ids for _, ids in rows], config, **options)
+    train, prompts = trainers.iterated_rlhf, [ids for _, ids in rows]
+    if arguments.db is not None:
+        names = ("db", "annotators", "overlap", "wait_labels", "host", "port")
+        given = {name: getattr(arguments, name) for name in names}
+        train = iterated_rlhf_with_people
+        options["people"] = People(prompts=[text for text, _ in rows], **given)
+    history = train(model, prompts, config, **options)
     _save_as(dtype, model, arguments.out)
     note = f"{len(rows)} prompts"
     if "elo" in history[-1]:

@@ -43,6 +43,7 @@ from rlhf_core.training.trainer import Trainer
 SETTINGS = "rounds.json"  # what the rounds depend on; older versions wrote train_config.json
 SAMPLE_ROUNDS = "rounds between rows of the policy's responses in samples.jsonl; 0: none"
 LAST = "last_round"  # its number, and its model's digest
+CANDIDATES = "candidates.jsonl"  # in a round's folder: what people compare
 FREE = checkpoint.FREE | {"rounds", "versions", LAST}  # finished rounds do not depend on these
 History = list[dict]
 Config = TypeVar("Config")
@@ -55,7 +56,7 @@ def run_rounds(
     train_round: Callable[[int, Path | None, History], dict],
     *,
     fixed: dict[str, object],
-    scorer: Scorer | JudgeScorer,
+    scorer: Scorer | JudgeScorer | None,
     tokenizer: Tokenizer | None,
     out: Path | None,
     resume: bool,
@@ -68,7 +69,7 @@ def run_rounds(
         train_round: trains the model in place, given the round's seed, its folder, and the metrics
             of the rounds before it.
         fixed: prompts and other objects by name, which a resumed run must share.
-        scorer: of the samples; a resumed run must share it, too.
+        scorer: of the samples; a resumed run must share it, too. None: people judge them.
         restore: reads what it needs from the folder of a finished round.
 
     Raises:
@@ -91,16 +92,17 @@ def _run_rounds(
     algorithm, model, config, train_round, *, fixed, scorer, tokenizer, out, run, resume, restore
 ) -> History:
     history: History = []
+    models = () if scorer is None else scorer.models
     if out is not None:
         digests = {name: _digest(x) for name, x in {"model": model, **fixed}.items()}
-        digests["reward models"] = _digest(*scorer.models)
-        described = checkpoint.description([model, *scorer.models], tokenizer, scorer)
+        digests["reward models"] = _digest(*models)
+        described = checkpoint.description([model, *models], tokenizer, scorer)
         settings = {
             "algorithm": algorithm,
             **asdict(config),
             **described,
             "digests": digests,
-            "digest": _digest(model, *fixed.values(), *scorer.models),
+            "digest": _digest(model, *fixed.values(), *models),
         }
         settings = json.loads(json.dumps(settings))
         history, settings[LAST] = _begin(out, settings, resume)
@@ -188,6 +190,7 @@ def _begin(out: Path, settings: dict, resume: bool) -> tuple[History, str | None
         for folder in out.glob("round-*"):
             if re.fullmatch(r"round-[1-9]\d*", folder.name) and not folder.is_symlink():
                 checkpoint.remove(checkpoint.find(folder))
+                (folder / CANDIDATES).unlink(missing_ok=True)
         write_json(file, settings)
     elif not file.is_file():
         raise FileNotFoundError(f"{out}: there is no run to resume")

@@ -18,7 +18,7 @@ import statistics
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -151,6 +151,7 @@ def open_store(
     overlap: int = 1,
     gold_every: int = 20,
     guidelines: str = "",
+    offered: Collection[str | int] | None = None,
 ) -> Iterator[LabelStore]:
     """Hold a database and yield its store. Given items, it is made or extended.
 
@@ -163,6 +164,7 @@ def open_store(
         overlap: Number of people who label each item. Everybody gets all gold questions.
         gold_every: One in this many items of a person is a gold question.
         guidelines: Their text. A text that differs from the last one is a new version.
+        offered: Ids of the items that people get beside gold questions; None: all.
 
     Raises:
         BlockingIOError: Another process has opened the database.
@@ -179,7 +181,7 @@ def open_store(
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("pages are missing or wrong")
             connection.execute("PRAGMA journal_mode = WAL")
-            store = LabelStore(db, connection, overlap, gold_every)
+            store = LabelStore(db, connection, overlap, gold_every, offered)
             store.set_people(annotators)
             store.set_guidelines(guidelines)
             try:
@@ -197,7 +199,12 @@ class LabelStore:
     """
 
     def __init__(
-        self, db: Path, connection: sqlite3.Connection, overlap: int = 1, gold_every: int = 20
+        self,
+        db: Path,
+        connection: sqlite3.Connection,
+        overlap: int = 1,
+        gold_every: int = 20,
+        offered: Collection[str | int] | None = None,
     ):
         self.db, self.overlap, self.gold_every = db, overlap, gold_every
         self.settings, self.items = _settings(connection), _items(connection)
@@ -209,9 +216,10 @@ class LabelStore:
         leases = connection.execute("SELECT annotator, item, served, expires FROM leases")
         self._leases = {annotator: Lease(*rest) for annotator, *rest in leases}
         self._gold = [item for item in self.items.values() if item.ranks]
+        self._offered = offered
         # Folds of the log: items with fewer labels than `overlap`, who has labelled or skipped an
         # item, and each person's rows in order.
-        self._open = {name: item for name, item in self.items.items() if not item.ranks}
+        self._open = {name: x for name, x in self.items.items() if self._is_offered(x)}
         self._labelled: dict[Any, set[str]] = defaultdict(set)
         self._skipped: dict[Any, set[str]] = defaultdict(set)
         self._history: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -309,6 +317,11 @@ class LabelStore:
             return sum(
                 annotator not in self._labelled[name] | self._skipped[name] for name in self._open
             )
+
+    def count(self, items: Iterable[str | int]) -> int:
+        """Number of labels of these items; skips do not count."""
+        with self.lock:
+            return sum(len(self._labelled[item]) for item in items)
 
     # ---- labels
 
@@ -441,8 +454,11 @@ class LabelStore:
         item = self.items[row["item"]]
         if len(self._labelled[item.id]) >= self.overlap:
             self._open.pop(item.id, None)
-        elif not item.ranks and item.id not in self._open:  # after an undo it comes first
+        elif self._is_offered(item) and item.id not in self._open:  # after an undo it comes first
             self._open = {item.id: item} | self._open
+
+    def _is_offered(self, item: Item) -> bool:
+        return not item.ranks and (self._offered is None or item.id in self._offered)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
