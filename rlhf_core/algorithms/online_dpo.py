@@ -21,6 +21,7 @@ from rlhf_core.feedback.candidates import (
     prompts_for,
 )
 from rlhf_core.feedback.diversity import diversity
+from rlhf_core.feedback.endpoint import JudgeError
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
@@ -103,7 +104,12 @@ class OnlineDPOTrainer(DPOTrainer):
     def step(self, batch: list[list[int]]) -> dict[str, float]:
         """Sample responses to the prompts, and take a step of DPO on the pairs among them."""
         options = dict(eos_ids=self.eos_ids, tokenizer=self.tokenizer, generator=self.generator)
-        samples = candidates(self.model, batch, self.scorer, self.config, **options)
+        before = self.generator.get_state()
+        try:
+            samples = candidates(self.model, batch, self.scorer, self.config, **options)
+        except JudgeError:  # the step will be taken again, with the same samples
+            self.generator.set_state(before)
+            raise
         rows = samples.rows()
         self.note_samples(*rows)
         self.tokens += sum(map(len, rows[1]))

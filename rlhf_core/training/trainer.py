@@ -26,6 +26,7 @@ from rlhf_core.checks import check_own
 from rlhf_core.data import Example, TokenBatch, Tokenizer, collate
 from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import count_targets, length, misfit, unknown_id
+from rlhf_core.feedback.endpoint import JudgeError
 from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import RewardError, Scorer
 from rlhf_core.files import replacing_folder
@@ -393,7 +394,8 @@ class Trainer:
         Raises:
             FloatingPointError: the run has diverged.
             ValueError, RewardError: a batch or reward is bad. All name the step. With `out`, the
-                state before the error is left in `out`/checkpoint-error.
+                state before the error is left in `out`/checkpoint-error, or, for a JudgeError, in
+                a checkpoint to resume from.
         """
         step, every = self.steps_done + 1, self.config.eval_every
         last = step == self.total_steps
@@ -415,8 +417,11 @@ class Trainer:
         except Exception as error:
             saved = ""
             if self.out:
-                saved = f"; the state is saved in {self.save_checkpoint(checkpoint.ERROR_NAME)}"
-            if type(error) not in (FloatingPointError, ValueError, RuntimeError, RewardError):
+                # A judge may work again later, so that run is to be resumed.
+                name = None if isinstance(error, JudgeError) else checkpoint.ERROR_NAME
+                saved = f"; the state is saved in {self.save_checkpoint(name)}"
+            plain = (FloatingPointError, ValueError, RuntimeError)
+            if type(error) not in plain and not isinstance(error, RewardError):
                 raise
             raise type(error)(f"step {step}: {error}{saved}") from error
 

@@ -199,17 +199,16 @@ def test_a_reward_function_that_is_missing_or_raises_is_named(
 KEY = "sk-of-a-judge"
 
 
-def vowels(body):
-    """The judge's verdict on a question: more of the letter a."""
+def later(body):
+    """The judge's verdict on a question: the answer that comes later in the alphabet."""
     question = body["messages"][0]["content"]
-    answers = re.search(r"\(A\):\n(.*)\n\nAnswer \(B\):\n(.*)\n\n", question, re.DOTALL).groups()
-    first, second = (answer.count("a") for answer in answers)
-    return "tie" if first == second else "A" if first > second else "B"
+    answers = re.search(r"\(A\):\n(.*)\n\nAnswer \(B\):\n(.*)\n\n", question, re.DOTALL)
+    return "(A)" if answers[1] > answers[2] else "(B)"
 
 
 def test_online_dpo_learns_from_a_judge_at_a_url(sample, judge_server, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
-    server = judge_server(vowels)
+    server = judge_server(later)
     (tmp_path / "principles.txt").write_text("Which is kinder?\nWhich is shorter?\n")
     judge = ["--judge", f"{server.url}#tiny", "--principles", tmp_path / "principles.txt"]
     judge += ["--judge-key-env", "MY_KEY"]
@@ -242,17 +241,17 @@ def best_of_n(folders, tmp_path):
 
 
 def test_best_of_n_by_a_url_keeps_its_replies_beside_the_file(best_of_n, judge_server, tmp_path):
-    assert best_of_n(judge_server(vowels).url) == 0
+    assert best_of_n(judge_server(later).url) == 0
     assert len((tmp_path / "best.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "best.jsonl.judge-cache").is_dir()
 
 
 def test_candidates_are_ranked_by_a_judge(folders, judge_server, tmp_path):
-    rows = [{"id": 1, "prompt": "p", "responses": [{"text": x} for x in ("b", "aa", "a")]}]
+    rows = [{"id": 1, "prompt": "p", "responses": [{"text": x} for x in ("a", "b", "aa")]}]
     paths = ["--model", folders / "policy", "--candidates", write(tmp_path / "c.jsonl", rows)]
     paths += ["--out", tmp_path / "best.jsonl", "--device", "cpu"]
-    assert run("best-of-n", *paths, "--judge", judge_server(vowels).url) == 0
-    assert json.loads((tmp_path / "best.jsonl").read_text())["completion"] == "aa"
+    assert run("best-of-n", *paths, "--judge", judge_server(later).url) == 0
+    assert json.loads((tmp_path / "best.jsonl").read_text())["completion"] == "b"
 
 
 def test_a_model_folder_judges_and_a_question_that_it_cannot_hold_is_a_failure(
@@ -293,12 +292,28 @@ def test_a_bad_judge_is_named(options, message, fails, folders, tmp_path, monkey
     assert message in line and "pw" not in line
 
 
-def test_a_judge_that_fails_too_often_stops_the_run_with_its_reason(
-    fails, folders, judge_server, tmp_path
+@pytest.mark.parametrize("command, step", [("online-dpo", "step 2: "), ("iterated-dpo", "")])
+def test_a_judge_that_fails_too_often_stops_the_run_which_goes_on_with_resume(
+    command, step, sample, folders, judge_server, tmp_path, capsys
 ):
-    server = judge_server(lambda body: "I refuse")
-    paths = ["--model", folders / "policy", "--prompts", write(tmp_path / "p.txt", ["one", "two"])]
-    options = ["--judge", server.url, "--response-length", 4, "--num-samples", 4, "--device", "cpu"]
-    line = fails("online-dpo", *paths, "--out", tmp_path / "out", *options)
-    assert "the judge failed in 2 of 2 comparisons, more than max_failures 0.05 allows" in line
-    assert "no verdict; the reply is 'I refuse'" in line
+    """The judge fails half-way. The resumed run is that of a judge that never failed."""
+    server = judge_server(later)
+    options = ["--judge", server.url, "--num-samples", 2]
+    prompts = [f"p{i}" for i in range(8)]  # in two steps
+    assert sample(command, *options, prompts=prompts, out="whole") == 0
+
+    def breaks(body):
+        fails = len(server.requests) > 8  # 4 of 8 comparisons in both orders
+        return "I refuse" if fails else later(body)
+
+    server.replies = breaks
+    server.requests.clear()
+    assert sample(command, *options, prompts=prompts) == 2
+    error = capsys.readouterr().err
+    assert f"error: {step}the judge failed in 2 of 6 comparisons, more than max_fail" in error
+    assert "no verdict; the reply is 'I refuse'" in error
+    server.replies = later
+    assert sample(command, *options, "--resume", prompts=prompts) == 0
+    unmoved = folders / "policy" / "model.safetensors"
+    whole, resumed = (tmp_path / out / "model.safetensors" for out in ("whole", "out"))
+    assert whole.read_bytes() == resumed.read_bytes() != unmoved.read_bytes()
