@@ -491,7 +491,7 @@ def judge_of(arguments: Namespace, device: torch.device) -> Judge:
 
 
 def _judge_cache(out: Path) -> Path:
-    """Where a run keeps a judge's replies: in its folder, or beside its file."""
+    """The folder for a judge's replies: in the run's folder, or next to its file."""
     return out / "judge-cache" if out.is_dir() else out.with_name(f"{out.name}.judge-cache")
 
 

@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from rlhf_core.feedback.verdicts import Reply, probability_of_first
 from rlhf_core.models import Transformer, eval_mode
 
 PRINCIPLES = ("Which answer is more helpful, honest and harmless?",)
-FEW = 20  # a share of failures is one of at least so many comparisons
+FEW = 20  # comparisons, at least, that a share of failures is taken of
 _MAX_TOKENS = 64  # of a verdict
 _QUESTION = """\
 Consider this conversation and two answers to it.
@@ -42,6 +42,9 @@ Answer (B):
 
 {principle}
 Reply with (A) or (B) only."""
+# The place of each row; for each order the probability that the first answer shown wins; and why
+# that is NaN.
+Answers = Generator[tuple[int, list[float], str], None, None]
 _LEAD, _OPTIONS = "\nThe better answer is", (" (A)", " (B)")
 
 
@@ -184,8 +187,7 @@ class AIJudge:
 
     # ---- an endpoint
 
-    def _ask_endpoint(self, rows: list) -> Iterator[tuple[int, list[float], str]]:
-        """Each row's place, sides, and why it failed."""
+    def _ask_endpoint(self, rows: list) -> Answers:
         pool = concurrent.futures.ThreadPoolExecutor(self.threads)
         try:
             tasks = {pool.submit(self._sides_of, row): i for i, row in enumerate(rows)}
@@ -209,7 +211,7 @@ class AIJudge:
 
     # ---- our own model
 
-    def _ask_model(self, rows: list) -> Iterator[tuple[int, list[float], str]]:
+    def _ask_model(self, rows: list) -> Answers:
         options = [self.tokenizer.encode_completion(option) for option in _OPTIONS]
         limit = self.model.config.max_positions
         for i, row in enumerate(rows):

@@ -1,8 +1,8 @@
 """Constitutional AI: a model criticises and revises its own answers by principles.
 
 Each round takes a principle at random: the model writes a critique of its answer, then a revision.
-Revisions make data for SFT, and pairs against the first answers. All prompts are the model's own
-input: text goes on with "Critique request: ...", a conversation with a message of the user.
+Revisions make data for SFT, and pairs against the first answers. A request is a message of the user
+in a conversation; after a prompt of text it is the line "Critique request: ...".
 
 Source: Bai et al. 2022, Constitutional AI, section 3.
 """
@@ -82,7 +82,7 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that goes on with conversations; each answer has its own seed."""
+    """A model that answers prompts. Each answer has its own seed."""
 
     model: Transformer
     tokenizer: Tokenizer

@@ -31,6 +31,7 @@ from rlhf_core.files import parse_json, read_json, write_json
 Value = TypeVar("Value")
 LONGEST_WAIT = 300.0  # seconds between two attempts
 _LARGEST = 2**24  # bytes of a reply
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)  # of replies
 _AGAIN = {408, 409, 425, 429}  # statuses that may pass, beside those from 500 on
 
 
@@ -74,13 +75,13 @@ class Endpoint:
             ValueError: the URL is malformed, or would get the key unencrypted.
         """
         parts = urllib.parse.urlsplit(url)
+        if "@" in parts.netloc or parts.query:
+            raise ValueError(
+                f"the judge's URL at {parts.hostname} may hold no password or query. Set the key "
+                f"in the environment variable {key_env or 'OPENAI_API_KEY'}"
+            )
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"a judge's URL must be http(s)://HOST[/PATH][#MODEL], got {url!r}")
-        if parts.username is not None or parts.query:
-            raise ValueError(
-                f"{parts.scheme}://{parts.hostname}: a judge's URL may hold no password or query. "
-                f"Set the key in the environment variable {key_env or 'OPENAI_API_KEY'}"
-            )
         if not 0 < timeout < math.inf or retries < 0:
             raise ValueError(
                 f"timeout must be positive and retries at least 0, got {timeout} and {retries}"
@@ -122,7 +123,7 @@ class Endpoint:
         body = self._body(prompt, max_tokens)
         file, reply = self._file(body), None
         if file is not None and file.is_file():
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            with contextlib.suppress(*_UNREADABLE):
                 kept = read_json(file)
                 if kept["url"] == self.url and kept["request"] == body:
                     return read(self._reply(kept["reply"]))
@@ -130,7 +131,7 @@ class Endpoint:
             raw = self._send(body)
             reply = self._reply(raw)
             value = read(reply)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except _UNREADABLE as error:
             shown = f"; the reply is {reply.text!r:.100}" if reply else ""
             raise RequestError(f"{self.url}: {self._masked(error)}{shown}") from None
         if file is not None:
@@ -185,8 +186,8 @@ class Endpoint:
                     raise RequestError(f"{self.url}: {reason}") from None
                 passing = error.code in _AGAIN or error.code >= 500
                 if not passing or "insufficient_quota" in detail:
-                    self.close(reason + self._remedy(error.code))  # other threads ask no more
-                    continue
+                    self.close(reason + self._remedy(error.code))  # for all threads
+                    continue  # to the JudgeError
                 asked = _retry_after(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = self._masked(getattr(error, "reason", None) or error) or repr(error)

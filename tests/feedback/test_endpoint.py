@@ -169,6 +169,7 @@ def test_a_key_goes_only_over_https_or_to_this_machine(monkeypatch):
         ("ftp://x", "must be http"),
         ("http://", "must be http"),
         ("https://me:pw@x", "no password or query"),
+        ("http://me:pw@", "no password or query"),
         ("https://x/v1?key=pw", "no password or query"),
     ],
 )
