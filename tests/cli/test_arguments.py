@@ -269,7 +269,7 @@ def test_a_model_folder_judges_and_a_question_that_it_cannot_hold_is_a_failure(
     [
         (["--judge", "nowhere"], "--judge nowhere: no such folder. Give a model folder, FILE.py:"),
         (["--judge", "ftp://x"], "ftp://x: no such folder"),
-        (["--judge", "https://u:pw@x"], "a judge's URL may hold no password"),
+        (["--judge", "https://u:pw@x"], "the judge's URL at x may hold no password"),
         (["--judge", "judge.py"], "--judge must be FILE.py:NAME"),
         (
             ["--judge", "judge.py:f", "--principles", "p.txt"],
