@@ -50,8 +50,8 @@ def read_run(folder: Path, name: str, most: int | None = None) -> Run:
     Damaged lines end the history and are named in `fault`.
 
     Args:
-        folder: Of the run.
-        name: Of the run, in legends.
+        folder: The run's folder.
+        name: The run's name in legends.
         most: A history of more lines than this is read in part: the first line, the last one, and
             every 10th, or 100th, and so on between them.
 
@@ -78,7 +78,7 @@ def read_run(folder: Path, name: str, most: int | None = None) -> Run:
             facts = read_object(file)
         except ValueError as error:
             fault = fault or str(error)
-        if fault is None and facts.get("status") != "finished":
+        if fault is None and facts is not None and facts.get("status") != "finished":
             last, total = history[-1][counter(history[-1])], facts.get("total_steps")
             done = f"{last} of {total} {counter(history[0])}s"
             fault = f"{folder}: not finished ({facts.get('status')}), {done}"
@@ -254,9 +254,9 @@ def _name_points(panel: Axes, places: dict[str, Point]) -> None:
 
 
 def points_of(run: Run, metric: str) -> list[Point]:
-    """The steps of a run at which the metric is a finite number, with its values."""
+    """The steps of a run at which the metric is a number that can be drawn, with its values."""
     rows = ((row[counter(row)], row.get(metric)) for row in run.history)
-    return [(x, y) for x, y in rows if isinstance(y, int | float) and math.isfinite(y)]
+    return [(x, y) for x, y in rows if isinstance(y, int | float) and abs(y) < 1e300]
 
 
 def _thinned(points: list[Point], most: int) -> list[Point]:

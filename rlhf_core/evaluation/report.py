@@ -73,7 +73,7 @@ def write_report(paths: Sequence[Path], out: Path, title: str = "Report") -> Mat
     Args:
         paths: At least one. Names on the page are relative to the folder that holds all of them.
         out: The file, which is replaced.
-        title: Of the page.
+        title: The heading of the page.
 
     Returns:
         What is on the page.
@@ -86,7 +86,7 @@ def write_report(paths: Sequence[Path], out: Path, title: str = "Report") -> Mat
     material = read_material(paths)
     text = page(material, title)
     with replacing(out) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))  # JSON may hold half a character
     return material
 
 
@@ -137,7 +137,7 @@ def _read(path: Path, name: str, most: int, found: Material) -> None:
         files = sorted(path.glob("*.json"))
     else:
         files = [path]
-    for file in files:
+    for file in filter(Path.is_file, files):
         with file.open("rb") as opened:
             if b'"file":' not in opened.read(64):  # both reports begin with it
                 continue
@@ -176,17 +176,19 @@ def page(found: Material, title: str) -> str:
         agreements={name: found.agreements[name] for name in agreements},
         audits={name: found.audits[name] for name in audits},
     )
-    sections = [("Summary", _summary(found)), ("Score against KL", _scores(found))]
+    sections: dict[str, Iterable[str]] = {
+        "Summary": _summary(found),
+        "Score against KL": _scores(found),
+    }
     for name, body in evaluations.items():
         is_first = name == next(iter(samples), None)
         shown = _details("Samples side by side", samples.get(name, ""), is_first)
-        sections.append((f"Evaluation: {name}", [body, shown]))
-    sections.append(("Training", _training(found.runs)))
-    sections.append(("Responses in training", itertools.starmap(_details, responses.items())))
-    sections += [(f"Agreement of annotators: {name}", [body]) for name, body in agreements.items()]
-    sections += [(f"Audit of the data: {name}", [body]) for name, body in audits.items()]
-    sections.append(("Settings and versions", _settings(found.runs)))
-    texts = [(heading, "\n".join(lines)) for heading, lines in sections]
+        sections[f"Evaluation: {name}"] = [body, shown]
+    sections["Training"] = _training(found.runs)
+    sections["Responses in training"] = itertools.starmap(_details, responses.items())
+    sections |= {f"Agreement of annotators: {name}": [x] for name, x in agreements.items()}
+    sections |= {f"Audit of the data: {name}": [x] for name, x in audits.items()}
+    sections["Settings and versions"] = _settings(found.runs)
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     template = importlib.resources.files(__package__).joinpath("report.html")
     return string.Template(template.read_text(encoding="utf-8")).substitute(
@@ -194,7 +196,7 @@ def page(found: Material, title: str) -> str:
         subtitle=f"{now}, rlhf_core {rlhf_core.__version__}",
         body="\n".join(
             f"<section><h2>{_text(heading)}</h2>\n{text}</section>"
-            for heading, text in texts
+            for heading, text in _rendered(iter, sections).items()
             if text
         ),
     )
@@ -206,14 +208,14 @@ def _rendered(render: Callable[[Any], Iterable[str]], reports: dict[str, Any]) -
     for name, report in reports.items():
         try:
             rendered[name] = "\n".join(render(report))
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             warnings.warn(f"not in the report: {name}: unknown form: {error!r}", stacklevel=4)
     return rendered
 
 
 def _summary(found: Material) -> Iterable[str]:
     """The verdicts, in a sentence each."""
-    lines = []
+    lines: list[str] = []
     for name, result in found.evaluations.items():
         scores = {row["name"]: row["score"] for row in result.get("policies", [])}
         for row in result.get("comparisons", []):
@@ -355,8 +357,7 @@ def _samples(rows: list[Sample]) -> Iterable[str]:
     for responses in prompts.values():
         line = [_content(next(iter(responses.values())).prompt)]
         for policy in policies:
-            row = responses.get(policy)
-            line.append("-" if row is None else _response(row))
+            line.append(_response(responses[policy]) if policy in responses else "-")
         cells.append(line)
     yield "<p class=soft>The first prompts of the file, not chosen ones.</p>"
     yield f"<div class=samples>{_table(['prompt', *policies], cells)}</div>"
@@ -418,13 +419,13 @@ def _training(runs: list[Run]) -> Iterable[str]:
             yield f"<p class=bad>{_text(run.fault)}</p>"
     ends = [run.history[-1] for run in runs if run.history]
     if ends:
-        smooth = max(1, max(row[curves.counter(row)] for row in ends) // 40)
-        metrics = [
+        smooth = max(1, int(max(row[curves.counter(row)] for row in ends)) // 40)
+        several = [
             name
             for name in curves.MAIN
             if any(len(curves.points_of(run, name)) > 1 for run in runs)
         ]
-        metrics = metrics[: curves.MOST] or None
+        metrics = several[: curves.MOST] or None  # None: those with one point
         yield _picture(lambda: curves.draw_curves(runs, metrics, smooth, legend=False))
     if any({curves.SCORE, curves.KL} <= run.history[-1].keys() for run in runs if run.history):
         yield _picture(lambda: curves.draw_against_kl(runs))
@@ -505,9 +506,9 @@ def _facts(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """The facts that are not null, as texts, with dotted names."""
-    flat = {}
+    flat: dict[str, str] = {}
     for name, value in facts.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix.count(".") < 3:
             flat |= _flat(value, f"{prefix}{name}.")
         elif name == "command" and isinstance(value, list):
             flat[prefix + name] = " ".join(map(str, value))
@@ -566,7 +567,7 @@ def _picture(draw: Callable[[], Any]) -> str:
     """A figure as SVG, whose ink is the colour of the text around it."""
     file = io.StringIO()
     with require("matplotlib", "report").rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has the font
+        warnings.simplefilter("ignore")  # of glyphs that only the browser has, and of long names
         draw().savefig(file, format="svg", metadata={"Date": None})
     svg = file.getvalue()
     return f"<figure>{svg[svg.index('<svg') :].replace(INK, 'currentColor')}</figure>"

@@ -1,4 +1,4 @@
-"""The page about runs: what is on it, that it is safe, and what it leaves out."""
+"""The page about runs shows everything in their folders, runs no script, and survives damage."""
 
 import json
 import sys
@@ -167,6 +167,17 @@ def test_a_file_of_another_form_costs_only_its_own_section(tmp_path):
         with pytest.warns(UserWarning, match=r"eval.*(JSON object|unknown form)") as caught:
             page = report(tmp_path, folder, other)
         assert len(caught) == 1 and "options.lr 0.0001" in page.text
+
+
+def test_values_that_cannot_be_drawn_and_half_characters_stop_nothing(tmp_path):
+    odd = [1e308, -1e308, float("nan"), float("inf"), 10**299, "text", True, None, [1]]
+    folder = run_folder(tmp_path / "a", [{"step": 1 + i, "loss": x} for i, x in enumerate(odd)])
+    write(
+        folder / "samples.jsonl", [{"step": 1, "prompt": [1, 2], "response": "\ud800!", "score": 1}]
+    )
+    page = report(tmp_path, folder)
+    assert "[1, 2]" in page.text and "?!" in page.text
+    assert page.tags.count("figure") == 1
 
 
 def test_a_reward_models_accuracy_and_calibration_are_shown(tmp_path):
