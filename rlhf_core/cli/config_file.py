@@ -1,4 +1,4 @@
-"""Options from a file: `--config FILE`, and the run.json of the run that `--resume` continues."""
+"""Options from --config FILE, from the run.json that --resume continues, and from --preset."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.cli.parser import Parser
+from rlhf_core.cli.presets import settings
 from rlhf_core.files import read_object, read_text, require, short
 from rlhf_core.options import did_you_mean
 from rlhf_core.training import run_file
@@ -28,12 +29,14 @@ def add_config_file(parser: ArgumentParser) -> None:
 
 
 def expanded(parser: ArgumentParser, command: str, argv: Sequence[str]) -> list[str]:
-    """The command line, with the options of its file before its own.
+    """The command line, with the options of its preset and file before its own.
+
+    A preset on the command line wins over the file, and the file over a preset that it names.
 
     Raises:
         ValueError: the file has an unknown option or a bad value; the message names both.
     """
-    if not {"--config", "--resume"} & {text.partition("=")[0] for text in argv}:
+    if not {"--config", "--resume", "--preset"} & {text.partition("=")[0] for text in argv}:
         return list(argv)
     given = _given(parser, argv)
     file = given.get("config")
@@ -41,25 +44,27 @@ def expanded(parser: ArgumentParser, command: str, argv: Sequence[str]) -> list[
         file = given["out"] / run_file.NAME
         needed = [action.dest for action in parser._actions if action.required]
         if not file.is_file():
-            if given.keys() >= set(needed):
-                return list(argv)  # all options of a run by an older version
-            raise FileNotFoundError(
-                f"{file}: there is no run to resume. Choose the --out of a run, or give all "
-                "options of one by an older version"
-            )
-    if file is None:
-        return list(argv)
+            if not given.keys() >= set(needed):
+                raise FileNotFoundError(
+                    f"{file}: there is no run to resume. Choose the --out of a run, or give all "
+                    "options of one by an older version"
+                )
+            file = None
     actions = {x.dest: x for x in parser._actions if x.option_strings and x.dest != "config"}
     overridden = set(given)
     for group in parser._mutually_exclusive_groups:
         names = {action.dest for action in group._group_actions}
         overridden |= names if names & given.keys() else set()
-    tokens = []
-    for name, value in read_options(file, command).items():
+    options = {}
+    for name, value in (read_options(file, command) if file else {}).items():
         dest = str(name).replace("-", "_")
         if dest not in actions:
             near = did_you_mean(str(name), actions)
             raise ValueError(f"{file}: {command} has no option {name!r}{near}")
+        options[dest] = value
+    below, above = (settings(layer.get("preset"), command) for layer in (options, given))
+    tokens = []
+    for dest, value in (below | options | above).items():
         if dest not in overridden:
             tokens += _tokens(file, actions[dest], value)
     return [*tokens, *argv]
@@ -118,7 +123,7 @@ def _given(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not UNSET}
 
 
-def _tokens(file: Path, action: Action, value: Any) -> list[str]:
+def _tokens(file: Path | None, action: Action, value: Any) -> list[str]:
     """An option and its value as on a command line; none if it is unset.
 
     Raises:
@@ -141,6 +146,6 @@ def _tokens(file: Path, action: Action, value: Any) -> list[str]:
         _, rest = probe.parse_known_args(tokens)
     except argparse.ArgumentError as error:
         raise ValueError(f"{file}: {error}") from None
-    if rest:
+    if rest or (isinstance(value, list) and action.nargs is None):
         raise ValueError(f"{file}: argument {flag}: takes one value, got {short(value)}")
     return tokens

@@ -18,6 +18,7 @@ from rlhf_core.cli import annotation
 from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import MODEL, Command
 from rlhf_core.cli.config_file import add_config_file
+from rlhf_core.cli.presets import add_preset, settings
 from rlhf_core.data import encode_text, read_texts
 from rlhf_core.data.collate import length
 from rlhf_core.feedback.annotation.people import People
@@ -181,7 +182,7 @@ def run_iterated_rlhf(arguments: Namespace) -> None:
     check_one_process()
     parts = {}
     for name, (config_type, _) in PARTS.items():
-        given = dict(getattr(arguments, name))
+        given = settings(arguments.preset, name) | dict(getattr(arguments, name))
         if name == "sampling":
             given = {"num_samples": 2} | given
         try:
@@ -234,6 +235,7 @@ def _run_iterated_rlhf(config: trainers.IteratedRLHFConfig, arguments: Namespace
 
 def _add_run(parser: ArgumentParser) -> None:
     add_config_file(parser)
+    add_preset(parser)
     parser.add_argument(
         "--out",
         required=True,

@@ -44,7 +44,7 @@ from rlhf_core.training.run_log import RunLog, sample_rows
 PRETRAINING_BEFORE = "pretraining/loss_before"
 
 
-MIN_STEPS, UNMOVED = 10, 1e-3  # a run of so many steps should move its model by more
+MIN_STEPS = 10  # a run of so many steps should move its model
 
 
 class Trainer:
@@ -55,6 +55,7 @@ class Trainer:
 
     algorithm = "trainer"  # name in logs and checkpoints
     main_metric = "loss"  # shown by the progress bar
+    least_movement = 1e-3  # a run with less `movement` is warned of
     model_type: type[nn.Module] = nn.Module
     kinds: tuple[type, ...] = ()  # types of the examples; empty: prompts
     scorer: Scorer | JudgeScorer | None = None  # of methods that sample
@@ -441,7 +442,7 @@ class Trainer:
 
     def _warn_if_unmoved(self, first: dict[str, float]) -> None:
         moved = self.movement(first)
-        if moved is not None and moved[0] < UNMOVED:
+        if moved is not None and moved[0] < self.least_movement:
             warnings.warn(
                 f"lr {self.config.lr:g} {moved[1]} in {self.total_steps} steps: almost nothing. "
                 "Try a larger lr; see docs/guides/settings.md",

@@ -18,12 +18,16 @@ from helpers import (
 )
 from torch.testing import assert_close
 
-from rlhf_core.data import ByteTokenizer
+from rlhf_core.cli.presets import PRESETS
+from rlhf_core.data import ByteTokenizer, load_tokenizer
 from rlhf_core.data.collate import count_targets
+from rlhf_core.models import Transformer
 from rlhf_core.trainers import (
     IteratedDPOConfig,
     OnlineDPOConfig,
     OnlineDPOTrainer,
+    PPOConfig,
+    PPOTrainer,
     RFTConfig,
     iterated_dpo,
     rft,
@@ -182,3 +186,23 @@ def test_a_policy_that_did_not_move_is_named_with_its_kl():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_ppo(lr=1e-3, **options).train()
+
+
+@pytest.mark.slow
+def test_the_default_rate_of_ppo_is_named_on_a_small_real_model_and_that_of_tiny_is_not(data_dir):
+    folder = data_dir / "models" / "stories260k"
+    prompts = [load_tokenizer(folder).encode_prompt("Once upon a time")] * 40
+
+    def distinct(prompts, responses):
+        return [float(len(set(response))) for response in responses]
+
+    def train(**settings):  # 10 steps
+        policy = Transformer.from_pretrained(folder)
+        config = PPOConfig(batch_size=4, response_length=8, **settings)
+        PPOTrainer(policy, prompts, config, reward=distinct).train()
+
+    with pytest.warns(UserWarning, match="lr 3e-06 moved the policy by 0.0.*guides/settings.md"):
+        train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(**PRESETS["ppo"]["tiny"])
