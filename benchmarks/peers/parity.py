@@ -20,6 +20,8 @@ SIZES |= dict(intermediate_size=48, max_position_embeddings=96)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LLAMA3 |= dict(original_max_position_embeddings=16)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
+GEMMA = SIZES | dict(head_dim=8, sliding_window=5, query_pre_attn_scalar=24)
+LONGROPE = dict(type="longrope", short_factor=[1.0, 1.3], long_factor=[2.0, 5.0])
 FAMILIES = {
     "GPT-2": ("gpt2", dict(n_embd=32, n_layer=2, n_head=4, n_positions=96)),
     "Llama 2": ("llama", SIZES | dict(num_key_value_heads=4)),
@@ -27,6 +29,26 @@ FAMILIES = {
     "Mistral, window 5": ("mistral", SIZES | dict(sliding_window=5)),
     "Qwen2 / 2.5, `yarn` rotary scaling": ("qwen2", SIZES | dict(rope_scaling=YARN)),
     "Qwen3": ("qwen3", SIZES | dict(head_dim=16)),
+    "Gemma 2, soft caps 2 and 3": (
+        "gemma2",
+        GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    ),
+    "Gemma 3": ("gemma3_text", GEMMA | dict(sliding_window_pattern=2)),
+    "Phi-3, window 7": ("phi3", SIZES | dict(sliding_window=7)),
+    "Phi-4-mini, `longrope`, half of a head rotated": (
+        "phi3",
+        SIZES
+        | dict(partial_rotary_factor=0.5, rope_scaling=LONGROPE, tie_word_embeddings=True)
+        | dict(max_position_embeddings=384, original_max_position_embeddings=96),
+    ),
+    "OLMo 2": ("olmo2", SIZES),
+    "SmolLM3, one layer without rotation": ("smollm3", SIZES | dict(no_rope_layer_interval=2)),
+    "Granite 3": (
+        "granite",
+        SIZES
+        | dict(embedding_multiplier=12.0, attention_multiplier=0.3, logits_scaling=1.5)
+        | dict(residual_multiplier=0.22, tie_word_embeddings=True),
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral
 
 import torch.nn.functional as F
@@ -32,13 +33,28 @@ class TransformerConfig:
         rope_theta: Base of the rotary frequencies.
         rope_scaling: As in config.json, with a "rope_type": see models/rope.py.
         sliding_window: How many tokens a token sees, itself included. None means all before it.
-        norm: "rmsnorm" or "layernorm".
+        full_layers: Layers that see all tokens in spite of sliding_window.
+        local_rope_theta: rope_theta of layers with a window, which no rope_scaling changes. None
+            means that all layers are alike.
+        unrotated_layers: Layers without rotary positions.
+        partial_rotary_factor: The share of each head that is rotated, from its first element on.
+        norm: "rmsnorm", "rmsnorm_plus_one" (the stored weight is the factor minus 1) or
+            "layernorm".
+        norm_places: Whether norms are at the inputs ("pre") or at the outputs ("post") of attention
+            and MLP, or at "both".
         norm_eps: Added to the variance before the square root.
         activation: "silu", "gelu" or "gelu_tanh".
         gated_mlp: Compute down(act(gate(x)) * up(x)) instead of down(act(up(x))).
         qkv_bias: Whether the query, key and value projections have biases.
         out_bias: Whether the output projection of attention has a bias.
         qk_norm: Apply RMSNorm to the query and key of each head.
+        qk_norm_whole: Let qk_norm treat the queries of all heads as one vector, and all keys.
+        attention_scale: Factor of the attention scores. None means head_dim ** -0.5.
+        attention_softcap: Limit c of the attention scores, which become c tanh(scores / c).
+        embed_scale: Factor of the embeddings, rounded to their dtype.
+        residual_scale: Factor of the outputs of attention and MLP in the residual stream.
+        logit_divisor: The logits are divided by it, before logit_softcap applies.
+        logit_softcap: Limit c of the logits, which become c tanh(logits / c).
         mlp_bias: Whether the linear layers of the MLP have biases.
         tie_embeddings: Use the embedding as the output head.
         dropout: On the embeddings and on the outputs of attention and MLP, in train mode.
@@ -61,13 +77,25 @@ class TransformerConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
     sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    local_rope_theta: float | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    partial_rotary_factor: float = 1.0
     norm: str = "rmsnorm"
+    norm_places: str = "pre"
     norm_eps: float = 1e-5
     activation: str = "silu"
     gated_mlp: bool = True
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
+    logit_softcap: float | None = None
     mlp_bias: bool = False
     tie_embeddings: bool = True
     dropout: float = 0.0
@@ -80,7 +108,8 @@ class TransformerConfig:
     def __post_init__(self):
         for name, allowed in (
             ("positions", ("rope", "learned")),
-            ("norm", ("rmsnorm", "layernorm")),
+            ("norm", ("rmsnorm", "rmsnorm_plus_one", "layernorm")),
+            ("norm_places", ("pre", "post", "both")),
             ("activation", tuple(ACTIVATIONS)),
         ):
             value = getattr(self, name)
@@ -99,13 +128,20 @@ class TransformerConfig:
                 raise ValueError(f"{name} must be at most {limit}, got {short(value)}")
         for name in ("rope_theta", "norm_eps", "dropout", "attention_dropout"):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 <= value < math.inf:
+            if not _is_number(value) or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {short(value)}")
             if "dropout" in name and value > 1:
                 raise ValueError(f"{name} must be at most 1, got {short(value)}")
+        factors = ("partial_rotary_factor", "embed_scale", "residual_scale", "logit_divisor")
+        may_be_none = ("local_rope_theta", "attention_scale", "attention_softcap", "logit_softcap")
+        for name in (*factors, *may_be_none):
+            value = getattr(self, name)
+            if value is None and name in may_be_none:
+                continue
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number > 0, got {short(value)}")
         switches = ("gated_mlp", "qkv_bias", "out_bias", "qk_norm", "mlp_bias", "tie_embeddings")
-        for name in switches:
+        for name in (*switches, "qk_norm_whole"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {short(getattr(self, name))}")
         fill = object.__setattr__
@@ -116,14 +152,26 @@ class TransformerConfig:
             fill(self, "num_kv_heads", self.num_heads)
         if self.intermediate_size is None:
             fill(self, "intermediate_size", 4 * self.hidden_size)
+        if self.attention_scale == self.head_dim**-0.5:
+            fill(self, "attention_scale", None)
         self._check_multiple("num_heads", "num_kv_heads")
+        for name in ("full_layers", "unrotated_layers"):
+            layers = getattr(self, name)
+            if not isinstance(layers, tuple) or not all(
+                type(i) is int and 0 <= i < self.num_layers for i in layers
+            ):
+                raise ValueError(f"{name} must be indices of layers, got {short(layers)}")
         if sum(self.qkv_sizes) > MAX_SIZE:
             raise ValueError(
                 f"head_dim {self.head_dim} with {self.num_heads} heads makes {sum(self.qkv_sizes)} "
                 f"rows of queries, keys and values, more than {MAX_SIZE}"
             )
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
+        rotated = self.rotary_dim
+        if self.positions == "rope" and (rotated % 2 or not 0 < rotated <= self.head_dim):
+            raise ValueError(
+                f"rotary positions need an even number of elements of a head, got {rotated}"
+                f" of head_dim {self.head_dim}"
+            )
         if self.positions == "rope":
             check_rope(self)
         for name in ("bos_id", "pad_id"):
@@ -148,6 +196,31 @@ class TransformerConfig:
         """Widths of all queries, keys and values of a token."""
         kv = self.num_kv_heads * self.head_dim
         return self.num_heads * self.head_dim, kv, kv
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements of each head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer."""
+        full = range(self.num_layers) if self.sliding_window is None else self.full_layers
+        return tuple(None if i in full else self.sliding_window for i in range(self.num_layers))
+
+    @cached_property
+    def ropes(self) -> tuple[str | None, ...]:
+        """The rotary frequencies of each layer, "global" or "local". None means no rotation."""
+        unrotated = self.unrotated_layers if self.positions == "rope" else range(self.num_layers)
+        local = self.local_rope_theta is not None
+        return tuple(
+            None if i in unrotated else "local" if local and window else "global"
+            for i, window in enumerate(self.windows)
+        )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_id(value) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.files import read_ids, short
-from rlhf_core.models.config import TransformerConfig
+from rlhf_core.models.config import MAX_LENGTH, MAX_SIZE, TransformerConfig
 
 # Buffers that some checkpoints carry; they can be computed from the config.
 DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -69,7 +69,8 @@ class Family:
         modules: Our module: their modules, whose rows make it up. {i} is the layer.
         transposed: Whether they store the matrices of a block transposed.
         only: Their fields of which only this value is supported.
-        on_read: Hooks that rewrite a config.json in place before its fields are read.
+        on_read: Hooks that rewrite a config.json in place before its fields are read. They may
+            return fields of TransformerConfig.
         on_write: Hook that returns fields to add to a config.json.
     """
 
@@ -81,7 +82,7 @@ class Family:
     modules: dict[str, list[str]]
     transposed: bool = False
     only: dict[str, object] = field(default_factory=dict)
-    on_read: tuple[Callable[[dict], None], ...] = ()
+    on_read: tuple[Callable[[dict], dict | None], ...] = ()
     on_write: Callable[[TransformerConfig], dict] = lambda config: {}
 
     def read(self, config_json: dict) -> TransformerConfig:
@@ -90,11 +91,12 @@ class Family:
         Raises:
             ValueError: A field is missing, is not supported, or contradicts another one.
         """
-        hf = dict(config_json)
+        hf, options = dict(config_json), dict(self.fixed, family=self.name)
         for hook in self.on_read:
-            hook(hf)
-        only = self.only | _ONLY
-        known = {*(theirs for _, theirs, _ in self.config_fields), *only, *_IRRELEVANT}
+            options |= hook(hf) or {}
+        used = {theirs for _, theirs, _ in self.config_fields}
+        only = self.only | {name: value for name, value in _ONLY.items() if name not in used}
+        known = {*used, *only, *_IRRELEVANT}
         kinds = hf.pop("layer_types", None)
         for theirs, value in hf.items():
             unknown = value and theirs not in known and _ARCHITECTURE.search(theirs[:80])
@@ -103,7 +105,7 @@ class Family:
                     f"{theirs[:80]}={short(value)} is not supported in a {self.name} model"
                 )
         bos, eos, pad = (read_ids(hf, f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
-        options = dict(self.fixed, family=self.name, eos_ids=tuple(eos))
+        options |= dict(eos_ids=tuple(eos))
         options |= dict(bos_id=next(iter(bos), None), pad_id=next(iter(pad), None))
         for ours, theirs, default in self.config_fields:
             value = hf.get(theirs, default)
@@ -194,8 +196,12 @@ def family_of(config: TransformerConfig) -> Family:
         raise ValueError(f"family {config.family!r} is not supported, only {', '.join(FAMILIES)}")
     misfits = []
     for family in [FAMILIES[config.family]] if config.family else FAMILIES.values():
-        back = family.read(family.write(config, torch.float32, scalar_head=False))
         names = [x.name for x in fields(config) if x.compare]
+        try:
+            back = family.read(family.write(config, torch.float32, scalar_head=False))
+        except (ValueError, ArithmeticError) as error:  # the family forbids this value
+            misfits.append(f"{family.name} ({error})")
+            continue
         lost = [name for name in names if getattr(back, name) != getattr(config, name)]
         if not lost:
             return family
@@ -210,8 +216,6 @@ def _flat_rope(hf: dict) -> None:
 
     Transformers 5 keeps them in `rope_parameters`. Old files say "type" for "rope_type".
     """
-    if hf.get("partial_rotary_factor") is None:
-        hf.pop("partial_rotary_factor", None)
     parameters, scaling = hf.pop("rope_parameters", None), hf.get("rope_scaling")
     for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if value is not None and not isinstance(value, dict):
@@ -221,53 +225,194 @@ def _flat_rope(hf: dict) -> None:
     kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", kind)
     hf["rope_theta"] = rope.pop("rope_theta")
+    share = rope.pop("partial_rotary_factor", hf.pop("partial_rotary_factor", None))
+    if share is not None:
+        hf["partial_rotary_factor"] = share
     hf["rope_scaling"] = {"rope_type": kind, **rope} if kind != "default" or rope else None
 
 
-def _one_window(hf: dict) -> None:
-    """Read Qwen's three fields, which can give layers different windows, into `sliding_window`."""
-    first, count = hf.pop("max_window_layers", 28), hf.get("num_hidden_layers", 0)
-    kinds, used = hf.pop("layer_types", None), hf.pop("use_sliding_window", False)
-    for name, value, kind in (
-        ("max_window_layers", first, int),
-        ("num_hidden_layers", count, int),
-        ("use_sliding_window", used, bool),
-    ):
-        if type(value) is not kind:
-            wanted = "true or false" if kind is bool else "a whole number"
-            raise ValueError(f"{name} must be {wanted}, got {short(value)}")
-    if kinds is not None and not isinstance(kinds, list):
-        raise ValueError(f"layer_types must be a list, got {short(kinds)}")
-    for kind in kinds or ():
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ValueError(f"layer_types holds {short(kind)}, which is not supported")
-    sliding = [kind == "sliding_attention" for kind in kinds or ()]
-    sliding = sliding or [False] * (first > 0) + [True] * (first < count)
-    full = all(kind == "full_attention" for kind in kinds) if kinds else first >= count
-    if not used or hf.get("sliding_window", 0) is None or full:
+def _layer_count(hf: dict) -> int:
+    count = hf.get("num_hidden_layers")
+    if type(count) is not int or not 0 < count <= MAX_SIZE:
+        raise ValueError(f"num_hidden_layers must be a whole number > 0, got {short(count)}")
+    return count
+
+
+def _windows(hf: dict, sliding: list[bool]) -> dict:
+    """Read which layers have the window: those of `layer_types`, or else of `sliding`."""
+    kinds, count = hf.pop("layer_types", None), _layer_count(hf)
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != count:
+            raise ValueError(f"layer_types must be a list of {count} names, got {short(kinds)}")
+        for kind in kinds:
+            if kind not in ("full_attention", "sliding_attention"):
+                raise ValueError(f"layer_types holds {short(kind)}, which is not supported")
+        sliding = [kind == "sliding_attention" for kind in kinds]
+    if hf.get("sliding_window") is None or not any(sliding):
         hf["sliding_window"] = None
-    elif not all(sliding):
+        return {}
+    return dict(full_layers=tuple(i for i, slides in enumerate(sliding) if not slides))
+
+
+def _layer_types(config: TransformerConfig) -> dict:
+    names = ["full_attention" if x is None else "sliding_attention" for x in config.windows]
+    return {"layer_types": names}
+
+
+def _take(hf: dict, name: str, default, kind: type):
+    """Take a field of a config.json away and return it."""
+    value = hf.pop(name, default)
+    if type(value) is not kind:
+        wanted = "true or false" if kind is bool else "a whole number"
+        raise ValueError(f"{name} must be {wanted}, got {short(value)}")
+    return value
+
+
+def _qwen(hf: dict) -> dict:
+    first = _take(hf, "max_window_layers", 28, int)
+    used = _take(hf, "use_sliding_window", False, bool)
+    hf.setdefault("sliding_window", 4096)
+    if not used:
+        hf["sliding_window"] = None
+    return _windows(hf, [i >= first for i in range(_layer_count(hf))])
+
+
+def _qwen_fields(config: TransformerConfig) -> dict:
+    used = config.sliding_window is not None
+    fields = {"use_sliding_window": used, "max_window_layers": 0 if used else config.num_layers}
+    return fields | (_layer_types(config) if config.full_layers else {})
+
+
+def _gemma(hf: dict, full_every: int = 2) -> dict:
+    hf.pop("hidden_act", None)  # `transformers` reads hidden_activation
+    width, scalar = hf.get("hidden_size"), hf.pop("query_pre_attn_scalar", 256)
+    for name, value in (("hidden_size", width), ("query_pre_attn_scalar", scalar)):
+        if type(value) not in (int, float) or not 0 < value < MAX_LENGTH:
+            raise ValueError(f"{name} must be a number > 0, got {short(value)}")
+    hf.setdefault("sliding_window", 4096)
+    windows = _windows(hf, [(i + 1) % full_every > 0 for i in range(_layer_count(hf))])
+    return windows | dict(attention_scale=scalar**-0.5, embed_scale=width**0.5)
+
+
+def _gemma3(hf: dict) -> dict:
+    hf.pop("_sliding_window_pattern", None)  # a copy of the other one
+    every = _take(hf, "sliding_window_pattern", 6, int)
+    if every < 1:
+        raise ValueError(f"sliding_window_pattern must be > 0, got {every}")
+    hf.setdefault("rope_theta", 1e6)
+    parameters = hf.get("rope_parameters")
+    if isinstance(parameters, dict) and parameters.keys() & {"full_attention", "sliding_attention"}:
+        parts = {name: value or {} for name, value in parameters.items()}
+        for name, value in parts.items():
+            if not isinstance(value, dict):
+                raise ValueError(f"rope_parameters[{name!r}] must be an object, got {short(value)}")
+        local = dict(parts.pop("sliding_attention", {}))
+        hf["rope_parameters"] = parts.pop("full_attention", {}) | parts
+        hf["rope_local_base_freq"] = local.pop("rope_theta", 10000.0)
+        if local.pop("rope_type", "default") != "default" or local:
+            raise ValueError("rope_parameters scale the layers with a window, not supported")
+    return _gemma(hf, every)
+
+
+def _gemma_fields(config: TransformerConfig) -> dict:
+    scale = config.attention_scale or config.head_dim**-0.5
+    return {"query_pre_attn_scalar": round(scale**-2)} | _layer_types(config)
+
+
+def _phi3(hf: dict) -> None:
+    """Read longrope. `max_positions` becomes the trained length, where its short factors hold."""
+    code = hf.pop("auto_map", None)  # the code that became the phi3 of `transformers`
+    values = code.values() if isinstance(code, dict) else ()
+    files = {str(name).split("--")[-1].split(".")[0] for name in values}
+    if code and not files <= {"configuration_phi3", "modeling_phi3", "Xenova/gpt-4o"}:
+        hf["auto_map"] = code
+    trained = hf.pop("original_max_position_embeddings", 4096)
+    scaling, longest = hf.get("rope_scaling"), hf.get("max_position_embeddings")
+    if scaling is None:
+        return
+    if scaling.get("rope_type") not in ("su", "yarn", "longrope"):
+        raise ValueError(f"rope scaling {short(scaling.get('rope_type'))} is not one of Phi-3's")
+    scaling = hf["rope_scaling"] = scaling | dict(rope_type="longrope")
+    scaling.pop("original_max_position_embeddings", None)
+    for value in (trained, longest):
+        if type(value) is not int or not 0 < value <= MAX_LENGTH:
+            raise ValueError(
+                "max_position_embeddings and original_max_position_embeddings must be whole "
+                f"numbers > 0, got {short(longest)} and {short(trained)}"
+            )
+    hf["max_position_embeddings"] = trained
+    if scaling.setdefault("factor", longest / trained) != longest / trained:
         raise ValueError(
-            "a sliding window in some layers only (max_window_layers, layer_types) is not supported"
+            f"rope scaling factor {short(scaling['factor'])} contradicts "
+            f"max_position_embeddings={longest}, original_max_position_embeddings={trained}"
         )
 
 
-def _window_fields(config: TransformerConfig) -> dict:
+def _phi3_fields(config: TransformerConfig) -> dict:
+    scaling = config.rope_scaling
+    if scaling is None or scaling["rope_type"] != "longrope":
+        return {}
+    trained = config.max_positions
+    longest = round(trained * scaling["factor"])
+    fields = {"max_position_embeddings": longest, "original_max_position_embeddings": trained}
+    return fields | {"rope_scaling": {k: v for k, v in scaling.items() if k != "factor"}}
+
+
+def _smollm3(hf: dict) -> dict:
+    hf.pop("max_window_layers", None)  # Qwen's field, which `transformers` ignores here
+    hf.setdefault("rope_theta", 2e6)
+    count = _layer_count(hf)
+    every, rotated = _take(hf, "no_rope_layer_interval", 4, int), hf.pop("no_rope_layers", None)
+    if every < 1:
+        raise ValueError(f"no_rope_layer_interval must be > 0, got {every}")
+    if rotated is None:
+        rotated = [int((i + 1) % every != 0) for i in range(count)]
+    fits = isinstance(rotated, list) and len(rotated) >= count
+    if not fits or not all(x in (0, 1) for x in rotated):
+        raise ValueError(f"no_rope_layers must be a list of {count} 0 or 1, got {short(rotated)}")
+    if not _take(hf, "use_sliding_window", False, bool):
+        hf["sliding_window"] = None
+    windows = _windows(hf, [not x for x in rotated[:count]])
+    return windows | dict(unrotated_layers=tuple(i for i in range(count) if not rotated[i]))
+
+
+def _smollm3_fields(config: TransformerConfig) -> dict:
+    rotated = [int(i not in config.unrotated_layers) for i in range(config.num_layers)]
     used = config.sliding_window is not None
-    return {"use_sliding_window": used, "max_window_layers": 0 if used else config.num_layers}
+    return {"no_rope_layers": rotated, "use_sliding_window": used} | _layer_types(config)
 
 
-def _llama_like(name: str, extra_fields, kv_heads=None, head_dim=None, hooks=None, **fixed):
-    """A family with Llama's fields and tensor names. kv_heads, head_dim: their defaults."""
+def _granite_fields(config: TransformerConfig) -> dict:
+    return {"attention_multiplier": config.attention_scale or config.head_dim**-0.5}
+
+
+def _llama_like(
+    name, extra_fields, kv_heads=None, head_dim=None, model_type=None, classifier=None,
+    modules=None, defaults=None, only=None, on_read=(_flat_rope,), on_write=lambda config: {},
+    **fixed,
+):  # fmt: skip
+    """A family with Llama's fields and tensor names, but for what the arguments change.
+
+    kv_heads, head_dim: Their defaults.
+    modules: As in `Family`. None takes one away.
+    defaults: (their field, their default) of our fields in _LLAMA_FIELDS.
+    """
+    defaults = defaults or {}
+    rows = [
+        (ours, *defaults[ours]) if ours in defaults else (ours, theirs, default)
+        for ours, theirs, default in _LLAMA_FIELDS
+    ]
     heads = [("num_kv_heads", "num_key_value_heads", kv_heads), ("head_dim", "head_dim", head_dim)]
     return Family(
-        name.lower(),
+        model_type or name.lower(),
         f"{name}ForCausalLM",
-        f"{name}ForSequenceClassification",
-        [*_LLAMA_FIELDS, *heads, *extra_fields],
-        fixed | dict(positions="rope", norm="rmsnorm", gated_mlp=True),
-        _LLAMA_MODULES,
-        **(hooks or dict(on_read=(_flat_rope,))),
+        classifier or f"{name}ForSequenceClassification",
+        [*rows, *heads, *extra_fields],
+        dict(positions="rope", norm="rmsnorm", gated_mlp=True) | fixed,
+        {ours: theirs for ours, theirs in (_LLAMA_MODULES | (modules or {})).items() if theirs},
+        only=only or {},
+        on_read=on_read,
+        on_write=on_write,
     )
 
 
@@ -334,15 +479,104 @@ _GPT2 = Family(
     | dict(add_cross_attention=False),
 )
 _BIAS = [("qkv_bias", "attention_bias", False), ("out_bias", "attention_bias", False)]
+_MLP_BIAS = ("mlp_bias", "mlp_bias", False)
 _WINDOW = ("sliding_window", "sliding_window", 4096)
-_QWEN = dict(on_read=(_flat_rope, _one_window), on_write=_window_fields)
+_NO_WINDOW = ("sliding_window", "sliding_window", None)
+_QWEN = dict(on_read=(_flat_rope, _qwen), on_write=_qwen_fields)
+_PRE_NORMS = ("trunk.blocks.{i}.norm1", "trunk.blocks.{i}.norm2")
+_NORMS = [f"model.layers.{{i}}.{x}_layernorm" for x in ("post_attention", "post_feedforward")]
+_POST_NORMS = {"trunk.blocks.{i}.post_norm1": _NORMS[:1], "trunk.blocks.{i}.post_norm2": _NORMS[1:]}
+_GEMMA = dict(
+    defaults=dict(
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        tie_embeddings=("tie_word_embeddings", True),
+    ),
+    modules=_POST_NORMS
+    | {"trunk.blocks.{i}.norm2": ["model.layers.{i}.pre_feedforward_layernorm"]},
+    kv_heads=4,
+    head_dim=256,
+    norm="rmsnorm_plus_one",
+    norm_places="both",
+    on_write=_gemma_fields,
+)
 FAMILIES = {
     family.name: family
     for family in (
         _GPT2,
-        _llama_like("Llama", [*_BIAS, ("mlp_bias", "mlp_bias", False)]),
+        _llama_like("Llama", [*_BIAS, _MLP_BIAS]),
         _llama_like("Mistral", [_WINDOW], kv_heads=8),
-        _llama_like("Qwen2", [_WINDOW], kv_heads=32, hooks=_QWEN, qkv_bias=True),
-        _llama_like("Qwen3", [*_BIAS, _WINDOW], 32, head_dim=128, hooks=_QWEN, qk_norm=True),
+        _llama_like("Qwen2", [_WINDOW], kv_heads=32, **_QWEN, qkv_bias=True),
+        _llama_like("Qwen3", [*_BIAS, _WINDOW], 32, head_dim=128, **_QWEN, qk_norm=True),
+        _llama_like(
+            "Gemma2",
+            [
+                *_BIAS,
+                _WINDOW,
+                ("attention_softcap", "attn_logit_softcapping", 50.0),
+                ("logit_softcap", "final_logit_softcapping", 30.0),
+            ],
+            on_read=(_flat_rope, _gemma),
+            **_GEMMA,
+        ),
+        _llama_like(
+            "Gemma3",
+            [
+                *_BIAS,
+                _WINDOW,
+                ("local_rope_theta", "rope_local_base_freq", 10000.0),
+                ("logit_softcap", "final_logit_softcapping", None),
+            ],
+            model_type="gemma3_text",
+            classifier="Gemma3TextForSequenceClassification",
+            on_read=(_gemma3, _flat_rope),
+            only={"attn_logit_softcapping": None},
+            qk_norm=True,
+            **_GEMMA,
+        ),
+        _llama_like(
+            "Phi3",
+            [
+                _NO_WINDOW,
+                ("partial_rotary_factor", "partial_rotary_factor", 1.0),
+                ("dropout", "embd_pdrop", 0.0),
+            ],
+            modules={
+                "trunk.blocks.{i}.attn.qkv": ["model.layers.{i}.self_attn.qkv_proj"],
+                "trunk.blocks.{i}.mlp.up": ["model.layers.{i}.mlp.gate_up_proj"],
+            },
+            defaults=dict(norm_eps=("rms_norm_eps", 1e-5)),
+            on_read=(_flat_rope, _phi3),
+            on_write=_phi3_fields,
+            only=dict(full_attn_mod=1, interpolate_factor=1),
+        ),
+        _llama_like(
+            "Olmo2",
+            _BIAS,
+            modules=_POST_NORMS | dict.fromkeys(_PRE_NORMS),
+            defaults=dict(norm_eps=("rms_norm_eps", 1e-5)),
+            norm_places="post",
+            qk_norm=True,
+            qk_norm_whole=True,
+        ),
+        _llama_like(
+            "SmolLM3",
+            [*_BIAS, _MLP_BIAS, _NO_WINDOW],
+            kv_heads=4,
+            defaults=dict(tie_embeddings=("tie_word_embeddings", True)),
+            on_read=(_smollm3, _flat_rope),
+            on_write=_smollm3_fields,
+        ),
+        _llama_like(
+            "Granite",
+            [
+                *_BIAS,
+                _MLP_BIAS,
+                ("embed_scale", "embedding_multiplier", 1.0),
+                ("residual_scale", "residual_multiplier", 1.0),
+                ("attention_scale", "attention_multiplier", 1.0),
+                ("logit_divisor", "logits_scaling", 1.0),
+            ],
+            on_write=_granite_fields,
+        ),
     )
 }

@@ -256,7 +256,7 @@ def _check_layers(
     path: Path, config: TransformerConfig, family: families.Family, stored: dict[str, StoredTensor]
 ) -> None:
     """Raise ValueError if config.json has more layers than the files, before any are built."""
-    prefix = family.modules["trunk.blocks.{i}.norm1"][0].split("{i}")[0]
+    prefix = family.modules["trunk.blocks.{i}.mlp.down"][0].split("{i}")[0]
     names = (name.removeprefix(prefix) for name in stored if name.startswith(prefix))
     layers = len({name.partition(".")[0] for name in names})
     if config.num_layers > layers:

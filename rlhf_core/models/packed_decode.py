@@ -3,7 +3,7 @@
 If all weights are in a core's cache, the hundred small operations of `Transformer.decode` cost more
 than their arithmetic. Adapters are folded into the copy. `Transformer` is the definition. It also
 runs the models that are left out here: on GPUs, in 16 bits, with hooks, under autocast, with more
-than `MOST_WEIGHTS` weights, learned positions, LayerNorm or a plain MLP.
+than `MOST_WEIGHTS` weights, learned positions, LayerNorm, a plain MLP, or a switch of `PLAIN`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_core import backends
+from rlhf_core.models.config import TransformerConfig
 from rlhf_core.models.lora import Adapter, LoRALinear
 from rlhf_core.models.transformer import (
     MLP,
@@ -33,6 +34,11 @@ READ_FROM = 2**16  # with fewer weights a layer is in a core's cache, and F.line
 PANEL = 32  # kPanel in csrc/kernels.h
 # Each thread reads all weights. With more weights, splitting every layer over threads is as fast.
 MOST_WEIGHTS = 2**22
+PLAIN = (  # fields of a TransformerConfig that must have their defaults
+    "full_layers", "local_rope_theta", "unrotated_layers", "partial_rotary_factor", "norm",
+    "norm_places", "activation", "gated_mlp", "qk_norm_whole", "attention_scale",
+    "attention_softcap", "embed_scale", "residual_scale", "logit_divisor", "logit_softcap",
+)  # fmt: skip
 PARTS = {Transformer, Trunk, Block, Attention, MLP, LoRALinear, Adapter, nn.ModuleList}
 PARTS |= {nn.Linear, nn.RMSNorm, nn.Embedding, nn.Dropout, nn.ModuleDict}
 
@@ -51,7 +57,7 @@ def packed_for_decoding(model: TrunkModel) -> Iterator[TrunkModel | PackedModel]
     layers = []
     for module in model.modules() if launch is not None else ():
         if isinstance(module, Transformer):  # the model, or a part of it
-            layers.append((module, "logits", module.head_weight, None))
+            layers.append((module, "project", module.head_weight, None))
         elif type(module) in (nn.Linear, LoRALinear):
             method = "forward" if type(module) is nn.Linear else "base"
             layers.append((module, method, module.weight, module.bias))
@@ -103,8 +109,8 @@ def _fits(model: Transformer) -> bool:
     config, modules = model.config, list(model.modules())
     weights = [*model.parameters(), *model.buffers()]
     return (
-        (config.positions, config.norm, config.activation, config.gated_mlp)
-        == ("rope", "rmsnorm", "silu", True)
+        config.positions == "rope"
+        and all(getattr(config, name) == getattr(TransformerConfig, name) for name in PLAIN)
         and sum(x.numel() for x in weights) <= MOST_WEIGHTS
         and all(x.dtype == torch.float32 for x in weights)
         and all(

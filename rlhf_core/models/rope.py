@@ -1,13 +1,13 @@
 """Rotary positions (Su et al. 2021): their frequencies, and scaling beyond the trained length.
 
 The float32 results equal those of `transformers` bit for bit, because an error in the last bit of a
-frequency turns a pair by 0.006 rad at position 100,000. Left out: longrope, and rotating only part
-of a head.
+frequency turns a pair by 0.006 rad at position 100,000. Left out: the long factors of longrope.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ _OPTIONS = {
     "llama3": "factor low_freq_factor high_freq_factor [original_max_position_embeddings]",
     "yarn": "factor [original_max_position_embeddings] [attention_factor] [beta_fast] [beta_slow] "
     "[mscale] [mscale_all_dim] [truncate]",
+    "longrope": "factor short_factor long_factor [attention_factor]",
 }
+_LISTS = ("short_factor", "long_factor")  # one number for each pair
 
 
 def check_rope(config) -> None:
@@ -40,11 +42,17 @@ def check_rope(config) -> None:
         raise ValueError(f"rope scaling {short(kind)} is not supported, only {supported}")
     options = {name.strip("[]"): name[0] != "[" for name in _OPTIONS[kind].split()}
     for name, required in options.items():
-        value, wanted = scaling.get(name), bool if name == "truncate" else (int, float)
+        value, pairs = scaling.get(name), config.rotary_dim // 2
         if value is None and not required:
             continue
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            what = "true or false as" if wanted is bool else "a number"
+        if name == "truncate":
+            fits, what = isinstance(value, bool), "true or false as"
+        elif name in _LISTS:
+            fits = isinstance(value, list) and len(value) == pairs and all(map(_is_number, value))
+            what = f"a list of {pairs} numbers as"
+        else:
+            fits, what = _is_number(value), "a number"
+        if not fits:
             raise ValueError(f"rope scaling {kind!r} needs {what} {name!r}, got {short(value)}")
     for name in scaling.keys() - options - {"rope_type"}:
         raise ValueError(f"rope scaling {kind!r} has no option {name!r}, only {', '.join(options)}")
@@ -60,8 +68,19 @@ def check_rope(config) -> None:
         )
 
 
-def rope_tables(config, length: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, (length, K/2) float32 on the CPU, of positions 0 to length - 1."""
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def rope_tables(config, length: int, kind: str = "global") -> tuple[Tensor, Tensor]:
+    """Return cos and sin, (length, K/2) float32 on the CPU, of positions 0 to length - 1.
+
+    K is the number of rotated elements of a head. kind: One of `TransformerConfig.ropes`.
+    """
+    if kind == "local":
+        config = replace(
+            config, rope_theta=config.local_rope_theta, rope_scaling=None, local_rope_theta=None
+        )
     frequencies, magnitude = rope_frequencies(config)
     positions = torch.arange(length, dtype=torch.float32, device="cpu")
     angles = positions[:, None] * frequencies  # (S, K/2)
@@ -70,7 +89,7 @@ def rope_tables(config, length: int) -> tuple[Tensor, Tensor]:
 
 def rope_frequencies(config) -> tuple[Tensor, float]:
     """Return radians per position of each pair, (K/2,) float32, and the factor of cos and sin."""
-    K, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling or {}
+    K, base, scaling = config.rotary_dim, config.rope_theta, config.rope_scaling or {}
     powers = base ** (torch.arange(0, K, 2, dtype=torch.float32, device="cpu") / K)
     plain = 1.0 / powers
     kind, factor = scaling.get("rope_type"), scaling.get("factor")
@@ -87,6 +106,12 @@ def rope_frequencies(config) -> tuple[Tensor, float]:
     if kind == "yarn":  # Peng et al. 2023, equations 17, 18, 22
         ramp = _yarn_ramp(scaling, trained, base, K)
         return 1.0 / (factor * powers) * ramp + plain * (1 - ramp), _yarn_magnitude(scaling)
+    if kind == "longrope":  # Ding et al. 2024, as in Phi-3; max_positions is the trained length
+        magnitude = scaling.get("attention_factor")
+        if magnitude is None:
+            magnitude = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+        short_factor = torch.tensor(scaling["short_factor"], dtype=torch.float32, device="cpu")
+        return 1.0 / (short_factor * powers), magnitude
     return plain, 1.0  # also for "dynamic", which scales only beyond max_positions
 
 

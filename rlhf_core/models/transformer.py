@@ -1,9 +1,8 @@
-"""A decoder-only transformer with a KV cache: GPT-2, Llama, Mistral, Qwen2 and Qwen3 by config.
+"""A decoder-only transformer with a KV cache. Its config makes it a GPT-2, a Llama, a Gemma, ...
 
 GPT-2 has learned positions, LayerNorm, GELU and biases (Radford et al. 2019). Llama has rotary
-positions, RMSNorm, SwiGLU and grouped key/value heads (Touvron et al. 2023). Mistral adds a sliding
-window. Qwen2 adds biases of q, k and v, Qwen3 norms of q and k instead. Left out: files (hub.py)
-and sampling (generation.py).
+positions, RMSNorm, SwiGLU and grouped key/value heads (Touvron et al. 2023). The other families are
+Llamas with a few switches: see families.py. Left out: files (hub.py) and sampling (generation.py).
 
 Dropout is on in train mode. Trainers keep models in eval mode unless their config sets dropout.
 """
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_core.checks import at_least_float32
 from rlhf_core.models.config import ACTIVATIONS, TransformerConfig
 from rlhf_core.models.pretrained import Pretrained
 from rlhf_core.models.rope import rope_tables
@@ -29,6 +29,7 @@ from rlhf_core.ops.linear_logprobs import (
     linear_token_logprobs_and_entropy,
     linear_token_loss,
 )
+from rlhf_core.ops.logprobs import token_logprobs_and_entropy
 from rlhf_core.ops.rms_norm import rms_norm
 
 LOGITS_AT_ONCE = 2**22
@@ -58,8 +59,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, sum(config.qkv_sizes), bias=config.qkv_bias)
         self.out = nn.Linear(config.qkv_sizes[0], config.hidden_size, bias=config.out_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            whole, head = config.qkv_sizes[:2], (config.head_dim, config.head_dim)
+            q_size, k_size = whole if config.qk_norm_whole else head
+            norm = RMSNormPlusOne if config.norm == "rmsnorm_plus_one" else nn.RMSNorm
+            self.q_norm = norm(q_size, eps=config.norm_eps)
+            self.k_norm = norm(k_size, eps=config.norm_eps)
 
     def forward(
         self,
@@ -75,30 +79,66 @@ class Attention(nn.Module):
             q, k = _rotate(q, *rope), _rotate(k, *rope)
         if cache is not None:
             cache.fill(layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.config.attention_dropout if self.training else 0.0,
-            is_causal=mask is None,
-            enable_gqa=self.config.num_kv_heads < self.config.num_heads,
-        )  # (B, H, T, K)
+        if self.config.attention_softcap is not None:
+            y = self._capped_attention(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=self.config.attention_dropout if self.training else 0.0,
+                is_causal=mask is None,
+                scale=self.config.attention_scale,
+                enable_gqa=self.config.num_kv_heads < self.config.num_heads,
+            )  # (B, H, T, K)
         return self.out(_only(y.transpose(1, 2).flatten(2), read))
+
+    def _capped_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Attention with `attention_softcap`. It makes all (T, T) scores of a head."""
+        config = self.config
+        q = q.unflatten(1, (config.num_kv_heads, -1))  # (B, Hkv, H / Hkv, T, K)
+        scale = config.attention_scale or config.head_dim**-0.5
+        scores = q @ k[:, :, None].transpose(-1, -2) * scale
+        scores = _softcap(scores, config.attention_softcap) + mask[:, :, None]
+        p = at_least_float32(scores)[0].softmax(-1).to(q.dtype)
+        p = F.dropout(p, config.attention_dropout, self.training)
+        return (p @ v[:, :, None]).flatten(1, 2)  # (B, H, T, K)
 
     def decode(self, x: Tensor, rope, cache: KVCache, layer: int, slots: Tensor) -> Tensor:
         """Attend from x (B, D), the next token of cache rows `slots`, to the tokens before it."""
-        store = cache.keys[layer], cache.values[layer], cache.lengths
+        config, (q, k, v) = self.config, self._project(x)
+        if rope is not None and config.partial_rotary_factor != 1:
+            places = cache.lengths[slots]
+            cos, sin = (table[places][:, None].to(x.dtype) for table in rope)  # (B, 1, K/2)
+            rotation = _rotation(cos, sin)
+            q, k, rope = _rotate(q, *rotation), _rotate(k, *rotation), None
+        if config.attention_scale is not None:
+            q = q * (config.attention_scale * math.sqrt(config.head_dim))
         y = decode_attention(
-            *self._project(x), *store, slots, rope=rope, window=self.config.sliding_window
+            q,
+            k,
+            v,
+            cache.keys[layer],
+            cache.values[layer],
+            cache.lengths,
+            slots,
+            rope=rope,
+            window=config.windows[layer],
+            softcap=config.attention_softcap,
         )
         return self.out(y.flatten(1))  # (B, H, K) -> (B, D)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map (..., D) to q (..., H, K), k and v (..., Hkv, K)."""
-        heads, kv = self.qkv(x).unflatten(-1, (-1, self.config.head_dim)), self.config.num_kv_heads
-        q, k, v = heads.split((self.config.num_heads, kv, kv), dim=-2)
-        return (self.q_norm(q), self.k_norm(k), v) if self.config.qk_norm else (q, k, v)
+        config, qkv = self.config, self.qkv(x)
+        if config.qk_norm_whole:
+            q, k, v = qkv.split(config.qkv_sizes, dim=-1)
+            parts = self.q_norm(q), self.k_norm(k), v
+            return tuple(part.unflatten(-1, (-1, config.head_dim)) for part in parts)
+        heads, kv = qkv.unflatten(-1, (-1, config.head_dim)), config.num_kv_heads
+        q, k, v = heads.split((config.num_heads, kv, kv), dim=-2)
+        return (self.q_norm(q), self.k_norm(k), v) if config.qk_norm else (q, k, v)
 
 
 class MLP(nn.Module):
@@ -120,8 +160,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.norm1, self.attn = _norm(config), Attention(config)
-        self.norm2, self.mlp = _norm(config), MLP(config)
+        pre, post = config.norm_places != "post", config.norm_places != "pre"
+        self.norm1 = _norm(config) if pre else nn.Identity()
+        self.attn = Attention(config)
+        self.post_norm1 = _norm(config) if post else None
+        self.norm2 = _norm(config) if pre else nn.Identity()
+        self.mlp = MLP(config)
+        self.post_norm2 = _norm(config) if post else None
+        self.residual_scale = config.residual_scale
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, *context) -> Tensor:
@@ -129,13 +175,20 @@ class Block(nn.Module):
 
         context: The other arguments of `Attention.forward`.
         """
-        x = _only(x, context[-1]) + self.dropout(self.attn(self.norm1(x), *context))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        y = self._finish(self.attn(self.norm1(x), *context), self.post_norm1)
+        x = _only(x, context[-1]) + self.dropout(y)
+        return x + self.dropout(self._finish(self.mlp(self.norm2(x)), self.post_norm2))
 
     def decode(self, x: Tensor, *context) -> Tensor:
         """Map (B, D) to (B, D). context: The other arguments of `Attention.decode`."""
-        x = x + self.attn.decode(_normed(self.norm1, x), *context)
-        return x + self.mlp(_normed(self.norm2, x))
+        x = x + self._finish(self.attn.decode(_normed(self.norm1, x), *context), self.post_norm1)
+        return x + self._finish(self.mlp(_normed(self.norm2, x)), self.post_norm2)
+
+    def _finish(self, y: Tensor, post_norm: nn.Module | None) -> Tensor:
+        """Map the output of attention or MLP to what it adds to the residual stream."""
+        if post_norm is not None:
+            y = post_norm(y)
+        return y if self.residual_scale == 1 else y * self.residual_scale
 
 
 class Trunk(nn.Module):
@@ -146,11 +199,11 @@ class Trunk(nn.Module):
     """
 
     checkpointing = False
-    _tables = None
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
+        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
             self.position = nn.Embedding(config.max_positions, config.hidden_size)
@@ -223,14 +276,15 @@ class Trunk(nn.Module):
 
     def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
         """Append one token (B,) to the cache rows `slots` (B,). Return its hidden states (B, D)."""
-        x = self.embed(token_ids)  # (B, D)
-        rope = None
+        x = self._embed(token_ids)  # (B, D)
         if self.config.positions == "learned":
             x = x + self.position(cache.lengths[slots])
-        else:
-            rope = self._rope_tables(cache.keys.shape[3], x.device)
+        ropes = {
+            kind: kind and self._rope_tables(cache.keys.shape[3], x.device, kind)
+            for kind in set(self.config.ropes)
+        }
         for layer, block in enumerate(self.blocks):
-            x = block.decode(x, rope, cache, layer, slots)
+            x = block.decode(x, ropes[self.config.ropes[layer]], cache, layer, slots)
         cache.lengths[slots] += 1
         return _normed(self.norm, x)
 
@@ -245,40 +299,58 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """mask: (B, T, T) bool as `visible`. None means causal. packed: Rows hold several sequences
         and can therefore be longer than max_positions."""
-        T, window, limit = input_ids.shape[1], self.config.sliding_window, self.config.max_positions
+        config, T = self.config, input_ids.shape[1]
+        limit = config.max_positions
         if limit < T and not packed:
             raise ValueError(f"sequence of {T} tokens is longer than the model's {limit} positions")
-        if window is not None and window < T:
-            mask = _causal(T, input_ids.device) if mask is None else mask
-            mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
-        x = self.embed(input_ids)  # (B, T, D)
-        if mask is not None:  # as a bias of the attention scores, made once for all layers
-            bias = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)
-            mask = bias[:, None]  # (B, 1, T, T)
-        rope = None
-        if self.config.positions == "learned":
+        x = self._embed(input_ids)  # (B, T, D)
+        if config.positions == "learned":
             x = x + self.position(positions)
-        else:
-            cos, sin = (
-                table[positions][:, None].to(x.dtype)
-                for table in self._rope_tables(min(T, limit), x.device)
-            )
-            rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (B, 1, T, K)
+        biases, ropes = {}, {None: None}  # made once for all layers of a kind
+        for window in set(config.windows):
+            biases[window] = self._bias(mask, window, positions, x)
+        for kind in set(config.ropes) - {None}:
+            tables = self._rope_tables(min(T, limit), x.device, kind)
+            ropes[kind] = _rotation(*(table[positions][:, None].to(x.dtype) for table in tables))
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            context = rope, mask, cache, layer, read if layer == len(self.blocks) - 1 else None
+            rope, bias = ropes[config.ropes[layer]], biases[config.windows[layer]]
+            context = rope, bias, cache, layer, read if layer == len(self.blocks) - 1 else None
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *context, use_reentrant=False)
             else:
                 x = block(x, *context)
         return self.norm(x)
 
-    def _rope_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        x, scale = self.embed(token_ids), self.config.embed_scale
+        return x if scale == 1 else x * float(torch.tensor(scale, dtype=x.dtype, device="cpu"))
+
+    def _bias(
+        self, mask: Tensor | None, window: int | None, positions: Tensor, x: Tensor
+    ) -> Tensor | None:
+        """Return `mask` within a window as a bias (B, 1, T, T) of the attention scores.
+
+        None stands for a causal mask without a window, which attention needs no bias for.
+        """
+        T, windowed = x.shape[1], window is not None and window < x.shape[1]
+        if mask is None and (windowed or self.config.attention_softcap is not None):
+            mask = _causal(T, x.device)[None]
+        if mask is None:
+            return None
+        if windowed:
+            mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
+        return torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)[:, None]
+
+    def _rope_tables(
+        self, length: int, device: torch.device, kind: str = "global"
+    ) -> tuple[Tensor, Tensor]:
         """Return cos and sin (S, K/2) float32 of at least `length` positions. They are cached."""
-        tables = self._tables
+        tables = self._tables.get(kind)
         if tables is None or len(tables[0]) < length or tables[0].device != device:
             size = min(self.config.max_positions, 1 << (length - 1).bit_length())
-            tables = self._tables = [table.to(device) for table in rope_tables(self.config, size)]
+            cos, sin = rope_tables(self.config, size, kind)
+            tables = self._tables[kind] = cos.to(device), sin.to(device)
         return tables
 
 
@@ -356,6 +428,13 @@ class Transformer(Pretrained, TrunkModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states (..., D) to logits (..., V)."""
+        logits, config = self.project(hidden), self.config
+        if config.logit_divisor != 1:
+            logits = logits / config.logit_divisor
+        return logits if config.logit_softcap is None else _softcap(logits, config.logit_softcap)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Multiply hidden states (..., D) by the head, without `logit_divisor` and the cap."""
         return F.linear(hidden, self.head_weight)
 
     def token_logprobs(
@@ -369,24 +448,62 @@ class Transformer(Pretrained, TrunkModel):
             hidden: (N, D) hidden states that predict the targets.
             targets: (N,) int64 token ids.
         """
-        weight = self.head_weight
+        if self.config.logit_softcap is not None:
+            return self._capped_statistics(hidden, targets, temperature)
+        weight, temperature = self.head_weight, temperature * self.config.logit_divisor
         return TokenStatistics(
             *linear_token_logprobs_and_entropy(hidden, weight, targets, temperature=temperature),
             None,
         )
 
     def token_loss(
-        self, hidden: Tensor, targets: Tensor, losses: Losses, **options
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        losses: Losses,
+        *,
+        temperature: float = 1.0,
+        extras: tuple[Tensor, ...] = (),
+        **options,
     ) -> tuple[Tensor, ...]:
         """Return the loss () and other outputs of `losses` for the log-probs of the targets.
 
         Arguments as in `ops.linear_token_loss`, which also computes the gradient of the loss.
         """
-        return linear_token_loss(hidden, self.head_weight, targets, losses, **options)
+        if self.config.logit_softcap is not None:
+            tokens = self._capped_statistics(hidden, targets, temperature)
+            loss, *outputs = losses(tokens, slice(None), *extras)
+            return loss, *(x.detach() for x in outputs)
+        weight, temperature = self.head_weight, temperature * self.config.logit_divisor
+        options |= dict(temperature=temperature, extras=extras)
+        return linear_token_loss(hidden, weight, targets, losses, **options)
+
+    def _capped_statistics(
+        self, hidden: Tensor, targets: Tensor, temperature: float
+    ) -> TokenStatistics:
+        """As `token_logprobs`, for logits that no fused operation can make.
+
+        The backward pass computes a chunk's logits again: four matrix products instead of three.
+        """
+
+        def statistics(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            logits = self.logits(hidden)
+            likeliest = logits.gather(1, targets[:, None])[:, 0] == logits.amax(dim=1)
+            return *token_logprobs_and_entropy(logits, targets, temperature=temperature), likeliest
+
+        return TokenStatistics(*in_chunks(statistics, self.config.vocab_size, hidden, targets))
 
     def target_and_mean_logits(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits (N,) of the targets and the means (N,) over the vocabulary."""
-        weight = self.head_weight
+        if self.config.logit_softcap is not None:
+
+            def pick(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+                logits = self.logits(hidden)
+                return logits.gather(1, targets[:, None])[:, 0], logits.mean(dim=1)
+
+            return in_chunks(pick, self.config.vocab_size, hidden, targets)
+        weight, divisor = self.head_weight, self.config.logit_divisor
+        hidden = hidden if divisor == 1 else hidden / divisor
         target_logits = (hidden * F.embedding(targets, weight)).sum(dim=-1)
         return target_logits, (hidden * weight.mean(dim=0)).sum(dim=-1)
 
@@ -422,9 +539,23 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
             model.train(mode)
 
 
+class RMSNormPlusOne(nn.Module):
+    """RMSNorm whose factor is 1 + weight, multiplied before the result is rounded (Gemma)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, weight = at_least_float32(x, self.weight)
+        return F.rms_norm(wide, weight.shape, 1.0 + weight, self.eps).to(x.dtype)
+
+
+_NORMS = {"rmsnorm": nn.RMSNorm, "rmsnorm_plus_one": RMSNormPlusOne, "layernorm": nn.LayerNorm}
+
+
 def _norm(config: TransformerConfig) -> nn.Module:
-    norm = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
-    return norm(config.hidden_size, eps=config.norm_eps)
+    return _NORMS[config.norm](config.hidden_size, eps=config.norm_eps)
 
 
 def _only(x: Tensor, read: Tensor | None) -> Tensor:
@@ -441,6 +572,21 @@ def _causal(T: int, device: torch.device) -> Tensor:
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
+def _softcap(x: Tensor, cap: float) -> Tensor:
+    return torch.tanh(x / cap) * cap
+
+
+def _rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (..., K) of an element and its partner in `_rotate`, from tables (..., K/2)."""
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions (Su et al. 2021). As in Llama, elements i and i + K/2 are a pair."""
+    """Apply rotary positions (Su et al. 2021). As in Llama, elements i and i + K/2 are a pair.
+
+    If the factors are narrower than the heads, the last elements of a head stay as they are.
+    """
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((_rotate(x[..., :width], cos, sin), x[..., width:]), -1)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -38,6 +38,7 @@ def decode_attention_reference(
     cos: Tensor | None,
     sin: Tensor | None,
     window: int | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The definition, in at least float32. Writes the new keys and values to the cache."""
     n = lengths[slots]  # (B,)
@@ -53,6 +54,8 @@ def decode_attention_reference(
         unseen |= positions <= n[:, None] - window
     q = q.unflatten(1, (K.shape[1], -1))
     scores = q @ K.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, Hkv, H / Hkv, S)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     p = scores.masked_fill(unseen[:, None, None], -math.inf).softmax(-1)
     return (p @ V.masked_fill(unseen[:, None, :, None], 0)).flatten(1, 2).to(dtype)
 
@@ -73,6 +76,7 @@ def decode_attention(
     *,
     rope: tuple[Tensor, Tensor] | None,
     window: int | None = None,
+    softcap: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of one new token per row over the cached tokens and itself.
@@ -92,6 +96,8 @@ def decode_attention(
             touched.
         rope: cos and sin, (positions, K / 2) float32 for at least S positions; None: no rotation.
         window: number of tokens that a token attends to, itself included, >= 1; None: all.
+        softcap: c > 0, which turns the scores into c tanh(scores / c) (Gemma 2); None: no limit.
+            Only the reference has it.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
 
     Returns:
@@ -106,6 +112,10 @@ def decode_attention(
     cos, sin = rope or (None, None)
     if cos is not None:
         _check_rope(cos, sin, keys)
+    if softcap is not None:
+        if backend not in (None, "reference") or not softcap > 0:
+            raise ValueError(f"softcap {softcap} must be > 0, with the reference, not {backend!r}")
+        backend = "reference"
     impl = resolve(backend, q, k, v, keys, values, cos, sin)
     if impl is None or impl.__name__ != "rlhf_core.cpp":  # cpp checks while it reads them
         _check_slots(lengths, slots, keys.shape[2])
@@ -113,7 +123,9 @@ def decode_attention(
         x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v)
     )
     args = (q, k, v, keys, values, lengths.contiguous(), slots.contiguous(), cos, sin, window)
-    return decode_attention_reference(*args) if impl is None else impl.decode_attention_fwd(*args)
+    if impl is None:
+        return decode_attention_reference(*args, softcap)
+    return impl.decode_attention_fwd(*args)
 
 
 def _check(q, k, v, keys, values, lengths, slots, window):

@@ -39,8 +39,9 @@ FAULTS = {
         "activation 'relu' is not supported",
     ),
     "gemma": (
-        lambda f: edit_config(f, model_type="gemma2"), ValueError,
-        "model_type 'gemma2' is not supported, only",
+        lambda f: edit_config(f, model_type="gemma3"), ValueError,
+        "model_type 'gemma3' is not supported, only gpt2, llama, mistral, qwen2, qwen3, gemma2, "
+        "gemma3_text, phi3, olmo2, smollm3, granite",
     ),
     "rope scaling": (
         lambda f: edit_config(f, rope_scaling={"rope_type": "longrope", "factor": 8.0}), ValueError,
@@ -56,7 +57,7 @@ FAULTS = {
     ),
     "rope of a part": (
         lambda f: edit_config(f, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-        ValueError, "'default' has no option 'partial_rotary_factor'",
+        ValueError, r"partial_rotary_factor=0\.5 is not supported in a llama model",
     ),
     "rope by layer": (
         lambda f: edit_config(f, rope_parameters={"full_attention": {"rope_theta": 1e4}}),
@@ -129,7 +130,7 @@ def test_rope_is_read_as_every_version_of_transformers_writes_it(changes, tmp_pa
         (dict(use_sliding_window=False, sliding_window=8, max_window_layers=0), None),
         (dict(use_sliding_window=True, sliding_window=8, max_window_layers=0), 8),
         (dict(use_sliding_window=True, sliding_window=8, max_window_layers=2), None),
-        (dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "some layers only"),
+        (dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), [None, 8]),
         (dict(use_sliding_window=True, sliding_window=None, max_window_layers=1), None),
         (dict(use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2), 8),
         (
@@ -145,24 +146,28 @@ def test_rope_is_read_as_every_version_of_transformers_writes_it(changes, tmp_pa
             dict(
                 use_sliding_window=True,
                 sliding_window=8,
-                layer_types=["full_attention", "sliding_attention"],
+                layer_types=["sliding_attention", "full_attention"],
             ),
-            "some",
+            [8, None],
         ),
         (dict(use_sliding_window=True, sliding_window=8, max_window_layers="remove"), None),
         (dict(use_sliding_window="remove", sliding_window=8, max_window_layers=0), None),
         (dict(use_sliding_window="remove", sliding_window=8, max_window_layers="remove"), None),
     ],
 )
-def test_a_window_is_read_where_all_layers_have_it(fields, window, tmp_path):
+def test_a_window_is_read_for_the_layers_that_have_it(fields, window, tmp_path, transformers):
     for traits in (dict(qkv_bias=True), dict(qk_norm=True)):  # Qwen2 and Qwen3
         tiny(**traits).save_pretrained(tmp_path)
         edit_config(tmp_path, **fields)
-        if isinstance(window, str):
-            with pytest.raises(ValueError, match=window):
-                hub.read_config(tmp_path)
-        else:
-            assert hub.read_config(tmp_path).sliding_window == window
+        wanted = tuple(window) if isinstance(window, list) else (window,) * 2
+        config = hub.read_config(tmp_path)
+        assert config.windows == wanted
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+        kinds = [kind == "sliding_attention" for kind in theirs.layer_types]
+        assert tuple(theirs.sliding_window if kind else None for kind in kinds) == wanted
+        assert (
+            families.read(families.family_of(config).write(config, torch.float32, False)) == config
+        )
 
 
 def test_every_id_that_ends_a_response_is_read(tmp_path):
@@ -267,6 +272,19 @@ OLD = dict(  # all fields of the first releases of transformers
     torchscript=False, use_bfloat16=False, xla_device=None,
 )  # fmt: skip
 QWEN_WINDOW = dict(sliding_window=4096, use_sliding_window=False, max_window_layers=28)
+GEMMA = dict(
+    attention_bias=False, attention_dropout=0.0, cache_implementation="hybrid", head_dim=256,
+    hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, tie_word_embeddings=True,
+)  # fmt: skip
+PHI_CODE = dict(
+    auto_map={
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        "AutoTokenizer": "Xenova/gpt-4o",
+    },
+    original_max_position_embeddings=4096, embd_pdrop=0.0, resid_pdrop=0.0, rope_theta=10000.0,
+)  # fmt: skip
+PHI3 = ("phi3", 3072, 32, 32, 32, 8192, 32064)
 LLAMA2 = ("llama", 4096, 32, 32, 32, 11008, 32000, 4096)
 LLAMA3 = ("llama", 4096, 32, 32, 8, 14336, 128256)
 MISTRAL = ("mistral", 4096, 32, 32, 8, 14336)
@@ -311,6 +329,53 @@ REAL = {
         "qwen3", 1024, 28, 16, 8, 3072, 151936, 40960, **QWEN_WINDOW | dict(sliding_window=None),
         attention_bias=False, head_dim=128, rope_scaling=None, rope_theta=1000000,
     ),
+    "Gemma 2 2B": of_llama(
+        "gemma2", 2304, 26, 8, 4, 9216, 256000, 8192, **GEMMA, hidden_act="gelu_pytorch_tanh",
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096,
+        eos_token_id=[1, 107],
+    ),
+    "Gemma 3 1B": of_llama(
+        "gemma3_text", 1152, 26, 4, 1, 6912, 262144, 32768, **GEMMA, attn_logit_softcapping=None,
+        final_logit_softcapping=None, rope_local_base_freq=10000, rope_scaling=None,
+        rope_theta=1000000, sliding_window=512, sliding_window_pattern=6, eos_token_id=[1, 106],
+    ),
+    "Gemma 3 270M": of_llama(
+        "gemma3_text", 640, 18, 4, 1, 2048, 262144, 32768, **GEMMA, _sliding_window_pattern=6,
+        attn_logit_softcapping=None, final_logit_softcapping=None, rope_local_base_freq=10000.0,
+        layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 3, rope_theta=1000000.0,
+        rope_scaling=None, sliding_window=512, use_bidirectional_attention=False,
+    ),
+    "Phi-3 mini 4k": of_llama(*PHI3, 4096, **PHI_CODE, rope_scaling=None, sliding_window=2047),
+    "Phi-3.5 mini": of_llama(
+        *PHI3, 131072, **PHI_CODE, sliding_window=262144, attention_bias=False,
+        rope_scaling=dict(type="longrope", long_factor=[2.0] * 48, short_factor=[1.0] * 48),
+    ),
+    "Phi-4 mini": of_llama(
+        "phi3", 3072, 32, 24, 8, 8192, 200064, 131072, **PHI_CODE, sliding_window=262144,
+        attention_bias=False, mlp_bias=False, lm_head_bias=False, full_attn_mod=1,
+        interpolate_factor=1, partial_rotary_factor=0.75, tie_word_embeddings=True,
+        rope_scaling=dict(type="longrope", long_factor=[2.0] * 48, short_factor=[1.0] * 48),
+    ),
+    "OLMo 2 7B": of_llama(
+        "olmo2", 4096, 32, 32, 32, 11008, 100352, 4096, attention_bias=False, rope_scaling=None,
+        rope_theta=500000, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=100257,
+    ),
+    "SmolLM3 3B": of_llama(
+        "smollm3", 2048, 36, 16, 4, 11008, 128256, 65536, attention_bias=False, mlp_bias=False,
+        layer_types=["full_attention"] * 36, max_window_layers=28, no_rope_layer_interval=4,
+        no_rope_layers=[1, 1, 1, 0] * 9, pretraining_tp=2, rope_scaling=None, rope_theta=5e6,
+        sliding_window=None, use_sliding_window=False, bos_token_id=None, use_cache=False,
+    ),
+    "Granite 3.1 2B": of_llama(
+        "granite", 2048, 40, 32, 8, 8192, 49155, 131072, attention_bias=False, mlp_bias=False,
+        attention_dropout=0.1, attention_multiplier=0.015625, embedding_multiplier=12.0,
+        logits_scaling=8.0, residual_multiplier=0.22, rope_scaling=None, rope_theta=5e6,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    ),
+}  # fmt: skip
+WINDOWS = {
+    "Mistral 7B v0.1": 4096, "Gemma 2 2B": 4096, "Gemma 3 1B": 512, "Gemma 3 270M": 512,
+    "Phi-3 mini 4k": 2047, "Phi-3.5 mini": 262144, "Phi-4 mini": 262144,
 }  # fmt: skip
 
 
@@ -319,14 +384,17 @@ def test_the_fields_of_popular_models_are_read(name):
     fields = REAL[name]
     config = families.read(fields)
     assert config.family == fields["model_type"]
-    assert config.sliding_window == (4096 if name == "Mistral 7B v0.1" else None)
-    assert config.activation == ("gelu_tanh" if config.family == "gpt2" else "silu")
+    assert config.sliding_window == WINDOWS.get(name)
+    tanh = config.family in ("gpt2", "gemma2", "gemma3_text")
+    assert config.activation == ("gelu_tanh" if tanh else "silu")
+    family = families.FAMILIES[config.family]
+    assert family.read(family.write(config, torch.float32, scalar_head=False)) == config
 
 
 SMALL = {
     "gpt2": of_gpt2(16, 2, 2),
     **{
-        kind: of_llama(kind, 16, 2, 2, 2, 32, 20, 16)
+        kind: of_llama(kind, 16, 2, 2, 2, 32, 20, 16, pad_token_id=0)
         for kind in families.FAMILIES
         if kind != "gpt2"
     },
@@ -347,12 +415,20 @@ def test_fields_that_change_no_logit_are_ignored(family):
 @pytest.mark.parametrize("family", SMALL)
 def test_fields_that_change_no_logit_change_none_in_transformers(family, transformers):
     logits = []
-    for more in ({}, NO_LOGIT):
+    attention = dict(_attn_implementation="eager" if family == "gemma2" else "sdpa")
+    for more in ({}, NO_LOGIT | attention):
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(**SMALL[family] | more)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         logits.append(model(torch.arange(12)[None]).logits)
     assert torch.equal(*logits)
+
+
+OWN = {  # fields that change the function in these families
+    "gemma2": "final_logit_softcapping query_pre_attn_scalar",
+    "gemma3_text": "final_logit_softcapping query_pre_attn_scalar sliding_window_pattern",
+    "granite": "logits_scaling attention_multiplier residual_multiplier embedding_multiplier",
+}
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -378,6 +454,9 @@ def test_fields_that_change_no_logit_change_none_in_transformers(family, transfo
     ],
 )  # fmt: skip
 def test_a_field_that_changes_the_function_elsewhere_is_refused(family, field, value):
+    if field in OWN.get(family, ""):
+        assert families.read(SMALL[family] | {field: value}) is not None
+        return
     with pytest.raises(ValueError, match=field):
         families.read(SMALL[family] | {field: value})
 
@@ -404,19 +483,29 @@ IGNORED = {
     "problem_type", "transformers_version", "architectures", "num_labels", "use_return_dict",
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
     "summary_first_dropout", "classifier_dropout", "_attn_implementation", "output_attentions",
-    "_name_or_path",
+    "_name_or_path", "_sliding_window_pattern",
+    "mm_tokens_per_image", "image_token_id",  # of the models with images in Gemma 3's file
 }  # fmt: skip
+
+
+LONGROPE = dict(type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+USED = {  # without them other fields have no effect
+    "qwen2": dict(use_sliding_window=True, max_window_layers=0),
+    "qwen3": dict(use_sliding_window=True, max_window_layers=0),
+    "smollm3": dict(use_sliding_window=True, no_rope_layers=[0, 1]),
+    "phi3": dict(rope_scaling=LONGROPE),
+}
 
 
 @pytest.mark.parametrize("family", SMALL)
 def test_every_field_that_transformers_reads_is_used_irrelevant_or_refused(family, transformers):
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    name = family.removesuffix("_text")
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     pattern = r"config\.(\w+)|getattr\((?:self\.)?config, \"(\w+)\""
     read = {a or b for a, b in re.findall(pattern, inspect.getsource(module))}
     written = transformers.AutoConfig.for_model(family).to_dict()
     assert {"vocab_size", "tie_word_embeddings"} <= read | set(written)
-    window = dict(use_sliding_window=True, max_window_layers=0) if "qwen" in family else {}
-    base = SMALL[family] | window
+    base = SMALL[family] | USED.get(family, {})
 
     def ignored(name):
         try:

@@ -175,7 +175,7 @@ def test_no_value_in_another_file_of_a_model_gives_a_traceback(kind, name, value
         ("llama", "rope_theta", 0, "rope_theta must be > 0, got 0"),
         ("llama", "architectures", 5, "architectures must be a list of names, got 5"),
         ("llama", "attention_bias", 1, "attention_bias must be true or false, got 1"),
-        ("qwen2", "layer_types", 5, "layer_types must be a list, got 5"),
+        ("qwen2", "layer_types", 5, "layer_types must be a list of 2 names, got 5"),
         ("qwen2", "max_window_layers", "a", "max_window_layers must be a whole number, got 'a'"),
         ("llama", "rope_scaling", {"rope_type": "linear", "factor": 0}, "not numbers"),
     ],

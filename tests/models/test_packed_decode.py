@@ -231,7 +231,8 @@ def test_models_that_it_does_not_compute_decode_by_themselves(backend, monkeypat
     assert packed(make()) and packed(make(**KINDS["qwen3"])) and packed(lagging_copy(make()))
     for options in (
         dict(positions="learned"), dict(norm="layernorm"), dict(activation="gelu"),
-        dict(gated_mlp=False),
+        dict(gated_mlp=False), dict(norm_places="both"), dict(logit_softcap=9.0),
+        dict(attention_scale=0.3), dict(unrotated_layers=(0,)), dict(partial_rotary_factor=0.5),
     ):  # fmt: skip
         assert packed(make(**options)) is None
     hooked, early = make(), make()

@@ -61,8 +61,9 @@ def test_frequencies_and_tables_are_theirs_bit_for_bit(scaling, head_dim, theta,
         (dict(factor=2.0), "rope scaling None is not supported, only"),
         (
             dict(rope_type="longrope", factor=2.0),
-            "rope scaling 'longrope' is not supported, only default, linear",
+            "'longrope' needs a list of 8 numbers as 'short_factor', got None",
         ),
+        (dict(rope_type="su"), "rope scaling 'su' is not supported, only default, linear"),
         (dict(rope_type="linear"), "'linear' needs a number 'factor', got None"),
         (dict(rope_type="linear", factor="2"), "'linear' needs a number 'factor', got '2'"),
         (

@@ -24,6 +24,12 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+SHORT, LONG = [1.0, 1.3], [2.0, 5.0]
+GEMMA = dict(
+    norm="rmsnorm_plus_one", norm_places="both", activation="gelu_tanh", embed_scale=32**0.5,
+    num_kv_heads=2, head_dim=8, sliding_window=5, attention_scale=24**-0.5,
+)  # fmt: skip
+THEIR_GEMMA = dict(num_key_value_heads=2, head_dim=8, sliding_window=5, query_pre_attn_scalar=24)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
 # name: (their model_type, our config, their fields beyond those that every family shares)
 FAMILIES = {
@@ -89,11 +95,83 @@ FAMILIES = {
         dict(head_dim=16, qk_norm=True, qkv_bias=True, out_bias=True, tie_embeddings=False),
         dict(num_key_value_heads=4, head_dim=16, attention_bias=True),
     ),
+    "qwen2-window-in-one-layer": (
+        "qwen2",
+        dict(
+            num_kv_heads=2, qkv_bias=True, tie_embeddings=False, sliding_window=5, full_layers=(0,)
+        ),
+        dict(
+            num_key_value_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=1
+        ),
+    ),
+    "gemma2": (
+        "gemma2",
+        GEMMA | dict(full_layers=(1,), attention_softcap=2.0, logit_softcap=3.0),
+        THEIR_GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    ),
+    "gemma2-untied": (
+        "gemma2",
+        GEMMA | dict(full_layers=(1,), attention_scale=None, qkv_bias=True, out_bias=True)
+        | dict(tie_embeddings=False),
+        THEIR_GEMMA | dict(attn_logit_softcapping=None, final_logit_softcapping=None)
+        | dict(query_pre_attn_scalar=8, attention_bias=True, tie_word_embeddings=False),
+    ),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA | dict(qk_norm=True, full_layers=(1,), local_rope_theta=500.0, rope_theta=9e5)
+        | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
+        THEIR_GEMMA | dict(sliding_window_pattern=2, rope_local_base_freq=500.0, rope_theta=9e5)
+        | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
+    ),
+    "phi3": (
+        "phi3",
+        dict(num_kv_heads=2, tie_embeddings=False, sliding_window=7, family="phi3"),
+        dict(num_key_value_heads=2, sliding_window=7),
+    ),
+    "phi4-mini": (
+        "phi3",
+        dict(num_kv_heads=2, partial_rotary_factor=0.5)
+        | dict(rope_scaling=dict(
+            rope_type="longrope", factor=4.0, short_factor=SHORT, long_factor=LONG
+        )),
+        dict(num_key_value_heads=2, partial_rotary_factor=0.5)
+        | dict(tie_word_embeddings=True, max_position_embeddings=384)
+        | dict(original_max_position_embeddings=96)
+        | dict(rope_scaling=dict(type="longrope", short_factor=SHORT, long_factor=LONG)),
+    ),
+    "olmo2": (
+        "olmo2",
+        dict(num_kv_heads=2, tie_embeddings=False, norm_places="post", qk_norm=True)
+        | dict(qk_norm_whole=True),
+        dict(num_key_value_heads=2),
+    ),
+    "smollm3": (
+        "smollm3",
+        dict(num_kv_heads=2, unrotated_layers=(1,), rope_theta=2e6),
+        dict(num_key_value_heads=2, no_rope_layer_interval=2),
+    ),
+    "smollm3-window": (
+        "smollm3",
+        dict(unrotated_layers=(1,), full_layers=(0,), sliding_window=5, tie_embeddings=False),
+        dict(
+            num_key_value_heads=4, no_rope_layers=[1, 0], sliding_window=5,
+            use_sliding_window=True, rope_theta=1e4, tie_word_embeddings=False,
+        ),
+    ),
+    "granite": (
+        "granite",
+        dict(num_kv_heads=2, embed_scale=12.0, attention_scale=0.3, logit_divisor=1.5)
+        | dict(residual_scale=0.22, out_bias=True, qkv_bias=True),
+        dict(num_key_value_heads=2, embedding_multiplier=12.0, attention_multiplier=0.3)
+        | dict(logits_scaling=1.5, residual_multiplier=0.22, attention_bias=True)
+        | dict(tie_word_embeddings=True),
+    ),
 }  # fmt: skip
 families = pytest.mark.parametrize("family", FAMILIES)
-kinds = pytest.mark.parametrize(
-    "family", ["gpt2", "llama-gqa", "mistral", "qwen3"]
-)  # positions, window, norms
+kinds = pytest.mark.parametrize(  # positions, windows, norms, caps, factors
+    "family",
+    ["gpt2", "llama-gqa", "mistral", "qwen3", "gemma2", "gemma3", "phi4-mini", "olmo2", "granite"],
+)
 
 
 @torch.no_grad()
@@ -216,6 +294,9 @@ def test_our_checkpoint_gives_them_our_weights_and_logits(family, tmp_path, tran
 def test_our_reward_model_is_their_sequence_classifier(family, tmp_path, transformers):
     ours = tiny(family, RewardModel)
     ours.save_pretrained(tmp_path / "ours")
+    if family == "granite":
+        assert not hasattr(transformers, "GraniteForSequenceClassification")
+        pytest.skip("transformers has no sequence classifier of Granite")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
     ids, mask = padded("right")
     want = theirs(ids.masked_fill(~mask, 0), attention_mask=mask.long()).logits
@@ -437,6 +518,10 @@ def test_a_mask_of_another_shape_is_refused():
     [
         (dict(positions="alibi"), "positions must be one of rope, learned, got 'alibi'"),
         (dict(norm="batchnorm"), "norm must be"),
+        (dict(norm_places="sandwich"), "norm_places must be one of pre, post, both"),
+        (dict(full_layers=(2,)), r"full_layers must be indices of layers, got \(2,\)"),
+        (dict(partial_rotary_factor=0.1), "even number of elements of a head, got 0"),
+        (dict(logit_softcap=0.0), "logit_softcap must be a finite number > 0, got 0.0"),
         (dict(activation="relu"), "activation must be"),
         (dict(vocab_size=0), "vocab_size must be a whole number > 0, got 0"),
         (dict(num_layers=0), "num_layers"),
@@ -447,11 +532,14 @@ def test_a_mask_of_another_shape_is_refused():
         (dict(norm_eps="1e-5"), "norm_eps must be a finite number >= 0, got '1e-5'"),
         (dict(num_heads=4, num_kv_heads=3), "num_heads 4 is not a multiple of num_kv_heads 3"),
         (dict(num_heads=4, hidden_size=30), "hidden_size 30 is not a multiple of num_heads 4"),
-        (dict(hidden_size=12, num_heads=4), "even head_dim, got 3"),
+        (
+            dict(hidden_size=12, num_heads=4),
+            "even number of elements of a head, got 3 of head_dim 3",
+        ),
         (dict(sliding_window=0), "sliding_window must be a whole number > 0, got 0"),
         (
             dict(rope_scaling=dict(rope_type="longrope", factor=2.0)),
-            "rope scaling 'longrope' is not supported",
+            "rope scaling 'longrope' needs a list of 4 numbers as 'short_factor', got None",
         ),
     ],
 )

@@ -53,7 +53,7 @@ def rotated(heads, rope, n):
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def by_hand(x, keys, values, window=None):
+def by_hand(x, keys, values, window=None, softcap=None):
     """Attention in float64 over the cache after the step."""
     out = torch.zeros_like(x["q"], dtype=torch.float64)
     _, H, K = out.shape
@@ -62,7 +62,8 @@ def by_hand(x, keys, values, window=None):
         seen = slice(0 if window is None else max(0, n + 1 - window), n + 1)
         for i, head in enumerate(rotated(x["q"][b], x["rope"], n)):
             h = i * keys.shape[1] // H
-            p = (keys[slot, h, seen].double() @ head / math.sqrt(K)).softmax(0)
+            scores = keys[slot, h, seen].double() @ head / math.sqrt(K)
+            p = (scores if softcap is None else softcap * (scores / softcap).tanh()).softmax(0)
             out[b, i] = p @ values[slot, h, seen].double()
     return out
 
@@ -191,6 +192,17 @@ def test_nan_and_infinite_scores_give_nan_in_their_row_alone(backend):
         out = run(x, backend)[0]
         assert out[1, :2].isnan().all() and torch.equal(out[1, 2:], clean[1, 2:])
         assert torch.equal(out[[0, 2]], clean[[0, 2]])
+
+
+def test_a_soft_cap_limits_the_scores_by_the_reference_alone():
+    x = inputs([3, 0, 7], H=4, Hkv=2, K=8)
+    x["q"] *= 4
+    out, *cache = run(x, None, softcap=0.5)
+    torch.testing.assert_close(out.double(), by_hand(x, *cache, softcap=0.5), rtol=0, atol=1e-6)
+    assert (out - run(x, None)[0]).abs().max() > 0.1
+    for backend, softcap in (("cpp", 0.5), (None, 0.0)):
+        with pytest.raises(ValueError, match=f"softcap {softcap} must be > 0, with the reference"):
+            run(x, backend, softcap=softcap)
 
 
 def test_float64_goes_through_the_reference():
