@@ -418,6 +418,10 @@ def _training(runs: list[Run]) -> Iterable[str]:
         if run.fault:
             yield f"<p class=bad>{_text(run.fault)}</p>"
     ends = [run.history[-1] for run in runs if run.history]
+    for run in runs:
+        if run.history and isinstance(elo := run.history[-1].get("elo"), list):
+            ratings = ", ".join(f"{rating:.0f}" for rating in elo)
+            yield f"<p>Elo of the rounds of {_text(run.name)}, from its start: {ratings}</p>"
     if ends:
         smooth = max(1, int(max(row[curves.counter(row)] for row in ends)) // 40)
         several = [
@@ -488,12 +492,11 @@ def _settings(runs: list[Run]) -> Iterable[str]:
     """The options that differ between few runs, and everything in run.json of each."""
     known = {run.name: _flat(run.facts) for run in runs if run.facts}
     shown = list(known)[:SHOWN]
-    names = dict.fromkeys(name for run in shown for name in known[run])
-    differ = [
-        [name, *(known[run].get(name, "-") for run in shown)]
-        for name in names
-        if name.startswith("options.") and len({known[run].get(name) for run in shown}) > 1
-    ]
+    differ = []
+    for name in dict.fromkeys(name for run in shown for name in known[run]):
+        values = [known[run].get(name) for run in shown]
+        if name.startswith("options.") and len({*values} - {None}) > 1:
+            differ.append([name, *values])
     if differ:
         yield _details("Options that differ", _facts(["option", *shown], differ))
     for name, facts in known.items():
@@ -505,14 +508,14 @@ def _facts(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """The facts that are not null, as texts, with dotted names."""
+    """The facts as texts, with dotted names."""
     flat: dict[str, str] = {}
     for name, value in facts.items():
         if isinstance(value, dict) and prefix.count(".") < 3:
             flat |= _flat(value, f"{prefix}{name}.")
         elif name == "command" and isinstance(value, list):
             flat[prefix + name] = " ".join(map(str, value))
-        elif value is not None:
+        else:
             flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
     return flat
 

@@ -69,7 +69,8 @@ def test_the_report_of_runs_replaces_no_file_unasked(folder, fails, capsys):
     text = out.read_text()
     assert "<h1>Mine</h1>" in text and "<svg" in text
     assert "pass --overwrite" in fails("report", folder, "--out", out)
-    assert "nothing to report" in fails("report", folder / "absent", "--out", folder / "b.html")
+    with pytest.warns(UserWarning, match="absent: no such file or folder"):
+        assert "nothing to report" in fails("report", folder / "absent", "--out", folder / "b.html")
     assert out.read_text() == text and not (folder / "b.html").exists()
 
 

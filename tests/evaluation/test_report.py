@@ -66,7 +66,9 @@ def report(tmp_path, *paths, **options):
 
 
 def test_everything_in_the_folders_is_on_the_page(tmp_path):
-    runs = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", options={"lr": 0.25})]
+    runs = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", options={"lr": 0.25, "seed": 1})]
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "elo": [0.0, 67.6]}\n')
     evaluation = evaluation_folder(tmp_path / "eval")
     agreed = agreement_report(torch.tensor([[0, 1, 0, 1], [0, 1, 1, 1]]).numpy(), resamples=20)
     write_json(tmp_path / "agreement.json", {"file": "labels.jsonl", **agreed})
@@ -96,7 +98,8 @@ def test_everything_in_the_folders_is_on_the_page(tmp_path):
         "harmlessness",
         "√KL",
         "objective/scores",
-        "options.lr 0.0001 0.25",
+        "option a b options.lr 0.0001 0.25 a name value",  # not --seed, which one run has
+        "Elo of the rounds of b, from its start: 0, 68",
         f"Verdict: {agreed['verdict']}",
         "krippendorff_alpha",
         "eval/audit.json",
