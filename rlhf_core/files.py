@@ -12,7 +12,7 @@ import reprlib
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, TextIO
@@ -216,6 +216,12 @@ def write_json(path: str | os.PathLike, value) -> None:
 def dump_json(file: BinaryIO, value) -> None:
     """Write value as indented JSON to an open file."""
     file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def dump_rows(file: BinaryIO, rows: Iterable) -> None:
+    """Write values as JSON lines to an open file."""
+    for row in rows:
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def _named(path: Path, error: OSError) -> OSError:

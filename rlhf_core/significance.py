@@ -44,12 +44,14 @@ def exact_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[fl
     return lower, upper
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p of the hypothesis that a win is as likely as a loss. Ties are left out.
+def sign_test(wins: int, losses: int) -> float | None:
+    """Two-sided exact p of the hypothesis that a win is as likely as a loss; None for only ties.
 
     McNemar's exact test of paired right and wrong answers is the same: `wins` counts the items that
     only the first model solved, `losses` those that only the second one solved.
     """
+    if wins == losses == 0:
+        return None
     _check_share(wins, wins + losses)
     return min(1.0, 2 * _upper_tail(max(wins, losses), wins + losses, 0.5))
 

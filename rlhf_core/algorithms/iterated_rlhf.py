@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ from rlhf_core.feedback import candidate_file
 from rlhf_core.feedback.annotation.export import describe, export_rows
 from rlhf_core.feedback.annotation.labels import Contents
 from rlhf_core.feedback.annotation.people import People, ask
-from rlhf_core.feedback.candidate_file import Source, append_rows, candidate_row
+from rlhf_core.feedback.candidate_file import Source, appending, candidate_row
 from rlhf_core.feedback.candidates import (
     Candidates,
     SamplingConfig,
@@ -258,11 +257,10 @@ def iterated_rlhf_with_people(
         sampling = with_seed(config.sampling, seed)
         run = digest(repr(sampling), repr(prompts), *(source.model for source in sources))[:16]
         begun = [{"id": f"{run}-{i}", "prompt": text, "run": run} for i, text in enumerate(texts)]
-        rows_of = lambda row, answers: [candidate_row(row, answers)]  # noqa: E731
         path = folder / CANDIDATES
-        with eval_mode(model):
-            answers_from = partial(candidate_file.sampled, sources, sampling)
-            append_rows(path, begun, sampling.batch_size, answers_from, rows_of)
+        with eval_mode(model), appending(path, begun, sampling.batch_size) as (write, first_prompt):
+            for start, batch in candidate_file.sampled(sources, sampling, first_prompt):
+                write([candidate_row(row, answers) for row, answers in zip(begun[start:], batch)])
         return read_candidates(path)
 
     def train_round(seed: int, folder: Path, history: list[dict]) -> dict:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from rlhf_core.data.chat import Content
 from rlhf_core.data.readers import PromptRow
 from rlhf_core.evaluation.comparisons import compare
 from rlhf_core.evaluation.refusals import classify, refusal_rate
-from rlhf_core.feedback.candidate_file import append_rows, prompt_rows
+from rlhf_core.feedback.candidate_file import appending, prompt_rows
 from rlhf_core.feedback.candidates import SamplingConfig
 from rlhf_core.feedback.constitution import (
     CONSTITUTION,
@@ -31,7 +30,7 @@ from rlhf_core.feedback.constitution import (
     training_rows,
 )
 from rlhf_core.feedback.judges import Judge, judged_in_both_orders
-from rlhf_core.files import Replacement, dump_json, parse_json, read_text
+from rlhf_core.files import Replacement, dump_json, dump_rows, parse_json, read_text
 from rlhf_core.models import Transformer
 from rlhf_core.significance import sign_test, wilson_interval
 from rlhf_core.training.checkpoint import digest
@@ -147,16 +146,16 @@ def _revise(arguments: Namespace) -> None:
     settings = (writer.config, writer.eos_ids, principles, arguments.rounds)
     run = digest(repr(settings), repr(rows), repr(encoded), writer.model)[:16]
 
-    def batches(first: int) -> Iterable:
-        if first:
-            print(f"{out / TEXTS} has {first} of {len(rows)} prompts; going on")
-        found = revised(writer, prompts, principles, arguments.rounds, first)
-        return shared.progress(found, "batches of prompts", -(-(len(rows) - first) // size))
-
     if arguments.overwrite:
         (out / TEXTS).unlink(missing_ok=True)
     begun = prompt_rows(path, dict(enumerate(rows)), run)
-    append_rows(out / TEXTS, begun, size, batches, lambda row, found: [row | found[0]])
+    with appending(out / TEXTS, begun, size) as (write, first):
+        if first:
+            print(f"{out / TEXTS} has {first} of {len(rows)} prompts; going on")
+        batches = math.ceil((len(rows) - first) / size)
+        found = revised(writer, prompts, principles, arguments.rounds, first)
+        for start, batch in shared.progress(found, "batches of prompts", batches):
+            write(row | records[0] for row, records in zip(begun[start:], batch))
     records = [parse_json(line) for line in read_text(out / TEXTS).splitlines()]
     texts, pairs = training_rows(records)
     print("\n".join(_revision_lines(records, arguments.price_per_million)))
@@ -167,7 +166,7 @@ def _revise(arguments: Namespace) -> None:
         )
     with Replacement(out) as files:
         for name, lines in ((SFT, texts), (PAIRS, pairs)):
-            _dump(files.open(name), lines)
+            dump_rows(files.open(name), lines)
     print(f"{len(texts)} rows in {SFT} and {len(pairs)} pairs in {PAIRS}; written to {out}")
 
 
@@ -182,11 +181,6 @@ def _revision_lines(records: list[dict[str, Any]], price: float | None) -> Itera
     read, written = (sum(x["tokens"][name] for x in records) for name in ("read", "written"))
     cost = "" if price is None else f", {price * (read + written) / 1e6:.6g} at {price:g} a million"
     yield f"{read:,} tokens read, {written:,} written{cost}"
-
-
-def _dump(file: Any, rows: Iterable[dict[str, Any]]) -> None:
-    for row in rows:
-        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 # ---- before and after
@@ -233,7 +227,7 @@ def _measure(arguments: Namespace) -> None:
         "policies": policies,
         "no_longer_harmful": cured,
         "newly_harmful": spoilt,
-        "sign_test": sign_test(cured, spoilt) if cured + spoilt else None,
+        "sign_test": sign_test(cured, spoilt),
         "helpfulness": _helpfulness(judge, prompts["safe"], *(x["safe"] for x in answers)),
     }
     with Replacement(arguments.out) as files_:
@@ -243,7 +237,7 @@ def _measure(arguments: Namespace) -> None:
             for label, part in prompts.items()
             for prompt, text in zip(part, found[label])
         )
-        _dump(files_.open(SAMPLES), rows)
+        dump_rows(files_.open(SAMPLES), rows)
         dump_json(files_.open(MEASURE), result)
     print("\n".join(_measure_lines(result)))
     print(f"written to {arguments.out / MEASURE}")

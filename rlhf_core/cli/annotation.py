@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -17,7 +16,7 @@ from rlhf_core.feedback.annotation import export, flags, platforms
 from rlhf_core.feedback.annotation.items import MODES, Item, make_items
 from rlhf_core.feedback.annotation.labels import Settings, open_store, read_labels
 from rlhf_core.feedback.annotation.server import AnnotationServer
-from rlhf_core.files import read_text, replacing
+from rlhf_core.files import dump_rows, read_text, replacing
 
 # ---- annotate
 
@@ -33,7 +32,7 @@ def _add_annotate(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gold-every",
-        type=positive,
+        type=shared.between(int, 1),
         metavar="N",
         help="one in N items is a gold question; default: 20",
     )
@@ -48,12 +47,13 @@ def add_people(parser: Any) -> None:
         "--annotators", nargs="+", default=["annotator"], metavar="NAME", help="a link for each"
     )
     parser.add_argument(
-        "--overlap", type=positive, default=1, help="number of people who label each item"
+        "--overlap", type=shared.between(int, 1), default=1, help="people who label each item"
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: every network"
     )
-    parser.add_argument("--port", type=_port, default=8765, help="0 takes a free one")
+    port = shared.between(int, 0, 2**16 - 1)
+    parser.add_argument("--port", type=port, default=8765, help="0 takes a free one")
 
 
 def check_people(arguments: Namespace) -> None:
@@ -94,21 +94,6 @@ def _add_data(parser: ArgumentParser, required: bool) -> None:
         help="rate each answer from 1 to 5 by these, such as helpful,honest,harmless",
     )
     parser.add_argument("--seed", type=shared.seed, help="seed of the sides; default: 0")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**16:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, got {text}")
-    return value
 
 
 def _criteria(text: str) -> tuple[str, ...]:
@@ -199,18 +184,11 @@ def _add_export(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-agreement",
-        type=_share,
+        type=shared.between(float, 0, 1),
         default=0.0,
         metavar="SHARE",
         help="leave out comparisons whose winner has a smaller share of the votes",
     )
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
-    return value
 
 
 def run_export(arguments: Namespace) -> None:
@@ -233,8 +211,7 @@ def _export_rows(arguments: Namespace) -> None:
     options = arguments.format, arguments.aggregate, arguments.min_agreement
     rows, left_out = export.export_rows(read_labels(arguments.db), *options)
     with replacing(arguments.out) as file:
-        for row in rows:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        dump_rows(file, rows)
     reasons = export.describe(left_out)
     print(f"{len(rows)} rows written to {arguments.out}" + f"; left out: {reasons}" * bool(reasons))
 

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.util
+import math
 import os
 import sys
 import types
@@ -22,7 +23,7 @@ import torch
 from rlhf_core import locks
 from rlhf_core.cli.config_file import options_of
 from rlhf_core.data import Tokenizer, encode_prompt_row, load_tokenizer, read_prompt_rows
-from rlhf_core.data.chat import Content
+from rlhf_core.data.chat import Content, texts_of
 from rlhf_core.data.collate import unknown_id
 from rlhf_core.data.readers import FIELDS
 from rlhf_core.evaluation.report import PAGE, try_report
@@ -99,6 +100,19 @@ def seed(text: str) -> int:
     if not -(2**63) <= value < 2**63:
         raise argparse.ArgumentTypeError(f"must be a whole number of 64 bits, got {text}")
     return value
+
+
+def between(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable:
+    """The type of an argument: a number from low to high."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    return number
 
 
 # ---- files and devices
@@ -313,9 +327,7 @@ def add_prompts(
 
 def text_of(prompt: Content) -> str:
     """A prompt as a reward function or a judge reads it, where no tokenizer renders it."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(message["content"] for message in prompt)
+    return "\n\n".join(texts_of(prompt))
 
 
 def add_prompts_and_reward(

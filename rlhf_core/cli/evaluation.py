@@ -26,7 +26,7 @@ from rlhf_core.data import (
     read_prompt_rows,
     read_samples,
 )
-from rlhf_core.data.chat import Content
+from rlhf_core.data.chat import texts_of
 from rlhf_core.data.formats import names_in
 from rlhf_core.data.readers import iterate_preferences
 from rlhf_core.evaluation.calibration import (
@@ -446,7 +446,7 @@ def _evaluate_pairs(arguments: Namespace) -> dict[str, Any]:
     pairs, size, score = [pair for _, pair in rows], arguments.batch_size, margins_of(arguments)
     found = [score(pairs[i : i + size]) for i in range(0, len(pairs), size)]
     margins = torch.tensor([margin for part in found for margin in part], dtype=torch.float64)
-    lengths = [(_length(pair.chosen), _length(pair.rejected)) for pair in pairs]
+    lengths = [[sum(map(len, texts_of(x))) for x in (pair.chosen, pair.rejected)] for pair in pairs]
     winners = ["shorter" if a < b else "longer" if a > b else "as long" for a, b in lengths]
     calibration = measure_calibration(*both_orders(margins))._asdict()
     if not 0 < calibration["temperature"] < math.inf:  # every pair is right, or margins are useless
@@ -474,12 +474,6 @@ def _evaluate_pairs(arguments: Namespace) -> dict[str, Any]:
 
 def _as_json(subsets: dict[str, Accuracy]) -> dict[str, Any]:
     return {name: accuracy._asdict() for name, accuracy in subsets.items()}
-
-
-def _length(content: Content) -> int:
-    if isinstance(content, str):
-        return len(content)
-    return sum(len(message["content"]) for message in content)
 
 
 def _pair_lines(result: dict[str, Any]) -> Iterator[str]:

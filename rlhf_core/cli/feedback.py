@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import sys
 from argparse import ArgumentParser, Namespace
@@ -35,7 +34,7 @@ from rlhf_core.data.readers import (
 from rlhf_core.feedback.agreement import LEVELS, NEXT, agreement_report
 from rlhf_core.feedback.candidate_file import (
     Source,
-    append_rows,
+    appending,
     candidate_row,
     gibberish,
     pair_rows,
@@ -57,6 +56,7 @@ from rlhf_core.files import (
     Replacement,
     check_replaceable,
     check_writable,
+    dump_rows,
     replacing,
     write_json,
 )
@@ -201,14 +201,13 @@ def _fix(arguments: Namespace, audit: PairAudit) -> None:
             nonlocal number, kept
             number += 1
             reasons = [
-                f"{name}: {audit.findings[name][number]}"
-                for name in arguments.drop
-                if number in audit.findings[name]
+                f"{name}: {rows[number]}"
+                for name, rows in audit.findings.items()
+                if number in rows and (name == "unreadable" or name in arguments.drop)
             ]
             kept += not reasons
             line = {"row": number, "reasons": reasons, "data": row} if reasons else row
-            text = json.dumps(line, ensure_ascii=False) + "\n"
-            outputs[bool(reasons)].write(text.encode())
+            dump_rows(outputs[bool(reasons)], [line])
 
         for row, _ in _audited_rows(arguments, lambda _: write(None)):
             write(row)
@@ -352,21 +351,22 @@ def _candidates(arguments: Namespace) -> None:
     begun, out = prompt_rows(arguments.prompts, rows, run), arguments.out
     dropped: Counter[str] = Counter()
 
-    def rows_of(row: dict[str, Any], answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        dropped.update(filter(None, (gibberish(answer, least) for answer in answers)))
-        if arguments.chosen_from:
-            return pair_rows(row, answers, least)
-        return [candidate_row(row, answers, least)]
-
-    def answers_from(first: int) -> Iterable:
-        if first:
-            print(f"{out} has the answers to {first} of {len(rows)} prompts; going on")
-        batches = -(-(len(rows) - first) // config.batch_size)
-        return shared.progress(sampled(sources, config, first), "batches of prompts", batches)
-
     if arguments.overwrite:
         out.unlink(missing_ok=True)
-    append_rows(out, begun, config.batch_size, answers_from, rows_of)
+    with appending(out, begun, config.batch_size) as (write, first):
+        if first:
+            print(f"{out} has the answers to {first} of {len(rows)} prompts; going on")
+        batches = math.ceil((len(rows) - first) / config.batch_size)
+        found = shared.progress(sampled(sources, config, first), "batches of prompts", batches)
+        for start, batch in found:
+            lines: list[dict[str, Any]] = []
+            for row, answers in zip(begun[start:], batch):
+                dropped.update(filter(None, (gibberish(answer, least) for answer in answers)))
+                if arguments.chosen_from:
+                    lines += pair_rows(row, answers, least)
+                else:
+                    lines.append(candidate_row(row, answers, least))
+            write(lines)
     for reason, count in sorted(dropped.items()):
         print(f"dropped {count} answers: {reason}")
     with open(out, "rb") as file:
@@ -435,8 +435,7 @@ def run_template_pairs(arguments: Namespace) -> None:
         for pair in pairs if arguments.chat else ():
             pair["prompt"] = [{"role": "user", "content": pair["prompt"]}]
     with replacing(arguments.out) as file:
-        for pair in pairs:
-            file.write((json.dumps(pair, ensure_ascii=False) + "\n").encode())
+        dump_rows(file, pairs)
     print(f"{len(pairs)} pairs; written to {arguments.out}")
 
 

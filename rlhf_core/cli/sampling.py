@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from rlhf_core.evaluation import best_of_n_kl
 from rlhf_core.feedback.candidates import ALL_TIED, SamplingConfig, best_of_n, prompts_for
 from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import Scorer
-from rlhf_core.files import read_json, replacing
+from rlhf_core.files import dump_rows, read_json, replacing
 from rlhf_core.generation import generate
 from rlhf_core.locks import check_free, hold
 from rlhf_core.masking import tied
@@ -124,8 +123,7 @@ def _generate(arguments: Namespace) -> None:
                 rows.append(row | {"sample": sample} | fixed)
     if arguments.out is not None:
         with replacing(arguments.out) as file:
-            for row in rows:
-                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            dump_rows(file, rows)
         print(f"{len(rows)} responses to {len(prompts)} prompts; written to {arguments.out}")
 
 
@@ -259,8 +257,7 @@ def _best_of_n(config: SamplingConfig, arguments: Namespace) -> None:
                 pair = {"chosen": answers[top], "rejected": answers[low]}
                 rows = [{"prompt": prompt, **pair, "margin": float(scores[top] - scores[low])}]
             count += len(rows)
-            for row in rows:
-                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            dump_rows(file, rows)
         if not count:
             raise ValueError(ALL_TIED)
     n, (of_n, bound) = len(scored), note

@@ -160,7 +160,7 @@ def _add_iterated_rlhf(parser: ArgumentParser) -> None:
     annotation.add_people(people)
     people.add_argument(
         "--wait-labels",
-        type=annotation.positive,
+        type=shared.between(int, 1),
         metavar="N",
         help="labels of a round after which it goes on; default: when nobody has an item left",
     )

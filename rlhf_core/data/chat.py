@@ -24,6 +24,11 @@ _RESERVED = {"messages", "add_generation_prompt", "tools", "documents"}
 _RESERVED |= {"generation_opening", "generation_closing"}
 
 
+def texts_of(content: Content) -> list[str]:
+    """The text, or that of each message of a conversation."""
+    return [content] if isinstance(content, str) else [turn["content"] for turn in content]
+
+
 class Rendered(NamedTuple):
     """A conversation as text.
 

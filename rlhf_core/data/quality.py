@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_core.data.chat import Content
+from rlhf_core.data.chat import Content, texts_of
 from rlhf_core.data.encode import Pair, Ranked
 from rlhf_core.data.overlap import (
     SHINGLE,
@@ -169,7 +169,7 @@ class PairAudit:
         self.alike = 0  # rows whose answers are equal without case and blanks
         self.formats = {name: [0, 0] for name in FORMATS}  # only chosen, only rejected
         self.agreement = [0, 0]  # chosen agrees with a claim that rejected contradicts; the reverse
-        self.against = Leaks([words(normalized(text_of(prompt))) for prompt in against])
+        self.against = Leaks([words(normalized("\n".join(texts_of(prompt)))) for prompt in against])
         self.waiting: list[tuple[int, int, list[str]]] = []  # number, distinct prompt, its words
         self.prompts: dict[int, int] = {}  # hash of a prompt -> its place among the distinct ones
         self.shingles, self.shingle_counts = array("Q"), array("l")
@@ -182,7 +182,7 @@ class PairAudit:
     def add(self, pair: Preference) -> None:
         """Count a row, whose answers may be empty or equal."""
         self.rows += 1
-        number, texts = self.rows, [text_of(content) for content in pair[:3]]
+        number, texts = self.rows, ["\n".join(texts_of(content)) for content in pair[:3]]
         forms = [normalized(text) for text in texts]
         key, chosen_key, rejected_key = keys = [_hash(form) for form in forms]
         self.numbers.append(number)
@@ -293,7 +293,7 @@ class PairAudit:
         above = n - np.searchsorted(difference, -difference, side="right")
         level = n - np.searchsorted(difference, -difference, side="left") - above
         share = (longer + ties / 2) / max(n, 1)
-        p, decided = _sign_test(longer, shorter), longer + shorter
+        p, decided = sign_test(longer, shorter), longer + shorter
         return {
             "n": n,
             "longer_chosen_chars": share,
@@ -414,13 +414,6 @@ def preference_cycles(edges: Iterable[tuple[Any, Any, Any]]) -> dict[str, Any]:
     }
 
 
-def text_of(content: Content) -> str:
-    """The text of a prompt or an answer; the messages of a conversation, one below the other."""
-    if isinstance(content, str):
-        return content
-    return "\n".join(message["content"] for message in content)
-
-
 def personal_data(text: str) -> list[str]:
     """The kinds of personal data that a text seems to hold.
 
@@ -450,14 +443,10 @@ def _mixed(keys: np.ndarray) -> np.ndarray:
 
 def _sides(only_chosen: int, only_rejected: int, least: float) -> dict[str, Any]:
     """Counts of rows whose answers differ in a property. least: A difference to ignore."""
-    p, difference = _sign_test(only_chosen, only_rejected), abs(only_chosen - only_rejected)
+    p, difference = sign_test(only_chosen, only_rejected), abs(only_chosen - only_rejected)
     biased = p is not None and p < P_VALUE and difference > least
     sides = {"only_chosen": only_chosen, "only_rejected": only_rejected}
     return {**sides, "sign_test_p": p, "biased": biased}
-
-
-def _sign_test(wins: int, losses: int) -> float | None:
-    return sign_test(wins, losses) if wins + losses else None
 
 
 def _is_biased(figures: dict[str, Any]) -> bool:

@@ -74,7 +74,7 @@ def compare(
         wins,
         losses,
         N - wins - losses,
-        sign_test(wins, losses) if wins + losses else None,
+        sign_test(wins, losses),
         effective,
     )
 

@@ -23,6 +23,7 @@ from rlhf_core.evaluation.comparisons import (
 from rlhf_core.evaluation.frontier import hypervolume, pareto_frontier
 from rlhf_core.evaluation.ratings import rate_players
 from rlhf_core.evaluation.refusals import refusal_rate
+from rlhf_core.files import dump_rows
 from rlhf_core.losses import preferred
 
 PRIOR = 1.0  # draws between every two policies, so that all ratings are finite
@@ -171,8 +172,7 @@ def mean_text(found: dict[str, float | None] | None, digits: int = 3) -> str:
 
 def dump_samples(file: BinaryIO, samples: Sequence[Sample]) -> None:
     """Write samples.jsonl to an open file."""
-    for sample in samples:
-        file.write((json.dumps(sample._asdict(), ensure_ascii=False) + "\n").encode())
+    dump_rows(file, (sample._asdict() for sample in samples))
 
 
 def _frontier(policies: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ whole rows, at most one cut line, and the next one goes on with the same answers
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -180,34 +181,30 @@ def prompt_rows(path: Path, rows: dict[int, PromptRow], run: str) -> list[dict[s
     return list(begun.values())
 
 
-def append_rows(
-    out: Path,
-    begun: Sequence[dict[str, Any]],
-    size: int,
-    answers_from: Callable[[int], Iterable[tuple[int, list[list[dict[str, Any]]]]]],
-    rows_of: Callable[[dict[str, Any], list[dict[str, Any]]], list[dict[str, Any]]],
-) -> None:
-    """Write the rows of all prompts to a file that may have some of them already.
+@contextlib.contextmanager
+def appending(
+    out: Path, begun: Sequence[dict[str, Any]], size: int
+) -> Iterator[tuple[Callable[[Iterable[dict[str, Any]]], None], int]]:
+    """Yield a function that writes the rows of a batch to a file, and the first prompt to sample.
 
     Args:
         out: The file. A last batch that may not be whole is written again.
         begun: As of `prompt_rows`.
         size: Prompts of a batch.
-        answers_from: From the first prompt to sample for, to batches as of `sampled`.
-        rows_of: From the start of a row and its prompt's answers to rows.
 
     Raises:
         ValueError: The file has other rows than those of this run.
     """
     with naming(out), open_for_append(out) as file:
-        offset, first = _resume_point(out, begun, size)
-        file.truncate(offset)
-        for start, batch in answers_from(first):
-            for row, answers in zip(begun[start:], batch):
-                for line in rows_of(row, answers):
-                    file.write(_line(line) + "\n")
+
+        def write(rows: Iterable[dict[str, Any]]) -> None:
+            file.writelines(_line(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
+
+        offset, first = _resume_point(out, begun, size)
+        file.truncate(offset)
+        yield write, first
 
 
 def _resume_point(out: Path, begun: Sequence[dict[str, Any]], size: int) -> tuple[int, int]:

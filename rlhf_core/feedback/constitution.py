@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf_core.data import Tokenizer, encode_prompt
-from rlhf_core.data.chat import Content
+from rlhf_core.data.chat import Content, texts_of
 from rlhf_core.feedback.candidates import SamplingConfig
 from rlhf_core.files import read_json, read_text, shown
 from rlhf_core.models import Transformer
@@ -166,7 +166,7 @@ def revised(
             revisions = write(asked, 2 + 2 * n)
             for i, answer in latest.items():
                 texts = {"critique": critiques.get(i), "revision": revisions.get(i)}
-                echoes = (_text_of(part[i]), texts["critique"], *chosen[i])
+                echoes = (texts_of(part[i])[-1], texts["critique"], *chosen[i])
                 fault = revision_fault(texts["revision"], answer, echoes)
                 details = {"principle": chosen[i].name, **texts, "dropped": fault}
                 records[i]["rounds"].append(details)
@@ -193,10 +193,6 @@ def revision_fault(revision: str | None, answer: str, echoes: Sequence[str | Non
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
-
-
-def _text_of(prompt: Content) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _extended(before: Content, text: str, kind: str, request: str) -> Content:

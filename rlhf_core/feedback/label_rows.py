@@ -6,7 +6,6 @@ column that lists the labels of all annotators.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from rlhf_core.data.formats import DataError, names_in, read_rows
 from rlhf_core.data.readers import MAX_LINE_BYTES
 from rlhf_core.feedback.annotation.items import outcomes
-from rlhf_core.feedback.annotation.labels import read_labels
+from rlhf_core.feedback.annotation.labels import read_labels, seconds_of
 from rlhf_core.files import shown
 
 DATABASES = (".sqlite", ".sqlite3", ".db")
@@ -75,24 +74,20 @@ def read_label_rows(
     for number, (place, row) in enumerate(read_rows(path, report, MAX_LINE_BYTES), 1):
         first = first or f"{place}: the row has {names_in(row)}"
         column = columns.label or ("label" if "label" in row else "labels")
+        name = columns.item or ("id" if "id" in row and "item" not in row else "item")
+        has_item = columns.item is not None or name in row  # else a row of labels is the item
         labels: dict[Hashable, Any] = {}
-        is_wide = True
         if columns.annotators:
             labels = {name: row[name] for name in columns.annotators if name in row}
             found |= labels.keys()
         elif column in row:
             found.add(columns.label or "label")
-            is_wide = isinstance(row[column], list)
-            if is_wide:
+            if isinstance(row[column], list):
                 labels = {str(n): label for n, label in enumerate(row[column], 1)}
             else:
                 labels = {_key(row, columns.annotator or "annotator", place): row[column]}
-        if is_wide:
-            names = [columns.item] if columns.item else [x for x in ("item", "id") if x in row]
-            name = next(iter(names), None)
-            item = f"row {number}" if name is None else _key(row, name, place)
-        else:
-            item = _key(row, columns.item or "item", place)
+                has_item = True
+        item = _key(row, name, place) if has_item else f"row {number}"
         time = _time(row.get(columns.time), place)
         found |= {columns.time} & row.keys()
         for annotator, label in labels.items():
@@ -183,16 +178,13 @@ def _scalar(value: Any, what: str, numeric: bool = False) -> Hashable:
 
 
 def _time(value: Any, place: str) -> float | None:
-    """Seconds since 1970 from a date in ISO 8601, which is UTC unless it says otherwise."""
+    """A number, or the seconds since 1970 of a date; None if there is none."""
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
     try:
-        moment = datetime.datetime.fromisoformat(str(value).replace("Z", "+00:00"))
+        return seconds_of(str(value))
     except ValueError:
         raise DataError(
             f"{place}: a time must be a number or a date such as 2026-01-31T12:00:00, got "
             f"{shown(value)}"
         ) from None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.timezone.utc)
-    return moment.timestamp()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from rlhf_core.data.chat import Content
+from rlhf_core.data.chat import Content, texts_of
 
 # A common error, and what is right.
 FACTS = (
@@ -92,8 +92,7 @@ def padding_pair(prompt: Content, answer: Content, seed: int) -> dict[str, Conte
     """A pair of an answer, chosen, and the same one longer by three sentences that say nothing."""
     rng = random.Random(seed)
     opener, closers = rng.choice(_OPENERS), rng.sample(_CLOSERS, 2)
-    text = answer if isinstance(answer, str) else answer[-1]["content"]
-    longer = " ".join((opener, text, *closers))
+    longer = " ".join((opener, texts_of(answer)[-1], *closers))
     padded: Content = longer
     if not isinstance(answer, str):
         padded = [*answer[:-1], answer[-1] | {"content": longer}]

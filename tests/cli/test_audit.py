@@ -50,7 +50,7 @@ def test_fix_keeps_rows_whole_and_gives_a_reason_for_every_other(tmp_path, capsy
     assert dropped[3]["reasons"] == ["duplicate: row 1 has the same prompt and answers"]
     assert dropped[3]["data"] == BAD[13]
     assert f"kept 11 rows in {out}; 4 in {tmp_path}/good.dropped.jsonl" in capsys.readouterr().out
-    assert run("audit", data, "--fix", out, "--overwrite", "--drop", "unreadable", "personal") == 0
+    assert run("audit", data, "--fix", out, "--overwrite", "--drop", "personal") == 0
     assert lines(out) == [*PAIRS, BAD[10], BAD[13]]
 
 

@@ -9,7 +9,7 @@ from helpers import PROMPTS, Letters, tiny
 from rlhf_core.data import PromptRow
 from rlhf_core.feedback.candidate_file import (
     Source,
-    append_rows,
+    appending,
     candidate_row,
     gibberish,
     merged,
@@ -123,18 +123,11 @@ BEGUN = [{"id": f"i{n}", "prompt": "é", "run": "r1"} for n in range(5)]
 
 def append(out, begun=BEGUN):
     """Write rows: prompt n has n % 3 of them, so that some have none."""
-    asked = []
-
-    def answers_from(first):
-        asked.append(first)
+    with appending(out, begun, 2) as (write, first):
         for start in range(first, 5, 2):
-            yield start, [[answer(f"{n}.{k}") for k in range(n % 3)] for n in range(5)][start:][:2]
-
-    def rows_of(row, found):
-        return [row | {"text": x["text"]} for x in found]
-
-    append_rows(out, begun, 2, answers_from, rows_of)
-    return asked[0]
+            batch = range(start, min(start + 2, 5))
+            write([begun[n] | {"text": f"{n}.{k}"} for n in batch for k in range(n % 3)])
+    return first
 
 
 def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(tmp_path):

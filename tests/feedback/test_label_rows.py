@@ -40,6 +40,8 @@ def test_every_layout_gives_the_same_labels(tmp_path):
     wide = write(tmp_path / "wide.jsonl", [{"id": "a", "ann": 1, "ben": 2}, {"id": "b", "ben": 1}])
     assert [row[:3] for row in rows_of(wide, annotators=["ann", "ben"])] == EXPECTED
     lists = write(tmp_path / "list.jsonl", [{"x": "a", "labels": [1, 2]}, {"labels": [None, 1]}])
+    by_id = write(tmp_path / "id.jsonl", [{"id": "a", "annotator": "ann", "label": 1}])
+    assert [row[:3] for row in rows_of(by_id)] == EXPECTED[:1]
     by_number = {"ann": "1", "ben": "2", "a": "row 1", "b": "row 2"}
     want = [(by_number[item], by_number[name], label) for item, name, label in EXPECTED]
     assert [row[:3] for row in rows_of(lists)] == want

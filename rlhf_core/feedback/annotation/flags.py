@@ -5,7 +5,6 @@ A flag is a reason to talk with somebody, not a verdict: its text gives the coun
 
 from __future__ import annotations
 
-import datetime
 import math
 import statistics
 from collections import defaultdict
@@ -13,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_core.data.chat import texts_of
 from rlhf_core.feedback.agreement import krippendorff_alpha
 from rlhf_core.feedback.annotation.items import Item, is_right, outcomes
-from rlhf_core.feedback.annotation.labels import Contents, Vote, read_labels
+from rlhf_core.feedback.annotation.labels import Contents, Vote, read_labels, seconds_of
 from rlhf_core.files import shown
 from rlhf_core.significance import sign_test
 
@@ -109,11 +109,7 @@ def _haste(items: dict[Any, Item], labels: Sequence[Row]) -> str:
 
 
 def _characters(item: Item) -> int:
-    texts = [item.prompt, *item.responses]
-    return sum(
-        len(text) if isinstance(text, str) else sum(len(turn["content"]) for turn in text)
-        for text in texts
-    )
+    return sum(len(text) for part in (item.prompt, *item.responses) for text in texts_of(part))
 
 
 def _one_side(mode: str, labels: Sequence[Row]) -> str:
@@ -123,8 +119,8 @@ def _one_side(mode: str, labels: Sequence[Row]) -> str:
     winners = [(outcomes(mode, row["choice"])[0, 1], row["shown"]) for row in labels]
     chose_left = [(1, 2).index(x) == shown[0] for x, shown in winners if shown and x in (1, 2)]
     left, right = sum(chose_left), len(chose_left) - sum(chose_left)
-    p = sign_test(left, right) if chose_left else 1.0
-    if p >= 0.001:
+    p = sign_test(left, right)
+    if p is None or p >= 0.001:
         return ""
     side = "left" if left > right else "right"
     n = left + right
@@ -161,7 +157,7 @@ def _sessions(labels: Sequence[Row]) -> list[list[Row]]:
     sessions: list[list[Row]] = []
     before = -math.inf
     for row in labels:
-        now = datetime.datetime.fromisoformat(row["time"]).timestamp()
+        now = seconds_of(row["time"])
         if now - before > _SESSION_PAUSE:
             sessions.append([])
         sessions[-1].append(row)

@@ -217,11 +217,10 @@ class LabelStore:
         self._leases = {annotator: Lease(*rest) for annotator, *rest in leases}
         self._gold = [item for item in self.items.values() if item.ranks]
         self._offered = offered
-        # Folds of the log: items with fewer labels than `overlap`, who has labelled or skipped an
-        # item, and each person's rows in order.
+        # Folds of the log: items with fewer labels than `overlap`, the kind of row that each person
+        # gave an item, and each person's rows in order.
         self._open = {name: x for name, x in self.items.items() if self._is_offered(x)}
-        self._labelled: dict[Any, set[str]] = defaultdict(set)
-        self._skipped: dict[Any, set[str]] = defaultdict(set)
+        self._seen: dict[Any, dict[str, str]] = defaultdict(dict)
         self._history: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in _current(connection, self.settings.mode):
             self._apply(row)
@@ -240,7 +239,7 @@ class LabelStore:
     def set_guidelines(self, text: str) -> None:
         """Store the guidelines as a new version, unless they are those of the last one."""
         if text and text != self.guidelines:
-            row = (self.guidelines_version + 1, text, _iso(time.time()))
+            row = (self.guidelines_version + 1, text, iso(time.time()))
             with self._transaction():
                 self._connection.execute("INSERT INTO guidelines VALUES (?, ?, ?)", row)
             self.guidelines_version, self.guidelines = row[:2]
@@ -273,19 +272,20 @@ class LabelStore:
 
     def _has_room(self, item: str | int, annotator: str, now: float) -> bool:
         """Whether this person may label the item."""
-        labelled = self._labelled[item]
-        if annotator in labelled or annotator in self._skipped[item]:
+        seen = self._seen[item]
+        if annotator in seen:
             return False
         if self.items[item].ranks:
             return True
-        if len(labelled) >= self.overlap:
-            return False
         open_to = {
             name
             for name, lease in self._leases.items()
             if lease.item == item and lease.expires > now and name != annotator
         }
-        return len((labelled | open_to) - self._skipped[item]) < self.overlap
+        return self._label_count(item) + len(open_to - seen.keys()) < self.overlap
+
+    def _label_count(self, item: str | int) -> int:
+        return list(self._seen[item].values()).count("label")
 
     def _lease(self, annotator: str, lease: Lease) -> None:
         with self._transaction():
@@ -305,7 +305,7 @@ class LabelStore:
         """
         with self.lock:
             rows = [row for row in self._history[annotator] if row["kind"] == "label"]
-            needed = sum(self.overlap - len(self._labelled[name]) for name in self._open)
+            needed = sum(self.overlap - self._label_count(name) for name in self._open)
         left = math.ceil(needed / max(1, len(self.tokens)))
         times = [row["ms"] for row in rows[-50:] if row["ms"] is not None]
         seconds = round(left * statistics.median(times) / 1000) if len(times) > 2 else None
@@ -314,14 +314,12 @@ class LabelStore:
     def waiting(self, annotator: str) -> int:
         """Number of items that this person may still get, if others do not finish them."""
         with self.lock:
-            return sum(
-                annotator not in self._labelled[name] | self._skipped[name] for name in self._open
-            )
+            return sum(annotator not in self._seen[name] for name in self._open)
 
     def count(self, items: Iterable[str | int]) -> int:
         """Number of labels of these items; skips do not count."""
         with self.lock:
-            return sum(len(self._labelled[item]) for item in items)
+            return sum(map(self._label_count, items))
 
     # ---- labels
 
@@ -353,13 +351,13 @@ class LabelStore:
                 row |= {"item": undone["item"], "undoes": undone["id"], "gold": undone["gold"]}
             else:
                 if not self._has_room(row["item"], annotator, now):
-                    mine = annotator in self._labelled[row["item"]] | self._skipped[row["item"]]
+                    mine = annotator in self._seen[row["item"]]
                     reason = "you have labelled it already" if mine else "others have finished it"
                     raise Refused(f"item {shown(row['item'])} is closed: {reason}")
                 lease = self._leases.get(annotator)
                 if row["ms"] is None and lease is not None and lease.item == row["item"]:
                     row["ms"] = round(1000 * (now - lease.served))
-            row |= {"time": _iso(now), "guidelines": self.guidelines_version}
+            row |= {"time": iso(now), "guidelines": self.guidelines_version}
             self._append([row])
             if row["kind"] == "undo" and self._has_room(row["item"], annotator, now):
                 self._lease(annotator, Lease(row["item"], now, now + LEASE_SECONDS))
@@ -445,14 +443,12 @@ class LabelStore:
         annotator, history = row["annotator"], self._history[row["annotator"]]
         if row["kind"] == "undo":
             history[:] = [x for x in history if x["id"] != row["undoes"]]
-            self._labelled[row["item"]].discard(annotator)
-            self._skipped[row["item"]].discard(annotator)
+            self._seen[row["item"]].pop(annotator, None)
         else:
             history.append(row)
-            seen = self._labelled if row["kind"] == "label" else self._skipped
-            seen[row["item"]].add(annotator)
+            self._seen[row["item"]][annotator] = row["kind"]
         item = self.items[row["item"]]
-        if len(self._labelled[item.id]) >= self.overlap:
+        if self._label_count(item.id) >= self.overlap:
             self._open.pop(item.id, None)
         elif self._is_offered(item) and item.id not in self._open:  # after an undo it comes first
             self._open = {item.id: item} | self._open
@@ -574,6 +570,15 @@ def _decoded(values: Sequence[Any], mode: str) -> dict[str, Any]:
     return row
 
 
-def _iso(seconds: float) -> str:
+def seconds_of(time: str) -> float:
+    """Seconds since 1970 of a time in ISO 8601, which is in UTC unless it says otherwise."""
+    moment = datetime.datetime.fromisoformat(time.replace("Z", "+00:00"))
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=datetime.timezone.utc)
+    return moment.timestamp()
+
+
+def iso(seconds: float) -> str:
+    """A time, in seconds since 1970, as the database writes it."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
     return moment.isoformat(timespec="milliseconds")

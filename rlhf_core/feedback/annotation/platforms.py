@@ -7,9 +7,9 @@ without notice. Left out: requests to a server; both platforms read and write fi
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from rlhf_core.feedback.annotation.items import (
     unblind,
     unblind_ratings,
 )
-from rlhf_core.feedback.annotation.labels import Settings
+from rlhf_core.feedback.annotation.labels import Settings, iso, seconds_of
 from rlhf_core.files import Replacement, dump_json, read_json, shown
 
 PLATFORMS = ("label-studio", "argilla")
@@ -36,9 +36,8 @@ _PAIR_TEXTS = {
     "both_bad": "Both are bad",
 }
 _STEPS = ("much better", "better", "slightly better", "barely better")
-_LIKERT = {str(i): f"{i}: left is {word}" for i, word in enumerate(_STEPS, start=1)}
-_LIKERT |= {str(9 - i): f"{9 - i}: right is {word}" for i, word in enumerate(_STEPS, start=1)}
-_LIKERT = dict(sorted(_LIKERT.items()))
+_SIDES = [f"left is {step}" for step in _STEPS] + [f"right is {step}" for step in _STEPS[::-1]]
+_LIKERT = {str(i): f"{i}: {text}" for i, text in enumerate(_SIDES, start=1)}
 
 _PROMPT = """\
   <Header value="Prompt" size="5"/>
@@ -90,15 +89,13 @@ def label_studio(items: Sequence[Item], settings: Settings) -> tuple[list[Row], 
     for item in items:
         order = display_order(settings.seed, item.id, "label-studio", len(item.responses))
         data: Row = {"item": item.id, "prompt": _as_text(item.prompt)}
+        texts = [_as_text(item.responses[i]) for i in order]
         if settings.mode in ("pair", "likert8"):
-            data |= {
-                "left": _as_text(item.responses[order[0]]),
-                "right": _as_text(item.responses[order[1]]),
-            }
+            data["left"], data["right"] = texts
         else:
             data["answers"] = [
-                {"id": str(place), "title": f"Answer {place}", "body": _as_text(item.responses[i])}
-                for place, i in enumerate(order, start=1)
+                {"id": str(place), "title": f"Answer {place}", "body": text}
+                for place, text in enumerate(texts, start=1)
             ]
         tasks.append({"data": data})
     return tasks, _label_studio_view(settings, any(item.responses for item in items))
@@ -239,17 +236,17 @@ def _from_label_studio(task: Row, items: dict, settings: Settings) -> Iterator[R
     data = task["data"]
     item = _item_of(data["item"], items)
     for annotation in task["annotations"]:
-        moment = _moment(annotation.get("updated_at") or annotation["created_at"])
+        updated = iso(seconds_of(annotation.get("updated_at") or annotation["created_at"]))
         by = annotation["completed_by"]
         by = (by.get("email") or by["id"]) if isinstance(by, dict) else by
         if not isinstance(by, str | int):
             raise ValueError(f"field 'completed_by' must be a name or an id, got {shown(by)}")
         seconds = annotation.get("lead_time")
         row = {
-            "id": f"label-studio:{annotation['id']}:{moment}",
+            "id": f"label-studio:{annotation['id']}:{updated}",
             "item": item.id,
             "annotator": str(by),
-            "time": moment,
+            "time": updated,
             "ms": None if seconds is None else round(1000 * seconds),
         }
         if annotation.get("was_cancelled") or not annotation["result"]:
@@ -293,6 +290,7 @@ def _from_argilla(record: Row, items: dict, settings: Settings) -> Iterator[Row]
     for question, answers in record["responses"].items():
         for answer in answers or ():
             given[answer["user_id"]][question] = answer["value"]
+    updated = iso(seconds_of(record["updated_at"]) if record.get("updated_at") else time.time())
     for user, values in given.items():
         ratings = {
             criterion: [values[f"{criterion}_{name}"] for name in fields]
@@ -301,12 +299,11 @@ def _from_argilla(record: Row, items: dict, settings: Settings) -> Iterator[Row]
         choice = _argilla_choice(values, settings, list(fields))
         row = _meaning(item, settings, order, choice, ratings)
         digest = hashlib.sha256(f"{user} {item.id} {json.dumps(row)}".encode()).hexdigest()[:24]
-        moment = datetime.datetime.now(datetime.timezone.utc).isoformat()
         yield row | {
             "id": f"argilla:{digest}",
             "item": item.id,
             "annotator": str(user),
-            "time": _moment(record.get("updated_at") or moment),
+            "time": updated,
         }
 
 
@@ -333,11 +330,3 @@ def _meaning(item: Item, settings: Settings, order: list[int], choice: Any, rati
         "ratings": unblind_ratings(ratings, settings.criteria, order),
         "shown": order,
     }
-
-
-def _moment(text: str) -> str:
-    """A time of a platform as the database writes it."""
-    moment = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.timezone.utc)
-    return moment.astimezone(datetime.timezone.utc).isoformat(timespec="milliseconds")
