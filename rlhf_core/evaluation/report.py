@@ -91,12 +91,12 @@ def write_report(paths: Sequence[Path], out: Path, title: str = "Report") -> Mat
 
 
 def try_report(paths: Sequence[Path], out: Path, title: str) -> None:
-    """Write a report if matplotlib is there. A failure is a warning, because the run succeeded."""
+    """Write a report if matplotlib is there. A failure is a warning: the run itself is saved."""
     if importlib.util.find_spec("matplotlib") is None:
         return
     try:
         write_report(paths, out, title)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         warnings.warn(f"{out}: not written: {error!r}", stacklevel=2)
 
 

@@ -10,6 +10,7 @@ from helpers import write
 
 from rlhf_core.data import Preference, Sample
 from rlhf_core.data.quality import PairAudit
+from rlhf_core.evaluation import report as module
 from rlhf_core.evaluation.report import PAGE, try_report, write_report
 from rlhf_core.evaluation.summary import by_score, dump_samples, summarize
 from rlhf_core.feedback.agreement import agreement_report
@@ -196,6 +197,10 @@ def test_a_reward_models_accuracy_and_calibration_are_shown(tmp_path):
     )
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_report_that_cannot_be_written_is_a_warning_and_without_matplotlib_nothing(
     tmp_path, monkeypatch
 ):
@@ -204,6 +209,9 @@ def test_a_report_that_cannot_be_written_is_a_warning_and_without_matplotlib_not
     with pytest.warns(UserWarning, match="report.html: not written: IsADirectoryError"):
         try_report([folder], folder / PAGE, "a")
     (folder / PAGE).rmdir()
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="KeyboardInterrupt"):
+        patch.setattr(module, "page", interrupted)
+        try_report([folder], folder / PAGE, "a")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     try_report([folder], folder / PAGE, "a")
     assert not (folder / PAGE).exists()
