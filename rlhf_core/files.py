@@ -213,6 +213,12 @@ def write_json(path: str | os.PathLike, value) -> None:
         dump_json(file, value)
 
 
+def write_rows(path: str | os.PathLike, rows: Iterable) -> None:
+    """Write values as JSON lines, atomically."""
+    with replacing(path) as file:
+        dump_rows(file, rows)
+
+
 def dump_json(file: BinaryIO, value) -> None:
     """Write value as indented JSON to an open file."""
     file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -8,7 +8,6 @@ policy as reference. A judge labels the pairs (`iterated_rlhf`), or people do
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -45,7 +44,7 @@ from rlhf_core.feedback.candidates import (
     prompts_for,
 )
 from rlhf_core.feedback.judges import Judge, judged_in_both_orders
-from rlhf_core.files import read_json, replacing, subfolder, write_json
+from rlhf_core.files import read_json, subfolder, write_json, write_rows
 from rlhf_core.models import RewardModel, Transformer, eval_mode
 from rlhf_core.options import Options, option
 from rlhf_core.training.checkpoint import digest
@@ -268,8 +267,7 @@ def iterated_rlhf_with_people(
         asked.extend(write_candidates(seed, folder, len(history) + 1))
         labels = ask(people, asked[-len(prompts) :], config.seed)
         rows, left_out = export_rows(labels, "preference")
-        with replacing(folder / PAIRS) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_rows(folder / PAIRS, rows)
         length = min(config.reward.max_length, model.config.max_positions)
         encode = lambda row: encode_preference(row, tokenizer, length)  # noqa: E731
         pairs = read_comparisons(folder / PAIRS, encode=encode)

@@ -101,14 +101,13 @@ def run_cai(arguments: Namespace) -> None:
     price = arguments.price_per_million
     if price is not None and not 0 <= price < math.inf:
         raise ValueError(f"--price-per-million must be finite and at least 0, got {price}")
-    unused = ["constitution", "price_per_million"]
     if arguments.model:
-        unused = ["safe_prompts", "harm_function", "judge"]
+        unused = ("safe_prompts", "harm_function", "judge")
+        shared.check_unused(arguments, unused, "does not go with --model")
         arguments.resume = (arguments.out / TEXTS).is_file()
-    for name in unused:
-        if getattr(arguments, name) is not None:
-            other = "--model" if arguments.model else "--measure"
-            raise ValueError(f"--{name.replace('_', '-')} does not go with {other}")
+    else:
+        unused = ("constitution", "price_per_million")
+        shared.check_unused(arguments, unused, "does not go with --measure")
     shared.check_judge_options(arguments)
     with shared.held_out(arguments):
         (_revise if arguments.model else _measure)(arguments)

@@ -16,7 +16,7 @@ from rlhf_core.feedback.annotation import export, flags, platforms
 from rlhf_core.feedback.annotation.items import MODES, Item, make_items
 from rlhf_core.feedback.annotation.labels import Settings, open_store, read_labels
 from rlhf_core.feedback.annotation.server import AnnotationServer
-from rlhf_core.files import dump_rows, read_text, replacing
+from rlhf_core.files import read_text, write_rows
 
 # ---- annotate
 
@@ -124,9 +124,8 @@ def _items_and_settings(arguments: Namespace) -> tuple[list[Item], Settings]:
 
 def _check_database_decides(arguments: Namespace) -> None:
     """Raise ValueError if an option of --data is given without it."""
-    for name in ("mode", "criteria", "seed"):
-        if getattr(arguments, name) is not None:
-            raise ValueError(f"--{name} goes with --data; the database has its own. Remove it")
+    reason = "goes with --data; the database has its own. Remove it"
+    shared.check_unused(arguments, ("mode", "criteria", "seed"), reason)
 
 
 def run_annotate(arguments: Namespace) -> None:
@@ -210,8 +209,7 @@ def _export_rows(arguments: Namespace) -> None:
     shared.check_new_file(arguments.out, arguments.overwrite, arguments.db)
     options = arguments.format, arguments.aggregate, arguments.min_agreement
     rows, left_out = export.export_rows(read_labels(arguments.db), *options)
-    with replacing(arguments.out) as file:
-        dump_rows(file, rows)
+    write_rows(arguments.out, rows)
     reasons = export.describe(left_out)
     print(f"{len(rows)} rows written to {arguments.out}" + f"; left out: {reasons}" * bool(reasons))
 

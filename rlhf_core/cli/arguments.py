@@ -252,6 +252,13 @@ def check_new_file(out: Path, overwrite: bool, data: Path | None = None) -> None
     check_writable(out.parent)
 
 
+def check_unused(arguments: Namespace, names: Iterable[str], reason: str) -> None:
+    """Raise ValueError if one of these options is given, with the reason behind its name."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} {reason}")
+
+
 @contextlib.contextmanager
 def held_out(arguments: Namespace) -> Iterator[None]:
     """Hold the folder --out. Raises OSError if another run holds it, or it may not be written."""

@@ -113,12 +113,10 @@ def _check_options(arguments: Namespace, subject: str) -> None:
         "samples": ("prompts", "subset"),
         "pairs": ("prompts", "reference", "reward_function", "judge"),
     }
-    for name in (*needed[subject], *unused[subject]):
-        option = f"--{name.replace('_', '-')}"
-        if name in needed[subject] and getattr(arguments, name) is None:
-            raise ValueError(f"--{subject} needs {option}")
-        if name in unused[subject] and getattr(arguments, name) is not None:
-            raise ValueError(f"{option} does not go with --{subject}")
+    for name in needed[subject]:
+        if getattr(arguments, name) is None:
+            raise ValueError(f"--{subject} needs --{name.replace('_', '-')}")
+    shared.check_unused(arguments, unused[subject], f"does not go with --{subject}")
 
 
 # ---- policies

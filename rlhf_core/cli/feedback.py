@@ -57,8 +57,8 @@ from rlhf_core.files import (
     check_replaceable,
     check_writable,
     dump_rows,
-    replacing,
     write_json,
+    write_rows,
 )
 from rlhf_core.locks import hold
 from rlhf_core.models import Transformer, load_reward
@@ -434,8 +434,7 @@ def run_template_pairs(arguments: Namespace) -> None:
         pairs = list(sycophancy_pairs())
         for pair in pairs if arguments.chat else ():
             pair["prompt"] = [{"role": "user", "content": pair["prompt"]}]
-    with replacing(arguments.out) as file:
-        dump_rows(file, pairs)
+    write_rows(arguments.out, pairs)
     print(f"{len(pairs)} pairs; written to {arguments.out}")
 
 
@@ -484,9 +483,9 @@ def run_agreement(arguments: Namespace) -> None:
     path = arguments.data
     if arguments.json:
         shared.check_new_file(arguments.json, arguments.overwrite, path)
-    given = [name for name in LabelColumns._fields if getattr(arguments, name)]
+    columns = LabelColumns(*(getattr(arguments, name) for name in LabelColumns._fields))
     if is_database(path):
-        if unused := [name for name in given if name != "label"]:
+        if unused := [name for name, x in columns._asdict().items() if x and name != "label"]:
             raise ValueError(f"--{unused[0]} is for files of rows, but {path} is a database")
         rows, level = read_database(path, arguments.label)
         level = arguments.level or level
@@ -494,7 +493,6 @@ def run_agreement(arguments: Namespace) -> None:
         if arguments.annotators and (arguments.annotator or arguments.label):
             raise ValueError("--annotators names columns of labels: leave out --annotator, --label")
         level = arguments.level or "nominal"
-        columns = LabelColumns(*(getattr(arguments, name) for name in LabelColumns._fields))
         rows = list(read_label_rows(path, columns, numeric=level != "nominal"))
     table = table_of(rows)
     if len(table.annotators) < 2:

@@ -31,7 +31,7 @@ from rlhf_core.evaluation import best_of_n_kl
 from rlhf_core.feedback.candidates import ALL_TIED, SamplingConfig, best_of_n, prompts_for
 from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import Scorer
-from rlhf_core.files import dump_rows, read_json, replacing
+from rlhf_core.files import dump_rows, read_json, replacing, write_rows
 from rlhf_core.generation import generate
 from rlhf_core.locks import check_free, hold
 from rlhf_core.masking import tied
@@ -122,8 +122,7 @@ def _generate(arguments: Namespace) -> None:
                 row = {"prompt": prompt, "response": response, "model": str(folder)}
                 rows.append(row | {"sample": sample} | fixed)
     if arguments.out is not None:
-        with replacing(arguments.out) as file:
-            dump_rows(file, rows)
+        write_rows(arguments.out, rows)
         print(f"{len(rows)} responses to {len(prompts)} prompts; written to {arguments.out}")
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_core.evaluation.comparisons import Numbers
+from rlhf_core.evaluation.comparisons import Numbers, vectors
 from rlhf_core.losses import preferred
 from rlhf_core.significance import wilson_interval
 
@@ -44,10 +44,7 @@ def measure_calibration(margins: Numbers, won: Numbers, bins: int = 10) -> Calib
     The bins have equal width. Where the chosen response always comes first, pass `both_orders` of
     the margins; otherwise every bin has been won.
     """
-    margins, won = (torch.as_tensor(x, dtype=torch.float64) for x in (margins, won))
-    if margins.ndim != 1 or margins.shape != won.shape or not len(margins):
-        shapes = f"{tuple(margins.shape)} and {tuple(won.shape)}"
-        raise ValueError(f"margins and won must be (N,), N >= 1, got {shapes}")
+    margins, won = vectors("margins and won", margins, won)
     if not margins.isfinite().all() or not ((won == 0) | (won == 1)).all():
         raise ValueError("margins must be finite, and won must be 0 or 1")
     p = torch.sigmoid(margins)

@@ -144,12 +144,8 @@ def length_controlled_win_rate(
 
     Source: the length term of AlpacaEval 2 (Dubois et al. 2024), without its other terms.
     """
-    outcomes = checked_outcomes(outcomes)
-    lengths, other = (torch.as_tensor(x, dtype=torch.float64) for x in (lengths, other_lengths))
-    if not outcomes.shape == lengths.shape == other.shape:
-        shapes = f"{tuple(outcomes.shape)}, {tuple(lengths.shape)} and {tuple(other.shape)}"
-        raise ValueError(f"outcomes and lengths must have one shape (N,), got {shapes}")
-    difference = lengths - other
+    outcomes, lengths, other = vectors("outcomes and lengths", outcomes, lengths, other_lengths)
+    outcomes, difference = checked_outcomes(outcomes), lengths - other
     if len(outcomes) < 2 or not difference.std() > 0:
         raise ValueError("the differences of the lengths do not vary, so their effect is unknown")
     features = torch.stack((torch.ones_like(outcomes), (difference / difference.std()).tanh()), 1)
@@ -183,10 +179,7 @@ def flip_rate(right: Sequence[bool], right_after: Sequence[bool]) -> FlipRate:
 
     Source: Sharma et al. 2023, section 3.2.
     """
-    before, after = (torch.as_tensor(x, dtype=torch.bool) for x in (right, right_after))
-    if before.shape != after.shape:
-        shapes = f"{tuple(before.shape)} and {tuple(after.shape)}"
-        raise ValueError(f"answers before and after must be as many, got {shapes}")
+    before, after = (x > 0 for x in vectors("right and right_after", right, right_after))
     n, wrong = int(before.sum()), int((~before).sum())
     flips = int((before & ~after).sum())
     corrected = int((~before & after).sum()) / wrong if wrong else None
@@ -196,11 +189,18 @@ def flip_rate(right: Sequence[bool], right_after: Sequence[bool]) -> FlipRate:
 # ---- parts
 
 
+def vectors(names: str, *values: Numbers) -> list[Tensor]:
+    """The values (N,) as float64; ValueError unless all have one length N >= 1."""
+    tensors = [torch.as_tensor(x, dtype=torch.float64) for x in values]
+    shapes = [tuple(x.shape) for x in tensors]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1 or not shapes[0][0]:
+        raise ValueError(f"{names} must be (N,), N >= 1, got {' and '.join(map(str, shapes))}")
+    return tensors
+
+
 def checked_outcomes(outcomes: Numbers) -> Tensor:
     """Outcomes (N,) as float64; ValueError unless there are some and all are in [0, 1]."""
-    outcomes = torch.as_tensor(outcomes, dtype=torch.float64)
-    if outcomes.ndim != 1 or not len(outcomes):
-        raise ValueError(f"outcomes must be (N,), N >= 1, got shape {tuple(outcomes.shape)}")
+    (outcomes,) = vectors("outcomes", outcomes)
     bad = ~((outcomes >= 0) & (outcomes <= 1))
     if bad.any():
         row = int(bad.int().argmax())

@@ -20,6 +20,7 @@ from rlhf_core.evaluation.comparisons import (
     group_ids,
     percentile_interval,
     sandwich,
+    vectors,
 )
 from rlhf_core.losses import preferred
 
@@ -95,12 +96,8 @@ def rate_players(
     Raises:
         ValueError: as for `elo`.
     """
-    outcomes = checked_outcomes(outcomes)
-    first, second = (torch.as_tensor(x, dtype=torch.int64) for x in (first, second))
-    if not first.shape == second.shape == outcomes.shape:
-        shapes = f"{tuple(first.shape)}, {tuple(second.shape)} and {tuple(outcomes.shape)}"
-        raise ValueError(f"players and outcomes of games must be as many, got {shapes}")
-    both = torch.stack((first, second))
+    first, second, outcomes = vectors("players and outcomes of games", first, second, outcomes)
+    outcomes, both = checked_outcomes(outcomes), torch.stack((first, second)).long()
     if (both < 0).any() or (both >= players).any() or (first == second).any():
         raise ValueError(f"a game needs two different players from 0 to {players - 1}")
     groups = group_ids(clusters, len(outcomes))
