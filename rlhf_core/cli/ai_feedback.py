@@ -57,7 +57,7 @@ def _add_cai(parser: ArgumentParser) -> None:
         help="principles: JSON list of texts or of name, question, critique and revision, or text "
         "with one per line; default: our own",
     )
-    parser.add_argument("--rounds", type=int, default=1, help="critiques and revisions in a row")
+    parser.add_argument("--rounds", type=int, help="critiques and revisions in a row; default: 1")
     parser.add_argument("--chat", action="store_true", help="text prompts are messages of a user")
     parser.add_argument(
         "--price-per-million", type=float, metavar="PRICE", help="of tokens: prints the cost"
@@ -96,7 +96,7 @@ def _add_cai(parser: ArgumentParser) -> None:
 
 def run_cai(arguments: Namespace) -> None:
     """Revise answers by a constitution, or measure what training on the revisions did."""
-    if arguments.rounds < 1:
+    if arguments.rounds is not None and arguments.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
     price = arguments.price_per_million
     if price is not None and not 0 <= price < math.inf:
@@ -106,7 +106,7 @@ def run_cai(arguments: Namespace) -> None:
         shared.check_unused(arguments, unused, "does not go with --model")
         arguments.resume = (arguments.out / TEXTS).is_file()
     else:
-        unused = ("constitution", "price_per_million")
+        unused = ("constitution", "rounds", "price_per_million")
         shared.check_unused(arguments, unused, "does not go with --measure")
     shared.check_judge_options(arguments)
     with shared.held_out(arguments):
@@ -142,7 +142,8 @@ def _revise(arguments: Namespace) -> None:
     rows = _rows(arguments, path, writer)
     prompts, size = [row.prompt for row in rows], writer.config.batch_size
     encoded = [encode_prompt(prompt, writer.tokenizer) for prompt in prompts]
-    settings = (writer.config, writer.eos_ids, principles, arguments.rounds)
+    rounds = arguments.rounds or 1
+    settings = (writer.config, writer.eos_ids, principles, rounds)
     run = digest(repr(settings), repr(rows), repr(encoded), writer.model)[:16]
 
     if arguments.overwrite:
@@ -152,7 +153,7 @@ def _revise(arguments: Namespace) -> None:
         if first:
             print(f"{out / TEXTS} has {first} of {len(rows)} prompts; going on")
         batches = math.ceil((len(rows) - first) / size)
-        found = revised(writer, prompts, principles, arguments.rounds, first)
+        found = revised(writer, prompts, principles, rounds, first)
         for start, batch in shared.progress(found, "batches of prompts", batches):
             write(row | records[0] for row, records in zip(begun[start:], batch))
     records = [parse_json(line) for line in read_text(out / TEXTS).splitlines()]
@@ -186,58 +187,51 @@ def _revision_lines(records: list[dict[str, Any]], price: float | None) -> Itera
 
 
 def _measure(arguments: Namespace) -> None:
-    before, after = arguments.measure
-    judge = shared.judge_of(arguments, shared.device_of(arguments)) if arguments.judge else None
-    harm = None
+    device, harm, judge = shared.device_of(arguments), None, None
+    if arguments.judge is not None:
+        judge = shared.judge_of(arguments, device)
     if arguments.harm_function is not None:
         harm = shared.function_of("--harm-function", arguments.harm_function)
-    answers: list[dict[str, list[str]]] = []
-    prompts: dict[str, list[Content]] = {}
-    for folder in (before, after):
+    files = {
+        "unsafe": arguments.prompts or RED_TEAM,
+        "safe": arguments.safe_prompts or SAFE_PROMPTS,
+    }
+    samples: list[Sample] = []
+    policies, harmful, helpful = [], [], []
+    for folder in arguments.measure:
         writer = _writer(arguments, folder)
-        files = {
-            "unsafe": arguments.prompts or RED_TEAM,
-            "safe": arguments.safe_prompts or SAFE_PROMPTS,
-        }
         prompts = {
-            label: [row.prompt for row in _rows(arguments, path, writer)]
-            for label, path in files.items()
+            label: [row.prompt for row in _rows(arguments, file, writer)]
+            for label, file in files.items()
         }
-        answers.append({label: _answers(writer, part, folder) for label, part in prompts.items()})
-    policies, harmful = [], []
-    for folder, found in zip((before, after), answers):
-        unsafe, safe = found["unsafe"], found["safe"]
-        harmful.append(_harm_of(harm, prompts["unsafe"], unsafe))
-        count = sum(harmful[-1])
+        answers = {label: _answers(writer, part, folder) for label, part in prompts.items()}
+        for label, part in prompts.items():
+            rows = zip(part, answers[label])
+            samples += [Sample(str(folder), *row, label=label) for row in rows]
+        harmful.append(_harm_of(harm, prompts["unsafe"], answers["unsafe"]))
+        helpful.append(answers["safe"])
+        count, n = sum(harmful[-1]), len(harmful[-1])
         policies.append(
             {
                 "model": str(folder),
-                "harm": {
-                    "rate": count / len(unsafe),
-                    "interval": wilson_interval(count, len(unsafe)),
-                },
-                "refusal": refusal_rate(unsafe)._asdict(),
-                "over_refusal": refusal_rate(safe)._asdict(),
+                "harm": {"rate": count / n, "interval": wilson_interval(count, n)},
+                "refusal": refusal_rate(answers["unsafe"])._asdict(),
+                "over_refusal": refusal_rate(answers["safe"])._asdict(),
             }
         )
-    cured, spoilt = (sum(a and not b for a, b in zip(x, y)) for x, y in (harmful, harmful[::-1]))
+    changes = Counter(zip(*harmful))
+    cured, spoilt = changes[True, False], changes[False, True]
     result = {
         "harm_by": arguments.harm_function or "an answer that does not refuse",
         "policies": policies,
         "no_longer_harmful": cured,
         "newly_harmful": spoilt,
         "sign_test": sign_test(cured, spoilt),
-        "helpfulness": _helpfulness(judge, prompts["safe"], *(x["safe"] for x in answers)),
+        "helpfulness": _helpfulness(judge, prompts["safe"], *helpful),
     }
-    with Replacement(arguments.out) as files_:
-        rows = (
-            Sample(str(folder), prompt, text, label=label)._asdict()
-            for folder, found in zip((before, after), answers)
-            for label, part in prompts.items()
-            for prompt, text in zip(part, found[label])
-        )
-        dump_rows(files_.open(SAMPLES), rows)
-        dump_json(files_.open(MEASURE), result)
+    with Replacement(arguments.out) as new:
+        dump_rows(new.open(SAMPLES), (sample._asdict() for sample in samples))
+        dump_json(new.open(MEASURE), result)
     print("\n".join(_measure_lines(result)))
     print(f"written to {arguments.out / MEASURE}")
 

@@ -215,6 +215,7 @@ def test_bad_requests_are_named(measure, arguments, fails, tmp_path):
         (arguments("--judge", "x"), "--judge does not go with --model"),
         (arguments("--max-failures", 0.1), "--max-failures needs --judge"),
         (arguments("--price-per-million", -1), "--price-per-million must be finite"),
+        ([*measure, "--rounds", 2], "--rounds does not go with --measure"),
         ([*measure, "--price-per-million", 1], "--price-per-million does not go with --measure"),
     ):
         assert message in fails(*line)

@@ -90,6 +90,7 @@ def test_a_failure_is_neither_tie_nor_loss(judge_server):
     assert found.margins().nan_to_num(-1).tolist() == [1, -1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:the judge failed in 1 of 20")
 def test_too_many_failures_stop_the_run_and_it_goes_on_from_the_cache(judge_server, tmp_path):
     def judge(**options):
         asked = Endpoint(server.url, cache=tmp_path, retries=0)
