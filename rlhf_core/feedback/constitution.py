@@ -198,10 +198,14 @@ def _words(text: str) -> list[str]:
 def _extended(before: Content, text: str, kind: str, request: str) -> Content:
     """The conversation with the model's text, and a request for the next one."""
     if isinstance(before, str):
-        space = "" if before[-1:].isspace() else " "
-        return f"{before}{space}{text}\n\n{kind} request: {request}\n\n{kind}:"
+        return f"{before}{_space(before)}{text}\n\n{kind} request: {request}\n\n{kind}:"
     turns = [{"role": "assistant", "content": text}, {"role": "user", "content": request}]
     return [*before, *turns]
+
+
+def _space(prompt: Content) -> str:
+    """What separates a prompt of text from what follows it."""
+    return "" if not isinstance(prompt, str) or prompt[-1:].isspace() else " "
 
 
 def training_rows(
@@ -212,8 +216,10 @@ def training_rows(
     A last revision that is the first answer again makes a row of neither.
     """
     used = [x for x in records if x["revision"] and _words(x["revision"]) != _words(x["answer"])]
-    texts = [{"prompt": x["prompt"], "completion": x["revision"]} for x in used]
-    pairs = [
-        {"prompt": x["prompt"], "chosen": x["revision"], "rejected": x["answer"]} for x in used
-    ]
+    texts, pairs = [], []
+    for x in used:
+        prompt, space = x["prompt"], _space(x["prompt"])
+        chosen, rejected = space + x["revision"], space + x["answer"]
+        texts.append({"prompt": prompt, "completion": chosen})
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return texts, pairs

@@ -79,8 +79,8 @@ def test_revisions_become_rows_for_sft_and_pairs_and_all_texts_are_kept(
     assert run(*arguments("--price-per-million", 2)) == 0
     out = tmp_path / "out"
     good = [f"p{n}" for n in (0, 1, 3)]
-    assert rows(out / "sft.jsonl") == [{"prompt": p, "completion": "good"} for p in good]
-    pairs = [{"prompt": p, "chosen": "good", "rejected": "bad"} for p in good]
+    assert rows(out / "sft.jsonl") == [{"prompt": p, "completion": " good"} for p in good]
+    pairs = [{"prompt": p, "chosen": " good", "rejected": " bad"} for p in good]
     assert rows(out / "pairs.jsonl") == pairs
     kept = rows(out / "cai.jsonl")
     assert [row["id"] for row in kept] == ["i0", "i1", "i2", "i3"] and kept[0]["source"] == "mine"

@@ -125,9 +125,15 @@ def test_training_rows_prefer_the_last_revision_to_the_first_answer():
         {"prompt": "p", "answer": "a", "revision": "A."},  # back where it began
     ]
     assert training_rows(rows) == (
-        [{"prompt": "p", "completion": "r"}],
-        [{"prompt": "p", "chosen": "r", "rejected": "a"}],
+        [{"prompt": "p", "completion": " r"}],
+        [{"prompt": "p", "chosen": " r", "rejected": " a"}],
     )
+
+
+@pytest.mark.parametrize("prompt", ["p:\n", [{"role": "user", "content": "p"}]])
+def test_only_a_prompt_of_text_without_a_space_at_its_end_needs_one(prompt):
+    (row,), _ = training_rows([{"prompt": prompt, "answer": "a", "revision": "r"}])
+    assert row["completion"] == "r"
 
 
 def test_a_writer_samples_each_row_by_its_own_seed_and_leaves_out_what_does_not_fit():
