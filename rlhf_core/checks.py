@@ -15,9 +15,10 @@ from rlhf_core import backends
 _PLAIN = {Tensor, torch.nn.Parameter}
 _DENSE = torch.strided
 _FOREIGN = {  # class of transformers or peft -> how to get ours
-    "PreTrainedModel": "save_pretrained(folder), then {}.from_pretrained(folder)",
-    "PeftModel": "save_pretrained(folder), then {}.from_pretrained(folder)",
-    "PreTrainedTokenizerBase": "save_pretrained(folder), then rlhf_core.load_tokenizer(folder)",
+    "PreTrainedModel": "pass {}.from_transformers(model)",
+    "PeftModel": "use its save_pretrained(folder), then {}.from_pretrained(folder)",
+    "PreTrainedTokenizerBase": "use its save_pretrained(folder), then "
+    "rlhf_core.load_tokenizer(folder)",
 }
 _NUMBERS = {float, int, bool, type(None)}
 _forward_ad = torch.autograd.forward_ad
@@ -142,4 +143,4 @@ def check_own(*things: Any) -> None:
             if library in ("transformers", "peft") and base.__name__ in _FOREIGN:
                 ours = "RewardModel" if name.endswith("SequenceClassification") else "Transformer"
                 call = _FOREIGN[base.__name__].format(ours)
-                raise TypeError(f"{name} is a class of {library}; use its {call}")
+                raise TypeError(f"{name} is a class of {library}; {call}")

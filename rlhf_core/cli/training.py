@@ -19,7 +19,7 @@ from rlhf_core.cli import arguments as shared
 from rlhf_core.cli.arguments import MODEL, Command
 from rlhf_core.cli.config_file import add_config_file
 from rlhf_core.cli.presets import add_preset, settings
-from rlhf_core.data import encode_text, read_texts
+from rlhf_core.data import Tokenizer, encode_text, read_texts
 from rlhf_core.data.collate import length
 from rlhf_core.feedback.annotation.people import People
 from rlhf_core.feedback.judges import RewardJudge
@@ -124,6 +124,13 @@ def _add_data_arguments(method: OnData, parser: ArgumentParser) -> None:
     )
     shared.add_columns(parser)
     shared.add_template(parser)
+    if method.trainer is not trainers.ILQLTrainer:  # whose Q heads have a row for each id
+        parser.add_argument(
+            "--embedding-resize",
+            action="store_true",
+            help="add the ids of the tokenizer that --model lacks, such as those of ChatML on a "
+            "base model; new rows start at the mean of the old ones",
+        )
     _add_run(parser)
     _add_lora(parser)
     shared.add_config(parser, method.config)
@@ -272,6 +279,23 @@ def _add_lora(parser: ArgumentParser) -> None:
     )
 
 
+def _resize_embedding(model: nn.Module, tokenizer: Tokenizer, arguments: Namespace) -> None:
+    """Give the model all ids of the tokenizer, if --embedding-resize asks for it."""
+    if not getattr(arguments, "embedding_resize", False):
+        return
+    size = model.config.vocab_size
+    if arguments.lora_rank is not None:
+        raise ValueError(
+            "--embedding-resize changes the base model, which --lora-rank does not save. Train all "
+            "weights, or resize and save the base model first"
+        )
+    if tokenizer.vocab_size <= size:
+        ids = f"the model has {size} ids, the tokenizer {tokenizer.vocab_size}"
+        print(f"--embedding-resize has no effect: {ids}", file=sys.stderr)
+        return
+    model.resize_embeddings(tokenizer.vocab_size)
+
+
 def _add_adapters(model: Transformer, arguments: Namespace) -> None:
     """Add the adapters that the --lora options ask for."""
     options = {
@@ -304,6 +328,7 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
     dtype = shared.save_dtype_of(arguments)
     tokenizer = shared.tokenizer_of(arguments)
     model = method.load(arguments.model)
+    _resize_embedding(model, tokenizer, arguments)
     _add_adapters(getattr(model, "lm", model), arguments)
     max_length = min(config.max_length, model.config.max_positions)
 

@@ -160,7 +160,7 @@ def unknown_id(
             bad = next(i for i in ids if not 0 <= i < vocab_size)
             return (
                 f"has token id {bad}, but the model has ids 0 to {vocab_size - 1}: the tokenizer "
-                "belongs to another model"
+                "belongs to another model, or needs --embedding-resize"
             )
     return None
 

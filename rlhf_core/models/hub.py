@@ -104,6 +104,44 @@ def load(
     return model.requires_grad_(True).eval()
 
 
+def adopt(cls: type[nn.Module], theirs) -> nn.Module:
+    """Return a `cls` with the weights of a loaded model of transformers: `from_transformers`."""
+    name, hf = type(theirs).__name__, theirs.config.to_diff_dict()
+    more = getattr(theirs, "generation_config", None)
+    ids = [*read_ids(hf, "eos_token_id"), *read_ids(vars(more) if more else {}, "eos_token_id")]
+    try:
+        config = families.read(hf | {"eos_token_id": list(dict.fromkeys(ids))})
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    family, stored = families.FAMILIES[config.family], theirs.state_dict()
+    with torch.device("meta"):
+        model = cls(config)
+    state, unused = {}, set(stored)
+    for ours, parameter in model.state_dict().items():
+        parts = family.parts(ours, parameter, config)
+        for part_name, part in parts.items():
+            if part_name not in stored or stored[part_name].shape != part.shape:
+                found = tuple(stored[part_name].shape) if part_name in stored else "none"
+                raise ValueError(
+                    f"{name}: {cls.__name__} needs a tensor {part_name!r} of shape "
+                    f"{tuple(part.shape)}, found {found}"
+                )
+        unused -= parts.keys()
+        (first, layout), *_ = parts.items()
+        if len(parts) == 1 and layout.is_contiguous():
+            state[ours] = stored[first]
+            continue
+        state[ours] = torch.empty_like(parameter, dtype=stored[first].dtype, device=theirs.device)
+        for part_name, part in family.parts(ours, state[ours], config).items():
+            part.copy_(stored[part_name])
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    unknown = [x for x in sorted(unused - tied) if not x.endswith(families.DERIVED)]
+    if unknown:
+        raise ValueError(f"{name}: {cls.__name__} does not know the tensor {unknown[0]!r}")
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True).eval()
+
+
 def stored_dtype(source: str | os.PathLike) -> torch.dtype:
     """Return the dtype in which a folder or hub repository stores most of its numbers."""
     path, numbers = model_folder(source), Counter()

@@ -53,6 +53,23 @@ class Pretrained:
         return model.eval()
 
     @classmethod
+    def from_transformers(cls, model):
+        """Return a model in eval mode with the weights of a loaded model of `transformers`.
+
+        A tensor that both store in one layout is shared: training either model changes the other.
+        Most are. Copied are the matrices of GPT-2's blocks, which it stores transposed, and
+        queries, keys and values, or gate and up, where they are tensors of their own.
+
+        Args:
+            model: A causal language model, or a sequence classifier for RewardModel. Its dtype and
+                device stay.
+
+        Raises:
+            ValueError: The family, a config field or a tensor does not fit; the message names it.
+        """
+        return hub.adopt(cls, model)
+
+    @classmethod
     def _load_base(cls, path: Path, dtype: torch.dtype):
         """A `cls` to load adapters into."""
         return hub.load(cls, path, dtype)

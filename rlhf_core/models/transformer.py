@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -374,6 +375,26 @@ class TrunkModel(nn.Module):
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """Return an empty cache for `batch_size` sequences of at most `max_length` tokens."""
         return KVCache(self.config, batch_size, max_length, self.trunk.embed.weight)
+
+    @torch.no_grad()
+    def resize_embeddings(self, vocab_size: int) -> None:
+        """Add rows to the embedding, and to an untied head, each the mean of the rows before.
+
+        Raises:
+            ValueError: The model has more ids already, or adapters, whose files lack new rows.
+        """
+        trunk, old = self.trunk, self.config.vocab_size
+        if vocab_size < old:
+            raise ValueError(f"vocab_size {vocab_size} is smaller than the model's {old}")
+        if any("lora_" in name for name, _ in self.named_parameters()):
+            raise ValueError("a model with adapters cannot get new ids; merge the adapters first")
+        for table in (trunk.embed, getattr(self, "lm_head", None)):
+            if table is not None:
+                weight = table.weight
+                new = weight.mean(dim=0, keepdim=True).expand(vocab_size - old, -1)
+                table.weight = nn.Parameter(torch.cat((weight, new)), weight.requires_grad)
+        trunk.embed.num_embeddings = vocab_size
+        trunk.config = replace(trunk.config, vocab_size=vocab_size)
 
     def shares_trunk_with(self, other: TrunkModel) -> bool:
         """Whether both models have one trunk, so that they have the same hidden states."""

@@ -38,6 +38,15 @@ SPECIAL = [
     "<|eot|>",
     "[INST]",
     "[/INST]",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<|start_of_role|>",
+    "<|end_of_role|>",
+    "<|end_of_text|>",
 ]
 CHATML = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
@@ -76,6 +85,41 @@ MISTRAL = """{%- if messages[0].role == 'system' %}
     {%- endif %}
 {%- endfor %}"""
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL}
+# The templates of these families, with tags around the assistant's text.
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
+{{- raise_exception('System role not supported') }}{% endif %}{% for message in messages %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+{%- endif %}{% if (message['role'] == 'assistant') %}
+{{- '<start_of_turn>model\n' }}{% generation %}{{ message['content'] | trim + '<end_of_turn>' }}
+{%- endgeneration %}{{ '\n' }}{% else %}
+{{- '<start_of_turn>' + message['role'] + '\n' + message['content'] | trim + '<end_of_turn>\n' }}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"""
+PHI3 = """{% for message in messages %}{% if message['role'] == 'system' %}
+{{- '<|system|>\n' + message['content'] + '<|end|>\n' }}{% elif message['role'] == 'user' %}
+{{- '<|user|>\n' + message['content'] + '<|end|>\n' }}{% elif message['role'] == 'assistant' %}
+{{- '<|assistant|>\n' }}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}
+{{- '\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
+OLMO2 = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}
+{{- '<|system|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'user' %}
+{{- '<|user|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'assistant' %}
+{{- '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
+{%- if not loop.last %}{{ '\n' }}{% endif %}{% endif %}
+{%- if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"""
+GRANITE = """{%- for message in messages %}{%- if message['role'] != 'assistant' %}
+{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] }}
+{{- '<|end_of_text|>\n' }}{%- else %}
+{{- '<|start_of_role|>assistant<|end_of_role|>' }}{% generation %}
+{{- message['content'] + '<|end_of_text|>' }}{% endgeneration %}{{- '\n' }}
+{%- endif %}{%- if loop.last and add_generation_prompt %}
+{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}{%- endfor %}"""
+OTHERS = {  # with the text that ends a turn
+    "gemma": (GEMMA, "<end_of_turn>"),
+    "phi3": (PHI3, "<|end|>"),
+    "olmo2": (OLMO2, "</s>"),
+    "granite": (GRANITE, "<|end_of_text|>"),
+}
 CHATS = [
     [("user", "Hi there"), ("assistant", "Hello, who is it?")],
     [("system", "Be  brief."), ("user", "naïve 日本語?"), ("assistant", "🙂👩‍👩‍👧 yes.")],
@@ -187,6 +231,25 @@ def test_ids_and_masks_are_those_of_transformers(kind, name, tmp_path):
             ids, mask = [1, *ids], [False, *mask]
         assert ours.encode_chat(messages) == (ids, mask)
         assert sum(mask) > 3 and ids.count(1) == (name != "chatml" or kind != "bytes")
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+@pytest.mark.parametrize("name", OTHERS)
+def test_templates_of_other_families_give_ids_and_masks_of_transformers(name, tagged, tmp_path):
+    template, end = OTHERS[name]
+    names = dict(eos_token=end)
+    peer = build(tmp_path / "theirs", "bytes", template, **names)
+    text = template if tagged else untagged(template)
+    ours = load_tokenizer(build(tmp_path / "ours", "bytes", text, **names))
+    for turns in CHATS:
+        messages = chat(*turns)
+        if name == "gemma" and turns[0][0] == "system":
+            with pytest.raises(ValueError, match="System role not supported"):
+                ours.encode_chat(messages)
+            continue
+        got = ours.encode_chat(messages)
+        assert got == theirs(peer, messages, return_assistant_tokens_mask=True)
+        assert sum(got[1]) > 3
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -27,7 +27,7 @@ from rlhf_core.data.encode import (
 )
 from rlhf_core.data.tokenizer import load_tokenizer
 from rlhf_core.feedback.rewards import Scorer
-from rlhf_core.models import RewardModel
+from rlhf_core.models import RewardModel, Transformer
 from rlhf_core.rollout import sample
 from rlhf_core.trainers import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
 
@@ -467,6 +467,17 @@ def test_the_command_line_names_the_line_with_an_id_that_the_model_does_not_have
     assert cli.main(["sft", "--model", str(folder), "--data", str(file), "--out", out]) == 2
     error = capsys.readouterr().err
     assert "rows.jsonl:1: the encoded row has token id 257, but the model has ids 0 to 199" in error
+    command = ["sft", "--model", str(folder), "--data", str(file), "--out", out, "--device", "cpu"]
+    command += ["--eval-fraction", "0", "--embedding-resize"]
+    assert cli.main([*command, "--lora-rank", "2"]) == 2
+    assert "--embedding-resize changes the base model" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    assert Transformer.from_pretrained(out).config.vocab_size == ByteTokenizer.vocab_size == 259
+    command[2] = out
+    assert cli.main([*command, "--overwrite"]) == 0
+    found = "--embedding-resize has no effect: the model has 259 ids, the tokenizer 259"
+    assert found in capsys.readouterr().err
+    out = str(tmp_path / "other")
     options = ["--prompts", str(file), "--reward-function", "x.py:f", "--out", out]
     assert cli.main(["ppo", "--model", str(folder), *options]) == 2
     assert "rows.jsonl:1: the encoded row has token id 257" in capsys.readouterr().err

@@ -215,6 +215,67 @@ def theirs_of(family, transformers):
     return shake(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama-gqa", "gemma2-untied", "gemma3", "phi4-mini"])
+def test_their_loaded_model_becomes_ours_and_shares_what_has_one_layout(family, transformers):
+    theirs = theirs_of(family, transformers)
+    ours, (ids, _) = Transformer.from_transformers(theirs), padded("right")
+    assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+    assert all(weight.requires_grad for weight in ours.parameters())
+    tensors = dict(theirs.named_parameters())
+    places = {tensor.data_ptr() for tensor in tensors.values()}
+    shared = {name for name, w in ours.named_parameters() if w.data_ptr() in places}
+    assert {"trunk.embed.weight", "trunk.norm.weight"} <= shared
+    copied = ours.state_dict().keys() - shared
+    if family == "phi4-mini":
+        assert not copied
+    elif family == "gpt2":
+        assert copied == {n for n in copied if n.endswith("weight") and "norm" not in n}
+    else:
+        ends = ("attn.qkv.weight", "attn.qkv.bias", "mlp.up.weight")
+        assert copied and all(name.endswith(ends) for name in copied)
+
+
+def test_a_loaded_classifier_becomes_a_reward_model_and_a_misfit_is_named(transformers):
+    theirs = theirs_of("llama", transformers)
+    with pytest.raises(ValueError, match=r"RewardModel needs a tensor 'score.weight' of shape"):
+        RewardModel.from_transformers(theirs)
+    config = copy.deepcopy(theirs.config)
+    config.num_labels = 1
+    scorer = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    (ids, mask), ours = padded("right"), RewardModel.from_transformers(scorer)
+    want = scorer(ids.masked_fill(~mask, 0), attention_mask=mask.long()).logits[:, 0]
+    assert_close(ours(ids, mask), want, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"Transformer needs a tensor 'lm_head\.weight'"):
+        Transformer.from_transformers(scorer)
+    theirs.generation_config.eos_token_id = [2, 7]
+    assert Transformer.from_transformers(theirs).config.eos_ids == (2, 7)
+    theirs.config.attn_logit_softcapping = 50.0
+    message = r"^LlamaForCausalLM: attn_logit_softcapping=50\.0 is not supported in a llama model"
+    with pytest.raises(ValueError, match=message):
+        Transformer.from_transformers(theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-gqa", "gemma2"])
+def test_new_ids_get_the_mean_of_the_rows_and_change_no_old_logit(family, tmp_path):
+    model, (ids, _) = tiny(family), padded("right")
+    old = model(ids).detach()
+    rows = {name: w.detach().clone() for name, w in model.named_parameters() if w.shape[0] == 40}
+    model.resize_embeddings(43)
+    assert model.config.vocab_size == 43
+    assert_close(model(ids)[..., :40], old, rtol=0, atol=1e-6)
+    tables = [name for name in rows if "embed" in name or "lm_head" in name]
+    assert len(tables) == 2 - model.config.tie_embeddings
+    for name in tables:
+        weight = model.get_parameter(name)
+        assert weight.requires_grad and torch.equal(weight[:40], rows[name])
+        assert_close(weight[40:], rows[name].mean(0).expand(3, -1))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Transformer.from_pretrained(tmp_path)(ids + 3), model(ids + 3))
+    with pytest.raises(ValueError, match="vocab_size 40 is smaller than the model's 43"):
+        model.resize_embeddings(40)
+
+
 @families
 def test_their_checkpoint_gives_their_logits_loss_and_gradients(family, tmp_path, transformers):
     theirs = theirs_of(family, transformers)
