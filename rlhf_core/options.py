@@ -62,6 +62,7 @@ SYNONYMS = {  # an option or choice of ours -> its names in other libraries
     "eval_every": "eval_steps eval_strategy",
     "save_every": "save_steps save_strategy",
     "keep": "save_total_limit max_ckpt_to_keep",
+    "keep_best": "metric_for_best_model load_best_model_at_end",
     "out": "output_dir save_path",
     "model": "model_name_or_path pretrain",
     "data": "dataset dataset_name train_file",

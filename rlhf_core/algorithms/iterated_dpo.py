@@ -21,7 +21,14 @@ from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
 from rlhf_core.training.reference import frozen_copy
-from rlhf_core.training.rounds import SAMPLE_ROUNDS, log_samples, resumed, run_rounds, with_seed
+from rlhf_core.training.rounds import (
+    SAMPLE_ROUNDS,
+    held_out,
+    log_samples,
+    resumed,
+    run_rounds,
+    with_seed,
+)
 from rlhf_core.training.trainer import Trainer
 
 
@@ -39,6 +46,7 @@ class IteratedDPOConfig(OnlineDPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check(("keep_best", self.keep_best is None, "unset: round-N holds each round's model"))
         self.warn_unused(("reference_policy", self.has_reference, "without a reference"))
 
     @property
@@ -54,6 +62,8 @@ def iterated_dpo(
     reward: Reward | Sequence[tuple[Reward, float]] | None = None,
     judge: Judge | None = None,
     eos_ids: Sequence[int] | None = None,
+    eval_prompts: Sequence[Sequence[int]] = (),
+    eval_judge: Judge | None = None,
     pretraining_examples: Sequence[Example] = (),
     tokenizer: Tokenizer | None = None,
     out: str | os.PathLike | None = None,
@@ -61,8 +71,8 @@ def iterated_dpo(
 ) -> list[dict]:
     """Train the model in place by rounds of DPO on its own samples; returns each round's metrics.
 
-    Arguments as for `OnlineDPOTrainer`; out and resume as for `rft`. Metrics: those of DPO's last
-    step and of all samples of the round, and the number of pairs.
+    Arguments as for `OnlineDPOTrainer`; eval_prompts, eval_judge, out and resume as for `rft`.
+    Metrics: those of DPO's last step and of all samples of the round, and the number of pairs.
     """
     scorer = make_scorer(model, prompts, config, reward=reward, judge=judge, tokenizer=tokenizer)
     keeps_first = config.has_reference and config.reference_policy == "first"
@@ -72,6 +82,8 @@ def iterated_dpo(
     # It checks the arguments before anything is sampled.
     Trainer(model, prompts, config, out=out, **checked)
     prompts = list(prompts_for(model, prompts, config).values())
+    where = dict(judge=eval_judge, eos_ids=eos_ids, tokenizer=tokenizer)
+    evaluate = held_out(model, eval_prompts, config, scorer=scorer, **where)
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)
@@ -83,7 +95,8 @@ def iterated_dpo(
             raise ValueError(ALL_TIED)
         dpo_config, options = with_seed(config, seed), dict(reference=first, out=folder)
         trainer = resumed(DPOTrainer(model, pairs, dpo_config, **options, **checked))
-        return trainer.train()[-1] | sample_metrics(samples) | {"pairs": len(pairs)}
+        report = trainer.train()[-1] | sample_metrics(samples) | {"pairs": len(pairs)}
+        return report | evaluate()
 
     options = dict(scorer=scorer, tokenizer=tokenizer, out=out, resume=resume)
     fixed = dict(prompts=list(prompts), eos_ids=eos_ids)

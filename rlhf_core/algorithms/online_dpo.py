@@ -27,6 +27,7 @@ from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
 from rlhf_core.training.config import PRINT_SAMPLES, SAMPLE_EVERY
+from rlhf_core.training.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class OnlineDPOTrainer(DPOTrainer):
         reward: Reward | Sequence[tuple[Reward, float]] | None = None,
         judge: Judge | None = None,
         eos_ids: Sequence[int] | None = None,
+        eval_examples: Sequence[Sequence[int]] = (),
+        eval_judge: Judge | None = None,
         **options,
     ):
         """
@@ -76,15 +79,21 @@ class OnlineDPOTrainer(DPOTrainer):
             reward, judge: one of them. A judge maps (prompts, first, second, **columns) to the
                 probability that each first response is better, 0.5 for a tie. Responses that tie
                 are no pair.
-            eos_ids, tokenizer, reference: as for PPO.
+            eos_ids, tokenizer, reference, eval_examples, eval_judge: as for PPO.
         """
         if len(examples):
             examples = list(prompts_for(model, examples, config).values())
-        super().__init__(model, examples, config, **options)
+        if len(eval_examples):
+            eval_examples = list(prompts_for(model, eval_examples, config).values())
+        super().__init__(model, examples, config, eval_examples=eval_examples, **options)
+        self.eval_judge = eval_judge
         if judge is not None:
             self.main_metric = super().main_metric  # a judge's mean score is always one half
         scorer = dict(reward=reward, judge=judge, tokenizer=self.tokenizer)
         self.scorer = make_scorer(model, self.examples, config, **scorer)
+        if len(eval_examples):
+            self.eval_reference = self.reference or Reference(model)
+            self.scorer.check_columns(eval_examples)
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         self.generator = torch.Generator().manual_seed(config.seed)
 

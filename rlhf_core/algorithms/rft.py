@@ -26,11 +26,19 @@ from rlhf_core.feedback.candidates import (
     prompts_for,
 )
 from rlhf_core.feedback.diversity import diversity
+from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
 from rlhf_core.training.config import PRINT_SAMPLES
-from rlhf_core.training.rounds import SAMPLE_ROUNDS, log_samples, resumed, run_rounds, with_seed
+from rlhf_core.training.rounds import (
+    SAMPLE_ROUNDS,
+    held_out,
+    log_samples,
+    resumed,
+    run_rounds,
+    with_seed,
+)
 from rlhf_core.training.trainer import Trainer
 
 
@@ -45,6 +53,10 @@ class RFTConfig(SFTConfig, SamplingConfig):
         None, "keep every distinct response with at least this score; unset: each prompt's best"
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.check(("keep_best", self.keep_best is None, "unset: round-N holds each round's model"))
+
 
 def rft(
     model: Transformer,
@@ -53,6 +65,8 @@ def rft(
     *,
     reward: Reward | Sequence[tuple[Reward, float]],
     eos_ids: Sequence[int] | None = None,
+    eval_prompts: Sequence[Sequence[int]] = (),
+    eval_judge: Judge | None = None,
     pretraining_examples: Sequence[Example] = (),
     tokenizer: Tokenizer | None = None,
     out: str | os.PathLike | None = None,
@@ -66,6 +80,8 @@ def rft(
     Args:
         prompts: lists of token ids.
         reward, eos_ids, pretraining_examples, tokenizer: as for `PPOTrainer`.
+        eval_prompts, eval_judge: held-out prompts, answered after every round, and what compares
+            the answers with the first policy's; see `evaluate_answers`.
         out: folder for the model, metrics.jsonl with a line per round, and each round's SFT in
             round-1, round-2, ...
         resume: continue the run in `out`, with the original model, prompts and config.
@@ -76,6 +92,8 @@ def rft(
     # It checks the arguments before anything is sampled.
     Trainer(model, prompts, config, out=out, **checked)
     prompts = list(prompts_for(model, prompts, config).values())
+    where = dict(judge=eval_judge, eos_ids=eos_ids, tokenizer=tokenizer)
+    evaluate = held_out(model, eval_prompts, config, scorer=scorer, **where)
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)
@@ -92,6 +110,7 @@ def rft(
             "objective/best": samples.best()[1].mean().item(),
             "examples": len(examples),
             **diversity(samples.responses),
+            **evaluate(),
         }
 
     options = dict(scorer=scorer, tokenizer=tokenizer, out=out, resume=resume)

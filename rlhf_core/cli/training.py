@@ -142,6 +142,18 @@ def _add_prompt_arguments(method: OnPrompts, parser: ArgumentParser) -> None:
     if issubclass(method.config, PolicyGradientConfig):
         parser.add_argument("--ptx-data", type=Path, help=f"examples for --ptx-coef: {TEXTS}")
     parser.add_argument(
+        "--eval-prompts",
+        type=Path,
+        metavar="FILE",
+        help="held-out prompts: reward, KL and length of the answers every --eval-every steps, or "
+        "after each round",
+    )
+    parser.add_argument(
+        "--eval-judge",
+        metavar="FILE.py:NAME",
+        help="a judge, as a function, that compares these answers with the reference's",
+    )
+    parser.add_argument(
         "--pretraining-eval",
         type=Path,
         metavar="FILE",
@@ -419,6 +431,15 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
             path = getattr(arguments, name)
             options[option] = shared.read(read_texts, path, arguments, encode)
     prompts, options["out"] = [ids for _, ids in rows], arguments.out
+    if arguments.eval_prompts is not None:
+        encode = lambda row: shared.known(data.encode_prompt_row(row, tokenizer), model)  # noqa: E731
+        name = "eval_examples" if isinstance(method.train, type) else "eval_prompts"
+        path = arguments.eval_prompts
+        options[name] = shared.read(data.read_prompt_rows, path, arguments, encode)
+    if arguments.eval_judge is not None:
+        if arguments.eval_prompts is None:
+            raise ValueError("--eval-judge needs --eval-prompts")
+        options["eval_judge"] = shared.function_of("--eval-judge", arguments.eval_judge)
     if isinstance(method.train, type):
         trainer = method.train(model, prompts, config, **options)
         if arguments.resume:

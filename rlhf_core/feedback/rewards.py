@@ -134,6 +134,15 @@ class Scorer:
         return scores_of(self.rewards_of(prompts, responses))
 
     @torch.no_grad()
+    def spread(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor | None:
+        """Standard deviation (B,) between the scores of the models of ensembles; None without."""
+        members = [part for model in self.models for part in getattr(model, "models", ())]
+        if not members:
+            return None
+        scores = [scores_of(self._model_scores(part, prompts, responses)) for part in members]
+        return torch.stack(scores).std(dim=0)
+
+    @torch.no_grad()
     def rewards_of(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Rewards (B,), or (B, R) if they are per token, float32; R is the longest response.
 

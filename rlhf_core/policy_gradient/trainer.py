@@ -23,6 +23,7 @@ from rlhf_core.data.batches import micro_batches, rows
 from rlhf_core.data.collate import count_targets
 from rlhf_core.feedback.candidates import fit_prompts
 from rlhf_core.feedback.diversity import diversity
+from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward, Scorer, scores_of
 from rlhf_core.generation import check_stop_strings
 from rlhf_core.losses.kl import kl_loss
@@ -96,6 +97,8 @@ class PolicyGradientTrainer(Trainer):
         reference: Transformer | None = None,
         eos_ids: tuple[int, ...] | None = None,
         ptx_examples: Sequence[Example] = (),
+        eval_examples: Sequence[Sequence[int]] = (),
+        eval_judge: Judge | None = None,
         pretraining_examples: Sequence[Example] = (),
         tokenizer: Tokenizer | None = None,
         out: str | os.PathLike | None = None,
@@ -110,6 +113,8 @@ class PolicyGradientTrainer(Trainer):
             reference: as for `Reference`; with reference_ema a copy of it follows the policy. With
                 kl_coef 0 and no reference given there is none, and no KL is reported.
             eos_ids: tokens that end a response; None: the policy's own.
+            eval_examples, eval_judge: held-out prompts, and what compares the answers to them with
+                the reference's; see `evaluate_answers`.
             ptx_examples: examples whose likelihood ptx_coef keeps up (Ouyang et al. 2022, eq. 2).
         """
         self.critic = critic
@@ -124,12 +129,23 @@ class PolicyGradientTrainer(Trainer):
         if len(examples):
             examples = fit_prompts(examples, prompt_length, model.config.bos_id, config)
             examples = list(examples.values())
-        options = dict(pretraining_examples=pretraining_examples, tokenizer=tokenizer, out=out)
+        if len(eval_examples):
+            eval_examples = fit_prompts(eval_examples, prompt_length, model.config.bos_id, config)
+            eval_examples = list(eval_examples.values())
+        options = dict(
+            eval_examples=eval_examples,
+            pretraining_examples=pretraining_examples,
+            tokenizer=tokenizer,
+            out=out,
+        )
         super().__init__(model, examples, config, **options)
         self.shares_trunk = critic is not None and critic.shares_trunk_with(model)
         needed = config.kl_coef > 0 or reference is not None
         moves = config.reference_ema is not None
         self.reference = Reference(model, reference, moves=moves) if needed else None
+        if len(eval_examples):
+            fixed = needed and not moves
+            self.eval_reference = self.reference if fixed else Reference(model, reference)
         self.eos_ids = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
         if bool(config.ptx_coef) != bool(ptx_examples):
             raise ValueError(
@@ -148,6 +164,9 @@ class PolicyGradientTrainer(Trainer):
         )
         self.scorer.check_vocabulary(model)
         self.scorer.check_columns(self.examples)
+        if len(eval_examples):
+            self.scorer.check_columns(eval_examples)
+        self.eval_judge = eval_judge
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         if config.kl_in == "reward" and config.kl_coef and config.estimator != "k1":
             warnings.warn(
@@ -170,11 +189,6 @@ class PolicyGradientTrainer(Trainer):
     def policy_trains(self) -> bool:
         """False while only the critic trains."""
         return True
-
-    @property
-    def sampled_policy(self) -> nn.Module:
-        """What responses are sampled from."""
-        return self.model
 
     def head(self, rollout: Rollout):
         """What turns hidden states of the rollout's tokens into log-probs of `sampled_policy`."""

@@ -33,11 +33,11 @@ from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
 from rlhf_core.training.run_file import masked
 
-NAME, ERROR_NAME = "checkpoint", "checkpoint-error"
+NAME, ERROR_NAME, BEST_NAME = "checkpoint", "checkpoint-error", "checkpoint-best"
 STATE = "state.safetensors"  # the trainer's state in the folder of a checkpoint
 # Options that may differ when a run is resumed: finished steps do not depend on them ...
 FREE = {"log_every", "eval_every", "save_every", "keep", "reference_logprobs"}
-FREE |= {"sample_every", "print_samples"}
+FREE |= {"keep_best", "sample_every", "print_samples"}
 # ... or only through the slope of a decaying schedule, which gives a warning.
 LENGTH = {"epochs", "max_steps"}
 MISSING = object()
@@ -79,7 +79,8 @@ def begin(out: Path, steps_done: int) -> None:
     if error.is_file() or (error / STATE).is_file():
         remove_folder(error)
     if not steps_done:
-        remove(find(out))
+        best = out / BEST_NAME / STATE
+        remove([*find(out), *[best] * best.is_file()])
 
 
 def check_ours(path: Path) -> None:

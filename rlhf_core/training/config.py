@@ -51,6 +51,11 @@ class TrainConfig(Options):
         within="[1, inf)",
     )
     keep: int = option(1, "checkpoints to keep, the newest ones", within="[1, inf)")
+    keep_best: str | None = option(
+        None,
+        "keep the model with the best value of this metric in checkpoint-best: the lowest one of a "
+        "metric that ends with loss, else the highest one; min:METRIC and max:METRIC say which",
+    )
     precision: str = option(
         "float32",
         "precision of the forward pass; weights and log-probs stay float32",

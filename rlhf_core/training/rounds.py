@@ -13,7 +13,7 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -22,13 +22,15 @@ import torch
 from torch import nn
 
 from rlhf_core.data import Tokenizer
-from rlhf_core.feedback.candidates import Candidates
+from rlhf_core.feedback.candidates import Candidates, prompts_for
 from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import Scorer
 from rlhf_core.files import read_object, replacing, subfolder, write_json
 from rlhf_core.locks import check_one_process, hold
 from rlhf_core.models import Transformer
 from rlhf_core.training import checkpoint, signals
+from rlhf_core.training.held_out import evaluate_answers
+from rlhf_core.training.reference import Reference
 from rlhf_core.training.run_file import OLD_NAME, recording
 from rlhf_core.training.run_log import (
     SAMPLES,
@@ -146,6 +148,21 @@ def _run_rounds(
             tokenizer.save(out)
         run.facts["status"] = "finished"
     return history
+
+
+def held_out(
+    model: Transformer, prompts: Sequence[Sequence[int]], config, *, scorer, **options
+) -> Callable[[], dict[str, float]]:
+    """A function that returns `evaluate_answers` of the prompts, compared with the model as it is.
+
+    Without prompts it returns no metrics.
+    """
+    if not len(prompts):
+        return dict
+    scorer.check_columns(prompts)
+    prompts = list(prompts_for(model, prompts, config).values())
+    options |= dict(scorer=scorer, reference=Reference(model))
+    return lambda: evaluate_answers(model, prompts, config, **options)[0]
 
 
 def log_samples(

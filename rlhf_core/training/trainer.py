@@ -27,7 +27,7 @@ from rlhf_core.data import Example, TokenBatch, Tokenizer, collate
 from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import count_targets, length, misfit, unknown_id
 from rlhf_core.feedback.endpoint import JudgeError
-from rlhf_core.feedback.judges import JudgeScorer
+from rlhf_core.feedback.judges import Judge, JudgeScorer
 from rlhf_core.feedback.rewards import RewardError, Scorer
 from rlhf_core.files import replacing_folder
 from rlhf_core.locks import check_one_process, hold
@@ -36,7 +36,9 @@ from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.training import checkpoint, signals
 from rlhf_core.training.completions import completion_loss
 from rlhf_core.training.config import TrainConfig
+from rlhf_core.training.held_out import evaluate_answers
 from rlhf_core.training.metrics import Metrics, peak_memory
+from rlhf_core.training.monitors import alarms
 from rlhf_core.training.reference import Reference
 from rlhf_core.training.run_file import recording
 from rlhf_core.training.run_log import RunLog, sample_rows
@@ -59,6 +61,9 @@ class Trainer:
     model_type: type[nn.Module] = nn.Module
     kinds: tuple[type, ...] = ()  # types of the examples; empty: prompts
     scorer: Scorer | JudgeScorer | None = None  # of methods that sample
+    eval_judge: Judge | None = None  # compares their answers to held-out prompts
+    eval_reference: Reference | None = None  # with which these are compared; never moves
+    eos_ids: Sequence[int] | None = None  # that end their responses
     reference: Reference | None = None
 
     def __new__(cls, *arguments: Any, **options: Any):
@@ -102,8 +107,9 @@ class Trainer:
         if config.eval_every is not None and not (len(eval_examples) or len(pretraining_examples)):
             message = "eval_every has no effect without evaluation or pretraining examples"
             warnings.warn(message, stacklevel=3)
-        if config.save_every is not None and out is None:
-            warnings.warn("save_every has no effect without out", stacklevel=3)
+        for name in ("save_every", "keep_best"):
+            if getattr(config, name) is not None and out is None:
+                warnings.warn(f"{name} has no effect without out", stacklevel=3)
         self.device = model.device
         self.pad_id = model.config.pad_id or 0
         self.steps_done = 0
@@ -133,6 +139,11 @@ class Trainer:
     def trained_models(self) -> list[nn.Module]:
         """The models whose parameters the optimiser updates."""
         return [self.model]
+
+    @property
+    def sampled_policy(self) -> nn.Module:
+        """What responses are sampled from, in methods that sample."""
+        return self.model
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Every parameter that trains, once, also where two models share a trunk."""
@@ -191,11 +202,17 @@ class Trainer:
             )
         return None
 
-    def warn_once(self, message: str) -> None:
-        """Warn of something that may recur in every step."""
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"step {self.steps_done + 1}: {message}", stacklevel=3)
+    def warn_once(self, message: str, key: str | None = None, step: int | None = None) -> None:
+        """Warn of something that may recur in every step.
+
+        Args:
+            key: What it is, where the message changes.
+            step: None: the step that runs.
+        """
+        key = key or message
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(f"step {step or self.steps_done + 1}: {message}", stacklevel=3)
 
     def fault(self, example: Any) -> str | None:
         """A method's own reason why an example cannot be trained on, or None."""
@@ -303,7 +320,12 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Metrics on `eval_examples` without dropout; their names start with eval_."""
+        """Metrics on `eval_examples` without dropout; their names start with eval_.
+
+        For held-out prompts see `evaluate_answers`.
+        """
+        if not self.kinds:
+            return self._evaluate_prompts()
         metrics = Metrics()
         self.model.eval()
         for start in range(0, len(self.eval_examples), self.config.batch_size):
@@ -313,6 +335,27 @@ class Trainer:
                 pass
         self.model.train(self.config.dropout)
         return {f"eval_{name}": value for name, value in metrics.means().items()}
+
+    def _evaluate_prompts(self) -> dict[str, float]:
+        try:
+            metrics, answers = evaluate_answers(
+                self.sampled_policy,
+                self.eval_examples,
+                self.config,
+                scorer=self.scorer,
+                reference=self.eval_reference,
+                judge=self.eval_judge,
+                eos_ids=self.eos_ids,
+                tokenizer=self.tokenizer,
+                autocast=self.autocast,
+            )
+        except JudgeError as error:  # it matters less than the run
+            message = f"held-out prompts are not evaluated: {error}"
+            self.warn_once(message, "held-out prompts", self.steps_done)
+            return {}
+        found = sample_rows("step", self.steps_done, *answers, self.tokenizer)
+        self.samples += [row | {"held_out": True} for row in found]
+        return metrics
 
     @torch.no_grad()
     def pretraining_loss(self) -> float:
@@ -367,12 +410,19 @@ class Trainer:
         )
         with log:
             history = log.history
+            best = max(map(self._value_to_keep, history), default=-math.inf)
             for batch in itertools.islice(self.batches(), self.steps_done, self.total_steps):
                 history.append(self.advance(batch))
                 last, every = self.steps_done == self.total_steps, self.config.save_every
                 if last and PRETRAINING_BEFORE in history[0]:
                     history[-1][PRETRAINING_BEFORE] = history[0][PRETRAINING_BEFORE]
                 log.write(history[-1], self.timings, self.samples)
+                for monitor, message in alarms(history, self.config.eval_every).items():
+                    self.warn_once(message, monitor.advice, self.steps_done)
+                value = self._value_to_keep(history[-1])
+                if value > best and self.out is not None:
+                    best = value
+                    self.save_checkpoint(checkpoint.BEST_NAME)
                 due = every and self.out and (last or self.steps_done % every == 0)
                 if delayed.signum or due:
                     log.sync()
@@ -380,6 +430,13 @@ class Trainer:
                 if delayed.signum and not last:
                     saved = f"step {self.steps_done} is saved in {path}"
                     raise signals.stop(delayed.signum, saved)
+        if self.out is not None and self.config.keep_best and best == -math.inf:
+            names = ", ".join(history[-1])
+            warnings.warn(
+                f"nothing is kept: no step has keep_best {self.config.keep_best!r}, which must be "
+                f"one of {names}",
+                stacklevel=3,
+            )
         if not self.finished:
             if self.total_steps >= MIN_STEPS:
                 self._warn_if_unmoved(history[0])
@@ -425,6 +482,13 @@ class Trainer:
             if type(error) not in plain and not isinstance(error, RewardError):
                 raise
             raise type(error)(f"step {step}: {error}{saved}") from error
+
+    def _value_to_keep(self, metrics: dict[str, float]) -> float:
+        """The value of keep_best in a step's metrics, higher is better; -inf if it has none."""
+        way, _, name = (self.config.keep_best or "").rpartition(":")
+        lower = way == "min" or (not way and name.endswith("loss"))
+        value = metrics.get(name, math.nan)
+        return (-value if lower else value) if math.isfinite(value) else -math.inf
 
     def _time(self, step: int, seconds: float) -> None:
         self.timings = {

@@ -442,3 +442,27 @@ def test_weights_are_saved_in_the_dtype_that_is_asked_for(
     half = cls.from_pretrained(tmp_path / "same").state_dict()
     for name, weight in exact.items():  # rounded once, from the weights that were trained
         assert torch.equal(half[name], weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("command", ["grpo", "rft", "online-dpo"])
+def test_held_out_prompts_are_evaluated_on_the_way_and_the_best_step_is_kept(
+    command, folders, sample, tmp_path
+):
+    judge = tmp_path / "judge.py"
+    judge.write_text("def longer(prompts, one, two):\n    return [0.0 for _ in prompts]\n")
+    held_out = write(tmp_path / "held_out.jsonl", [{"prompt": "hello"}, {"prompt": "you"}])
+    options = ["--reward-model", folders / "reward", "--num-samples", 2, "--epochs", 2]
+    options += ["--eval-prompts", held_out, "--eval-judge", f"{judge}:longer"]
+    if command != "rft":
+        options += ["--eval-every", 1, "--keep-best", "min:eval_length"]
+    assert sample(command, *options) == 0
+    lines = metrics_in(tmp_path / "out")
+    names = {"eval_reward", "eval_kl", "eval_length", "eval_win_rate"}
+    assert all(names <= line.keys() for line in lines)
+    assert (tmp_path / "out" / "checkpoint-best" / "config.json").is_file() == (command != "rft")
+
+
+def test_a_judge_of_held_out_prompts_needs_these(folders, sample, capsys):
+    options = ["--reward-model", folders / "reward", "--eval-judge", "judge.py:longer"]
+    assert sample("ppo", *options) == 2
+    assert "--eval-judge needs --eval-prompts" in capsys.readouterr().err
