@@ -167,8 +167,9 @@ class PairAudit:
         self.lengths = array("l")  # characters of chosen and rejected, two for each row
         self.words = Counter[int]()  # sign of the difference in numbers of words
         self.alike = 0  # rows whose answers are equal without case and blanks
-        self.formats = {name: [0, 0] for name in FORMATS}  # only chosen, only rejected
-        self.agreement = [0, 0]  # chosen agrees with a claim that rejected contradicts; the reverse
+        # Rows where only chosen, and where only rejected, has a property.
+        self.formats = {name: [0, 0] for name in FORMATS}
+        self.agreement = [0, 0]  # it agrees with a claim that the other answer contradicts
         self.against = Leaks([words(normalized("\n".join(texts_of(prompt)))) for prompt in against])
         self.waiting: list[tuple[int, int, list[str]]] = []  # number, distinct prompt, its words
         self.prompts: dict[int, int] = {}  # hash of a prompt -> its place among the distinct ones
@@ -266,13 +267,13 @@ class PairAudit:
         """
         self._hash_waiting()
         keys = np.array(self.keys, dtype=np.uint64).reshape(-1, 3)
-        report = {
+        report: dict[str, Any] = {
             "rows": self.rows,
             "length_bias": self._length_bias(),
             "format_bias": {
-                name: _sides(*counts, EFFECT * len(keys)) for name, counts in self.formats.items()
+                name: _sides(counts, EFFECT * len(keys)) for name, counts in self.formats.items()
             },
-            "agreement_bias": _sides(*self.agreement, 0),
+            "agreement_bias": _sides(self.agreement, 0),
             "duplicates": self._duplicates(keys),
             "intransitive": self._intransitive(keys),
             "contamination": self._contamination(),
@@ -441,10 +442,11 @@ def _mixed(keys: np.ndarray) -> np.ndarray:
     return (keys * factors).sum(axis=1, dtype=np.uint64)
 
 
-def _sides(only_chosen: int, only_rejected: int, least: float) -> dict[str, Any]:
+def _sides(counts: list[int], least: float) -> dict[str, Any]:
     """Counts of rows whose answers differ in a property. least: A difference to ignore."""
-    p, difference = sign_test(only_chosen, only_rejected), abs(only_chosen - only_rejected)
-    biased = p is not None and p < P_VALUE and difference > least
+    only_chosen, only_rejected = counts
+    p = sign_test(only_chosen, only_rejected)
+    biased = p is not None and p < P_VALUE and abs(only_chosen - only_rejected) > least
     sides = {"only_chosen": only_chosen, "only_rejected": only_rejected}
     return {**sides, "sign_test_p": p, "biased": biased}
 

@@ -22,7 +22,7 @@ from rlhf_core.files import short, shown
 
 _ROLES = ("system", "user", "assistant")
 _UNSUPPORTED = ("tools", "documents", "image", "images", "video", "videos", "audio", "audios")
-_EMPTY = (None, "", [], {})  # what a field holds that asks for nothing; false and 0 do ask
+_EMPTY: tuple = (None, "", [], {})  # what a field holds that asks for nothing; false and 0 do ask
 MAX_LINE_BYTES = 2**24
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _SPEAKERS["system"] = "system"
@@ -199,10 +199,9 @@ def read_scored(
     """
 
     def parse(row: dict) -> Scored:
-        reward = row.get("reward")
+        reward: Any = row.get("reward")
         if not _is_number(reward):
-            got = shown(reward)
-            raise ValueError(f"field 'reward' must be a finite number, got {got}")
+            raise ValueError(f"field 'reward' must be a finite number, got {shown(reward)}")
         return Scored(*_text(row), float(reward))
 
     return list(_rows(path, parse, on_bad, encode, columns))
@@ -444,8 +443,7 @@ def _preference(row: dict, as_is: bool = False) -> Preference:
         if row.get("prompt") is not None and row["prompt"] not in contents:
             raise ValueError("field 'prompt' is not a message that 'chosen' and 'rejected' share")
     else:
-        prompt, *answers = _strings(row, as_is)
-        return _pair(row, prompt, *answers, as_is)
+        return _pair(row, *_strings(row, as_is), as_is)
     if not prompt:
         raise ValueError("fields 'chosen' and 'rejected' share no message")
     for field, messages in answers.items():
@@ -455,8 +453,9 @@ def _preference(row: dict, as_is: bool = False) -> Preference:
                 f"field {field!r} must start and end with messages of the assistant after the "
                 f"shared messages, got {', '.join(roles) or 'none'}"
             )
-    turns = [messages[shared:] for messages in answers.values()]
-    return _pair(row, prompt, *(x[0]["content"] if len(x) == 1 else x for x in turns), as_is)
+    turns = (messages[shared:] for messages in answers.values())
+    chosen, rejected = (x[0]["content"] if len(x) == 1 else x for x in turns)
+    return _pair(row, prompt, chosen, rejected, as_is)
 
 
 def _strings(row: dict, empty: bool) -> tuple[str, str, str]:
@@ -468,7 +467,8 @@ def _strings(row: dict, empty: bool) -> tuple[str, str, str]:
     if turn not in chosen or not rejected.startswith(chosen[:end]):
         raise ValueError("field 'prompt' is missing, and 'chosen' and 'rejected' share no dialogue")
     answers = {"chosen": chosen[end:], "rejected": rejected[end:]}
-    return chosen[:end], *(_string(answers, field, empty=empty) for field in answers)
+    chosen_end, rejected_end = (_string(answers, field, empty=empty) for field in answers)
+    return chosen[:end], chosen_end, rejected_end
 
 
 def _pair(
@@ -593,14 +593,14 @@ def _rows(
             raise bad from None
         on_bad(bad)
 
-    found, plain = False, parse is None
-    if plain:
+    found = False
+    if parse is None:
         rows: Iterator = read_lines(path, report, MAX_LINE_BYTES)
     else:
         rows = read_rows(path, report, MAX_LINE_BYTES, columns)
     for place, row in rows:
         try:
-            item = row if plain else parse(_canonical(row, columns or {}))
+            item = row if parse is None else parse(_canonical(row, columns or {}))
             item = item if encode is None else encode(item)
         except ValueError as error:
             report(DataError(f"{place}: {error}"))
@@ -608,7 +608,7 @@ def _rows(
         found = True
         yield item
     if not found:
-        raise DataError(f"{path}: no usable line" + f". {FORMATS}" * (not plain))
+        raise DataError(f"{path}: no usable line" + f". {FORMATS}" * (parse is not None))
 
 
 def _canonical(row: dict, columns: Mapping[str, str]) -> dict:

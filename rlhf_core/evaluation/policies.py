@@ -43,7 +43,7 @@ class Responses(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """N responses, one for each prompt."""
+    """N responses, grouped by prompt."""
 
     responses: list[str]
     scores: Tensor  # (N,)
@@ -105,7 +105,7 @@ def evaluate_policy(
     batch_size: int = 128,
     **options,
 ) -> Evaluation:
-    """Sample a response to every prompt, score it and estimate its KL to the reference.
+    """Sample responses to every prompt, score them and estimate their KL to the reference.
 
     Prompts and reward are those of `best_of_n`: the reward is a RewardModel, an EnsembleReward, a
     callable, or a list of (reward, weight). Options are those of `sample_policy`.
@@ -115,9 +115,7 @@ def evaluate_policy(
     scorer.check_vocabulary(policy)
     scorer.check_columns(prompts)
     found = sample_policy(policy, reference, prompts, batch_size=batch_size, **options)
-    scores = []
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        scores.append(scorer(prompts[part], found.ids[part]))
+    repeated = [x for x in prompts for _ in range(len(found.ids) // len(prompts))]
+    scores = scorer(repeated, found.ids)
     responses = [tokenizer.decode(ids) for ids in found.ids]
-    return Evaluation(responses, torch.cat(scores), found.kl, found.lengths, found.ids)
+    return Evaluation(responses, scores, found.kl, found.lengths, found.ids)

@@ -39,7 +39,7 @@ def test_evaluation_gives_a_score_and_a_kl_for_every_prompt():
     assert evaluated(policy, other, seed=1).responses != same.responses
 
 
-def test_a_reward_sees_the_columns_of_its_prompts_in_every_batch():
+def test_a_reward_sees_every_response_with_the_columns_of_its_prompt():
     prompts = [Prompt([257, 97 + i], letter=chr(97 + i)) for i in range(3)]
 
     def right(texts, responses, letter):
@@ -48,6 +48,10 @@ def test_a_reward_sees_the_columns_of_its_prompts_in_every_batch():
     options = dict(max_new_tokens=2, batch_size=2)
     got = evaluate_policy(noisy(), noisy(), prompts, right, ByteTokenizer(), **options)
     assert got.scores.tolist() == [1, 1, 1]
+    got = evaluate_policy(
+        noisy(), noisy(), prompts, right, ByteTokenizer(), num_samples=2, **options
+    )
+    assert got.scores.tolist() == [1] * len(got.responses) == [1] * 6
 
 
 def test_lengths_count_the_tokens_of_a_response_with_its_eos():

@@ -156,8 +156,7 @@ def _preferences(
         row |= {name: _completion(item.prompt, item.responses[i]) for name, i in places.items()}
         if contents.settings.mode == "likert8":
             row["margin"] = _margin(winner, [label["choice"] for label, _ in votes])
-        counts = Counter(outcome for _, outcome in votes)
-        row["votes"] = dict(_votes(counts, ("chosen", "rejected"), winner))
+        row["votes"] = dict(_votes(votes, ("chosen", "rejected"), winner))
         row["agreement"] = round(agreement, 6)
         if smoothing is not None:
             row["label_smoothing"] = round(smoothing, 6)
@@ -217,17 +216,17 @@ def _standings(decisions: Iterable[Decision]) -> dict[str | int, _Standing]:
     for item, pair, winner, *_, votes in decisions:
         standing = standings.setdefault(item.row, _Standing(item.prompt))
         standing.compared += 1
-        counts = Counter(outcome for _, outcome in votes)
         for place, own, other in ((pair[0], 1, 2), (pair[1], 2, 1)):
             number = item.numbers[place]
             standing.texts[number] = item.responses[place]
             standing.points[number] += (winner == own) - (winner == other)
-            standing.votes[number].update(_votes(counts, ("won", "lost"), own))
+            standing.votes[number].update(_votes(votes, ("won", "lost"), own))
     return standings
 
 
-def _votes(counts: Counter[int | str], names: tuple[str, str], own: int | str) -> Counter[str]:
+def _votes(votes: Sequence[Vote], names: tuple[str, str], own: int | str) -> Counter[str]:
     """Votes by name: for the response whose outcome is `own`, for the other one, and for none."""
+    counts = Counter(outcome for _, outcome in votes)
     keys = (own, 1 if own == 2 else 2, 0, "both_bad")
     return Counter({name: counts[key] for name, key in zip((*names, "tie", "both_bad"), keys)})
 
