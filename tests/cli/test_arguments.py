@@ -292,6 +292,7 @@ def test_a_bad_judge_is_named(options, message, fails, folders, tmp_path, monkey
     assert message in line and "pw" not in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command, step", [("online-dpo", "step 2: "), ("iterated-dpo", "")])
 def test_a_judge_that_fails_too_often_stops_the_run_which_goes_on_with_resume(
     command, step, sample, folders, judge_server, tmp_path, capsys
