@@ -25,7 +25,7 @@ _PPO = _by_size(
 )
 _DPO = _by_size(
     dict(lr=1e-4, batch_size=64),
-    dict(lr=1e-4, batch_size=32),
+    dict(lr=3e-5, batch_size=32),
     dict(lr=5e-7, batch_size=16),
 )
 PRESETS = {  # command -> size -> values of options
@@ -58,7 +58,7 @@ PRESETS = {  # command -> size -> values of options
     ),
     "nlpo": _PPO,
     "grpo": _by_size(
-        dict(lr=5e-4, kl_coef=0.2),
+        dict(lr=2e-4, kl_coef=0.2),
         dict(lr=1e-4, kl_coef=0.2),
         dict(lr=1e-6, kl_coef=0.0),
     ),

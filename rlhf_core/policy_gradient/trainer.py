@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlhf_core.data import Example, Tokenizer
 from rlhf_core.data.batches import micro_batches, rows
 from rlhf_core.data.collate import count_targets
-from rlhf_core.feedback.candidates import fit_prompts
+from rlhf_core.feedback.candidates import ALL_TIED, fit_prompts
 from rlhf_core.feedback.diversity import diversity
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward, Scorer, scores_of
@@ -589,7 +589,7 @@ class PolicyGradientTrainer(Trainer):
     @torch.no_grad()
     def movement(self, first: dict[str, float]) -> tuple[float, str] | None:
         """The KL of the first policy to this one, on responses of the first step."""
-        if self._first is None:  # the run was resumed
+        if self._first is None or ALL_TIED in self._warned:  # resumed, or nothing to learn
             return None
         rollout, old = self._first
         with self.autocast(), eval_mode(self.model):

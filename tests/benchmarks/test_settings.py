@@ -1,23 +1,20 @@
-"""The runs behind the presets: that a size trains, is measured, and keeps its results."""
+"""The runs behind the presets: that a size is pretrained, trained by methods and measured."""
 
 import pytest
 
 from benchmarks.learning import settings
-from rlhf_core.files import read_json
 
 
 @pytest.mark.slow
-def test_a_size_is_pretrained_and_measured_once(data_dir, tmp_path, monkeypatch, capsys):
+def test_each_method_of_a_size_is_a_row_with_its_measure(data_dir, monkeypatch):
     shape = dict(hidden_size=16, num_layers=1, num_heads=2)
-    lrs = {"sft": (1e-2,), "grpo": (1e-2,)}
+    lrs = {"sft": (1e-2,), "reward": (1e-2,), "dpo": (1e-2,), "grpo": (1e-8,)}
     size = settings.Size(shape, dict(lr=1e-2, max_steps=2), 2, 1, lrs)
     monkeypatch.setitem(settings.SIZES, "small", size)
-    sft, grpo = settings.learn("small", data_dir, list(lrs), tmp_path)
-    assert sft["after"] < sft["before"] and grpo["kl"] > 0
-    assert read_json(tmp_path / "base" / "run.json")["options"]["lr"] == 1e-2
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith(
-        f"| small | sft | 0.01 | 2 | held-out loss | {sft['before']:.3f} -> "
-    )
-    monkeypatch.setattr(settings, "METHODS", {})
-    assert settings.learn("small", data_dir, list(lrs), tmp_path) == [sft, grpo]
+    found = [row.split(" | ") for row in settings.rows("small", data_dir, list(lrs))]
+    sft, reward, dpo, grpo = found
+    assert sft[:5] == ["| small", "sft", "0.01", "2", "eval_loss"]
+    assert float(sft[6]) < float(sft[5]) and sft[7] == ""
+    assert reward[4] == "eval_accuracy" and 0 <= float(reward[6]) <= 1
+    assert dpo[4] == "gold" and float(dpo[7]) > 0.05
+    assert abs(float(grpo[7])) <= 0.01 and grpo[5] == dpo[5]

@@ -23,6 +23,8 @@ from rlhf_core.data import ByteTokenizer, load_tokenizer
 from rlhf_core.data.collate import count_targets
 from rlhf_core.models import Transformer
 from rlhf_core.trainers import (
+    GRPOConfig,
+    GRPOTrainer,
     IteratedDPOConfig,
     OnlineDPOConfig,
     OnlineDPOTrainer,
@@ -186,6 +188,15 @@ def test_a_policy_that_did_not_move_is_named_with_its_kl():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_ppo(lr=1e-3, **options).train()
+
+
+def test_a_run_with_nothing_to_learn_is_not_told_to_raise_its_learning_rate():
+    config = GRPOConfig(batch_size=4, num_samples=2, epochs=5, response_length=3)  # 10 steps
+    with pytest.warns(UserWarning) as found:
+        GRPOTrainer(
+            tiny(), PROMPTS, config, reward=lambda _, responses: [1.0] * len(responses)
+        ).train()
+    assert len(found) == 1 and "there is nothing to learn" in str(found[0].message)
 
 
 @pytest.mark.slow
