@@ -57,10 +57,14 @@ def _add_cai(parser: ArgumentParser) -> None:
         help="principles: JSON list of texts or of name, question, critique and revision, or text "
         "with one per line; default: our own",
     )
-    parser.add_argument("--rounds", type=int, help="critiques and revisions in a row; default: 1")
-    parser.add_argument("--chat", action="store_true", help="text prompts are messages of a user")
+    rounds = shared.between(int, 1)
     parser.add_argument(
-        "--price-per-million", type=float, metavar="PRICE", help="of tokens: prints the cost"
+        "--rounds", type=rounds, help="critiques and revisions in a row; default: 1"
+    )
+    parser.add_argument("--chat", action="store_true", help="text prompts are messages of a user")
+    price = shared.between(float, 0)
+    parser.add_argument(
+        "--price-per-million", type=price, metavar="PRICE", help="of tokens: prints the cost"
     )
     parser.add_argument(
         "--out", required=True, type=Path, help=f"folder for {TEXTS}, {SFT} and {PAIRS}"
@@ -96,11 +100,6 @@ def _add_cai(parser: ArgumentParser) -> None:
 
 def run_cai(arguments: Namespace) -> None:
     """Revise answers by a constitution, or measure what training on the revisions did."""
-    if arguments.rounds is not None and arguments.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
-    price = arguments.price_per_million
-    if price is not None and not 0 <= price < math.inf:
-        raise ValueError(f"--price-per-million must be finite and at least 0, got {price}")
     if arguments.model:
         unused = ("safe_prompts", "harm_function", "judge")
         shared.check_unused(arguments, unused, "does not go with --model")

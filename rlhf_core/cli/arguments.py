@@ -103,12 +103,14 @@ def seed(text: str) -> int:
 
 
 def between(kind: Callable[[str], float], low: float, high: float = math.inf) -> Callable:
-    """The type of an argument: a number from low to high."""
+    """The type of an argument: a finite number from low to high."""
+    bounds = f"from {low} to {high}"
+    if high == math.inf:
+        bounds = "finite and " * (kind is float) + f"at least {low}"
 
     def number(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        if not low <= value <= high or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
         return value
 

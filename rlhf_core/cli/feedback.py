@@ -283,10 +283,11 @@ def _add_candidates(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="start --out anew; without it a run goes on"
     )
+    temperature = shared.between(float, 0)
     parser.add_argument(
         "--temperature",
         dest="temperatures",
-        type=float,
+        type=temperature,
         nargs="+",
         default=[1.0, 1.2],
         help="one or more; higher: more varied answers; 0 is greedy; default: 1.0 1.2",
@@ -303,7 +304,7 @@ def _add_candidates(parser: ArgumentParser) -> None:
         help="write pairs: chosen is an answer of this better model, rejected one of --model",
     )
     parser.add_argument(
-        "--chosen-temperature", type=float, default=0.0, help="of --chosen-from; 0 is greedy"
+        "--chosen-temperature", type=temperature, default=0.0, help="of --chosen-from; 0 is greedy"
     )
     parser.add_argument(
         "--drop-gibberish",
@@ -328,9 +329,6 @@ def _add_candidates(parser: ArgumentParser) -> None:
 def run_candidates(arguments: Namespace) -> None:
     """Sample answers to prompts, for people to compare, or pairs with a better model's answer."""
     out = arguments.out
-    for temperature in (*arguments.temperatures, arguments.chosen_temperature):
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"a temperature must be finite and at least 0, got {temperature}")
     check_replaceable(out)
     check_writable(out.parent)
     with hold(out.parent, f".{out.name}.lock"):

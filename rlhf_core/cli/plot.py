@@ -22,8 +22,9 @@ def _add_plot(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="default: the main ones")
+    steps = shared.between(int, 1)
     parser.add_argument(
-        "--smooth", type=int, default=1, metavar="STEPS", help="average over this many steps"
+        "--smooth", type=steps, default=1, metavar="STEPS", help="average over this many steps"
     )
 
 
@@ -33,8 +34,6 @@ def run_plot(arguments: Namespace) -> None:
     suffix = out.suffix.lower().removeprefix(".")
     if suffix not in FORMATS:
         raise ValueError(f"--out must end with one of {', '.join(FORMATS)}, got {out.name}")
-    if smooth < 1:
-        raise ValueError(f"--smooth must be at least 1, got {smooth}")
     shared.check_new_file(out, arguments.overwrite)
     runs = [read_run(folder, str(folder)) for folder in dict.fromkeys(arguments.runs)]
     figure = draw_curves(runs, arguments.metrics, smooth)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,13 +49,15 @@ def _add_generate(parser: ArgumentParser) -> None:
     shared.add_prompts(parser, source=source)
     parser.add_argument("--out", type=Path, help="JSONL file for the responses; default: print")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts sampled at a time")
+    batch_size = shared.between(int, 1)
+    parser.add_argument("--batch-size", type=batch_size, default=16, help="prompts at a time")
     shared.add_skip_bad(parser)
     parser.add_argument(
         "--chat", action="store_true", help="put each prompt into the model's chat template as user"
     )
+    beta = shared.between(float, 0)
     parser.add_argument(
-        "--beta", type=float, help="ILQL: weight of the values; default: as trained; 0: none"
+        "--beta", type=beta, help="ILQL: weight of the values; default: as trained; 0: none"
     )
     parser.add_argument("--num-samples", type=int, default=1, help="responses to each prompt")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest response")
@@ -83,8 +84,6 @@ def _add_generate(parser: ArgumentParser) -> None:
 
 def run_generate(arguments: Namespace) -> None:
     """Print responses to the prompts, or write them to a file."""
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     if arguments.out is None:
         if arguments.overwrite:
             raise ValueError("--overwrite needs --out")
@@ -137,8 +136,6 @@ def _responses(
     if arguments.beta is not None:
         if not valued:
             raise ValueError(f"--beta needs a model trained by ilql, {folder} has no values")
-        if not 0 <= arguments.beta < math.inf:
-            raise ValueError(f"--beta must be finite and at least 0, got {arguments.beta}")
         model.beta = arguments.beta
     encoded, room = [], model.config.max_positions - arguments.max_new_tokens
     for number, prompt in enumerate(prompts, 1):

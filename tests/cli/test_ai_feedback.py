@@ -211,10 +211,10 @@ def test_bad_requests_are_named(measure, arguments, fails, tmp_path):
     broken = ["--harm-function", f"{tmp_path / 'f.py'}:broken"]
     assert "--harm-function returned [1.0] for 10 responses" in fails(*measure, *broken)
     for line, message in (
-        (arguments("--rounds", 0), "--rounds must be at least 1, got 0"),
+        (arguments("--rounds", 0), "--rounds: must be at least 1, got 0"),
         (arguments("--judge", "x"), "--judge does not go with --model"),
         (arguments("--max-failures", 0.1), "--max-failures needs --judge"),
-        (arguments("--price-per-million", -1), "--price-per-million must be finite"),
+        (arguments("--price-per-million", -1), "--price-per-million: must be finite"),
         ([*measure, "--rounds", 2], "--rounds does not go with --measure"),
         ([*measure, "--price-per-million", 1], "--price-per-million does not go with --measure"),
     ):

@@ -114,7 +114,7 @@ def test_a_better_models_answers_are_chosen_over_the_policys(arguments, folders,
 
 
 def test_bad_input_of_candidates_is_one_line(arguments, fails, tmp_path):
-    assert "temperature must be finite and at least 0, got -1" in fails(
+    assert "--temperature: must be finite and at least 0, got -1" in fails(
         *arguments("--temperature", -1)
     )
     assert "num_samples must be at least 1, got 0" in fails(*arguments("--num-samples", 0))

@@ -52,7 +52,7 @@ def test_unfinished_and_damaged_runs_are_named(folder, capsys):
 def test_what_cannot_be_drawn_is_named(folder, fails, tmp_path, monkeypatch):
     assert "metrics.jsonl" in fails("plot", tmp_path / "absent", "--out", tmp_path / "a.png")
     assert "must end with one of png" in fails("plot", folder, "--out", folder / "a.gif")
-    assert "--smooth must be at least 1" in fails(
+    assert "--smooth: must be at least 1" in fails(
         "plot", folder, "--out", folder / "a.png", "--smooth", 0
     )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
