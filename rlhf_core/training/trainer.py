@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -430,13 +431,8 @@ class Trainer:
                 if delayed.signum and not last:
                     saved = f"step {self.steps_done} is saved in {path}"
                     raise signals.stop(delayed.signum, saved)
-        if self.out is not None and self.config.keep_best and best == -math.inf:
-            names = ", ".join(history[-1])
-            warnings.warn(
-                f"nothing is kept: no step has keep_best {self.config.keep_best!r}, which must be "
-                f"one of {names}",
-                stacklevel=3,
-            )
+        if self.out is not None and self.config.keep_best:
+            self._report_best(history)
         if not self.finished:
             if self.total_steps >= MIN_STEPS:
                 self._warn_if_unmoved(history[0])
@@ -489,6 +485,17 @@ class Trainer:
         lower = way == "min" or (not way and name.endswith("loss"))
         value = metrics.get(name, math.nan)
         return (-value if lower else value) if math.isfinite(value) else -math.inf
+
+    def _report_best(self, history: list[dict[str, float]]) -> None:
+        """Print which step is kept in checkpoint-best, or warn that none has the metric."""
+        best, wanted = max(history, key=self._value_to_keep), self.config.keep_best
+        if self._value_to_keep(best) == -math.inf:
+            message = f"nothing is kept: no step has keep_best {wanted!r}, which must be one of "
+            warnings.warn(message + ", ".join(history[-1]), stacklevel=4)
+        else:
+            value = best[wanted.rpartition(":")[2]]
+            place = self.out / checkpoint.BEST_NAME
+            print(f"best {wanted} {value:.4g} at step {best['step']}: {place}", file=sys.stderr)
 
     def _time(self, step: int, seconds: float) -> None:
         self.timings = {

@@ -39,9 +39,10 @@ def best_step(out, seen):
     "metric, step",
     [("eval_x", 3), ("max:eval_x", 3), ("min:eval_x", 2), ("eval_loss", 3), ("max:eval_loss", 2)],
 )
-def test_the_first_of_the_best_steps_is_kept(tmp_path, metric, step):
+def test_the_first_of_the_best_steps_is_kept(tmp_path, metric, step, capsys):
     run = trainer(tmp_path, metric)
     run.train()
+    assert f" at step {step}: {tmp_path / BEST_NAME}\n" in capsys.readouterr().err
     assert best_step(tmp_path, run.seen) == [step]
     assert (tmp_path / BEST_NAME / STATE).is_file()
 
