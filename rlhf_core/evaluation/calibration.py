@@ -102,13 +102,11 @@ def accuracy_by_subset(margins: Numbers, subsets: Sequence[str]) -> dict[str, Ac
     rows: dict[str, list[int]] = {}
     for row, subset in enumerate(subsets):
         rows.setdefault(subset, []).append(row)
-    return {subset: _accuracy(margins[rows[subset]]) for subset in sorted(rows)}
-
-
-def _accuracy(margins: Tensor) -> Accuracy:
-    right = preferred(margins, -margins).double().sum().item()
-    n = len(margins)
-    return Accuracy(n, right / n, wilson_interval(right, n))
+    right, accuracies = preferred(margins, -margins), {}
+    for subset in sorted(rows):
+        n, count = len(rows[subset]), right[rows[subset]].double().sum().item()
+        accuracies[subset] = Accuracy(n, count / n, wilson_interval(count, n))
+    return accuracies
 
 
 def _auc(margins: Tensor, won: Tensor) -> float | None:

@@ -462,10 +462,8 @@ def agreement_report(
         return [*(f(some) for f in coefficients.values()), *_kappas_of_pairs(some, None)]
 
     values = np.array(statistics(x), dtype=float).tolist()
-    draws = _resample(statistics, x, resamples, seed).T
-    entries = {
-        name: _entry(x, value, some) for name, value, some in zip(coefficients, values, draws)
-    }
+    bounds = [_interval_of(draws) for draws in _resample(statistics, x, resamples, seed).T]
+    entries = {name: _entry(x, *both) for name, *both in zip(coefficients, values, bounds)}
     based_on = "krippendorff_alpha"
     if level == "nominal":
         based_on = "cohen_kappa" if x.annotators == 2 else "fleiss_kappa"
@@ -486,7 +484,7 @@ def agreement_report(
         "label": None if kappa is None else threshold_label(kappa),
         "verdict": verdict(kappa, low, high, undefined / resamples),
         "warnings": _warnings(x, based_on, entries, drift),
-        "pairs": _pairs(x, names, values[count:], draws[count:]),
+        "pairs": _pairs(x, names, values[count:], bounds[count:]),
         "annotators": [_against_the_others(x, a) | {"annotator": n} for a, n in enumerate(names)],
         "confusing_items": _confusing(x, ids, names, most),
         "drift": drift,
@@ -509,9 +507,9 @@ def _coefficients_at(level: str) -> dict[str, Callable[[Ratings], float | None]]
     return coefficients
 
 
-def _entry(x: Ratings, value: float, draws: np.ndarray) -> dict[str, Any]:
+def _entry(x: Ratings, value: float, bounds: Interval) -> dict[str, Any]:
     """A coefficient with its interval, or the reason why it has no value."""
-    low, high, undefined = _interval_of(draws)
+    low, high, undefined = bounds
     entry = {"value": value, "low": low, "high": high, "reason": None}
     if math.isnan(value):
         reason = "the labels to compare are all equal, so chance alone explains the agreement (0/0)"
@@ -550,7 +548,9 @@ def _warnings(x: Ratings, based_on: str, entries: dict, drift: list[dict]) -> li
     return warnings
 
 
-def _pairs(x: Ratings, names: list, kappas: list[float], draws: np.ndarray) -> list[dict[str, Any]]:
+def _pairs(
+    x: Ratings, names: list, kappas: list[float], bounds: list[Interval]
+) -> list[dict[str, Any]]:
     """Cohen's kappa of every two annotators with a common item."""
     items = np.bincount(x.pair, x.cells())
     equal = np.bincount(x.pair, x.cells() * (x.left == x.right))
@@ -559,7 +559,7 @@ def _pairs(x: Ratings, names: list, kappas: list[float], draws: np.ndarray) -> l
             "annotators": [names[i], names[j]],
             "items": int(items[q]),
             "percent_agreement": float(equal[q] / items[q]),
-            "cohen_kappa": _entry(x, kappas[q], draws[q]),
+            "cohen_kappa": _entry(x, kappas[q], bounds[q]),
         }
         for q, (i, j) in enumerate(x.pairs)
     ]
@@ -617,9 +617,9 @@ def _drift(
     for block in np.array_split(ordered, count) if count > 1 else ():
         part = x.weighted(np.bincount(x.row_of[block], minlength=len(x.weights)))
         value = float(np.array(coefficient(part), dtype=float))  # NaN where undefined
-        draws = _resample(lambda some: [coefficient(some)], part, resamples, seed)
+        bounds = interval(coefficient, part, resamples=resamples, seed=seed)
         where = {"from": float(last[block[0]]), "to": float(last[block[-1]]), "items": len(block)}
-        blocks.append(where | _entry(part, value, draws[:, 0]))
+        blocks.append(where | _entry(part, value, bounds))
     return blocks
 
 

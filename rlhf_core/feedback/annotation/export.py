@@ -114,13 +114,11 @@ def _decide(contents: Contents, aggregate: str, min_agreement: float) -> list[De
 
 def _shares(votes: dict[Comparison, list[Vote]]) -> dict[Comparison, dict[int | str, float]]:
     """The share of votes for each outcome of each comparison."""
-    return {
-        key: {
-            outcome: count / len(given)
-            for outcome, count in Counter(outcome for _, outcome in given).items()
-        }
-        for key, given in votes.items()
-    }
+    shares = {}
+    for key, given in votes.items():
+        counts = Counter(outcome for _, outcome in given)
+        shares[key] = {outcome: count / len(given) for outcome, count in counts.items()}
+    return shares
 
 
 def _probabilities(votes: dict[Comparison, list[Vote]]) -> dict[Comparison, dict[int | str, float]]:

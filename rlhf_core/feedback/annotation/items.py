@@ -68,12 +68,10 @@ def make_items(rows: Sequence[Candidates], mode: str, gold: bool = False) -> lis
         names.add(name)
         texts = [response["text"] for response in row.responses]
         distinct = [i for i, text in enumerate(texts) if text not in texts[:i]]
-        if mode == "write":
-            groups = [distinct]
-        elif mode == "rank":
-            groups = [distinct] * (len(distinct) > 1)
-        else:
+        if mode in ("pair", "likert8"):
             groups = [list(pair) for pair in itertools.combinations(distinct, 2)]
+        else:
+            groups = [distinct] if mode == "write" or len(distinct) > 1 else []
         for numbers in groups:
             key = name if len(groups) == 1 else f"{name}:{numbers[0]}-{numbers[1]}"
             ranks = [row.ranks[i] for i in numbers] if gold and row.ranks else None
@@ -85,10 +83,8 @@ def make_items(rows: Sequence[Candidates], mode: str, gold: bool = False) -> lis
             if key in items:
                 raise ValueError(f"two items have the id {shown(key)}. Rename one of their rows")
             sources = [{k: v for k, v in row.responses[i].items() if k != "text"} for i in numbers]
-            shown_texts = [texts[i] for i in numbers]
-            items[key] = Item(
-                key, name, row.prompt, numbers, shown_texts, sources, ranks, row.warning
-            )
+            answers = [texts[i] for i in numbers]
+            items[key] = Item(key, name, row.prompt, numbers, answers, sources, ranks, row.warning)
     return list(items.values())
 
 
