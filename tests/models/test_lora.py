@@ -27,10 +27,11 @@ from rlhf_core.models.lora import (
 )
 
 LLAMA = dict(num_kv_heads=1, tie_embeddings=False)
-FAMILIES = {"llama": LLAMA, "gpt2": GPT2}
+FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "phi3": LLAMA | dict(family="phi3")}
 ALL = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
 families = pytest.mark.parametrize("family", FAMILIES)
 IDS = torch.tensor([[1, 5, 7, 2, 9, 4], [3, 3, 8, 0, 6, 1]])
@@ -83,12 +84,12 @@ def test_new_adapters_change_nothing_and_switched_off_ones_neither(family):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_adds_its_product_to_its_rows(family, rslora):
     """y = W x + alpha / rank (or its root) B A x, written out on the named modules' weights."""
-    target = {"llama": "k_proj", "gpt2": "c_attn"}[family]
+    target = {"llama": "k_proj", "gpt2": "c_attn", "phi3": "qkv_proj"}[family]
     model = adapted(family, rank=4, alpha=6, rslora=rslora, target_modules=[target])
     plain, scale = tiny(family), 6 / (2 if rslora else 4)
-    rows = (
-        slice(16, 24) if family == "llama" else slice(0, 48)
-    )  # of q, k, v: 16, 8, 8 or 16, 16, 16
+    rows = {"llama": slice(16, 24), "gpt2": slice(0, 48), "phi3": slice(0, 32)}[
+        family
+    ]  # of q, k, v: 16, 8, 8 or 16, 16, 16
     for mine, block in zip(model.trunk.blocks, plain.trunk.blocks):
         (adapter,) = mine.attn.qkv.adapters.values()
         block.attn.qkv.weight.data[rows] += scale * adapter.lora_B.data @ adapter.lora_A.data
