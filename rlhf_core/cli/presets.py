@@ -1,7 +1,7 @@
 """`--preset`: values of options for a size of model. docs/guides/settings.md says where from.
 
-`tiny` and `small` were measured with benchmarks/learning/settings.py where it has the method, else
-they follow the nearest method there. `1b` has published values, which were not measured here.
+`tiny` and `small` come from runs of benchmarks/learning, or follow the nearest method that was run.
+`1b` has published values, which were not measured here.
 """
 
 from __future__ import annotations
