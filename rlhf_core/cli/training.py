@@ -360,7 +360,10 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
             found = (
                 f"{sum(cut)} of {len(examples)} rows of {path} are longer than {max_length} tokens"
             )
-            print(f"{found} and were cut; see --max-length", file=sys.stderr)
+            limit = (
+                "see --max-length" if max_length == config.max_length else "the model takes no more"
+            )
+            print(f"{found} and were cut; {limit}", file=sys.stderr)
         return examples
 
     sources = [load(path) for path in arguments.data]

@@ -32,6 +32,14 @@ def test_a_row_is_counted_as_cut_if_it_is_longer_than_max_length(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--model", model, "--data", data, "--out", tmp_path / "out", "--max-length", 20]
     assert main([command, *map(str, arguments), "--eval-fraction", "0"]) == 0
-    assert (
-        f"2 of 4 rows of {data} are longer than 20 tokens and were cut" in capsys.readouterr().err
-    )
+    cut = f"2 of 4 rows of {data} are longer than 20 tokens and were cut; see --max-length"
+    assert cut in capsys.readouterr().err
+
+
+def test_the_message_names_the_model_where_its_positions_are_the_limit(model, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "completion": "x" * 70}) + "\n")
+    arguments = ["--model", model, "--data", data, "--out", tmp_path / "out", "--eval-fraction", 0]
+    assert main(["sft", *map(str, arguments)]) == 0
+    cut = "longer than 64 tokens and were cut; the model takes no more"
+    assert cut in capsys.readouterr().err
