@@ -33,7 +33,7 @@ from rlhf_core.evaluation import elo
 from rlhf_core.evaluation.ratings import Ratings, rate_players
 from rlhf_core.feedback import candidate_file
 from rlhf_core.feedback.annotation.export import describe, export_rows
-from rlhf_core.feedback.annotation.labels import Contents
+from rlhf_core.feedback.annotation.labels import Contents, read_labels
 from rlhf_core.feedback.annotation.people import People, ask
 from rlhf_core.feedback.candidate_file import Source, appending, candidate_row
 from rlhf_core.feedback.candidates import (
@@ -49,9 +49,8 @@ from rlhf_core.models import RewardModel, Transformer, eval_mode
 from rlhf_core.options import Options, option
 from rlhf_core.training.checkpoint import digest
 from rlhf_core.training.reference import frozen_copy
-from rlhf_core.training.rounds import CANDIDATES, resumed, run_rounds, with_seed
+from rlhf_core.training.rounds import CANDIDATES, PAIRS, resumed, run_rounds, with_seed
 
-PAIRS = "pairs.jsonl"  # in a round's folder: all labels so far, as pairs
 SAMPLES = "samples.json"  # in a round's folder: its pairs and answers, for the later rounds
 
 
@@ -234,20 +233,17 @@ def iterated_rlhf_with_people(
     """
     first, out = frozen_copy(model), Path(out).absolute()
     check_own(model, tokenizer)
+    if len(people.prompts) != len(prompts):
+        raise ValueError(f"there are {len(people.prompts)} texts for {len(prompts)} prompts")
     kept = prompts_for(model, prompts, config.sampling)
     prompts, texts = list(kept.values()), [people.prompts[i] for i in kept]
     asked: list[CandidateRow] = []  # of all rounds
 
     def write_candidates(seed: int, folder: Path, number: int) -> list[CandidateRow]:
         """The answers of the policy and of the one before it."""
-        n, old = config.sampling.num_samples, None
-        if number > 1:
-            folder_of_old = out / f"round-{number - 2}"
-            old = (
-                first
-                if number == 2
-                else Transformer.from_pretrained(folder_of_old).to(model.device)
-            )
+        n, old = config.sampling.num_samples, first if number == 2 else None
+        if number > 2:
+            old = Transformer.from_pretrained(out / f"round-{number - 2}").to(model.device)
         ends = model.config.eos_ids if eos_ids is None else eos_ids
         how = tokenizer, ends, prompts, [config.sampling.temperature]
         sources = [Source(f"policy-{number - 1}", model, *how, n if old is None else n - n // 2)]
@@ -265,13 +261,17 @@ def iterated_rlhf_with_people(
     def train_round(seed: int, folder: Path, history: list[dict]) -> dict:
         # 1. People compare the policy's answers with those of the policy before it.
         asked.extend(write_candidates(seed, folder, len(history) + 1))
-        labels = ask(people, asked[-len(prompts) :], config.seed)
-        rows, left_out = export_rows(labels, "preference")
-        write_rows(folder / PAIRS, rows)
+        if (folder / PAIRS).is_file():  # stopped after it: later labels would change the round
+            labels = read_labels(people.db)
+        else:
+            labels = ask(people, asked[-len(prompts) :], config.seed)
+            rows, left_out = export_rows(labels, "preference")
+            write_rows(folder / PAIRS, rows)
+            reasons = describe(left_out) or "nothing"
+            print(f"{len(rows)} pairs; left out: {reasons}", file=sys.stderr)
         length = min(config.reward.max_length, model.config.max_positions)
         encode = lambda row: encode_preference(row, tokenizer, length)  # noqa: E731
         pairs = read_comparisons(folder / PAIRS, encode=encode)
-        print(f"{len(pairs)} pairs; left out: {describe(left_out) or 'nothing'}", file=sys.stderr)
 
         # 2. Train a reward model on all pairs so far.  3. Continue PPO of the policy against it.
         options = dict(eos_ids=eos_ids, pretraining_examples=pretraining_examples)

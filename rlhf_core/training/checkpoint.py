@@ -72,7 +72,7 @@ def begin(out: Path, steps_done: int) -> None:
     Raises:
         FileExistsError: a folder with the name of a checkpoint is not one.
     """
-    for path in _folders(out):
+    for path in (*_folders(out), out / BEST_NAME):
         check_ours(path)
     remove_leftover_folders(out)
     error = out / ERROR_NAME

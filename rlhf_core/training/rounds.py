@@ -45,7 +45,8 @@ from rlhf_core.training.trainer import Trainer
 SETTINGS = "rounds.json"  # what the rounds depend on; older versions wrote train_config.json
 SAMPLE_ROUNDS = "rounds between rows of the policy's responses in samples.jsonl; 0: none"
 LAST = "last_round"  # its number, and its model's digest
-CANDIDATES = "candidates.jsonl"  # in a round's folder: what people compare
+# In a round's folder: what people compare, and all labels up to then as pairs.
+CANDIDATES, PAIRS = "candidates.jsonl", "pairs.jsonl"
 FREE = checkpoint.FREE | {"rounds", "versions", LAST}  # finished rounds do not depend on these
 History = list[dict]
 Config = TypeVar("Config")
@@ -207,7 +208,8 @@ def _begin(out: Path, settings: dict, resume: bool) -> tuple[History, str | None
         for folder in out.glob("round-*"):
             if re.fullmatch(r"round-[1-9]\d*", folder.name) and not folder.is_symlink():
                 checkpoint.remove(checkpoint.find(folder))
-                (folder / CANDIDATES).unlink(missing_ok=True)
+                for name in (CANDIDATES, PAIRS):
+                    (folder / name).unlink(missing_ok=True)
         write_json(file, settings)
     elif not file.is_file():
         raise FileNotFoundError(f"{out}: there is no run to resume")

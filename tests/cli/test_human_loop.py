@@ -9,6 +9,8 @@ from helpers import label_printed_links, model_folders, run, write
 
 from rlhf_core.cli import annotation
 from rlhf_core.feedback.annotation import people
+from rlhf_core.feedback.annotation.labels import open_store
+from rlhf_core.trainers import PPOTrainer
 
 NAMES = [first + last for first in "ABCDE" for last in ("nn", "da", "lo", "my")]
 HELD_OUT = "E"  # no reward model learns from prompts that start with it
@@ -32,6 +34,14 @@ def sft(tmp_path):
     options = [*data, "--lr", 0.02, "--epochs", 25, "--out", tmp_path / "sft", *FAST]
     assert run("sft", "--model", tmp_path / "policy", *options) == 0
     return tmp_path
+
+
+@pytest.fixture
+def sample_people(folders, tmp_path):
+    """A run with people, as arguments."""
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "one"}])
+    files = ["--model", folders / "policy", "--prompts", prompts, "--db", tmp_path / "l.sqlite"]
+    return ["iterated-rlhf", *files, "--port", 0, "--out", tmp_path / "out"]
 
 
 def share_of_kind(folder, model):
@@ -90,9 +100,29 @@ def test_iterated_rlhf_asks_people_in_every_round_and_resumes_while_it_waits(sft
     assert run("iterated-rlhf", *prompts, *db, *sizes, "--out", out) == 130
 
     label_printed_links(monkeypatch, people, kind)
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run("iterated-rlhf", "--resume", "--out", out) == 130
+    pairs = (out / "round-1" / "pairs.jsonl").read_bytes()
+    with open_store(sft / "l.sqlite", annotators=["annotator"]) as store:  # somebody thinks again
+        store.add("annotator", {"id": "undo", "choice": "undo"})
     assert run("iterated-rlhf", "--resume", "--out", out) == 0
+    assert (out / "round-1" / "pairs.jsonl").read_bytes() == pairs
     first, last = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     assert "elo" not in first and last["pairs"] > first["pairs"] > 20
     assert last["elo"][0] == 0 and last["elo_lower"][1] < last["elo"][1] < last["elo_upper"][1]
     assert last["elo"][1] > 0 and last["reward/accuracy"] > 0.8
     assert share_of_kind(sft, "out") > share_of_kind(sft, "sft")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--overlap", 2], "--overlap 2 needs as many annotators, got 1"),
+        (["--annotators", "ann", "ann"], "--annotators must be different names, got ann ann"),
+        (["--eval-prompts", "p.jsonl"], "--eval-prompts needs a judge or a reward, not --db"),
+        (["--reward-weights", 1], "--reward-weights needs --reward-model"),
+    ],
+)
+def test_options_that_do_not_fit_people_are_refused(sample_people, fails, options, message):
+    assert message in fails(*sample_people, *options)

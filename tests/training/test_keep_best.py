@@ -63,6 +63,14 @@ def test_a_new_run_removes_the_best_of_an_older_one(tmp_path):
     assert not (tmp_path / BEST_NAME).exists()
 
 
+def test_a_folder_of_that_name_that_is_something_else_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / BEST_NAME).mkdir()
+    run = trainer(tmp_path, "eval_x")
+    with pytest.raises(FileExistsError, match="checkpoint-best: not a checkpoint of a run"):
+        run.train()
+    assert run.steps_done == 0
+
+
 def test_a_metric_that_no_step_has_is_named(tmp_path):
     message = "no step has keep_best 'eval_y', which must be one of .*eval_x"
     with pytest.warns(UserWarning, match=message):
