@@ -40,6 +40,7 @@ from rlhf_core.models.lora import is_adapter, read_adapter_config
 from rlhf_core.options import Options, describe
 from rlhf_core.training.run_file import recording
 
+C = typing.TypeVar("C", bound=Options)
 JUDGE_OPTIONS = ("principles", "max_failures", "judge_cache", "judge_key_env", "judge_timeout")
 MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hub"
 
@@ -68,7 +69,7 @@ def add_config(parser: ArgumentParser, config: type[Options], without: Sequence[
         if isinstance(kind, types.UnionType):  # X | None
             kind = typing.get_args(kind)[0]
         if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
+            options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is tuple:
             options = {"nargs": "+", "metavar": "STRING"}
         else:
@@ -87,7 +88,7 @@ def _declared(owner: type) -> dict[str, Any]:
     return owner.__dict__.get("__dataclass_fields__", {})
 
 
-def config_of(config: type[Options], arguments: Namespace) -> Options:
+def config_of(config: type[C], arguments: Namespace) -> C:
     """The config with the values of the arguments."""
     given = vars(arguments)
     names = (field.name for field in dataclasses.fields(config))

@@ -430,8 +430,8 @@ def run_template_pairs(arguments: Namespace) -> None:
         ]
     else:
         pairs = list(sycophancy_pairs())
-        for pair in pairs if arguments.chat else ():
-            pair["prompt"] = [{"role": "user", "content": pair["prompt"]}]
+        if arguments.chat:
+            pairs = [x | {"prompt": [{"role": "user", "content": x["prompt"]}]} for x in pairs]
     write_rows(arguments.out, pairs)
     print(f"{len(pairs)} pairs; written to {arguments.out}")
 

@@ -68,7 +68,7 @@ _CLOSERS = (
 )
 
 
-def sycophancy_pairs() -> Iterator[dict[str, str]]:
+def sycophancy_pairs() -> Iterator[dict[str, Content]]:
     """Pairs where a user claims something: chosen corrects an error, and agrees with what is right.
 
     Half of the users are right, so that contradiction alone does not win.
