@@ -319,6 +319,9 @@ def _gemma_fields(config: TransformerConfig) -> dict:
     return {"query_pre_attn_scalar": round(scale**-2)} | _layer_types(config)
 
 
+_TRAINED = "original_max_position_embeddings"
+
+
 def _phi3(hf: dict) -> None:
     """Read longrope. `max_positions` becomes the trained length, where its short factors hold."""
     code = hf.pop("auto_map", None)  # the code that became the phi3 of `transformers`
@@ -326,36 +329,29 @@ def _phi3(hf: dict) -> None:
     files = {str(name).split("--")[-1].split(".")[0] for name in values}
     if code and not files <= {"configuration_phi3", "modeling_phi3", "Xenova/gpt-4o"}:
         hf["auto_map"] = code
-    trained = hf.pop("original_max_position_embeddings", 4096)
-    scaling, longest = hf.get("rope_scaling"), hf.get("max_position_embeddings")
+    scaling, trained = hf.get("rope_scaling"), _take(hf, _TRAINED, 4096, int)
     if scaling is None:
         return
     if scaling.get("rope_type") not in ("su", "yarn", "longrope"):
         raise ValueError(f"rope scaling {short(scaling.get('rope_type'))} is not one of Phi-3's")
     scaling = hf["rope_scaling"] = scaling | dict(rope_type="longrope")
     scaling.pop("original_max_position_embeddings", None)
-    for value in (trained, longest):
-        if type(value) is not int or not 0 < value <= MAX_LENGTH:
-            raise ValueError(
-                "max_position_embeddings and original_max_position_embeddings must be whole "
-                f"numbers > 0, got {short(longest)} and {short(trained)}"
-            )
+    longest = _take(hf, "max_position_embeddings", None, int)
+    if not 0 < trained <= MAX_LENGTH or not 0 < longest <= MAX_LENGTH:
+        raise ValueError(f"max_position_embeddings={longest}, {_TRAINED}={trained} must be > 0")
     hf["max_position_embeddings"] = trained
     if scaling.setdefault("factor", longest / trained) != longest / trained:
-        raise ValueError(
-            f"rope scaling factor {short(scaling['factor'])} contradicts "
-            f"max_position_embeddings={longest}, original_max_position_embeddings={trained}"
-        )
+        found = f"rope scaling factor {short(scaling['factor'])}"
+        raise ValueError(f"{found} is not max_position_embeddings={longest} / {_TRAINED}={trained}")
 
 
 def _phi3_fields(config: TransformerConfig) -> dict:
     scaling = config.rope_scaling
     if scaling is None or scaling["rope_type"] != "longrope":
         return {}
-    trained = config.max_positions
+    trained, factors = config.max_positions, {k: v for k, v in scaling.items() if k != "factor"}
     longest = round(trained * scaling["factor"])
-    fields = {"max_position_embeddings": longest, "original_max_position_embeddings": trained}
-    return fields | {"rope_scaling": {k: v for k, v in scaling.items() if k != "factor"}}
+    return dict(max_position_embeddings=longest, rope_scaling=factors) | {_TRAINED: trained}
 
 
 def _smollm3(hf: dict) -> dict:
@@ -482,6 +478,9 @@ _BIAS = [("qkv_bias", "attention_bias", False), ("out_bias", "attention_bias", F
 _MLP_BIAS = ("mlp_bias", "mlp_bias", False)
 _WINDOW = ("sliding_window", "sliding_window", 4096)
 _NO_WINDOW = ("sliding_window", "sliding_window", None)
+_ATTENTION_CAP = ("attention_softcap", "attn_logit_softcapping", 50.0)
+_LOCAL_THETA = ("local_rope_theta", "rope_local_base_freq", 10000.0)
+_PARTIAL = ("partial_rotary_factor", "partial_rotary_factor", 1.0)
 _QWEN = dict(on_read=(_flat_rope, _qwen), on_write=_qwen_fields)
 _PRE_NORMS = ("trunk.blocks.{i}.norm1", "trunk.blocks.{i}.norm2")
 _NORMS = [f"model.layers.{{i}}.{x}_layernorm" for x in ("post_attention", "post_feedforward")]
@@ -509,23 +508,13 @@ FAMILIES = {
         _llama_like("Qwen3", [*_BIAS, _WINDOW], 32, head_dim=128, **_QWEN, qk_norm=True),
         _llama_like(
             "Gemma2",
-            [
-                *_BIAS,
-                _WINDOW,
-                ("attention_softcap", "attn_logit_softcapping", 50.0),
-                ("logit_softcap", "final_logit_softcapping", 30.0),
-            ],
+            [*_BIAS, _WINDOW, _ATTENTION_CAP, ("logit_softcap", "final_logit_softcapping", 30.0)],
             on_read=(_flat_rope, _gemma),
             **_GEMMA,
         ),
         _llama_like(
             "Gemma3",
-            [
-                *_BIAS,
-                _WINDOW,
-                ("local_rope_theta", "rope_local_base_freq", 10000.0),
-                ("logit_softcap", "final_logit_softcapping", None),
-            ],
+            [*_BIAS, _WINDOW, _LOCAL_THETA, ("logit_softcap", "final_logit_softcapping", None)],
             model_type="gemma3_text",
             classifier="Gemma3TextForSequenceClassification",
             on_read=(_gemma3, _flat_rope),
@@ -535,11 +524,7 @@ FAMILIES = {
         ),
         _llama_like(
             "Phi3",
-            [
-                _NO_WINDOW,
-                ("partial_rotary_factor", "partial_rotary_factor", 1.0),
-                ("dropout", "embd_pdrop", 0.0),
-            ],
+            [_NO_WINDOW, _PARTIAL, ("dropout", "embd_pdrop", 0.0)],
             modules={
                 "trunk.blocks.{i}.attn.qkv": ["model.layers.{i}.self_attn.qkv_proj"],
                 "trunk.blocks.{i}.mlp.up": ["model.layers.{i}.mlp.gate_up_proj"],

@@ -110,24 +110,13 @@ class Attention(nn.Module):
         """Attend from x (B, D), the next token of cache rows `slots`, to the tokens before it."""
         config, (q, k, v) = self.config, self._project(x)
         if rope is not None and config.partial_rotary_factor != 1:
-            places = cache.lengths[slots]
-            cos, sin = (table[places][:, None].to(x.dtype) for table in rope)  # (B, 1, K/2)
-            rotation = _rotation(cos, sin)
-            q, k, rope = _rotate(q, *rotation), _rotate(k, *rotation), None
+            rope = _rotation(*(t[cache.lengths[slots]][:, None].to(x.dtype) for t in rope))
+            q, k, rope = _rotate(q, *rope), _rotate(k, *rope), None
         if config.attention_scale is not None:
             q = q * (config.attention_scale * math.sqrt(config.head_dim))
-        y = decode_attention(
-            q,
-            k,
-            v,
-            cache.keys[layer],
-            cache.values[layer],
-            cache.lengths,
-            slots,
-            rope=rope,
-            window=config.windows[layer],
-            softcap=config.attention_softcap,
-        )
+        store = cache.keys[layer], cache.values[layer], cache.lengths
+        options = dict(window=config.windows[layer], softcap=config.attention_softcap)
+        y = decode_attention(q, k, v, *store, slots, rope=rope, **options)
         return self.out(y.flatten(1))  # (B, H, K) -> (B, D)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
