@@ -19,11 +19,11 @@ SIGNIFICANT = 0.01  # one-sided
 
 
 class Monitor(NamedTuple):
-    """A reward, and what contradicts it.
+    """A reward and a metric that may contradict it.
 
     Attributes:
         proxy: The metric whose rise is in doubt.
-        other: The metric that contradicts it.
+        other: The metric that may contradict it.
         sign: 1 if a rise of `other` does, -1 if a fall does.
         least: Relative change of `other`, from the first to the last window, that counts.
         advice: What it may mean, and what to do.
@@ -56,27 +56,23 @@ def alarms(history: Sequence[dict[str, float]], eval_every: int | None) -> dict[
     """
     found = {}
     for monitor in MONITORS:
-        size = eval_every if monitor.proxy.startswith("eval_") else STEPS
+        evaluated = monitor.proxy.startswith("eval_")
+        size = eval_every if evaluated else STEPS
         if size is None or len(history) % size:
             continue
         lines = history[-WINDOWS * size :]
-        pairs = [
-            _windows(lines, size, name, monitor.proxy.startswith("eval_"))
-            for name in (monitor.proxy, monitor.other)
-        ]
-        if min(map(len, pairs)) < MIN_WINDOWS:
+        proxy = _windows(lines, size, monitor.proxy, evaluated)
+        other = _windows(lines, size, monitor.other, evaluated)
+        if min(len(proxy), len(other)) < MIN_WINDOWS:
             continue
-        (proxy, other), rises = (
-            pairs,
-            [trend(pairs[0]), trend([monitor.sign * x for x in pairs[1]])],
-        )
-        change = monitor.sign * (other[-1] - other[0])
-        if max(rises) < SIGNIFICANT and change >= monitor.least * abs(other[0]):
+        p_proxy, p_other = trend(proxy), trend([monitor.sign * x for x in other])
+        counts = monitor.sign * (other[-1] - other[0]) >= monitor.least * abs(other[0])
+        if max(p_proxy, p_other) < SIGNIFICANT and counts:
             way = "rose" if monitor.sign > 0 else "fell"
             found[monitor] = (
-                f"{monitor.proxy} rose from {proxy[0]:.4g} to {proxy[-1]:.4g} (p = {rises[0]:.2g}) "
+                f"{monitor.proxy} rose from {proxy[0]:.4g} to {proxy[-1]:.4g} (p = {p_proxy:.2g}) "
                 f"while {monitor.other} {way} from {other[0]:.4g} to {other[-1]:.4g} "
-                f"(p = {rises[1]:.2g}) in the last {len(lines)} steps. {monitor.advice}"
+                f"(p = {p_other:.2g}) in the last {len(lines)} steps. {monitor.advice}"
             )
     return found
 

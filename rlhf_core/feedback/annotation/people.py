@@ -52,7 +52,7 @@ def ask(people: People, rows: Sequence[Candidates], seed: int = 0) -> Contents:
 
     Args:
         rows: With ids of their own.
-        seed: Of the sides in a new database.
+        seed: Seed of the sides in a new database.
 
     Raises:
         ValueError: The responses to every prompt are equal, or the database is for texts to write.
