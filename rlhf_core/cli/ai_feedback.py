@@ -188,7 +188,7 @@ def _revision_lines(records: list[dict[str, Any]], price: float | None) -> Itera
 def _measure(arguments: Namespace) -> None:
     device, harm, judge = shared.device_of(arguments), None, None
     if arguments.judge is not None:
-        judge = shared.judge_of(arguments, device)
+        judge = shared.judge_of(arguments.judge, arguments, device)
     if arguments.harm_function is not None:
         harm = shared.function_of("--harm-function", arguments.harm_function)
     files = {

@@ -390,7 +390,7 @@ def add_judge(parser: Any) -> None:
 
 
 def add_judge_options(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("judge", "options of a --judge that is a model or a URL")
+    group = parser.add_argument_group("judge", "options of a judge that is a model or a URL")
     group.add_argument(
         "--principles",
         type=Path,
@@ -457,7 +457,7 @@ def reward_of(arguments: Namespace, device: torch.device) -> dict:
             return {}
         if arguments.reward_function is not None:
             return {"reward": function_of("--reward-function", arguments.reward_function)}
-        return {"judge": judge_of(arguments, device)}
+        return {"judge": judge_of(arguments.judge, arguments, device)}
     if weights is None:
         reward = load_reward(folders, arguments.reward_ensemble, arguments.reward_coef)
         return {"reward": reward.to(device)}
@@ -473,30 +473,42 @@ def reward_of(arguments: Namespace, device: torch.device) -> dict:
 
 
 def check_judge_options(arguments: Namespace) -> None:
-    """Raise ValueError if a judge's option has no judge."""
+    """Raise ValueError if a judge's option has no judge that it belongs to."""
+    given = [getattr(arguments, name, None) for name in ("judge", "eval_judge")]
+    sources = [source for source in given if source is not None]
     for name in JUDGE_OPTIONS:
-        if getattr(arguments, "judge", None) is None and getattr(arguments, name, None) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} needs --judge")
-
-
-def judge_of(arguments: Namespace, device: torch.device) -> Judge:
-    """The judge of --judge: a function, a model, or an endpoint."""
-    source, given = arguments.judge, vars(arguments)
-    is_url = source.startswith(("http://", "https://"))
-    is_function = source.partition(":")[0].endswith(".py") and not is_url
-    for name in JUDGE_OPTIONS:
-        of_url = name.startswith("judge_")
-        if given[name] is not None and (is_function or (of_url and not is_url)):
+        if getattr(arguments, name, None) is None:
+            continue
+        option, of_url = f"--{name.replace('_', '-')}", name.startswith("judge_")
+        if not sources:
+            raise ValueError(f"{option} needs --judge")
+        if not any(_is_url(x) or not (of_url or _is_function(x)) for x in sources):
             kind = "a URL" if of_url else "a model or a URL"
-            raise ValueError(f"--{name.replace('_', '-')} needs {kind} as --judge, got {source}")
-    if is_function:
-        return function_of("--judge", source)
+            raise ValueError(f"{option} needs {kind} as --judge, got {' and '.join(sources)}")
+
+
+def _is_url(judge: str) -> bool:
+    return judge.startswith(("http://", "https://"))
+
+
+def _is_function(judge: str) -> bool:
+    return judge.partition(":")[0].endswith(".py") and not _is_url(judge)
+
+
+def judge_of(source: str, arguments: Namespace, device: torch.device, option="--judge") -> Judge:
+    """A judge from its source: a function, a model, or an endpoint.
+
+    Args:
+        source: The value of `option`, which errors name.
+    """
+    if _is_function(source):
+        return function_of(option, source)
     options = {}
     if arguments.max_failures is not None:
         options["max_failures"] = arguments.max_failures
     if arguments.principles is not None:
         options["principles"] = [x.question for x in read_principles(arguments.principles)]
-    if is_url:
+    if _is_url(source):
         settings = {
             "cache": arguments.judge_cache or _judge_cache(arguments.out),
             "key_env": arguments.judge_key_env,
@@ -506,7 +518,7 @@ def judge_of(arguments: Namespace, device: torch.device) -> Judge:
         return AIJudge(Endpoint(source, **settings), **options)
     if not Path(source).is_dir():
         raise FileNotFoundError(
-            f"--judge {source}: no such folder. Give a model folder, FILE.py:NAME or http(s)://URL"
+            f"{option} {source}: no such folder. Give a model folder, FILE.py:NAME or http(s)://URL"
         )
     model = Transformer.from_pretrained(source).to(device)
     return AIJudge(model, tokenizer=load_tokenizer(source), **options)

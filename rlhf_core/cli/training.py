@@ -150,9 +150,11 @@ def _add_prompt_arguments(method: OnPrompts, parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--eval-judge",
-        metavar="FILE.py:NAME",
-        help="a judge, as a function, that compares these answers with the reference's",
+        metavar="FILE.py:NAME | DIR | URL#MODEL",
+        help="a judge, as --judge takes it, that compares these answers with the reference's",
     )
+    if not method.judged:  # with a --judge they are there already
+        shared.add_judge_options(parser)
     parser.add_argument(
         "--pretraining-eval",
         type=Path,
@@ -442,7 +444,10 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
     if arguments.eval_judge is not None:
         if arguments.eval_prompts is None:
             raise ValueError("--eval-judge needs --eval-prompts")
-        options["eval_judge"] = shared.function_of("--eval-judge", arguments.eval_judge)
+        device = shared.device_of(arguments)
+        options["eval_judge"] = shared.judge_of(
+            arguments.eval_judge, arguments, device, "--eval-judge"
+        )
     if isinstance(method.train, type):
         trainer = method.train(model, prompts, config, **options)
         if arguments.resume:

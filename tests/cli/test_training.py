@@ -462,6 +462,16 @@ def test_held_out_prompts_are_evaluated_on_the_way_and_the_best_step_is_kept(
     assert (tmp_path / "out" / "checkpoint-best" / "config.json").is_file() == (command != "rft")
 
 
+def test_a_model_may_judge_the_answers_to_held_out_prompts(folders, sample, tmp_path):
+    held_out = write(tmp_path / "held_out.jsonl", [{"prompt": "hello"}, {"prompt": "you"}])
+    principles = tmp_path / "principles.txt"
+    principles.write_text("Which answer is kinder?\n")
+    options = ["--reward-model", folders / "reward", "--eval-prompts", held_out]
+    options += ["--eval-judge", folders / "policy", "--principles", principles]
+    assert sample("grpo", *options, "--num-samples", 2) == 0
+    assert 0 <= metrics_in(tmp_path / "out")[-1]["eval_win_rate"] <= 1
+
+
 def test_a_judge_of_held_out_prompts_needs_these(folders, sample, capsys):
     options = ["--reward-model", folders / "reward", "--eval-judge", "judge.py:longer"]
     assert sample("ppo", *options) == 2
