@@ -22,7 +22,7 @@ from rlhf_core.files import read_text, write_rows
 
 
 def _add_annotate(parser: ArgumentParser) -> None:
-    _add_data(parser, required=True)
+    _add_data(parser)
     parser.add_argument(
         "--db", required=True, type=Path, help="database of labels; made if it does not exist"
     )
@@ -74,12 +74,12 @@ def check_people(arguments: Namespace) -> None:
         )
 
 
-def _add_data(parser: ArgumentParser, required: bool) -> None:
+def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data",
-        required=required,
         type=Path,
-        help="candidates: prompt and responses; or pairs, or prompts alone for write",
+        help="candidates: prompt and responses; or pairs, or prompts alone for write; default: the "
+        "items of --db",
     )
     parser.add_argument(
         "--mode",
@@ -122,19 +122,23 @@ def _items_and_settings(arguments: Namespace) -> tuple[list[Item], Settings]:
     return items, Settings(mode, arguments.criteria or (), arguments.seed or 0)
 
 
-def _check_database_decides(arguments: Namespace) -> None:
-    """Raise ValueError if an option of --data is given without it."""
+def _check_database_decides(arguments: Namespace, *more: str) -> None:
+    """Raise ValueError if an option of --data, or one of these more, is given without it."""
     reason = "goes with --data; the database has its own. Remove it"
-    shared.check_unused(arguments, ("mode", "criteria", "seed"), reason)
+    shared.check_unused(arguments, ("mode", "criteria", "seed", *more), reason)
 
 
 def run_annotate(arguments: Namespace) -> None:
     """Serve the page on which people label, until a signal."""
     check_people(arguments)
-    items, settings = _items_and_settings(arguments)
+    items = settings = None
+    if arguments.data is None:
+        _check_database_decides(arguments, "gold")
+    else:
+        items, settings = _items_and_settings(arguments)
     if arguments.gold:
         items += make_items(read_candidates(arguments.gold), settings.mode, gold=True)
-    elif arguments.gold_every:
+    elif arguments.gold_every and arguments.data is not None:
         warnings.warn("--gold-every has no effect without --gold", stacklevel=1)
     options = {
         "annotators": arguments.annotators,
@@ -166,7 +170,7 @@ def _report(lines: list[str]) -> None:
 
 def _add_export(parser: ArgumentParser) -> None:
     parser.add_argument("--db", type=Path, help="database of labels")
-    _add_data(parser, required=False)
+    _add_data(parser)
     parser.add_argument(
         "--format",
         required=True,
@@ -239,7 +243,7 @@ def _add_import(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--db", required=True, type=Path, help="database of labels; made if --data is given"
     )
-    _add_data(parser, required=False)
+    _add_data(parser)
 
 
 def run_import(arguments: Namespace) -> None:

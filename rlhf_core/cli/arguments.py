@@ -41,7 +41,10 @@ from rlhf_core.options import Options, describe
 from rlhf_core.training.run_file import recording
 
 C = typing.TypeVar("C", bound=Options)
-JUDGE_OPTIONS = ("principles", "max_failures", "judge_cache", "judge_key_env", "judge_timeout")
+JUDGE_OPTIONS = (
+    *("principles", "max_failures", "clamp"),
+    *("judge_cache", "judge_key_env", "judge_timeout"),  # of a URL
+)
 MODEL = "model folder in the Hugging Face layout, or owner/name of one on its hub"
 
 
@@ -404,6 +407,14 @@ def add_judge_options(parser: ArgumentParser) -> None:
         help="share of failed comparisons above which the run stops; default: 0.05",
     )
     group.add_argument(
+        "--clamp",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="limits of the probability that an answer is better, such as 0.4 0.6 for a judge that "
+        "is too sure",
+    )
+    group.add_argument(
         "--judge-cache",
         type=Path,
         metavar="DIR",
@@ -506,6 +517,8 @@ def judge_of(source: str, arguments: Namespace, device: torch.device, option="--
     options = {}
     if arguments.max_failures is not None:
         options["max_failures"] = arguments.max_failures
+    if arguments.clamp is not None:
+        options["clamp"] = tuple(arguments.clamp)
     if arguments.principles is not None:
         options["principles"] = [x.question for x in read_principles(arguments.principles)]
     if _is_url(source):

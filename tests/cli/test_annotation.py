@@ -60,6 +60,18 @@ def test_annotate_prints_a_link_for_each_annotator_and_a_summary(files, capsys):
     assert "6 labels of 3 items\nann: 3 labels, 0 skips" in err
 
 
+def test_a_database_is_served_again_without_its_data(files, capsys):
+    capsys.readouterr()
+    again = ("annotate", "--db", files / "l.sqlite", "--port", 0)
+    assert run(*again) == 130
+    out, err = capsys.readouterr()
+    assert out.startswith("annotator: http://127.0.0.1:") and "6 labels of 3 items" in err
+    gold = error_of(capsys, *again, "--gold", files / "c.jsonl")
+    assert gold == "--gold goes with --data; the database has its own. Remove it"
+    new = error_of(capsys, "annotate", "--db", files / "new.sqlite")
+    assert new.endswith("new.sqlite does not exist. Pass --data to make it")
+
+
 def test_an_open_host_is_warned_about(files, capsys):
     with pytest.warns(UserWarning, match="--host 0.0.0.0: texts, labels and links travel unenc"):
         serve(files, "--host", "0.0.0.0")

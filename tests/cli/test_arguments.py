@@ -281,6 +281,7 @@ def test_a_model_folder_judges_and_a_question_that_it_cannot_hold_is_a_failure(
             "--max-failures needs --judge",
         ),
         (["--judge", "http://x", "--max-failures", 2], "max_failures must be a share, got 2.0"),
+        (["--judge", "http://x", "--clamp", 0.6, 0.7], "clamp must be a range around 0.5"),
         (["--judge", "http://x", "--judge-timeout", 0], "timeout must be positive"),
         (["--judge", "http://x", "--principles", "absent.json"], "absent.json: no such file"),
     ],
