@@ -12,8 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
-from rlhf_core import ByteTokenizer, Transformer, TransformerConfig
-from rlhf_core.feedback.ai_judge import AIJudge
+from rlhf_core import AIJudge, ByteTokenizer, Transformer, TransformerConfig
 from rlhf_core.rollout import sample
 from rlhf_core.trainers import OnlineDPOConfig, OnlineDPOTrainer
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         ByteTokenizer, Preference, Prompt, Text, encode_preference, encode_prompt, encode_text,
         load_tokenizer,
     )  # fmt: skip
+    from rlhf_core.feedback.ai_judge import AIJudge
     from rlhf_core.generation import generate
     from rlhf_core.masking import IGNORE_INDEX, last_token_index, loss_weights, masked_mean, whiten
     from rlhf_core.models import RewardModel, Transformer, TransformerConfig, ValueModel
@@ -33,6 +34,7 @@ _HOME = {
         "ByteTokenizer", "Preference", "Prompt", "Text", "encode_preference", "encode_prompt",
         "encode_text", "load_tokenizer",
     ],
+    "rlhf_core.feedback.ai_judge": ["AIJudge"],
     "rlhf_core.generation": ["generate"],
     "rlhf_core.masking": [
         "IGNORE_INDEX", "last_token_index", "loss_weights", "masked_mean", "whiten",
@@ -56,8 +58,8 @@ _HOME = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [  # a literal, because type checkers do not evaluate expressions
-    "IGNORE_INDEX", "A2CConfig", "A2CTrainer", "ByteTokenizer", "DPOConfig", "DPOTrainer",
-    "GRPOConfig", "GRPOTrainer", "ILQLConfig", "ILQLTrainer", "IteratedDPOConfig",
+    "IGNORE_INDEX", "A2CConfig", "A2CTrainer", "AIJudge", "ByteTokenizer", "DPOConfig",
+    "DPOTrainer", "GRPOConfig", "GRPOTrainer", "ILQLConfig", "ILQLTrainer", "IteratedDPOConfig",
     "IteratedRLHFConfig", "KTOConfig", "KTOTrainer", "NLPOConfig", "NLPOTrainer",
     "OnlineDPOConfig", "OnlineDPOTrainer", "PPOConfig", "PPOTrainer", "Preference", "Prompt",
     "RFTConfig", "RewardConfig", "RewardModel", "RewardTrainer", "Rollout", "SFTConfig",
