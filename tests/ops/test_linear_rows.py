@@ -38,7 +38,7 @@ def test_sums_are_as_accurate_as_torchs(backend):
         (y - want).abs().max()
         for y in (linear_rows(x, weight, bias, backend=backend), F.linear(x, weight, bias))
     )
-    assert error <= 1.5 * theirs
+    assert error <= 4 * theirs  # in 4 lanes each sum is four times as long as in 16
 
 
 def test_leading_axes_and_strides_do_not_matter(backend):

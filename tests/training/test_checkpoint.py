@@ -393,7 +393,7 @@ def test_a_file_of_an_older_version_is_resumed_and_then_replaced(tmp_path):
 def test_a_folder_of_somebody_else_with_the_name_of_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / "model.safetensors").write_text("of somebody else")
-    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-mine").mkdir()
     trainer = build("sft", tmp_path, save_every=4)
     message = r"checkpoint-4: not a checkpoint of a run: state\.safetensors is missing\. Move it"
     with pytest.raises(FileExistsError, match=message):
@@ -404,7 +404,7 @@ def test_a_folder_of_somebody_else_with_the_name_of_a_checkpoint_is_refused(tmp_
     assert (tmp_path / "checkpoint-4" / "model.safetensors").read_text() == "of somebody else"
     (tmp_path / "checkpoint-4").rename(tmp_path / "other")
     build("sft", tmp_path, save_every=4).train()
-    assert names(tmp_path) == ["checkpoint-6", "checkpoint-best"]
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-mine"]
 
 
 def test_a_new_run_in_the_same_folder_removes_the_checkpoint_of_the_old_one(tmp_path):
