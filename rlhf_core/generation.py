@@ -128,7 +128,7 @@ def generate(
             f"seeds have shape {tuple(seeds.shape)}, but there are {B} prompts x {n} samples"
         )
 
-    with eval_mode(model), packed_for_decoding(model) as fast_model:
+    with eval_mode(model), packed_for_decoding(model, B * n) as fast_model:
         cache = model.new_cache(B * n, P + max_new_tokens)
         logits = fast_model.prefill(prompt_ids, prompt_lengths, cache)  # (B, V)
         step = DecodeStep(

@@ -30,7 +30,7 @@ def exact_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[fl
     tail = (1 - confidence) / 2
 
     def share_at(successes: int) -> float:
-        """The share at which so many successes, or more, have the probability `tail`."""
+        """The share at which at least this many successes have the probability `tail`."""
         low, high = 0.0, 1.0
         for _ in range(60):
             middle = (low + high) / 2

@@ -62,7 +62,7 @@ class GRPOConfig(PolicyGradientConfig):
     dynamic_sampling: int = option(
         0,
         "groups whose scores all tie are replaced by groups of other prompts, drawn at random, up "
-        "to so many times a step (DAPO)",
+        "to this many times a step (DAPO)",
         within="[0, inf)",
     )
     loss: str = option(

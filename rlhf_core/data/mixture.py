@@ -20,7 +20,7 @@ def mix(sources: Sequence[Sequence[Any]], weights: Sequence[float], seed: int = 
     Args:
         sources: Lists of examples.
         weights: A positive number for each source; its share is weight / sum of weights.
-        seed: Of the draws. An equal seed gives equal examples.
+        seed: Seed of the draws. An equal seed gives equal examples.
 
     Raises:
         ValueError: The weights do not fit the sources, or a source is empty.

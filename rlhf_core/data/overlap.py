@@ -98,7 +98,7 @@ def near_duplicates(
     Args:
         hashes: (S,) uint64, the shingles of every text, as of `ngrams`.
         counts: (N,) their number in each text.
-        max_candidates: Stop after so many comparisons. Only data with a great many similar texts,
+        max_candidates: Stop after this many comparisons. Only data with a great many similar texts,
             such as a template with one word that changes, have more.
     """
     # Most shingles are in one text alone. They count, but need no place in the index.

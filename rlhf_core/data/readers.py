@@ -56,7 +56,7 @@ class Text(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A policy's response, which may be empty, to a prompt, and what is known of it."""
+    """A policy's response to a prompt, which may be empty, with its score, KL and length."""
 
     policy: str
     prompt: Content

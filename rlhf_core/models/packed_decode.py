@@ -31,6 +31,7 @@ from rlhf_core.models.transformer import (
 from rlhf_core.ops.linear_rows import linear_rows
 
 READ_FROM = 2**16  # with fewer weights a layer is in a core's cache, and F.linear is as fast
+FEW_ROWS = 16  # up to here reading float32 weights takes longer than multiplying by them
 PANEL = 32  # kPanel in csrc/kernels.h
 # Each thread reads all weights. With more weights, splitting every layer over threads is as fast.
 MOST_WEIGHTS = 2**22
@@ -44,11 +45,12 @@ PARTS |= {nn.Linear, nn.RMSNorm, nn.Embedding, nn.Dropout, nn.ModuleDict}
 
 
 @contextlib.contextmanager
-def packed_for_decoding(model: TrunkModel) -> Iterator[TrunkModel | PackedModel]:
+def packed_for_decoding(model: TrunkModel, rows: int) -> Iterator[TrunkModel | PackedModel]:
     """Yield the model in its fastest form: a small model as a PackedModel, any other as it is.
 
     On CPUs, the linear layers and the head of other models go through `linear_rows`, so that a few
-    rows cost about one read of the weights.
+    rows cost about one read of the weights. With more than FEW_ROWS rows, arithmetic takes longer
+    than that, and float32 layers use copies of their weights in oneDNN's own layout.
     """
     launch = getattr(backends.resolve(None, model.trunk.embed.weight), "packed_decode_fwd", None)
     if launch is not None and _fits(model):
@@ -56,19 +58,33 @@ def packed_for_decoding(model: TrunkModel) -> Iterator[TrunkModel | PackedModel]
         return
     layers = []
     for module in model.modules() if launch is not None else ():
-        if isinstance(module, Transformer):  # the model, or a part of it
-            layers.append((module, "project", module.head_weight, None))
-        elif type(module) in (nn.Linear, LoRALinear):
-            method = "forward" if type(module) is nn.Linear else "base"
-            layers.append((module, method, module.weight, module.bias))
+        if not isinstance(module, Transformer):  # the model, or a part of it
+            continue
+        layers.append((module, "project", module.head_weight, None))
+        for linear in module.trunk.modules():
+            if type(linear) in (nn.Linear, LoRALinear):
+                method = "forward" if type(linear) is nn.Linear else "base"
+                layers.append((linear, method, linear.weight, linear.bias))
     layers = [layer for layer in layers if layer[2].numel() >= READ_FROM]
     try:
         for owner, method, weight, bias in layers:
-            setattr(owner, method, partial(linear_rows, weight=weight, bias=bias))
+            is_copied = rows > FEW_ROWS and weight.dtype == torch.float32
+            linear = _copied_linear(weight, bias) if is_copied else None
+            linear = linear or partial(linear_rows, weight=weight, bias=bias)
+            setattr(owner, method, linear)
         yield model
     finally:
         for owner, method, _, _ in layers:
             owner.__dict__.pop(method, None)  # uncovers the method of the class
+
+
+def _copied_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """The layer on a copy of its weight in oneDNN's layout; None without oneDNN."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return None
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+    linear = torch.ops.mkldnn._linear_pointwise
+    return lambda x: linear(x, weight, bias, "none", [], "")
 
 
 class PackedModel:

@@ -115,8 +115,8 @@ class PolicyGradientConfig(TrainConfig):
     )
     overlong_buffer: int | None = option(
         None,
-        "soft overlong punishment (DAPO, eq. 13): over the last so many tokens of response_length "
-        "a penalty on the score grows from 0 to 1",
+        "tokens at the end of response_length over which a penalty on the score grows from 0 to 1 "
+        "(DAPO's soft overlong punishment, eq. 13)",
         within="[1, inf)",
     )
     mask_truncated: bool = option(

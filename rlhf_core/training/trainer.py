@@ -47,7 +47,7 @@ from rlhf_core.training.run_log import RunLog, sample_rows
 PRETRAINING_BEFORE = "pretraining/loss_before"
 
 
-MIN_STEPS = 10  # a run of so many steps should move its model
+MIN_STEPS = 10  # a run of at least this many steps should move its model
 
 
 class Trainer:

@@ -98,7 +98,7 @@ def test_equal_and_empty_conversations_are_findings_not_errors(tmp_path, capsys)
 
 
 def test_a_reward_model_flags_the_rows_that_it_ranks_the_other_way(folders, tmp_path):
-    """Of a pair and its reverse, it flags one."""
+    """It flags one of a pair and its reverse."""
     swapped = {"chosen": PAIRS[0]["rejected"], "rejected": PAIRS[0]["chosen"]}
     rows = [PAIRS[0], PAIRS[0] | swapped] * 20
     data, figures = write(tmp_path / "pairs.jsonl", rows), tmp_path / "audit.json"

@@ -34,7 +34,7 @@ KINDS = {
 
 def packed(model):
     """The packed form of a model, or None if the model itself decodes."""
-    with packed_for_decoding(model) as fast:
+    with packed_for_decoding(model, rows=1) as fast:
         return fast if isinstance(fast, PackedModel) else None
 
 
@@ -266,8 +266,11 @@ def test_generate_uses_it_and_samples_what_the_modules_sample(backend, monkeypat
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("few_rows", [0, 20], ids=["copied", "in place"])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_large_layers_give_the_same_and_the_model_stays_as_it_was(backend, monkeypatch, adapted):
+def test_large_layers_give_the_same_and_the_model_stays_as_it_was(
+    backend, monkeypatch, adapted, few_rows
+):
     """All layers count as large. The rows drop to one, so that every number of rows occurs."""
     monkeypatch.setattr(module, "MOST_WEIGHTS", 0)
     model, ids = make(tie_embeddings=False), torch.randint(67, (20, 5))
@@ -279,16 +282,23 @@ def test_large_layers_give_the_same_and_the_model_stays_as_it_was(backend, monke
     want = generation.generate(model, ids, **options)
     assert len(want.response_mask.sum(dim=1).unique()) > 5
     monkeypatch.setattr(module, "READ_FROM", 0)
-    used = {}
+    monkeypatch.setattr(module, "FEW_ROWS", few_rows)
+    used, copied, copy_of = {}, [], module._copied_linear
 
     def counted(x, weight, bias):
         used[id(weight)] = used.get(id(weight), 0) + 1
         return linear_rows(x, weight, bias)
 
     monkeypatch.setattr(module, "linear_rows", counted)
+    monkeypatch.setattr(
+        module, "_copied_linear", lambda *layer: copied.append(layer[0]) or copy_of(*layer)
+    )
     got = generation.generate(model, ids, **options)
-    # In each of 14 steps: the prompt's, and 13 tokens.
-    assert list(used.values()) == [14] * (4 * 3 + 1) and id(model.head_weight) in used
+    if few_rows:  # in each of 14 steps: the prompt's, and 13 tokens
+        assert list(used.values()) == [14] * (4 * 3 + 1) and id(model.head_weight) in used
+    else:
+        assert not used and len(copied) == 4 * 3 + 1
+        assert any(weight is model.head_weight for weight in copied)
     assert torch.equal(got.response_ids, want.response_ids)
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=2e-5)
-    assert not any({"forward", "base", "logits"} & vars(layer).keys() for layer in model.modules())
+    assert not any({"forward", "base", "project"} & vars(layer).keys() for layer in model.modules())
