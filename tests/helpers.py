@@ -1,12 +1,24 @@
 """What tests of several files share: small models, data, trainers, the command line."""
 
 import contextlib
+import datetime
+import faulthandler
+import importlib.util
+import inspect
 import json
+import multiprocessing
+import os
+import pickle
 import random
+import sys
 import threading
+import time
+import traceback
 import urllib.request
 import uuid
+from multiprocessing.connection import wait
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -240,6 +252,74 @@ def gradients(trainer, rollout, experience):
     """Loss, metrics and gradients of the minibatch, as `optimize` adds them up."""
     metrics = Metrics()
     return added_up(trainer, trainer.minibatch_losses(rollout, experience, metrics), metrics)
+
+
+# ---- several processes
+
+
+def run_ranks(function, world, folder, *args, seconds=120):
+    """What `function(rank, world, *args)` returns on each of `world` processes of a Gloo group.
+
+    The processes start afresh, each with one thread and torchrun's RANK, LOCAL_RANK and WORLD_SIZE.
+    The function is at the top level of its file; args and results are pickled, so they hold no
+    class of a test file. If the function raises on a rank, the test fails with the traceback; if it
+    takes too long, with the place where each rank is.
+    """
+    folder = Path(folder) / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    call = (str(folder), seconds, inspect.getfile(function), function.__name__, args)
+    processes = []
+    for rank in range(world):
+        process = multiprocessing.get_context("spawn").Process(
+            target=_run_rank, args=(rank, world, *call), daemon=True
+        )
+        numbers = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, OMP_NUM_THREADS=1)
+        with mock.patch.dict(os.environ, {name: str(x) for name, x in numbers.items()}):
+            process.start()
+        processes.append(process)
+    try:
+        running, end = {x.sentinel for x in processes}, time.monotonic() + seconds + 60
+        while running and not any(x.exitcode for x in processes) and time.monotonic() < end:
+            running -= set(wait(running, timeout=1))
+        time.sleep(1 if running else 0)  # a second for the others' errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    if any(x.exitcode for x in processes):
+        ends = (f"rank {rank} exited {x.exitcode}: " for rank, x in enumerate(processes))
+        errors = ((folder / f"error{rank}") for rank in range(world))
+        texts = (x.read_text() if x.exists() else "" for x in errors)
+        pytest.fail("\n".join(end + (text or "no error") for end, text in zip(ends, texts)))
+    return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(world)]
+
+
+def _run_rank(rank, world, folder, seconds, file, name, args):
+    """One process of `run_ranks`; writes the result, or the traceback."""
+    folder = Path(folder)
+    with (folder / f"error{rank}").open("w") as errors:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=errors)
+        try:
+            torch.set_num_threads(1)
+            torch.distributed.init_process_group(
+                "gloo",
+                init_method=(folder / "store").as_uri(),
+                rank=rank,
+                world_size=world,
+                timeout=datetime.timedelta(seconds=2 * seconds),
+            )
+            spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            result = getattr(module, name)(rank, world, *args)
+            (folder / f"result{rank}").write_bytes(pickle.dumps(result))
+            torch.distributed.barrier()  # a rank that leaves would break the others' connections
+        except BaseException:
+            errors.write(traceback.format_exc())
+            errors.flush()
+            os._exit(1)  # without waiting for the group
+        faulthandler.cancel_dump_traceback_later()
+    torch.distributed.destroy_process_group()
 
 
 # ---- people
