@@ -29,6 +29,7 @@ from rlhf_core.training.rounds import (
     run_rounds,
     with_seed,
 )
+from rlhf_core.training.run_log import OnStep
 from rlhf_core.training.trainer import Trainer
 
 
@@ -68,10 +69,12 @@ def iterated_dpo(
     tokenizer: Tokenizer | None = None,
     out: str | os.PathLike | None = None,
     resume: bool = False,
+    on_step: OnStep | None = None,
 ) -> list[dict]:
     """Train the model in place by rounds of DPO on its own samples; returns each round's metrics.
 
-    Arguments as for `OnlineDPOTrainer`; eval_prompts, eval_judge, out and resume as for `rft`.
+    Arguments as for `OnlineDPOTrainer`; eval_prompts, eval_judge, out, resume and on_step as for
+    `rft`.
     Metrics: those of DPO's last step and of all samples of the round, and the number of pairs.
     """
     scorer = make_scorer(model, prompts, config, reward=reward, judge=judge, tokenizer=tokenizer)
@@ -80,7 +83,7 @@ def iterated_dpo(
     out = None if out is None else Path(out)
     checked = dict(pretraining_examples=pretraining_examples, tokenizer=tokenizer)
     # It checks the arguments before anything is sampled.
-    Trainer(model, prompts, config, out=out, **checked)
+    Trainer(model, prompts, config, out=out, on_step=on_step, **checked)
     prompts = list(prompts_for(model, prompts, config).values())
     where = dict(judge=eval_judge, eos_ids=eos_ids, tokenizer=tokenizer)
     evaluate = held_out(model, eval_prompts, config, scorer=scorer, **where)
@@ -98,6 +101,6 @@ def iterated_dpo(
         report = trainer.train()[-1] | sample_metrics(samples) | {"pairs": len(pairs)}
         return report | evaluate()
 
-    options = dict(scorer=scorer, tokenizer=tokenizer, out=out, resume=resume)
+    options = dict(scorer=scorer, tokenizer=tokenizer, out=out, resume=resume, on_step=on_step)
     fixed = dict(prompts=list(prompts), eos_ids=eos_ids)
     return run_rounds("iterated_dpo", model, config, train_round, fixed=fixed, **options)

@@ -50,6 +50,7 @@ from rlhf_core.options import Options, option
 from rlhf_core.training.checkpoint import digest
 from rlhf_core.training.reference import frozen_copy
 from rlhf_core.training.rounds import CANDIDATES, PAIRS, resumed, run_rounds, with_seed
+from rlhf_core.training.run_log import OnStep
 
 SAMPLES = "samples.json"  # in a round's folder: its pairs and answers, for the later rounds
 
@@ -86,6 +87,7 @@ def iterated_rlhf(
     tokenizer: Tokenizer | None = None,
     out: str | os.PathLike | None = None,
     resume: bool = False,
+    on_step: OnStep | None = None,
 ) -> list[dict]:
     """Train the model in place by rounds of reward model and PPO; returns each round's metrics.
 
@@ -103,6 +105,7 @@ def iterated_rlhf(
         out: folder for the model, metrics.jsonl with a line per round, and round-1, round-2, ...
             with that round's policy, reward model, pairs and answers.
         resume: continue the run in `out` after its last finished round.
+        on_step: called as on_step(metrics, round) after each round of this process; see `Trainer`.
     """
     first = frozen_copy(model)
     out = None if out is None else Path(out)
@@ -175,6 +178,7 @@ def iterated_rlhf(
         tokenizer=tokenizer,
         out=out,
         resume=resume,
+        on_step=on_step,
         restore=restore,
     )
 
@@ -215,6 +219,7 @@ def iterated_rlhf_with_people(
     eos_ids: Sequence[int] | None = None,
     pretraining_examples: Sequence[Example] = (),
     resume: bool = False,
+    on_step: OnStep | None = None,
 ) -> list[dict]:
     """Train the model in place, with people as the judge; returns each round's metrics.
 
@@ -230,6 +235,7 @@ def iterated_rlhf_with_people(
         people: with a text for each prompt.
         out: as for `iterated_rlhf`; a round's folder has its candidates.jsonl and pairs.jsonl.
         resume: continue the run in `out`, also one that was stopped while it waited.
+        on_step: called as on_step(metrics, round) after each round of this process; see `Trainer`.
     """
     first, out = frozen_copy(model), Path(out).absolute()
     check_own(model, tokenizer)
@@ -298,6 +304,7 @@ def iterated_rlhf_with_people(
         tokenizer=tokenizer,
         out=out,
         resume=resume,
+        on_step=on_step,
         restore=lambda folder: asked.extend(read_candidates(folder / CANDIDATES)),
     )
 

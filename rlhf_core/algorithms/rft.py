@@ -39,6 +39,7 @@ from rlhf_core.training.rounds import (
     run_rounds,
     with_seed,
 )
+from rlhf_core.training.run_log import OnStep
 from rlhf_core.training.trainer import Trainer
 
 
@@ -71,6 +72,7 @@ def rft(
     tokenizer: Tokenizer | None = None,
     out: str | os.PathLike | None = None,
     resume: bool = False,
+    on_step: OnStep | None = None,
 ) -> list[dict]:
     """Train the model in place on the best of its own samples; returns each round's metrics.
 
@@ -85,12 +87,13 @@ def rft(
         out: folder for the model, metrics.jsonl with a line per round, and each round's SFT in
             round-1, round-2, ...
         resume: continue the run in `out`, with the original model, prompts and config.
+        on_step: called as on_step(metrics, round) after each round of this process; see `Trainer`.
     """
     scorer = make_scorer(model, prompts, config, reward=reward, tokenizer=tokenizer)
     out = None if out is None else Path(out)
     checked = dict(pretraining_examples=pretraining_examples, tokenizer=tokenizer)
     # It checks the arguments before anything is sampled.
-    Trainer(model, prompts, config, out=out, **checked)
+    Trainer(model, prompts, config, out=out, on_step=on_step, **checked)
     prompts = list(prompts_for(model, prompts, config).values())
     where = dict(judge=eval_judge, eos_ids=eos_ids, tokenizer=tokenizer)
     evaluate = held_out(model, eval_prompts, config, scorer=scorer, **where)
@@ -113,7 +116,7 @@ def rft(
             **evaluate(),
         }
 
-    options = dict(scorer=scorer, tokenizer=tokenizer, out=out, resume=resume)
+    options = dict(scorer=scorer, tokenizer=tokenizer, out=out, resume=resume, on_step=on_step)
     fixed = dict(prompts=list(prompts), eos_ids=eos_ids)
     return run_rounds("rft", model, config, train_round, fixed=fixed, **options)
 

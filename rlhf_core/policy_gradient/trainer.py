@@ -59,6 +59,7 @@ from rlhf_core.rollout import (
 from rlhf_core.training.completions import target_loss
 from rlhf_core.training.metrics import Metrics
 from rlhf_core.training.reference import Reference
+from rlhf_core.training.run_log import OnStep
 from rlhf_core.training.trainer import Trainer
 
 # Largest error of the first minibatch's ratio: other padding rounds differently.
@@ -102,6 +103,7 @@ class PolicyGradientTrainer(Trainer):
         pretraining_examples: Sequence[Example] = (),
         tokenizer: Tokenizer | None = None,
         out: str | os.PathLike | None = None,
+        on_step: OnStep | None = None,
     ):
         """
         Args:
@@ -137,6 +139,7 @@ class PolicyGradientTrainer(Trainer):
             pretraining_examples=pretraining_examples,
             tokenizer=tokenizer,
             out=out,
+            on_step=on_step,
         )
         super().__init__(model, examples, config, **options)
         self.shares_trunk = critic is not None and critic.shares_trunk_with(model)

@@ -34,8 +34,11 @@ from rlhf_core.training.reference import Reference
 from rlhf_core.training.run_file import OLD_NAME, recording
 from rlhf_core.training.run_log import (
     SAMPLES,
+    OnStep,
     append_rows,
+    check_on_step,
     drop_later,
+    notify,
     parse_line,
     preview,
     sample_rows,
@@ -63,6 +66,7 @@ def run_rounds(
     tokenizer: Tokenizer | None,
     out: Path | None,
     resume: bool,
+    on_step: OnStep | None = None,
     restore: Callable[[Path], None] = lambda folder: None,
 ) -> History:
     """Run the remaining rounds; returns the metrics of all, also written to `out`/metrics.jsonl.
@@ -73,6 +77,8 @@ def run_rounds(
             of the rounds before it.
         fixed: prompts and other objects by name, which a resumed run must share.
         scorer: of the samples; a resumed run must share it, too. None: people judge them.
+        on_step: called as on_step(metrics, round) after each round of this process, once its files
+            are written; as for `Trainer`.
         restore: reads what it needs from the folder of a finished round.
 
     Raises:
@@ -81,7 +87,9 @@ def run_rounds(
             checkpoint, as `Trainer.train` does; other work of a round is repeated when it resumes.
     """
     check_one_process()
-    options = dict(fixed=fixed, scorer=scorer, tokenizer=tokenizer, resume=resume, restore=restore)
+    check_on_step(on_step)
+    options = dict(fixed=fixed, scorer=scorer, tokenizer=tokenizer, resume=resume)
+    options |= dict(on_step=on_step, restore=restore)
     if out is None:
         if resume:
             raise ValueError("a run without out cannot be resumed")
@@ -92,8 +100,9 @@ def run_rounds(
 
 
 def _run_rounds(
-    algorithm, model, config, train_round, *, fixed, scorer, tokenizer, out, run, resume, restore
-) -> History:
+    algorithm, model, config, train_round, *,
+    fixed, scorer, tokenizer, out, run, resume, on_step, restore,
+) -> History:  # fmt: skip
     history: History = []
     models = () if scorer is None else scorer.models
     if out is not None:
@@ -143,6 +152,7 @@ def _run_rounds(
                 file.write(lines.encode())
             run.facts["steps_done"] = number
         print(f"{algorithm}: finished round {number}/{config.rounds}", file=sys.stderr)
+        notify(on_step, history[-1], "round")
     if out is not None:
         model.save_pretrained(out)
         if tokenizer is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf_core.training import checkpoint
 
 TIMINGS = "timings.jsonl"  # apart from the metrics, which a repeated run gives bit by bit
 SAMPLES = "samples.jsonl"
+OnStep = Callable[[dict[str, Any], int], object]  # metrics of a step or round, and its number
 
 
 class RunLog:
@@ -140,6 +142,27 @@ class RunLog:
                 self._check_there()
             with contextlib.suppress(OSError):  # `write` has raised it already
                 self.file.close()
+
+
+def check_on_step(on_step: Any) -> None:
+    """Raise TypeError for an on_step that cannot be called."""
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step must be a function of metrics and step, got {on_step!r:.60}")
+
+
+def notify(on_step: OnStep | None, metrics: dict[str, Any], counter: str) -> None:
+    """Call on_step with a copy of the metrics of a step or round, and its number.
+
+    Raises:
+        RuntimeError: on_step raised; the message names the step or round.
+    """
+    if on_step is None:
+        return
+    number = metrics[counter]
+    try:
+        on_step(copy.deepcopy(metrics), number)
+    except Exception as error:
+        raise RuntimeError(f"{counter} {number}: on_step raised {error!r}") from error
 
 
 def _values(metrics: dict[str, float]) -> str:

@@ -42,7 +42,7 @@ from rlhf_core.training.metrics import Metrics, peak_memory
 from rlhf_core.training.monitors import alarms
 from rlhf_core.training.reference import Reference
 from rlhf_core.training.run_file import recording
-from rlhf_core.training.run_log import RunLog, sample_rows
+from rlhf_core.training.run_log import OnStep, RunLog, check_on_step, notify, sample_rows
 
 PRETRAINING_BEFORE = "pretraining/loss_before"
 
@@ -82,6 +82,7 @@ class Trainer:
         eval_examples: Sequence = (),
         pretraining_examples: Sequence[Example] = (),
         out: str | os.PathLike | None = None,
+        on_step: OnStep | None = None,
     ):
         """
         Args:
@@ -92,6 +93,9 @@ class Trainer:
                 last one and at eval_every.
             tokenizer: saved with the model; methods that sample decode with it.
             out: folder for metrics.jsonl, run.json, checkpoints and the model; None writes nothing.
+            on_step: called as on_step(metrics, step) after each step of this process, with a copy
+                of the step's metrics and timings. An exception in it ends the run with a
+                RuntimeError that names the step; with out, a checkpoint to resume from is left.
         """
         if not isinstance(model, self.model_type):
             wanted = self.model_type.__name__
@@ -99,12 +103,13 @@ class Trainer:
                 f"{self.algorithm} trains a model of type {wanted}, got {type(model).__name__}"
             )
         check_one_process()
+        check_on_step(on_step)
         if not len(examples):
             raise ValueError("there are no examples to train on")
         self.model, self.config, self.tokenizer = model, config, tokenizer
         self.examples, self.eval_examples = examples, eval_examples
         self.out = None if out is None else Path(out).absolute()  # a reward may call os.chdir
-        self.pretraining_examples = pretraining_examples
+        self.pretraining_examples, self.on_step = pretraining_examples, on_step
         if config.eval_every is not None and not (len(eval_examples) or len(pretraining_examples)):
             message = "eval_every has no effect without evaluation or pretraining examples"
             warnings.warn(message, stacklevel=3)
@@ -418,6 +423,7 @@ class Trainer:
                 if last and PRETRAINING_BEFORE in history[0]:
                     history[-1][PRETRAINING_BEFORE] = history[0][PRETRAINING_BEFORE]
                 log.write(history[-1], self.timings, self.samples)
+                self._notify(log)
                 for monitor, message in alarms(history, self.config.eval_every).items():
                     self.warn_once(message, monitor.advice, self.steps_done)
                 value = self._value_to_keep(history[-1])
@@ -441,6 +447,17 @@ class Trainer:
         if self.out is not None:
             self.save(self.out)
         return history
+
+    def _notify(self, log: RunLog) -> None:
+        """Call on_step; if it raises, leave a checkpoint, because the step itself is done."""
+        try:
+            notify(self.on_step, log.history[-1] | self.timings, "step")
+        except RuntimeError as error:
+            if self.out is None:
+                raise
+            log.sync()
+            saved = f"{error}; continue from {self.save_checkpoint()}"
+            raise RuntimeError(saved) from error.__cause__
 
     def advance(self, batch: list) -> dict[str, float]:
         """Take a step, then evaluate and compute `last_metrics` where they are due.

@@ -173,6 +173,18 @@ def test_a_stopped_run_resumes_between_rounds_and_within_one(tmp_path, monkeypat
         saving("within", resume=True, pairs=[Pair([7], [5], [6])])
 
 
+def test_on_step_gets_the_metrics_of_each_round_as_copies():
+    calls = []
+
+    def on_step(metrics, number):
+        calls.append((number, json.dumps(metrics)))
+        metrics["wins"].clear()
+
+    history, _ = iterated(on_step=on_step)
+    assert calls == [(1, json.dumps(history[0])), (2, json.dumps(history[1]))]
+    assert len(history[1]["wins"]) == 2
+
+
 def test_the_judge_gets_strings_with_a_tokenizer_and_nothing_is_rated_without_eval_prompts():
     tokenizer, asked = ByteTokenizer(), []
 

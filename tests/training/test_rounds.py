@@ -15,7 +15,14 @@ PROMPTS = [[7 + i % 4] for i in range(16)]
 
 
 def run_rft(
-    out=None, prompts=PROMPTS, reward=fives, model=None, resume=False, eos_ids=None, **config
+    out=None,
+    prompts=PROMPTS,
+    reward=fives,
+    model=None,
+    resume=False,
+    eos_ids=None,
+    on_step=None,
+    **config,
 ):
     """Two rounds of four steps. Dropout makes every generator matter."""
     model = tiny(dropout=0.1) if model is None else model
@@ -31,6 +38,7 @@ def run_rft(
         out=out,
         resume=resume,
         eos_ids=eos_ids,
+        on_step=on_step,
     )
     return history, model
 
@@ -178,3 +186,32 @@ def test_a_run_without_a_folder_or_files_cannot_be_resumed(tmp_path):
         run_rft(resume=True)
     with pytest.raises(FileNotFoundError, match="there is no run to resume"):
         run_rft(tmp_path, resume=True)
+
+
+# ---- on_step
+
+
+def test_on_step_gets_a_copy_of_each_new_rounds_metrics(tmp_path):
+    calls = []
+
+    def on_step(metrics, number):
+        calls.append((number, dict(metrics)))
+        metrics.clear()
+
+    history, _ = run_rft(tmp_path, on_step=on_step)
+    assert calls == [(1, history[0]), (2, history[1])]
+    history, _ = run_rft(tmp_path, on_step=on_step, rounds=3, resume=True)
+    assert calls[2:] == [(3, history[2])]
+
+
+def test_an_error_in_on_step_names_the_round_which_is_not_repeated(tmp_path):
+    def fail(metrics, number):
+        raise OSError("the disk is full")
+
+    want, whole = run_rft()
+    message = r"^round 1: on_step raised OSError\('the disk is full'\)$"
+    with pytest.raises(RuntimeError, match=message):
+        run_rft(tmp_path, on_step=fail)
+    calls = []
+    got, model = run_rft(tmp_path, resume=True, on_step=lambda metrics, n: calls.append(n))
+    assert got == want and same(model, whole) and calls == [2]

@@ -217,3 +217,97 @@ def test_the_default_rate_of_ppo_is_named_on_a_small_real_model_and_that_of_tiny
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(**PRESETS["ppo"]["tiny"])
+
+
+# ---- on_step
+
+
+def noting(calls, fail_at=None):
+    """An on_step that notes what it gets, spoils it, and raises at a step."""
+
+    def on_step(metrics, step):
+        calls.append((step, dict(metrics)))
+        metrics.clear()
+        if step == fail_at:
+            raise KeyError("no server")
+
+    return on_step
+
+
+def without_timings(calls):
+    return [
+        {name: x for name, x in metrics.items() if not name.startswith(("time/", "memory/"))}
+        for _, metrics in calls
+    ]
+
+
+@pytest.mark.parametrize("out", [None, "run"])
+@kinds
+def test_on_step_gets_a_copy_of_every_steps_metrics_with_its_timings(kind, out, tmp_path):
+    calls, plain = [], make_trainer(kind, batch_size=3)
+    out = out and tmp_path / out
+    trainer = make_trainer(kind, batch_size=3, others=dict(on_step=noting(calls), out=out))
+    history = trainer.train()
+    assert history == plain.train()
+    assert [step for step, _ in calls] == [1, 2, 3] and without_timings(calls) == history
+    assert all(metrics["time/step_s"] > 0 for _, metrics in calls)
+    if out:
+        assert rows_in(out / "metrics.jsonl") == history
+        assert calls[1][1] == history[1] | rows_in(out / "timings.jsonl")[1]
+
+
+def test_on_step_of_ppo_gets_its_evaluations():
+    calls = []
+    others = dict(on_step=noting(calls), eval_examples=PROMPTS[:3])
+    history = make_ppo(batch_size=4, minibatch_size=4, eval_every=2, others=others).train()
+    assert without_timings(calls) == history and "eval_reward" in calls[1][1]
+
+
+def test_a_resumed_run_calls_on_step_for_its_new_steps_alone(tmp_path):
+    def make(calls, **config):
+        others = dict(on_step=noting(calls), out=tmp_path)
+        return make_trainer("sft", batch_size=2, lr_schedule="constant", others=others, **config)
+
+    first, second = [], []
+    make(first, max_steps=2, save_every=2).train()
+    trainer = make(second)
+    trainer.resume()
+    trainer.train()
+    assert [step for step, _ in first] == [1, 2] and [step for step, _ in second] == [3, 4]
+
+
+@pytest.mark.parametrize("fail_at", [2, 4])
+def test_an_error_in_on_step_names_the_step_and_leaves_a_checkpoint(fail_at, tmp_path):
+    want = make_trainer("sft", batch_size=2).train()
+    others = dict(on_step=noting([], fail_at), out=tmp_path)
+    message = (
+        rf"^step {fail_at}: on_step raised KeyError\('no server'\); continue from .*/checkpoint-"
+    )
+    with pytest.raises(RuntimeError, match=f"{message}{fail_at}$") as caught:
+        make_trainer("sft", batch_size=2, others=others).train()
+    assert isinstance(caught.value.__cause__, KeyError)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["status"] == "failed" and run["steps_done"] == fail_at
+    trainer = make_trainer("sft", batch_size=2, others=dict(out=tmp_path))
+    trainer.resume()
+    assert trainer.train() == want
+
+
+def test_an_error_in_on_step_without_a_folder_names_the_step():
+    trainer = make_trainer("sft", batch_size=2, others=dict(on_step=noting([], 3)))
+    with pytest.raises(RuntimeError, match=r"^step 3: on_step raised KeyError\('no server'\)$"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("bad", ["wandb", 3])
+def test_an_on_step_that_cannot_be_called_is_refused(bad, tmp_path):
+    message = f"on_step must be a function of metrics and step, got {bad!r}"
+    with pytest.raises(TypeError, match=message):
+        make_trainer("sft", others=dict(on_step=bad))
+    with pytest.raises(TypeError, match=message):
+        make_ppo(others=dict(on_step=bad))
+    for method, config in ((rft, RFTConfig), (iterated_dpo, IteratedDPOConfig)):
+        with pytest.raises(TypeError, match=message):
+            options = dict(reward=fives, on_step=bad, out=tmp_path / "out")
+            method(tiny(), PROMPTS, config(response_length=5), **options)
+    assert not (tmp_path / "out").exists()
