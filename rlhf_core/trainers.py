@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow __getatt
     from rlhf_core.algorithms.reward import RewardConfig, RewardTrainer
     from rlhf_core.algorithms.rft import RFTConfig, rft
     from rlhf_core.algorithms.sft import SFTConfig, SFTTrainer
+    from rlhf_core.algorithms.trpo import TRPOConfig, TRPOTrainer
     from rlhf_core.feedback.candidates import SamplingConfig, best_of_n
     from rlhf_core.feedback.rewards import Scorer
 
@@ -35,6 +36,7 @@ _HOME = {
     "algorithms.reward": ["RewardConfig", "RewardTrainer"],
     "algorithms.rft": ["RFTConfig", "rft"],
     "algorithms.sft": ["SFTConfig", "SFTTrainer"],
+    "algorithms.trpo": ["TRPOConfig", "TRPOTrainer"],
     "feedback.candidates": ["SamplingConfig", "best_of_n"],
     "feedback.rewards": ["Scorer"],
 }
@@ -45,8 +47,8 @@ __all__ = [  # a literal, because type checkers do not evaluate expressions
     "ILQLConfig", "ILQLTrainer", "IteratedDPOConfig", "IteratedRLHFConfig", "KTOConfig",
     "KTOTrainer", "NLPOConfig", "NLPOTrainer", "OnlineDPOConfig", "OnlineDPOTrainer",
     "PPOConfig", "PPOTrainer", "RFTConfig", "RewardConfig", "RewardTrainer", "SFTConfig",
-    "SFTTrainer", "SamplingConfig", "Scorer", "best_of_n", "iterated_dpo", "iterated_rlhf",
-    "rft",
+    "SFTTrainer", "SamplingConfig", "Scorer", "TRPOConfig", "TRPOTrainer", "best_of_n",
+    "iterated_dpo", "iterated_rlhf", "rft",
 ]  # fmt: skip
 
 

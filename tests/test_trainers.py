@@ -10,7 +10,8 @@ NAMES = """
     A2CConfig A2CTrainer DPOConfig DPOTrainer GRPOConfig GRPOTrainer ILQLConfig ILQLTrainer
     IteratedDPOConfig IteratedRLHFConfig KTOConfig KTOTrainer NLPOConfig NLPOTrainer
     OnlineDPOConfig OnlineDPOTrainer PPOConfig PPOTrainer RFTConfig RewardConfig RewardTrainer
-    SFTConfig SFTTrainer SamplingConfig Scorer best_of_n iterated_dpo iterated_rlhf rft
+    SFTConfig SFTTrainer SamplingConfig Scorer TRPOConfig TRPOTrainer best_of_n iterated_dpo
+    iterated_rlhf rft
 """
 
 

@@ -37,6 +37,8 @@ from rlhf_core.trainers import (
     PPOTrainer,
     RFTConfig,
     SamplingConfig,
+    TRPOConfig,
+    TRPOTrainer,
     best_of_n,
     iterated_dpo,
     iterated_rlhf,
@@ -98,6 +100,7 @@ def on_policy(trainer: type, config: type) -> Callable[..., nn.Module]:
 ppo = on_policy(PPOTrainer, PPOConfig)
 a2c = on_policy(A2CTrainer, A2CConfig)
 nlpo = on_policy(NLPOTrainer, NLPOConfig)
+trpo = on_policy(TRPOTrainer, TRPOConfig)
 group = on_policy(GRPOTrainer, GRPOConfig)
 
 
@@ -207,6 +210,7 @@ METHODS = {
     "PPO, head critic": Method(ppo, *with_(PPO, critic="head")),
     "A2C": Method(a2c, *ONE_UPDATE),
     "NLPO": Method(nlpo, *PPO),
+    "TRPO": Method(trpo, *PPO),
     "GRPO": Method(group, dict(lr=5e-4, max_steps=50, kl_coef=0.2)),
     "RLOO": Method(group, *with_(ONE_UPDATE, advantage="rloo", **KL_IN_REWARD)),
     "REINFORCE++": Method(group, *with_(ONE_UPDATE, advantage="reinforce_pp", **ONE_SAMPLE)),

@@ -30,6 +30,7 @@ GROUPS = {  # heading -> module, and what each of its commands does
             "ppo": "PPO against a reward",
             "a2c": "A2C: PPO with one update per rollout, no clip",
             "nlpo": "NLPO: PPO without unlikely tokens",
+            "trpo": "TRPO: steps of the policy within a KL",
             "grpo": "GRPO, RLOO, REINFORCE++, ReMax: no critic",
             "online-dpo": "DPO on new samples in every step",
             "iterated-dpo": "DPO on its own samples, in rounds",

@@ -57,6 +57,11 @@ PRESETS = {  # command -> size -> values of options
         dict(lr=3e-6, kl_coef=0.05, missing_eos_penalty=1.0),
     ),
     "nlpo": _PPO,
+    "trpo": _by_size(  # lr is the critic's
+        dict(lr=1e-4, kl_coef=0.06, temperature=1.0),
+        dict(lr=3e-5, kl_coef=0.06, temperature=1.0),
+        dict(lr=3e-6, kl_coef=0.05, missing_eos_penalty=1.0, fisher_share=0.1),
+    ),
     "grpo": _by_size(
         dict(lr=2e-4, kl_coef=0.2),
         dict(lr=1e-4, kl_coef=0.2),

@@ -102,6 +102,7 @@ ON_PROMPTS = {
     "ppo": OnPrompts(trainers.PPOTrainer, trainers.PPOConfig),
     "a2c": OnPrompts(trainers.A2CTrainer, trainers.A2CConfig),
     "nlpo": OnPrompts(trainers.NLPOTrainer, trainers.NLPOConfig),
+    "trpo": OnPrompts(trainers.TRPOTrainer, trainers.TRPOConfig),
     "grpo": OnPrompts(trainers.GRPOTrainer, trainers.GRPOConfig),
     "online-dpo": OnPrompts(trainers.OnlineDPOTrainer, trainers.OnlineDPOConfig, judged=True),
     "iterated-dpo": OnPrompts(trainers.iterated_dpo, trainers.IteratedDPOConfig, judged=True),

@@ -318,21 +318,27 @@ class PolicyGradientTrainer(Trainer):
     # ---- the updates
 
     def update(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> None:
-        """Pass over the rollout ppo_epochs times in minibatches, one optimiser step for each.
+        """Train on the rollout.
 
-        Before a step beyond max_approx_kl the passes stop. With mask_truncated the minibatches, and
-        so the denominators of the loss, know only the responses that ended.
+        With mask_truncated the minibatches, and so the denominators of the loss, know only the
+        responses that ended.
         """
         config = self.config
         if config.mask_truncated:
             rollout, experience = (rows(x, rollout.ended) for x in (rollout, experience))
-        size = len(rollout.response_ids)
-        if not size:
+        if not len(rollout.response_ids):
             self.warn_once(ALL_TRUNCATED)
             return
         if config.importance_cap is not None:
             experience = weighted_by_importance(experience, rollout, config.importance_cap)
-        first = True
+        self.passes(rollout, experience, metrics)
+
+    def passes(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> None:
+        """Pass over the rollout ppo_epochs times in minibatches, one optimiser step for each.
+
+        Before a step beyond max_approx_kl the passes stop.
+        """
+        config, size, first = self.config, len(rollout.response_ids), True
         for _ in range(config.ppo_epochs):
             order = torch.randperm(size, generator=self.generator, device=self.device)
             for index in order.split(config.update_size):
@@ -381,8 +387,8 @@ class PolicyGradientTrainer(Trainer):
                 kl = (self.full_kl(part, hidden) * w).sum()
                 metrics.add_part("loss/kl", kl)
                 loss = loss + self.kl_coef.value * kl
-            values = self.predict_values(part, hidden)
-            if values is not None:
+            if old.returns is not None:
+                values = self.predict_values(part, hidden)
                 loss = loss + self.value_loss(values, old, mask, w, metrics)
             metrics.add_part("loss", loss)
             yield loss

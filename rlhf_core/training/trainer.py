@@ -59,6 +59,7 @@ class Trainer:
     algorithm = "trainer"  # name in logs and checkpoints
     main_metric = "loss"  # shown by the progress bar
     least_movement = 1e-3  # a run with less `movement` is warned of
+    pace = "lr"  # the option that sets how far a run moves its model
     model_type: type[nn.Module] = nn.Module
     kinds: tuple[type, ...] = ()  # types of the examples; empty: prompts
     scorer: Scorer | JudgeScorer | None = None  # of methods that sample
@@ -531,9 +532,10 @@ class Trainer:
     def _warn_if_unmoved(self, first: dict[str, float]) -> None:
         moved = self.movement(first)
         if moved is not None and moved[0] < self.least_movement:
+            value = getattr(self.config, self.pace)
             warnings.warn(
-                f"lr {self.config.lr:g} {moved[1]} in {self.total_steps} steps: almost nothing. "
-                "Try a larger lr; see docs/guides/settings.md",
+                f"{self.pace} {value:g} {moved[1]} in {self.total_steps} steps: almost nothing. "
+                f"Try a larger {self.pace}; see docs/guides/settings.md",
                 stacklevel=4,
             )
 

@@ -262,6 +262,7 @@ RLOO = ["--num-samples", 2, "--advantage", "rloo", "--kl-coef", 0.1, "--kl-estim
     [
         ("a2c", []),
         ("nlpo", []),
+        ("trpo", ["--max-kl", 0.01, "--fisher-share", 0.5]),
         ("grpo", RLOO),
         ("ppo", ["--reward-ensemble", "worst"]),
         ("ppo", ["--reward-weights", 1, -0.5, "--kl-target", 3, "--whiten-scores", "running"]),
