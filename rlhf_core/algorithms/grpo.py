@@ -91,9 +91,8 @@ class GRPOConfig(PolicyGradientConfig):
         kl_in_reward = self.kl_in == "reward" and self.kl_coef > 0
         divides = self.advantage == "reinforce_pp" or (self.advantage == "grpo" and self.normalize)
         scale_matters = self.score_clip is not None or kl_in_reward or not divides
-        per_token = self.importance_cap is not None or (
-            kl_in_reward and self.advantage in ("remax", "reinforce_pp")
-        )
+        token_weights = self.importance_cap is not None and self.importance_level == "token"
+        per_token = token_weights or (kl_in_reward and self.advantage in ("remax", "reinforce_pp"))
         self.warn_unused(
             ("loss", not self.at_ratio_1, ONE_UPDATE),
             ("ratio", per_token or not self.at_ratio_1, ONE_UPDATE),

@@ -94,8 +94,23 @@ class PolicyGradientConfig(TrainConfig):
     )
     importance_cap: float | None = option(
         None,
-        "truncated importance sampling: cap of each token's weight p(trained) / p(sampled)",
+        "importance sampling against a sampler that rounds otherwise: cap of the weight p(trained) "
+        "/ p(sampled)",
         within="(0, inf)",
+    )
+    importance_floor: float | None = option(
+        None, "lower bound of the same weight; unset: none", within="(0, inf)"
+    )
+    importance_level: str = option(
+        "token",
+        "a weight for each token, or one for a response: the product of its tokens'",
+        choices=("token", "sequence"),
+    )
+    importance_mode: str = option(
+        "truncate",
+        "weights beyond a bound: truncate sets them to the bound (TIS), mask to 0 (MIS; with both "
+        "bounds IcePop)",
+        choices=("truncate", "mask"),
     )
     aggregation: str = option(
         "token_mean",
@@ -143,15 +158,18 @@ class PolicyGradientConfig(TrainConfig):
         steered = bool(self.kl_target or self.entropy_target)
         has_gradient = self.kl_in == "reward" or self.kl_estimator != "abs"
         long_enough = not steered or self.kl_horizon >= rollout
+        floor, cap = self.importance_floor or 0.0, self.importance_cap or math.inf
         buffer, longest = self.overlong_buffer or 1, self.response_length
         self.check(
             ("kl_estimator", has_gradient, "one with the KL's gradient when kl_in is loss"),
             ("minibatch_size", size is None or 0 < size <= rollout, f"from 1 to {rollout}"),
+            ("importance_floor", floor < cap, f"less than importance_cap {cap}"),
             ("overlong_buffer", buffer <= longest, f"at most response_length {longest}"),
             ("kl_horizon", long_enough, f"at least the rollout's {rollout} responses"),
         )
         no_kl = "because kl_coef is 0"
         no_bonus = "because entropy_coef is 0"
+        corrects, uncorrected = self.importance_cap is not None, "without importance_cap"
         self.warn_unused(
             ("print_samples", self.sample_every > 0, "with sample_every 0"),
             ("kl_target", self.kl_coef > 0, no_kl),
@@ -160,6 +178,9 @@ class PolicyGradientConfig(TrainConfig):
             ("kl_estimator", self.kl_coef > 0, no_kl),
             ("reference_ema", self.kl_coef > 0, no_kl),
             ("entropy_target", self.entropy_coef > 0, no_bonus),
+            ("importance_floor", corrects, uncorrected),
+            ("importance_level", corrects, uncorrected),
+            ("importance_mode", corrects, uncorrected),
             ("whiten_mean", self.whiten_scores != "none", "without whiten_scores"),
             ("clip_range", not self.at_ratio_1, ONE_UPDATE),
             ("clip_range_high", not self.at_ratio_1, ONE_UPDATE),

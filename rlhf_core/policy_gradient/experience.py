@@ -25,4 +25,4 @@ class Experience(NamedTuple):
     ref_logprobs: Tensor
     old_values: Tensor | None = None  # with a critic
     returns: Tensor | None = None
-    importance: Tensor | None = None  # with importance_cap; the advantages include these weights
+    importance: Tensor | None = None  # with importance_cap; the advantages include them

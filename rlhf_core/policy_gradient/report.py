@@ -55,6 +55,24 @@ def add_objectives(
         metrics.add(name, values)
 
 
+def add_importance(
+    metrics: Metrics, ratio: Tensor, weight: Tensor, mask: Tensor, floor: float, cap: float
+) -> None:
+    """Add the importance weights, and the shares of ratios beyond the bounds.
+
+    ratio, weight: (B, R) with the mask of the response tokens, or (B, 1), one for a response.
+    """
+    if ratio.shape[1] == 1:
+        mask = mask.any(dim=1, keepdim=True)
+    for name, values in {
+        "importance/weight": weight,
+        "weight_squared": weight**2,
+        "importance/above_cap": ratio > cap,
+        "importance/below_floor": ratio < floor,
+    }.items():
+        metrics.add(name, values, mask)
+
+
 def rollout_mismatch(rollout: Rollout, predictions: Predictions) -> dict[str, float]:
     """Difference between the log-probs of sampling and of the training forward."""
     mask = rollout.response_mask

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from rlhf_core.masking import Moments, last_token_index
 from rlhf_core.policy_gradient.experience import Experience
-from rlhf_core.rollout import Rollout
 
 
 class Coefficient:
@@ -71,10 +70,32 @@ def scaled(rewards: Tensor, mask: Tensor, moments: Moments, *, subtract_mean: bo
     return add_to_last(rewards * scale, -mean, mask)
 
 
-def weighted_by_importance(experience: Experience, rollout: Rollout, cap: float) -> Experience:
-    """The experience with advantages times min(p(trained) / p(sampled), cap) per token."""
-    log_weight = experience.old_logprobs - rollout.logprobs
-    weight = log_weight.where(rollout.response_mask, 0).exp().clamp_max(cap)
+def importance_ratio(
+    logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor, level: str
+) -> Tensor:
+    """p(trained) / p(sampled): (B, R) of every token, or (B, 1) of the response at level sequence.
+
+    Args:
+        logprobs, sampled_logprobs: (B, R) log-probs in training and of the sampler.
+        mask: (B, R) bool, the response tokens; elsewhere the ratio is 1.
+    """
+    log_ratio = (logprobs - sampled_logprobs).where(mask, 0)
+    return (log_ratio.sum(dim=1, keepdim=True) if level == "sequence" else log_ratio).exp()
+
+
+def importance_weight(ratio: Tensor, floor: float, cap: float, mode: str) -> Tensor:
+    """The ratio within [floor, cap]: beyond, truncated to the bounds or, with mode mask, 0.
+
+    Truncated: Yao et al. 2025 (TIS). Masked: Liu et al. 2025 (MIS), Zhao et al. 2025 (IcePop).
+    """
+    if mode == "truncate":
+        return ratio.clamp(floor, cap)
+    return ratio.where((ratio >= floor) & (ratio <= cap), 0)
+
+
+def weighted(experience: Experience, weight: Tensor) -> Experience:
+    """The experience with advantages times importance weights (B, R) or (B, 1)."""
+    weight = weight.expand_as(experience.advantages)
     return experience._replace(advantages=experience.advantages * weight, importance=weight)
 
 

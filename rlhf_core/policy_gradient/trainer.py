@@ -37,15 +37,18 @@ from rlhf_core.policy_gradient.experience import Experience, Predictions
 from rlhf_core.policy_gradient.report import (
     POLICY_STATISTICS,
     VALUE_STATISTICS,
+    add_importance,
     add_objectives,
     add_statistics,
     rollout_mismatch,
 )
 from rlhf_core.policy_gradient.shaping import (
     Coefficient,
+    importance_ratio,
+    importance_weight,
     penalized,
     scaled,
-    weighted_by_importance,
+    weighted,
 )
 from rlhf_core.rollout import (
     Rollout,
@@ -330,8 +333,19 @@ class PolicyGradientTrainer(Trainer):
             self.warn_once(ALL_TRUNCATED)
             return
         if config.importance_cap is not None:
-            experience = weighted_by_importance(experience, rollout, config.importance_cap)
+            experience = self.corrected(rollout, experience, metrics)
         self.passes(rollout, experience, metrics)
+
+    def corrected(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> Experience:
+        """The experience with weights for the difference between sampler and trained policy."""
+        config, mask = self.config, rollout.response_mask
+        floor, cap = config.importance_floor or 0.0, config.importance_cap
+        ratio = importance_ratio(
+            experience.old_logprobs, rollout.logprobs, mask, config.importance_level
+        )
+        weight = importance_weight(ratio, floor, cap, config.importance_mode)
+        add_importance(metrics, ratio, weight, mask, floor, cap)
+        return weighted(experience, weight)
 
     def passes(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> None:
         """Pass over the rollout ppo_epochs times in minibatches, one optimiser step for each.
@@ -581,6 +595,11 @@ class PolicyGradientTrainer(Trainer):
             del report["objective/kl"]
         if "val/ratio" in report:  # there was an update
             report["val/ratio_var"] = report.pop("ratio_squared") - report["val/ratio"] ** 2
+        if "weight_squared" in report:
+            squared = report.pop("weight_squared")
+            report["importance/ess"] = (
+                report["importance/weight"] ** 2 / squared if squared else 0.0
+            )
         report |= rollout_mismatch(rollout, predictions)
         responses, size = rollout.responses(), self.config.rollout_size // self.config.batch_size
         report |= diversity([responses[i : i + size] for i in range(0, n, size)])

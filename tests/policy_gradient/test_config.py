@@ -50,6 +50,13 @@ def test_sizes_of_rollout_and_update():
             dict(overlong_buffer=9, response_length=8),
             "overlong_buffer must be at most response_length 8, got 9",
         ),
+        (dict(importance_floor=0.0), "importance_floor must be > 0, got 0.0"),
+        (
+            dict(importance_cap=2.0, importance_floor=2.0),
+            "importance_floor must be less than importance_cap 2.0, got 2.0",
+        ),
+        (dict(importance_level="word"), "importance_level must be one of token, sequence, got"),
+        (dict(importance_mode="clip"), "importance_mode must be one of truncate, mask, got 'clip'"),
         (dict(length_penalty=math.nan), "length_penalty must be finite, got nan"),
         (dict(missing_eos_penalty=math.inf), r"missing_eos_penalty must be .*, got inf"),
     ],

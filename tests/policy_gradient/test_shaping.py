@@ -1,11 +1,23 @@
 """Shaping of rewards, and steered coefficients."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from rlhf_core.masking import masked_moments
-from rlhf_core.policy_gradient.shaping import Coefficient, penalized, scaled
+from rlhf_core.policy_gradient.experience import Experience
+from rlhf_core.policy_gradient.report import add_importance
+from rlhf_core.policy_gradient.shaping import (
+    Coefficient,
+    importance_ratio,
+    importance_weight,
+    penalized,
+    scaled,
+    weighted,
+)
+from rlhf_core.training.metrics import Metrics
 
 
 def test_a_coefficient_is_steered_to_its_target():
@@ -63,3 +75,56 @@ def test_scaled_scores_have_deviation_1_and_equal_ones_keep_their_scale(subtract
     equal = masked_moments(torch.full((2,), 3.0, dtype=torch.float64), mask[0])
     got = scaled(torch.full((2,), 3.0), mask, equal, subtract_mean=subtract_mean)
     assert got.tolist() == [0.0 if subtract_mean else 3.0] * 2
+
+
+# ---- importance weights
+
+TRAINED = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -1.0, math.nan]])
+SAMPLED = torch.tensor([[-1.5, -0.5, -0.6], [-1.0, -1.2, 7.0]])
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+RATIOS = [[math.exp(0.5), math.exp(-1.5), math.exp(0.1)], [math.exp(-2.0), math.exp(0.2), 1.0]]
+SEQUENCES = [[math.exp(0.5 - 1.5 + 0.1)], [math.exp(-2.0 + 0.2)]]
+
+
+def test_the_ratio_is_that_of_a_token_or_the_product_over_its_response():
+    """Float64 by hand; what the mask hides is 1, whatever it held."""
+    token = importance_ratio(TRAINED.double(), SAMPLED.double(), MASK, "token")
+    assert_close(token, torch.tensor(RATIOS, dtype=torch.float64), rtol=1e-7, atol=0)
+    sequence = importance_ratio(TRAINED.double(), SAMPLED.double(), MASK, "sequence")
+    assert_close(sequence, torch.tensor(SEQUENCES, dtype=torch.float64), rtol=1e-7, atol=0)
+    assert_close(importance_ratio(TRAINED, SAMPLED, MASK, "sequence"), sequence.float())
+
+
+def test_weights_beyond_the_bounds_are_truncated_or_masked():
+    ratio = torch.tensor([0.1, 0.5, 1.0, 2.0, 2.1, math.inf])
+    assert importance_weight(ratio, 0.5, 2.0, "truncate").tolist() == [0.5, 0.5, 1, 2, 2, 2]
+    assert importance_weight(ratio, 0.5, 2.0, "mask").tolist() == [0, 0.5, 1, 2, 0, 0]
+    assert importance_weight(ratio[:1], 0.0, 2.0, "mask").tolist() == ratio[:1].tolist()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_weights_multiply_the_advantages_of_their_tokens(level):
+    ratio = importance_ratio(TRAINED, SAMPLED, MASK, level)
+    advantages = torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, 0.0]])
+    old = weighted(Experience(TRAINED, advantages, TRAINED), ratio)
+    assert_close(old.advantages, advantages * ratio)
+    assert old.importance.shape == advantages.shape
+
+
+@pytest.mark.parametrize("level, count", [("token", 5), ("sequence", 2)])
+def test_metrics_of_the_weights_count_tokens_or_responses(level, count):
+    ratio = importance_ratio(TRAINED, SAMPLED, MASK, level)
+    weight, metrics = importance_weight(ratio, 0.3, 1.2, "truncate"), Metrics()
+    add_importance(metrics, ratio, weight, MASK, 0.3, 1.2)
+    raw = [x for row, keep in zip(RATIOS, MASK.tolist()) for x, k in zip(row, keep) if k]
+    raw = raw if level == "token" else [x for row in SEQUENCES for x in row]
+    cut = [min(max(x, 0.3), 1.2) for x in raw]
+    assert len(raw) == count
+    assert metrics.means() == pytest.approx(
+        {
+            "importance/weight": sum(cut) / count,
+            "weight_squared": sum(x * x for x in cut) / count,
+            "importance/above_cap": sum(x > 1.2 for x in raw) / count,
+            "importance/below_floor": sum(x < 0.3 for x in raw) / count,
+        }
+    )

@@ -480,6 +480,54 @@ def test_truncated_importance_weights_correct_for_another_sampler():
     assert weight[mask].max() <= 1.1 < (1 / weight[mask]).max()
 
 
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_step_reports_its_importance_weights(level, mode):
+    """The sampler is another policy; the effective sample size is that of the weights used."""
+    bounds = dict(importance_cap=1.1, importance_floor=0.9)
+    trainer = make_ppo(importance_level=level, importance_mode=mode, **bounds)
+    rollouts, sample = [], trainer.sample
+
+    def other(batch, **options):
+        rollout = sample(batch, **options)
+        noise = torch.randn(rollout.logprobs.shape) * rollout.response_mask
+        rollouts.append(rollout._replace(logprobs=rollout.logprobs + 0.1 * noise))
+        return rollouts[0]
+
+    trainer.sample = other
+    policy = copy.deepcopy(trainer.model)
+    report, (rollout,) = trainer.step(PROMPTS), rollouts
+    trainer.model = policy
+    mask = rollout.response_mask
+    log_ratio = (forward(trainer, rollout).logprobs - rollout.logprobs).detach().double()
+    ratio = log_ratio[mask].exp() if level == "token" else (log_ratio * mask).sum(dim=1).exp()
+    inside = (ratio >= 0.9) & (ratio <= 1.1)
+    weight = ratio * inside if mode == "mask" else ratio.clamp(0.9, 1.1)
+    assert 0 < inside.double().mean() < 1
+    want = {
+        "weight": weight.mean(),
+        "ess": weight.sum() ** 2 / (weight**2).sum() / len(weight),
+        "above_cap": (ratio > 1.1).double().mean(),
+        "below_floor": (ratio < 0.9).double().mean(),
+    }
+    for name, value in want.items():
+        assert report[f"importance/{name}"] == pytest.approx(float(value), rel=1e-4), name
+    assert "weight_squared" not in report
+
+
+def test_if_all_weights_are_masked_the_policy_stays():
+    trainer = make_ppo(importance_cap=1e-6, importance_mode="mask", vf_coef=0.0)
+    before = snapshot(trainer.model)
+    report = trainer.step(PROMPTS)
+    assert report["importance/ess"] == report["importance/weight"] == 0
+    assert report["importance/above_cap"] == 1
+    assert all(torch.equal(x, before[name]) for name, x in trainer.model.state_dict().items())
+
+
+def test_without_a_cap_no_weights_are_reported():
+    assert not [name for name in make_ppo().step(PROMPTS) if name.startswith("importance/")]
+
+
 def test_importance_weights_reach_the_kl_in_the_loss():
     trainer = make_ppo(
         kl_in="loss",
