@@ -30,6 +30,7 @@ from rlhf_core.ops.linear_logprobs import (
     linear_token_logprobs_and_entropy,
     linear_token_loss,
 )
+from rlhf_core.ops.linear_loss import LogitLosses, linear_loss
 from rlhf_core.ops.logprobs import token_logprobs_and_entropy
 from rlhf_core.ops.rms_norm import rms_norm
 
@@ -438,7 +439,11 @@ class Transformer(Pretrained, TrunkModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states (..., D) to logits (..., V)."""
-        logits, config = self.project(hidden), self.config
+        return self._scaled(self.project(hidden))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """Apply `logit_divisor` and the cap to what the head returns."""
+        config = self.config
         if config.logit_divisor != 1:
             logits = logits / config.logit_divisor
         return logits if config.logit_softcap is None else _softcap(logits, config.logit_softcap)
@@ -487,6 +492,17 @@ class Transformer(Pretrained, TrunkModel):
         weight, temperature = self.head_weight, temperature * self.config.logit_divisor
         options |= dict(temperature=temperature, extras=extras)
         return linear_token_loss(hidden, weight, targets, losses, **options)
+
+    def logits_loss(self, hidden: Tensor, losses: LogitLosses) -> tuple[Tensor, ...]:
+        """Return the loss () and other outputs of `losses` for the logits of hidden states (N, D).
+
+        See `ops.linear_loss`, which also computes the gradient of the loss.
+        """
+
+        def of_logits(logits: Tensor, rows: slice) -> tuple[Tensor, ...]:
+            return losses(self._scaled(logits), rows)
+
+        return linear_loss(hidden, self.head_weight, of_logits)
 
     def _capped_statistics(
         self, hidden: Tensor, targets: Tensor, temperature: float

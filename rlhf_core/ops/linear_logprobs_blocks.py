@@ -130,9 +130,9 @@ def backward(
             block = slice(start, start + logits.shape[-1])
             (dlogits,) = impl.token_logprobs_bwd(g, dH, logits, y - start, None, T, H, L, True)
             if needs[0]:
-                _add_product(dh, dlogits, weight[block], first=start == 0)
+                add_product(dh, dlogits, weight[block], first=start == 0)
             if needs[1]:
-                _add_product(dweight[block], dlogits.T, h, first=i == 0)
+                add_product(dweight[block], dlogits.T, h, first=i == 0)
             if needs[2]:
                 dbias[block] += dlogits.sum(dim=0, dtype=torch.float32)
         if needs[0]:
@@ -186,7 +186,7 @@ def loss_and_gradients(
         if needs[0]:
             torch.mm(dlogits, weight, out=dhidden[rows])
         if needs[1]:
-            _add_product(dweight, dlogits.T, h, first=rows.start == 0)
+            add_product(dweight, dlogits.T, h, first=rows.start == 0)
         if needs[2]:
             dbias += dlogits.sum(dim=0, dtype=torch.float32)
     losses_of_chunks, *columns = zip(*results)
@@ -220,7 +220,7 @@ def _whole_groups(count: int, sizes: Tensor | None, most: int) -> Iterator[tuple
         yield slice(first, len(sizes)), slice(begin, end)
 
 
-def _add_product(total, a, b, first):
+def add_product(total, a, b, first):
     """total += a @ b, or total = a @ b the first time."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
