@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors, which cannot follow __getattr__
     from rlhf_core.algorithms.a2c import A2CConfig, A2CTrainer
+    from rlhf_core.algorithms.distill import DistillConfig, DistillTrainer
     from rlhf_core.algorithms.dpo import DPOConfig, DPOTrainer
     from rlhf_core.algorithms.grpo import GRPOConfig, GRPOTrainer
     from rlhf_core.algorithms.ilql import ILQLConfig, ILQLTrainer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot follow __getatt
 
 _HOME = {
     "algorithms.a2c": ["A2CConfig", "A2CTrainer"],
+    "algorithms.distill": ["DistillConfig", "DistillTrainer"],
     "algorithms.dpo": ["DPOConfig", "DPOTrainer"],
     "algorithms.grpo": ["GRPOConfig", "GRPOTrainer"],
     "algorithms.ilql": ["ILQLConfig", "ILQLTrainer"],
@@ -43,11 +45,11 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 _RENAMED = {"GroupConfig": "GRPOConfig", "GroupTrainer": "GRPOTrainer"}
 __all__ = [  # a literal, because type checkers do not evaluate expressions
-    "A2CConfig", "A2CTrainer", "DPOConfig", "DPOTrainer", "GRPOConfig", "GRPOTrainer",
-    "ILQLConfig", "ILQLTrainer", "IteratedDPOConfig", "IteratedRLHFConfig", "KTOConfig",
-    "KTOTrainer", "NLPOConfig", "NLPOTrainer", "OnlineDPOConfig", "OnlineDPOTrainer",
-    "PPOConfig", "PPOTrainer", "RFTConfig", "RewardConfig", "RewardTrainer", "SFTConfig",
-    "SFTTrainer", "SamplingConfig", "Scorer", "TRPOConfig", "TRPOTrainer", "best_of_n",
+    "A2CConfig", "A2CTrainer", "DPOConfig", "DPOTrainer", "DistillConfig", "DistillTrainer",
+    "GRPOConfig", "GRPOTrainer", "ILQLConfig", "ILQLTrainer", "IteratedDPOConfig",
+    "IteratedRLHFConfig", "KTOConfig", "KTOTrainer", "NLPOConfig", "NLPOTrainer", "OnlineDPOConfig",
+    "OnlineDPOTrainer", "PPOConfig", "PPOTrainer", "RFTConfig", "RewardConfig", "RewardTrainer",
+    "SFTConfig", "SFTTrainer", "SamplingConfig", "Scorer", "TRPOConfig", "TRPOTrainer", "best_of_n",
     "iterated_dpo", "iterated_rlhf", "rft",
 ]  # fmt: skip
 

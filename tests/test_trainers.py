@@ -7,11 +7,11 @@ from rlhf_core import trainers
 from rlhf_core.options import Options
 
 NAMES = """
-    A2CConfig A2CTrainer DPOConfig DPOTrainer GRPOConfig GRPOTrainer ILQLConfig ILQLTrainer
-    IteratedDPOConfig IteratedRLHFConfig KTOConfig KTOTrainer NLPOConfig NLPOTrainer
-    OnlineDPOConfig OnlineDPOTrainer PPOConfig PPOTrainer RFTConfig RewardConfig RewardTrainer
-    SFTConfig SFTTrainer SamplingConfig Scorer TRPOConfig TRPOTrainer best_of_n iterated_dpo
-    iterated_rlhf rft
+    A2CConfig A2CTrainer DPOConfig DPOTrainer DistillConfig DistillTrainer GRPOConfig GRPOTrainer
+    ILQLConfig ILQLTrainer IteratedDPOConfig IteratedRLHFConfig KTOConfig KTOTrainer NLPOConfig
+    NLPOTrainer OnlineDPOConfig OnlineDPOTrainer PPOConfig PPOTrainer RFTConfig RewardConfig
+    RewardTrainer SFTConfig SFTTrainer SamplingConfig Scorer TRPOConfig TRPOTrainer best_of_n
+    iterated_dpo iterated_rlhf rft
 """
 
 

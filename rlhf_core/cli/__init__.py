@@ -26,6 +26,7 @@ GROUPS = {  # heading -> module, and what each of its commands does
             "reward": "a reward model, from preferences or labelled steps",
             "dpo": "direct preference optimisation, SimPO, ORPO",
             "kto": "KTO: from single labelled completions",
+            "distill": "a prompt's effect, or a larger teacher, into the weights",
             "ilql": "ILQL: offline RL on text with rewards",
             "ppo": "PPO against a reward",
             "a2c": "A2C: PPO with one update per rollout, no clip",

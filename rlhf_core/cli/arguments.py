@@ -300,7 +300,7 @@ def recorded(arguments: Namespace) -> Iterator[None]:
 def absolute_paths(arguments: Namespace) -> None:
     """Make paths absolute, because a reward may call os.chdir; an owner/name on the hub stays."""
     for name, value in vars(arguments).items():
-        hub = name in ("model", "reward_model", "policy", "measure")
+        hub = name in ("model", "teacher", "reward_model", "policy", "measure")
         several = isinstance(value, list)
         paths = [_absolute(x, hub) for x in (value if several else [value])]
         setattr(arguments, name, paths if several else paths[0])

@@ -45,6 +45,11 @@ PRESETS = {  # command -> size -> values of options
         dict(lr=1e-4, batch_size=32),
         dict(lr=5e-7, batch_size=16),
     ),
+    "distill": _by_size(
+        dict(lr=1e-3, batch_size=32),
+        dict(lr=3e-4, batch_size=32),
+        dict(lr=2e-5, batch_size=16),
+    ),
     "ilql": _by_size(
         dict(lr=1e-3, batch_size=64, epochs=2, target_rate=0.05, beta=16.0),
         dict(lr=3e-4, batch_size=64, epochs=2, target_rate=0.05, beta=16.0),

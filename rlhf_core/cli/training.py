@@ -21,6 +21,7 @@ from rlhf_core.cli.config_file import add_config_file
 from rlhf_core.cli.presets import add_preset, settings
 from rlhf_core.data import Tokenizer, encode_text, read_texts
 from rlhf_core.data.collate import length
+from rlhf_core.data.tokenizer import other_token
 from rlhf_core.feedback.annotation.people import People
 from rlhf_core.feedback.judges import RewardJudge
 from rlhf_core.feedback.rewards import Scorer
@@ -54,6 +55,10 @@ class OnData(NamedTuple):
     reader: Callable
     encode: Callable
     data: str  # help of --data
+    add_arguments: Callable[[ArgumentParser], None] | None = None  # that no other method has
+    # From this method, its config, the arguments, tokenizer and model: the method with the reader
+    # and the encoder that they ask for, and further options of the trainer.
+    prepare: Callable[..., tuple[OnData, dict]] | None = None
 
 
 class OnPrompts(NamedTuple):
@@ -76,6 +81,49 @@ def _ilql_model(source: Path) -> ILQLModel:
     return ILQLModel(Transformer.from_pretrained(source))
 
 
+def _add_teacher(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--context",
+        type=Path,
+        metavar="FILE",
+        help="what the teacher reads in front of each prompt: text, which is a system message in "
+        "front of messages, or messages in a .json file",
+    )
+    parser.add_argument(
+        "--teacher", type=Path, help=f"{MODEL}, with the tokenizer of --model; default: --model"
+    )
+    shared.add_eos_ids(parser)
+
+
+def _with_teacher(
+    method: OnData,
+    config: trainers.DistillConfig,
+    arguments: Namespace,
+    tokenizer: Tokenizer,
+    model: Transformer,
+) -> tuple[OnData, dict]:
+    """The method with an encoder that puts --context before the teacher's prompts; the teacher."""
+    if arguments.context is None and arguments.teacher is None:
+        raise ValueError("there is nothing to distill. Pass --context, --teacher or both")
+    if arguments.eos_ids is not None and not config.samples:
+        raise ValueError("--eos-ids ends sampled responses, and --responses is data")
+    context = None if arguments.context is None else data.read_context(arguments.context)
+    options: dict = {"eos_ids": shared.eos_ids_of(arguments, model, tokenizer)}
+    if arguments.teacher is not None:
+        theirs = shared.tokenizer_of(arguments, arguments.teacher)
+        if fault := other_token(tokenizer, theirs):
+            raise ValueError(
+                f"--teacher {arguments.teacher}: {fault} in its tokenizer. Teacher and --model "
+                "must have the same tokens"
+            )
+        teacher = Transformer.from_pretrained(arguments.teacher)
+        options["teacher"] = teacher.to(shared.device_of(arguments))
+    if config.samples:
+        encode = lambda row, tokenizer, _: data.encode_prompt_in_context(row, tokenizer, context)  # noqa: E731
+        return method._replace(reader=data.read_prompt_rows, encode=encode), options
+    return method._replace(encode=partial(data.encode_in_context, context=context)), options
+
+
 ON_DATA = {
     "sft": OnData(
         trainers.SFTTrainer, trainers.SFTConfig, Transformer.from_pretrained,
@@ -92,6 +140,11 @@ ON_DATA = {
     "kto": OnData(
         trainers.KTOTrainer, trainers.KTOConfig, Transformer.from_pretrained,
         data.read_labelled, data.encode_labelled, LABELLED,
+    ),
+    "distill": OnData(
+        trainers.DistillTrainer, trainers.DistillConfig, Transformer.from_pretrained,
+        read_texts, data.encode_in_context,
+        f"{TEXTS}. Where responses are sampled: prompts, as for ppo", _add_teacher, _with_teacher,
     ),
     "ilql": OnData(
         trainers.ILQLTrainer, trainers.ILQLConfig, _ilql_model,
@@ -123,6 +176,8 @@ def _add_data_arguments(method: OnData, parser: ArgumentParser) -> None:
     parser.add_argument(
         "--eval-fraction", type=float, default=0.1, help="without --eval-data: share held out"
     )
+    if method.add_arguments is not None:
+        method.add_arguments(parser)
     shared.add_columns(parser)
     shared.add_template(parser)
     if method.trainer is not trainers.ILQLTrainer:  # whose Q heads have a row for each id
@@ -345,7 +400,11 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
     model = method.load(arguments.model)
     _resize_embedding(model, tokenizer, arguments)
     _add_adapters(getattr(model, "lm", model), arguments)
-    max_length = min(config.max_length, model.config.max_positions)
+    options: dict = {}
+    if method.prepare is not None:
+        method, options = method.prepare(method, config, arguments, tokenizer, model)
+    readers = (model, options.get("teacher", model))
+    max_length = min(config.max_length, *(x.config.max_positions for x in readers))
 
     def load(path: Path) -> list:
         cut = []
@@ -389,6 +448,7 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
         eval_examples=held_out,
         tokenizer=tokenizer,
         out=arguments.out,
+        **options,
     )
     if arguments.resume:
         trainer.resume()

@@ -1,6 +1,12 @@
 """Tokenizers, file readers, encoding and collation."""
 
 from rlhf_core.data.collate import TokenBatch, collate
+from rlhf_core.data.context import (
+    encode_in_context,
+    encode_prompt_in_context,
+    in_context,
+    read_context,
+)
 from rlhf_core.data.encode import (
     Example,
     Pair,
@@ -63,17 +69,21 @@ __all__ = [
     "Tokenizer",
     "collate",
     "columns_of",
+    "encode_in_context",
     "encode_labelled",
     "encode_preference",
     "encode_prompt",
+    "encode_prompt_in_context",
     "encode_prompt_row",
     "encode_scored",
     "encode_solution",
     "encode_text",
+    "in_context",
     "load_tokenizer",
     "mix",
     "read_candidates",
     "read_comparisons",
+    "read_context",
     "read_labelled",
     "read_preferences",
     "read_prompt_rows",

@@ -110,9 +110,24 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 
 def length(example: Example | Pair | Ranked | Steps) -> int:
-    """Number of positions that a model needs: those of the prompt and its longest completion."""
+    """Number of positions that a model needs: those of the prompt and its longest completion.
+
+    A teacher's prompt counts if it is longer.
+    """
     prompt, completions, _ = as_group(example)
-    return len(prompt) + max(map(len, completions))
+    teacher_prompt = getattr(example, "teacher_prompt_ids", None) or []
+    return max(len(prompt), len(teacher_prompt)) + max(map(len, completions))
+
+
+def as_taught(example: Example) -> Example:
+    """The example as its teacher reads it, with the same targets."""
+    prompt, mask = example.teacher_prompt_ids, example.completion_mask
+    if prompt is None:
+        return example
+    if not example.prompt_ids and prompt and example.completion_ids:
+        # The student cannot predict the first token of a row without a prompt.
+        mask = [False, *(mask or [True] * len(example.completion_ids))[1:]]
+    return Example(prompt, example.completion_ids, mask)
 
 
 def count_targets(example: Example | Pair | Ranked | Steps) -> int:
@@ -154,7 +169,7 @@ def unknown_id(
     rows = [example]
     if isinstance(example, Example | Pair | Ranked | Steps):
         prompt, completions, _ = as_group(example)
-        rows = [prompt, *completions]
+        rows = [prompt, *completions, getattr(example, "teacher_prompt_ids", None) or []]
     for ids in rows:
         if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:
             bad = next(i for i in ids if not 0 <= i < vocab_size)

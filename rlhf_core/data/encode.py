@@ -28,6 +28,8 @@ class Example(NamedTuple):
         completion_mask: True for completion tokens in the loss. None means all of them.
         label: Whether the completion is desirable. None if not known.
         reward: Reward of the completion, which arrives after its last token. None if not known.
+        teacher_prompt_ids: The prompt that a teacher reads, such as one with a context in front.
+            None means the same prompt.
     """
 
     prompt_ids: list[int]
@@ -35,6 +37,12 @@ class Example(NamedTuple):
     completion_mask: list[bool] | None = None
     label: bool | None = None
     reward: float | None = None
+    teacher_prompt_ids: list[int] | None = None
+
+    def __repr__(self) -> str:
+        # Part of the digest of a run's data: a field that older versions lack is shown when set.
+        shown = [f"{name}={value!r}" for name, value in zip(self._fields, self)]
+        return f"Example({', '.join(shown[: -1 if self.teacher_prompt_ids is None else None])})"
 
 
 class Prompt(list[int]):

@@ -97,6 +97,11 @@ class ByteTokenizer:
         """Return the text of the byte ids, without special ids. Invalid UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of each token by its name."""
+        special = {"padding": self.pad_id, "BOS": self.bos_id, "EOS": self.eos_ids[0]}
+        return {f"byte {i}": i for i in range(256)} | special
+
     def save(self, path: str | os.PathLike) -> None:
         """Write tokenizer_config.json. A tokenizer.json goes, because readers would prefer it."""
         with Replacement(path) as files:
@@ -315,6 +320,10 @@ class JsonTokenizer:
         with _foreign(self._file):
             return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of each token by its text, those of added tokens included."""
+        return self._tokenizer.get_vocab()
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the tokenizer's files, without config.json, which belongs to the model.
 
@@ -371,6 +380,19 @@ def load_tokenizer(
         f"{folder}: no tokenizer.json, no vocab.json with merges.txt, and no tokenizer_config.json "
         "of a ByteTokenizer"
     )
+
+
+def other_token(
+    tokenizer: ByteTokenizer | JsonTokenizer, other: ByteTokenizer | JsonTokenizer
+) -> str | None:
+    """Describe a token of a tokenizer that another one lacks or gives another id, or None."""
+    own, theirs = tokenizer.vocabulary(), other.vocabulary()
+    names = (name for name in sorted(own, key=own.__getitem__) if theirs.get(name) != own[name])
+    name = next(names, None)
+    if name is None:
+        return None
+    found = f"has id {theirs[name]}" if name in theirs else "does not exist"
+    return f"token {short(name)} with id {own[name]} {found}"
 
 
 def _of_gpt2(folder: Path, config: dict) -> tuple[dict, dict]:

@@ -7,6 +7,7 @@ from rlhf_core.losses.advantages import (
     rloo_advantages,
 )
 from rlhf_core.losses.cispo import cispo_loss
+from rlhf_core.losses.distillation import distillation_loss
 from rlhf_core.losses.ilql import cloning_loss, expectile_loss, q_loss, transitions
 from rlhf_core.losses.kl import kl_loss
 from rlhf_core.losses.language import regularized_cross_entropy
@@ -34,6 +35,7 @@ __all__ = [
     "centering_loss",
     "cispo_loss",
     "cloning_loss",
+    "distillation_loss",
     "dpo_loss",
     "expectile_loss",
     "grpo_advantages",

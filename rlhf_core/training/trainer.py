@@ -333,15 +333,18 @@ class Trainer:
         """
         if not self.kinds:
             return self._evaluate_prompts()
-        metrics = Metrics()
+        return {f"eval_{name}": x for name, x in self.metrics_of(self.eval_examples).items()}
+
+    @torch.no_grad()
+    def metrics_of(self, examples: Sequence) -> dict[str, float]:
+        """The metrics of `losses` on examples, without dropout and without a step."""
+        metrics, size = Metrics(), self.config.batch_size
         self.model.eval()
-        for start in range(0, len(self.eval_examples), self.config.batch_size):
-            for _ in self.losses(
-                self.eval_examples[start : start + self.config.batch_size], metrics
-            ):
+        for start in range(0, len(examples), size):
+            for _ in self.losses(list(examples[start : start + size]), metrics):
                 pass
         self.model.train(self.config.dropout)
-        return {f"eval_{name}": value for name, value in metrics.means().items()}
+        return metrics.means()
 
     def _evaluate_prompts(self) -> dict[str, float]:
         try:
@@ -547,12 +550,7 @@ class Trainer:
         """
         if not self.kinds or not first.get("loss"):
             return None
-        metrics = Metrics()
-        self.model.eval()
-        for _ in self.losses(next(self.batches()), metrics):
-            pass
-        self.model.train(self.config.dropout)
-        before, now = first["loss"], metrics.means()["loss"]
+        before, now = first["loss"], self.metrics_of(next(self.batches()))["loss"]
         return abs(now / before - 1), f"moved the first batch's loss from {before:.6g} to {now:.6g}"
 
     def last_metrics(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The comparison of methods: its table, its token counts, and that an interrupted run continues."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks.learning import __main__ as learning
-from benchmarks.learning import methods, overoptimisation, setup
+from benchmarks.learning import distillation, methods, overoptimisation, setup
 from rlhf_core import demo
 from rlhf_core.files import read_json
-from rlhf_core.models import Transformer
+from rlhf_core.models import Transformer, TransformerConfig
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow  # the setup trains a policy and a reward model
@@ -161,6 +162,21 @@ def test_the_curves_start_at_sft_and_are_drawn(tiny, tmp_path):
     assert found["best_of_n"][2]["proxy"] > found["best_of_n"][1]["proxy"] > 0
     overoptimisation.draw([found, found], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_context_distillation_is_measured_on_other_words(monkeypatch):
+    monkeypatch.setattr(distillation, "TRAINED", 8)
+    monkeypatch.setattr(distillation, "HELD_OUT", 4)
+    known = distillation.words(0)
+    assert len(set(known)) == 12 and {len(word) for word in known} == {4}
+    train, held_out = distillation.lessons(known[:8]), distillation.lessons(known[8:])
+    config = TransformerConfig(259, hidden_size=16, num_layers=1, num_heads=2, max_positions=24)
+    base = Transformer(replace(config, eos_ids=(258,), pad_id=256))
+    before = distillation.measured(base, copy.deepcopy(base), held_out)
+    for options in distillation.WAYS.values():
+        student = distillation.distilled(base, train, options, 0)
+        kl, share = distillation.measured(base, student, held_out)
+        assert kl != before[0] and 0 <= share <= 1
 
 
 @pytest.mark.parametrize("module", ["benchmarks.learning", "benchmarks.learning.overoptimisation"])

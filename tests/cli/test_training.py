@@ -9,12 +9,20 @@ import pytest
 import torch
 from helpers import PAIRS, SMALL, TEXTS, run, write
 
-from rlhf_core.models import RewardModel, Transformer
+from rlhf_core.data import ByteTokenizer
+from rlhf_core.models import RewardModel, Transformer, TransformerConfig
 from rlhf_core.models.hub import stored_dtype
 from rlhf_core.models.lora import has_adapters
 from rlhf_core.trainers import PPOTrainer, SFTTrainer
 from rlhf_core.training.trainer import Trainer
 
+CHATS = [
+    {
+        "messages": [
+            {"role": role, "content": text} for role, text in (("user", "1"), ("assistant", "2"))
+        ]
+    }
+] * 10
 on_rows = pytest.mark.parametrize(
     "command, rows", [("sft", TEXTS), ("reward", PAIRS), ("dpo", PAIRS)]
 )
@@ -83,6 +91,95 @@ def test_ilql_turns_rewards_into_a_model_that_generate_reads(train, tmp_path, ca
     assert train("ilql", rows) == 0
     options = ["--prompt", "a", "--max-new-tokens", 3, "--beta", 2]
     assert run("generate", "--model", tmp_path / "out", *options) == 0
+
+
+@pytest.fixture
+def context(tmp_path):
+    file = tmp_path / "context.txt"
+    file.write_text("Be kind.\n")
+    return file
+
+
+@pytest.mark.parametrize("context_tokens, rows", [(9, TEXTS), (17, CHATS)])
+def test_distill_puts_a_context_into_the_weights(
+    context_tokens, rows, context, train, folders, tmp_path, capsys
+):
+    """In front of plain text it is a prefix, in front of messages a system message."""
+    lengths = ["--max-length", 40, "--lr", 0.01, "--eval-fraction", 0.2]
+    assert train("distill", rows, "--context", context, *lengths) == 0
+    assert "8 to train on, 2 held out" in capsys.readouterr().out
+    first, last = metrics_in(tmp_path / "out")
+    assert first["kl"] > 0 and last["eval_kl"] > 0 and moved(folders, tmp_path / "out")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["options"]["context"] == str(context) and run["algorithm"] == "distill"
+    assert train("distill", rows, "--context", context, "--max-length", 9, out="short") == 2
+    assert f"data.jsonl:1: the context has {context_tokens} tokens" in capsys.readouterr().err
+
+
+def test_distill_cuts_prompts_but_not_the_context(context, train, tmp_path, capsys):
+    rows = [{"prompt": "p" * n, "completion": "c"} for n in (5, 27, 28, 40)]
+    options = ["--context", context, "--max-length", 39, "--eval-fraction", 0]
+    assert train("distill", rows, *options) == 0
+    assert "2 of 4 rows" in capsys.readouterr().err  # 1 + 9 + 27 + 2 tokens fit
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["data"][0]["cut"] == 2
+
+
+def test_distill_learns_from_a_teacher_with_more_layers(train, tmp_path, capsys):
+    torch.manual_seed(3)
+    sizes = dict(vocab_size=259, hidden_size=32, num_layers=2, num_heads=2, max_positions=16)
+    Transformer(TransformerConfig(**sizes)).save_pretrained(tmp_path / "teacher")
+    ByteTokenizer().save(tmp_path / "teacher")
+    options = ["--teacher", tmp_path / "teacher", "--kl-top-k", 50, "--divergence", "reverse"]
+    assert train("distill", TEXTS, *options) == 0
+    assert metrics_in(tmp_path / "out")[0]["kl"] > 0
+    long = [{"prompt": "p" * 30, "completion": "c"}]
+    assert train("distill", [*TEXTS, *long], *options, out="cut") == 0
+    assert "1 of 11 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("responses", ["student", "teacher"])
+def test_distill_samples_responses_to_prompts(responses, context, train, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\nthree\nfour\n")
+    options = ["--context", context, "--responses", responses, "--response-length", 4]
+    options += ["--batch-size", 2, "--eval-data", prompts, "--eos-ids", 258, 65]
+    options += ["--lr-schedule", "constant"]
+    assert train("distill", prompts, *options, "--save-every", 1, "--max-steps", 1) == 0
+    assert train("distill", prompts, *options, "--max-steps", 2, "--resume") == 0
+    first, last = metrics_in(tmp_path / "out")
+    assert first["response_length"] <= 4 and last["eval_kl"] > 0
+    assert (tmp_path / "out" / "samples.jsonl").read_text().count("\n") == 2
+
+
+def test_distill_names_what_is_wrong(context, fails, folders, tmp_path):
+    data = write(tmp_path / "data.jsonl", TEXTS)
+    arguments = ["--model", folders / "policy", "--data", data, "--out", tmp_path / "out", *SMALL]
+
+    def error(*options):
+        return fails("distill", *arguments, "--overwrite", *options)
+
+    assert "nothing to distill. Pass --context, --teacher or both" in error()
+    assert "no-such" in error("--context", tmp_path / "no-such")
+    assert "--eos-ids ends sampled responses" in error("--context", context, "--eos-ids", 1)
+    assert "kl_top_k must be below" in error("--context", context, "--kl-top-k", 259)
+    messages = tmp_path / "context.json"
+    messages.write_text('[{"role": "user", "content": "a"}]')
+    assert f"{data}:1: the context is a conversation" in error("--context", messages)
+
+
+def test_distill_refuses_a_teacher_with_another_tokenizer(data_dir, fails, folders, tmp_path):
+    data = write(tmp_path / "data.jsonl", TEXTS)
+    teacher = data_dir / "models" / "stories260k"
+    line = fails(
+        *("distill", "--model", folders / "policy", "--teacher", teacher, "--data", data),
+        *("--out", tmp_path / "out", *SMALL),
+    )
+    assert f"--teacher {teacher}: token 'byte 0' with id 0 does not exist in its tokenizer" in line
+
+
+def test_distill_takes_adapters(context, train, tmp_path):
+    assert train("distill", TEXTS, "--context", context, "--lora-rank", 2, "--lr", 0.01) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_dpo_takes_its_loss_and_warns_of_an_option_without_effect(train, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from helpers import edit_json
 
 from rlhf_core.data import ByteTokenizer, JsonTokenizer, load_tokenizer
+from rlhf_core.data.tokenizer import other_token
 
 TEXTS = [
     "Once upon a time", " a  b\n\n c ", "trailing  ", "x", "", " ", "\n", "\r\n\t", "don't  's",
@@ -144,3 +145,18 @@ def test_other_tokenizers_of_two_files_and_damaged_merges_are_refused(tmp_path):
         write_gpt2(tmp_path, f"#version: 0.2\na b\n{line}\n")
         with pytest.raises(ValueError, match=rf"merges\.txt:3: .*got \"{line}\""):
             load_tokenizer(tmp_path)
+
+
+def test_tokenizers_are_compared_by_the_ids_of_their_tokens(data_dir, tmp_path):
+    gpt2 = load_tokenizer(data_dir / "tokenizers/gpt2")
+    assert other_token(gpt2, load_tokenizer(data_dir / "tokenizers/gpt2")) is None
+    assert other_token(ByteTokenizer(), ByteTokenizer()) is None
+    assert other_token(ByteTokenizer(), gpt2) == "token 'byte 0' with id 0 does not exist"
+    swapped = json.loads((data_dir / "tokenizers/gpt2/tokenizer.json").read_text())
+    vocabulary = swapped["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(swapped))
+    ids = gpt2.vocabulary()
+    assert other_token(gpt2, load_tokenizer(tmp_path)) == (
+        f"token 'a' with id {ids['a']} has id {ids['b']}"
+    )

@@ -23,6 +23,8 @@ from rlhf_core.data.collate import length
 from rlhf_core.models import ILQLModel, RewardModel
 from rlhf_core.ops import linear_logprobs_blocks
 from rlhf_core.trainers import (
+    DistillConfig,
+    DistillTrainer,
     DPOConfig,
     DPOTrainer,
     ILQLConfig,
@@ -317,6 +319,7 @@ BATCHES = {  # for every method whose loss is a mean: its trainer on a batch of 
     "reward of pairs": lambda: (RewardTrainer, tiny(RewardModel), RewardConfig(), rows("reward")),
     "reward of lists": lambda: (RewardTrainer, tiny(RewardModel), RewardConfig(), LISTS),
     "reward of steps": lambda: (RewardTrainer, tiny(RewardModel), RewardConfig(), STEPS),
+    "distill": lambda: (DistillTrainer, tiny(), DistillConfig(kl_top_k=2), taught()),
     "ilql": lambda: (ILQLTrainer, ILQLModel(tiny()), ILQLConfig(), labelled()),
 }
 LISTS = [Ranked([7], [[5, 2], [6, 2], [8, 2]]), Ranked([8], [[5, 5, 2], [6, 2]])]
@@ -325,6 +328,10 @@ STEPS = [Steps([7], [5, 6, 2], [True, False, True], [1.0, 0.0]), Steps([8], [9],
 
 def labelled():
     return [x._replace(label=i % 2 > 0, reward=i - 1.0) for i, x in enumerate(rows("sft"))]
+
+
+def taught():
+    return [x._replace(teacher_prompt_ids=[5, 6, *x.prompt_ids]) for x in rows("sft")]
 
 
 @pytest.mark.parametrize("name", BATCHES)
