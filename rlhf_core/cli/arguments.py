@@ -28,6 +28,7 @@ from rlhf_core.data.collate import unknown_id
 from rlhf_core.data.readers import FIELDS
 from rlhf_core.evaluation.report import PAGE, try_report
 from rlhf_core.feedback.ai_judge import AIJudge
+from rlhf_core.feedback.answers import KINDS, AnswerReward
 from rlhf_core.feedback.constitution import read_principles
 from rlhf_core.feedback.endpoint import Endpoint
 from rlhf_core.feedback.judges import Judge
@@ -361,6 +362,12 @@ def add_prompts_and_reward(
         help="a function from lists of prompts and responses (strings) to one number per response; "
         "parameters named like other columns of the prompts get these",
     )
+    source.add_argument(
+        "--reward-answer",
+        choices=KINDS,
+        help="1 if the final answer of a response, a number or a letter from A to E, is that of "
+        "the prompt's column `answer`, else 0",
+    )
     if people:
         source.add_argument(
             "--db", type=Path, help="people label, on a page of this run: their database of labels"
@@ -466,6 +473,8 @@ def reward_of(arguments: Namespace, device: torch.device) -> dict:
                 raise ValueError(f"--{name.replace('_', '-')} needs --reward-model")
         if getattr(arguments, "db", None) is not None:  # people are asked
             return {}
+        if arguments.reward_answer is not None:
+            return {"reward": AnswerReward(arguments.reward_answer)}
         if arguments.reward_function is not None:
             return {"reward": function_of("--reward-function", arguments.reward_function)}
         return {"judge": judge_of(arguments.judge, arguments, device)}

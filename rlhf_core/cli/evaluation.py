@@ -111,7 +111,7 @@ def _check_options(arguments: Namespace, subject: str) -> None:
     unused = {
         "policy": ("subset",),
         "samples": ("prompts", "subset"),
-        "pairs": ("prompts", "reference", "reward_function", "judge"),
+        "pairs": ("prompts", "reference", "reward_function", "reward_answer", "judge"),
     }
     for name in needed[subject]:
         if getattr(arguments, name) is None:
@@ -344,8 +344,9 @@ def _scores(arguments: Namespace, samples: list[Sample], reward: Any) -> list[fl
 
 def _source_of(arguments: Namespace) -> dict[str, Any]:
     """The reward or judge, if one is given."""
-    options = ("reward_model", "reward_function", "judge", "reward_weights", "reward_ensemble")
-    if all(getattr(arguments, name) is None for name in (*options, "reward_coef")):
+    sources = ("reward_model", "reward_function", "reward_answer", "judge")
+    options = ("reward_weights", "reward_ensemble", "reward_coef")
+    if all(getattr(arguments, name) is None for name in (*sources, *options)):
         return {}
     return shared.reward_of(arguments, shared.device_of(arguments))
 
