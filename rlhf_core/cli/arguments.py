@@ -34,12 +34,14 @@ from rlhf_core.feedback.endpoint import Endpoint
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import no_hard_exit
 from rlhf_core.files import check_replaceable, check_writable, parse_json
+from rlhf_core.integrations.trackers import TRACKERS, Trackers
 from rlhf_core.models import Transformer, load_reward
 from rlhf_core.models.heads import AGGREGATES
 from rlhf_core.models.hub import stored_dtype
 from rlhf_core.models.lora import is_adapter, read_adapter_config
 from rlhf_core.options import Options, describe
 from rlhf_core.training.run_file import recording
+from rlhf_core.training.run_log import summarize
 
 C = typing.TypeVar("C", bound=Options)
 JUDGE_OPTIONS = (
@@ -152,6 +154,14 @@ def save_dtype_of(arguments: Namespace) -> torch.dtype:
         return getattr(torch, arguments.save_dtype)
     source = arguments.model
     return stored_dtype(read_adapter_config(source).base if is_adapter(source) else source)
+
+
+def add_log(parser: ArgumentParser) -> None:
+    help = (
+        "also send the metrics to these trackers; each but csv needs its package, such as "
+        "rlhf-core[wandb]"
+    )
+    parser.add_argument("--log", nargs="+", action="extend", choices=TRACKERS, help=help)
 
 
 def add_template(parser: ArgumentParser) -> None:
@@ -293,9 +303,10 @@ def recorded(arguments: Namespace) -> Iterator[None]:
         arguments.template_date = datetime.datetime.now().date()
     facts = {"command": arguments.command_line, "options": options_of(arguments)}
     facts["data"] = arguments.files = []  # `read` adds what it has read
-    with held_out(arguments), recording(arguments.out, **facts):
-        yield
-    try_report([arguments.out], arguments.out / PAGE, arguments.out.name)
+    with Trackers(arguments.log or (), arguments.out) as arguments.on_step:
+        with held_out(arguments), recording(arguments.out, **facts):
+            yield
+        try_report([arguments.out], arguments.out / PAGE, arguments.out.name)
 
 
 def absolute_paths(arguments: Namespace) -> None:
@@ -576,18 +587,8 @@ def print_result(history: list[dict], out: Path, note: str) -> None:
 
     Evaluations, and other metrics that only the last of several steps has, are as they are.
     """
-    last, recent = history[-1], history[-max(len(history) // 10, 1) :]
+    last, (recent, means, final) = history[-1], summarize(history)
     unit = "round" if "round" in last else "step"
-    before = {name for line in history[:-1] for name in line} or last.keys()
-    means, final = {}, {}
-    for name, value in last.items():
-        if name.startswith("eval_") or name not in before:
-            final[name] = value
-        elif isinstance(value, list):
-            means[name] = value
-        elif name != unit:
-            values = [line[name] for line in recent if name in line]
-            means[name] = sum(values) / len(values)
     steps = f"{unit} {last[unit]}"
     if len(recent) > 1:
         steps = f"mean of {unit}s {recent[0][unit]} to {last[unit]}"

@@ -17,7 +17,7 @@ from rlhf_core.files import read_object, read_text, require, short
 from rlhf_core.options import did_you_mean
 from rlhf_core.training import run_file
 
-UNSET = object()
+UNSET: list = []  # a list, which the action "extend" copies
 
 
 def add_config_file(parser: ArgumentParser) -> None:

@@ -294,7 +294,7 @@ def _run_iterated_rlhf(config: trainers.IteratedRLHFConfig, arguments: Namespace
         encode = lambda row: shared.known(data.encode_prompt_row(row, tokenizer), model)  # noqa: E731
         path = arguments.eval_prompts
         options["eval_prompts"] = shared.read(data.read_prompt_rows, path, arguments, encode)
-    options |= dict(out=arguments.out, resume=arguments.resume)
+    options |= dict(out=arguments.out, resume=arguments.resume, on_step=arguments.on_step)
     train, prompts = trainers.iterated_rlhf, [ids for _, ids in rows]
     if arguments.db is not None:
         names = ("db", "annotators", "overlap", "wait_labels", "host", "port")
@@ -319,6 +319,7 @@ def _add_run(parser: ArgumentParser) -> None:
         type=Path,
         help="folder for the model, run.json, metrics.jsonl and report.html",
     )
+    shared.add_log(parser)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--overwrite", action="store_true", help="write into --out even if it is not empty"
@@ -448,6 +449,7 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
         eval_examples=held_out,
         tokenizer=tokenizer,
         out=arguments.out,
+        on_step=arguments.on_step,
         **options,
     )
     if arguments.resume:
@@ -496,7 +498,8 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
         if getattr(arguments, name, None) is not None:
             path = getattr(arguments, name)
             options[option] = shared.read(read_texts, path, arguments, encode)
-    prompts, options["out"] = [ids for _, ids in rows], arguments.out
+    prompts = [ids for _, ids in rows]
+    options |= dict(out=arguments.out, on_step=arguments.on_step)
     if arguments.eval_prompts is not None:
         encode = lambda row: shared.known(data.encode_prompt_row(row, tokenizer), model)  # noqa: E731
         name = "eval_examples" if isinstance(method.train, type) else "eval_prompts"

@@ -165,6 +165,26 @@ def notify(on_step: OnStep | None, metrics: dict[str, Any], counter: str) -> Non
         raise RuntimeError(f"{counter} {number}: on_step raised {error!r}") from error
 
 
+def summarize(history: Sequence[dict]) -> tuple[list[dict], dict, dict]:
+    """A run in short: the last tenth of its steps, their means, and metrics that have no mean.
+
+    The latter are evaluations, and other metrics that only the last of several steps has. A list
+    is as in the last step.
+    """
+    last, recent = history[-1], list(history[-max(len(history) // 10, 1) :])
+    before = {name for line in history[:-1] for name in line} or last.keys()
+    means, final = {}, {}
+    for name, value in last.items():
+        if name.startswith("eval_") or name not in before:
+            final[name] = value
+        elif isinstance(value, list):
+            means[name] = value
+        elif name not in ("step", "round"):
+            values = [line[name] for line in recent if name in line]
+            means[name] = sum(values) / len(values)
+    return recent, means, final
+
+
 def _values(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 

@@ -96,7 +96,7 @@ def test_iterated_rlhf_asks_people_in_every_round_and_resumes_while_it_waits(sft
     prompts = ["--model", sft / "sft", "--prompts", sft / "prompts.jsonl", "--rounds", 2]
     stop = lambda *texts, **options: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
     monkeypatch.setattr(people, "print", stop, raising=False)
-    db = ["--db", sft / "l.sqlite", "--port", 0]
+    db = ["--db", sft / "l.sqlite", "--port", 0, "--log", "csv"]
     assert run("iterated-rlhf", *prompts, *db, *sizes, "--out", out) == 130
 
     label_printed_links(monkeypatch, people, kind)
@@ -109,6 +109,7 @@ def test_iterated_rlhf_asks_people_in_every_round_and_resumes_while_it_waits(sft
     assert run("iterated-rlhf", "--resume", "--out", out) == 0
     assert (out / "round-1" / "pairs.jsonl").read_bytes() == pairs
     first, last = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert [line.split(",")[0] for line in (out / "metrics.csv").open()] == ["step", "1", "2"]
     assert "elo" not in first and last["pairs"] > first["pairs"] > 20
     assert last["elo"][0] == 0 and last["elo_lower"][1] < last["elo"][1] < last["elo_upper"][1]
     assert last["elo"][1] > 0 and last["reward/accuracy"] > 0.8

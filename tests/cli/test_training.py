@@ -1,8 +1,10 @@
 """The commands that train: from files to files, interrupted and resumed, with adapters."""
 
+import csv
 import json
 import shutil
 import signal
+import sys
 from collections import Counter
 
 import pytest
@@ -448,12 +450,14 @@ def test_iterated_rlhf_learns_from_a_gold_reward_and_resumes(iterated, folders, 
     options = ["--reward-function", f"{tmp_path}/gold.py:gold"]
     options += ["--pairs", write(tmp_path / "pairs.jsonl", PAIRS)]
     options += ["--eval-prompts", write(tmp_path / "eval.txt", ["five", "six"])]
-    assert iterated(*options, "--rounds", 2, out="whole") == 0
+    assert iterated(*options, "--rounds", 2, "--log", "csv", out="whole") == 0
     shown, whole = capsys.readouterr().out, tmp_path / "whole"
     assert "Elo ratings of the first policy and each round's: 0, " in shown
     assert f"4 prompts; written to {whole}" in shown
     lines = metrics_in(whole)
     assert [line["round"] for line in lines] == [1, 2] and len(lines[1]["elo"]) == 3
+    elo = [float(table_in(whole)[1][f"elo/{i}"]) for i in range(3)]
+    assert elo == lines[1]["elo"]
     assert 10 < lines[0]["pairs"] <= 14 and lines[0]["pairs"] < lines[1]["pairs"] <= 18
     assert moved(folders, whole) and (whole / "tokenizer_config.json").is_file()
     assert iterated(*options, "--rounds", 1) == 0
@@ -574,3 +578,66 @@ def test_a_judge_of_held_out_prompts_needs_these(folders, sample, capsys):
     options = ["--reward-model", folders / "reward", "--eval-judge", "judge.py:longer"]
     assert sample("ppo", *options) == 2
     assert "--eval-judge needs --eval-prompts" in capsys.readouterr().err
+
+
+# ---- trackers
+
+
+def table_in(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@on_rows
+def test_log_csv_writes_the_metrics_as_a_table(command, rows, train, tmp_path):
+    assert train(command, rows, "--log", "csv") == 0
+    lines = zip(table_in(tmp_path / "out"), metrics_in(tmp_path / "out"), strict=True)
+    assert all(float(row[name]) == x for row, line in lines for name, x in line.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["ppo", "grpo", "online-dpo", "iterated-dpo", "rft"])
+def test_log_csv_has_a_line_for_each_step_or_round_of_a_method_that_samples(
+    command, folders, sample, tmp_path
+):
+    options = ["--reward-model", folders / "reward", "--epochs", 2, "--log", "csv"]
+    options += ["--num-samples", 2] if command != "ppo" else []
+    options += ["--rounds", 2] if command in ("iterated-dpo", "rft") else []
+    assert sample(command, *options) == 0
+    rows, lines = table_in(tmp_path / "out"), metrics_in(tmp_path / "out")
+    assert [int(row["step"]) for row in rows] == [1, 2] == list(range(1, len(lines) + 1))
+    assert float(rows[1]["objective/scores"]) == lines[1]["objective/scores"]
+
+
+def test_trackers_are_repeatable_and_a_resumed_run_keeps_them(train, tmp_path):
+    options = ["--log", "csv", "--log", "csv", "--save-every", 1, "--lr-schedule", "constant"]
+    assert train("sft", TEXTS, *options) == 0
+    assert config_in(tmp_path / "out")["log"] == ["csv", "csv"]
+    assert run("sft", "--resume", "--out", tmp_path / "out", "--max-steps", 3) == 0
+    assert [int(row["step"]) for row in table_in(tmp_path / "out")] == [1, 2, 3]
+
+
+def test_a_config_file_names_trackers_and_the_command_line_overrides_them(
+    train, tmp_path, monkeypatch
+):
+    config = tmp_path / "log.json"
+    config.write_text('{"log": ["wandb"]}')
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train("sft", TEXTS, "--config", config) == 2
+    assert train("sft", TEXTS, "--config", config, "--log", "csv") == 0
+    assert config_in(tmp_path / "out")["log"] == ["csv"]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_without_its_package_is_an_error_before_anything_is_written(
+    name, folders, tmp_path, fails, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    data = write(tmp_path / "data.jsonl", TEXTS)
+    files = ["--model", folders / "policy", "--data", data, "--out", tmp_path / "out"]
+    line = fails("sft", *files, "--log", "csv", name)
+    assert line.endswith(f"this needs {name!r}: pip install 'rlhf-core[{name}]'")
+    assert not (tmp_path / "out").exists()
+    line = fails("sft", *files, "--log", "tensorbord")
+    assert "one of tensorboard, wandb, trackio, csv, got 'tensorbord'; did you mean" in line

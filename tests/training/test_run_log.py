@@ -34,7 +34,7 @@ from rlhf_core.trainers import (
     iterated_dpo,
     rft,
 )
-from rlhf_core.training.run_log import drop_later, duration, preview
+from rlhf_core.training.run_log import drop_later, duration, preview, summarize
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -217,6 +217,20 @@ def test_the_default_rate_of_ppo_is_named_on_a_small_real_model_and_that_of_tiny
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(**PRESETS["ppo"]["tiny"])
+
+
+def test_a_run_in_short_is_its_last_tenth_and_what_has_no_mean():
+    history = [{"step": i, "loss": float(i), "elo": [0, i]} for i in range(1, 21)]
+    history[-1] |= {"eval_loss": 7.0, "pretraining/loss": 3.0}
+    history[-2]["eval_loss"] = 1.0
+    recent, means, final = summarize(history)
+    assert recent == history[18:] and means == {"loss": 19.5, "elo": [0, 20]}
+    assert final == {"eval_loss": 7.0, "pretraining/loss": 3.0}
+    assert summarize([{"round": 1, "loss": 2.0}]) == (
+        [{"round": 1, "loss": 2.0}],
+        {"loss": 2.0},
+        {},
+    )
 
 
 # ---- on_step
