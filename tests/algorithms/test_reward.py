@@ -89,9 +89,9 @@ def test_every_loss_of_pairs_is_its_definition(name, margins):
     ]
     want = torch.stack(terms).mean()
     total, metrics, got = accumulated(trainer, batch)
-    assert total == pytest.approx(want.item(), rel=5e-6) and metrics["loss"] == pytest.approx(
-        total, rel=1e-6
-    )
+    assert total == pytest.approx(want.item(), rel=5e-6, abs=1e-6) and metrics[
+        "loss"
+    ] == pytest.approx(total, rel=1e-6)
     assert_close(
         got, list(torch.autograd.grad(want, trainer.trained_parameters())), rtol=1e-4, atol=2e-6
     )
