@@ -64,12 +64,12 @@ def check_free(folder: str | os.PathLike, name: str = NAME) -> None:
 
 
 def check_one_process() -> None:
-    """Raise ValueError if a launcher has started several processes for one run."""
+    """Raise ValueError if a launcher has started several processes of what uses one."""
     size = os.environ.get("WORLD_SIZE", "")
     if size not in ("", "1"):
         raise ValueError(
-            f"WORLD_SIZE is {size}: several processes were started, but a run trains in one. Use "
-            "one process (torchrun --nproc-per-node 1), or unset WORLD_SIZE"
+            f"WORLD_SIZE is {size}: several processes were started, but only the commands that "
+            "train can share their work. Use one process, or unset WORLD_SIZE"
         )
 
 

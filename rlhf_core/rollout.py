@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_core import distributed
 from rlhf_core.data import Tokenizer
 from rlhf_core.data.collate import left_pad, unknown_id
 from rlhf_core.generation import generate
@@ -75,43 +76,52 @@ def sample(
     """Sample `num_samples` responses to every prompt of token ids, grouped by prompt.
 
     Arguments as for `generate`. Truncation (top_k, top_p, min_p) warns once, because
-    `response_logprobs` knows the temperature only.
+    `response_logprobs` knows the temperature only. Several processes share the prompts; each gets
+    all responses, which are those of a single process.
     """
     if not (top_k is top_p is min_p is None):
         _warn_of_truncation()
     for i, prompt in enumerate(prompts):
         if fault := unknown_id(prompt, model.config.vocab_size):
             raise ValueError(f"prompt {i} {fault}")
+    pad_id, n = model.config.pad_id or 0, len(prompts) * num_samples
+    if seeds is None:
+        device = model.device if generator is None else generator.device
+        seeds = torch.randint(2**63 - 1, (n,), generator=generator, device=device)
+    if seeds.shape != (n,):
+        raise ValueError(
+            f"seeds have shape {tuple(seeds.shape)}, but there are {len(prompts)} prompts x "
+            f"{num_samples} samples"
+        )
+
+    def generated(own: slice) -> tuple[Tensor, ...]:
+        """Columns of the responses to some prompts."""
+        prompt_ids, prompt_mask = (x.to(model.device) for x in left_pad(prompts[own], pad_id))
+        response = generate(
+            model,
+            prompt_ids,
+            attention_mask=prompt_mask,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            eos_ids=eos_ids,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+            seeds=seeds[own.start * num_samples : own.stop * num_samples],
+        )
+        ids, mask = response.response_ids, response.response_mask
+        return ids, mask, response.logprobs, response.ended
+
+    ids, mask, logprobs, ended = distributed.gather(
+        map(generated, distributed.shares(len(prompts)))
+    )
     prompt_ids, prompt_mask = (
-        x.to(model.device) for x in left_pad(prompts, model.config.pad_id or 0)
+        x.to(model.device).repeat_interleave(num_samples, dim=0) for x in left_pad(prompts, pad_id)
     )
-    response = generate(
-        model,
-        prompt_ids,
-        attention_mask=prompt_mask,
-        max_new_tokens=max_new_tokens,
-        num_samples=num_samples,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        eos_ids=eos_ids,
-        stop_strings=stop_strings,
-        tokenizer=tokenizer,
-        seeds=seeds,
-        generator=generator,
-    )
-    prompt_ids, prompt_mask = (
-        x.repeat_interleave(num_samples, dim=0) for x in (prompt_ids, prompt_mask)
-    )
-    return Rollout(
-        prompt_ids,
-        prompt_mask,
-        response.response_ids,
-        response.response_mask,
-        response.logprobs,
-        response.ended,
-    )
+    return Rollout(prompt_ids, prompt_mask, ids.where(mask, pad_id), mask, logprobs, ended)
 
 
 def join(*rollouts: Rollout) -> Rollout:

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rlhf_core import distributed
 from rlhf_core.data import Example, Tokenizer, collate
 from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import as_taught, count_targets, unknown_id
@@ -185,7 +186,8 @@ class DistillTrainer(Trainer):
         batch, self.response_kls = self.answered(batch, self.generator), []
         metrics = super().step(batch)
         prompts, responses = zip(*(example[:2] for example in batch))
-        self.note_samples(prompts, responses, torch.cat(self.response_kls))
+        (kls,) = distributed.gather((x,) for x in self.response_kls)
+        self.note_samples(prompts, responses, kls)
         return metrics
 
     def answered(self, batch: Sequence[Example], generator: torch.Generator) -> list[Example]:
@@ -205,7 +207,8 @@ class DistillTrainer(Trainer):
         else:
             with self.reference.policy() as teacher:
                 rollout = sample(teacher, [as_taught(x).prompt_ids for x in batch], **options)
-        self.tokens += rollout.response_mask.sum()
+        if not distributed.rank():  # every rank holds all responses
+            self.tokens += rollout.response_mask.sum()
         answers = [
             example._replace(completion_ids=ids, completion_mask=None)
             for example, ids in zip(batch, rollout.responses())
@@ -234,7 +237,8 @@ class DistillTrainer(Trainer):
             for name, values in zip(names, outputs):
                 metrics.add(name, values)
             metrics.add("response_length", tokens.lengths)
-            self.response_kls.append(sequence_means(outputs[1], tokens.lengths))
+            if not distributed.idle():
+                self.response_kls.append(sequence_means(outputs[1], tokens.lengths))
             yield loss
 
     def token_losses(

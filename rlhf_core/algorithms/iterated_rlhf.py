@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlhf_core import distributed
 from rlhf_core.algorithms.ppo import PPOConfig, PPOTrainer
 from rlhf_core.algorithms.reward import RewardConfig, RewardTrainer
 from rlhf_core.checks import check_own
@@ -154,7 +155,7 @@ def iterated_rlhf(
 
         # 4. Compare the policy with all earlier ones.
         answers.append(answer())
-        if folder is not None:
+        if folder is not None and not distributed.rank():
             write_json(folder / SAMPLES, {"pairs": new_pairs, "answers": answers[-1]})
         if len(eval_prompts):
             report["wins"] = [wins_of(answers[-1], old) for old in answers[:-1]]
@@ -237,6 +238,11 @@ def iterated_rlhf_with_people(
         resume: continue the run in `out`, also one that was stopped while it waited.
         on_step: called as on_step(metrics, round) after each round of this process; see `Trainer`.
     """
+    if distributed.launched() > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {distributed.launched()}, but a run that waits for people's labels "
+            "uses one process"
+        )
     first, out = frozen_copy(model), Path(out).absolute()
     check_own(model, tokenizer)
     if len(people.prompts) != len(prompts):

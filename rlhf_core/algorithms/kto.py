@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlhf_core.data import Example
+from rlhf_core import distributed
+from rlhf_core.data import Example, TokenBatch
 from rlhf_core.data.encode import fit
 from rlhf_core.losses import kto_loss, preferred
 from rlhf_core.models import Transformer, eval_mode
@@ -146,11 +147,14 @@ class KTOTrainer(Trainer):
             prompt, (ids,) = fit(row.prompt_ids, [other.completion_ids], limit, bos_id)
             mask = other.completion_mask
             mismatched.append(Example(prompt, ids, None if mask is None else mask[: len(ids)]))
-        total = torch.zeros((), device=self.device)
-        for _, tokens in self.parts(mismatched, packing=self.config.max_length):
+
+        def log_ratios(tokens: TokenBatch) -> tuple[Tensor]:
             with eval_mode(self.model), self.autocast():
                 logps = sequence_sums(target_logprobs(self.model, tokens), tokens.lengths)
             with self.reference.policy() as reference, self.autocast():
                 ref_logps = sequence_sums(target_logprobs(reference, tokens), tokens.lengths)
-            total += (logps - ref_logps).sum()
-        return (total / len(batch)).clamp_min(0)
+            return (logps - ref_logps,)
+
+        parts = self.parts(mismatched, packing=self.config.max_length)
+        (found,) = distributed.gather(log_ratios(tokens) for _, tokens in parts)  # (B,)
+        return found.mean().clamp_min(0)

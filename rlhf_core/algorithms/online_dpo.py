@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_core import distributed
 from rlhf_core.algorithms.dpo import DPOConfig, DPOTrainer
 from rlhf_core.feedback.candidates import (
     ALL_TIED,
@@ -121,7 +122,8 @@ class OnlineDPOTrainer(DPOTrainer):
             raise
         rows = samples.rows()
         self.note_samples(*rows)
-        self.tokens += sum(map(len, rows[1]))
+        if not distributed.rank():  # every rank holds all responses
+            self.tokens += sum(map(len, rows[1]))
         pairs, report = samples.pairs(), sample_metrics(samples)
         if not pairs:
             self.warn_once(ALL_TIED)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_core import distributed
 from rlhf_core.data import Pair, Ranked, Steps, TokenBatch
 from rlhf_core.data.quality import differing, length_bias
 from rlhf_core.losses import (
@@ -188,6 +189,6 @@ class RewardTrainer(Trainer):
         with eval_mode(self.model):
             for start in range(0, len(examples), size):
                 batch = examples[start : start + size]
-                for _, tokens in self.parts(batch, packing=self.config.max_length):
-                    scores.append(self.scores(tokens))
+                parts = self.parts(batch, packing=self.config.max_length)
+                scores += distributed.gather((self.scores(tokens),) for _, tokens in parts)
         return torch.cat(scores).double().cpu()

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rlhf_core import distributed
 from rlhf_core.algorithms.ppo import PPOConfig, PPOTrainer
 from rlhf_core.data.batches import micro_batches, rows
 from rlhf_core.masking import loss_weights
@@ -113,8 +114,9 @@ class TRPOTrainer(PPOTrainer):
 
         # 1. The gradient of the loss, which is minus the surrogate, where the ratio is 1.
         losses = super().minibatch_losses(rollout, experience, before)
-        for loss in super().checked(losses, before, first=True):
-            loss.backward()
+        with distributed.together():
+            for loss in super().checked(losses, before, first=True):
+                loss.backward()
         gradient = take_gradient(self.model)
         if not gradient.isfinite().all():
             self.predict(rollout)  # names the row and token at fault, if there is one
@@ -153,7 +155,7 @@ class TRPOTrainer(PPOTrainer):
         failed = outcome is None and bool(step.any())
         if failed:
             self.warn_once(NO_STEP)
-        kl, gain, after = outcome or (0.0, 0.0, before)
+        kl, gain, after = outcome or (0.0, 0.0, before.over_ranks())
         metrics.merge(after)
         for name, value in {
             "kl": kl,
@@ -176,7 +178,8 @@ class TRPOTrainer(PPOTrainer):
             gain = gain + self.policy_loss(*before, *rest, Metrics())
             gain = gain - self.policy_loss(*now, *rest, metrics)
             total_kl = total_kl + kl.sum()
-        return Outcome(float(total_kl) / self.total(int(mask.sum())), float(gain), metrics)
+        total, gained = distributed.added(float(total_kl), float(gain))
+        return Outcome(total / self.total(int(mask.sum())), gained, metrics.over_ranks())
 
     # ---- the critic
 

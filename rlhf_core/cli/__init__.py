@@ -12,10 +12,11 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import rlhf_core
 from rlhf_core.cli.parser import Help, Parser
+from rlhf_core.locks import check_one_process
 from rlhf_core.training import signals
 
 GROUPS = {  # heading -> module, and what each of its commands does
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except FloatingPointError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        _print_error(name, error)
         return 1
     except KeyboardInterrupt as interrupt:
         note = f"; {interrupt}" if str(interrupt) else ""
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_bad_input(error):
             raise
-        print(f"{name}: error: {_text(error)}", file=sys.stderr)
+        _print_error(name, error)
         return 2
     finally:
         warnings.formatwarning = plain
@@ -154,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(name: str, options: Sequence[str]) -> None:
+    from rlhf_core import distributed
     from rlhf_core.cli.arguments import absolute_paths
     from rlhf_core.cli.config_file import expanded
 
@@ -163,14 +165,41 @@ def _run(name: str, options: Sequence[str]) -> None:
     arguments = parser.parse_args(expanded(parser, name, options))
     arguments.command_line = ["rlhf-core", name, *options]
     absolute_paths(arguments)
-    with signals.handled(signals.stop_at_once):
+    if MODULES[name] != "training":
+        check_one_process()
+    else:
+        distributed.start()
+    with signals.handled(signals.stop_at_once), _quiet_unless_first(), distributed.together():
         command.run(arguments)
 
 
+@contextlib.contextmanager
+def _quiet_unless_first() -> Iterator[None]:
+    """Print nothing on other ranks than the first; errors are printed afterwards."""
+    from rlhf_core import distributed
+
+    with contextlib.ExitStack() as stack:
+        if distributed.rank():
+            nothing = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nothing))
+            stack.enter_context(contextlib.redirect_stderr(nothing))
+        yield
+
+
 def _is_bad_input(error: Exception) -> bool:
+    from rlhf_core.distributed import RankError
     from rlhf_core.feedback.rewards import RewardError
 
-    return isinstance(error, ValueError | OSError | ImportError | RewardError)
+    return isinstance(error, ValueError | OSError | ImportError | RewardError | RankError)
+
+
+def _print_error(name: str, error: Exception) -> None:
+    """Print an error. Of one that all ranks have, the first one prints it."""
+    from rlhf_core import distributed
+
+    if not (distributed.rank() and distributed.is_shared(error)):
+        where = f"rank {distributed.rank()}: " if distributed.rank() else ""
+        print(f"{name}: error: {where}{_text(error)}", file=sys.stderr)
 
 
 def _warning(message, category, filename, lineno, line=None) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from rlhf_core import locks
+from rlhf_core import distributed, locks
 from rlhf_core.cli.config_file import options_of
 from rlhf_core.data import Tokenizer, encode_prompt_row, load_tokenizer, read_prompt_rows
 from rlhf_core.data.chat import Content, texts_of
@@ -280,11 +280,15 @@ def check_unused(arguments: Namespace, names: Iterable[str], reason: str) -> Non
 def held_out(arguments: Namespace) -> Iterator[None]:
     """Hold the folder --out. Raises OSError if another run holds it, or it may not be written."""
     out, resume = arguments.out, getattr(arguments, "resume", False)
-    check_writable(out)
-    with locks.hold(out):
-        used = any(file.name != locks.NAME for file in out.iterdir())
-        if used and not (arguments.overwrite or resume):
-            raise FileExistsError(f"{out} is not empty. Choose another --out, or pass --overwrite")
+    with contextlib.ExitStack() as stack:
+        with distributed.together():
+            if not distributed.rank():
+                check_writable(out)
+                stack.enter_context(locks.hold(out))
+                used = any(file.name != locks.NAME for file in out.iterdir())
+                if used and not (arguments.overwrite or resume):
+                    message = "is not empty. Choose another --out, or pass --overwrite"
+                    raise FileExistsError(f"{out} {message}")
         yield
 
 
@@ -303,10 +307,14 @@ def recorded(arguments: Namespace) -> Iterator[None]:
         arguments.template_date = datetime.datetime.now().date()
     facts = {"command": arguments.command_line, "options": options_of(arguments)}
     facts["data"] = arguments.files = []  # `read` adds what it has read
-    with Trackers(arguments.log or (), arguments.out) as arguments.on_step:
-        with held_out(arguments), recording(arguments.out, **facts):
+    logs = () if distributed.rank() else arguments.log or ()
+    with Trackers(logs, arguments.out) as arguments.on_step:
+        with held_out(arguments), contextlib.ExitStack() as stack:
+            if not distributed.rank():
+                stack.enter_context(recording(arguments.out, **facts))
             yield
-        try_report([arguments.out], arguments.out / PAGE, arguments.out.name)
+        if not distributed.rank():
+            try_report([arguments.out], arguments.out / PAGE, arguments.out.name)
 
 
 def absolute_paths(arguments: Namespace) -> None:

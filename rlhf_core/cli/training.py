@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rlhf_core import data, trainers
+from rlhf_core import data, distributed, trainers
 from rlhf_core.algorithms.iterated_rlhf import iterated_rlhf_with_people
 from rlhf_core.cli import annotation
 from rlhf_core.cli import arguments as shared
@@ -25,12 +26,13 @@ from rlhf_core.data.tokenizer import other_token
 from rlhf_core.feedback.annotation.people import People
 from rlhf_core.feedback.judges import RewardJudge
 from rlhf_core.feedback.rewards import Scorer
-from rlhf_core.locks import check_one_process
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
 from rlhf_core.models.ilql import has_values
 from rlhf_core.models.lora import LoRAConfig, add_adapters, is_reward_model
 from rlhf_core.options import Options
 from rlhf_core.policy_gradient.config import PolicyGradientConfig
+from rlhf_core.training import checkpoint
+from rlhf_core.training.rounds import SETTINGS
 from rlhf_core.training.trainer import Trainer
 
 TEXTS = (
@@ -256,7 +258,7 @@ def _add_iterated_rlhf(parser: ArgumentParser) -> None:
 
 def run_iterated_rlhf(arguments: Namespace) -> None:
     """Read prompts, judge and model, train in rounds, print the last metrics."""
-    check_one_process()
+    resume_after_restart(arguments)
     parts = {}
     for name, (config_type, _) in PARTS.items():
         given = settings(arguments.preset, name) | dict(getattr(arguments, name))
@@ -386,9 +388,19 @@ def _add_adapters(model: Transformer, arguments: Namespace) -> None:
     add_adapters(model, LoRAConfig(rank=arguments.lora_rank, base=str(base), **options))
 
 
+def resume_after_restart(arguments: Namespace) -> None:
+    """Let a run that torchrun has started again continue from its newest checkpoint."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return
+    out = arguments.out
+    begun = bool(checkpoint.find(out)) or (out / SETTINGS).is_file()
+    arguments.resume = distributed.from_rank_0(begun)
+    arguments.overwrite = not arguments.resume  # what there is, this run has written
+
+
 def train_on_data(method: OnData, arguments: Namespace) -> None:
     """Read examples and model, train, print the last metrics."""
-    check_one_process()
+    resume_after_restart(arguments)
     config = shared.config_of(method.config, arguments)
     with shared.recorded(arguments):
         _train_on_data(method, config, arguments)
@@ -462,7 +474,7 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
 
 def _save_as(dtype: torch.dtype, model: nn.Module, out: Path) -> None:
     """Write the model again, unless it has this dtype: trainers save what they hold in memory."""
-    if dtype != next(model.parameters()).dtype:
+    if dtype != next(model.parameters()).dtype and not distributed.rank():
         model.save_pretrained(out, dtype)
 
 
@@ -478,7 +490,7 @@ def _split(examples: list, fraction: float, seed: int) -> tuple[list, list]:
 
 def train_on_prompts(method: OnPrompts, arguments: Namespace) -> None:
     """Read prompts, reward and model, train, print the last metrics."""
-    check_one_process()
+    resume_after_restart(arguments)
     config = shared.config_of(method.config, arguments)
     with shared.recorded(arguments):
         _train_on_prompts(method, config, arguments)

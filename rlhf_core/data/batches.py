@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from rlhf_core import distributed
+
 Tensors = TypeVar("Tensors", bound=NamedTuple)
 
 
@@ -17,11 +19,12 @@ def rows(batch: Tensors, index: Any) -> Tensors:
 
 
 def micro_batches(size: int | None, *batches: Tensor | Tensors) -> Iterator[tuple]:
-    """Slices of at most `size` rows of tensors, or of NamedTuples of tensors, side by side."""
+    """Slices of at most `size` rows of tensors, or of NamedTuples of tensors, side by side.
+
+    They cover this rank's share of the rows.
+    """
     first = batches[0] if isinstance(batches[0], Tensor) else batches[0][0]
-    size = size or len(first)
-    for start in range(0, len(first), size):
-        part = slice(start, start + size)
+    for part in distributed.shares(len(first), size):
         yield tuple(x[part] if isinstance(x, Tensor) else rows(x, part) for x in batches)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_core import distributed
 from rlhf_core.data import Tokenizer, columns_of
 from rlhf_core.feedback.rewards import (
     RewardError,
@@ -120,7 +121,11 @@ def judged(
     wins = torch.full((len(distinct[0]),), 0.5, dtype=torch.float64)
     if differ:
         asked = [[column[row] for row in differ] for column in distinct]
-        wins[differ] = _ask(judge, asked[:3], dict(zip(columns, asked[3:])))
+        ask, found = isinstance(judge, RewardJudge) or not distributed.rank(), None
+        with distributed.together():  # rank 0 alone asks a judge that may cost money
+            if ask:
+                found = _ask(judge, asked[:3], dict(zip(columns, asked[3:])))
+        wins[differ] = distributed.from_rank_0(found)
     wins = wins[place]
     for row, (p, prompt, *responses) in enumerate(zip(wins.tolist(), *texts)):
         if not (0 <= p <= 1 or math.isnan(p)):

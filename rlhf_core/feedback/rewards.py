@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhf_core import distributed
 from rlhf_core.checks import check_own
 from rlhf_core.data import Example, Tokenizer, collate, columns_of, step_ends
 from rlhf_core.data.batches import to_device
@@ -175,15 +176,17 @@ class Scorer:
             if fault := unknown_id(example, vocab_size):
                 raise ValueError(f"row {i} to score {fault}")
         pad_id = self.pad_id if self.pad_id < vocab_size else 0
-        size, device = self.batch_size or len(examples), next(model.parameters()).device
-        parts = []
-        for start in range(0, len(examples), size):
-            tokens = to_device(collate(examples[start : start + size], pad_id), device)
+        device = next(model.parameters()).device
+
+        def scored(own: slice) -> tuple[Tensor]:
+            tokens = to_device(collate(examples[own], pad_id), device)
             if self.of_steps:
-                parts.append(F.logsigmoid(model.token_scores(tokens)))
-            else:
-                parts.append(model.scores(tokens))
-        scores = torch.cat(parts).to(self.device)
+                return (F.logsigmoid(model.token_scores(tokens)),)
+            return (model.scores(tokens),)
+
+        own_rows = distributed.shares(len(examples), self.batch_size)
+        (scores,) = distributed.gather(map(scored, own_rows))
+        scores = scores.to(self.device)
         if not self.of_steps:
             return scores
         ends = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True)  # (B, R)
@@ -191,6 +194,21 @@ class Scorer:
         return scores.new_zeros(ends.shape).masked_scatter(ends, scores)
 
     def _call(self, reward: Callable, prompts: list[list[int]], responses: list) -> Tensor:
+        """The rewards of a callable, which sees all responses to a prompt together.
+
+        Each rank calls it for its share of the prompts.
+        """
+        starts = [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]]
+        own = distributed.share(len(starts))
+        first, stop = ([*starts, len(prompts)][i] for i in (own.start, own.stop))
+        parts = (self._called(reward, prompts[i:stop], responses[i:stop], i) for i in [first])
+        (rewards,) = distributed.gather(parts if first < stop else ())
+        return rewards
+
+    def _called(
+        self, reward: Callable, prompts: list[list[int]], responses: list, first: int
+    ) -> tuple[Tensor]:
+        """The rewards of rows, of which the first has the number `first`."""
         texts = [[self.readable(ids) for ids in column] for column in (prompts, responses)]
         columns = columns_for(reward, 2, columns_of(prompts))
         try:
@@ -201,7 +219,7 @@ class Scorer:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # sys.exit, too
-            where = first_failure(reward, columns, *texts)
+            where = first_failure(reward, columns, *texts, first=first)
             raise RewardError(f"the reward raised {error!r}; {where}") from error
         try:
             if isinstance(returned, dict | set | str | bytes):
@@ -212,14 +230,14 @@ class Scorer:
         if len(rows) != len(responses):
             raise ValueError(f"the reward returned {len(rows)} rows for {len(responses)} responses")
         if all(row.ndim == 0 for row in rows):
-            return torch.stack(rows).to(self.device)
-        for i, (row, response) in enumerate(zip(rows, responses)):
+            return (torch.stack(rows).to(self.device),)
+        for i, (row, response) in enumerate(zip(rows, responses), first):
             if row.shape != (len(response),):
                 raise ValueError(
                     f"the reward of row {i} has shape {tuple(row.shape)}, but the response has "
                     f"{len(response)} tokens. Return one number per response, or one per token"
                 )
-        return pad_sequence(rows, batch_first=True).to(self.device)
+        return (pad_sequence(rows, batch_first=True).to(self.device),)
 
     def _check_finite(self, rewards: Tensor, prompts: list, responses: list) -> None:
         bad = ~rewards.isfinite()
@@ -299,8 +317,13 @@ def columns_for(function: Callable, lists: int, columns: Mapping[str, list]) -> 
     }
 
 
-def first_failure(function: Callable, columns: dict, prompts: list, *responses: list) -> str:
-    """Call a reward or judge with single rows; says on which row it raises."""
+def first_failure(
+    function: Callable, columns: dict, prompts: list, *responses: list, first: int = 0
+) -> str:
+    """Call a reward or judge with single rows; says on which row it raises.
+
+    first: the number of the first row.
+    """
     for row, (prompt, *texts) in enumerate(zip(prompts, *responses)):
         try:
             with no_hard_exit():
@@ -310,7 +333,7 @@ def first_failure(function: Callable, columns: dict, prompts: list, *responses: 
             raise
         except BaseException:
             shown = " and ".join(map(repr, texts))
-            return f"it also raises on row {row} alone: prompt {prompt!r}, response {shown}"
+            return f"it also raises on row {first + row} alone: prompt {prompt!r}, response {shown}"
     return f"it raises on all {len(prompts)} rows together, on no row alone"
 
 

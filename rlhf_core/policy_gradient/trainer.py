@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_core import distributed
 from rlhf_core.data import Example, Tokenizer
 from rlhf_core.data.batches import micro_batches, rows
 from rlhf_core.data.collate import count_targets
@@ -214,7 +215,8 @@ class PolicyGradientTrainer(Trainer):
             generator=self.generator,
         )
         rollout = sample(self.sampled_policy, batch, **(settings | options))
-        self.tokens = self.tokens + rollout.response_mask.sum()
+        if not distributed.rank():  # every rank holds all responses
+            self.tokens = self.tokens + rollout.response_mask.sum()
         return rollout
 
     @torch.no_grad()
@@ -259,22 +261,24 @@ class PolicyGradientTrainer(Trainer):
         minibatch's ratio is 1 even if a fast decoder rounds differently; `val/rollout_mismatch`
         reports the difference.
         """
-        parts = []
-        for (part,) in micro_batches(self.config.micro_batch_size, rollout):
-            mask = part.response_mask
-            with self.autocast():
-                hidden = response_hidden(self.model, part)  # (N, D)
-                tokens = self.head(part).token_logprobs(
-                    hidden, part.response_ids[mask], temperature=self.config.temperature
-                )
-            logprobs, entropy = scatter(tokens.logprobs, mask), scatter(tokens.entropy, mask)
-            ref_logprobs, kl = self.compare(part, logprobs, hidden)
-            values = self.predict_values(part, hidden)
-            parts.append(Predictions(logprobs, entropy, ref_logprobs, kl, values))
-        columns = (None if x[0] is None else torch.cat(x) for x in zip(*parts))
-        predictions = Predictions(*columns)
+        size = self.config.micro_batch_size
+        parts = (self._predict(part) for (part,) in micro_batches(size, rollout))
+        predictions = Predictions(*distributed.gather(parts))
         self.check_predictions(predictions)
         return predictions
+
+    def _predict(self, rollout: Rollout) -> Predictions:
+        """The predictions of some rows."""
+        mask = rollout.response_mask
+        with self.autocast():
+            hidden = response_hidden(self.model, rollout)  # (N, D)
+            tokens = self.head(rollout).token_logprobs(
+                hidden, rollout.response_ids[mask], temperature=self.config.temperature
+            )
+        logprobs, entropy = scatter(tokens.logprobs, mask), scatter(tokens.entropy, mask)
+        ref_logprobs, kl = self.compare(rollout, logprobs, hidden)
+        values = self.predict_values(rollout, hidden)
+        return Predictions(logprobs, entropy, ref_logprobs, kl, values)
 
     def predict_values(self, rollout: Rollout, hidden: Tensor) -> Tensor | None:
         """The critic's values (B, R), from the policy's hidden states if they share the trunk."""
@@ -363,12 +367,12 @@ class PolicyGradientTrainer(Trainer):
                 try:
                     norm = self.optimize(chain(losses, self.ptx_losses(len(index), seen)))
                 except EarlyStop:
-                    metrics.merge(seen)
+                    metrics.merge(seen.over_ranks())
                     return
                 except FloatingPointError as error:
                     self.predict(rollout)  # names the row and token at fault, if there is one
                     raise FloatingPointError(f"{error}; perhaps {DIVERGED}") from None
-                metrics.merge(seen)
+                metrics.merge(seen.over_ranks())
                 metrics.add("grad_norm", torch.tensor(norm))
 
     def minibatch_losses(
@@ -389,7 +393,7 @@ class PolicyGradientTrainer(Trainer):
                 self.autocast(),
             ):
                 hidden = response_hidden(self.model, part)  # (N, D)
-                self.tokens += len(hidden)
+                self.tokens += 0 if distributed.idle() else len(hidden)
                 (loss,) = self.head(part).token_loss(
                     hidden,
                     part.response_ids[mask],
@@ -556,7 +560,7 @@ class PolicyGradientTrainer(Trainer):
         config = self.config
         if not first and config.max_approx_kl is None:
             return  # the means below wait for the device
-        means = metrics.means()
+        means = metrics.over_ranks().means()
         ratio, approx_kl = means["val/ratio"], means["policy/approxkl_avg"]
         error = max(abs(ratio - 1), approx_kl)
         if first and error > MAX_FIRST_ERROR[config.precision] and not config.dropout:

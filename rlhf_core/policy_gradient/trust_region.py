@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rlhf_core import distributed
 from rlhf_core.checks import at_least_float32
 from rlhf_core.models import Transformer
 from rlhf_core.models.transformer import LOGITS_AT_ONCE, in_chunks
@@ -71,8 +72,9 @@ def unflat(vector: Tensor, like: Weights) -> Weights:
 
 
 def take_gradient(model: nn.Module) -> Tensor:
-    """The gradient that backward passes have left in the model, as a vector; clears it."""
+    """The gradient that backward passes of all ranks have left, as a vector; clears it."""
     parameters = trained_weights(model).values()
+    distributed.add_gradients(list(parameters))
     vector = flat(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
     for p in parameters:
         p.grad = None

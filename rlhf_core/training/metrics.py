@@ -8,12 +8,15 @@ import sys
 import torch
 from torch import Tensor
 
+from rlhf_core import distributed
+
 
 class Metrics:
-    """Means kept as sums and counts until they are read."""
+    """Means kept as sums and counts until they are read. An idle rank adds nothing."""
 
     def __init__(self):
         self._sums: dict[str, list] = {}
+        self._whole: set[str] = set()  # names of values that come in parts, see `add_part`
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Add the values under a True mask of the same shape, or all values."""
@@ -28,9 +31,13 @@ class Metrics:
 
     def add_part(self, name: str, part: Tensor) -> None:
         """Add a part of one value, such as a micro-batch's part of a minibatch's loss."""
-        self._sums.setdefault(name, [0, 1])[0] += part.detach()
+        if not distributed.idle():
+            self._whole.add(name)
+            self._sums.setdefault(name, [0, 1])[0] += part.detach()
 
-    def _add(self, name: str, total: Tensor, count: Tensor | int) -> None:
+    def _add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        if distributed.idle():
+            return
         entry = self._sums.setdefault(name, [0, 0])
         entry[0] += total
         entry[1] += count
@@ -39,6 +46,22 @@ class Metrics:
         """Add everything that `other` holds."""
         for name, (total, count) in other._sums.items():
             self._add(name, total, count)
+
+    def over_ranks(self) -> Metrics:
+        """What all ranks have added, each of its own rows; the same on every rank."""
+        if distributed.size() == 1:
+            return self
+        own = {
+            name: (float(x), float(n), name in self._whole) for name, (x, n) in self._sums.items()
+        }
+        merged = Metrics()
+        for sums in distributed.gather_objects(own):
+            for name, (total, count, whole) in sums.items():
+                if whole:
+                    merged._sums.setdefault(name, [0, count])[0] += total
+                else:
+                    merged._add(name, total, count)
+        return merged
 
     def means(self) -> dict[str, float]:
         """The means; a name whose masks were all False is left out."""

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rlhf_core import distributed
 from rlhf_core.data.collate import as_group, count_targets
 from rlhf_core.files import check_replaceable, check_writable
 from rlhf_core.models import eval_mode
@@ -98,7 +99,7 @@ class ReferenceLogprobs:
         Args:
             path: read if the file exists, else written.
             compute: called with the reference; yields lists of examples with the log-probs of each
-                one's targets, until all `examples` are covered.
+                one's targets. Those of all ranks cover all `examples`.
 
         Raises:
             ValueError: the file is damaged, belongs to another reference or precision, or lacks an
@@ -108,17 +109,22 @@ class ReferenceLogprobs:
         self.made_of = {"reference": model_digest(reference), "precision": precision}
         if path.is_dir():
             raise IsADirectoryError(f"reference_logprobs {path} is a directory, not a file")
-        if path.is_file():
+        if distributed.from_rank_0(path.is_file()):
             self._logprobs = _read(path, self.made_of)
         else:
             check_replaceable(path)
             check_writable(path.parent)
-            self._logprobs = {
-                _key(example): logprobs.cpu()
-                for batch, parts in compute(reference)
-                for example, logprobs in zip(batch, parts)
-            }
-            _write(path, self.made_of, self._logprobs)
+            with distributed.together():
+                own = {
+                    _key(example): logprobs.cpu()
+                    for batch, parts in compute(reference)
+                    for example, logprobs in zip(batch, parts)
+                }
+            ranks = distributed.gather_objects(own)
+            self._logprobs = {key: x for found in ranks for key, x in found.items()}
+            with distributed.together():
+                if not distributed.rank():
+                    _write(path, self.made_of, self._logprobs)
         for i, example in enumerate(examples):
             logprobs = self._logprobs.get(_key(example))
             if logprobs is not None and len(logprobs) != count_targets(example):

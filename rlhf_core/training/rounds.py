@@ -21,17 +21,18 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from rlhf_core import distributed
 from rlhf_core.data import Tokenizer
 from rlhf_core.feedback.candidates import Candidates, prompts_for
 from rlhf_core.feedback.judges import JudgeScorer
 from rlhf_core.feedback.rewards import Scorer
 from rlhf_core.files import read_object, replacing, subfolder, write_json
-from rlhf_core.locks import check_one_process, hold
+from rlhf_core.locks import hold
 from rlhf_core.models import Transformer
 from rlhf_core.training import checkpoint, signals
 from rlhf_core.training.held_out import evaluate_answers
 from rlhf_core.training.reference import Reference
-from rlhf_core.training.run_file import OLD_NAME, recording
+from rlhf_core.training.run_file import OLD_NAME, RunFile, recording
 from rlhf_core.training.run_log import (
     SAMPLES,
     OnStep,
@@ -86,7 +87,7 @@ def run_rounds(
         KeyboardInterrupt: on Ctrl-C, SIGTERM or SIGHUP. A trainer inside a round leaves its
             checkpoint, as `Trainer.train` does; other work of a round is repeated when it resumes.
     """
-    check_one_process()
+    distributed.check_started()
     check_on_step(on_step)
     options = dict(fixed=fixed, scorer=scorer, tokenizer=tokenizer, resume=resume)
     options |= dict(on_step=on_step, restore=restore)
@@ -95,7 +96,13 @@ def run_rounds(
             raise ValueError("a run without out cannot be resumed")
         return _run_rounds(algorithm, model, config, train_round, out=None, run=None, **options)
     out = out.absolute()  # a reward may call os.chdir
-    with hold(out), signals.handled(signals.stop_at_once), recording(out) as run:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(signals.handled(signals.stop_at_once))
+        run = RunFile(out, {})
+        with distributed.together():
+            if not distributed.rank():
+                stack.enter_context(hold(out))
+                run = stack.enter_context(recording(out))
         return _run_rounds(algorithm, model, config, train_round, out=out, run=run, **options)
 
 
@@ -117,7 +124,11 @@ def _run_rounds(
             "digest": _digest(model, *fixed.values(), *models),
         }
         settings = json.loads(json.dumps(settings))
-        history, settings[LAST] = _begin(out, settings, resume)
+        begun: tuple[History, str | None] = [], None
+        with distributed.together():
+            if not distributed.rank():
+                begun = _begin(out, settings, resume)
+        history, settings[LAST] = distributed.from_rank_0(begun)
     if len(history) > config.rounds:
         raise ValueError(f"{out}: {len(history)} rounds are done, this run ends at {config.rounds}")
     for number in range(1, len(history) + 1):
@@ -134,30 +145,35 @@ def _run_rounds(
             f"{settings[LAST]:.8}, now {checkpoint.digest(model):.8}). Restore the folder, or "
             "start a new run"
         )
-    if out is not None:
+    writes = out is not None and not distributed.rank()
+    if writes:
         facts = {"algorithm": algorithm, "steps_done": len(history), "total_steps": config.rounds}
         facts |= {"seed": config.seed, "options": asdict(config), **described}
         run.start({**facts, "device": str(model.device)}, resumed=resume)
     for number in range(len(history) + 1, config.rounds + 1):
         torch.manual_seed(config.seed + number)
         folder = None if out is None else subfolder(out, f"round-{number}")
-        with contextlib.nullcontext() if folder is None else hold(folder):
+        with hold(folder) if writes else contextlib.nullcontext(), distributed.together():
             metrics = train_round(config.seed + number, folder, history)
         history.append({"round": number, **metrics})
-        if out is not None:
-            last = {"round": number, "digest": checkpoint.digest(model)}
-            write_json(out / SETTINGS, settings | {LAST: last})
-            lines = "".join(json.dumps(line) + "\n" for line in history)
-            with replacing(out / "metrics.jsonl") as file:
-                file.write(lines.encode())
-            run.facts["steps_done"] = number
-        print(f"{algorithm}: finished round {number}/{config.rounds}", file=sys.stderr)
-        notify(on_step, history[-1], "round")
-    if out is not None:
-        model.save_pretrained(out)
-        if tokenizer is not None:
-            tokenizer.save(out)
-        run.facts["status"] = "finished"
+        with distributed.together():
+            if writes:
+                last = {"round": number, "digest": checkpoint.digest(model)}
+                write_json(out / SETTINGS, settings | {LAST: last})
+                lines = "".join(json.dumps(line) + "\n" for line in history)
+                with replacing(out / "metrics.jsonl") as file:
+                    file.write(lines.encode())
+                run.facts["steps_done"] = number
+        with distributed.together():
+            if not distributed.rank():
+                print(f"{algorithm}: finished round {number}/{config.rounds}", file=sys.stderr)
+            notify(on_step, history[-1], "round")
+    with distributed.together():
+        if writes:
+            model.save_pretrained(out)
+            if tokenizer is not None:
+                tokenizer.save(out)
+            run.facts["status"] = "finished"
     return history
 
 
@@ -181,7 +197,7 @@ def log_samples(
 ) -> None:
     """Write some of a round's responses to samples.jsonl, where sample_every asks for them."""
     every = config.sample_every
-    if not every or (number > 1 and number % every):
+    if not every or (number > 1 and number % every) or distributed.rank():
         return
     rows = sample_rows("round", number, *samples.rows(), tokenizer)
     if out is not None:
@@ -200,7 +216,7 @@ def with_seed(config: Config, seed: int) -> Config:
 
 def resumed(trainer: Trainer) -> Trainer:
     """The trainer, moved to the checkpoint in its `out` if there is one."""
-    if trainer.out is not None and checkpoint.find(trainer.out):
+    if trainer.out is not None and distributed.from_rank_0(bool(checkpoint.find(trainer.out))):
         trainer.resume()
     return trainer
 

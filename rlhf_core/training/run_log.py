@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_core import distributed
 from rlhf_core.files import naming, open_for_append, replacing
 from rlhf_core.training import checkpoint
 
@@ -34,6 +35,7 @@ class RunLog:
         main_metric: str,
         steps_done: int,
         total_steps: int,
+        quiet: bool = False,
     ):
         """
         Args:
@@ -41,10 +43,11 @@ class RunLog:
             out: folder of the file; None writes none.
             main_metric: the metric on the terminal.
             steps_done: steps before this process, whose lines are kept.
+            quiet: show nothing on the terminal.
         """
         self.algorithm, self.config, self.out = algorithm, config, out
         self.main_metric, self.steps_done, self.total_steps = main_metric, steps_done, total_steps
-        self.file, self.bar = None, None
+        self.quiet, self.file, self.bar = quiet, None, None
         self.history: list[dict[str, float]] = []  # of the steps done before
         self.started = time.monotonic()
 
@@ -54,7 +57,7 @@ class RunLog:
             self.file = open_for_append(self.out / "metrics.jsonl")
             for name in (TIMINGS, SAMPLES):
                 drop_later(self.out / name, "step", self.steps_done)
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.quiet:
             try:
                 from tqdm import tqdm
 
@@ -81,7 +84,8 @@ class RunLog:
 
     def sync(self) -> None:
         """Flush the lines to disk, before a checkpoint that counts on them."""
-        os.fsync(self.file.fileno())
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
     def write(
         self, metrics: dict[str, float], timings: dict[str, float], samples: list[dict]
@@ -95,6 +99,8 @@ class RunLog:
                 self.file.flush()
             append_rows(self.out / TIMINGS, [timings])
             append_rows(self.out / SAMPLES, samples)
+        if self.quiet:
+            return
         with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
             self._show(step, metrics)
             if self.config.get("print_samples"):
@@ -151,12 +157,12 @@ def check_on_step(on_step: Any) -> None:
 
 
 def notify(on_step: OnStep | None, metrics: dict[str, Any], counter: str) -> None:
-    """Call on_step with a copy of the metrics of a step or round, and its number.
+    """Call on_step, on rank 0, with a copy of the metrics of a step or round, and its number.
 
     Raises:
         RuntimeError: on_step raised; the message names the step or round.
     """
-    if on_step is None:
+    if on_step is None or distributed.rank():
         return
     number = metrics[counter]
     try:

@@ -1,7 +1,7 @@
 """The loop that all trainers share: batches, optimiser steps with exact accumulation, evaluation,
 checkpoints.
 
-Left out so far: several devices.
+Several processes share each step's forward passes, see distributed.py: every rank runs this loop.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_core import distributed
 from rlhf_core.checks import check_own
 from rlhf_core.data import Example, TokenBatch, Tokenizer, collate
 from rlhf_core.data.batches import to_device
@@ -31,7 +32,7 @@ from rlhf_core.feedback.endpoint import JudgeError
 from rlhf_core.feedback.judges import Judge, JudgeScorer
 from rlhf_core.feedback.rewards import RewardError, Scorer
 from rlhf_core.files import replacing_folder
-from rlhf_core.locks import check_one_process, hold
+from rlhf_core.locks import hold
 from rlhf_core.models.hub import stale_adapters
 from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.training import checkpoint, signals
@@ -41,7 +42,7 @@ from rlhf_core.training.held_out import evaluate_answers
 from rlhf_core.training.metrics import Metrics, peak_memory
 from rlhf_core.training.monitors import alarms
 from rlhf_core.training.reference import Reference
-from rlhf_core.training.run_file import recording
+from rlhf_core.training.run_file import RunFile, recording
 from rlhf_core.training.run_log import OnStep, RunLog, check_on_step, notify, sample_rows
 
 PRETRAINING_BEFORE = "pretraining/loss_before"
@@ -103,7 +104,7 @@ class Trainer:
             raise TypeError(
                 f"{self.algorithm} trains a model of type {wanted}, got {type(model).__name__}"
             )
-        check_one_process()
+        distributed.check_started()
         check_on_step(on_step)
         if not len(examples):
             raise ValueError("there are no examples to train on")
@@ -243,16 +244,22 @@ class Trainer:
     def parts(
         self, batch: list, *, packing: int | None = None
     ) -> Iterator[tuple[list, TokenBatch]]:
-        """Micro-batches: examples and their tokens on the model's device; packing as `collate`."""
-        size = self.config.micro_batch_size or len(batch)
-        for start in range(0, len(batch), size):
-            part = batch[start : start + size]
+        """Micro-batches of this rank's rows: examples and their tokens on the model's device.
+
+        packing: as for `collate`.
+        """
+        for own in distributed.shares(len(batch), self.config.micro_batch_size):
+            part = batch[own]
             tokens = collate(part, self.pad_id, packing=packing)
-            self.tokens += len(tokens.targets)
+            if not distributed.idle():
+                self.tokens += len(tokens.targets)
             yield part, to_device(tokens, self.device)
 
     def total(self, count: int) -> int:
-        """The count over the whole batch: the one denominator of a mean loss; at least 1."""
+        """The count over the whole batch: the one denominator of a mean loss; at least 1.
+
+        Every rank holds the whole batch, so it needs no exchange.
+        """
         return max(count, 1)
 
     # ---- one step
@@ -278,14 +285,15 @@ class Trainer:
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; {self._blame(batch)}") from None
         lr = self.optimizer.param_groups[0]["lr"]
-        return metrics.means() | {"grad_norm": grad_norm, "lr": lr}
+        return metrics.over_ranks().means() | {"grad_norm": grad_norm, "lr": lr}
 
     @torch.no_grad()
     def _blame(self, batch: list) -> str:
         """Name the examples whose loss alone is not finite, or say what to try."""
         bad = []
         for at, row in enumerate(batch):
-            with contextlib.suppress(ValueError):  # some losses need several rows
+            # Some losses need several rows.
+            with distributed.alone(), contextlib.suppress(ValueError):
                 if not all(loss.isfinite() for loss in self.losses([row], Metrics())):
                     places = (f"example {i}" for i, x in enumerate(self.examples) if x is row)
                     bad.append(next(places, f"row {at}, {row},"))  # a sampled row has no place
@@ -300,7 +308,7 @@ class Trainer:
         return "every row's loss alone is finite: try a smaller lr, or precision float32"
 
     def optimize(self, losses: Iterator[Tensor]) -> float:
-        """Add up the gradients of the losses, clip them and step.
+        """Add up the gradients of the losses of all ranks, clip them and step.
 
         Returns:
             The gradient's norm before clipping.
@@ -309,15 +317,19 @@ class Trainer:
             FloatingPointError: loss or gradient are not finite; the weights are unchanged.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        total_loss = 0.0
-        for loss in losses:
-            loss.backward()
-            total_loss += loss.detach()
+        total_loss: float | Tensor = 0.0
+        with distributed.together():
+            for loss in losses:
+                loss = loss * 0 if distributed.idle() else loss
+                loss.backward()
+                total_loss += loss.detach()
+        (total_loss,) = distributed.added(float(total_loss))
         parameters = self.trained_parameters()
+        distributed.add_gradients(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
         total_norm = nn.utils.get_total_norm(gradients)
         grad_norm = float(total_norm)
-        for name, value in (("gradient's norm", grad_norm), ("loss", float(total_loss))):
+        for name, value in (("gradient's norm", grad_norm), ("loss", total_loss)):
             if not math.isfinite(value):
                 raise FloatingPointError(f"the {name} is {value}; no weight was updated")
         if grad_norm > self.config.max_grad_norm:
@@ -344,7 +356,7 @@ class Trainer:
             for _ in self.losses(list(examples[start : start + size]), metrics):
                 pass
         self.model.train(self.config.dropout)
-        return metrics.means()
+        return metrics.over_ranks().means()
 
     def _evaluate_prompts(self) -> dict[str, float]:
         try:
@@ -377,7 +389,7 @@ class Trainer:
                 with self.autocast():
                     completion_loss(self.model, tokens, 1, metrics)
         self.model.train(self.config.dropout)
-        return metrics.means()["loss"]
+        return metrics.over_ranks().means()["loss"]
 
     # ---- the run
 
@@ -392,11 +404,10 @@ class Trainer:
             BlockingIOError: another process or thread trains into `out`.
             FileNotFoundError: `out` was removed while the run went on. See also `advance`.
         """
+        self._check_same_run()
         if self.out is None:
             return self._train(signals.DelayedStop())
-        with hold(self.out), signals.delayed() as delayed, recording(self.out) as run:
-            stale_adapters(self.out)  # refuses now what it would refuse at the end
-            run.start(self._facts(), resumed=self.steps_done > 0)
+        with signals.delayed() as delayed, self._recording() as run:
             try:
                 history = self._train(delayed)
             finally:
@@ -409,35 +420,67 @@ class Trainer:
                 raise signals.stop(delayed.signum, done)
             return history
 
+    def _check_same_run(self) -> None:
+        """Raise ValueError if ranks differ in weights, data or options."""
+        if distributed.size() == 1:
+            return
+        run, weights = self._run(), checkpoint.digest(*self.trained_parameters())
+        facts = {**run["settings"], **run["digests"], "trained weights": weights}
+        first, *others = distributed.gather_objects(facts)
+        for rank, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise ValueError(
+                        f"rank {rank} has another {name} than rank 0: {other[name]!r:.60}, not "
+                        f"{value!r:.60}. Give all processes the same command, files and seed"
+                    )
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[RunFile]:
+        """Hold `out`, and record the run in its run.json. Rank 0 does; the others only wait."""
+        with contextlib.ExitStack() as stack:
+            run = RunFile(self.out, {})
+            with distributed.together():
+                if not distributed.rank():
+                    stack.enter_context(hold(self.out))
+                    run = stack.enter_context(recording(self.out))
+                    stale_adapters(self.out)  # refuses now what it would refuse at the end
+                    run.start(self._facts(), resumed=self.steps_done > 0)
+            yield run
+
     def _train(self, delayed: signals.DelayedStop) -> list[dict[str, float]]:
+        writes = self.out is not None and not distributed.rank()
         log = RunLog(
             self.algorithm,
             asdict(self.config),
-            self.out,
+            self.out if writes else None,
             main_metric=self.main_metric,
             steps_done=self.steps_done,
             total_steps=self.total_steps,
+            quiet=distributed.rank() > 0,
         )
         with log:
-            history = log.history
+            history = distributed.from_rank_0(log.history)
             best = max(map(self._value_to_keep, history), default=-math.inf)
             for batch in itertools.islice(self.batches(), self.steps_done, self.total_steps):
                 history.append(self.advance(batch))
                 last, every = self.steps_done == self.total_steps, self.config.save_every
                 if last and PRETRAINING_BEFORE in history[0]:
                     history[-1][PRETRAINING_BEFORE] = history[0][PRETRAINING_BEFORE]
-                log.write(history[-1], self.timings, self.samples)
-                self._notify(log)
+                delayed.signum = max(distributed.gather_objects(delayed.signum or 0)) or None
                 for monitor, message in alarms(history, self.config.eval_every).items():
                     self.warn_once(message, monitor.advice, self.steps_done)
                 value = self._value_to_keep(history[-1])
-                if value > best and self.out is not None:
-                    best = value
-                    self.save_checkpoint(checkpoint.BEST_NAME)
                 due = every and self.out and (last or self.steps_done % every == 0)
-                if delayed.signum or due:
-                    log.sync()
-                    path = self.save_checkpoint()
+                with distributed.together():
+                    log.write(history[-1], self.timings, self.samples)
+                    self._notify(log, history[-1])
+                    if value > best and self.out is not None:
+                        best = value
+                        self.save_checkpoint(checkpoint.BEST_NAME)
+                    if delayed.signum or due:
+                        log.sync()
+                        path = self.save_checkpoint()
                 if delayed.signum and not last:
                     saved = f"step {self.steps_done} is saved in {path}"
                     raise signals.stop(delayed.signum, saved)
@@ -448,14 +491,15 @@ class Trainer:
                 self._warn_if_unmoved(history[0])
             self.finish(history[-1])
             self.finished = True
-        if self.out is not None:
-            self.save(self.out)
+        with distributed.together():
+            if writes:
+                self.save(self.out)
         return history
 
-    def _notify(self, log: RunLog) -> None:
+    def _notify(self, log: RunLog, metrics: dict[str, float]) -> None:
         """Call on_step; if it raises, leave a checkpoint, because the step itself is done."""
         try:
-            notify(self.on_step, log.history[-1] | self.timings, "step")
+            notify(self.on_step, metrics | self.timings, "step")
         except RuntimeError as error:
             if self.out is None:
                 raise
@@ -475,27 +519,30 @@ class Trainer:
         step, every = self.steps_done + 1, self.config.eval_every
         last = step == self.total_steps
         self._set_lr()
+        if self.config.dropout and distributed.rank():  # other rows, so other masks than rank 0's
+            torch.manual_seed((self.config.seed + step) * distributed.size() + distributed.rank())
         try:
             metrics: dict[str, float] = {"step": step}
             if len(self.pretraining_examples) and step == 1:
                 metrics[PRETRAINING_BEFORE] = self.pretraining_loss()
             self.tokens, self.samples, started = 0, [], time.monotonic()
-            metrics |= self.step(batch)
-            self._time(step, time.monotonic() - started)
-            self.steps_done = step
-            due = last or (every and step % every == 0)
-            if len(self.eval_examples) and due:
-                metrics |= self.evaluate()
-            if len(self.pretraining_examples) and due:
-                metrics["pretraining/loss"] = self.pretraining_loss()
-            return metrics | self.last_metrics() if last else metrics
+            with distributed.together():
+                metrics |= self.step(batch)
+                self._time(step, time.monotonic() - started)
+                self.steps_done = step
+                due = last or (every and step % every == 0)
+                if len(self.eval_examples) and due:
+                    metrics |= self.evaluate()
+                if len(self.pretraining_examples) and due:
+                    metrics["pretraining/loss"] = self.pretraining_loss()
+                return metrics | self.last_metrics() if last else metrics
         except Exception as error:
             saved = ""
-            if self.out:
+            if self.out and not distributed.rank():
                 # A judge may work again later, so that run is to be resumed.
                 name = None if isinstance(error, JudgeError) else checkpoint.ERROR_NAME
                 saved = f"; the state is saved in {self.save_checkpoint(name)}"
-            plain = (FloatingPointError, ValueError, RuntimeError)
+            plain = (FloatingPointError, ValueError, RuntimeError, distributed.RankError)
             if type(error) not in plain and not isinstance(error, RewardError):
                 raise
             raise type(error)(f"step {step}: {error}{saved}") from error
@@ -519,10 +566,11 @@ class Trainer:
             print(f"best {wanted} {value:.4g} at step {best['step']}: {place}", file=sys.stderr)
 
     def _time(self, step: int, seconds: float) -> None:
+        (tokens,) = distributed.added(float(self.tokens))
         self.timings = {
             "step": step,
             "time/step_s": seconds,
-            "time/tokens_per_s": float(self.tokens) / max(seconds, 1e-9),
+            "time/tokens_per_s": tokens / max(seconds, 1e-9),
             "memory/peak_mb": peak_memory(self.device),
         }
 
@@ -585,9 +633,13 @@ class Trainer:
     def save_checkpoint(self, name: str | None = None) -> Path:
         """Write the model and the run's state to a folder in `out`; returns its path.
 
+        Of several processes rank 0 writes, because their states are equal.
+
         name: of the folder; None means checkpoint-STEP, which also removes older ones: see `keep`.
         """
         path = self.out / (name or f"{checkpoint.NAME}-{self.steps_done}")
+        if distributed.rank():
+            return path
         checkpoint.check_ours(path)
         with hold(self.out):
             with replacing_folder(path) as folder:

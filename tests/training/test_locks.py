@@ -214,7 +214,13 @@ def test_a_launcher_with_several_processes_is_refused_before_anything_is_read(
     size, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setenv("WORLD_SIZE", size)
-    message = f"WORLD_SIZE is {size}: several processes were started, but a run trains in one"
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    message = f"WORLD_SIZE is {size}: several processes were started for one run"
+    alone = f"WORLD_SIZE is {size}: several processes were started, but only the commands that"
+    unset = f"WORLD_SIZE is {size}, but RANK and MASTER_ADDR and MASTER_PORT are not set"
+    if size == "x":
+        message = unset = "WORLD_SIZE must be a number of processes, got 'x'"
     for make in (make_ppo, lambda: make_trainer("dpo")):
         with pytest.raises(ValueError, match=message):
             make()
@@ -222,12 +228,13 @@ def test_a_launcher_with_several_processes_is_refused_before_anything_is_read(
         rft(tiny(), [[5]], RFTConfig(response_length=4), reward=len)
     paths = ["--model", tmp_path / "none", "--out", tmp_path / "out"]
     reward = ["--reward-model", tmp_path / "none"]
-    for command in (
-        ["sft", *paths, "--data", tmp_path / "none.jsonl"],
-        ["ppo", *paths, "--prompts", tmp_path / "none.jsonl", *reward],
-        ["demo", "--out", tmp_path / "out"],
+    for found, command in (
+        (unset, ["sft", *paths, "--data", tmp_path / "none.jsonl"]),
+        (unset, ["ppo", *paths, "--prompts", tmp_path / "none.jsonl", *reward]),
+        (alone, ["demo", "--out", tmp_path / "out"]),
+        (alone, ["generate", "--model", tmp_path / "none", "--prompt", "x"]),
     ):
-        assert message in refusal(capsys, *command)
+        assert found in refusal(capsys, *command)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,32 @@
+import pytest
+
+from rlhf_core.benchmarks import ranks
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {name: ranks.result_of(name) for name in ranks.CASES}
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_several_processes_train_every_method_as_one_does(world, expected):
+    """Row 60: batches of 4 and 5 rows, so that ranks have unequal shares, and last ones of 3."""
+    found = ranks.in_world(world, list(ranks.CASES))
+    for name, right in expected.items():
+        of_weights, of_metrics = ranks.difference(found[name], right)
+        assert of_weights < 1e-6 and of_metrics < 1e-4, (name, of_weights, of_metrics)
+
+
+def test_the_comparison_finds_a_difference(expected):
+    weights, history = expected["sft"]
+    name = next(iter(weights))
+    other = weights | {name: weights[name] + 1e-3}, [*history[:-1], history[-1] | {"loss": 9.0}]
+    of_weights, of_metrics = ranks.difference(other, (weights, history))
+    assert of_weights == pytest.approx(1e-3, rel=1e-2) and of_metrics > 1
+
+
+def test_training_moves_the_weights_far_beyond_the_tolerance(expected):
+    moved = ranks.difference(expected["ppo"], (expected["a2c"][0], expected["ppo"][1]))[0]
+    assert moved > 1e-4

@@ -1,0 +1,355 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import (
+    TEXTS,
+    fives,
+    make_ppo,
+    make_trainer,
+    model_folders,
+    rows,
+    run,
+    run_ranks,
+    snapshot,
+    tiny,
+    write,
+)  # fmt: skip
+from safetensors.torch import load_file
+
+from rlhf_core import distributed
+from rlhf_core.feedback.rewards import RewardError
+from rlhf_core.training.metrics import Metrics
+
+# ---- shares
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 12])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_shares_cover_every_row_once_in_order_and_differ_by_at_most_one(n, world, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: world)
+    found, sizes = [], []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        own = distributed.share(n)
+        sizes.append(own.stop - own.start)
+        for part in distributed.shares(n, 2):
+            assert 0 < part.stop - part.start <= 2
+            found += range(part.start, part.stop)
+    assert found == list(range(n)) and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("n", [1, 4, 7])
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+def test_in_lockstep_all_ranks_take_equally_many_slices(n, at_once, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    monkeypatch.setitem(distributed._state, "lockstep", True)
+    found, counts = [], []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        slices = [(part, distributed.idle()) for part in distributed.shares(n, at_once)]
+        counts.append(len(slices))
+        found += [i for part, idle in slices if not idle for i in range(part.start, part.stop)]
+        assert all(part == slice(0, 1) for part, idle in slices if idle)
+        assert not distributed.idle()
+    assert found == list(range(n)) and len(set(counts)) == 1
+
+
+def test_an_idle_rank_adds_nothing_to_metrics(monkeypatch):
+    metrics = Metrics()
+    monkeypatch.setitem(distributed._state, "idle", True)
+    metrics.add("loss", torch.ones(3))
+    metrics.add_part("part", torch.tensor(2.0))
+    assert metrics.means() == {}
+
+
+# ---- exchanges
+
+
+def exchange(rank, world):
+    own = torch.arange(6).view(3, 2)[distributed.share(3)] if rank < 2 else torch.zeros(0, 2)
+    ragged = torch.full((1, rank + 1), float(rank)) if rank != 1 else None
+    columns = [(ragged > 0, ragged, None, ragged[:, 0])] if ragged is not None else []
+    gradients = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]  # the second has none
+    if rank:
+        gradients[0].grad = torch.tensor([1.0, rank])
+    distributed.add_gradients(gradients)
+    metrics = Metrics()
+    metrics.add("mean", torch.ones(rank) * rank)
+    metrics.add_part("part", torch.tensor(0.5))
+    if rank == 2:
+        metrics.add("own", torch.tensor([4.0]))
+    return {
+        "gathered": distributed.gather(columns),
+        "objects": distributed.gather_objects(rank),
+        "first": distributed.from_rank_0(f"from {rank}"),
+        "added": distributed.added(rank, 1.5),
+        "gradients": [x.grad for x in gradients],
+        "means": metrics.over_ranks().means(),
+        "rows": len(own),
+    }
+
+
+@pytest.mark.slow
+def test_every_rank_gets_all_rows_sums_and_objects(tmp_path):
+    results = run_ranks(exchange, 3, tmp_path)
+    for result in results:
+        positive, ragged, none, first = result["gathered"]
+        assert ragged.tolist() == [[0, 0, 0], [2, 2, 2]] and none is None
+        assert positive.tolist() == [[False] * 3, [True] * 3] and first.tolist() == [0, 2]
+        assert result["objects"] == [0, 1, 2] and result["first"] == "from 0"
+        assert result["added"] == [3, 4.5]
+        assert result["gradients"][0].tolist() == [2, 3] and result["gradients"][1] is None
+        assert result["means"] == {"mean": 5 / 3, "part": 1.5, "own": 4}
+    assert [result["rows"] for result in results] == [1, 1, 0]
+
+
+# ---- errors
+
+
+def fails(rank, world, folder):
+    messages = []
+    for bad in (1, 0):
+        try:
+            with distributed.together():
+                if rank == bad:
+                    raise RewardError(f"the reward of row {bad} is bad")
+                distributed.gather_objects(rank)  # the others wait here
+        except RewardError as error:
+            assert distributed.is_shared(error)
+            messages.append(str(error))
+    try:  # all the same: no matter of a rank
+        with distributed.together():
+            raise ValueError("wrong option")
+    except ValueError as error:
+        messages.append(str(error))
+
+    def reward(prompts, responses):
+        if rank == 1:
+            raise KeyError("no answer")
+        return fives(prompts, responses)
+
+    trainer = make_ppo(reward=reward, others=dict(out=folder), max_steps=2)
+    try:
+        trainer.train()
+    except RewardError as error:
+        messages.append(str(error))
+    return messages
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_that_of_all_and_names_rank_and_row(tmp_path):
+    """Row 61."""
+    for messages in run_ranks(fails, 3, tmp_path, str(tmp_path / "out")):
+        first, second, third, fourth = messages
+        assert first.removeprefix("rank 1: ") == "the reward of row 1 is bad"
+        assert second.removeprefix("rank 0: ") == "the reward of row 0 is bad"
+        assert third == "wrong option"
+        assert "KeyError('no answer')" in fourth and "also raises on row 2 alone" in fourth
+        assert fourth.startswith("step 1: ")
+    assert (tmp_path / "out" / "checkpoint-error" / "state.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_rank_that_stalls_ends_the_others_and_is_named(tmp_path):
+    """Row 61."""
+    script = tmp_path / "stall.py"
+    script.write_text(
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from helpers import make_ppo, fives\n"
+        "from rlhf_core import distributed\n"
+        "distributed.start()\n"
+        "def reward(prompts, responses):\n"
+        "    time.sleep(60 * distributed.rank())\n"
+        "    return fives(prompts, responses)\n"
+        "make_ppo(reward=reward, max_steps=1).train()\n"
+    )
+    begun = time.monotonic()
+    done = torchrun(2, script, os.path.dirname(__file__), RLHF_CORE_TIMEOUT="3")
+    assert done.returncode and time.monotonic() - begun < 90
+    assert "RankError: step 1: rank 1 did not answer for 3 s" in done.stderr
+
+
+def differs(rank, world, what):
+    model = tiny(seed=rank if what == "weights" else 0)
+    examples = rows("sft", seed=rank if what == "data" else 0)
+    options = dict(max_grad_norm=1 + rank) if what == "option" else {}
+    try:
+        make_trainer("sft", model, examples, **options).train()
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("weights", "rank 1 has another trained weights than rank 0"),
+        ("data", "rank 1 has another examples than rank 0"),
+        ("option", "rank 1 has another max_grad_norm than rank 0: 2, not 1"),
+    ],
+)
+def test_a_rank_with_other_weights_data_or_options_is_found_before_a_step(what, message, tmp_path):
+    """Row 61."""
+    for found in run_ranks(differs, 2, tmp_path, what):
+        assert message in found and "same command, files and seed" in found
+
+
+# ---- the same numbers
+
+
+def double_gradients(rank, world):
+    model = tiny().double()
+    trainer = make_trainer("sft", model, rows("sft", 5), micro_batch_size=1)
+    trainer.optimize(trainer.losses(trainer.examples, Metrics()))
+    return [p.grad for p in trainer.trained_parameters()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_gradients_in_float64_are_those_of_one_process(world, tmp_path):
+    """Row 60."""
+    expected = double_gradients(0, 1)
+    for found in run_ranks(double_gradients, world, tmp_path):
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def part_of_a_run(rank, world, folder, steps, resume):
+    options = dict(max_steps=steps, batch_size=5, minibatch_size=3, epochs=9, save_every=2)
+    options |= dict(adam_eps=1e-3, lr_schedule="constant")
+    trainer = make_ppo(others=dict(out=folder), **options)
+    if resume:
+        trainer.resume()
+    history = trainer.train()
+    return snapshot(trainer.model), [line["objective/scores"] for line in history]
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_number_of_processes(tmp_path):
+    """Row 60: 2, then 1, then 3 processes: the run is that of one process."""
+    weights, scores = part_of_a_run(0, 1, tmp_path / "whole", 6, False)
+    out = str(tmp_path / "out")
+    run_ranks(part_of_a_run, 2, tmp_path, out, 2, False)
+    part_of_a_run(0, 1, out, 4, True)
+    found = run_ranks(part_of_a_run, 3, tmp_path, out, 6, True)
+    for found_weights, found_scores in found:
+        assert found_scores == pytest.approx(scores)
+        for name, x in weights.items():
+            torch.testing.assert_close(found_weights[name], x, rtol=0, atol=1e-6)
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+# ---- torchrun
+
+
+def torchrun(world, *command, restarts=0, background=False, **environment):
+    """`torchrun` on one machine. Its children print to the same stderr."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start += ["--nproc-per-node", str(world), "--max-restarts", str(restarts)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen([*start, *map(str, command)], **pipes)
+    if background:
+        return process
+    out, errors = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+@pytest.fixture
+def task(tmp_path):
+    """Arguments of a short SFT command."""
+    model_folders(tmp_path)
+    write(tmp_path / "data.jsonl", TEXTS)
+    return [
+        "-m", "rlhf_core", "sft", "--model", tmp_path / "policy", "--data", tmp_path / "data.jsonl",
+        "--batch-size", 3, "--max-steps", 6, "--epochs", 9, "--lr", 1e-3, "--adam-eps", 1e-3,
+        "--max-length", 16, "--device", "cpu", "--save-every", 1, "--eval-every", 2,
+    ]  # fmt: skip
+
+
+def assert_same_run(out, other):
+    weights = (load_file(x / "model.safetensors") for x in (out, other))
+    for x, y in zip(*(map(one.get, sorted(one)) for one in weights), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+    lines = [(x / "metrics.jsonl").read_text().splitlines() for x in (out, other)]
+    for line, right in zip(*lines, strict=True):
+        assert json.loads(line) == pytest.approx(json.loads(right), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_run_of_one_process_and_rank_0_alone_prints(task, tmp_path):
+    assert run(*task[2:], "--out", tmp_path / "one") == 0
+    done = torchrun(2, *task, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert done.stdout.count("written to") == 1 and done.stderr.count("sft 1/6") == 1
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["status"] == "finished"
+    names = [{x.name for x in (tmp_path / x).iterdir()} for x in ("one", "two")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_ends_as_an_unbroken_run(task, tmp_path):
+    """Row 60: SIGKILL of a rank after step 2, under torchrun --max-restarts 1."""
+    assert run(*task[2:], "--out", tmp_path / "one") == 0
+    out = tmp_path / "two"
+    slow = tmp_path / "slow.py"  # waits before each step, so that the kill comes in between
+    slow.write_text(
+        "import os, sys, time\n"
+        "from rlhf_core import cli\n"
+        "from rlhf_core.training.trainer import Trainer\n"
+        "step = Trainer.step\n"
+        "Trainer.step = lambda self, batch: (time.sleep(1), step(self, batch))[1]\n"
+        f"with open({str(tmp_path / 'pids')!r}, 'a') as file:\n"
+        "    print(os.environ['RANK'], os.getpid(), file=file)\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    process = torchrun(2, slow, *task[2:], "--out", out, restarts=1, background=True)
+    end = time.monotonic() + 120
+    while not (out / "checkpoint-2").is_dir() and time.monotonic() < end:
+        time.sleep(0.1)
+    pids = [line.split() for line in (tmp_path / "pids").read_text().splitlines()]
+    os.kill(next(int(pid) for rank, pid in pids if rank == "1"), signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert len((tmp_path / "pids").read_text().splitlines()) == 4
+    assert_same_run(out, tmp_path / "one")
+    assert json.loads((out / "run.json").read_text())["resumed"]
+
+
+@pytest.mark.slow
+def test_bad_input_is_one_line_of_rank_0_with_status_2_and_nothing_is_written(task, tmp_path):
+    """Row 61."""
+    write(tmp_path / "data.jsonl", [*TEXTS[:3], {"prompt": "no completion"}])
+    done = torchrun(2, *task, "--out", tmp_path / "out")
+    assert done.stderr.count("rlhf-core sft: error:") == 1 and "data.jsonl:4" in done.stderr
+    assert "exitcode  : 2" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is 2, but RANK.* torchrun --nproc-per-node"):
+        distributed.start()
+    with pytest.raises(ValueError, match=r"Call rlhf_core.distributed.start\(\) first"):
+        make_trainer("sft")
+    for size in ("x", "0", "-1"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(ValueError, match="WORLD_SIZE must be a number of processes"):
+            distributed.start()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_a_bad_timeout_is_named(seconds, monkeypatch):
+    monkeypatch.setenv("RLHF_CORE_TIMEOUT", seconds)
+    with pytest.raises(ValueError, match=f"RLHF_CORE_TIMEOUT must be .* got '{seconds}'"):
+        distributed._timeout()
