@@ -21,6 +21,7 @@ from torch import Tensor
 from rlhf_core.checks import check_own
 from rlhf_core.data import Tokenizer
 from rlhf_core.models import KVCache, Transformer, eval_mode
+from rlhf_core.models.gather import check_whole
 from rlhf_core.models.packed_decode import PackedModel, packed_for_decoding
 from rlhf_core.ops import token_logprobs
 from rlhf_core.ops.sampling import sample_tokens
@@ -94,6 +95,7 @@ def generate(
         FloatingPointError: logits that are not finite; the message names the row and the token.
     """
     check_own(model, tokenizer)
+    check_whole(model, "Sample from a copy: `with whole(model) as copy`, see models/shard.py")
     device, config, n = model.device, model.config, num_samples
     prompt_ids, prompt_lengths = _right_padded(prompt_ids, attention_mask)
     B, P = prompt_ids.shape

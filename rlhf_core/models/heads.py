@@ -15,6 +15,7 @@ from typing_extensions import Self
 from rlhf_core.checks import check_own
 from rlhf_core.masking import last_token_index
 from rlhf_core.models import hub
+from rlhf_core.models.gather import check_whole, is_sharded, reshard
 from rlhf_core.models.lora import freeze_base, has_adapters
 from rlhf_core.models.pretrained import Pretrained
 from rlhf_core.models.transformer import Transformer, TransformerConfig, Trunk, TrunkModel
@@ -37,6 +38,8 @@ class _ScalarHead(Pretrained, TrunkModel):
         adapters, only these and the head train. A shared trunk trains as before.
         """
         check_own(model)
+        if not share_trunk:
+            check_whole(model, "Copy its trunk before you shard it")
         with torch.device("meta"):
             new = cls(model.config)
         new.trunk = model.trunk if share_trunk else copy.deepcopy(model.trunk)
@@ -58,16 +61,20 @@ class _ScalarHead(Pretrained, TrunkModel):
     @torch.no_grad()
     def normalize(self, mean: float, std: float) -> None:
         """Change the head to give (score - mean) / std. It then has a bias."""
+        reshard(self)
         weight = self.score.weight
         if self.score.bias is None:
-            self.score.bias = nn.Parameter(weight.new_zeros(1), weight.requires_grad)
+            zero = torch.zeros(1, dtype=weight.dtype, device=weight.device)
+            # FSDP does not add up the gradient of a weight that it did not cut.
+            self.score.bias = nn.Parameter(zero, weight.requires_grad and not is_sharded(self))
         self.score.bias.sub_(mean).div_(std)
         weight.div_(std)
 
     def read(self, hidden: Tensor) -> Tensor:
         """Apply the head to hidden states (..., D). Returns (...) float32, also under autocast."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.score(hidden.to(self.score.weight.dtype))[..., 0].float()
+            scores = self.score(hidden.to(self.score.weight.dtype))[..., 0]
+            return scores.to(torch.float32, copy=True)  # FSDP warns of views
 
 
 class RewardModel(_ScalarHead):
@@ -83,7 +90,7 @@ class RewardModel(_ScalarHead):
         """Return scores (B,) float32 of sequences (B, T) with attention_mask (B, T) bool."""
         B, T = input_ids.shape
         last = torch.arange(B, device=input_ids.device) * T + last_token_index(attention_mask)
-        return self.read(self.trunk(input_ids, attention_mask, read=last))
+        return self.read(self.hidden_states(input_ids, attention_mask, read=last))
 
     def scores(self, tokens) -> Tensor:
         """Return scores (N,) float32 of the sequences of a `data.TokenBatch`."""
@@ -97,7 +104,7 @@ class RewardModel(_ScalarHead):
         return self.read(self._hidden(tokens, tokens.read + 1))
 
     def _hidden(self, tokens, where: Tensor) -> Tensor:
-        return self.trunk(
+        return self.hidden_states(
             tokens.input_ids, positions=tokens.positions, visible=tokens.visible, read=where
         )
 
@@ -187,7 +194,7 @@ class ValueModel(_ScalarHead):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return values (B, T) float32. Entry t is the value of the state after tokens 0 to t."""
-        return self.read(self.trunk(input_ids, attention_mask))
+        return self.read(self.hidden_states(input_ids, attention_mask))
 
 
 def _fresh_head(config: TransformerConfig) -> nn.Linear:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +26,8 @@ from rlhf_core.files import (
 )
 from rlhf_core.models import families
 from rlhf_core.models.config import TransformerConfig
-from rlhf_core.models.safetensors import DTYPES, StoredTensor, dump_tensors, stored_tensors
+from rlhf_core.models.gather import on_rank_0, reshard
+from rlhf_core.models.safetensors import DTYPES, StoredTensor, TensorWriter, stored_tensors
 
 MAX_SHARD_BYTES = 5 * 2**30
 HEADS_FILE = "model.ilql.safetensors"  # the heads of an ILQLModel
@@ -170,7 +171,8 @@ def save(
     """Write model.safetensors (or shards and their index) and config.json into folder `path`.
 
     Files of an earlier model go where a reader would take them for this model's. A failed save
-    leaves the folder as it was.
+    leaves the folder as it was. All ranks of a sharded model must call this. Rank 0 writes, and
+    holds one whole tensor at a time.
 
     Args:
         heads: Tensors and texts of HEADS_FILE, whose dtype stays.
@@ -185,11 +187,13 @@ def save(
     hf = family.write(config, dtype, scalar_head=hasattr(model, "score"))
     if getattr(model, "of_steps", False):
         hf[families.OF_STEPS] = True
-    tensors: dict[str, Tensor] = {}
-    for ours, parameter in model.state_dict().items():
-        tensors |= family.parts(ours, parameter, config)
+    reshard(model)
+    tensors: dict[str, Tensor] = model.state_dict()
+    layout: dict[str, Tensor] = {}
+    for ours, parameter in tensors.items():
+        layout |= family.parts(ours, torch.empty(parameter.shape, device="meta"), config)
     shards, room = [[]], max_shard_bytes
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in layout.items()}
     for name, size in sizes.items():
         if size > room and shards[-1]:
             shards.append([])
@@ -200,20 +204,34 @@ def save(
     weight_map = {
         name: file.format(i, len(shards)) for i, names in enumerate(shards, 1) for name in names
     }
-    with Replacement(path) as files:
-        files.remove(*stale_adapters(path), first=not (path / "config.json").exists())
-        files.remove(*_stale_weights(path))
-        if _ends_elsewhere(path / "generation_config.json", config):
-            files.remove("generation_config.json")
-        for names in shards:
-            part = {name: tensors[name] for name in names}
-            dump_tensors(files.open(weight_map[names[0]]), part, dtype=dtype)
-        if heads is not None:
-            dump_tensors(files.open(HEADS_FILE), *heads)
-        if len(shards) > 1:
-            value = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            dump_json(files.open(INDEX_FILE), value)
-        dump_json(files.open("config.json"), hf)
+    head_tensors, texts = heads or ({}, {})
+
+    def write(pairs: Iterable[tuple[str, Tensor]]) -> None:
+        with Replacement(path) as files:
+            files.remove(*stale_adapters(path), first=not (path / "config.json").exists())
+            files.remove(*_stale_weights(path))
+            if _ends_elsewhere(path / "generation_config.json", config):
+                files.remove("generation_config.json")
+            writers = {}
+            for names in shards:
+                part = {name: layout[name] for name in names}
+                writer = TensorWriter(files.open(weight_map[names[0]]), part, dtype=dtype)
+                writers |= dict.fromkeys(names, writer)
+            if heads is not None:
+                writer = TensorWriter(files.open(HEADS_FILE), head_tensors, texts)
+                writers |= dict.fromkeys(head_tensors, writer)
+            for ours, tensor in pairs:
+                is_head = ours in head_tensors
+                parts = {ours: tensor} if is_head else family.parts(ours, tensor, config)
+                for name, part in parts.items():
+                    files.current = path / weight_map.get(name, HEADS_FILE)
+                    writers[name].write(name, part)
+            if len(shards) > 1:
+                value = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+                dump_json(files.open(INDEX_FILE), value)
+            dump_json(files.open("config.json"), hf)
+
+    on_rank_0(tensors | head_tensors, write)
 
 
 def stale_adapters(path: Path) -> list[str]:

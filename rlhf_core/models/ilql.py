@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_core.files import model_folder, short
 from rlhf_core.models import hub
+from rlhf_core.models.gather import reshard
 from rlhf_core.models.hub import HEADS_FILE
 from rlhf_core.models.lagging import lagging_copy
 from rlhf_core.models.lora import has_adapters, save_adapters
@@ -88,8 +89,9 @@ class ILQLModel(TrunkModel):
     def save_pretrained(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write the heads, and the language model as `Transformer.save_pretrained` does.
 
-        The heads keep their dtype.
+        The heads keep their dtype. All ranks of a sharded model must call this.
         """
+        reshard(self)
         save = save_adapters if has_adapters(self.lm) else hub.save
         save(self.lm, path, dtype=dtype, heads=(self._heads(), {"beta": repr(self.beta)}))
 

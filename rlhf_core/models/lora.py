@@ -16,7 +16,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from rlhf_core.files import Replacement, dump_json, read_object, short
 from rlhf_core.models.families import family_of
+from rlhf_core.models.gather import check_whole, on_rank_0, reshard, whole_copy
 from rlhf_core.models.hub import HEADS_FILE, has_scalar_head, stale_adapters
 from rlhf_core.models.safetensors import DTYPES, dump_tensors, stored_tensors, stored_texts
 
@@ -168,6 +169,7 @@ def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
     """
     if has_adapters(model):
         raise ValueError("the model already has adapters; call merge_adapters first")
+    check_whole(model, "Add adapters before you shard it")
     targets = _targets(model, config.target_modules)
     for ours, linear, sizes in _linears(model):
         if targets & sizes.keys():
@@ -225,9 +227,10 @@ def adapters_off(
 def frozen_adapters(model: nn.Module) -> list[nn.ModuleDict] | None:
     """Return a copy of the adapters for `adapters_off`, or None if they have no effect yet."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    if not any(adapter.lora_B.any() for layer in layers for adapter in layer.adapters.values()):
+    copies = [copy.deepcopy(whole_copy(layer.adapters)) for layer in layers]
+    if not any(adapter.lora_B.any() for adapters in copies for adapter in adapters.values()):
         return None
-    return [copy.deepcopy(layer.adapters).requires_grad_(False).eval() for layer in layers]
+    return [adapters.requires_grad_(False).eval() for adapters in copies]
 
 
 @torch.no_grad()
@@ -240,6 +243,7 @@ def merge_adapters(model: nn.Module) -> None:
         ValueError: The model has no adapters.
     """
     adapter_config(model)  # raises
+    check_whole(model, "Merge adapters before you shard it, or save it and merge the files")
     for ours, layer in list(model.named_modules()):
         if isinstance(layer, LoRALinear):
             layer.weight += layer.product()
@@ -259,7 +263,7 @@ def save_adapters(
     """Write adapters and a scalar head in PEFT's layout; `heads` and `dtype` as for `hub.save`.
 
     The files are adapter_model.safetensors and adapter_config.json. A model in the folder stays. A
-    failed save leaves the folder as it was.
+    failed save leaves the folder as it was. All ranks of a sharded model must call this.
     """
     config, path = adapter_config(model), Path(path)
     texts = {"of_steps": json.dumps(model.of_steps)} if hasattr(model, "of_steps") else {}
@@ -278,12 +282,21 @@ def save_adapters(
         "bias": "none",
         "inference_mode": True,
     }
-    with Replacement(path) as files:
-        files.remove(HEADS_FILE, *stale_adapters(path))
-        dump_json(files.open(CONFIG_FILE), fields)
-        if heads is not None:
-            dump_tensors(files.open(HEADS_FILE), *heads)
-        dump_tensors(files.open(WEIGHTS_FILE), _tensors(model), texts, dtype)
+    reshard(model)
+    tensors, (head_tensors, head_texts) = _tensors(model), heads or ({}, {})
+
+    def write(pairs: Iterable[tuple[str, Tensor]]) -> None:
+        whole = dict(pairs)
+        with Replacement(path) as files:
+            files.remove(HEADS_FILE, *stale_adapters(path))
+            dump_json(files.open(CONFIG_FILE), fields)
+            if heads is not None:
+                part = {name: whole[name] for name in head_tensors}
+                dump_tensors(files.open(HEADS_FILE), part, head_texts)
+            part = {name: whole[name] for name in tensors}
+            dump_tensors(files.open(WEIGHTS_FILE), part, texts, dtype)
+
+    on_rank_0(tensors | head_tensors, write)
 
 
 @torch.no_grad()

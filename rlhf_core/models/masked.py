@@ -31,6 +31,12 @@ class MaskedPolicy(TrunkModel):
     def trunk(self) -> Trunk:
         return self.policy.trunk
 
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **packing: Tensor
+    ) -> Tensor:
+        """Return hidden states of the policy, as `Transformer.hidden_states`."""
+        return self.policy.hidden_states(input_ids, attention_mask, **packing)
+
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         """Return logits (B, V) as `Transformer.prefill`. Adds `cache.lagging`."""
         _, N, _, S, _ = cache.keys.shape

@@ -11,6 +11,7 @@ from typing_extensions import Self
 from rlhf_core.files import model_folder
 from rlhf_core.locks import check_free
 from rlhf_core.models import hub, lora
+from rlhf_core.models.gather import on_rank_0, reshard
 
 
 class Pretrained:
@@ -77,6 +78,8 @@ class Pretrained:
     def save_pretrained(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write a folder in the Hugging Face layout. A model with adapters writes only these.
 
+        All ranks of a sharded model must call this. Rank 0 writes.
+
         Args:
             path: The folder.
             dtype: Dtype of the weights in the files. None means that in memory.
@@ -85,6 +88,7 @@ class Pretrained:
             BlockingIOError: A run in another process or thread writes into the folder.
             ValueError: A weight is beyond the range of dtype.
         """
-        check_free(path)
+        reshard(self)
+        on_rank_0(self.state_dict(), lambda _: check_free(path))
         save = lora.save_adapters if lora.has_adapters(self) else hub.save
         save(self, path, dtype=dtype)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -104,40 +104,65 @@ def dump_tensors(
     texts: dict[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write to an open file, as `write_tensors`. One tensor is copied at a time, if at all.
+    """Write to an open file, as `write_tensors`. Arguments and errors as for `TensorWriter`."""
+    writer = TensorWriter(file, tensors, texts, dtype)
+    for name in writer.starts:
+        writer.write(name, tensors[name])
+
+
+class TensorWriter:
+    """Writes tensors into an open file, one by one, in any order.
 
     The bytes are those of the package, which would write to a file of its own, with mode 0600.
 
     Args:
-        dtype: Dtype of all tensors in the file. None means those of the tensors.
+        file: Empty.
+        layout: A tensor of the shape and dtype of each tensor, by name. It may be on "meta".
+        texts: Named texts of the header.
+        dtype: Dtype of all tensors in the file. None means those of the layout.
 
     Raises:
         ValueError: A number is beyond the range of dtype.
     """
-    header, end = {"__metadata__": {"format": "pt", **(texts or {})}}, 0
-    ordered = []
-    for written, stored in _WRITTEN:
-        for name in sorted(x for x in tensors if (dtype or tensors[x].dtype) == written):
-            start, end = end, end + tensors[name].numel() * written.itemsize
-            shape = list(tensors[name].shape)
-            header[name] = {"dtype": stored, "shape": shape, "data_offsets": [start, end]}
-            ordered.append(name)
-    if len(ordered) < len(tensors):
-        other = next(name for name in tensors if name not in header)
-        raise ValueError(f"tensor {other!r} has dtype {tensors[other].dtype}, which is not stored")
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in ordered:
-        tensor = tensors[name].detach().cpu()
-        written = tensor.to(dtype or tensor.dtype)
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        layout: Mapping[str, Tensor],
+        texts: dict[str, str] | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.file, self.dtype = file, dtype
+        self.starts: dict[str, int] = {}  # where each tensor starts, in the order of the file
+        header, end = {"__metadata__": {"format": "pt", **(texts or {})}}, 0
+        for written, stored in _WRITTEN:
+            for name in sorted(x for x in layout if (dtype or layout[x].dtype) == written):
+                start, end = end, end + layout[name].numel() * written.itemsize
+                shape = list(layout[name].shape)
+                header[name] = {"dtype": stored, "shape": shape, "data_offsets": [start, end]}
+                self.starts[name] = start
+        if len(self.starts) < len(layout):
+            other = next(name for name in layout if name not in header)
+            raise ValueError(
+                f"tensor {other!r} has dtype {layout[other].dtype}, which is not stored"
+            )
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        self.starts = {name: 8 + len(text) + start for name, start in self.starts.items()}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor of any strides and on any device. It is copied at most once."""
+        tensor = tensor.detach().cpu()
+        written = tensor.to(self.dtype or tensor.dtype)
         if written.dtype != tensor.dtype and not written.isfinite().equal(tensor.isfinite()):
             largest = float(tensor.abs().max())
             raise ValueError(
-                f"tensor {name!r} has a number of size {largest:.4g}, which {dtype} cannot hold. "
-                "Save it as bfloat16 or float32"
+                f"tensor {name!r} has a number of size {largest:.4g}, which {self.dtype} cannot "
+                "hold. Save it as bfloat16 or float32"
             )
-        file.write(written.contiguous().flatten().view(torch.uint8).numpy())
+        self.file.seek(self.starts[name])
+        self.file.write(written.contiguous().flatten().view(torch.uint8).numpy())
 
 
 @contextlib.contextmanager

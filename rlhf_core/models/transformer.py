@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_core.checks import at_least_float32
 from rlhf_core.models.config import ACTIVATIONS, TransformerConfig
+from rlhf_core.models.gather import check_whole
 from rlhf_core.models.pretrained import Pretrained
 from rlhf_core.models.rope import rope_tables
 from rlhf_core.ops.decode_attention import decode_attention
@@ -373,6 +374,7 @@ class TrunkModel(nn.Module):
         Raises:
             ValueError: The model has more ids already, or adapters, whose files lack new rows.
         """
+        check_whole(self, "Add tokens before you shard it")
         trunk, old = self.trunk, self.config.vocab_size
         if vocab_size < old:
             raise ValueError(f"vocab_size {vocab_size} is smaller than the model's {old}")
@@ -427,7 +429,7 @@ class Transformer(Pretrained, TrunkModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **packing: Tensor
     ) -> Tensor:
         """Return logits (B, T, V). Arguments as in `Trunk.forward`."""
-        return self.logits(self.trunk(input_ids, attention_mask, **packing))
+        return self.logits(self.hidden_states(input_ids, attention_mask, **packing))
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         """Return logits (B, V). Arguments as in `Trunk.prefill`."""

@@ -216,7 +216,7 @@ def test_a_full_disk_is_an_error_in_one_line(train, tmp_path, capsys, monkeypatc
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(hub, "dump_tensors", full)
+    monkeypatch.setattr(hub.TensorWriter, "write", full)
     assert train("sft", TEXTS) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     file = tmp_path / "out" / "model.safetensors"
