@@ -155,7 +155,7 @@ class TensorWriter:
         """Write a tensor of any strides and on any device. It is copied at most once."""
         tensor = tensor.detach().cpu()
         written = tensor.to(self.dtype or tensor.dtype)
-        if written.dtype != tensor.dtype and not written.isfinite().equal(tensor.isfinite()):
+        if _overflows(tensor, written):
             largest = float(tensor.abs().max())
             raise ValueError(
                 f"tensor {name!r} has a number of size {largest:.4g}, which {self.dtype} cannot "
@@ -163,6 +163,14 @@ class TensorWriter:
             )
         self.file.seek(self.starts[name])
         self.file.write(written.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _overflows(tensor: Tensor, written: Tensor) -> bool:
+    """Whether a number became infinite. A few rows at a time: isfinite makes a copy of them."""
+    if written.dtype == torch.promote_types(written.dtype, tensor.dtype):
+        return False  # it holds every number of tensor.dtype
+    rows = zip(*(torch.atleast_1d(x).split(64) for x in (tensor, written)))
+    return not all(before.isfinite().equal(after.isfinite()) for before, after in rows)
 
 
 @contextlib.contextmanager
