@@ -6,6 +6,7 @@ import faulthandler
 import importlib.util
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -126,6 +127,23 @@ def rows(kind, n=8, seed=0):
         Pair(ids(1, 5), [*ids(0, 4), 5, *ids(0, 4), 2], [*ids(0, 4), 6, *ids(0, 4), 2])
         for _ in range(n)
     ]
+
+
+def pairs_biased_to_length(n, alpha=0.4, quality=2.0, seed=0):
+    """Pairs whose labels reward a 5 over a 6 by `quality`, and each token by `alpha`."""
+    rng = random.Random(seed)
+    pairs = []
+    for _ in range(n):
+        good = [rng.random() < 0.5 for _ in range(2)]
+        answers = [
+            [5 if x else 6, *(rng.randrange(7, 12) for _ in range(rng.randrange(8))), 2]
+            for x in good
+        ]
+        margin = quality * (good[0] - good[1]) + alpha * (len(answers[0]) - len(answers[1]))
+        if rng.random() > 1 / (1 + math.exp(-margin)):
+            answers.reverse()
+        pairs.append(Pair([4], *answers))
+    return pairs
 
 
 def make_trainer(kind, model=None, examples=None, others=None, **config):

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from rlhf_core.data import Pair
 from rlhf_core.data.quality import differing
-from rlhf_core.losses.preference import LOSSES, length_desensitized_weights
+from rlhf_core.losses.preference import (
+    LOSSES,
+    length_desensitized_weights,
+    length_regularized,
+)
 from rlhf_core.losses.reward import preferred
 from rlhf_core.models import Transformer, eval_mode
 from rlhf_core.ops.linear_logprobs import TokenStatistics
@@ -33,6 +37,7 @@ from rlhf_core.training.reference import Reference, ReferenceLogprobs
 from rlhf_core.training.trainer import Trainer
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
+OF_REWARD_MARGINS = ("dpo", "robust", "hinge")  # losses of beta times the margin, not of targets
 
 
 def options_of(loss: str) -> set[str]:
@@ -71,6 +76,12 @@ class DPOConfig(TrainConfig):
         "LD-DPO: weight of tokens beyond the pair's shorter completion; 1 is plain DPO",
         within="[0, 1]",
     )
+    length_alpha: float = option(
+        0.0,
+        "R-DPO, for dpo, robust and hinge: reward that each token of a completion earns by its "
+        "length alone, so that the policy need not learn it; higher favours shorter answers",
+        within="[0, inf)",
+    )
     gamma: float = option(
         0.0, "simpo: margin by which the chosen completion's reward should win", within="[0, inf)"
     )
@@ -98,6 +109,11 @@ class DPOConfig(TrainConfig):
                 "reference_logprobs",
                 no_file or not self.reference_free,
                 "unset with reference_free, which compares with no reference",
+            ),
+            (
+                "length_alpha",
+                not self.length_alpha or loss in OF_REWARD_MARGINS,
+                f"0 for loss {loss!r}; it is for {', '.join(OF_REWARD_MARGINS)}",
             ),
             ("sft_coef", not self.sft_coef or loss != "orpo", "0: orpo has a cross-entropy term"),
         )
@@ -226,10 +242,14 @@ class DPOTrainer(Trainer):
         config = self.config
         logps = self.logps(read.logprobs, lengths[some])
         log_ratios = logps - ref_logps[some]
+        compared = log_ratios
+        if config.length_alpha:
+            alpha = dict(alpha=config.length_alpha, beta=config.beta)
+            compared = length_regularized(log_ratios, lengths[some], **alpha)
         options = {name: getattr(config, name) for name in options_of(config.loss)}
         if "label_smoothing" in options and isinstance(label_smoothing, Tensor):
             options["label_smoothing"] = label_smoothing[some]
-        loss = LOSSES[config.loss](*log_ratios.unbind(dim=1), **options)
+        loss = LOSSES[config.loss](*compared.unbind(dim=1), **options)
         if config.sft_coef:
             means = sequence_means(read.logprobs, lengths[some])
             loss = loss - config.sft_coef * means[:, 0]

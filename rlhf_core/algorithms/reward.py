@@ -57,6 +57,12 @@ class RewardConfig(TrainConfig):
         "weight of the squared sum of a pair's scores, which keeps them near 0",
         within="[0, inf)",
     )
+    length_alpha: float = option(
+        0.0,
+        "part of a score that each token of a completion explains by itself, so that the model "
+        "need not learn it; higher favours shorter completions. Not for steps",
+        within="[0, inf)",
+    )
     max_length: int = option(1024, MAX_LENGTH, within="[2, inf)")
 
     def __post_init__(self):
@@ -93,6 +99,7 @@ class RewardTrainer(Trainer):
         )
         for name in ("label_smoothing", "centering_coef"):
             config.warn_unused((name, pairs, f"on {KINDS[kind]}"))
+        config.warn_unused(("length_alpha", kind is not Steps, f"on {KINDS[Steps]}"))
         self.learns_steps = model.of_steps = kind is Steps
         if kind is not Steps:
             self.examples = differing(self.examples, KINDS[kind])
@@ -132,10 +139,14 @@ class RewardTrainer(Trainer):
         counts = torch.tensor(counts, device=scores.device)
         mask = torch.arange(counts.amax(), device=scores.device) < counts[:, None]  # (B, K)
         scores = scores.new_zeros(mask.shape).masked_scatter(mask, scores)
+        by_length = self.config.length_alpha * torch.zeros_like(scores).masked_scatter(
+            mask, tokens.lengths.to(scores.dtype)
+        )  # (B, K), what the lengths explain
         if isinstance(part[0], Ranked):
-            loss = plackett_luce_loss(scores, mask)
+            loss = plackett_luce_loss(scores + by_length, mask)
         else:
-            loss = self.pair_losses(*scores.unbind(dim=1), part)
+            lead = by_length[:, 0] - by_length[:, 1]
+            loss = self.pair_losses(*scores.unbind(dim=1), part, lead)
         K = scores.shape[1]
         better, worse = torch.triu_indices(K, K, 1, device=scores.device)
         both = mask[:, better] & mask[:, worse]  # (B, K (K - 1) / 2)
@@ -144,11 +155,15 @@ class RewardTrainer(Trainer):
         metrics.add("mean_reward", scores, mask)
         return loss
 
-    def pair_losses(self, chosen: Tensor, rejected: Tensor, pairs: list[Pair]) -> Tensor:
-        """Losses (B,) of the pairs' scores (B,)."""
+    def pair_losses(
+        self, chosen: Tensor, rejected: Tensor, pairs: list[Pair], lead: Tensor | float = 0.0
+    ) -> Tensor:
+        """Losses (B,) of the pairs' scores (B,), of which chosen leads by `lead` (B,) already."""
         config, usual = self.config, USUAL_MARGIN[self.config.loss]
         margins = (pair.margin for pair in pairs)
-        margin = chosen.new_tensor([usual if margin is None else margin for margin in margins])
+        margin = (
+            chosen.new_tensor([usual if margin is None else margin for margin in margins]) - lead
+        )
         if config.loss == "bradley_terry":
             smoothing = label_smoothing_of(pairs, config.label_smoothing, self.device)
             loss = bradley_terry_loss(chosen, rejected, margin=margin, label_smoothing=smoothing)

@@ -116,6 +116,17 @@ def length_desensitized_weights(lengths: Tensor, *, alpha: float) -> Tensor:
     return weights.repeat(lengths.numel()).repeat_interleave(runs)
 
 
+def length_regularized(log_ratios: Tensor, lengths: Tensor, *, alpha: float, beta: float) -> Tensor:
+    """Log-ratios for R-DPO (Park et al. 2024): each token adds alpha to a completion's reward.
+
+    A longer chosen completion then wins by its length in part, and the policy learns only the rest.
+
+    log_ratios, lengths: (B, 2), of chosen and rejected; lengths in tokens. alpha: in units of
+    reward per token; higher favours shorter completions. beta: as for the loss.
+    """
+    return log_ratios + alpha / beta * lengths
+
+
 # Losses of pairs: functions of the two log-ratios, chosen and rejected, with keyword options.
 LOSSES = {
     "dpo": dpo_loss,

@@ -5,7 +5,16 @@ import math
 
 import pytest
 import torch
-from helpers import accumulated, head_calls, make_trainer, rows, snapshot, softplus, tiny
+from helpers import (
+    accumulated,
+    head_calls,
+    make_trainer,
+    pairs_biased_to_length,
+    rows,
+    snapshot,
+    softplus,
+    tiny,
+)
 from torch.testing import assert_close
 
 from rlhf_core.data import Pair
@@ -115,6 +124,59 @@ def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(
     assert total == pytest.approx(want.item(), rel=2e-6) == metrics["loss"]
     assert metrics["rewards/chosen"] == pytest.approx(sum(chosen) / len(chosen), rel=1e-4)
     assert_close(got, list(gradients), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "robust", "hinge"])
+def test_r_dpo_adds_alpha_for_each_token_to_both_rewards(loss):
+    """Park et al. 2024: -log sigma(beta m + alpha |y_w| - alpha |y_l|). Reported rewards have no
+    alpha."""
+    batch, options = rows("dpo"), dict(loss=loss, beta=0.5)
+    if loss == "robust":
+        options |= dict(label_smoothing=0.1)
+    others = dict(reference=tiny(seed=1, noise=0.1))
+    plain = make_trainer("dpo", tiny(noise=0.1), others=others, **options)
+    trainer = make_trainer("dpo", tiny(noise=0.1), others=others, length_alpha=0.3, **options)
+    total, metrics, _ = accumulated(trainer, batch)
+    assert metrics["rewards/margins"] == accumulated(plain, batch)[1]["rewards/margins"]
+    terms = []
+    for pair in batch:
+        margin = accumulated(plain, [pair])[1]["rewards/margins"]
+        m = torch.tensor(margin + 0.3 * (len(pair.chosen_ids) - len(pair.rejected_ids)))
+        terms.append({
+            "dpo": softplus(-m),
+            "robust": (0.9 * softplus(-m) - 0.1 * softplus(m)) / 0.8,
+            "hinge": (1 - m).clamp_min(0),
+        }[loss].item())  # fmt: skip
+    assert total == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_planted_length_bias_stays_out_of_the_policys_rewards():
+    """The labels like a 5, and length. With length_alpha the implicit reward follows the 5."""
+    pairs, held_out = pairs_biased_to_length(800), pairs_biased_to_length(200, seed=1)
+    found = []
+    for alpha in (0.0, 0.4):
+        options = dict(beta=0.5, batch_size=40, epochs=6, lr=3e-3, length_alpha=alpha)
+        trainer = make_trainer("dpo", tiny(noise=0.05), pairs, **options)
+        trainer.train()
+        rewards, lengths, right = [], [], []
+        for pair in held_out:
+            _, metrics, _ = accumulated(trainer, [pair])
+            rewards.append(metrics["rewards/margins"])
+            lengths.append(len(pair.chosen_ids) - len(pair.rejected_ids))
+            if pair.chosen_ids[0] != pair.rejected_ids[0]:
+                right.append((rewards[-1] > 0) == (pair.chosen_ids[0] == 5))
+        both = torch.tensor([rewards, lengths])
+        found.append((torch.corrcoef(both)[0, 1].item(), sum(right) / len(right)))
+    (biased, wrong), (debiased, right) = found
+    assert biased > 0.5 and abs(debiased) < 0.5 * biased and right > wrong
+
+
+@pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo"])
+def test_length_alpha_is_refused_for_losses_with_a_target_or_without_a_reference(loss):
+    wanted = f"length_alpha must be 0 for loss '{loss}'; it is for dpo, robust, hinge, got 0.1"
+    with pytest.raises(ValueError, match=wanted):
+        DPOConfig(loss=loss, length_alpha=0.1, average=loss != "ipo")
 
 
 ROW_SMOOTHED = {

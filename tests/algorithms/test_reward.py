@@ -6,7 +6,16 @@ import random
 
 import pytest
 import torch
-from helpers import accumulated, input_shapes, make_trainer, rows, snapshot, softplus, tiny
+from helpers import (
+    accumulated,
+    input_shapes,
+    make_trainer,
+    pairs_biased_to_length,
+    rows,
+    snapshot,
+    softplus,
+    tiny,
+)
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.testing import assert_close
 
@@ -111,6 +120,58 @@ def test_a_pair_uses_its_own_label_smoothing_and_others_the_configs():
         terms.append((1 - s) * softplus(-gap) + s * softplus(gap))
     total, metrics, _ = accumulated(trainer, batch)
     assert total == pytest.approx(torch.stack(terms).mean().item(), rel=1e-6) == metrics["loss"]
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "margin_ranking"])
+def test_each_token_of_a_pair_explains_a_part_of_its_margin(loss):
+    """length_alpha, from separate rows; metrics and the centering term are of the scores alone."""
+    batch = rows("reward")
+    options = dict(loss=loss, length_alpha=0.3, centering_coef=0.05)
+    trainer = make_trainer("reward", **options)
+    terms, margins = [], []
+    for prompt, *completions, _, _, _ in batch:
+        chosen, rejected = (scored(trainer.model, prompt + ids) for ids in completions)
+        margin = chosen - rejected + 0.3 * (len(completions[0]) - len(completions[1]))
+        term = softplus(-margin) if loss == "bradley_terry" else (1 - margin).clamp_min(0)
+        terms.append(term + 0.05 * (chosen + rejected) ** 2)
+        margins.append((chosen - rejected).item())
+    want = torch.stack(terms).mean()
+    gradients = torch.autograd.grad(want, trainer.trained_parameters())
+    total, metrics, found = accumulated(trainer, batch)
+    assert total == pytest.approx(want.item(), rel=1e-5)
+    assert metrics["margin"] == pytest.approx(sum(margins) / len(margins), abs=1e-5)
+    assert_close(found, list(gradients), rtol=1e-4, atol=2e-6)
+
+
+def test_each_token_of_a_ranked_list_explains_a_part_of_its_score():
+    pairs = rows("reward")
+    ranked = [Ranked(pair.prompt_ids, pair.completions_ids) for pair in pairs]
+    totals = [
+        accumulated(make_trainer("reward", examples=x, length_alpha=0.3), x)[0]
+        for x in (pairs, ranked)
+    ]
+    plain = accumulated(make_trainer("reward"), pairs)[0]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-6) and abs(totals[0] - plain) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_planted_length_bias_stays_out_of_the_scores():
+    """The labels like a 5, and length. With length_alpha the scores follow the 5 alone."""
+    pairs, held_out = pairs_biased_to_length(800), pairs_biased_to_length(200, seed=1)
+    equal = [Pair([4], [5, 7, 8, 2], [6, 7, 8, 2]), Pair([4], [5, 9, 2], [6, 10, 9, 7, 11, 8, 2])]
+    found = []
+    for alpha in (0.0, 0.4):
+        trainer = make_trainer(
+            "reward", None, pairs, dict(eval_examples=held_out), batch_size=40, epochs=6,
+            lr=3e-3, length_alpha=alpha,
+        )  # fmt: skip
+        last = trainer.train()[-1]
+        short, long = trainer.scores_of(equal).view(2, 2).tolist()
+        found.append((last["length_correlation"], long[0] - long[1]))
+        assert short[0] > short[1] + 0.5  # of equal length: both learn the 5
+    (biased, wrong), (debiased, right) = found
+    assert biased > 0.5 and abs(debiased) < 0.25
+    assert right > wrong + 0.5  # a good answer, against a bad one that is longer
 
 
 def test_a_label_smoothing_that_the_loss_does_not_use_gives_a_warning():

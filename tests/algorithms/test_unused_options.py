@@ -136,6 +136,7 @@ CASES = [  # what trains, its options, the one without effect
     (reward, MARGIN, dict(label_smoothing=0.2)),
     *((reward, dict(examples=rows), option) for rows in (LISTS, STEPS)
       for option in (dict(label_smoothing=0.2), dict(centering_coef=1.0))),
+    (reward, dict(examples=STEPS), dict(length_alpha=0.5)),
     (ilql, dict(bc_coef=0.0), dict(bc_beta=2.0)),
     *((distill, {}, dict([option])) for option in dict(
         response_length=9, stop_strings=("a",), on_long_prompt="truncate", sample_every=3
