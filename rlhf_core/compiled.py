@@ -186,11 +186,19 @@ operator(
 )
 
 
+def eagerly(function: Callable, *args: Any, **options: Any) -> Any:
+    """Call a function outside of the graph that torch.compile makes, which breaks there."""
+    return torch.compiler.disable(function)(*args, **options)
+
+
+eagerly._torchdynamo_disable = True  # like torch.compiler.disable, which would import dynamo now
+
+
 def _breaking(module: str, name: str) -> Callable:
     def call(*args):
         return getattr(importlib.import_module(module), name)(*args)
 
-    call._torchdynamo_disable = True  # like torch.compiler.disable, which would import dynamo now
+    call._torchdynamo_disable = True
     return staticmethod(call)
 
 

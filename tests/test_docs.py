@@ -2,7 +2,10 @@
 
 import ast
 import importlib
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -90,6 +93,22 @@ def test_the_recipe_for_a_training_loop_is_cross_entropy():
         torch.autograd.grad(loss, (x, head.weight)), torch.autograd.grad(expected, (x, head.weight))
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_split_head_runs(tmp_path):
+    (code,) = (x for _, _, x in blocks("python", titled=False) if "init_process_group" in x)
+    (tmp_path / "head.py").write_text(code, encoding="utf-8")
+    assert "torchrun --standalone --nproc-per-node 2 head.py" in TEXTS["docs/guides/kernels.md"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run = subprocess.run(
+        [*command, "--nproc-per-node", "2", "head.py"], cwd=tmp_path, capture_output=True,
+        text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = re.findall(r"rank (\d): (\d+) rows, difference (\S+)", run.stdout)
+    assert sorted(x[:2] for x in found) == [("0", "25129"), ("1", "25128")]
+    assert all(float(x[2]) < 1e-4 for x in found)
 
 
 def test_the_recipe_for_a_transformers_model_gives_its_log_probs():

@@ -3,11 +3,15 @@
     logits = hidden @ weight.T + bias                     # (..., V), only a few rows at a time
     logprobs, entropy = token_logprobs_and_entropy(logits, targets)
 
-linear_logprobs_blocks.py holds the loops over rows and vocabulary.
+linear_logprobs_blocks.py holds the loops over rows and vocabulary. vocab_parallel.py holds what the
+ranks of a group send each other if they share the head.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +27,10 @@ from rlhf_core.ops.logprobs import (
     check_temperature,
     token_logprobs_reference,
 )
+from rlhf_core.ops.vocab_parallel import Shard, agree
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # (statistics of a chunk's targets, slice of its groups, *extras) -> loss (), and outputs with a row
 # per group or target.
@@ -36,12 +44,15 @@ def linear_token_logprobs_reference(
     targets: Tensor,
     mask: Tensor | None,
     temperature: float | Tensor,
+    shard: Shard | None = None,
 ) -> TokenStatistics:
     """The definition: torch operations on the full logits."""
+    shard = shard or Shard.whole(weight)
+    hidden = shard.share(hidden)
     if mask is not None:  # otherwise a masked NaN would reach the gradient of the weight
         hidden = hidden.masked_fill(~mask[..., None], 0)
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    own = logits.gather(-1, targets.clamp(0, len(weight) - 1)[..., None])[..., 0]
+    logits = shard.gather(torch.nn.functional.linear(hidden, weight, bias))
+    own = logits.gather(-1, targets.clamp(0, shard.size - 1)[..., None])[..., 0]
     likeliest = (own == logits.amax(dim=-1)) & (
         torch.ones_like(own, dtype=torch.bool) if mask is None else mask
     )
@@ -78,7 +89,7 @@ compiled.operator(
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, launch, hidden, weight, bias, targets, mask, temperature, chunk_rows, *flags):
-        forward, ctx.launch = launch
+        forward, ctx.launch, ctx.reference = launch
         logprobs, entropy, likeliest, lse, dhidden = forward(
             hidden, weight, bias, targets, mask, temperature, chunk_rows, *flags
         )
@@ -100,7 +111,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         rest = (None,) * 7
         if dhidden is None and needs_reference(dlogprobs, dentropy):
             grads = gradients(
-                lambda *head: linear_token_logprobs_reference(*head, targets, mask, temperature),
+                lambda *head: ctx.reference(*head, targets, mask, temperature),
                 (hidden, weight, bias),
                 ctx.needs_input_grad[1:4],
                 (dlogprobs, dentropy, None),
@@ -123,12 +134,12 @@ class _LinearTokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, impl, hidden, weight, bias, targets, temperature, losses, sizes, with_likeliest,
-        *extras,
+        ctx, impl, shard, hidden, weight, bias, targets, temperature, losses, sizes,
+        with_likeliest, *extras,
     ):  # fmt: skip
         results, ctx.gradients = blocks.loss_and_gradients(
             impl, hidden, weight, bias, targets, temperature, losses, sizes, with_likeliest,
-            ctx.needs_input_grad[1:4], extras,
+            ctx.needs_input_grad[2:5], extras, shard,
         )  # fmt: skip
         ctx.mark_non_differentiable(*results[1:])
         return results
@@ -142,7 +153,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         found, ctx.gradients = ctx.gradients, None
         if dloss != 1:
             found = [x if x is None else x.mul_(dloss) for x in found]
-        return None, *found[:3], *(None,) * 5, *found[3:]
+        return None, None, *found[:3], *(None,) * 5, *found[3:]
 
 
 def linear_token_logprobs(
@@ -155,6 +166,7 @@ def linear_token_logprobs(
     mask: Tensor | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-prob in nats of each target under softmax((hidden @ weight.T + bias) / temperature).
 
@@ -174,6 +186,11 @@ def linear_token_logprobs(
             the gradient are exactly 0.
         chunk_rows: maximum number of rows whose logits exist at a time; None: 1024, on GPU 8192.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
+        group: a process group of torch.distributed that shares the head, or None. weight and bias
+            are then this rank's rows: consecutive ones, in the order of the ranks, at least one. V
+            counts the rows of all ranks. All ranks pass the same hidden, targets and mask, get the
+            same result, and pass the same gradient to backward. hidden then gets the gradient of
+            one such loss, added up over the ranks in float32, and weight that of its rows.
 
     Returns:
         (...) float32 (float64 for float64 hidden), <= 0. The logits are rounded to hidden's dtype.
@@ -181,10 +198,10 @@ def linear_token_logprobs(
 
     Raises:
         ValueError or TypeError: with the offending value. For a counted target out of range see
-            `token_logprobs`.
+            `token_logprobs`. With a group every rank raises if one does, or if their calls differ.
     """
     return _linear(
-        hidden, weight, targets, bias, temperature, mask, chunk_rows, False, False, backend
+        hidden, weight, targets, bias, temperature, mask, chunk_rows, False, False, backend, group
     )[0]
 
 
@@ -198,6 +215,7 @@ def linear_token_logprobs_and_entropy(
     mask: Tensor | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets, and entropy of the same distribution, both in nats.
 
@@ -207,7 +225,7 @@ def linear_token_logprobs_and_entropy(
         (logprobs, entropy), both (...), entropy >= 0.
     """
     return _linear(
-        hidden, weight, targets, bias, temperature, mask, chunk_rows, True, False, backend
+        hidden, weight, targets, bias, temperature, mask, chunk_rows, True, False, backend, group
     )[:2]
 
 
@@ -221,6 +239,7 @@ def linear_token_statistics(
     mask: Tensor | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> TokenStatistics:
     """Log-probs, entropy, and whether each target is the most likely token.
 
@@ -229,7 +248,7 @@ def linear_token_statistics(
     count as most likely. Under a False mask `likeliest` is False.
     """
     return _linear(
-        hidden, weight, targets, bias, temperature, mask, chunk_rows, True, True, backend
+        hidden, weight, targets, bias, temperature, mask, chunk_rows, True, True, backend, group
     )
 
 
@@ -245,6 +264,7 @@ def linear_token_loss(
     likeliest: bool = False,
     extras: tuple[Tensor, ...] = (),
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, ...]:
     """A loss of the targets' log-probs and entropy, with its gradients from the same pass.
 
@@ -252,8 +272,9 @@ def linear_token_loss(
     matrix products. `linear_token_logprobs` and a loss of its result take four.
 
     Args:
-        hidden, weight, targets, bias, temperature, backend: as for `linear_token_logprobs`, with
-            hidden (N, D), targets (N,) and a temperature that broadcasts to (N,).
+        hidden, weight, targets, bias, temperature, backend, group: as for `linear_token_logprobs`,
+            with hidden (N, D), targets (N,) and a temperature that broadcasts to (N,). With a group
+            every rank calls `losses` and must compute the same.
         losses: maps the statistics (n,) of a chunk's targets, and the slice of groups that the
             chunk holds, to the chunk's part of the loss, a scalar, and any number of outputs with
             at least one dimension. The loss must depend on the model only through log-probs,
@@ -270,8 +291,15 @@ def linear_token_loss(
         ValueError or TypeError: as for `linear_token_logprobs`.
         RuntimeError: backward was called twice.
     """
-    impl, (hidden, weight, bias, targets, _, T) = _inputs(
-        hidden, weight, targets, bias, temperature, None, backend
+    if group is not None and torch.compiler.is_compiling():
+        settings = dict(bias=bias, temperature=temperature, sizes=sizes, likeliest=likeliest)
+        settings |= dict(extras=extras, backend=backend, group=group)
+        return compiled.eagerly(linear_token_loss, hidden, weight, targets, losses, **settings)
+    call = dict(op="linear_token_loss", likeliest=likeliest)
+    if group is not None:
+        call["sizes"] = None if sizes is None else sizes.tolist()
+    impl, shard, (hidden, weight, bias, targets, _, T) = _inputs(
+        hidden, weight, targets, bias, temperature, None, backend, group, call
     )
     if sizes is not None and sizes.sum() != len(targets):
         raise ValueError(
@@ -281,29 +309,58 @@ def linear_token_loss(
     trains = trains and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if trains and impl is not None and len(targets):
         return _LinearTokenLoss.apply(
-            impl, hidden, weight, bias, targets, T, losses, sizes, likeliest, *extras
+            impl, shard, hidden, weight, bias, targets, T, losses, sizes, likeliest, *extras
         )
-    statistics = _statistics(impl, hidden, weight, bias, targets, None, T, None, True, likeliest)
+    statistics = _statistics(
+        impl, shard, hidden, weight, bias, targets, None, T, None, True, likeliest
+    )
     loss, *outputs = losses(statistics, slice(None), *extras)
     return loss, *(x.detach() for x in outputs)
 
 
 def _linear(
     hidden, weight, targets, bias, temperature, mask, chunk_rows, with_entropy, with_likeliest,
-    backend,
+    backend, group,
 ):  # fmt: skip
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
-    impl, inputs = _inputs(hidden, weight, targets, bias, temperature, mask, backend)
-    statistics = _statistics(impl, *inputs, chunk_rows, with_entropy, with_likeliest)
+    if group is not None and torch.compiler.is_compiling():
+        return compiled.eagerly(
+            _linear, hidden, weight, targets, bias, temperature, mask, chunk_rows, with_entropy,
+            with_likeliest, backend, group,
+        )  # fmt: skip
+    call = dict(
+        op="linear_token_logprobs", entropy=with_entropy, likeliest=with_likeliest,
+        chunk_rows=chunk_rows,
+    )  # fmt: skip
+    impl, shard, inputs = _inputs(
+        hidden, weight, targets, bias, temperature, mask, backend, group, call
+    )
+    statistics = _statistics(impl, shard, *inputs, chunk_rows, with_entropy, with_likeliest)
     return TokenStatistics(*(x if x is None else x.view(targets.shape) for x in statistics))
 
 
-def _inputs(hidden, weight, targets, bias, temperature, mask, backend):
-    """The backend, and the checked inputs: hidden, weight, bias, targets, mask, temperature, with
-    one row for each of the N targets."""
+def _inputs(hidden, weight, targets, bias, temperature, mask, backend, group, call):
+    """The backend, the rows of the head that are here, and the checked inputs.
+
+    Args: call: options that must be equal on all ranks of a group.
+
+    Returns: the inputs hidden, weight, bias, targets, mask, temperature have one row for each of
+    the N targets.
+    """
+    check = partial(_checked, hidden, weight, targets, bias, temperature, mask, backend, call)
+    if group is None:
+        (impl, inputs), shard = check(), Shard.whole(weight)
+    else:
+        (impl, inputs), shard = agree(group, check, call)
+    check_target_range(targets, shard.size, mask)
+    return impl, shard, inputs
+
+
+def _checked(hidden, weight, targets, bias, temperature, mask, backend, call):
+    """The backend and the inputs, as `_inputs`; the targets may be out of range."""
+    if call.get("chunk_rows") is not None and call["chunk_rows"] < 1:
+        raise ValueError(f"chunk_rows must be >= 1, got {call['chunk_rows']}")
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if x is not None:
+        if x is not None or name != "bias":
             check_float(name, x)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -327,7 +384,6 @@ def _inputs(hidden, weight, targets, bias, temperature, mask, backend):
     temperature = check_temperature(temperature, logits, impl)
     if mask is not None:
         check_mask(targets, mask)
-    check_target_range(targets, len(weight), mask)
     targets = targets.long()
     rows = [None if x is None else x.reshape(-1) for x in (targets, mask)]
     T = temperature.reshape(-1) if isinstance(temperature, Tensor) else temperature
@@ -335,21 +391,31 @@ def _inputs(hidden, weight, targets, bias, temperature, mask, backend):
 
 
 def _statistics(
-    impl, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy, with_likeliest
-):
+    impl, shard, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy,
+    with_likeliest,
+):  # fmt: skip
     """TokenStatistics (N,) of flat inputs."""
     if impl is None:
-        return linear_token_logprobs_reference(hidden, weight, bias, targets, mask, temperature)
+        return linear_token_logprobs_reference(
+            hidden, weight, bias, targets, mask, temperature, shard
+        )
     if chunk_rows is None:
         chunk_rows = blocks.GPU_CHUNK_ROWS if hidden.is_cuda else blocks.CPU_CHUNK_ROWS
-    launch = (partial(blocks.forward, impl), partial(blocks.backward, impl))
     if torch.compiler.is_compiling():
-        launch = (impl.linear_token_logprobs_fwd, impl.linear_token_logprobs_bwd)
+        launch = impl.linear_token_logprobs_fwd, impl.linear_token_logprobs_bwd
+        reference = linear_token_logprobs_reference
+    else:
+        launch = (
+            partial(blocks.forward, impl, shard=shard),
+            partial(blocks.backward, impl, shard=shard),
+        )
+        reference = partial(linear_token_logprobs_reference, shard=shard)
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     frozen_head = torch.is_grad_enabled() and hidden.requires_grad and not head_trains
-    with_dhidden = hidden.is_cuda and frozen_head and not with_entropy
+    # Ranks with unequal parts of the head would cut other chunks.
+    with_dhidden = hidden.is_cuda and frozen_head and not with_entropy and shard.group is None
     logprobs, entropy, likeliest = _LinearTokenLogprobs.apply(
-        launch, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy,
-        with_likeliest, with_dhidden,
+        (*launch, reference), hidden, weight, bias, targets, mask, temperature, chunk_rows,
+        with_entropy, with_likeliest, with_dhidden,
     )  # fmt: skip
     return TokenStatistics(logprobs, entropy, None if likeliest is None else likeliest.bool())

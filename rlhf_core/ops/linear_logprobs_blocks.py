@@ -14,6 +14,9 @@ products of so few rows cost more than the third product saves.
 
 If the caller passes its loss (`loss_of`), the forward also computes the gradients of hidden states
 and head at once, from whole rows: three products instead of four.
+
+The rows of the head may lie on several ranks (`Shard`). A rank is then one more level of blocks:
+`_join` also takes the ranks' maxima and sums.
 """
 
 import math
@@ -22,6 +25,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from rlhf_core.ops.vocab_parallel import Shard
 
 # Sizes of a chunk and a block. On CPU their logits roughly fill the last-level cache. On GPU the
 # matrix products are just large enough to keep the device busy.
@@ -41,11 +46,12 @@ class TokenStatistics(NamedTuple):
 
 def forward(
     impl, hidden, weight, bias, targets, mask, temperature, chunk_rows, with_entropy,
-    with_likeliest, with_dhidden,
+    with_likeliest, with_dhidden, shard=None,
 ):  # fmt: skip
     """Statistics of the rows, and the gradient of logprobs with respect to hidden.
 
-    Args: hidden (N, D), targets and mask (N,), temperature a number or (N,).
+    Args: hidden (N, D), targets and mask (N,), temperature a number or (N,). shard: the place of
+    weight in the head, without with_dhidden; None if it is all of it.
 
     Returns: logprobs (N,), entropy (N,) or None, likeliest (N,) uint8 or None, lse (N, 2), dhidden
     (N, D) or None. With dhidden each block spans the whole vocabulary.
@@ -55,74 +61,93 @@ def forward(
     likeliest = torch.zeros_like(logprobs, dtype=torch.uint8) if with_likeliest else None
     lse = logprobs.new_zeros((len(hidden), 2))
     dhidden = torch.zeros_like(hidden) if with_dhidden else None
-    width = _width(hidden, weight)
+    shard, width = shard or Shard.whole(weight), _width(hidden, weight)
     if with_dhidden:
         width, chunk_rows = len(weight), max(1, chunk_rows * width // len(weight))
     for rows, y, T in _chunks(targets, mask, temperature, chunk_rows):
-        parts, tops = [], []
-        for start, logits in _blocks(hidden[rows], weight, bias, width):
-            # A target of another block must not seem out of range here. `_join` picks its block.
-            inside = (y - start).clamp(0, logits.shape[-1] - 1)
-            here = y if width >= len(weight) else inside
-            parts.append(impl.token_logprobs_fwd(logits, here, None, T, with_entropy, True))
-            if with_likeliest:
-                own = logits.gather(-1, inside[..., None])[..., 0].where(
-                    inside == y - start, -math.inf
-                )
-                tops.append(torch.cat((own, logits.amax(dim=-1))))  # (2, n)
-        logp, H, L = parts[0] if len(parts) == 1 else _join(parts, y, T, width, len(weight))
+        logits = _blocks(hidden[rows], weight, bias, width)
+        if with_dhidden:
+            logits = list(logits)  # one block, which is used again
+        logp, H, L, likely = _statistics(impl, logits, y, T, with_entropy, with_likeliest, shard)
         logprobs[rows], lse[rows] = logp[0], L[0]
         if with_entropy:
             entropy[rows] = H[0]
         if with_likeliest:
-            own, top = torch.stack(tops).amax(dim=0)
-            likeliest[rows] = (own == top).to(torch.uint8)
+            likeliest[rows] = likely[0].to(torch.uint8)
         if with_dhidden:
             ones = torch.ones_like(logp)
-            (dlogits,) = impl.token_logprobs_bwd(ones, None, logits, y, None, T, None, L, True)
+            z = logits[0][1]
+            (dlogits,) = impl.token_logprobs_bwd(ones, None, z, y, None, T, None, L, True)
             dhidden[rows] = dlogits @ weight
     return logprobs, entropy, likeliest, lse, dhidden
 
 
-def _join(parts, y, T, width, V):
-    """Log-probs, entropy and lse of rows, joined from those of their blocks.
+def _statistics(impl, blocks, y, T, with_entropy, with_likeliest, shard):
+    """Log-prob (1, n), entropy (1, n) or None, lse (1, n, 2), likeliest (1, n) or None of rows.
 
-    A block with L and H has the share w = exp(L - lse) of the probability. The entropy is
-    sum w (H + lse - L).
+    blocks: start, among the rows of this rank, and logits (1, n, width) of each block.
     """
-    logp, H, lse = (  # (blocks, 1, n)
-        None if part[0] is None else torch.stack(part).double() for part in zip(*parts)
+    parts, tops = [], []
+    for start, logits in blocks:
+        whole = logits.shape[-1] == shard.size
+        # A target of another block must not seem out of range here. `_join` picks its block.
+        place = y - shard.first - start
+        inside = place.clamp(0, logits.shape[-1] - 1)
+        here = y if whole else inside
+        part = impl.token_logprobs_fwd(logits, here, None, T, with_entropy, True)
+        parts.append((*part, place == inside))
+        if with_likeliest:
+            own = logits.gather(-1, inside[..., None])[..., 0].where(place == inside, -math.inf)
+            tops.append(torch.stack((own, logits.amax(dim=-1))))  # (2, 1, n)
+    logp, H, L = parts[0][:3] if whole else _join(parts, y, T, shard)
+    if not with_likeliest:
+        return logp, H, L, None
+    own, top = shard.largest(torch.stack(tops).amax(dim=0).float())
+    return logp, H, L, (own == top) & ~logp.isnan()  # a maximum over ranks may lose a NaN
+
+
+def _join(parts, y, T, shard):
+    """Log-probs, entropy and lse of rows, joined from those of the blocks on all ranks.
+
+    parts: logp (1, n), H (1, n) or None, lse (1, n, 2), and whether the block has the target
+    (1, n), for each block of this rank. A block with L and H has the share w = exp(L - lse) of the
+    probability. The entropy is lse + sum w (H - L).
+    """
+    logp, H, lse, has_target = (  # (blocks, 1, n)
+        None if part[0] is None else torch.stack(part) for part in zip(*parts)
     )
-    offset, rest = lse.unbind(-1)
-    top = offset.amax(dim=0)
+    offset, rest = lse.double().unbind(-1)
+    top = shard.largest(offset.amax(dim=0))
     L = rest + (offset - top) / T
-    L = L.where(offset != -math.inf, -math.inf)  # not NaN for a block without probability
-    total = L.logsumexp(dim=0)  # (1, n)
-    # NaN if the target is out of range, or if no token has any probability.
-    total = total.where((y >= 0) & (y < V) & (total != -math.inf), math.nan)
+    L = L.where(~offset.isneginf(), -math.inf)  # not NaN for a block without probability
+    mass = L.exp()  # of each block, relative to top
+    own = (logp.masked_fill(L.isneginf(), 0) + L).where(has_target, 0)
+    terms = [mass, own]
     if H is not None:
-        share = (L - total).exp()
-        H = (share * (H + total - L)).where(share != 0, 0).sum(dim=0).float()
-    block = (y // width).clamp(0, len(parts) - 1)[None]
-    own = L.gather(0, block)
-    logp = (logp.gather(0, block).where(own != -math.inf, 0) + own - total)[0].clamp_max(0)
-    return logp.float(), H, torch.stack((top, total), dim=-1).float()
+        terms.append((mass * (H - L)).where(mass != 0, 0))
+    mass, own, *spread = shard.total(torch.stack(terms).sum(dim=1))  # (1, n) each
+    total = mass.log()
+    # NaN if the target is out of range, or if no token has any probability.
+    total = total.where((y >= 0) & (y < shard.size) & (mass != 0), math.nan)
+    logp = (own - total).clamp_max(0).float()
+    H = (total + spread[0] / mass).clamp_min(0).float() if spread else None
+    return logp, H, torch.stack((top, total), dim=-1).float()
 
 
 def backward(
     impl, dlogprobs, dentropy, hidden, weight, bias, targets, mask, temperature, entropy, lse,
-    chunk_rows, needs,
+    chunk_rows, needs, shard=None,
 ):  # fmt: skip
     """Gradients of hidden, weight and bias where `needs` is True, else None; sums are float32."""
-    width = _width(hidden, weight)
+    shard, width = shard or Shard.whole(weight), _width(hidden, weight)
     chunks = list(_chunks(targets, mask, temperature, chunk_rows))
-    dhidden = torch.zeros_like(hidden) if needs[0] else None
+    dhidden = torch.zeros_like(hidden, dtype=shard.sum_dtype(hidden)) if needs[0] else None
     if needs[1]:
         dweight = torch.empty_like(weight, dtype=torch.float32 if len(chunks) > 1 else weight.dtype)
         dweight = dweight if chunks else dweight.zero_()
     dbias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
     for i, (rows, y, T) in enumerate(chunks):
-        h, L = hidden[rows], lse[rows][None]
+        h, y, L = hidden[rows], y - shard.first, lse[rows][None]
         g, dH, H = (None if x is None else x[rows][None] for x in (dlogprobs, dentropy, entropy))
         if needs[0]:
             dh = torch.empty_like(h, dtype=torch.float32 if width < len(weight) else h.dtype)
@@ -136,27 +161,28 @@ def backward(
             if needs[2]:
                 dbias[block] += dlogits.sum(dim=0, dtype=torch.float32)
         if needs[0]:
-            dhidden[rows] = dh.to(hidden.dtype)
+            dhidden[rows] = dh.to(dhidden.dtype)
     return (
-        dhidden,
+        shard.total(dhidden).to(hidden.dtype) if needs[0] else None,
         dweight.to(weight.dtype) if needs[1] else None,
         dbias.to(bias.dtype) if needs[2] else None,
     )
 
 
 def loss_and_gradients(
-    impl, hidden, weight, bias, targets, temperature, losses, sizes, with_likeliest, needs, extras
-):
+    impl, hidden, weight, bias, targets, temperature, losses, sizes, with_likeliest, needs, extras,
+    shard=None,
+):  # fmt: skip
     """The loss of all rows, chunk by chunk of whole groups, and its gradients.
 
     Returns: the results of `losses`, the first one summed over the chunks and the others
     concatenated; the gradients of hidden, weight and bias where `needs` is True, else None, and
     those of the extras.
     """
-    N, V = len(hidden), len(weight)
-    most = max(1, (GPU_WHOLE if hidden.is_cuda else CPU_WHOLE) // V)
+    shard, N, V = shard or Shard.whole(weight), len(hidden), len(weight)
+    most = max(1, (GPU_WHOLE if hidden.is_cuda else CPU_WHOLE) // shard.widest)
     workspace, results, dextras = None, [], [torch.zeros_like(x) for x in extras]
-    dhidden = torch.empty_like(hidden) if needs[0] else None
+    dhidden = torch.empty_like(hidden, dtype=shard.sum_dtype(hidden)) if needs[0] else None
     dweight = torch.empty_like(weight, dtype=torch.float32) if needs[1] else None
     dbias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
     for groups, rows in _whole_groups(N, sizes, most):
@@ -165,15 +191,13 @@ def loss_and_gradients(
         if workspace is None or len(workspace) < len(h) * V:
             workspace = h.new_empty(max(len(h), min(most, N)) * V)
         ((_, logits),) = _blocks(h, weight, bias, V, workspace)
-        logprobs, entropy, L = impl.token_logprobs_fwd(logits, y, None, T, True, True)  # (1, n)
-        likeliest = None
-        if with_likeliest:
-            own = logits.gather(-1, y.clamp(0, V - 1)[..., None])[..., 0]
-            likeliest = (own == logits.amax(dim=-1))[0]
+        rest = (T, True, with_likeliest, shard)
+        logprobs, entropy, L, likeliest = _statistics(impl, [(0, logits)], y, *rest)
         with torch.enable_grad():
             own_extras = [x[rows].detach().requires_grad_() for x in extras]
             leaves = logprobs[0].requires_grad_(), entropy[0].requires_grad_()
-            loss, *outputs = losses(TokenStatistics(*leaves, likeliest), groups, *own_extras)
+            likely = None if likeliest is None else likeliest[0]
+            loss, *outputs = losses(TokenStatistics(*leaves, likely), groups, *own_extras)
             g, dH, *dx = torch.autograd.grad(loss, (*leaves, *own_extras), allow_unused=True)
         for total, part in zip(dextras, dx):
             if part is not None:
@@ -182,9 +206,10 @@ def loss_and_gradients(
         if g is None:
             g = torch.zeros_like(logprobs[0])
         dH, H = (None, None) if dH is None else (dH[None], entropy.detach())
+        y = y - shard.first
         (dlogits,) = impl.token_logprobs_bwd(g[None], dH, logits, y, None, T, H, L, True)
         if needs[0]:
-            torch.mm(dlogits, weight, out=dhidden[rows])
+            add_product(dhidden[rows], dlogits, weight, first=True)
         if needs[1]:
             add_product(dweight, dlogits.T, h, first=rows.start == 0)
         if needs[2]:
@@ -193,7 +218,7 @@ def loss_and_gradients(
     return (
         (sum(losses_of_chunks), *map(torch.cat, columns)),
         (
-            dhidden,
+            shard.total(dhidden).to(hidden.dtype) if needs[0] else None,
             dweight.to(weight.dtype) if needs[1] else None,
             dbias.to(bias.dtype) if needs[2] else None,
             *dextras,

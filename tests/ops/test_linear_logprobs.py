@@ -260,6 +260,7 @@ def test_memory_grows_with_the_chunk_not_with_the_rows(frozen):
 @pytest.mark.parametrize(
     "change, error, words",
     [
+        (dict(hidden=None), TypeError, "hidden must be a float tensor, got NoneType"),
         (dict(hidden=torch.zeros(2, 4, 3)), ValueError, r"\(2, 4, 3\) and \(7, 5\)"),
         (dict(weight=torch.zeros(7, 5, dtype=torch.float64)), TypeError, "float64"),
         (dict(bias=torch.zeros(5)), ValueError, r"\(7,\), got \(5,\)"),
