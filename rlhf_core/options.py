@@ -73,6 +73,7 @@ SYNONYMS = {  # an option or choice of ours -> its names in other libraries
     "keep": "save_total_limit max_ckpt_to_keep",
     "keep_best": "metric_for_best_model load_best_model_at_end",
     "out": "output_dir save_path",
+    "log": "report_to log_with logger",
     "model": "model_name_or_path pretrain",
     "data": "dataset dataset_name train_file",
     "prompts": "prompt_data dataset dataset_name",

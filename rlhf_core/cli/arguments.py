@@ -161,7 +161,9 @@ def add_log(parser: ArgumentParser) -> None:
         "also send the metrics to these trackers; each but csv needs its package, such as "
         "rlhf-core[wandb]"
     )
-    parser.add_argument("--log", nargs="+", action="extend", choices=TRACKERS, help=help)
+    # torchrun takes "--log" for the start of its own --log-dir, so there is a second name.
+    names = ("--log", "--log-to")
+    parser.add_argument(*names, nargs="+", action="extend", choices=TRACKERS, help=help)
 
 
 def add_template(parser: ArgumentParser) -> None:

@@ -610,7 +610,7 @@ def test_log_csv_has_a_line_for_each_step_or_round_of_a_method_that_samples(
 
 
 def test_trackers_are_repeatable_and_a_resumed_run_keeps_them(train, tmp_path):
-    options = ["--log", "csv", "--log", "csv", "--save-every", 1, "--lr-schedule", "constant"]
+    options = ["--log", "csv", "--log-to", "csv", "--save-every", 1, "--lr-schedule", "constant"]
     assert train("sft", TEXTS, *options) == 0
     assert config_in(tmp_path / "out")["log"] == ["csv", "csv"]
     assert run("sft", "--resume", "--out", tmp_path / "out", "--max-steps", 3) == 0
@@ -641,3 +641,5 @@ def test_a_tracker_without_its_package_is_an_error_before_anything_is_written(
     assert not (tmp_path / "out").exists()
     line = fails("sft", *files, "--log", "tensorbord")
     assert "one of tensorboard, wandb, trackio, csv, got 'tensorbord'; did you mean" in line
+    line = fails("sft", *files, "--report-to", "csv")
+    assert line.endswith("there is no option --report-to; did you mean --log?")

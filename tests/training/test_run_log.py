@@ -13,6 +13,7 @@ from helpers import (
     make_ppo,
     make_trainer,
     rows,
+    run_ranks,
     snapshot,
     tiny,
 )
@@ -311,6 +312,27 @@ def test_an_error_in_on_step_without_a_folder_names_the_step():
     trainer = make_trainer("sft", batch_size=2, others=dict(on_step=noting([], 3)))
     with pytest.raises(RuntimeError, match=r"^step 3: on_step raised KeyError\('no server'\)$"):
         trainer.train()
+
+
+def train_on_ranks(rank, world, out, fail_at):
+    """The steps that on_step got on this rank, and how the run ended."""
+    calls = []
+    others = dict(on_step=noting(calls, fail_at), out=out)
+    try:
+        make_trainer("sft", batch_size=2, others=others).train()
+    except RuntimeError as error:
+        return [step for step, _ in calls], str(error)
+    return [step for step, _ in calls], "finished"
+
+
+@pytest.mark.slow
+def test_rank_0_alone_calls_on_step_and_an_error_in_it_ends_every_rank(tmp_path):
+    first, second = run_ranks(train_on_ranks, 2, tmp_path, str(tmp_path / "whole"), None)
+    assert first == ([1, 2, 3, 4], "finished") and second == ([], "finished")
+    first, second = run_ranks(train_on_ranks, 2, tmp_path, str(tmp_path / "failed"), 3)
+    assert first[0] == [1, 2, 3] and second[0] == []
+    assert first[1].startswith("step 3: on_step raised KeyError('no server'); continue from ")
+    assert second[1] == f"rank 0: {first[1]}"
 
 
 @pytest.mark.parametrize("bad", ["wandb", 3])
