@@ -4,6 +4,7 @@ A fused kernel reads a tensor's memory behind torch's back. `resolve` therefore 
 tensors only, outside of torch's tracing and function transforms; the rest goes to the reference.
 """
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -138,9 +139,15 @@ def values_may_be_read(x: Tensor) -> bool:
 def check_own(*things: Any) -> None:
     """Raise TypeError for a model or tokenizer of transformers or peft, with what to call."""
     for thing in things:
-        for base in type(thing).__mro__:
-            library, name = base.__module__.split(".")[0], type(thing).__name__
-            if library in ("transformers", "peft") and base.__name__ in _FOREIGN:
-                ours = "RewardModel" if name.endswith("SequenceClassification") else "Transformer"
-                call = _FOREIGN[base.__name__].format(ours)
-                raise TypeError(f"{name} is a class of {library}; {call}")
+        if fault := _foreign(type(thing)):
+            raise TypeError(fault)
+
+
+@functools.lru_cache(maxsize=256)  # encoding asks for every row
+def _foreign(kind: type) -> str | None:
+    for base in kind.__mro__:
+        library, name = base.__module__.split(".")[0], kind.__name__
+        if library in ("transformers", "peft") and base.__name__ in _FOREIGN:
+            ours = "RewardModel" if name.endswith("SequenceClassification") else "Transformer"
+            return f"{name} is a class of {library}; {_FOREIGN[base.__name__].format(ours)}"
+    return None

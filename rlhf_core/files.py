@@ -297,6 +297,10 @@ def parse_json(text: str):
     Whole numbers have at most 300 digits, so that all of them are also finite floats.
     """
     try:
+        with contextlib.suppress(json.JSONDecodeError):  # loads knows the best message
+            value, end = _DECODER.raw_decode(text)
+            if end == len(text):
+                return value
         return json.loads(text, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("not valid JSON: nested too deeply") from None
@@ -306,6 +310,10 @@ def _parse_int(digits: str) -> int:
     if len(digits) > 300:
         raise ValueError(f"not valid JSON: a number of {len(digits)} digits, {digits[:20]}...")
     return int(digits)
+
+
+# Made once: json.loads with an option makes a decoder on every call, for longer than it decodes.
+_DECODER = json.JSONDecoder(parse_int=_parse_int)
 
 
 def read_json(path: str | os.PathLike):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_core.data import Pair
 from rlhf_core.data.quality import differing
+from rlhf_core.data.store import join
 from rlhf_core.losses.preference import (
     LOSSES,
     length_desensitized_weights,
@@ -154,7 +155,7 @@ class DPOTrainer(Trainer):
             self.examples = differing(self.examples, "pairs")
             self.eval_examples = differing(self.eval_examples, "evaluation pairs")
             if "label_smoothing" not in options_of(config.loss):
-                warn_of_label_smoothing((*self.examples, *self.eval_examples), config.loss)
+                warn_of_label_smoothing(join([self.examples, self.eval_examples]), config.loss)
         without = config.reference_free or config.loss in WITHOUT_REFERENCE
         if without and reference is not None:
             named = "reference_free" if config.reference_free else f"loss {config.loss!r}"
@@ -163,7 +164,7 @@ class DPOTrainer(Trainer):
         if config.reference_logprobs is not None:
             self.reference_logprobs = ReferenceLogprobs(
                 config.reference_logprobs,
-                (*self.examples, *self.eval_examples),
+                join([self.examples, self.eval_examples]),
                 reference or model,
                 config.precision,
                 self._compute_reference_logprobs,
@@ -178,7 +179,7 @@ class DPOTrainer(Trainer):
         size = self.config.batch_size
         first_epoch = itertools.islice(self.batches(), math.ceil(len(self.examples) / size))
         starts = range(0, len(self.eval_examples), size)
-        held_out = (self.eval_examples[start : start + size] for start in starts)
+        held_out = (list(self.eval_examples[start : start + size]) for start in starts)
         with torch.no_grad(), eval_mode(reference):
             for batch in itertools.chain(first_epoch, held_out):
                 for part, tokens in self.parts(batch, packing=self.config.max_length):

@@ -75,6 +75,7 @@ class ILQLTrainer(Trainer):
     algorithm = "ilql"
     model_type = ILQLModel
     kinds = (Example,)
+    needs = "reward"
 
     def __init__(self, model: ILQLModel, examples, config: ILQLConfig, **options):
         super().__init__(model, examples, config, **options)

@@ -56,6 +56,7 @@ class KTOTrainer(Trainer):
     algorithm = "kto"
     main_metric = "rewards/accuracies"
     kinds = (Example,)
+    needs = "label"
 
     def __init__(
         self,

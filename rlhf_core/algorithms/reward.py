@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_core import distributed
 from rlhf_core.data import Pair, Ranked, Steps, TokenBatch
 from rlhf_core.data.quality import differing, length_bias
+from rlhf_core.data.store import join, kinds_of
 from rlhf_core.losses import (
     bradley_terry_loss,
     centering_loss,
@@ -89,7 +90,7 @@ class RewardTrainer(Trainer):
 
     def __init__(self, model: RewardModel, examples, config: RewardConfig, **options):
         super().__init__(model, examples, config, **options)
-        kind, *others = {type(row) for row in (*examples, *self.eval_examples)}
+        kind, *others = kinds_of(examples) | kinds_of(self.eval_examples)
         if others:
             named = " and ".join(sorted(KINDS[x] for x in (kind, *others)))
             raise ValueError(f"the examples are {named}; train and evaluate on one kind")
@@ -105,7 +106,7 @@ class RewardTrainer(Trainer):
             self.examples = differing(self.examples, KINDS[kind])
             self.eval_examples = differing(self.eval_examples, f"evaluation {KINDS[kind]}")
         if pairs and config.loss != "bradley_terry":
-            warn_of_label_smoothing((*self.examples, *self.eval_examples), config.loss)
+            warn_of_label_smoothing(join([self.examples, self.eval_examples]), config.loss)
 
     def losses(
         self, batch: list[Pair] | list[Ranked] | list[Steps], metrics: Metrics
@@ -203,7 +204,7 @@ class RewardTrainer(Trainer):
         size, scores = self.config.batch_size, []
         with eval_mode(self.model):
             for start in range(0, len(examples), size):
-                batch = examples[start : start + size]
+                batch = list(examples[start : start + size])
                 parts = self.parts(batch, packing=self.config.max_length)
                 scores += distributed.gather((self.scores(tokens),) for _, tokens in parts)
         return torch.cat(scores).double().cpu()

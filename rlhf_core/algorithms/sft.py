@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_core.data import Example
 from rlhf_core.data.collate import count_targets
+from rlhf_core.data.store import store
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
 from rlhf_core.training.completions import completion_loss
@@ -67,7 +68,8 @@ class SFTTrainer(Trainer):
                     "whole_text has no effect: every example is a completion without prompt",
                     stacklevel=2,
                 )
-            examples, eval_examples = (list(map(whole, rows)) for rows in (examples, eval_examples))
+            examples = store(map(whole, examples))
+            eval_examples = store(map(whole, eval_examples))
         super().__init__(model, examples, config, eval_examples=eval_examples, **options)
         if not any(map(count_targets, examples)):
             raise ValueError(

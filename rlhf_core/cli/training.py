@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from rlhf_core.cli.config_file import add_config_file
 from rlhf_core.cli.presets import add_preset, settings
 from rlhf_core.data import Tokenizer, encode_text, read_texts
 from rlhf_core.data.collate import length
+from rlhf_core.data.store import join, select
 from rlhf_core.data.tokenizer import other_token
 from rlhf_core.feedback.annotation.people import People
 from rlhf_core.feedback.judges import RewardJudge
@@ -419,7 +420,7 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
     readers = (model, options.get("teacher", model))
     max_length = min(config.max_length, *(x.config.max_positions for x in readers))
 
-    def load(path: Path) -> list:
+    def load(path: Path) -> Sequence:
         cut = []
 
         def encode(row):
@@ -448,10 +449,10 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
         splits = [_split(source, arguments.eval_fraction, config.seed) for source in sources]
         sources, held_out = (
             [rows for rows, _ in splits],
-            [row for _, rows in splits for row in rows],
+            join([rows for _, rows in splits]),
         )
     if arguments.data_weights is None:
-        examples = [example for source in sources for example in source]
+        examples = join(sources)
     else:
         examples = data.mix(sources, arguments.data_weights, config.seed)
     trainer = method.trainer(
@@ -478,14 +479,14 @@ def _save_as(dtype: torch.dtype, model: nn.Module, out: Path) -> None:
         model.save_pretrained(out, dtype)
 
 
-def _split(examples: list, fraction: float, seed: int) -> tuple[list, list]:
+def _split(examples: Sequence, fraction: float, seed: int) -> tuple[Sequence, Sequence]:
     """Training and held-out examples, drawn at random."""
     if not 0 <= fraction < 1:
         raise ValueError(f"--eval-fraction must be in [0, 1), got {fraction}")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(examples), generator=generator).tolist()
     count = int(len(examples) * fraction)
-    return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
+    return select(examples, order[count:]), select(examples, order[:count])
 
 
 def train_on_prompts(method: OnPrompts, arguments: Namespace) -> None:

@@ -8,11 +8,6 @@ from rlhf_core.data.context import (
     read_context,
 )
 from rlhf_core.data.encode import (
-    Example,
-    Pair,
-    Prompt,
-    Ranked,
-    Steps,
     columns_of,
     encode_labelled,
     encode_preference,
@@ -23,6 +18,7 @@ from rlhf_core.data.encode import (
     encode_text,
     step_ends,
 )
+from rlhf_core.data.examples import Example, Pair, Prompt, Ranked, Steps
 from rlhf_core.data.formats import DataError
 from rlhf_core.data.mixture import mix
 from rlhf_core.data.readers import (

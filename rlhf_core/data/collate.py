@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_core.data.encode import Example, Pair, Ranked, Steps
+from rlhf_core.data.examples import Example, Pair, Ranked, Steps
+
+GROUPS = (Example, Pair, Ranked, Steps)
 
 
 class TokenBatch(NamedTuple):
@@ -166,8 +168,8 @@ def unknown_id(
     Args:
         vocab_size: Number of ids of the model, from 0 on.
     """
-    rows = [example]
-    if isinstance(example, Example | Pair | Ranked | Steps):
+    rows: list = [example]
+    if isinstance(example, GROUPS):
         prompt, completions, _ = as_group(example)
         rows = [prompt, *completions, getattr(example, "teacher_prompt_ids", None) or []]
     for ids in rows:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 from rlhf_core.checks import check_own
 from rlhf_core.data.chat import Content, Message
+from rlhf_core.data.examples import Example, Pair, Prompt, Ranked, Steps
 from rlhf_core.data.readers import (
     Labelled,
     Preference,
@@ -16,98 +16,15 @@ from rlhf_core.data.readers import (
     Solution,
     Text,
 )
-from rlhf_core.data.tokenizer import Tokenizer
+from rlhf_core.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer
 
-
-class Example(NamedTuple):
-    """A tokenised prompt and completion.
-
-    Attributes:
-        prompt_ids: With BOS.
-        completion_ids: With EOS.
-        completion_mask: True for completion tokens in the loss. None means all of them.
-        label: Whether the completion is desirable. None if not known.
-        reward: Reward of the completion, which arrives after its last token. None if not known.
-        teacher_prompt_ids: The prompt that a teacher reads, such as one with a context in front.
-            None means the same prompt.
-    """
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    completion_mask: list[bool] | None = None
-    label: bool | None = None
-    reward: float | None = None
-    teacher_prompt_ids: list[int] | None = None
-
-    def __repr__(self) -> str:
-        # Part of the digest of a run's data: a field that older versions lack is shown when set.
-        shown = [f"{name}={value!r}" for name, value in zip(self._fields, self)]
-        return f"Example({', '.join(shown[: -1 if self.teacher_prompt_ids is None else None])})"
-
-
-class Prompt(list[int]):
-    """The token ids of a prompt, with the columns of its row that rewards and judges get.
-
-    `Prompt(ids, answer="42")` has one column. Anything that takes the ids of a prompt takes it.
-    """
-
-    def __init__(self, ids: Sequence[int], /, **columns: Any):
-        super().__init__(ids)
-        self.columns = columns
-
-    def __repr__(self) -> str:  # part of the digest of a run's data: a list's without columns
-        ids = super().__repr__()
-        return f"Prompt({ids}, **{self.columns!r})" if self.columns else ids
-
-
-class Pair(NamedTuple):
-    """A tokenised prompt with a chosen and a rejected completion.
-
-    Attributes:
-        prompt_ids: With BOS.
-        chosen_ids: With EOS, like `rejected_ids`.
-        margin: How clearly the chosen completion won, for reward models.
-        masks: The completion masks of both, as in `Example`. None means that all tokens count.
-        label_smoothing: Probability that the label is wrong, in [0, 0.5). None means the config's.
-    """
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    margin: float | None = None
-    masks: list[list[bool] | None] | None = None
-    label_smoothing: float | None = None
-
-    def __repr__(self) -> str:
-        # Part of the digest of a run's data: a field that older versions lack is shown when set.
-        shown = [f"{name}={value!r}" for name, value in zip(self._fields, self)]
-        return f"Pair({', '.join(shown[: -1 if self.label_smoothing is None else None])})"
-
-    @property
-    def completions_ids(self) -> list[list[int]]:
-        """Both completions, chosen first."""
-        return [self.chosen_ids, self.rejected_ids]
-
-
-class Ranked(NamedTuple):
-    """A tokenised prompt with two or more completions, best first."""
-
-    prompt_ids: list[int]
-    completions_ids: list[list[int]]
-
-
-class Steps(NamedTuple):
-    """A tokenised prompt and solution. The mask is True at the last token of each labelled step."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    completion_mask: list[bool]
-    labels: list[float]
+_OWN = (ByteTokenizer, JsonTokenizer)
 
 
 def encode_prompt(prompt: Content, tokenizer: Tokenizer) -> list[int]:
     """Return the ids before a response. After messages, add the header of the assistant's turn."""
-    check_own(tokenizer)
+    if type(tokenizer) not in _OWN:
+        check_own(tokenizer)
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt)
     return tokenizer.encode_chat(prompt, start=len(prompt), add_generation_prompt=True)[0]
@@ -133,6 +50,8 @@ def encode_text(text: Text, tokenizer: Tokenizer, max_length: int) -> Example:
     of the tokenizer's eos_ids, EOS is added. Anything it writes after EOS is dropped.
     """
     example = _encode(*text, tokenizer)
+    if len(example.prompt_ids) + len(example.completion_ids) <= max_length:
+        return example
     prompt, (ids,) = fit(example.prompt_ids, [example.completion_ids], max_length, tokenizer.bos_id)
     mask = example.completion_mask
     return Example(prompt, ids, None if mask is None else mask[: len(ids)])
@@ -158,21 +77,25 @@ def encode_preference(
     """
     if isinstance(preference, Solution):
         return encode_solution(preference, tokenizer, max_length)
-    ranking = isinstance(preference, Ranking)
-    texts = preference.responses if ranking else (preference.chosen, preference.rejected)
-    first, *others = (_encode(preference.prompt, text, tokenizer) for text in texts)
-    if any(other.prompt_ids != first.prompt_ids for other in others):
-        raise ValueError(
-            "the chat template renders the prompt in different ways for different completions"
-        )
-    masks = [example.completion_mask for example in (first, *others)]
-    completions = [example.completion_ids for example in (first, *others)]
-    prompt, completions = fit(first.prompt_ids, completions, max_length, tokenizer.bos_id)
+    ranking, prompt = isinstance(preference, Ranking), preference.prompt
+    texts = preference.responses if ranking else [preference.chosen, preference.rejected]
+    if isinstance(prompt, str):
+        ids, masks = encode_prompt(prompt, tokenizer), [None] * len(texts)
+        completions = [_encode_completion(prompt, text, tokenizer) for text in texts]
+    else:
+        first, *others = (_encode(prompt, text, tokenizer) for text in texts)
+        if any(other.prompt_ids != first.prompt_ids for other in others):
+            raise ValueError(
+                "the chat template renders the prompt in different ways for different completions"
+            )
+        ids, masks = first.prompt_ids, [x.completion_mask for x in (first, *others)]
+        completions = [example.completion_ids for example in (first, *others)]
+    ids, completions = fit(ids, completions, max_length, tokenizer.bos_id)
     if ranking:
-        return Ranked(prompt, completions)
+        return Ranked(ids, completions)
     masks = [None if mask is None else mask[: len(ids)] for mask, ids in zip(masks, completions)]
     masks = masks if any(masks) else None
-    return Pair(prompt, *completions, preference.margin, masks, preference.label_smoothing)
+    return Pair(ids, *completions, preference.margin, masks, preference.label_smoothing)
 
 
 def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -> Steps:
@@ -221,6 +144,8 @@ def fit(
     completion. A completion that is cut has no EOS, because it does not end there.
     """
     longest = max(map(len, completions))
+    if len(prompt) + longest <= max_length:
+        return prompt, completions
     prompt = cut_prompt(prompt, max(max_length - longest, max_length // 2), bos_id)
     return prompt, [completion[: max_length - len(prompt)] for completion in completions]
 
@@ -234,14 +159,19 @@ def cut_prompt(prompt: list[int], length: int, bos_id: int | None) -> list[int]:
 
 
 def _encode(prompt: Content, completion: Content, tokenizer: Tokenizer) -> Example:
-    check_own(tokenizer)
+    if type(tokenizer) not in _OWN:
+        check_own(tokenizer)
     if not isinstance(prompt, str):
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
         return _encode_turns(prompt, completion, tokenizer)
-    encode = tokenizer.encode_completion if prompt else tokenizer.encode
-    ids = encode(completion) + list(tokenizer.eos_ids[:1])
+    ids = _encode_completion(prompt, completion, tokenizer)
     return Example(tokenizer.encode_prompt(prompt), ids)
+
+
+def _encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> list[int]:
+    encode = tokenizer.encode_completion if prompt else tokenizer.encode
+    return [*encode(completion), *tokenizer.eos_ids[:1]]
 
 
 def _encode_turns(prompt: list[Message], turns: list[Message], tokenizer: Tokenizer) -> Example:

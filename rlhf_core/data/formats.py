@@ -15,6 +15,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,17 @@ def read_rows(
     file = _File(path, report, max_bytes)
     for place, row in file.rows():
         try:
-            row = _renamed(_object(row) if isinstance(row, str) else row, columns or {})
+            row = _object(row) if isinstance(row, str) else row
+            row = _renamed(row, columns) if columns else row
             if file.cells:
                 row = {name: _cell(name, text) for name, text in row.items()}
         except ValueError as error:
             invalid = "not valid JSON: " if isinstance(error, json.JSONDecodeError) else ""
             file.report_at(place, f"{invalid}{error}", hint=bool(invalid))
             continue
-        yield place, {name: value for name, value in row.items() if value is not None}
+        if None in row.values():
+            row = {name: value for name, value in row.items() if value is not None}
+        yield place, row
 
 
 def read_lines(path: StrPath, report: Report, max_bytes: int) -> Iterator[tuple[str, str]]:
@@ -78,6 +82,7 @@ class _File:
 
     def __init__(self, path: StrPath, report: Report, max_bytes: int):
         self.path, self.report, self.max_bytes = Path(path), report, max_bytes
+        self.name = str(self.path)
         self.number, self.unit = 0, ":"  # of the line or row that was read last
         self.cells = False  # whether the fields are cells of a CSV file
 
@@ -99,7 +104,7 @@ class _File:
         self.report(DataError(f"{place}: {fault}. {FORMATS}" if hint else f"{place}: {fault}"))
 
     def _place(self, number: int) -> str:
-        return f"{self.path}{self.unit}{number}"
+        return f"{self.name}{self.unit}{number}"
 
     def _method(self, zipped: bool) -> Callable[[], Iterator[tuple[str, Any]]]:
         """The method that reads the rows, by the first bytes of the file and by its name."""
@@ -117,7 +122,7 @@ class _File:
 
     def _raw_lines(self, before: Iterable[bytes] = ()) -> Iterator[bytes]:
         """Every line, cut to one byte more than is allowed."""
-        read = iter(lambda: self.file.readline(self.max_bytes + 1), b"")
+        read = iter(partial(self.file.readline, self.max_bytes + 1), b"")
         for raw in itertools.chain(before, read):
             self.number += 1
             rest = raw if len(raw) > self.max_bytes else b""
@@ -138,7 +143,7 @@ class _File:
                 where = f"{error.reason} at byte {error.start} of the line"
                 self.report_at(place, f"not UTF-8: {where}", hint=True)
                 continue
-            if text.strip():
+            if text and not text.isspace():
                 yield place, text
 
     # ---- a JSON array
@@ -339,8 +344,6 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    if not columns:
-        return row
     for column in columns.values():
         if column not in row:
             raise ValueError(f"column {column!r} is missing; the line has {names_in(row)}")

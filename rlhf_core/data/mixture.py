@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from rlhf_core.data.store import join, select
 
-def mix(sources: Sequence[Sequence[Any]], weights: Sequence[float], seed: int = 0) -> list[Any]:
+
+def mix(sources: Sequence[Sequence[Any]], weights: Sequence[float], seed: int = 0) -> Sequence[Any]:
     """Return as many examples as all sources have together, in the shares that weights give.
 
     A source that has more examples than its share loses some, drawn at random. One that has fewer
@@ -41,10 +43,11 @@ def mix(sources: Sequence[Sequence[Any]], weights: Sequence[float], seed: int = 
     by_loss = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
     for i in by_loss[: sum(map(len, sources)) - sum(counts)]:
         counts[i] += 1
-    generator, mixed = torch.Generator().manual_seed(seed), []
+    generator, places, start = torch.Generator().manual_seed(seed), [], 0
     for source, count in zip(sources, counts):
         order = torch.randperm(len(source), generator=generator).tolist()
         times, more = divmod(count, len(source))
-        drawn = sorted(order[:more])
-        mixed += list(source) * times + [source[i] for i in drawn]
-    return mixed
+        drawn = [*range(len(source))] * times + sorted(order[:more])
+        places += [start + i for i in drawn]
+        start += len(source)
+    return select(join(sources), places)

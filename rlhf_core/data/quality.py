@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.data.chat import Content, texts_of
-from rlhf_core.data.encode import Pair, Ranked
+from rlhf_core.data.examples import Pair, Ranked
 from rlhf_core.data.overlap import (
     SHINGLE,
     Leaks,
@@ -31,11 +31,12 @@ from rlhf_core.data.overlap import (
     words,
 )
 from rlhf_core.data.readers import Preference
+from rlhf_core.data.store import Block, ExampleStore, select
 from rlhf_core.losses import preferred
 from rlhf_core.significance import sign_test, wilson_interval
 
 
-def differing(examples: list[Pair] | list[Ranked], name: str) -> list:
+def differing(examples: Sequence[Pair] | Sequence[Ranked], name: str) -> Sequence:
     """The pairs or ranked lists whose completions are not all equal; warns if some are.
 
     Equal completions teach nothing, and their rounding noise would train.
@@ -43,19 +44,23 @@ def differing(examples: list[Pair] | list[Ranked], name: str) -> list:
     Raises:
         ValueError: none is left.
     """
-    kept = [
-        row for row in examples if any(x != row.completions_ids[0] for x in row.completions_ids)
-    ]
-    dropped = len(examples) - len(kept)
-    if examples and not kept:
+    stored = isinstance(examples, ExampleStore)
+    places = examples.where(Block.may_repeat) if stored else range(len(examples))
+    alike = {i for i in places if _all_alike(examples[i].completions_ids)}
+    if not alike:
+        return examples
+    if len(alike) == len(examples):
         raise ValueError(f"the completions are identical in all {len(examples)} {name}")
-    if dropped:
-        warnings.warn(
-            f"dropped {dropped} of {len(examples)} {name}, whose completions are identical "
-            "(perhaps only up to max_length)",
-            stacklevel=4,
-        )
-    return kept
+    warnings.warn(
+        f"dropped {len(alike)} of {len(examples)} {name}, whose completions are identical "
+        "(perhaps only up to max_length)",
+        stacklevel=4,
+    )
+    return select(examples, [i for i in range(len(examples)) if i not in alike])
+
+
+def _all_alike(completions: list[list[int]]) -> bool:
+    return all(x == completions[0] for x in completions)
 
 
 def length_bias(examples: list[Pair] | list[Ranked], scores: Tensor) -> dict[str, float]:

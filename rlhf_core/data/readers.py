@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from rlhf_core.data.chat import Content, Message
 from rlhf_core.data.formats import FORMATS, DataError, StrPath, names_in, read_lines, read_rows
+from rlhf_core.data.store import store
 from rlhf_core.files import short, shown
 
 _ROLES = ("system", "user", "assistant")
@@ -32,6 +33,7 @@ _RIVALS = (
     ("completion", "response", "output"),
     ("steps", "completions"),
 )
+_FOREIGN_FIELDS = {"conversations", "instruction", "system"}  # what `_canonical` looks for
 _PARTNERS = {"completion": "prompt", "response": "prompt", "answer": "question"}
 _PARTNERS |= {"input": "instruction", "output": "instruction"}
 FIELDS = (
@@ -164,7 +166,7 @@ def read_texts(
             return Text(_string(row, "question"), _string(row, "answer"))
         return _text(row)
 
-    return list(_rows(path, parse, on_bad, encode, columns))
+    return store(_rows(path, parse, on_bad, encode, columns))
 
 
 def read_labelled(
@@ -184,7 +186,7 @@ def read_labelled(
             raise ValueError(f"field 'label' must be true or false, got {shown(label)}")
         return Labelled(*_text(row), bool(label))
 
-    return list(_rows(path, parse, on_bad, encode, columns))
+    return store(_rows(path, parse, on_bad, encode, columns))
 
 
 def read_scored(
@@ -204,7 +206,7 @@ def read_scored(
             raise ValueError(f"field 'reward' must be a finite number, got {shown(reward)}")
         return Scored(*_text(row), float(reward))
 
-    return list(_rows(path, parse, on_bad, encode, columns))
+    return store(_rows(path, parse, on_bad, encode, columns))
 
 
 def read_preferences(
@@ -221,7 +223,7 @@ def read_preferences(
     Returns:
         `Preference` rows, or what encode returns for each.
     """
-    return list(_rows(path, _preference, on_bad, encode, columns))
+    return store(_rows(path, _preference, on_bad, encode, columns))
 
 
 def iterate_preferences(
@@ -252,7 +254,7 @@ def read_comparisons(
             return _solution(row)
         return _ranking(row) if "responses" in row else _preference(row)
 
-    return list(_rows(path, parse, on_bad, encode, columns))
+    return store(_rows(path, parse, on_bad, encode, columns))
 
 
 def read_prompts(
@@ -288,7 +290,7 @@ def read_prompt_rows(
             row = PromptRow(line, {})
             return row if encode is None else encode(row)
 
-        return list(_rows(path, None, on_bad, of_line, columns))
+        return store(_rows(path, None, on_bad, of_line, columns))
     used = (*_RIVALS[0], "input", "system")
     renamed = {column: field for field, column in (columns or {}).items() if field not in used}
     columns = {field: column for field, column in (columns or {}).items() if field in used}
@@ -306,7 +308,7 @@ def read_prompt_rows(
             raise ValueError(f"field {field!r} has only messages of the assistant")
         return PromptRow(messages, others | {"messages": messages})
 
-    return list(_rows(path, parse, on_bad, encode, columns))
+    return store(_rows(path, parse, on_bad, encode, columns))
 
 
 def read_samples(
@@ -330,7 +332,7 @@ def read_samples(
         response = _string(row, field, empty=True)
         return Sample(policy, _prompt(row), response, **numbers, label=row.get("label"))
 
-    return list(_rows(path, parse, on_bad, encode, columns))
+    return store(_rows(path, parse, on_bad, encode, columns))
 
 
 def read_candidates(
@@ -378,7 +380,7 @@ def read_candidates(
             prompt, responses = _prompt(row), []
         return Candidates(name, prompt, responses, ranks, warning)
 
-    return list(_rows(path, parse, on_bad, encode, columns))
+    return store(_rows(path, parse, on_bad, encode, columns))
 
 
 def check_messages(value, field: str, empty: bool = False) -> list[Message]:
@@ -421,8 +423,9 @@ def _text(row: dict) -> Text:
                 f"field 'messages' must end with an answer of the assistant, got {roles}"
             )
         return Text(messages[:-1], messages[-1:])
-    names = (name for name in ("completion", "response", "output") if name in row)
-    completion = next(names, "response")
+    completion = "completion"
+    if completion not in row:
+        completion = "output" if "output" in row and "response" not in row else "response"
     if isinstance(row.get("prompt"), list):
         return Text(_conversation(row, "prompt"), _turns(row, completion))
     return Text(_string(row, "prompt"), _string(row, completion))
@@ -564,10 +567,12 @@ def _turns(row: dict, field: str, empty: bool = False) -> list[Message]:
 
 def _string(row: dict, field: str, where: str = "", empty: bool = False) -> str:
     """The text of a field. where: Which part of the line `row` is, for errors."""
+    value = row.get(field)
+    if isinstance(value, str) and value.isascii() and value and not value.isspace():
+        return value  # what most rows hold, found at once
     name = f"{where}.{field}" if where else field
     if field not in row:
         raise ValueError(_missing(name, row))
-    value = row[field]
     if not isinstance(value, str):
         raise ValueError(f"field {name!r} must be a string, got {shown(value)}")
     if not value.strip() and not empty:
@@ -613,6 +618,8 @@ def _rows(
 
 def _canonical(row: dict, columns: Mapping[str, str]) -> dict:
     """The row with Alpaca's and ShareGPT's fields, and `system`, as prompt and messages."""
+    if not columns and _FOREIGN_FIELDS.isdisjoint(row):
+        return row
     named = set(columns)
     named |= {_PARTNERS[field] for field in columns if _PARTNERS.get(field) in row}
     for rivals in _RIVALS:

@@ -72,7 +72,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def encode_prompt(self, text: str) -> list[int]:
-        return [self.bos_id, *self.encode(text)]
+        return [self.bos_id, *text.encode("utf-8")]
 
     encode_completion = encode
 

@@ -21,7 +21,7 @@ from torch import nn
 from rlhf_core.data import Tokenizer, collate, encode_prompt
 from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import length
-from rlhf_core.data.encode import Ranked
+from rlhf_core.data.examples import Ranked
 from rlhf_core.feedback.endpoint import Endpoint, JudgeError, RequestError
 from rlhf_core.feedback.verdicts import Reply, probability_of_first
 from rlhf_core.models import Transformer, eval_mode

@@ -19,7 +19,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -361,6 +361,11 @@ def _digest_of_tensors(tensors: dict[str, Tensor]) -> str:
 
 def digest(*parts: nn.Module | Tensor | str) -> str:
     """SHA-256 (hex) over modules (all their tensors), tensors and strings, in order."""
+    return digest_of(parts)
+
+
+def digest_of(parts: Iterable[nn.Module | Tensor | str]) -> str:
+    """As `digest`, of parts that are made one after the other."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):

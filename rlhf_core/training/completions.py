@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_core.data import Pair, TokenBatch
+from rlhf_core.data.store import has
 from rlhf_core.losses import regularized_cross_entropy
 from rlhf_core.models import Transformer
 from rlhf_core.models.transformer import TrunkModel
@@ -51,7 +52,7 @@ def label_smoothing_of(pairs: list[Pair], default: float, device: torch.device) 
 
 def warn_of_label_smoothing(pairs: Sequence[Pair], loss: str) -> None:
     """Warn if a pair has a label smoothing, which `loss` does not use."""
-    if any(pair.label_smoothing is not None for pair in pairs):
+    if has(pairs, "label_smoothing"):
         message = f"label_smoothing of the pairs has no effect on loss {loss!r}"
         warnings.warn(message, stacklevel=3)
 

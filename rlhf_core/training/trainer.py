@@ -15,11 +15,12 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from rlhf_core.checks import check_own
 from rlhf_core.data import Example, TokenBatch, Tokenizer, collate
 from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import count_targets, length, misfit, unknown_id
+from rlhf_core.data.store import Block, ExampleStore, kinds_of
 from rlhf_core.feedback.endpoint import JudgeError
 from rlhf_core.feedback.judges import Judge, JudgeScorer
 from rlhf_core.feedback.rewards import RewardError, Scorer
@@ -63,6 +65,7 @@ class Trainer:
     pace = "lr"  # the option that sets how far a run moves its model
     model_type: type[nn.Module] = nn.Module
     kinds: tuple[type, ...] = ()  # types of the examples; empty: prompts
+    needs: str | None = None  # the field that `fault` asks for
     scorer: Scorer | JudgeScorer | None = None  # of methods that sample
     eval_judge: Judge | None = None  # compares their answers to held-out prompts
     eval_reference: Reference | None = None  # with which these are compared; never moves
@@ -182,7 +185,7 @@ class Trainer:
         if kinds:
             self.check_kinds(name, examples, kinds)
         vocab_size = self.model.config.vocab_size
-        for i, example in enumerate(examples):
+        for i, example in self._unclear(examples, bool(kinds), plain):
             fault = unknown_id(example, vocab_size)
             if kinds:
                 fault = misfit(example) or fault or self._excess(length(example))
@@ -190,8 +193,32 @@ class Trainer:
             if fault:
                 raise ValueError(f"{name} {i} {fault}")
 
+    def _unclear(self, examples: Sequence, whole: bool, plain: bool) -> Iterable[tuple[int, Any]]:
+        """Places and examples that may have a fault: of a store those that its arrays do not clear.
+
+        whole: Check all of an example, and not only its ids.
+        """
+        own_fault = whole and not plain and type(self).fault is not Trainer.fault
+        if not isinstance(examples, ExampleStore) or (own_fault and self.needs is None):
+            return enumerate(examples)
+        config = self.model.config
+
+        def may_have_fault(block: Block) -> np.ndarray:
+            found = block.has_id_outside(config.vocab_size)
+            if whole:
+                longest = getattr(self.config, "max_length", config.max_positions)
+                found |= block.may_misfit()
+                found |= block.lengths() > min(longest, config.max_positions)
+            if own_fault:
+                found |= block.lacks(self.needs)
+            return found
+
+        return ((i, examples[i]) for i in examples.where(may_have_fault))
+
     def check_kinds(self, name: str, examples: Sequence, kinds: tuple[type, ...]) -> None:
         """Raise ValueError for the first example of another type."""
+        if all(issubclass(kind, kinds) for kind in kinds_of(examples)):
+            return
         for i, example in enumerate(examples):
             if not isinstance(example, kinds):
                 wanted = " or ".join(kind.__name__ for kind in kinds)
@@ -223,7 +250,11 @@ class Trainer:
             warnings.warn(f"step {step or self.steps_done + 1}: {message}", stacklevel=3)
 
     def fault(self, example: Any) -> str | None:
-        """A method's own reason why an example cannot be trained on, or None."""
+        """A method's own reason why an example cannot be trained on, or None.
+
+        If all that it asks for is a finite number, or a label, in one field, `needs` names the
+        field. Examples in an ExampleStore are then checked by their arrays.
+        """
         return None
 
     # ---- batches
@@ -295,7 +326,7 @@ class Trainer:
             # Some losses need several rows.
             with distributed.alone(), contextlib.suppress(ValueError):
                 if not all(loss.isfinite() for loss in self.losses([row], Metrics())):
-                    places = (f"example {i}" for i, x in enumerate(self.examples) if x is row)
+                    places = (f"example {i}" for i, x in enumerate(self.examples) if x == row)
                     bad.append(next(places, f"row {at}, {row},"))  # a sampled row has no place
         if len(bad) == len(batch):
             return (
@@ -385,7 +416,7 @@ class Trainer:
         metrics, size = Metrics(), self.config.batch_size
         self.model.eval()
         for start in range(0, len(self.pretraining_examples), size):
-            for _, tokens in self.parts(self.pretraining_examples[start : start + size]):
+            for _, tokens in self.parts(list(self.pretraining_examples[start : start + size])):
                 with self.autocast():
                     completion_loss(self.model, tokens, 1, metrics)
         self.model.train(self.config.dropout)
@@ -682,9 +713,9 @@ class Trainer:
         """Further values that a run depends on, for its checkpoint, which includes the config."""
         return {}
 
-    def fixed_data(self) -> list:
+    def fixed_data(self) -> Iterable:
         """The examples that a resumed run must share with the checkpoint's run."""
-        return list(self.examples)
+        return self.examples
 
     def fixed_models(self) -> list[nn.Module]:
         """Models whose frozen weights a resumed run must share with the checkpoint's run."""
@@ -706,8 +737,8 @@ class Trainer:
         trained = set(map(id, self.trained_parameters()))
         weights = nn.ModuleList(self.fixed_models()).parameters()
         frozen = (weight for weight in weights if id(weight) not in trained)
-        data = checkpoint.digest(*map(repr, self.fixed_data()))
-        return {"examples": data, "frozen weights": checkpoint.digest(*frozen)}
+        data = checkpoint.digest_of(map(repr, self.fixed_data()))
+        return {"examples": data, "frozen weights": checkpoint.digest_of(frozen)}
 
     def _run(self) -> dict[str, Any]:
         """The description of the run in its checkpoint; JSON values."""

@@ -22,9 +22,10 @@ import torch
 from torch.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the other process
-from helpers import tiny
+from helpers import make_trainer, rows, tiny
 
 from rlhf_core.data import ByteTokenizer, Example, Pair, Prompt, load_tokenizer
+from rlhf_core.data.store import store
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
 from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.models.safetensors import read_tensors
@@ -539,6 +540,21 @@ def test_examples_have_the_digests_that_older_versions_wrote():
     assert repr(Pair([1], [2], [3], 0.5)) == old and repr(Prompt([1, 2])) == "[1, 2]"
     assert "label_smoothing=0.1" in repr(Pair([1], [2], [3], label_smoothing=0.1))
     assert repr(Prompt([1], answer="2")) == "Prompt([1], **{'answer': '2'})"
+
+
+def test_a_run_on_lists_is_resumed_on_a_store(tmp_path):
+    examples, kept = rows("dpo"), dict(out=tmp_path)
+    options = dict(batch_size=2, max_steps=4, lr_schedule="constant")
+    whole = make_trainer("dpo", examples=examples, **options).train()
+    options |= dict(save_every=2)
+    half = options | {"max_steps": 2}
+    make_trainer("dpo", examples=examples, others=kept, **half).train()
+    now = make_trainer("dpo", examples=store(examples), others=kept, **options)
+    now.resume()
+    assert now.steps_done == 2 and now.train() == whole
+    other = store([*examples[:-1], examples[-1]._replace(margin=1)])
+    with pytest.raises(ValueError, match="a run with different examples"):
+        make_trainer("dpo", examples=other, others=kept, **options).resume()
 
 
 def test_references_and_rounds_use_the_digest_of_checkpoints():

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_core.data import Example, Pair, Ranked, Steps
 from rlhf_core.data.collate import length
+from rlhf_core.data.store import store
 from rlhf_core.models import ILQLModel, RewardModel
 from rlhf_core.ops import linear_logprobs_blocks
 from rlhf_core.trainers import (
@@ -58,10 +59,39 @@ kinds = pytest.mark.parametrize("kind", KINDS)
     ],
 )  # fmt: skip
 def test_an_example_that_cannot_be_trained_on_is_reported_by_number(kind, bad, message):
-    with pytest.raises(ValueError, match=f"^example 8 {message}"):
-        make_trainer(kind, examples=[*rows(kind), bad])
+    for examples in ([*rows(kind), bad], store([*rows(kind), bad])):
+        with pytest.raises(ValueError, match=f"^example 8 {message}"):
+            make_trainer(kind, examples=examples)
     with pytest.raises(ValueError, match=f"^evaluation example 0 {message}"):
         make_trainer(kind, others=dict(eval_examples=[bad]))
+
+
+def test_a_fault_of_a_methods_own_is_found_in_a_store(monkeypatch):
+    good = rows("sft")
+    for cls, config, model, name, value in (
+        (KTOTrainer, KTOConfig(), tiny(), "label", True),
+        (ILQLTrainer, ILQLConfig(), ILQLModel(tiny()), "reward", 1.0),
+    ):
+        examples = [row._replace(**{name: value}) for row in good]
+        cls(model, store(examples), config)
+        with pytest.raises(ValueError, match=f"^example 8 has {name} None, not"):
+            cls(model, store([*examples, good[0]]), config)
+    # One that names no field is asked about every example.
+    monkeypatch.setattr(SFTTrainer, "fault", lambda self, row: f"has {row.prompt_ids}")
+    with pytest.raises(ValueError, match=r"^example 0 has \["):
+        make_trainer("sft", examples=store(good))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_a_store_is_the_run_on_its_list(kind):
+    examples, held_out = rows(kind, n=6), rows(kind, n=3, seed=1)
+    options = dict(batch_size=4, epochs=2, eval_every=2)
+    runs = [
+        make_trainer(kind, examples=some, others=dict(eval_examples=others), **options)
+        for some, others in ((examples, held_out), (store(examples), store(held_out)[:]))
+    ]
+    assert runs[0].digests == runs[1].digests
+    assert runs[0].train() == runs[1].train()
 
 
 @kinds
