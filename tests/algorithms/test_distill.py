@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from helpers import accumulated, adapted, rows, snapshot, tiny
+from helpers import accumulated, adapted, rows, run_ranks, snapshot, tiny
 from torch.testing import assert_close
 
 from rlhf_core.data import ByteTokenizer, Example, Text, encode_in_context, encode_text
@@ -272,6 +272,27 @@ def test_prompts_too_long_to_answer_are_cut_after_the_context(mode):
         kept = trainer.examples[0]
         assert kept.prompt_ids == [5] * 25 and kept.teacher_prompt_ids == [*CONTEXT, *[5] * 25]
         assert trainer.train()[0]["response_length"] <= 4
+
+
+def run_of(rank, world, responses):
+    prompts = lessons(7)
+    others = dict(eval_examples=prompts[:3])
+    options = dict(responses=responses, batch_size=4, micro_batch_size=3, kl_top_k=4)
+    if responses != "data":
+        options |= dict(response_length=4)
+    trainer = make(tiny(), prompts, others, **options)
+    history = trainer.train()
+    return history, [x.detach() for x in trainer.trained_parameters()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("responses", ["data", "student"])
+def test_two_processes_take_the_steps_of_one(responses, tmp_path):
+    alone, weights = run_of(0, 1, responses)
+    for history, shared in run_ranks(run_of, 2, tmp_path, responses):
+        for line, want in zip(history, alone, strict=True):
+            assert line == pytest.approx(want, rel=1e-4)
+        assert_close(shared, weights, rtol=1e-3, atol=1e-5)
 
 
 # ---- runs
