@@ -4,8 +4,7 @@ Each prompt goes through the model once, however many samples it gets. Then each
 token for every unfinished row. Finished rows leave the batch, so the cost follows the number of
 tokens generated. On CUDA a step is one graph launch, and finished rows are removed every few steps.
 
-Left out: beam search and per-row options. A rollout engine can replace `generate`: prompts in, a
-Generation out.
+Left out: beam search and per-row options. An `Engine` can replace `generate`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +37,47 @@ class Generation(NamedTuple):
     logprobs: Tensor  # (N, R) float32, nats, of the distribution sampled from; 0 after the end
     full_logprobs: Tensor  # (N, R) float32, nats, of softmax(logits / temperature), as in training
     ended: Tensor  # (N,) bool, whether EOS or a stop string ended it, and not max_new_tokens
+
+
+class EngineError(RuntimeError):
+    """An engine cannot go on: it does not answer, or it does not sample from the policy."""
+
+
+class Engine(Protocol):
+    """Another program that samples from the policy, such as `integrations.vllm.Engine`.
+
+    `rollout.sample` calls `load` and then `generate`. Both raise EngineError, or ValueError for
+    options that the engine cannot follow.
+    """
+
+    def load(self, model: Transformer) -> None:
+        """Give the engine the model's weights, unless it has them."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        num_samples: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        min_p: float | None,
+        eos_ids: Sequence[int],
+        stop_strings: Sequence[str],
+        tokenizer: Tokenizer | None,
+    ) -> Generation:
+        """Sample from the loaded weights; arguments as for `generate`.
+
+        Args:
+            prompts: B prompts of token ids.
+            seeds: one for each of the B * num_samples rows. A row's tokens depend only on the
+                weights, its prompt, its seed and the options, up to rounding.
+
+        Returns:
+            As `generate`, on any device.
+        """
 
 
 @torch.no_grad()
@@ -115,7 +155,7 @@ def generate(
         )
     if not 0 < repetition_penalty < math.inf:
         raise ValueError(f"repetition_penalty must be finite and > 0, got {repetition_penalty}")
-    stops = _Stops(
+    stops = Stops(
         config.eos_ids if eos_ids is None else eos_ids, stop_strings, tokenizer, min_new_tokens
     )
     if any(not 0 <= token < config.vocab_size for token in stops.eos_ids):
@@ -123,8 +163,7 @@ def generate(
             f"eos_ids must be in [0, {config.vocab_size}), got {sorted(stops.eos_ids)}"
         )
     if seeds is None:
-        seed_device = device if generator is None else generator.device
-        seeds = torch.randint(2**63 - 1, (B * n,), generator=generator, device=seed_device)
+        seeds = draw_seeds(B * n, generator, device)
     elif seeds.shape != (B * n,):
         raise ValueError(
             f"seeds have shape {tuple(seeds.shape)}, but there are {B} prompts x {n} samples"
@@ -151,6 +190,12 @@ def generate(
         lengths = torch.tensor(_run(step, stops, max_new_tokens), device=device)
     ended = lengths > 0
     return step.result(lengths.where(ended, max_new_tokens), ended, config.pad_id or 0)
+
+
+def draw_seeds(count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Seeds (count,) int64 from the generator, or from torch's global one of the device."""
+    device = device if generator is None else generator.device
+    return torch.randint(2**63 - 1, (count,), generator=generator, device=device)
 
 
 class DecodeStep:
@@ -251,7 +296,7 @@ class DecodeStep:
         return Generation(ids, mask, logprobs, full_logprobs, ended)
 
 
-def _run(step: DecodeStep, stops: _Stops, max_new_tokens: int) -> list[int]:
+def _run(step: DecodeStep, stops: Stops, max_new_tokens: int) -> list[int]:
     """Step until all rows end. The first token is already drawn.
 
     Returns:
@@ -308,7 +353,7 @@ def check_stop_strings(strings: Sequence[str], tokenizer: Tokenizer | None) -> N
         raise ValueError("stop_strings need a tokenizer: pass tokenizer=")
 
 
-class _Stops:
+class Stops:
     """Finds where a response ends: at an EOS id, or where its text completes a stop string."""
 
     def __init__(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_core import distributed
 from rlhf_core.data import Tokenizer
 from rlhf_core.data.collate import left_pad, unknown_id
-from rlhf_core.generation import generate
+from rlhf_core.generation import Engine, Generation, draw_seeds, generate
 from rlhf_core.models import Transformer, ValueModel
 from rlhf_core.models.transformer import TrunkModel, in_chunks
 from rlhf_core.ops import full_kl
@@ -72,12 +72,16 @@ def sample(
     tokenizer: Tokenizer | None = None,
     seeds: Tensor | None = None,
     generator: torch.Generator | None = None,
+    engine: Engine | None = None,
 ) -> Rollout:
     """Sample `num_samples` responses to every prompt of token ids, grouped by prompt.
 
     Arguments as for `generate`. Truncation (top_k, top_p, min_p) warns once, because
     `response_logprobs` knows the temperature only. Several processes share the prompts; each gets
     all responses, which are those of a single process.
+
+    engine: samples in place of `generate`, after it has got the model's weights. Of several
+        processes the first one speaks to it.
     """
     if not (top_k is top_p is min_p is None):
         _warn_of_truncation()
@@ -86,13 +90,23 @@ def sample(
             raise ValueError(f"prompt {i} {fault}")
     pad_id, n = model.config.pad_id or 0, len(prompts) * num_samples
     if seeds is None:
-        device = model.device if generator is None else generator.device
-        seeds = torch.randint(2**63 - 1, (n,), generator=generator, device=device)
+        seeds = draw_seeds(n, generator, model.device)
     if seeds.shape != (n,):
         raise ValueError(
             f"seeds have shape {tuple(seeds.shape)}, but there are {len(prompts)} prompts x "
             f"{num_samples} samples"
         )
+    options: dict[str, Any] = dict(
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        eos_ids=model.config.eos_ids if eos_ids is None else eos_ids,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+    )
 
     def generated(own: slice) -> tuple[Tensor, ...]:
         """Columns of the responses to some prompts."""
@@ -101,27 +115,44 @@ def sample(
             model,
             prompt_ids,
             attention_mask=prompt_mask,
-            max_new_tokens=max_new_tokens,
-            num_samples=num_samples,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            eos_ids=eos_ids,
-            stop_strings=stop_strings,
-            tokenizer=tokenizer,
             seeds=seeds[own.start * num_samples : own.stop * num_samples],
+            **options,
         )
-        ids, mask = response.response_ids, response.response_mask
-        return ids, mask, response.logprobs, response.ended
+        return _columns(response)
 
-    ids, mask, logprobs, ended = distributed.gather(
-        map(generated, distributed.shares(len(prompts)))
-    )
+    if engine is None:
+        shares = distributed.shares(len(prompts))
+        ids, mask, logprobs, ended = distributed.gather(map(generated, shares))
+    else:
+        response = _sampled_by(engine, model, prompts, seeds, options)
+        ids, mask, logprobs, ended = (x.to(model.device) for x in _columns(response))
     prompt_ids, prompt_mask = (
         x.to(model.device).repeat_interleave(num_samples, dim=0) for x in left_pad(prompts, pad_id)
     )
     return Rollout(prompt_ids, prompt_mask, ids.where(mask, pad_id), mask, logprobs, ended)
+
+
+def _columns(response: Generation) -> tuple[Tensor, ...]:
+    """The ids, mask, log-probs and ends of responses."""
+    return response.response_ids, response.response_mask, response.logprobs, response.ended
+
+
+def _sampled_by(
+    engine: Engine,
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    seeds: Tensor,
+    options: dict[str, Any],
+) -> Generation:
+    """What the engine samples. The first process asks it, and tells the others."""
+    if any(hasattr(weight, "full_tensor") for weight in model.parameters()):
+        raise ValueError("an engine cannot sample from sharded weights. Pass no engine")
+    response = None
+    with distributed.together():
+        if not distributed.rank():
+            engine.load(model)
+            response = engine.generate(prompts, seeds=seeds.tolist(), **options)
+    return distributed.from_rank_0(response)
 
 
 def join(*rollouts: Rollout) -> Rollout:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engine_helpers import EngineServer
 from judge_helpers import JudgeServer
 from op_helpers import poison_uninitialised_memory
 
@@ -107,6 +108,22 @@ def judge_server(monkeypatch):
 
     def start(replies=()):
         servers.append(JudgeServer(replies if callable(replies) else list(replies)))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def engine_server(monkeypatch):
+    """Starts an `EngineServer` with a model; no proxy is used."""
+    monkeypatch.setenv("no_proxy", "*")
+    servers = []
+
+    def start(model, **options):
+        servers.append(EngineServer(model, **options))
         return servers[-1]
 
     yield start

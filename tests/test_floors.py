@@ -16,10 +16,10 @@ import rlhf_core
 ROOT = Path(__file__).parents[1]
 # "" is rlhf_core/__init__.py, which holds the version and imports a public name on its first use.
 ORDER = [
-    "", "_C", "kernels", "cpp", "compiled", "backends", "checks", "files", "locks", "distributed",
-    "masking",
-    "options", "significance", "ops", "losses", "data", "models", "generation", "rollout",
-    "feedback", "evaluation", "training", "policy_gradient", "algorithms", "trainers",
+    "", "_C", "kernels", "cpp", "compiled", "backends", "checks", "files", "remote", "locks",
+    "distributed", "masking", "options", "significance", "ops", "losses", "data", "models",
+    "generation", "rollout", "feedback", "evaluation", "training", "policy_gradient", "algorithms",
+    "trainers",
     "integrations", "demo", "benchmarks", "cli", "__main__",
 ]  # fmt: skip
 ONLY_IN = {"triton": {"kernels"}, "argparse": {"cli", "benchmarks"}, "rlhf_core._C": {"cpp"}}

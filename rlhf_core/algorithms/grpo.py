@@ -164,7 +164,7 @@ class GRPOTrainer(PolicyGradientTrainer):
         With dynamic_sampling, groups that tie make room for those of other prompts.
         """
         n = self.config.num_samples
-        rollout = self.sample(batch, n)
+        rollout = self.collect(batch, n)
         rewards = self.score(rollout, batch)
         for _ in range(self.config.dynamic_sampling):
             tie = tied(scores_of(rewards).view(-1, n))  # (P,)

@@ -18,6 +18,7 @@ from rlhf_core.data import Example, Tokenizer
 from rlhf_core.feedback.candidates import ALL_TIED, candidates, make_scorer, prompts_for
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward
+from rlhf_core.generation import Engine
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
 from rlhf_core.training.reference import frozen_copy
@@ -70,6 +71,7 @@ def iterated_dpo(
     out: str | os.PathLike | None = None,
     resume: bool = False,
     on_step: OnStep | None = None,
+    engine: Engine | None = None,
 ) -> list[dict]:
     """Train the model in place by rounds of DPO on its own samples; returns each round's metrics.
 
@@ -85,12 +87,12 @@ def iterated_dpo(
     # It checks the arguments before anything is sampled.
     Trainer(model, prompts, config, out=out, on_step=on_step, **checked)
     prompts = list(prompts_for(model, prompts, config).values())
-    where = dict(judge=eval_judge, eos_ids=eos_ids, tokenizer=tokenizer)
+    where = dict(judge=eval_judge, eos_ids=eos_ids, tokenizer=tokenizer, engine=engine)
     evaluate = held_out(model, eval_prompts, config, scorer=scorer, **where)
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)
-        options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator)
+        options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator, engine=engine)
         samples = candidates(model, prompts, scorer, config, **options)
         log_samples(out, len(history) + 1, samples, config, tokenizer)
         pairs = samples.pairs()

@@ -46,6 +46,7 @@ from rlhf_core.feedback.candidates import (
 )
 from rlhf_core.feedback.judges import Judge, judged_in_both_orders
 from rlhf_core.files import read_json, subfolder, write_json, write_rows
+from rlhf_core.generation import Engine
 from rlhf_core.models import RewardModel, Transformer, eval_mode
 from rlhf_core.options import Options, option
 from rlhf_core.training.checkpoint import digest
@@ -89,6 +90,7 @@ def iterated_rlhf(
     out: str | os.PathLike | None = None,
     resume: bool = False,
     on_step: OnStep | None = None,
+    engine: Engine | None = None,
 ) -> list[dict]:
     """Train the model in place by rounds of reward model and PPO; returns each round's metrics.
 
@@ -107,6 +109,7 @@ def iterated_rlhf(
             with that round's policy, reward model, pairs and answers.
         resume: continue the run in `out` after its last finished round.
         on_step: called as on_step(metrics, round) after each round of this process; see `Trainer`.
+        engine: as for `PPOTrainer`.
     """
     first = frozen_copy(model)
     out = None if out is None else Path(out)
@@ -121,7 +124,7 @@ def iterated_rlhf(
     ) -> Candidates:
         settings = replace(config.sampling, num_samples=num_samples)
         generator = torch.Generator().manual_seed(seed)
-        options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator)
+        options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator, engine=engine)
         return candidates(model, prompts, scorer, settings, **options)
 
     def answer() -> list[list[int]]:
@@ -142,6 +145,7 @@ def iterated_rlhf(
     all_pairs = list(pairs)
     answers = [answer()]  # of each policy so far
     options = dict(eos_ids=eos_ids, pretraining_examples=pretraining_examples, tokenizer=tokenizer)
+    options["engine"] = engine
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         # 1. Sample pairs from the policy; the judge labels them.
@@ -221,6 +225,7 @@ def iterated_rlhf_with_people(
     pretraining_examples: Sequence[Example] = (),
     resume: bool = False,
     on_step: OnStep | None = None,
+    engine: Engine | None = None,
 ) -> list[dict]:
     """Train the model in place, with people as the judge; returns each round's metrics.
 
@@ -237,6 +242,7 @@ def iterated_rlhf_with_people(
         out: as for `iterated_rlhf`; a round's folder has its candidates.jsonl and pairs.jsonl.
         resume: continue the run in `out`, also one that was stopped while it waited.
         on_step: called as on_step(metrics, round) after each round of this process; see `Trainer`.
+        engine: samples from the policy, but not from the one before it; see `PPOTrainer`.
     """
     if distributed.launched() > 1:
         raise ValueError(
@@ -258,7 +264,8 @@ def iterated_rlhf_with_people(
             old = Transformer.from_pretrained(out / f"round-{number - 2}").to(model.device)
         ends = model.config.eos_ids if eos_ids is None else eos_ids
         how = tokenizer, ends, prompts, [config.sampling.temperature]
-        sources = [Source(f"policy-{number - 1}", model, *how, n if old is None else n - n // 2)]
+        new = n if old is None else n - n // 2
+        sources = [Source(f"policy-{number - 1}", model, *how, new, engine)]
         if old is not None:
             sources.append(Source(f"policy-{number - 2}", old, *how, n // 2))
         sampling = with_seed(config.sampling, seed)
@@ -287,7 +294,7 @@ def iterated_rlhf_with_people(
 
         # 2. Train a reward model on all pairs so far.  3. Continue PPO of the policy against it.
         options = dict(eos_ids=eos_ids, pretraining_examples=pretraining_examples)
-        options |= dict(tokenizer=tokenizer)
+        options |= dict(tokenizer=tokenizer, engine=engine)
         report = train_on(pairs, model, first, prompts, config, seed, folder, **options)
         report["labels"] = len(labels.labels())
 

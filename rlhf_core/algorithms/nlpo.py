@@ -45,6 +45,8 @@ class NLPOTrainer(PPOTrainer):
     algorithm = "nlpo"
 
     def __init__(self, model: Transformer, examples, config: NLPOConfig, **options):
+        if options.get("engine") is not None:
+            raise ValueError("nlpo samples from a masked policy, which no engine serves: pass none")
         super().__init__(model, examples, config, **options)
         self.masked = MaskedPolicy(model, config.mask_top_p, config.temperature)
 

@@ -22,9 +22,9 @@ from rlhf_core.feedback.candidates import (
     prompts_for,
 )
 from rlhf_core.feedback.diversity import diversity
-from rlhf_core.feedback.endpoint import JudgeError
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward
+from rlhf_core.generation import Engine
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
 from rlhf_core.training.config import PRINT_SAMPLES, SAMPLE_EVERY
@@ -72,6 +72,7 @@ class OnlineDPOTrainer(DPOTrainer):
         eos_ids: Sequence[int] | None = None,
         eval_examples: Sequence[Sequence[int]] = (),
         eval_judge: Judge | None = None,
+        engine: Engine | None = None,
         **options,
     ):
         """
@@ -80,14 +81,14 @@ class OnlineDPOTrainer(DPOTrainer):
             reward, judge: one of them. A judge maps (prompts, first, second, **columns) to the
                 probability that each first response is better, 0.5 for a tie. Responses that tie
                 are no pair.
-            eos_ids, tokenizer, reference, eval_examples, eval_judge: as for PPO.
+            eos_ids, tokenizer, reference, eval_examples, eval_judge, engine: as for PPO.
         """
         if len(examples):
             examples = list(prompts_for(model, examples, config).values())
         if len(eval_examples):
             eval_examples = list(prompts_for(model, eval_examples, config).values())
         super().__init__(model, examples, config, eval_examples=eval_examples, **options)
-        self.eval_judge = eval_judge
+        self.eval_judge, self.engine = eval_judge, engine
         if judge is not None:
             self.main_metric = super().main_metric  # a judge's mean score is always one half
         scorer = dict(reward=reward, judge=judge, tokenizer=self.tokenizer)
@@ -114,12 +115,8 @@ class OnlineDPOTrainer(DPOTrainer):
     def step(self, batch: list[list[int]]) -> dict[str, float]:
         """Sample responses to the prompts, and take a step of DPO on the pairs among them."""
         options = dict(eos_ids=self.eos_ids, tokenizer=self.tokenizer, generator=self.generator)
-        before = self.generator.get_state()
-        try:
-            samples = candidates(self.model, batch, self.scorer, self.config, **options)
-        except JudgeError:  # the step will be taken again, with the same samples
-            self.generator.set_state(before)
-            raise
+        options["engine"] = self.engine
+        samples = candidates(self.model, batch, self.scorer, self.config, **options)
         rows = samples.rows()
         self.note_samples(*rows)
         if not distributed.rank():  # every rank holds all responses

@@ -118,7 +118,7 @@ class PPOTrainer(PolicyGradientTrainer):
         config, metrics = self.config, Metrics()
 
         # 1. Sample a response to every prompt.
-        rollout = self.sample(batch)
+        rollout = self.collect(batch)
         mask = rollout.response_mask  # (B, R)
 
         # 2. Score the responses; penalize, whiten and clip the scores.

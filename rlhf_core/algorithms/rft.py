@@ -28,6 +28,7 @@ from rlhf_core.feedback.candidates import (
 from rlhf_core.feedback.diversity import diversity
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward
+from rlhf_core.generation import Engine
 from rlhf_core.models import Transformer
 from rlhf_core.options import option
 from rlhf_core.training.config import PRINT_SAMPLES
@@ -73,6 +74,7 @@ def rft(
     out: str | os.PathLike | None = None,
     resume: bool = False,
     on_step: OnStep | None = None,
+    engine: Engine | None = None,
 ) -> list[dict]:
     """Train the model in place on the best of its own samples; returns each round's metrics.
 
@@ -88,6 +90,7 @@ def rft(
             round-1, round-2, ...
         resume: continue the run in `out`, with the original model, prompts and config.
         on_step: called as on_step(metrics, round) after each round of this process; see `Trainer`.
+        engine: as for `PPOTrainer`.
     """
     scorer = make_scorer(model, prompts, config, reward=reward, tokenizer=tokenizer)
     out = None if out is None else Path(out)
@@ -95,12 +98,12 @@ def rft(
     # It checks the arguments before anything is sampled.
     Trainer(model, prompts, config, out=out, on_step=on_step, **checked)
     prompts = list(prompts_for(model, prompts, config).values())
-    where = dict(judge=eval_judge, eos_ids=eos_ids, tokenizer=tokenizer)
+    where = dict(judge=eval_judge, eos_ids=eos_ids, tokenizer=tokenizer, engine=engine)
     evaluate = held_out(model, eval_prompts, config, scorer=scorer, **where)
 
     def train_round(seed: int, folder: Path | None, history: list[dict]) -> dict:
         generator = torch.Generator().manual_seed(seed)
-        options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator)
+        options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator, engine=engine)
         samples = candidates(model, prompts, scorer, config, **options)
         log_samples(out, len(history) + 1, samples, config, tokenizer)
         examples = kept(samples, config.threshold)

@@ -189,8 +189,11 @@ def _quiet_unless_first() -> Iterator[None]:
 def _is_bad_input(error: Exception) -> bool:
     from rlhf_core.distributed import RankError
     from rlhf_core.feedback.rewards import RewardError
+    from rlhf_core.generation import EngineError
 
-    return isinstance(error, ValueError | OSError | ImportError | RewardError | RankError)
+    return isinstance(
+        error, ValueError | OSError | ImportError | RewardError | EngineError | RankError
+    )
 
 
 def _print_error(name: str, error: Exception) -> None:

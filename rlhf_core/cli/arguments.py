@@ -34,6 +34,7 @@ from rlhf_core.feedback.endpoint import Endpoint
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import no_hard_exit
 from rlhf_core.files import check_replaceable, check_writable, parse_json
+from rlhf_core.integrations import vllm
 from rlhf_core.integrations.trackers import TRACKERS, Trackers
 from rlhf_core.models import Transformer, load_reward
 from rlhf_core.models.heads import AGGREGATES
@@ -44,6 +45,7 @@ from rlhf_core.training.run_file import recording
 from rlhf_core.training.run_log import summarize
 
 C = typing.TypeVar("C", bound=Options)
+ENGINE_OPTIONS = ("engine_folder", "engine_requests", "engine_timeout", "engine_tolerance")
 JUDGE_OPTIONS = (
     *("principles", "max_failures", "clamp"),
     *("judge_cache", "judge_key_env", "judge_timeout"),  # of a URL
@@ -480,8 +482,58 @@ def prompted(arguments: Namespace, config: Options) -> tuple[Transformer, list, 
     encode = lambda row: (row.prompt, known(encode_prompt_row(row, tokenizer), model))  # noqa: E731
     rows = read(read_prompt_rows, arguments.prompts, arguments, encode)
     eos_ids = eos_ids_of(arguments, model, tokenizer)
-    reward = reward_of(arguments, device)
-    return model, rows, dict(eos_ids=eos_ids, tokenizer=tokenizer, **reward)
+    options = reward_of(arguments, device) | engine_of(arguments, model, tokenizer)
+    return model, rows, dict(eos_ids=eos_ids, tokenizer=tokenizer, **options)
+
+
+def add_engine(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("engine", "a vLLM server that samples from the policy")
+    group.add_argument(
+        "--engine",
+        metavar="URL",
+        help="http://HOST:PORT of the server, which loads the policy's weights after each change",
+    )
+    group.add_argument(
+        "--engine-folder",
+        type=Path,
+        metavar="DIR",
+        help="folder for these weights, which the server sees under the same path; default: that "
+        "of temporary files",
+    )
+    group.add_argument(
+        "--engine-requests",
+        type=between(int, 1),
+        metavar="N",
+        help="responses that it samples at a time; default: 64",
+    )
+    group.add_argument(
+        "--engine-timeout",
+        type=between(float, 1),
+        metavar="SECONDS",
+        help="longest time of one response; default: 600",
+    )
+    group.add_argument(
+        "--engine-tolerance",
+        type=between(float, 0),
+        metavar="NATS",
+        help="largest difference between its log-probs and the policy's after loading; higher for "
+        "a server in bfloat16; default: 1e-4",
+    )
+
+
+def engine_of(arguments: Namespace, model: Transformer, tokenizer: Tokenizer) -> dict:
+    """The engine of the arguments, checked and with the model's weights, as an option."""
+    if getattr(arguments, "engine", None) is None:
+        for name in ENGINE_OPTIONS:
+            if getattr(arguments, name, None) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} needs --engine")
+        return {}
+    given = {name: getattr(arguments, name) for name in ENGINE_OPTIONS}
+    options = {name.removeprefix("engine_"): x for name, x in given.items() if x is not None}
+    engine = vllm.Engine(arguments.engine, **options)
+    if not distributed.rank():  # which speaks to the engine for all
+        engine.start(model, tokenizer)
+    return {"engine": engine}
 
 
 def reward_of(arguments: Namespace, device: torch.device) -> dict:

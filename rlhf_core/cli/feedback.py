@@ -322,6 +322,7 @@ def _add_candidates(parser: ArgumentParser) -> None:
     shared.add_template(parser)
     shared.add_skip_bad(parser)
     shared.add_device(parser)
+    shared.add_engine(parser)
     sampling = ("num_samples", "temperature", "response_length")
     shared.add_config(parser, SamplingConfig, without=sampling)
 
@@ -343,7 +344,7 @@ def _candidates(arguments: Namespace) -> None:
     rows, sources, config = _sources(arguments, plan)
     least = arguments.min_logprob if arguments.drop_gibberish else None
     settings = (config, least, arguments.chosen_from, sources[0].model.device.type)
-    details = ((name, eos_ids, prompts, *how) for name, _, _, eos_ids, prompts, *how in sources)
+    details = ((name, eos_ids, prompts, *how) for name, _, _, eos_ids, prompts, *how, _ in sources)
     models = (source.model for source in sources)
     run = digest(repr(settings), repr(rows), repr(list(details)), *models)[:16]
     begun, out = prompt_rows(arguments.prompts, rows, run), arguments.out
@@ -376,6 +377,8 @@ def _sources(
     arguments: Namespace, plan: list[tuple[str, list[float], int]]
 ) -> tuple[dict[int, PromptRow], list[Source], SamplingConfig]:
     """The prompts that leave room in every model, by their number, and the models."""
+    if arguments.engine is not None and len(arguments.model) > 1:
+        raise ValueError(f"--engine serves one --model, got {len(arguments.model)}")
     config, device = shared.config_of(SamplingConfig, arguments), shared.device_of(arguments)
     tokenizers = [shared.tokenizer_of(arguments, folder) for folder, *_ in plan]
     models = [Transformer.from_pretrained(folder).to(device) for folder, *_ in plan]
@@ -394,7 +397,11 @@ def _sources(
     sources = []
     for (folder, *how), model, tokenizer, prompts in zip(plan, models, tokenizers, fitting):
         eos_ids = shared.eos_ids_of(arguments, model, tokenizer)
-        sources.append(Source(folder, model, tokenizer, eos_ids, [prompts[i] for i in kept], *how))
+        options = {}
+        if folder != arguments.chosen_from:
+            options = shared.engine_of(arguments, model, tokenizer)
+        own = [prompts[i] for i in kept]
+        sources.append(Source(folder, model, tokenizer, eos_ids, own, *how, **options))
     return {i: rows[i][0] for i in kept}, sources, config
 
 

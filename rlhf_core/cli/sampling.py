@@ -208,6 +208,7 @@ def _add_best_of_n(parser: ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     shared.add_skip_bad(parser)
     shared.add_device(parser)
+    shared.add_engine(parser)
     shared.add_config(parser, SamplingConfig)
 
 
@@ -280,6 +281,7 @@ def _sample_ranked(config: SamplingConfig, arguments: Namespace) -> tuple[Ranked
 
 def _read_ranked(config: SamplingConfig, arguments: Namespace) -> tuple[Ranked, list[str]]:
     """The answers of --candidates with their scores."""
+    shared.check_unused(arguments, ["engine"], "samples nothing with --candidates")
     tokenizer, device = shared.tokenizer_of(arguments), shared.device_of(arguments)
     source, size = shared.reward_of(arguments, device), config.batch_size
 

@@ -222,6 +222,8 @@ def _add_prompt_arguments(method: OnPrompts, parser: ArgumentParser) -> None:
         "the first step, after the last one, and every --eval-every steps",
     )
     _add_run(parser)
+    if method.train is not trainers.NLPOTrainer:  # which samples from a masked policy
+        shared.add_engine(parser)
     _add_lora(parser)
     shared.add_config(parser, method.config)
 
@@ -254,6 +256,7 @@ def _add_iterated_rlhf(parser: ArgumentParser) -> None:
             help=f"options of {name}, such as batch_size=8: see `rlhf-core {command} --help`",
         )  # fmt: skip
     _add_run(parser)
+    shared.add_engine(parser)
     shared.add_config(parser, trainers.IteratedRLHFConfig, without=PARTS)
 
 

@@ -19,6 +19,7 @@ from rlhf_core.data import Tokenizer
 from rlhf_core.data.readers import PromptRow
 from rlhf_core.feedback.candidates import SamplingConfig
 from rlhf_core.files import naming, open_for_append, shown
+from rlhf_core.generation import Engine
 from rlhf_core.models import Transformer
 from rlhf_core.rollout import response_logprobs, sample
 
@@ -37,6 +38,7 @@ class Source(NamedTuple):
     prompts: Sequence[Sequence[int]]  # token ids of each row's prompt
     temperatures: Sequence[float]  # 0 is greedy
     num_samples: int  # at each temperature
+    engine: Engine | None = None  # samples in place of `generate`
 
 
 def sampled(
@@ -87,6 +89,7 @@ def _sample(
         stop_strings=config.stop_strings,
         tokenizer=source.tokenizer,
         seeds=seeds,
+        engine=source.engine,
     )
     with torch.no_grad():
         logprobs = response_logprobs(source.model, rollout)[0].double().sum(dim=1)

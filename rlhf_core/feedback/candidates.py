@@ -16,7 +16,7 @@ from rlhf_core.data import Pair, Prompt, Tokenizer, columns_of
 from rlhf_core.data.encode import cut_prompt
 from rlhf_core.feedback.judges import Judge, JudgeScorer
 from rlhf_core.feedback.rewards import Reward, Scorer
-from rlhf_core.generation import check_stop_strings
+from rlhf_core.generation import Engine, check_stop_strings
 from rlhf_core.masking import tied
 from rlhf_core.models import Transformer
 from rlhf_core.options import Options, option
@@ -97,6 +97,7 @@ def best_of_n(
     judge: Judge | None = None,
     eos_ids: Sequence[int] | None = None,
     tokenizer: Tokenizer | None = None,
+    engine: Engine | None = None,
 ) -> Candidates:
     """Sample and score num_samples responses to each prompt; `best` of them are the answers.
 
@@ -107,12 +108,13 @@ def best_of_n(
         prompts: lists of token ids, or `Prompt` with columns for the reward.
         reward, judge: as for `make_scorer`.
         eos_ids: tokens that end a response; None: the policy's own.
+        engine: samples in place of `generate`.
     """
     source = dict(reward=reward, judge=judge, tokenizer=tokenizer)
     scorer = make_scorer(model, prompts, config, **source)
     prompts = list(prompts_for(model, prompts, config).values())
     generator = torch.Generator().manual_seed(config.seed)
-    options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator)
+    options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator, engine=engine)
     return candidates(model, prompts, scorer, config, **options)
 
 
@@ -125,6 +127,7 @@ def candidates(
     eos_ids: Sequence[int] | None = None,
     tokenizer: Tokenizer | None = None,
     generator: torch.Generator,
+    engine: Engine | None = None,
 ) -> Candidates:
     """Sample n responses to each prompt and score them.
 
@@ -133,6 +136,7 @@ def candidates(
     Args:
         scorer: (prompts, responses) -> scores (B n,), a prompt's responses in a row.
         tokenizer: required with stop_strings.
+        engine: samples in place of `generate`.
     """
     if not len(prompts):
         raise ValueError("there are no prompts to sample responses to")
@@ -151,6 +155,7 @@ def candidates(
             stop_strings=config.stop_strings,
             tokenizer=tokenizer,
             seeds=seeds[part].flatten(),
+            engine=engine,
         )
         flat = rollout.responses()
         responses += [flat[i : i + n] for i in range(0, len(flat), n)]

@@ -7,32 +7,25 @@ and is in no file, log or message. Left out: streaming, and proxies that need a 
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import hashlib
-import http.client
 import ipaddress
 import json
 import math
 import os
-import random
 import threading
-import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_core.feedback.rewards import RewardError
 from rlhf_core.feedback.verdicts import Reply
-from rlhf_core.files import parse_json, read_json, write_json
+from rlhf_core.files import read_json, write_json
+from rlhf_core.remote import FAILURES, Client, may_pass, reason_of, retry_after
 
 Value = TypeVar("Value")
-LONGEST_WAIT = 300.0  # seconds between two attempts
-_LARGEST = 2**24  # bytes of a reply
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)  # of replies
-_AGAIN = {408, 409, 425, 429}  # statuses that may pass, beside those from 500 on
 
 
 class JudgeError(RewardError):
@@ -101,12 +94,11 @@ class Endpoint:
                 "another environment variable for this server's key"
             )
         self.cache = None if cache is None else Path(cache)
-        self.timeout, self.retries, self.top_logprobs = timeout, retries, top_logprobs
+        self.retries, self.top_logprobs = retries, top_logprobs
         self._closed, self._reason = threading.Event(), ""
-        self._random = random.Random(seed)
-        self._sleep = self._closed.wait if sleep is None else sleep
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._client = Client(timeout, sleep or self._closed.wait, headers=headers, seed=seed)
         self._changes: set[str] = set()  # that this server has asked for
-        self._opener = urllib.request.build_opener(_NoRedirect)  # would send the key elsewhere
 
     def close(self, reason: str = "closed") -> None:
         """End all waits, and answer nothing more. What is under way fails at its next attempt."""
@@ -174,7 +166,7 @@ class Endpoint:
                 raise JudgeError(f"{self.url}: {self._reason}")
             changes, asked = set(self._changes), None
             try:
-                return self._post(_changed(body, changes))
+                return self._client.send(self.url, _changed(body, changes))
             except urllib.error.HTTPError as error:
                 detail = self._masked(error.read(2000).decode(errors="replace"))
                 reason = f"status {error.code}: {' '.join(detail.split())[:200] or error.reason}"
@@ -184,30 +176,16 @@ class Endpoint:
                     raise RequestError(f"{self.url}: {reason}") from None
                 if error.code == 413:
                     raise RequestError(f"{self.url}: {reason}") from None
-                passing = error.code in _AGAIN or error.code >= 500
-                if not passing or "insufficient_quota" in detail:
+                if not may_pass(error.code) or "insufficient_quota" in detail:
                     self.close(reason + self._remedy(error.code))  # for all threads
                     continue  # to the JudgeError
-                asked = _retry_after(error.headers.get("Retry-After"))
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = self._masked(getattr(error, "reason", None) or error) or repr(error)
+                asked = retry_after(error)
+            except FAILURES as error:
+                reason = self._masked(reason_of(error))
             attempt += 1
             if attempt > self.retries:
                 raise RequestError(f"{self.url}: {reason}; {attempt} attempts")
-            wait = 0.5 * 2 ** (attempt - 1) * (1 - self._random.random() / 2)
-            self._sleep(min(max(wait, asked or 0), LONGEST_WAIT))
-
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json", "User-Agent": "rlhf-core"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        with self._opener.open(request, timeout=self.timeout) as response:
-            text = response.read(_LARGEST).decode()
-        reply = parse_json(text)
-        if not isinstance(reply, dict):
-            raise ValueError(f"the reply is not a JSON object: {text[:80]!r}")
-        return reply
+            self._client.wait(attempt, asked)
 
     def _adapt(self, body: dict[str, Any], changes: set[str], detail: str) -> bool:
         """Whether the next attempt can leave out, or rename, a field that the server rejects."""
@@ -227,11 +205,6 @@ class Endpoint:
 
     def _masked(self, text: object) -> str:
         return str(text).replace(self._key, "***") if self._key else str(text)
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_) -> None:
-        return None
 
 
 def _changed(body: dict[str, Any], changes: set[str]) -> dict[str, Any]:
@@ -263,18 +236,6 @@ def _tokens(logprobs: dict[str, Any] | None) -> list[tuple[str, dict[str, float]
 
 def _numbers(logprobs: dict[str, Any]) -> dict[str, float]:
     return {token: float(x) for token, x in logprobs.items() if isinstance(x, float | int)}
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds that a header Retry-After asks to wait: a number, or a date."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except (ValueError, OverflowError):
-        return None
 
 
 def _is_local(host: str) -> bool:

@@ -254,6 +254,21 @@ def merge_adapters(model: nn.Module) -> None:
     model.requires_grad_(True)
 
 
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that `merge_adapters` would leave. The model stays as it is."""
+    layers = {
+        f"{name}.weight": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoRALinear)
+    }
+    return {
+        name: x + layers[name].product() if name in layers else x
+        for name, x in model.state_dict().items()
+        if ".adapters." not in name
+    }
+
+
 def save_adapters(
     model: nn.Module,
     path: str | os.PathLike,

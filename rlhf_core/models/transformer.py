@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_core.checks import at_least_float32
 from rlhf_core.models.config import ACTIVATIONS, TransformerConfig
 from rlhf_core.models.gather import check_whole
+from rlhf_core.models.lora import merged_state
 from rlhf_core.models.pretrained import Pretrained
 from rlhf_core.models.rope import rope_tables
 from rlhf_core.ops.decode_attention import decode_attention
@@ -424,6 +425,17 @@ class Transformer(Pretrained, TrunkModel):
     def head_weight(self) -> Tensor:
         """(V, D): logits = hidden @ head_weight.T."""
         return self.trunk.embed.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def plain_copy(self) -> Transformer:
+        """Return an equal model in eval mode, without adapters and with a head of its own.
+
+        It shares the memory of all weights that have no adapter, and of a tied head.
+        """
+        with torch.device("meta"):
+            copy = Transformer(replace(self.config, tie_embeddings=False))
+        state = merged_state(self) | {"lm_head.weight": self.head_weight.detach()}
+        copy.load_state_dict(state, assign=True)
+        return copy.requires_grad_(False).eval()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **packing: Tensor

@@ -112,6 +112,12 @@ class PolicyGradientConfig(TrainConfig):
         "bounds IcePop)",
         choices=("truncate", "mask"),
     )
+    steps_ahead: int = option(
+        0,
+        "rollouts that an engine samples while the policy trains on the one before; with 1 the "
+        "weights that sample are a step old, which importance_cap corrects",
+        within="[0, 1]",
+    )
     aggregation: str = option(
         "token_mean",
         "how token losses are averaged; sequence_sum divides by response_length",

@@ -74,10 +74,16 @@ def add_importance(
 
 
 def rollout_mismatch(rollout: Rollout, predictions: Predictions) -> dict[str, float]:
-    """Difference between the log-probs of sampling and of the training forward."""
+    """Difference between the policy that sampled and the one in training, before its updates.
+
+    In nats per token: the largest and the mean difference of log-probs, and the KL of the first to
+    the second by k3.
+    """
     mask = rollout.response_mask
-    mismatch = (predictions.logprobs - rollout.logprobs).where(mask, 0).abs()
+    difference = (predictions.logprobs - rollout.logprobs).where(mask, 0).abs()
+    kl = kl_estimate(rollout.logprobs, predictions.logprobs, estimator="k3", mask=mask)
     return {
-        "val/rollout_mismatch": float(mismatch.max()),
-        "val/rollout_mismatch_mean": float(masked_mean(mismatch, mask)),
+        "val/rollout_mismatch": float(difference.max()),
+        "val/rollout_mismatch_mean": float(masked_mean(difference, mask)),
+        "val/rollout_kl": float(masked_mean(kl, mask)),
     }

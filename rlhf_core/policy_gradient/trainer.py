@@ -12,7 +12,8 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,14 @@ from rlhf_core.feedback.candidates import ALL_TIED, fit_prompts
 from rlhf_core.feedback.diversity import diversity
 from rlhf_core.feedback.judges import Judge
 from rlhf_core.feedback.rewards import Reward, Scorer, scores_of
-from rlhf_core.generation import check_stop_strings
+from rlhf_core.generation import Engine, check_stop_strings, draw_seeds
 from rlhf_core.losses.kl import kl_loss
 from rlhf_core.masking import Moments, loss_weights, masked_mean, masked_moments
 from rlhf_core.models import Transformer, ValueModel, eval_mode
 from rlhf_core.ops import kl_estimate, ppo_loss
 from rlhf_core.ops.linear_logprobs import TokenStatistics
 from rlhf_core.ops.policy_loss import PPOLossStats
+from rlhf_core.policy_gradient.ahead import Flight, flight_of, flight_state
 from rlhf_core.policy_gradient.config import PolicyGradientConfig
 from rlhf_core.policy_gradient.experience import Experience, Predictions
 from rlhf_core.policy_gradient.report import (
@@ -108,6 +110,7 @@ class PolicyGradientTrainer(Trainer):
         tokenizer: Tokenizer | None = None,
         out: str | os.PathLike | None = None,
         on_step: OnStep | None = None,
+        engine: Engine | None = None,
     ):
         """
         Args:
@@ -122,8 +125,18 @@ class PolicyGradientTrainer(Trainer):
             eval_examples, eval_judge: held-out prompts, and what compares the answers to them with
                 the reference's; see `evaluate_answers`.
             ptx_examples: examples whose likelihood ptx_coef keeps up (Ouyang et al. 2022, eq. 2).
+            engine: samples from the policy in place of `generate`, after each change of its
+                weights has been loaded into it.
         """
-        self.critic = critic
+        self.critic, self.engine = critic, engine
+        if config.steps_ahead and engine is None:
+            raise ValueError("steps_ahead is 1, but there is no engine to sample ahead: pass one")
+        if config.steps_ahead and config.importance_cap is None:
+            warnings.warn(
+                "steps_ahead 1 without importance_cap: the policy gradient takes the samples of "
+                "the weights before for its own. Set importance_cap, such as 2",
+                stacklevel=2,
+            )
         positions, longest = model.config.max_positions, config.response_length
         prompt_length = min(config.max_prompt_length, positions - longest)
         if prompt_length < 1:
@@ -188,6 +201,9 @@ class PolicyGradientTrainer(Trainer):
         self.score_moments = Moments(*torch.zeros(3, dtype=torch.float64, device=self.device))
         self.episodes, self.started = 0, time.monotonic()
         self._first: tuple[Rollout, Tensor] | None = None  # of the first step, with its log-probs
+        self.flights: dict[int, Flight] = {}  # by the steps done before theirs
+        self.oldest_version = 0  # steps done when the weights that sampled this rollout were new
+        self._upcoming = enumerate(self.batches()) if config.steps_ahead else None
 
     def trained_models(self) -> list[nn.Module]:
         return [self.model] if self.critic is None else [self.model, self.critic]
@@ -203,9 +219,44 @@ class PolicyGradientTrainer(Trainer):
 
     # ---- before the updates
 
-    def sample(self, batch: list[list[int]], num_samples: int = 1, **options) -> Rollout:
-        """Responses to every prompt; a prompt's responses are adjacent. Options as for `sample`."""
-        settings = dict(
+    def collect(self, batch: list[list[int]], num_samples: int = 1) -> Rollout:
+        """The rollout of a step, as `sample`.
+
+        With steps_ahead it was sampled during the step before, and the next one begins.
+        """
+        self.oldest_version = now = self.steps_done
+        if not self.config.steps_ahead:
+            return self.sample(batch, num_samples)
+        options, flight = {}, self.flights.get(now)
+        fresh = flight is not None and now - flight.version <= self.config.steps_ahead
+        if fresh and flight.prompts == list(batch):
+            self.oldest_version = flight.version
+            options = dict(engine=flight, seeds=flight.seeds)
+        rollout = self.sample(batch, num_samples, **options)
+        self._take_off(num_samples)
+        return rollout
+
+    def _take_off(self, num_samples: int) -> None:
+        """Let the engine begin with the rollout of the next step, with the weights as they are."""
+        now = self.steps_done
+        batch = next((batch for i, batch in self._upcoming if i == now + 1), None)
+        if batch is None or now + 1 >= self.total_steps:
+            return
+        seeds = draw_seeds(len(batch) * num_samples, self.generator, self.device)
+        options = self.sampling_options(num_samples)
+        del options["generator"]
+        options |= dict(seeds=seeds.tolist(), top_k=None, top_p=None, min_p=None)
+        generate = partial(options.pop("engine").generate, batch, **options)
+        with distributed.together():
+            if not distributed.rank():
+                self.engine.load(self.sampled_policy)
+        flight = Flight(now, batch, seeds, (lambda: None) if distributed.rank() else generate)
+        self.flights = {now: self.flights[now]} if now in self.flights else {}
+        self.flights[now + 1] = flight
+
+    def sampling_options(self, num_samples: int) -> dict[str, Any]:
+        """Options of `rollout.sample`."""
+        return dict(
             max_new_tokens=self.config.response_length,
             temperature=self.config.temperature,
             num_samples=num_samples,
@@ -213,11 +264,22 @@ class PolicyGradientTrainer(Trainer):
             stop_strings=self.config.stop_strings,
             tokenizer=self.tokenizer,
             generator=self.generator,
+            engine=self.engine,
         )
+
+    def sample(self, batch: list[list[int]], num_samples: int = 1, **options) -> Rollout:
+        """Responses to every prompt; a prompt's responses are adjacent. Options as for `sample`."""
+        settings = self.sampling_options(num_samples)
         rollout = sample(self.sampled_policy, batch, **(settings | options))
         if not distributed.rank():  # every rank holds all responses
             self.tokens = self.tokens + rollout.response_mask.sum()
         return rollout
+
+    def evaluate(self) -> dict[str, float]:
+        """As for `Trainer`, after what the engine samples for the next step."""
+        for flight in self.flights.values():
+            flight.wait()  # the engine is about to get other weights
+        return super().evaluate()
 
     @torch.no_grad()
     def score(self, rollout: Rollout, batch: list[list[int]]) -> Tensor:
@@ -605,6 +667,8 @@ class PolicyGradientTrainer(Trainer):
                 report["importance/weight"] ** 2 / squared if squared else 0.0
             )
         report |= rollout_mismatch(rollout, predictions)
+        if self.engine is not None:
+            report["val/oldest_version"] = self.oldest_version
         responses, size = rollout.responses(), self.config.rollout_size // self.config.batch_size
         report |= diversity([responses[i : i + size] for i in range(0, n, size)])
         report["val/num_eos_tokens"] = int(rollout.ended.sum())
@@ -665,6 +729,9 @@ class PolicyGradientTrainer(Trainer):
         if self.reference is not None and self.reference.moves:
             weights = self.reference.model.state_dict()
             state |= {f"reference:{name}": x for name, x in weights.items()}
+        if self.config.steps_ahead:
+            sizes = self.config.rollout_size, self.config.response_length
+            state |= flight_state(self.flights.get(self.steps_done), *sizes)
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -679,3 +746,14 @@ class PolicyGradientTrainer(Trainer):
             names = self.reference.model.state_dict()
             weights = {name: state[f"reference:{name}"] for name in names}
             self.reference.model.load_state_dict(weights)
+        if self.config.steps_ahead:
+            self._land(state)
+
+    def _land(self, state: dict[str, Tensor]) -> None:
+        """Restore the rollout that a checkpoint holds for the next step."""
+        self._upcoming = enumerate(self.batches())
+        step = int(state["ahead:version"]) + 1
+        num_samples = self.config.rollout_size // self.config.batch_size
+        batch = next(islice(self.batches(), step, None), [])
+        flight = flight_of(state, batch, num_samples)
+        self.flights = {} if flight is None else {step: flight}

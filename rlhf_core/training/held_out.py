@@ -16,6 +16,7 @@ from torch import nn
 from rlhf_core.data import Tokenizer
 from rlhf_core.feedback.judges import Judge, JudgeScorer, judged_in_both_orders
 from rlhf_core.feedback.rewards import Scorer
+from rlhf_core.generation import Engine
 from rlhf_core.models import eval_mode
 from rlhf_core.ops import kl_estimate
 from rlhf_core.rollout import response_logprobs, sample
@@ -35,6 +36,7 @@ def evaluate_answers(
     eos_ids: Sequence[int] | None = None,
     tokenizer: Tokenizer | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    engine: Engine | None = None,
 ) -> tuple[dict[str, float], tuple[list, list, list]]:
     """Sample an answer to every prompt, and measure it.
 
@@ -44,6 +46,7 @@ def evaluate_answers(
         reference: the answers' KL to it is estimated; the judge compares with its answers.
         judge: compares the answers with the reference's in both orders.
         autocast: makes the context of the forward passes of the reference.
+        engine: samples the policy's answers in place of `generate`.
 
     Returns:
         The metrics: eval_reward, the mean score; eval_spread, the standard deviation between the
@@ -67,7 +70,7 @@ def evaluate_answers(
             seeds=seeds[part],
         )
         with eval_mode(policy):
-            rollout = sample(policy, prompts[part], **options)
+            rollout = sample(policy, prompts[part], engine=engine, **options)
         responses, mask = rollout.responses(), rollout.response_mask
         answers += responses
         metrics.add("eval_length", mask.sum(dim=1))

@@ -34,6 +34,7 @@ from rlhf_core.feedback.endpoint import JudgeError
 from rlhf_core.feedback.judges import Judge, JudgeScorer
 from rlhf_core.feedback.rewards import RewardError, Scorer
 from rlhf_core.files import replacing_folder
+from rlhf_core.generation import Engine, EngineError
 from rlhf_core.locks import hold
 from rlhf_core.models.hub import stale_adapters
 from rlhf_core.models.lora import adapter_config, has_adapters
@@ -70,6 +71,8 @@ class Trainer:
     eval_judge: Judge | None = None  # compares their answers to held-out prompts
     eval_reference: Reference | None = None  # with which these are compared; never moves
     eos_ids: Sequence[int] | None = None  # that end their responses
+    generator: torch.Generator | None = None  # of their seeds
+    engine: Engine | None = None  # samples in place of `generate`
     reference: Reference | None = None
 
     def __new__(cls, *arguments: Any, **options: Any):
@@ -401,8 +404,9 @@ class Trainer:
                 eos_ids=self.eos_ids,
                 tokenizer=self.tokenizer,
                 autocast=self.autocast,
+                engine=self.engine,
             )
-        except JudgeError as error:  # it matters less than the run
+        except (JudgeError, EngineError) as error:  # it matters less than the run
             message = f"held-out prompts are not evaluated: {error}"
             self.warn_once(message, "held-out prompts", self.steps_done)
             return {}
@@ -543,12 +547,14 @@ class Trainer:
 
         Raises:
             FloatingPointError: the run has diverged.
-            ValueError, RewardError: a batch or reward is bad. All name the step. With `out`, the
-                state before the error is left in `out`/checkpoint-error, or, for a JudgeError, in
-                a checkpoint to resume from.
+            ValueError, RewardError: a batch or reward is bad.
+            EngineError: the engine does not sample. All name the step. With `out`, the state before
+                the error is left in `out`/checkpoint-error, or, for a JudgeError or an EngineError,
+                in a checkpoint to resume from.
         """
         step, every = self.steps_done + 1, self.config.eval_every
         last = step == self.total_steps
+        before = None if self.generator is None else self.generator.get_state()
         self._set_lr()
         if self.config.dropout and distributed.rank():  # other rows, so other masks than rank 0's
             torch.manual_seed((self.config.seed + step) * distributed.size() + distributed.rank())
@@ -569,12 +575,15 @@ class Trainer:
                 return metrics | self.last_metrics() if last else metrics
         except Exception as error:
             saved = ""
+            # A judge or an engine may work again later: the step is taken again, with its samples.
+            passing = isinstance(error, JudgeError | EngineError)
+            if passing and before is not None and self.steps_done < step:
+                self.generator.set_state(before)
             if self.out and not distributed.rank():
-                # A judge may work again later, so that run is to be resumed.
-                name = None if isinstance(error, JudgeError) else checkpoint.ERROR_NAME
+                name = None if passing else checkpoint.ERROR_NAME
                 saved = f"; the state is saved in {self.save_checkpoint(name)}"
             plain = (FloatingPointError, ValueError, RuntimeError, distributed.RankError)
-            if type(error) not in plain and not isinstance(error, RewardError):
+            if type(error) not in plain and not isinstance(error, RewardError | EngineError):
                 raise
             raise type(error)(f"step {step}: {error}{saved}") from error
 

@@ -3,11 +3,15 @@
 import errno
 import json
 import re
+import socket
 import tempfile
 from pathlib import Path
 
 import pytest
 from helpers import PAIRS, TEXTS, run, write
+
+from rlhf_core.data import ByteTokenizer
+from rlhf_core.models import Transformer, TransformerConfig
 
 # ---- files
 
@@ -319,3 +323,94 @@ def test_a_judge_that_fails_too_often_stops_the_run_which_goes_on_with_resume(
     unmoved = folders / "policy" / "model.safetensors"
     whole, resumed = (tmp_path / out / "model.safetensors" for out in ("whole", "out"))
     assert whole.read_bytes() == resumed.read_bytes() != unmoved.read_bytes()
+
+
+# ---- engines
+
+SAMPLERS = ["ppo", "a2c", "grpo", "online-dpo", "iterated-dpo", "rft", "best-of-n", "iterated-rlhf"]
+
+
+def tiny_policy(folders):
+    return Transformer.from_pretrained(folders / "policy")
+
+
+@pytest.fixture
+def served(folders, sample, tmp_path):
+    """Runs a command that samples, with a reward model and further options."""
+
+    def served(command, *options):
+        reward = ["--reward-model", folders / "reward"]
+        prompts = write(tmp_path / "prompts.txt", ["one", "two"])
+        paths = ["--model", folders / "policy", "--prompts", prompts, "--out", tmp_path / "out"]
+        cpu = ["--device", "cpu", *options]
+        if command == "best-of-n":
+            return run(command, *paths, *reward, "--num-samples", 2, "--response-length", 4, *cpu)
+        if command != "iterated-rlhf":
+            return sample(command, *reward, *options)
+        parts = ["--sampling", "response_length=4", "--reward", "max_steps=1"]
+        parts += ["--ppo", "max_steps=1", "response_length=4", "--rounds", 1]
+        return run(command, *paths, *reward, *parts, *cpu)
+
+    return served
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("command", SAMPLERS)
+def test_an_engine_samples_for_every_command(command, folders, served, engine_server):
+    server = engine_server(tiny_policy(folders), tokenizer=ByteTokenizer())
+    assert served(command, "--engine", server.url, "--engine-requests", 2) == 0
+    assert any("seed" in (body or {}) for _, body in server.requests)
+    assert 0 < server.most <= 2
+
+
+def test_an_engine_samples_candidates(folders, engine_server, tmp_path):
+    server = engine_server(tiny_policy(folders))
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "ab"}, {"prompt": "c"}])
+    options = ["--prompts", prompts, "--max-new-tokens", 4, "--device", "cpu"]
+    policy = folders / "policy"
+    lines = []
+    for name, engine in (("own", []), ("served", ["--engine", server.url])):
+        out = tmp_path / f"{name}.jsonl"
+        assert run("candidates", "--model", policy, *options, "--out", out, *engine) == 0
+        lines.append([json.loads(line)["responses"] for line in out.read_text().splitlines()])
+    assert lines[0] == lines[1] and any("seed" in (body or {}) for _, body in server.requests)
+
+
+@pytest.mark.parametrize("command", [*SAMPLERS, "candidates"])
+def test_a_bad_engine_is_named_and_nothing_is_written(
+    command, folders, served, engine_server, tmp_path, capsys
+):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
+    other = engine_server(Transformer(TransformerConfig(260, 16, 1, 2, max_positions=64)))
+    for options, message in (
+        (["--engine", "localhost"], "an engine's URL must be http(s)://HOST[:PORT]"),
+        (["--engine", closed], "Is a vLLM server running there?"),
+        (["--engine", other.url], "has more token ids than the policy, which has 259"),
+        (["--engine-requests", 2], "--engine-requests needs --engine"),
+    ):
+        if command == "candidates":
+            prompts = write(tmp_path / "prompts.txt", ["ab"])
+            given = ["--model", folders / "policy", "--prompts", prompts, "--out", tmp_path / "out"]
+            assert run(command, *given, "--max-new-tokens", 4, *options) == 2
+        else:
+            assert served(command, *options) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert message in line
+        assert {path.name for path in tmp_path.iterdir()} == {"prompts.txt"}
+
+
+def test_an_engine_has_one_model_to_sample_from(folders, engine_server, tmp_path, capsys):
+    server = engine_server(tiny_policy(folders))
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "ab"}])
+    both = [folders / "policy"] * 2
+    options = ["--prompts", prompts, "--out", tmp_path / "out", "--engine", server.url]
+    assert run("candidates", "--model", *both, *options) == 2
+    assert "--engine serves one --model, got 2" in capsys.readouterr().err
+    ranked = write(tmp_path / "ranked.jsonl", [{"prompt": "a", "responses": ["b", "c"]}])
+    reward = ["--reward-model", folders / "reward", "--candidates", ranked]
+    options = ["--model", folders / "policy", *reward, *options[2:]]
+    assert run("best-of-n", *options) == 2
+    assert "--engine samples nothing with --candidates" in capsys.readouterr().err

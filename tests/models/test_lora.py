@@ -108,6 +108,24 @@ def test_merged_adapters_leave_a_plain_model_that_computes_the_same(tmp_path):
     assert torch.equal(Transformer.from_pretrained(tmp_path)(IDS), model(IDS))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # GPT-2's head is tied
+def test_a_plain_copy_has_no_adapters_and_a_head_of_its_own(family, tmp_path):
+    for model in (adapted(family), tiny(family)):
+        before, names = snapshot(model), set(tiny(family).state_dict())
+        copy = model.plain_copy()
+        assert copy.state_dict().keys() == names | {"lm_head.weight"}
+        assert not copy.training and not copy.config.tie_embeddings
+        assert_close(copy(IDS), model(IDS), rtol=0, atol=1e-5)
+        assert not any(weight.requires_grad for weight in copy.parameters())
+        after = snapshot(model)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert any(weight.requires_grad for weight in model.parameters())
+        embedding = "trunk.embed.weight"
+        assert copy.state_dict()[embedding].data_ptr() == model.state_dict()[embedding].data_ptr()
+        copy.save_pretrained(tmp_path)
+        assert_close(Transformer.from_pretrained(tmp_path)(IDS), model(IDS), rtol=0, atol=1e-5)
+
+
 def test_dropout_is_on_the_adapters_input_in_train_mode_only():
     model, quiet = adapted(dropout=0.5), adapted()
     assert torch.equal(model(IDS), quiet(IDS))

@@ -488,8 +488,8 @@ def test_a_step_reports_its_importance_weights(level, mode):
     trainer = make_ppo(importance_level=level, importance_mode=mode, **bounds)
     rollouts, sample = [], trainer.sample
 
-    def other(batch, **options):
-        rollout = sample(batch, **options)
+    def other(*batch, **options):
+        rollout = sample(*batch, **options)
         noise = torch.randn(rollout.logprobs.shape) * rollout.response_mask
         rollouts.append(rollout._replace(logprobs=rollout.logprobs + 0.1 * noise))
         return rollouts[0]
