@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers import PROMPTS, fives, snapshot, tiny
+from helpers import PROMPTS, fives, run_ranks, snapshot, tiny
 
 from rlhf_core.data.collate import left_pad
 from rlhf_core.generation import EngineError, generate
@@ -191,6 +191,32 @@ def test_a_flight_survives_a_checkpoint():
     assert dead.wait() is None and int(flight_state(dead, 8, 7)["ahead:version"]) == -1
     with pytest.raises(EngineError, match="dead"):
         dead.generate([])
+
+
+def trained(rank, world, url):
+    """The weights, the metrics and the loads of a run of this process and the others."""
+    torch.manual_seed(0)
+    engine, model = vllm.Engine(url), tiny()
+    config = GRPOConfig(
+        batch_size=3, num_samples=2, response_length=4, lr=1e-2, steps_ahead=1, importance_cap=2.0
+    )
+    trainer = GRPOTrainer(model, PROMPTS, config, reward=fives, engine=engine)
+    history = without_time(trainer.train())
+    return snapshot(model), history, engine.loads
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_several_processes_have_one_engine(engine_server, tmp_path):
+    weights, history, loads = trained(0, 1, engine_server(tiny()).url)
+    server = engine_server(tiny())
+    ranks = run_ranks(trained, 2, tmp_path, server.url)
+    assert [rank[2] for rank in ranks] == [loads, 0]  # the first one speaks to it
+    for other, lines, _ in ranks:
+        for name, weight in weights.items():
+            torch.testing.assert_close(other[name], weight, atol=1e-5, rtol=0)
+        assert [x["val/oldest_version"] for x in lines] == [0, 0, 1]
+        assert [x["reward"] for x in lines] == [x["reward"] for x in history]
 
 
 def test_bad_options(make):
