@@ -140,7 +140,7 @@ def test_the_server_tokenizes_otherwise_and_still_ends_nothing_too_early(engine_
         (dict(max_new_tokens=15), r"row 0: 4 prompt \+ 15 new tokens exceed the 18"),
         (dict(eos_ids=(12,)), r"eos_ids must be in \[0, 12\)"),
         (dict(stop_strings=("a",)), "stop_strings need a tokenizer"),
-        (dict(seeds=torch.arange(3)), "3 seeds for 16 rows"),
+        (dict(seeds=torch.arange(3)), r"seeds have shape \(3,\), but there are 8 prompts"),
     ],
 )
 def test_what_it_cannot_sample_is_refused(engine_server, options, message):
