@@ -42,15 +42,17 @@ class Shard(NamedTuple):
         return cls(0, len(weight), len(weight))
 
     def largest(self, x: Tensor) -> Tensor:
-        """The maximum of x over the ranks, in place. A NaN may be lost."""
-        if self.group is not None:
-            dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
-        return x
+        """The maximum of x over the ranks. A NaN may be lost."""
+        return self._all_reduce(x, "MAX")
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks, in place."""
+        """The sum of x over the ranks."""
+        return self._all_reduce(x, "SUM")
+
+    def _all_reduce(self, x: Tensor, operation: str) -> Tensor:
         if self.group is not None:
-            dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
+            x = x.contiguous()  # the strides may differ between ranks
+            dist.all_reduce(x, getattr(dist.ReduceOp, operation), self.group)
         return x
 
     def sum_dtype(self, hidden: Tensor) -> torch.dtype:
@@ -88,7 +90,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shard):
         ctx.shard = shard
-        return shard.total(x.clone(memory_format=torch.contiguous_format))
+        return shard.total(x.clone())
 
     @staticmethod
     def backward(ctx, dx):

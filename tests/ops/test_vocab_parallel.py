@@ -248,6 +248,11 @@ def odd_calls_on_ranks(rank, world):
     with torch.autocast("cpu", torch.bfloat16):
         found["autocast"] = [call(*leaves())]
     both = leaves()
+    if rank == 1:  # the same values, with other strides
+        both[0] = hidden.T.contiguous().T.requires_grad_()
+    results = call(*both)
+    found["strides"] = [results, *torch.autograd.grad(results.sum(), both)]
+    both = leaves()
     nothing = linear_token_logprobs(
         *both, targets, group=group, mask=torch.zeros_like(mask), temperature=torch.ones(len(mask))
     )
@@ -289,6 +294,10 @@ def test_second_derivatives_16_bits_empty_batches_and_compiled_code(tmp_path):
     assert ranks[0]["none"][0].shape == (2, 0)
     for found in ranks:
         assert_close(found["alone"][0], linear_token_logprobs(hidden, weight, targets))
+    _, results, grads = truth()
+    for found in ranks:
+        got = [*found["strides"][:2], joined("strides", 2)]
+        assert_close([x.double() for x in got], [results, *grads], rtol=1e-5, atol=1e-5)
     _, _, grads = truth(power=2)
     got = [ranks[0]["compiled"][0], joined("compiled", 1)]
     assert_close([x.double() for x in got], list(grads), rtol=1e-5, atol=1e-5)
