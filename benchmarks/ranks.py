@@ -1,9 +1,9 @@
 """Whether several processes train as one does: the largest difference of weights, method by method.
 
 `python -m rlhf_core.benchmarks.ranks` trains every method on small models with 1, 2, 3 and 5
-processes (Gloo, on the CPU) and prints a table. All orders of summation differ, so weights differ
-by rounding. adam_eps is 1e-3: at 1e-8 Adam's first steps turn a gradient's rounding error into
-whole steps.
+processes (Gloo, on the CPU), and with sharded weights, and prints a table. All orders of summation
+differ, so weights differ by rounding. adam_eps is 1e-3: at 1e-8 Adam's first steps turn a
+gradient's rounding error into whole steps.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import random
 import socket
 import sys
@@ -27,6 +28,7 @@ from torch import nn
 from rlhf_core import distributed, trainers
 from rlhf_core.data import Example, Pair, Ranked, Steps
 from rlhf_core.models import ILQLModel, RewardModel, Transformer, TransformerConfig
+from rlhf_core.models.gather import whole
 from rlhf_core.models.lora import LoRAConfig, add_adapters
 
 PROMPTS = [[5, 3, 7, 4], [8, 1], [6], [9, 9, 1], [4, 4], [3], [7, 8, 9], [1, 5], [6, 6, 2, 8]]
@@ -91,6 +93,9 @@ def examples(kind: str, n: int = 11) -> list:
     return [rows[kind](i) for i in range(n)]
 
 
+OPTIONS: dict[str, Any] = {}  # of all cases: how weights are sharded
+
+
 def on_data(trainer: type, config: type, kind: str, model: Callable = tiny, **options: Any):
     """A method on examples: batches of 4, so that the last one has 3 rows."""
 
@@ -99,7 +104,9 @@ def on_data(trainer: type, config: type, kind: str, model: Callable = tiny, **op
         with_eval = dict(eval_examples=examples(kind, 3))
         if kind == "text":
             with_eval["pretraining_examples"] = examples(kind, 2)
-        trained = trainer(model(), examples(kind), config(**(settings | options)), **with_eval)
+        trained = trainer(
+            model(), examples(kind), config(**(settings | options | OPTIONS)), **with_eval
+        )
         return trained.trained_models(), trained.train()
 
     return run
@@ -113,7 +120,9 @@ def on_prompts(trainer: type, config: type, others: dict | None = None, **option
         made = {name: x() if name in MADE else x for name, x in given.items()}
         settings = dict(batch_size=5, max_steps=8, epochs=9, lr=2e-3, response_length=6)
         settings |= dict(adam_eps=1e-3, max_grad_norm=1e9, seed=3)
-        trained = trainer(made.pop("model"), PROMPTS, config(**(settings | options)), **made)
+        trained = trainer(
+            made.pop("model"), PROMPTS, config(**(settings | options | OPTIONS)), **made
+        )
         return trained.trained_models(), trained.train()
 
     return run
@@ -180,6 +189,7 @@ CASES: dict[str, Callable[[], tuple[list[nn.Module], list[dict]]]] = {
     ),
     "ppo": PPO(),
     "ppo, critic head": PPO(critic="head", micro_batch_size=1),
+    "ppo, critic head, lora": PPO({"model": partial(tiny, lora=True)}, critic="head"),
     "ppo, ptx, full kl": PPO(_ptx(), ptx_coef=0.5, kl_estimator="full", kl_in="loss"),
     "ppo, adaptive kl, stop": PPO(kl_target=0.5, kl_horizon=50, max_approx_kl=0.02),
     "ppo, running whitening": PPO(whiten_scores="running", score_clip=2.0),
@@ -216,16 +226,18 @@ CASES: dict[str, Callable[[], tuple[list[nn.Module], list[dict]]]] = {
 }  # fmt: skip
 
 
+WHOLE = {"trpo", "iterated dpo", "rft", "iterated rlhf"}  # they do not shard their weights
+
+
 def result_of(name: str) -> Result:
     """Weights and metrics of a case after its run; AssertionError if the ranks' weights differ."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         models, history = CASES[name]()
-    weights = {
-        f"{i}.{key}": x.detach().clone()
-        for i, model in enumerate(models)
-        for key, x in model.state_dict().items()
-    }
+    weights = {}
+    for i, model in enumerate(models):
+        with whole(model) as plain:
+            weights |= {f"{i}.{key}": x.clone() for key, x in plain.state_dict().items()}
     for other in distributed.gather_objects(weights):
         for key, x in weights.items():
             assert torch.equal(x, other[key]), f"{name}: {key} differs between ranks"
@@ -247,8 +259,11 @@ def difference(result: Result, expected: Result) -> tuple[float, float]:
     return of_weights, of_metrics
 
 
-def _worker(rank: int, world: int, port: int, names: Sequence[str], folder: str) -> None:
+def _worker(
+    rank: int, world: int, port: int, names: Sequence[str], mesh: str | None, folder: str
+) -> None:
     torch.set_num_threads(1)
+    OPTIONS["mesh"] = mesh
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=world)
     results = {name: result_of(name) for name in names}
@@ -257,13 +272,19 @@ def _worker(rank: int, world: int, port: int, names: Sequence[str], folder: str)
     torch.distributed.destroy_process_group()
 
 
-def in_world(world: int, names: Sequence[str]) -> dict[str, Result]:
-    """The results of cases in `world` processes."""
+def in_world(processes: int | str, names: Sequence[str]) -> dict[str, Result]:
+    """The results of cases in so many processes, or with sharded weights on a mesh such as 1x2.
+
+    Methods that keep their weights whole are left out on a mesh.
+    """
+    mesh = processes if isinstance(processes, str) else None
+    world = math.prod(map(int, str(processes).split("x")))
+    names = [name for name in names if mesh is None or name not in WHOLE]
     with socket.socket() as free, TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        arguments = (world, port, list(names), folder)
+        arguments = (world, port, names, mesh, folder)
         torch.multiprocessing.start_processes(_worker, arguments, world)
         return torch.load(Path(folder) / "results.pt", weights_only=False)
 
@@ -271,20 +292,28 @@ def in_world(world: int, names: Sequence[str]) -> dict[str, Result]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", type=int, nargs="+", default=[2, 3, 5], help="processes")
+    parser.add_argument("--world", type=int, nargs="*", default=[2, 3, 5], help="processes")
+    parser.add_argument(
+        "--mesh", nargs="*", default=["1x2", "2x2"], help="sharded weights, copies x pieces"
+    )
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     expected = {name: result_of(name) for name in arguments.case}
     found = {}
-    for world in arguments.world:
-        found[world] = in_world(world, arguments.case)
-        print(f"{world} processes: done", file=sys.stderr)
-    print("| method | " + " | ".join(f"{world} processes" for world in arguments.world) + " |")
-    print("|---|" + "---:|" * len(arguments.world))
+    for processes in (*arguments.world, *arguments.mesh):
+        found[processes] = in_world(processes, arguments.case)
+        print(f"{processes}: done", file=sys.stderr)
+    print("| method | " + " | ".join(map(str, found)) + " |")
+    print("|---|" + "---:|" * len(found))
     for name in arguments.case:
-        columns = [difference(found[world][name], expected[name]) for world in arguments.world]
-        print(f"| {name} | " + " | ".join(f"{x:.1e}, {y:.1e}" for x, y in columns) + " |")
+        columns = [
+            "{:.0e}, {:.0e}".format(*difference(results[name], expected[name]))
+            if name in results
+            else "whole"
+            for results in found.values()
+        ]
+        print(f"| {name} | " + " | ".join(columns) + " |")
     print("\nLargest difference of a weight, and of a metric relative to max(1, metric).")
 
 

@@ -176,17 +176,17 @@ def shares(n: int, at_once: int | None = None) -> Iterator[slice]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(local: bool = False) -> Iterator[None]:
     """What one rank raises inside, every rank raises at the end.
 
     In lockstep the other ranks may wait for this one inside a forward pass, so its error ends it,
-    and theirs is then a `RankError`.
+    and theirs is then a `RankError`; unless the block is `local`, without exchanges.
     """
     try:
         yield
     except Exception as error:
         known = is_shared(error) or isinstance(error, RankError)
-        if size() > 1 and not known and not _state["lockstep"]:
+        if size() > 1 and not known and (local or not _state["lockstep"]):
             _agree(error)
         raise
     if size() > 1:

@@ -20,6 +20,7 @@ from rlhf_core.data import Tokenizer
 from rlhf_core.data.collate import left_pad, unknown_id
 from rlhf_core.generation import Engine, Generation, draw_seeds, generate
 from rlhf_core.models import Transformer, ValueModel
+from rlhf_core.models.gather import whole
 from rlhf_core.models.transformer import TrunkModel, in_chunks
 from rlhf_core.ops import full_kl
 
@@ -108,7 +109,7 @@ def sample(
         tokenizer=tokenizer,
     )
 
-    def generated(own: slice) -> tuple[Tensor, ...]:
+    def generated(model: Transformer, own: slice) -> tuple[Tensor, ...]:
         """Columns of the responses to some prompts."""
         prompt_ids, prompt_mask = (x.to(model.device) for x in left_pad(prompts[own], pad_id))
         response = generate(
@@ -120,12 +121,13 @@ def sample(
         )
         return _columns(response)
 
-    if engine is None:
-        shares = distributed.shares(len(prompts))
-        ids, mask, logprobs, ended = distributed.gather(map(generated, shares))
-    else:
-        response = _sampled_by(engine, model, prompts, seeds, options)
-        ids, mask, logprobs, ended = (x.to(model.device) for x in _columns(response))
+    with whole(model) as plain:
+        if engine is None:
+            parts = (generated(plain, own) for own in distributed.shares(len(prompts)))
+            ids, mask, logprobs, ended = distributed.gather(parts)
+        else:
+            response = _sampled_by(engine, plain, prompts, seeds, options)
+            ids, mask, logprobs, ended = (x.to(model.device) for x in _columns(response))
     prompt_ids, prompt_mask = (
         x.to(model.device).repeat_interleave(num_samples, dim=0) for x in left_pad(prompts, pad_id)
     )
@@ -145,10 +147,8 @@ def _sampled_by(
     options: dict[str, Any],
 ) -> Generation:
     """What the engine samples. The first process asks it, and tells the others."""
-    if any(hasattr(weight, "full_tensor") for weight in model.parameters()):
-        raise ValueError("an engine cannot sample from sharded weights. Pass no engine")
     response = None
-    with distributed.together():
+    with distributed.together(local=True):
         if not distributed.rank():
             engine.load(model)
             response = engine.generate(prompts, seeds=seeds.tolist(), **options)

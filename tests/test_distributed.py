@@ -24,6 +24,17 @@ from safetensors.torch import load_file
 
 from rlhf_core import distributed
 from rlhf_core.feedback.rewards import RewardError
+from rlhf_core.models import Transformer
+from rlhf_core.models.gather import whole
+from rlhf_core.trainers import (
+    IteratedDPOConfig,
+    IteratedRLHFConfig,
+    PPOConfig,
+    RFTConfig,
+    SFTConfig,
+    TRPOConfig,
+    TRPOTrainer,
+)
 from rlhf_core.training.metrics import Metrics
 
 # ---- shares
@@ -220,30 +231,66 @@ def test_gradients_in_float64_are_those_of_one_process(world, tmp_path):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
-def part_of_a_run(rank, world, folder, steps, resume):
+def part_of_a_run(rank, world, folder, steps, resume, shard=False):
     options = dict(max_steps=steps, batch_size=5, minibatch_size=3, epochs=9, save_every=2)
-    options |= dict(adam_eps=1e-3, lr_schedule="constant")
+    options |= dict(adam_eps=1e-3, lr_schedule="constant", shard=shard)
     trainer = make_ppo(others=dict(out=folder), **options)
     if resume:
         trainer.resume()
     history = trainer.train()
-    return snapshot(trainer.model), [line["objective/scores"] for line in history]
+    assert trainer.sharded == (shard and world > 1)
+    with whole(trainer.model) as plain:
+        return snapshot(plain), [line["objective/scores"] for line in history]
 
 
 @pytest.mark.slow
-def test_a_run_resumes_on_another_number_of_processes(tmp_path):
-    """Row 60: 2, then 1, then 3 processes: the run is that of one process."""
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_run_resumes_on_another_number_of_processes(shard, tmp_path):
+    """Row 60: 2, then 1, then 3 processes, with whole or sharded weights: as one process."""
     weights, scores = part_of_a_run(0, 1, tmp_path / "whole", 6, False)
     out = str(tmp_path / "out")
-    run_ranks(part_of_a_run, 2, tmp_path, out, 2, False)
+    run_ranks(part_of_a_run, 2, tmp_path, out, 2, False, shard)
+    assert (tmp_path / "out" / "checkpoint-2" / "pieces").is_dir() == shard
+    Transformer.from_pretrained(tmp_path / "out" / "checkpoint-2")
     part_of_a_run(0, 1, out, 4, True)
-    found = run_ranks(part_of_a_run, 3, tmp_path, out, 6, True)
+    found = run_ranks(part_of_a_run, 3, tmp_path, out, 6, True, shard)
     for found_weights, found_scores in found:
         assert found_scores == pytest.approx(scores)
         for name, x in weights.items():
             torch.testing.assert_close(found_weights[name], x, rtol=0, atol=1e-6)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_methods_that_need_whole_weights_refuse_to_shard(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(ValueError, match="trpo trains with whole weights: a natural gradient"):
+        TRPOTrainer(tiny(), [[5]], TRPOConfig(shard=True, response_length=4), reward=fives)
+    for config in (RFTConfig, IteratedDPOConfig):
+        with pytest.raises(ValueError, match="mesh must be unset: rounds hand whole weights"):
+            config(mesh="1x2")
+    with pytest.raises(ValueError, match=r"ppo\.shard and ppo\.mesh must be unset"):
+        IteratedRLHFConfig(ppo=PPOConfig(shard=True))
+
+
+def test_a_mesh_must_multiply_to_the_processes(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 6)
+    make_trainer("sft", mesh="2x3")
+    with pytest.raises(ValueError, match="mesh is 2x2, but there are 6 processes"):
+        make_trainer("sft", mesh="2x2")
+    for mesh in ("2", "2x", "0x6", "2x3x1", "x", "-2x3", "2X3"):
+        with pytest.raises(ValueError, match=f"mesh must be COPIESxPIECES.*got '{mesh}'"):
+            SFTConfig(mesh=mesh)
+
+
+def test_sharding_in_one_process_warns_and_changes_nothing():
+    with pytest.warns(UserWarning, match="shard has no effect in one process"):
+        trainer = make_trainer("sft", shard=True)
+    trainer.train()
+    plain = make_trainer("sft")
+    plain.train()
+    for x, y in zip(snapshot(trainer.model).values(), snapshot(plain.model).values()):
+        assert torch.equal(x, y)
 
 
 # ---- torchrun
@@ -286,9 +333,10 @@ def assert_same_run(out, other):
 
 
 @pytest.mark.slow
-def test_torchrun_gives_the_run_of_one_process_and_rank_0_alone_prints(task, tmp_path):
+@pytest.mark.parametrize("sharding", [[], ["--shard"]])
+def test_torchrun_gives_the_run_of_one_process_and_rank_0_alone_prints(sharding, task, tmp_path):
     assert run(*task[2:], "--out", tmp_path / "one") == 0
-    done = torchrun(2, *task, "--out", tmp_path / "two")
+    done = torchrun(2, *task, "--out", tmp_path / "two", *sharding)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert done.stdout.count("written to") == 1 and done.stderr.count("sft 1/6") == 1

@@ -51,7 +51,14 @@ from rlhf_core.models import RewardModel, Transformer, eval_mode
 from rlhf_core.options import Options, option
 from rlhf_core.training.checkpoint import digest
 from rlhf_core.training.reference import frozen_copy
-from rlhf_core.training.rounds import CANDIDATES, PAIRS, resumed, run_rounds, with_seed
+from rlhf_core.training.rounds import (
+    CANDIDATES,
+    PAIRS,
+    ROUNDS_ARE_WHOLE,
+    resumed,
+    run_rounds,
+    with_seed,
+)
 from rlhf_core.training.run_log import OnStep
 
 SAMPLES = "samples.json"  # in a round's folder: its pairs and answers, for the later rounds
@@ -74,6 +81,9 @@ class IteratedRLHFConfig(Options):
         n = self.sampling.num_samples
         if n < 2:
             raise ValueError(f"sampling.num_samples must be at least 2 for a pair, got {n}")
+        for name in ("reward", "ppo"):
+            if getattr(self, name).copies is not None:
+                raise ValueError(f"{name}.shard and {name}.mesh must be {ROUNDS_ARE_WHOLE}")
 
 
 def iterated_rlhf(

@@ -96,6 +96,7 @@ class TRPOTrainer(PPOTrainer):
 
     algorithm = "trpo"
     pace = "max_kl"
+    keeps_whole = "a natural gradient is a vector of all of them. Leave out shard and mesh"
 
     def parameter_groups(self) -> list[dict]:
         policy = set(self.model.parameters())

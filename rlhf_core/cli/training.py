@@ -28,6 +28,7 @@ from rlhf_core.feedback.annotation.people import People
 from rlhf_core.feedback.judges import RewardJudge
 from rlhf_core.feedback.rewards import Scorer
 from rlhf_core.models import ILQLModel, RewardModel, Transformer
+from rlhf_core.models.gather import is_sharded
 from rlhf_core.models.ilql import has_values
 from rlhf_core.models.lora import LoRAConfig, add_adapters, is_reward_model
 from rlhf_core.options import Options
@@ -478,7 +479,7 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
 
 def _save_as(dtype: torch.dtype, model: nn.Module, out: Path) -> None:
     """Write the model again, unless it has this dtype: trainers save what they hold in memory."""
-    if dtype != next(model.parameters()).dtype and not distributed.rank():
+    if dtype != next(model.parameters()).dtype and (is_sharded(model) or not distributed.rank()):
         model.save_pretrained(out, dtype)
 
 

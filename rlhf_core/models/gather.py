@@ -84,6 +84,15 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if is_piece(tensor) else tensor
 
 
+def piece_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's piece of a whole tensor, cut as `like`, if that is a piece of the same shape."""
+    if not is_piece(like) or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+
 @contextlib.contextmanager
 def whole(model: Module) -> Iterator[Module]:
     """Yield a plain copy of a sharded model with all weights on every rank, to sample from.
@@ -180,26 +189,6 @@ def _send(tensors: Mapping[str, Tensor]) -> None:
     if word == _DONE:
         return
     raise _error_of(0, *word)
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What one rank raises inside, every rank raises at the end."""
-    met = None
-    try:
-        yield
-    except Exception as error:
-        met = error
-    if not (dist.is_available() and dist.is_initialized()):
-        found = []
-    else:
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, None if met is None else (type(met), str(met)))
-    if met is not None:
-        raise met
-    for rank, other in enumerate(found):
-        if other is not None:
-            raise _error_of(rank, *other)
 
 
 def _error_of(rank: int, kind: type[BaseException], text: str) -> BaseException:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rlhf_core.files import Replacement, dump_json, read_object, short
 from rlhf_core.models.families import family_of
-from rlhf_core.models.gather import check_whole, on_rank_0, reshard, whole_copy
+from rlhf_core.models.gather import check_whole, on_rank_0, reshard, whole_copy, whole_tensor
 from rlhf_core.models.hub import HEADS_FILE, has_scalar_head, stale_adapters
 from rlhf_core.models.safetensors import DTYPES, dump_tensors, stored_tensors, stored_texts
 
@@ -227,9 +227,10 @@ def adapters_off(
 def frozen_adapters(model: nn.Module) -> list[nn.ModuleDict] | None:
     """Return a copy of the adapters for `adapters_off`, or None if they have no effect yet."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    copies = [copy.deepcopy(whole_copy(layer.adapters)) for layer in layers]
-    if not any(adapter.lora_B.any() for adapters in copies for adapter in adapters.values()):
+    adapters = [adapter for layer in layers for adapter in layer.adapters.values()]
+    if not any(whole_tensor(adapter.lora_B).any() for adapter in adapters):
         return None
+    copies = [copy.deepcopy(whole_copy(layer.adapters)) for layer in layers]
     return [adapters.requires_grad_(False).eval() for adapters in copies]
 
 

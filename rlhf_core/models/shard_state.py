@@ -16,11 +16,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlhf_core import distributed
 from rlhf_core.files import read_object, short, write_json
-from rlhf_core.models.gather import together
 
 DIGESTS = "state.json"
 
@@ -45,20 +44,20 @@ def save_state(
     """
     from torch.distributed.checkpoint import FileSystemWriter, save  # takes a while to import
 
-    folder, rank = Path(folder), _rank()
+    folder, rank = Path(folder), distributed.rank()
     tensors = _tensors(parameters, optimizer) | {f"state:{k}": x for k, x in (state or {}).items()}
-    with together():
+    with distributed.together(local=True):
         folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             for old in (folder / DIGESTS, folder / ".metadata", *folder.glob("__*_*.distcp")):
                 old.unlink(missing_ok=True)
     with _naming(folder, "not written"):
-        save(tensors, storage_writer=FileSystemWriter(folder), no_dist=not _has_ranks())
-    with together():
+        save(tensors, storage_writer=FileSystemWriter(folder), no_dist=distributed.size() == 1)
+    with distributed.together(local=True):
         names = [x.name for x in folder.glob(f"__{rank}_*.distcp")] + [".metadata"] * (rank == 0)
         own = {name: _digest(folder / name) for name in names}
-    digests = {name: x for part in _gathered(own) for name, x in part.items()}
-    with together():
+    digests = {name: x for part in distributed.gather_objects(own) for name, x in part.items()}
+    with distributed.together(local=True):
         if rank == 0:
             write_json(folder / DIGESTS, {"files": digests})
 
@@ -81,7 +80,7 @@ def load_state(
     from torch.distributed.checkpoint import FileSystemReader, load
 
     folder = Path(folder)
-    with together():
+    with distributed.together(local=True):
         _check_files(folder)
         reader = FileSystemReader(folder)
         stored = reader.read_metadata().state_dict_metadata
@@ -96,7 +95,7 @@ def load_state(
                 moments[key] = torch.zeros_like(like) if is_moment else torch.zeros(())
         _check_fits(folder, stored, targets | moments)
     with _naming(folder, "not read"):
-        load(targets | moments, storage_reader=reader, no_dist=not _has_ranks())
+        load(targets | moments, storage_reader=reader, no_dist=distributed.size() == 1)
     for parameter in parameters.values():
         optimizer.state[parameter] = {}
     for key, value in moments.items():
@@ -124,12 +123,12 @@ def _check_files(folder: Path) -> None:
     digests = read_object(folder / DIGESTS).get("files")
     if not isinstance(digests, dict) or ".metadata" not in digests:
         raise ValueError(f"{folder / DIGESTS}: files must list digests, got {short(digests)}")
-    size = dist.get_world_size() if _has_ranks() else 1
+    size = distributed.size()
     for i, (name, digest) in enumerate(sorted(digests.items())):
         file = folder / name
         if Path(name).name != name or not file.is_file():
             raise FileNotFoundError(f"{file}: no such file, but {DIGESTS} lists it")
-        if (i % size == _rank() or name == ".metadata") and _digest(file) != digest:
+        if (i % size == distributed.rank() or name == ".metadata") and _digest(file) != digest:
             raise ValueError(
                 f"{file}: damaged: its digest is {_digest(file):.8}, but {short(digest)[1:9]} was "
                 "written. Use a copy of the file, or an earlier checkpoint"
@@ -157,22 +156,6 @@ def _digest(file: Path) -> str:
         while part := opened.read(2**20):
             total.update(part)
     return total.hexdigest()
-
-
-def _has_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _rank() -> int:
-    return dist.get_rank() if _has_ranks() else 0
-
-
-def _gathered(x: dict) -> list[dict]:
-    if not _has_ranks():
-        return [x]
-    found: list = [None] * dist.get_world_size()
-    dist.all_gather_object(found, x)
-    return found
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from rlhf_core.generation import Engine, check_stop_strings, draw_seeds
 from rlhf_core.losses.kl import kl_loss
 from rlhf_core.masking import Moments, loss_weights, masked_mean, masked_moments
 from rlhf_core.models import Transformer, ValueModel, eval_mode
+from rlhf_core.models.gather import reshard, whole, whole_tensor
 from rlhf_core.ops import kl_estimate, ppo_loss
 from rlhf_core.ops.linear_logprobs import TokenStatistics
 from rlhf_core.ops.policy_loss import PPOLossStats
@@ -247,9 +248,9 @@ class PolicyGradientTrainer(Trainer):
         del options["generator"]
         options |= dict(seeds=seeds.tolist(), top_k=None, top_p=None, min_p=None)
         generate = partial(options.pop("engine").generate, batch, **options)
-        with distributed.together():
+        with whole(self.sampled_policy) as policy, distributed.together(local=True):
             if not distributed.rank():
-                self.engine.load(self.sampled_policy)
+                self.engine.load(policy)
         flight = Flight(now, batch, seeds, (lambda: None) if distributed.rank() else generate)
         self.flights = {now: self.flights[now]} if now in self.flights else {}
         self.flights[now + 1] = flight
@@ -698,8 +699,9 @@ class PolicyGradientTrainer(Trainer):
     def _move_reference(self) -> None:
         """Take a step of the reference's exponential moving average."""
         if self.reference is not None and self.reference.moves:
+            reshard(self.model)
             for slow, fast in zip(self.reference.model.parameters(), self.model.parameters()):
-                slow.lerp_(fast, 1 - self.config.reference_ema)
+                slow.lerp_(whole_tensor(fast), 1 - self.config.reference_ema)
 
     # ---- checkpoints
 

@@ -27,17 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_core import distributed
 from rlhf_core.data import Tokenizer
 from rlhf_core.files import remove_folder, remove_leftover_folders
+from rlhf_core.models.gather import is_piece
 from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
+from rlhf_core.models.shard_state import load_state as load_pieces
+from rlhf_core.models.shard_state import save_state
 from rlhf_core.training.run_file import masked
 
 NAME, ERROR_NAME, BEST_NAME = "checkpoint", "checkpoint-error", "checkpoint-best"
 STATE = "state.safetensors"  # the trainer's state in the folder of a checkpoint
+PIECES = "pieces"  # beside it: weights and optimiser states of a sharded run
 # Options that may differ when a run is resumed: finished steps do not depend on them ...
 FREE = {"log_every", "eval_every", "save_every", "keep", "reference_logprobs"}
-FREE |= {"keep_best", "sample_every", "print_samples"}
+FREE |= {"keep_best", "sample_every", "print_samples", "shard", "mesh"}
 # ... or only through the slope of a decaying schedule, which gives a warning.
 LENGTH = {"epochs", "max_steps"}
 MISSING = object()
@@ -58,6 +63,15 @@ def find(out: Path) -> list[Path]:
     steps = {int(path.name.removeprefix(f"{NAME}-")): path / STATE for path in _folders(out)}
     states = [steps[step] for step in sorted(steps) if steps[step].is_file()]
     return [out / NAME] * (out / NAME).is_file() + states
+
+
+def in_pieces(out: Path) -> bool:
+    """Whether the newest checkpoint in a run's folder holds the pieces of sharded weights."""
+    return any(map(_has_pieces, find(out)[-1:]))
+
+
+def _has_pieces(state: Path) -> bool:
+    return state.name == STATE and (state.parent / PIECES).is_dir()
 
 
 def remove(states: Sequence[Path]) -> None:
@@ -109,7 +123,7 @@ def save(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write the state file of a checkpoint to `path`.
+    """Write the state file of a checkpoint to `path`, and pieces of weights beside it.
 
     Args:
         run: JSON values: steps_done, total_steps, settings (name to value), digests.
@@ -117,6 +131,11 @@ def save(
         parameters: trained weights by name.
     """
     tensors = dict(state)
+    if any(map(is_piece, parameters.values())):
+        save_state(path.parent / PIECES, parameters, optimizer)
+        parameters = {}
+    if distributed.rank():
+        return
     for name, parameter in parameters.items():
         tensors |= {f"{kind}:{name}": x for kind, x in optimizer.state[parameter].items()}
         tensors[f"weight:{name}"] = parameter
@@ -159,6 +178,11 @@ def load(
         remedy = f"Or remove {_place(path)} to resume from {_place(older[-1]).name}"
         raise ValueError(f"{error}. {remedy}") from None
     _check_same_run(path, then, run)
+    if _has_pieces(path):
+        _check_tensors(path, stored, state, {})
+        load_pieces(path.parent / PIECES, parameters, optimizer)
+        load_state(stored)
+        return then["steps_done"]
     _check_tensors(path, stored, state, parameters)
     load_state(stored)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from rlhf_core.options import Options, option
@@ -67,8 +68,29 @@ class TrainConfig(Options):
     freeze_layers: int = option(
         0, "from 1: freeze the embedding and this many of the lowest blocks", within="[0, inf)"
     )
+    shard: bool = option(
+        False,
+        "cut weights, gradients and optimiser states into pieces, one for each process (FSDP2)",
+    )
+    mesh: str | None = option(
+        None,
+        "processes as COPIESxPIECES, such as 2x4: so many copies of the weights, each cut into so "
+        "many pieces; unset: one copy with shard, else one for each process",
+    )
     seed: int = option(0, "seed of data order and sampling")
 
     def __post_init__(self):
         super().__post_init__()
-        self.warn_unused(("keep", self.save_every is not None, "without save_every"))
+        form = self.mesh is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", self.mesh)
+        self.check(("mesh", form, "COPIESxPIECES, such as 2x4"))
+        self.warn_unused(
+            ("keep", self.save_every is not None, "without save_every"),
+            ("shard", self.mesh is None, "with mesh, which says more"),
+        )
+
+    @property
+    def copies(self) -> int | None:
+        """Copies of the weights that are cut into pieces; None: they are not cut."""
+        if self.mesh is not None:
+            return int(self.mesh.partition("x")[0])
+        return 1 if self.shard else None

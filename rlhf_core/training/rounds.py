@@ -48,6 +48,7 @@ from rlhf_core.training.trainer import Trainer
 
 SETTINGS = "rounds.json"  # what the rounds depend on; older versions wrote train_config.json
 SAMPLE_ROUNDS = "rounds between rows of the policy's responses in samples.jsonl; 0: none"
+ROUNDS_ARE_WHOLE = "unset: rounds hand whole weights to each other"
 LAST = "last_round"  # its number, and its model's digest
 # In a round's folder: what people compare, and all labels up to then as pairs.
 CANDIDATES, PAIRS = "candidates.jsonl", "pairs.jsonl"

@@ -36,8 +36,12 @@ from rlhf_core.feedback.rewards import RewardError, Scorer
 from rlhf_core.files import replacing_folder
 from rlhf_core.generation import Engine, EngineError
 from rlhf_core.locks import hold
+from rlhf_core.models import EnsembleReward
+from rlhf_core.models.gather import piece_like, reshard, whole_tensor
 from rlhf_core.models.hub import stale_adapters
 from rlhf_core.models.lora import adapter_config, has_adapters
+from rlhf_core.models.shard import mesh_of, shard
+from rlhf_core.models.transformer import TrunkModel
 from rlhf_core.training import checkpoint, signals
 from rlhf_core.training.completions import completion_loss
 from rlhf_core.training.config import TrainConfig
@@ -74,6 +78,8 @@ class Trainer:
     generator: torch.Generator | None = None  # of their seeds
     engine: Engine | None = None  # samples in place of `generate`
     reference: Reference | None = None
+    keeps_whole: str | None = None  # why weights cannot be cut into pieces; None: they can
+    sharded = False  # whether they are
 
     def __new__(cls, *arguments: Any, **options: Any):
         """Look at the arguments before any `__init__` reads them."""
@@ -141,12 +147,29 @@ class Trainer:
             self._prepare(trained)
         if config.dropout and not any(map(_has_dropout, self.trained_models())):
             warnings.warn("dropout has no effect: the model's config has none", stacklevel=3)
-        settings = dict(eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
-        groups = self.parameter_groups()
-        if config.weight_decay:
-            groups = [part for group in groups for part in _without_decay_of_vectors(group)]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, **settings)
+        self.optimizer = self._new_optimizer()
         self.peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self._check_mesh()
+
+    def _check_mesh(self) -> None:
+        """Raise ValueError if the config's mesh does not fit the processes or the method."""
+        mesh, ranks = self.config.mesh, distributed.size()
+        if mesh is not None and math.prod(map(int, mesh.split("x"))) != ranks:
+            raise ValueError(
+                f"mesh is {mesh}, but there are {ranks} processes: copies times pieces must be "
+                "their number. Start them with torchrun --nproc-per-node"
+            )
+        if self.config.copies is not None and self.keeps_whole:
+            raise ValueError(f"{self.algorithm} trains with whole weights: {self.keeps_whole}")
+        if self.config.copies is not None and ranks == 1:
+            warnings.warn("shard has no effect in one process", stacklevel=4)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        settings = dict(eps=self.config.adam_eps, weight_decay=self.config.weight_decay, fused=True)
+        groups = self.parameter_groups()
+        if self.config.weight_decay:
+            groups = [part for group in groups for part in _without_decay_of_vectors(group)]
+        return torch.optim.AdamW(groups, lr=self.config.lr, **settings)
 
     # ---- models and examples
 
@@ -341,6 +364,26 @@ class Trainer:
             return f"the loss of {bad[0]} alone is not finite, {count}"
         return "every row's loss alone is finite: try a smaller lr, or precision float32"
 
+    def shard(self) -> None:
+        """Cut weights and optimiser states into pieces, if the config asks for it (FSDP2).
+
+        Copies that follow the policy stay whole on every rank.
+        """
+        if self.sharded or self.config.copies is None or distributed.size() == 1:
+            return
+        _ = self.digests, self.description  # of whole weights
+        states = {name: self.optimizer.state[x] for name, x in self._named_parameters().items()}
+        models = [self.model, *self.trained_models(), *self.fixed_models()]
+        mesh = mesh_of(self.config.copies)
+        for model in dict.fromkeys(models):
+            if isinstance(model, TrunkModel | EnsembleReward):
+                shard(model, mesh)
+        distributed.set_lockstep(True)
+        self.sharded, self.optimizer = True, self._new_optimizer()
+        for name, parameter in self._named_parameters().items():
+            for kind, x in states[name].items():
+                self.optimizer.state[parameter][kind] = piece_like(x, parameter)
+
     def optimize(self, losses: Iterator[Tensor]) -> float:
         """Add up the gradients of the losses of all ranks, clip them and step.
 
@@ -358,11 +401,13 @@ class Trainer:
                 loss.backward()
                 total_loss += loss.detach()
         (total_loss,) = distributed.added(float(total_loss))
+        reshard(*self.trained_models())
         parameters = self.trained_parameters()
-        distributed.add_gradients(parameters)
+        if not self.sharded:
+            distributed.add_gradients(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
         total_norm = nn.utils.get_total_norm(gradients)
-        grad_norm = float(total_norm)
+        grad_norm = float(whole_tensor(total_norm))
         for name, value in (("gradient's norm", grad_norm), ("loss", total_loss)):
             if not math.isfinite(value):
                 raise FloatingPointError(f"the {name} is {value}; no weight was updated")
@@ -440,6 +485,7 @@ class Trainer:
             FileNotFoundError: `out` was removed while the run went on. See also `advance`.
         """
         self._check_same_run()
+        self.shard()
         if self.out is None:
             return self._train(signals.DelayedStop())
         with signals.delayed() as delayed, self._recording() as run:
@@ -527,7 +573,7 @@ class Trainer:
             self.finish(history[-1])
             self.finished = True
         with distributed.together():
-            if writes:
+            if writes or (self.sharded and self.out is not None):
                 self.save(self.out)
         return history
 
@@ -579,7 +625,7 @@ class Trainer:
             passing = isinstance(error, JudgeError | EngineError)
             if passing and before is not None and self.steps_done < step:
                 self.generator.set_state(before)
-            if self.out and not distributed.rank():
+            if self.out and not distributed.rank() and not self.sharded:
                 name = None if passing else checkpoint.ERROR_NAME
                 saved = f"; the state is saved in {self.save_checkpoint(name)}"
             plain = (FloatingPointError, ValueError, RuntimeError, distributed.RankError)
@@ -652,9 +698,12 @@ class Trainer:
         """
 
     def save(self, path: Path) -> None:
-        """Write the model, and the tokenizer if there is one, in the Hugging Face layout."""
+        """Write the model, and the tokenizer if there is one, in the Hugging Face layout.
+
+        All ranks call this if the weights are sharded; rank 0 writes.
+        """
         self.model.save_pretrained(path)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and not distributed.rank():
             self.tokenizer.save(path)
 
     def _set_lr(self) -> None:
@@ -673,25 +722,32 @@ class Trainer:
     def save_checkpoint(self, name: str | None = None) -> Path:
         """Write the model and the run's state to a folder in `out`; returns its path.
 
-        Of several processes rank 0 writes, because their states are equal.
+        Of several processes rank 0 writes, because their states are equal; of sharded weights each
+        rank writes its pieces.
 
         name: of the folder; None means checkpoint-STEP, which also removes older ones: see `keep`.
         """
         path = self.out / (name or f"{checkpoint.NAME}-{self.steps_done}")
         if distributed.rank():
+            if self.sharded:
+                self._write_state(distributed.from_rank_0(None))
             return path
         checkpoint.check_ours(path)
         with hold(self.out):
             with replacing_folder(path) as folder:
-                self.save(folder)
-                run, parameters = self._run(), self._named_parameters()
-                state = folder / checkpoint.STATE
-                checkpoint.save(state, run, self.state(), parameters, self.optimizer)
+                self._write_state(distributed.from_rank_0(folder) if self.sharded else folder)
             if name is None:
                 states = checkpoint.find(self.out)
                 last = states.index(path / checkpoint.STATE)
                 checkpoint.remove(states[: max(last + 1 - self.config.keep, 0)])
         return path
+
+    def _write_state(self, folder: Path) -> None:
+        """Write the model and the run's state into a folder."""
+        self.save(folder)
+        reshard(*self.trained_models())
+        run, parameters = self._run(), self._named_parameters()
+        checkpoint.save(folder / checkpoint.STATE, run, self.state(), parameters, self.optimizer)
 
     def resume(self) -> None:
         """Move to the step of the newest checkpoint in `out`; `train` runs the remaining steps.
@@ -700,6 +756,8 @@ class Trainer:
         """
         if self.out is None:
             raise ValueError("a trainer without out has no checkpoint to resume from")
+        if checkpoint.in_pieces(self.out):
+            self.shard()
         run, parameters = self._run(), self._named_parameters()
         self.steps_done = checkpoint.load(
             self.out, run, self.state(), parameters, self.optimizer, self.load_state
