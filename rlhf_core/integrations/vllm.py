@@ -563,7 +563,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def _each(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
-    """The function of every item, by so many threads at a time. The first error ends it.
+    """Call the function on every item, in at most `threads` threads; the first error ends it.
 
     The threads are daemons, so that Ctrl-C need not wait for a request.
     """

