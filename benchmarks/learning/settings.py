@@ -1,10 +1,10 @@
-"""Learning rates by model size: how far each one moves a model in a short run on stories.
+"""Learning rates by model size, and TRPO's max_kl: how far each moves a model in a short run.
 
     OMP_NUM_THREADS=1 python -m benchmarks.learning.settings --data DIR --sizes 260k 4m 30m
 
-260k is the pretrained stories260k; the others are pretrained here on TinyStories. PPO and GRPO
-train on gold itself, the valence of the words; DPO and reward models on pairs that gold labels; SFT
-on solutions of GSM8K, which are unlike stories.
+260k is the pretrained stories260k; the others are pretrained here on TinyStories. PPO, TRPO and
+GRPO train on gold itself, the valence of the words; DPO and reward models on pairs that gold
+labels; SFT on solutions of GSM8K, which are unlike stories.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Size(NamedTuple):
     shape: dict | None  # None: stories260k
     pretraining: dict
     steps: int
-    rollouts: int  # PPO's steps, with 16 updates each
-    lrs: dict[str, tuple[float, ...]]  # method -> those to try
+    rollouts: int  # steps of PPO, with 16 updates each, and of TRPO
+    rates: dict[str, tuple[float, ...]]  # method -> values of its PACE, else of lr, to try
 
 
 SIZES = {
@@ -44,7 +44,8 @@ SIZES = {
         None, {}, 30, 8,
         dict(
             sft=(1e-5, 1e-3, 3e-3), reward=(1e-5, 5e-4, 2e-3), dpo=(1e-6, 1e-4, 1e-3),
-            ppo=(3e-6, 1e-4, 3e-4, 1e-3), grpo=(1e-6, 1e-4, 2e-4, 5e-4, 2e-3),
+            ppo=(3e-6, 1e-4, 3e-4, 1e-3), trpo=(1e-4, 1e-3, 3e-3, 1e-2),
+            grpo=(1e-6, 1e-4, 2e-4, 5e-4, 2e-3),
         ),
     ),
     "4m": Size(
@@ -52,19 +53,24 @@ SIZES = {
         dict(lr=2e-3, epochs=1, warmup_steps=10), 15, 4,
         dict(
             sft=(2e-5, 3e-4, 1e-3), reward=(2e-5, 1e-4, 5e-4), dpo=(1e-6, 3e-5, 1e-4),
-            ppo=(3e-6, 3e-5, 1e-4), grpo=(1e-6, 1e-4, 5e-4),
+            ppo=(3e-6, 3e-5, 1e-4), trpo=(1e-3, 3e-3), grpo=(1e-6, 1e-4, 5e-4),
         ),
     ),
     "30m": Size(
         dict(hidden_size=512, num_layers=6, num_heads=8),
         dict(lr=1e-3, max_steps=50, warmup_steps=5), 6, 2,
-        dict(sft=(3e-4,), reward=(5e-4,), dpo=(3e-5, 1e-4), ppo=(3e-5,), grpo=(1e-4,)),
+        dict(
+            sft=(3e-4,), reward=(5e-4,), dpo=(3e-5, 1e-4), ppo=(3e-5,), trpo=(3e-3,),
+            grpo=(1e-4,),
+        ),
     ),
 }  # fmt: skip
 FIXED = {
     "ppo": dict(kl_coef=0.06, batch_size=BATCH),
+    "trpo": dict(kl_coef=0.06, batch_size=BATCH, lr=1e-4),
     "grpo": dict(kl_coef=0.2, batch_size=BATCH // 8, num_samples=8),
 }
+PACE = {"trpo": "max_kl"}  # what sets the steps of the policy, where it is not lr
 MEASURES = {"sft": "eval_loss", "reward": "eval_accuracy"}  # gold of the others
 
 
@@ -135,6 +141,8 @@ def trainer_of(start: Start, method: str, policy: Transformer, settings: dict) -
     fixed["eos_ids"] = task.eos_ids
     if method == "ppo":
         return trainers.PPOTrainer(policy, task.prompts, trainers.PPOConfig(**settings), **fixed)
+    if method == "trpo":
+        return trainers.TRPOTrainer(policy, task.prompts, trainers.TRPOConfig(**settings), **fixed)
     return trainers.GRPOTrainer(policy, task.prompts, trainers.GRPOConfig(**settings), **fixed)
 
 
@@ -154,12 +162,14 @@ def rows(name: str, data: Path, methods: list[str]) -> Iterator[str]:
     size = SIZES[name]
     start = prepare(size, data)
     for method in methods:
-        steps = size.rollouts if method == "ppo" else size.steps
-        for lr in size.lrs[method]:
+        steps = size.rollouts if method in ("ppo", "trpo") else size.steps
+        pace = PACE.get(method, "lr")
+        for rate in size.rates[method]:
             started = time.process_time()
-            found = train(start, method, dict(lr=lr, max_steps=steps, **FIXED.get(method, {})))
+            settings = {pace: rate, "max_steps": steps}
+            found = train(start, method, settings | FIXED.get(method, {}))
             kl = f"{found['kl']:.2f}" if "kl" in found else ""
-            columns = [name, method, f"{lr:g}", str(steps), MEASURES.get(method, "gold")]
+            columns = [name, method, f"{rate:g}", str(steps), MEASURES.get(method, "gold")]
             columns += [f"{found['before']:.2f}", f"{found['after']:.2f}", kl]
             yield f"| {' | '.join(columns)} | {time.process_time() - started:.0f} |"
 
@@ -170,10 +180,10 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="as for rlhf-core demo --real")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    methods = list(SIZES["260k"].lrs)
+    methods = list(SIZES["260k"].rates)
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     arguments = parser.parse_args()
-    print("| size | method | lr | steps | measure | before | after | KL, nats | s |")
+    print("| size | method | lr or max_kl | steps | measure | before | after | KL, nats | s |")
     print("|---|---|---:|---:|---|---:|---:|---:|---:|")
     for name in arguments.sizes:
         for row in rows(name, arguments.data, arguments.methods):
