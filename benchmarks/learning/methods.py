@@ -210,7 +210,7 @@ METHODS = {
     "PPO, head critic": Method(ppo, *with_(PPO, critic="head")),
     "A2C": Method(a2c, *ONE_UPDATE),
     "NLPO": Method(nlpo, *PPO),
-    "TRPO": Method(trpo, *PPO),
+    "TRPO": Method(trpo, *with_(PPO, max_kl=0.01, fisher_share=0.25)),
     "GRPO": Method(group, dict(lr=5e-4, max_steps=50, kl_coef=0.2)),
     "RLOO": Method(group, *with_(ONE_UPDATE, advantage="rloo", **KL_IN_REWARD)),
     "REINFORCE++": Method(group, *with_(ONE_UPDATE, advantage="reinforce_pp", **ONE_SAMPLE)),

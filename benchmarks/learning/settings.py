@@ -67,7 +67,7 @@ SIZES = {
 }  # fmt: skip
 FIXED = {
     "ppo": dict(kl_coef=0.06, batch_size=BATCH),
-    "trpo": dict(kl_coef=0.06, batch_size=BATCH, lr=1e-4),
+    "trpo": dict(kl_coef=0.06, batch_size=BATCH, lr=1e-4, cg_damping=0.01),
     "grpo": dict(kl_coef=0.2, batch_size=BATCH // 8, num_samples=8),
 }
 PACE = {"trpo": "max_kl"}  # what sets the steps of the policy, where it is not lr

@@ -56,7 +56,7 @@ class TRPOConfig(PPOConfig):
         10, "products with the Fisher matrix for a step's direction", within="[1, inf)"
     )
     cg_damping: float = option(
-        0.01,
+        0.1,
         "added to the Fisher matrix's diagonal; higher turns the direction to the gradient's",
         within="(0, inf)",
     )

@@ -63,8 +63,8 @@ PRESETS = {  # command -> size -> values of options
     ),
     "nlpo": _PPO,
     "trpo": _by_size(  # lr is the critic's
-        dict(lr=1e-4, kl_coef=0.06, temperature=1.0),
-        dict(lr=3e-5, kl_coef=0.06, temperature=1.0),
+        dict(lr=1e-4, kl_coef=0.06, temperature=1.0, max_kl=0.01),
+        dict(lr=3e-5, kl_coef=0.06, temperature=1.0, max_kl=0.01),
         dict(lr=3e-6, kl_coef=0.05, missing_eos_penalty=1.0, fisher_share=0.1),
     ),
     "grpo": _by_size(

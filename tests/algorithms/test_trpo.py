@@ -35,7 +35,7 @@ def make(model=None, out=None, prompts=PROMPTS, others=None, **config):
     settings = dict(
         batch_size=8, minibatch_size=8, ppo_epochs=1, response_length=6, temperature=1.0, lr=1e-3
     )
-    config = TRPOConfig(**(settings | dict(max_kl=1e-3) | config))
+    config = TRPOConfig(**(settings | dict(max_kl=1e-3, cg_damping=0.01) | config))
     model = tiny() if model is None else model
     return TRPOTrainer(model, prompts, config, reward=fives, out=out, **(others or {}))
 
