@@ -18,7 +18,7 @@ from engine_helpers import widened
 
 from rlhf_core.models import Transformer
 
-PATIENCE = 600  # seconds until the server answers
+PATIENCE = 1800  # seconds until the server answers
 SETTINGS = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
