@@ -114,6 +114,14 @@ class GRPOConfig(PolicyGradientConfig):
     def update_size(self) -> int:
         return self.minibatch_size or self.rollout_size
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether nothing before the one update needs the policy's log-probs, so that its own
+        forward pass, detached, gives the old ones."""
+        kl_in_reward = self.kl_in == "reward" and self.kl_coef > 0
+        needed = kl_in_reward or self.importance_cap is not None or self.mask_truncated
+        return self.at_ratio_1 and not needed
+
 
 class GRPOTrainer(PolicyGradientTrainer):
     """Arguments as for `PolicyGradientTrainer`, without a critic.
@@ -139,20 +147,27 @@ class GRPOTrainer(PolicyGradientTrainer):
         # 2. Whiten and clip the scores.
         shaped = self.shape(rewards, mask)
 
-        # 3. Before any update: log-probs under policy and reference, (P n, R) each.
-        predictions = self.predict(rollout)
+        # 3. Before any update: log-probs under policy and reference, (P n, R) each. If there is one
+        #    update, its own forward pass can give those of the policy.
+        predictions = None if config.one_pass else self.predict(rollout)
+        if predictions is None:
+            old, reference = None, self.predict_reference(rollout)
+            kl = torch.zeros(mask.shape, device=self.device)
+        else:
+            old, reference, kl = predictions.logprobs, predictions.ref_logprobs, predictions.kl
 
         # 4. The advantage of each response over the others of its group.
         sizes = len(batch), config.num_samples
-        kl = predictions.kl * (self.kl_coef.value if config.kl_in == "reward" else 0.0)
+        kl = kl * (self.kl_coef.value if config.kl_in == "reward" else 0.0)
         grouped = [x.unflatten(0, sizes) for x in (scores_of(shaped), kl, mask)]
         advantages = self.advantages(*grouped, batch).flatten(0, 1)  # (P n, R)
 
         # 5. Epochs of clipped updates.
-        experience = Experience(predictions.logprobs, advantages, predictions.ref_logprobs)
-        self.update(rollout, experience, metrics)
+        self.update(rollout, Experience(old, advantages, reference), metrics)
 
         # 6. Report.
+        if predictions is None:
+            predictions = self.predictions_of_update(rollout, reference)
         report = self.report(rollout, predictions, rewards, shaped, metrics)
         return report | self.group_report(scores_of(rewards).view(sizes), advantages, report)
 

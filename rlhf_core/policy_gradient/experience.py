@@ -20,9 +20,9 @@ class Predictions(NamedTuple):
 class Experience(NamedTuple):
     """The columns (B, R) that the updates read; they stay fixed while the policy changes."""
 
-    old_logprobs: Tensor
+    old_logprobs: Tensor | None  # None: those of the one update itself
     advantages: Tensor
-    ref_logprobs: Tensor
+    ref_logprobs: Tensor | None
     old_values: Tensor | None = None  # with a critic
     returns: Tensor | None = None
     importance: Tensor | None = None  # with importance_cap; the advantages include them

@@ -201,6 +201,8 @@ class PolicyGradientTrainer(Trainer):
         )
         self.score_moments = Moments(*torch.zeros(3, dtype=torch.float64, device=self.device))
         self.episodes, self.started = 0, time.monotonic()
+        # The last pass over a rollout: its order, and the log-probs and entropy that it has read.
+        self.order, self.seen = torch.zeros(0, dtype=torch.long), []
         self._first: tuple[Rollout, Tensor] | None = None  # of the first step, with its log-probs
         self.flights: dict[int, Flight] = {}  # by the steps done before theirs
         self.oldest_version = 0  # steps done when the weights that sampled this rollout were new
@@ -330,6 +332,34 @@ class PolicyGradientTrainer(Trainer):
         self.check_predictions(predictions)
         return predictions
 
+    @torch.no_grad()
+    def predict_reference(self, rollout: Rollout) -> Tensor | None:
+        """The reference's log-probs (B, R); None without a reference."""
+        if self.reference is None:
+            return None
+
+        def predicted(part: Rollout) -> tuple[Tensor, Tensor]:
+            with self.reference.policy() as reference, self.autocast():
+                return response_logprobs(reference, part, self.config.temperature)
+
+        parts = micro_batches(self.config.micro_batch_size, rollout)
+        return distributed.gather(predicted(part) for (part,) in parts)[0]
+
+    def predictions_of_update(self, rollout: Rollout, ref_logprobs: Tensor | None) -> Predictions:
+        """What the rollout's only update has read before its step: a pass less than `predict`.
+
+        ref_logprobs: as `predict_reference` gives them.
+        """
+        place = self.order.argsort()
+        logprobs, entropy = (x[place] for x in distributed.gather(self.seen))
+        kl = torch.zeros_like(logprobs)
+        if ref_logprobs is not None:
+            kl = self.estimated_kl(rollout, logprobs, ref_logprobs)
+        reference = logprobs if ref_logprobs is None else ref_logprobs
+        predictions = Predictions(logprobs, entropy, reference, kl)
+        self.check_predictions(predictions)
+        return predictions
+
     def _predict(self, rollout: Rollout) -> Predictions:
         """The predictions of some rows."""
         mask = rollout.response_mask
@@ -363,9 +393,13 @@ class PolicyGradientTrainer(Trainer):
                     self.model, reference, rollout, temperature, hidden, ref_hidden
                 )
                 return ref_logprobs, kl
-        estimator = "k3" if estimator == "full" else estimator
+        return ref_logprobs, self.estimated_kl(rollout, logprobs, ref_logprobs)
+
+    def estimated_kl(self, rollout: Rollout, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        """KL (B, R) from the log-probs of the sampled tokens; k3 where the config's is exact."""
+        estimator = "k3" if self.config.estimator == "full" else self.config.estimator
         mask = rollout.response_mask
-        return ref_logprobs, kl_estimate(logprobs, ref_logprobs, estimator=estimator, mask=mask)
+        return kl_estimate(logprobs, ref_logprobs, estimator=estimator, mask=mask)
 
     def check_predictions(self, predictions: Predictions) -> None:
         """Raise FloatingPointError, naming row and token, for a value that cannot be."""
@@ -422,6 +456,7 @@ class PolicyGradientTrainer(Trainer):
         config, size, first = self.config, len(rollout.response_ids), True
         for _ in range(config.ppo_epochs):
             order = torch.randperm(size, generator=self.generator, device=self.device)
+            self.order, self.seen = order, []
             for index in order.split(config.update_size):
                 seen = Metrics()
                 losses = self.minibatch_losses(rows(rollout, index), rows(experience, index), seen)
@@ -457,13 +492,15 @@ class PolicyGradientTrainer(Trainer):
             ):
                 hidden = response_hidden(self.model, part)  # (N, D)
                 self.tokens += 0 if distributed.idle() else len(hidden)
-                (loss,) = self.head(part).token_loss(
+                loss, *outputs = self.head(part).token_loss(
                     hidden,
                     part.response_ids[mask],
                     losses_of,
                     temperature=config.temperature,
                     sizes=mask.sum(dim=1),
                 )
+            if outputs and not distributed.idle():
+                self.seen.append([scatter(x, mask) for x in outputs])
             if self.kl_in_loss and config.estimator == "full":
                 kl = (self.full_kl(part, hidden) * w).sum()
                 metrics.add_part("loss/kl", kl)
@@ -483,11 +520,18 @@ class PolicyGradientTrainer(Trainer):
         mask: Tensor,
         weights: Tensor,
         metrics: Metrics,
-    ) -> tuple[Tensor]:
-        """The policy loss () of some sequences, see `ops.linear_token_loss`."""
-        mask, weights = mask[some], weights[some]
+    ) -> tuple[Tensor, ...]:
+        """The policy loss () of some sequences, see `ops.linear_token_loss`.
+
+        Without old log-probs this pass has them, and returns log-probs and entropy as well.
+        """
+        mask, weights, old = mask[some], weights[some], rows(old, some)
         logprobs, entropy = scatter(tokens.logprobs, mask), scatter(tokens.entropy, mask)
-        return (self.policy_loss(logprobs, entropy, rows(old, some), mask, weights, metrics),)
+        if old.old_logprobs is not None:
+            return (self.policy_loss(logprobs, entropy, old, mask, weights, metrics),)
+        old = old._replace(old_logprobs=logprobs.detach())
+        loss = self.policy_loss(logprobs, entropy, old, mask, weights, metrics)
+        return loss, tokens.logprobs, tokens.entropy
 
     def policy_loss(
         self,

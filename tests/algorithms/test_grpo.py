@@ -5,7 +5,17 @@ import warnings
 
 import pytest
 import torch
-from helpers import PROMPTS, Letters, fives, forward, lengths, rollout_of, snapshot, tiny
+from helpers import (
+    PROMPTS,
+    Letters,
+    fives,
+    forward,
+    input_shapes,
+    lengths,
+    rollout_of,
+    snapshot,
+    tiny,
+)  # fmt: skip
 from torch.testing import assert_close
 
 from rlhf_core.data.batches import rows
@@ -45,8 +55,60 @@ def captured(**options):
 
 
 def _one_pass(trainer, rollout, experience, metrics):
+    trainer.order, trainer.seen = torch.arange(len(rollout.response_ids)), []
     for _ in trainer.minibatch_losses(rollout, experience, metrics):
         pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(kl_coef=0.1, micro_batch_size=3),
+        dict(kl_coef=0.1, kl_estimator="full"),
+        dict(ratio="sequence", aggregation="sequence_mean"),
+        dict(advantage="remax", entropy_coef=0.01),
+        dict(advantage="reinforce_pp", loss="cispo"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+def test_a_single_update_reads_the_old_log_probs_itself(options, monkeypatch):
+    """The run is that with a pass of its own for them, and the policy's trunk runs once a step."""
+    results, counts = [], []
+    for one_pass in (True, False):
+        if not one_pass:
+            monkeypatch.setattr(GRPOConfig, "one_pass", False)
+        trainer = make(max_steps=3, epochs=3, **options)
+        shapes = input_shapes(trainer.model.trunk)
+        sampled = len(trainer.sample(PROMPTS, N).response_ids)
+        before = len(shapes)
+        results.append([trainer.step(PROMPTS) for _ in range(2)])
+        counts.append(len(shapes) - 3 * before if not options else 0)
+        results[-1].append(snapshot(trainer.model))
+        assert sampled == 8 * N
+    (*reports, weights), (*other_reports, other_weights) = results
+    for report, other in zip(reports, other_reports):
+        assert report.keys() == other.keys()
+        for name in report.keys() - {"eps"}:
+            assert report[name] == pytest.approx(other[name], rel=1e-4, abs=2e-6), name
+    assert_close(weights, other_weights, rtol=0, atol=1e-6)
+    if not options:
+        assert counts == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(ppo_epochs=2),
+        dict(minibatch_size=8),
+        dict(importance_cap=2.0),
+        dict(mask_truncated=True),
+        dict(kl_coef=0.1, kl_in="reward", kl_estimator="k1"),
+    ],
+)
+def test_more_than_one_update_or_reader_takes_a_pass_before(options):
+    config = make(**options).config
+    assert not config.one_pass and make().config.one_pass
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce_pp"])
