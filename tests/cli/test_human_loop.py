@@ -92,7 +92,7 @@ def test_iterated_rlhf_asks_people_in_every_round_and_resumes_while_it_waits(sft
     out = sft / "out"
     sizes = ["--sampling", "response_length=12", "num_samples=4", "--device", "cpu"]
     sizes += ["--reward", "lr=0.01", "epochs=4"]
-    sizes += ["--ppo", "response_length=12", "lr=0.002", "epochs=4", "batch_size=10"]
+    sizes += ["--ppo", "response_length=12", "lr=0.001", "epochs=4", "batch_size=10"]
     prompts = ["--model", sft / "sft", "--prompts", sft / "prompts.jsonl", "--rounds", 2]
     stop = lambda *texts, **options: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
     monkeypatch.setattr(people, "print", stop, raising=False)
