@@ -161,7 +161,7 @@ class Trainer:
             )
         if self.config.copies is not None and self.keeps_whole:
             raise ValueError(f"{self.algorithm} trains with whole weights: {self.keeps_whole}")
-        if self.config.copies is not None and ranks == 1:
+        if self.config.shard and mesh is None and ranks == 1:
             warnings.warn("shard has no effect in one process", stacklevel=4)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:

@@ -129,6 +129,7 @@ CASES = [  # what trains, its options, the one without effect
     ),
     (dpo, dict(loss="orpo", average=True), dict(beta=0.3)),
     (dpo, dict(loss="ipo"), dict(label_smoothing=0.2)),
+    (dpo, dict(mesh="1x1"), dict(shard=True)),
     (dpo, {}, dict(gamma=1.0)),
     (dpo, {}, dict(orpo_lambda=3.0)),
     (dpo, dict(loss="simpo", average=True), dict(reference_free=True)),
