@@ -125,7 +125,7 @@ def _rows(arguments: Namespace, path: Path, writer: Writer) -> list[PromptRow]:
     def encode(row: PromptRow) -> PromptRow:
         if arguments.chat and isinstance(row.prompt, str):
             row = row._replace(prompt=[{"role": "user", "content": row.prompt}])
-        shared.known(encode_prompt(row.prompt, writer.tokenizer), writer.model)
+        shared.known(encode_prompt(row.prompt, writer.tokenizer), writer.model, writer.tokenizer)
         return row
 
     return shared.read(read_prompt_rows, path, arguments, encode)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.util
 import math
@@ -25,7 +26,8 @@ from rlhf_core.cli.config_file import options_of
 from rlhf_core.data import Tokenizer, encode_prompt_row, load_tokenizer, read_prompt_rows
 from rlhf_core.data.chat import Content, texts_of
 from rlhf_core.data.collate import unknown_id
-from rlhf_core.data.readers import FIELDS
+from rlhf_core.data.examples import Prompt
+from rlhf_core.data.readers import FIELDS, PromptRow
 from rlhf_core.evaluation.report import PAGE, try_report
 from rlhf_core.feedback.ai_judge import AIJudge
 from rlhf_core.feedback.answers import KINDS, AnswerReward
@@ -229,11 +231,22 @@ def _columns(text: str) -> dict[str, str]:
     return columns
 
 
-def known(item: Any, model: Any) -> Any:
+def known(item: Any, model: Any, tokenizer: Tokenizer) -> Any:
     """An example or the ids of a prompt. ValueError if they have an id that the model does not."""
-    if fault := unknown_id(item, model.config.vocab_size):
+    size = model.config.vocab_size
+    if _number_of_ids(tokenizer) > size and (fault := unknown_id(item, size)):
         raise ValueError(f"the encoded row {fault}")
     return item
+
+
+@functools.lru_cache(maxsize=8)
+def _number_of_ids(tokenizer: Tokenizer) -> int:
+    """One more than the largest id that it encodes to; more than `vocab_size` if ids are left out.
+
+    The ids of its configuration count too, because they need not be in its vocabulary.
+    """
+    named = (i for i in (tokenizer.bos_id, *tokenizer.eos_ids) if i is not None)
+    return 1 + max(max(tokenizer.vocabulary().values(), default=-1), *named, -1)
 
 
 def read(reader: Callable, path: Path, arguments: Namespace, encode: Callable) -> list:
@@ -479,7 +492,10 @@ def prompted(arguments: Namespace, config: Options) -> tuple[Transformer, list, 
     tokenizer = tokenizer_of(arguments)
     device = device_of(arguments)
     model = Transformer.from_pretrained(arguments.model).to(device)
-    encode = lambda row: (row.prompt, known(encode_prompt_row(row, tokenizer), model))  # noqa: E731
+
+    def encode(row: PromptRow) -> tuple[Content, Prompt]:
+        return row.prompt, known(encode_prompt_row(row, tokenizer), model, tokenizer)
+
     rows = read(read_prompt_rows, arguments.prompts, arguments, encode)
     eos_ids = eos_ids_of(arguments, model, tokenizer)
     options = reward_of(arguments, device) | engine_of(arguments, model, tokenizer)

@@ -209,7 +209,8 @@ class _Evaluation:
             )
 
         def encode(row: PromptRow) -> tuple[PromptRow, Prompt]:
-            return row, shared.known(encode_prompt_row(row, self.tokenizer), self.reference)
+            ids = encode_prompt_row(row, self.tokenizer)
+            return row, shared.known(ids, self.reference, self.tokenizer)
 
         rows = shared.read(read_prompt_rows, self.arguments.prompts, self.arguments, encode)
         bos_id = self.reference.config.bos_id

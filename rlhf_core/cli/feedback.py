@@ -158,7 +158,7 @@ def _audited_rows(
 
 def _pairs(arguments: Namespace, audit: PairAudit) -> Iterator[Preference]:
     """The pairs, each added to the audit."""
-    for _, pair in shared.progress(_audited_rows(arguments, audit.add_unreadable), "audit"):
+    for _, pair in _audited_rows(arguments, audit.add_unreadable):
         audit.add(pair)
         yield pair
 
@@ -385,7 +385,7 @@ def _sources(
 
     def encode(row: PromptRow) -> tuple[PromptRow, list[list[int]]]:
         both = zip(tokenizers, models)
-        return row, [shared.known(encode_prompt(row.prompt, t), model) for t, model in both]
+        return row, [shared.known(encode_prompt(row.prompt, t), model, t) for t, model in both]
 
     rows = shared.read(read_prompt_rows, arguments.prompts, arguments, encode)
     fitting = [

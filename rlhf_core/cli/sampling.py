@@ -139,7 +139,7 @@ def _responses(
         model.beta = arguments.beta
     encoded, room = [], model.config.max_positions - arguments.max_new_tokens
     for number, prompt in enumerate(prompts, 1):
-        encoded.append(shared.known(encode_prompt(prompt, tokenizer), model))
+        encoded.append(shared.known(encode_prompt(prompt, tokenizer), model, tokenizer))
         if len(encoded[-1]) > room:
             raise ValueError(
                 f"prompt {number} has {len(encoded[-1])} tokens, which leave no room for "

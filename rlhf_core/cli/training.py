@@ -295,10 +295,15 @@ def _run_iterated_rlhf(config: trainers.IteratedRLHFConfig, arguments: Namespace
         options["judge"] = RewardJudge(scorer)
     if arguments.pairs is not None:
         limit = min(config.reward.max_length, model.config.max_positions)
-        encode = lambda row: shared.known(data.encode_preference(row, tokenizer, limit), model)  # noqa: E731
-        options["pairs"] = shared.read(data.read_preferences, arguments.pairs, arguments, encode)
+
+        def encode_pair(row: data.Preference):
+            return shared.known(data.encode_preference(row, tokenizer, limit), model, tokenizer)
+
+        options["pairs"] = shared.read(
+            data.read_preferences, arguments.pairs, arguments, encode_pair
+        )
     if arguments.eval_prompts is not None:
-        encode = lambda row: shared.known(data.encode_prompt_row(row, tokenizer), model)  # noqa: E731
+        encode = lambda row: shared.known(data.encode_prompt_row(row, tokenizer), model, tokenizer)  # noqa: E731
         path = arguments.eval_prompts
         options["eval_prompts"] = shared.read(data.read_prompt_rows, path, arguments, encode)
     options |= dict(out=arguments.out, resume=arguments.resume, on_step=arguments.on_step)
@@ -428,7 +433,7 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
         cut = []
 
         def encode(row):
-            example = shared.known(method.encode(row, tokenizer, max_length), model)
+            example = shared.known(method.encode(row, tokenizer, max_length), model, tokenizer)
             # A row that fills max_length was cut if it would be longer with more room.
             if length(example) == max_length:
                 cut.append(length(method.encode(row, tokenizer, max_length + 1)) > max_length)
@@ -507,7 +512,7 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
     _add_adapters(model, arguments)
     positions, tokenizer = model.config.max_positions, options["tokenizer"]
     limit = min(getattr(config, "max_length", positions), positions)
-    encode = lambda text: shared.known(encode_text(text, tokenizer, limit), model)  # noqa: E731
+    encode = lambda text: shared.known(encode_text(text, tokenizer, limit), model, tokenizer)  # noqa: E731
     for name, option in (
         ("ptx_data", "ptx_examples"),
         ("pretraining_eval", "pretraining_examples"),
@@ -518,7 +523,7 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
     prompts = [ids for _, ids in rows]
     options |= dict(out=arguments.out, on_step=arguments.on_step)
     if arguments.eval_prompts is not None:
-        encode = lambda row: shared.known(data.encode_prompt_row(row, tokenizer), model)  # noqa: E731
+        encode = lambda row: shared.known(data.encode_prompt_row(row, tokenizer), model, tokenizer)  # noqa: E731
         name = "eval_examples" if isinstance(method.train, type) else "eval_prompts"
         path = arguments.eval_prompts
         options[name] = shared.read(data.read_prompt_rows, path, arguments, encode)

@@ -12,13 +12,15 @@ import itertools
 import json
 import os
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from rlhf_core import distributed
 from rlhf_core.files import parse_json, require
 
 StrPath = str | os.PathLike
@@ -89,8 +91,12 @@ class _File:
     def rows(self, plain: bool = False) -> Iterator[tuple[str, Any]]:
         zipped = self.path.suffix == ".gz"
         try:
-            with gzip.open(self.path, "rb") if zipped else open(self.path, "rb") as self.file:
-                yield from (self._lines if plain else self._method(zipped))()
+            with (
+                open(self.path, "rb") as stored,
+                gzip.open(stored) if zipped else stored as self.file,
+            ):
+                rows = (self._lines if plain else self._method(zipped))()
+                yield from _with_bar(rows, stored, self.path.name)
         except (FileNotFoundError, IsADirectoryError) as error:
             found = f"{error.strerror[:1].lower()}{error.strerror[1:]}"
             raise type(error)(f"{self.path}: {found}. {FORMATS}") from None
@@ -316,6 +322,26 @@ class _File:
                 self.report_at(place, f"not UTF-8: {error.reason}")
                 continue
             yield place, fields
+
+
+def _with_bar(rows: Iterator, file: BinaryIO, name: str) -> Iterator:
+    """The rows. On a terminal, a bar shows how much of the file is read, after the first second."""
+    if not sys.stderr.isatty() or distributed.rank() or not file.seekable():
+        return rows
+    try:
+        from tqdm import tqdm
+    except ImportError:  # it is optional
+        return rows
+    options = dict(total=os.fstat(file.fileno()).st_size, unit="B", unit_scale=True, delay=1)
+    return _counted(rows, file, tqdm(desc=name, leave=False, file=sys.stderr, **options))
+
+
+def _counted(rows: Iterator, file: BinaryIO, bar: Any) -> Iterator:
+    with bar:
+        for i, row in enumerate(rows):
+            if i % 64 == 0:
+                bar.update(file.tell() - bar.n)
+            yield row
 
 
 def _value(scalar) -> Any:

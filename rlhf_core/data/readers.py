@@ -12,6 +12,7 @@ returns the results of `encode`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -603,15 +604,16 @@ def _rows(
         rows: Iterator = read_lines(path, report, MAX_LINE_BYTES)
     else:
         rows = read_rows(path, report, MAX_LINE_BYTES, columns)
-    for place, row in rows:
-        try:
-            item = row if parse is None else parse(_canonical(row, columns or {}))
-            item = item if encode is None else encode(item)
-        except ValueError as error:
-            report(DataError(f"{place}: {error}"))
-            continue
-        found = True
-        yield item
+    with contextlib.closing(rows):  # the file and its bar, before an error is shown
+        for place, row in rows:
+            try:
+                item = row if parse is None else parse(_canonical(row, columns or {}))
+                item = item if encode is None else encode(item)
+            except ValueError as error:
+                report(DataError(f"{place}: {error}"))
+                continue
+            found = True
+            yield item
     if not found:
         raise DataError(f"{path}: no usable line" + f". {FORMATS}" * (parse is not None))
 

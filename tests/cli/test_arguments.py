@@ -6,14 +6,20 @@ import re
 import socket
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import PAIRS, TEXTS, run, write
 
+from rlhf_core.cli import arguments as shared
 from rlhf_core.data import ByteTokenizer
 from rlhf_core.models import Transformer, TransformerConfig
 
 # ---- files
+
+
+class Fake(SimpleNamespace):
+    __hash__ = object.__hash__
 
 
 @pytest.mark.parametrize(
@@ -42,6 +48,19 @@ def test_a_bad_line_stops_the_run_with_file_line_and_field_or_is_dropped(
     shown = capsys.readouterr()
     assert "dropped 1 bad line" in shown.err and f"{data}:4: " in shown.err
     assert "9 to train on, 1 held out" in shown.out
+
+
+@pytest.mark.parametrize("ids, eos_ids, bos_id", [([0, 9], (), None), ([0], (9,), 0), ([], (), 9)])
+def test_all_ids_of_a_row_are_looked_at_if_the_tokenizer_has_one_too_many(ids, eos_ids, bos_id):
+    """Though it has no more ids than the model."""
+    vocabulary = {str(i): i for i in ids}
+    tokenizer = Fake(
+        vocab_size=len(ids), eos_ids=eos_ids, bos_id=bos_id, vocabulary=lambda: vocabulary
+    )
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=9))
+    with pytest.raises(ValueError, match="token id 9, but the model has ids 0 to 8"):
+        shared.known([0, 9], model, tokenizer)
+    assert shared.known([0, 8], model, tokenizer) == [0, 8]
 
 
 def test_an_out_folder_that_is_not_empty_needs_overwrite(train, tmp_path, capsys):

@@ -3,10 +3,15 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
+import random
+import sys
 import threading
 import tracemalloc
+from functools import partial
+from pathlib import Path
 
 import pytest
 from helpers import SMALL, model_folders, run
@@ -405,3 +410,92 @@ def test_columns_that_are_not_fields_are_refused(command, value, capsys):
     with pytest.raises(SystemExit) as stop:
         run(command, "--columns", value)
     assert stop.value.code == 2 and "argument --columns: " in capsys.readouterr().err
+
+
+# ---- the bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def terminal(monkeypatch):
+    """Standard error as a terminal, and a clock of tqdm that goes on by a second at each look."""
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr("tqdm.std.time", map(float, itertools.count()).__next__)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    return sys.stderr
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz"])
+def test_a_bar_shows_how_much_of_a_file_is_read(name, monkeypatch, tmp_path):
+    err = terminal(monkeypatch)
+    draw = random.Random(0)
+    rows = [{"prompt": f"p{i}", "completion": str(draw.random()) * 9} for i in range(1000)]
+    array = partial(json.dumps, indent=1)
+    content = {".json": array, ".csv": table}.get(Path(name).suffix, lines)(rows)
+    path = save(tmp_path / name, content)
+    monkeypatch.setattr("rlhf_core.data.formats._CHUNK", 2**14)
+    assert len(read_texts(path)) == 1000
+    shown = [part for part in err.getvalue().split("\r") if part.strip()]
+    total = path.stat().st_size / 1000
+    assert all(part.startswith(f"{name}:") for part in shown)
+    assert all(f"/{total:.0f}k" in part or f"/{total:.1f}k" in part for part in shown)
+    percents = [int(part.split("%")[0].split()[-1]) for part in shown]
+    assert percents == sorted(percents) and len(set(percents)) > 3 and 80 <= percents[-1] <= 100
+
+
+def test_the_bar_is_gone_before_an_error_is_shown(monkeypatch, tmp_path):
+    err = terminal(monkeypatch)
+
+    def encode(text):
+        if text.prompt == "700":
+            raise ValueError("no")
+
+    path = save(
+        tmp_path / "f.jsonl", lines({"prompt": str(i), "completion": "b"} for i in range(999))
+    )
+    try:
+        read_texts(path, encode=encode)
+        raise AssertionError("no error")
+    except DataError:  # its traceback still holds the reader
+        *_, bar, blank, rest = err.getvalue().split("\r")
+        assert "f.jsonl:" in bar and blank.isspace() and rest == ""
+
+
+def test_a_file_that_is_read_within_a_second_has_no_bar(monkeypatch, tmp_path):
+    err = terminal(monkeypatch)
+    monkeypatch.setattr("tqdm.std.time", lambda: 0.5)
+    assert read_texts(save(tmp_path / "f.jsonl", lines(ROWS * 100))) == TEXTS * 100
+    assert err.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    "target, value",
+    [("sys.stderr.isatty", lambda: False), ("rlhf_core.distributed.rank", lambda: 1)],
+)
+def test_only_rank_0_shows_a_bar_and_only_on_a_terminal(target, value, monkeypatch, tmp_path):
+    err = terminal(monkeypatch)
+    monkeypatch.setattr(target, value)
+    assert read_texts(save(tmp_path / "f.jsonl", lines(ROWS * 100))) == TEXTS * 100
+    assert err.getvalue() == ""
+
+
+def test_a_file_is_read_on_a_terminal_without_tqdm(monkeypatch, tmp_path):
+    err = terminal(monkeypatch)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert read_texts(save(tmp_path / "f.jsonl", lines(ROWS * 100))) == TEXTS * 100
+    assert err.getvalue() == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_which_has_no_size_is_read_on_a_terminal(monkeypatch, tmp_path):
+    err = terminal(monkeypatch)
+    os.mkfifo(tmp_path / "pipe")
+    content = lines(ROWS * 100).encode()
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(content))
+    writer.start()
+    assert read_texts(tmp_path / "pipe") == TEXTS * 100
+    writer.join()
+    assert err.getvalue() == ""
