@@ -110,10 +110,10 @@ def _ppo(task):
     )
     sample = trainer.sample
 
-    def given_responses_first(batch):
+    def given_responses_first(batch, *options):
         """The first time, put the task's responses in place of the sampled ones."""
         trainer.sample = sample
-        rollout = sample(batch)._replace(response_ids=torch.tensor(given))
+        rollout = sample(batch, *options)._replace(response_ids=torch.tensor(given))
         with torch.no_grad():
             logprobs, _ = response_logprobs(trainer.model, rollout, task.temperature)
         return rollout._replace(logprobs=logprobs)

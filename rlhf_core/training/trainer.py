@@ -509,11 +509,12 @@ class Trainer:
         facts = {**run["settings"], **run["digests"], "trained weights": weights}
         first, *others = distributed.gather_objects(facts)
         for rank, other in enumerate(others, 1):
-            for name, value in first.items():
-                if other[name] != value:
+            for name in first | other:
+                here, there = first.get(name), other.get(name)
+                if here != there:
                     raise ValueError(
-                        f"rank {rank} has another {name} than rank 0: {other[name]!r:.60}, not "
-                        f"{value!r:.60}. Give all processes the same command, files and seed"
+                        f"rank {rank} has another {name} than rank 0: {there!r:.60}, not "
+                        f"{here!r:.60}. Give all processes the same command, files and seed"
                     )
 
     @contextlib.contextmanager
@@ -582,7 +583,7 @@ class Trainer:
         try:
             notify(self.on_step, metrics | self.timings, "step")
         except RuntimeError as error:
-            if self.out is None:
+            if self.out is None or self.sharded:  # the other ranks do not save now
                 raise
             log.sync()
             saved = f"{error}; continue from {self.save_checkpoint()}"
