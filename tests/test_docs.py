@@ -106,7 +106,7 @@ def test_the_recipe_of_a_split_head_runs(tmp_path):
         text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    found = re.findall(r"rank (\d): (\d+) rows, difference (\S+)", run.stdout)
+    found = re.findall(r"rank (\d): (\d+) rows, difference (\d+e[-+]\d+)", run.stdout)
     assert sorted(x[:2] for x in found) == [("0", "25129"), ("1", "25128")]
     assert all(float(x[2]) < 1e-4 for x in found)
 
