@@ -273,7 +273,7 @@ def _worker(
 
 
 def in_world(processes: int | str, names: Sequence[str]) -> dict[str, Result]:
-    """The results of cases in so many processes, or with sharded weights on a mesh such as 1x2.
+    """The results of cases in a number of processes, or with sharded weights on a mesh such as 1x2.
 
     Methods that keep their weights whole are left out on a mesh.
     """

@@ -209,13 +209,16 @@ def _agree(error: Exception | None) -> None:
     if error is not None and (first == rank() or all(row == found[first] for row in found)):
         _state["shared"] = error
         raise error  # with its traceback; if all ranks say the same, it is no matter of a rank
-    kind, text = found[first]
-    try:
-        raised = kind(f"rank {first}: {text}")
-    except Exception:  # a type with another constructor
-        raised = RuntimeError(f"rank {first}: {kind.__name__}: {text}")
-    _state["shared"] = raised
+    _state["shared"] = raised = error_of(first, *found[first])
     raise raised
+
+
+def error_of(rank: int, kind: type[BaseException], text: str) -> BaseException:
+    """An error of another rank; a RuntimeError if its type has another constructor."""
+    try:
+        return kind(f"rank {rank}: {text}")
+    except Exception:
+        return RuntimeError(f"rank {rank}: {kind.__name__}: {text}")
 
 
 def is_shared(error: BaseException) -> bool:

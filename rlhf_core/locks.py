@@ -64,7 +64,7 @@ def check_free(folder: str | os.PathLike, name: str = NAME) -> None:
 
 
 def check_one_process() -> None:
-    """Raise ValueError if a launcher has started several processes of what uses one."""
+    """Raise ValueError if a launcher has started several processes of a one-process command."""
     size = os.environ.get("WORLD_SIZE", "")
     if size not in ("", "1"):
         raise ValueError(

@@ -159,13 +159,6 @@ class DistillTrainer(Trainer):
     def settings(self) -> dict:
         return {"eos_ids": self.eos_ids}
 
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"sampling": self.generator.get_state()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        super().load_state(state)
-        self.generator.set_state(state["sampling"])
-
     def fault(self, example: Example) -> str | None:
         taught, positions = as_taught(example), self.teacher_config.max_positions
         if fault := unknown_id(example, self.vocab_size):

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from rlhf_core import distributed
 from rlhf_core.algorithms.dpo import DPOConfig, DPOTrainer
@@ -104,13 +103,6 @@ class OnlineDPOTrainer(DPOTrainer):
 
     def settings(self) -> dict:
         return {"eos_ids": self.eos_ids}
-
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"sampling": self.generator.get_state()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        super().load_state(state)
-        self.generator.set_state(state["sampling"])
 
     def step(self, batch: list[list[int]]) -> dict[str, float]:
         """Sample responses to the prompts, and take a step of DPO on the pairs among them."""

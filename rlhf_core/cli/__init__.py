@@ -197,7 +197,7 @@ def _is_bad_input(error: Exception) -> bool:
 
 
 def _print_error(name: str, error: Exception) -> None:
-    """Print an error. Of one that all ranks have, the first one prints it."""
+    """Print an error. If all ranks have the same one, only the first rank prints it."""
     from rlhf_core import distributed
 
     if not (distributed.rank() and distributed.is_shared(error)):

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlhf_core import distributed
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -188,14 +190,7 @@ def _send(tensors: Mapping[str, Tensor]) -> None:
         word = _say()
     if word == _DONE:
         return
-    raise _error_of(0, *word)
-
-
-def _error_of(rank: int, kind: type[BaseException], text: str) -> BaseException:
-    try:
-        return kind(f"rank {rank}: {text}")
-    except Exception:  # a type with another constructor
-        return RuntimeError(f"rank {rank}: {kind.__name__}: {text}")
+    raise distributed.error_of(0, *word)
 
 
 def _receive(tensor: DTensor) -> Tensor:

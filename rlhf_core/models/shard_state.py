@@ -106,7 +106,7 @@ def load_state(
 def _tensors(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """Weights and what the optimiser has on each of them."""
+    """Weights, and the optimiser's state of each of them."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         tensors |= {f"{kind}:{name}": x for kind, x in optimizer.state[parameter].items()}
@@ -162,7 +162,7 @@ def _digest(file: Path) -> str:
 def _naming(folder: Path, what: str) -> Iterator[None]:
     """Turn the error that PyTorch raises on every rank, with a long report, into an OSError."""
     try:
-        with warnings.catch_warnings():  # one process is what the caller asked for
+        with warnings.catch_warnings():  # the caller asked for one process
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             yield
     except BaseException as error:  # a CheckpointException is not an Exception

@@ -770,7 +770,6 @@ class PolicyGradientTrainer(Trainer):
         }
         state = {name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()}
         state |= super().state()
-        state["sampling"] = self.generator.get_state()
         state["score_moments"] = torch.stack([x.double() for x in self.score_moments])
         if self.reference is not None and self.reference.moves:
             weights = self.reference.model.state_dict()
@@ -782,7 +781,6 @@ class PolicyGradientTrainer(Trainer):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)
-        self.generator.set_state(state["sampling"])
         self.episodes = int(state["episodes"])
         self.started = time.monotonic() - float(state["seconds"])
         self.kl_coef.value = float(state["kl_coef"])

@@ -767,6 +767,8 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Generators and counters, for a checkpoint; weights and optimiser are included anyway."""
         state = {"generator": torch.get_rng_state()}
+        if self.generator is not None:
+            state["sampling"] = self.generator.get_state()
         if self.device.type == "cuda":
             state["generator_cuda"] = torch.cuda.get_rng_state(self.device)
         return state
@@ -774,6 +776,8 @@ class Trainer:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore the tensors that `state` returned."""
         torch.set_rng_state(state["generator"])
+        if self.generator is not None:
+            self.generator.set_state(state["sampling"])
         if self.device.type == "cuda" and "generator_cuda" in state:
             torch.cuda.set_rng_state(state["generator_cuda"], self.device)
 
