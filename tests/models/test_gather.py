@@ -133,7 +133,7 @@ def test_a_sharded_model_saves_the_bytes_of_a_plain_one(world, tmp_path):
 
 
 def peaks(rank, world, root):
-    model = tiny(hidden_size=64, num_layers=4, vocab_size=1000)
+    model = tiny(hidden_size=64, num_layers=12, vocab_size=1000)
     sizes = [x.nbytes for x in model.parameters()]
     shard(model, mesh_of())
     with Alive() as alive:
