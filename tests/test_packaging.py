@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def test_the_source_archive_holds_examples_docs_tests_and_changelog(source, tmp_
 
 
 @pytest.mark.slow
-def test_a_wheel_without_the_extension_serves_every_python(source, tmp_path):
+def test_a_wheel_without_the_extension_serves_every_python_and_holds_the_data_files(
+    source, tmp_path
+):
     wheel = build(source, "build_wheel", tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
+    files = {str(x.relative_to(source)) for x in (source / "rlhf_core").rglob("*.*")}
+    assert {"rlhf_core/cli/options.json", "rlhf_core/evaluation/report.html"} <= files
+    with zipfile.ZipFile(wheel) as archive:
+        assert files - set(archive.namelist()) == set()

@@ -1,6 +1,7 @@
 """The command line `rlhf-core`: each group of commands is a table in a module of its own.
 
-A module is imported when one of its commands runs, so that `--help` and `--version` are quick.
+A module is imported when one of its commands runs, so that `--help` and `--version` are quick. A
+command's own `--help` reads the options from options.json.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import rlhf_core
-from rlhf_core.cli.parser import Help, Parser
+from rlhf_core.cli.parser import Help, Parser, add_indexed
 from rlhf_core.locks import check_one_process
 from rlhf_core.training import signals
 
@@ -106,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:] if argv is None else list(argv)
         command = _parser().parse_args(argv[:1]).command
         name = f"{name} {command}"
+        if argv[1:] in (["--help"], ["-h"]):
+            _print_help(command)
         _run(command, argv[1:])
     except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -154,14 +157,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parser_of(name: str) -> Parser:
+    """The parser of a command; imports its module."""
+    parser = _empty_parser(name)
+    load(name).add_arguments(parser)
+    return parser
+
+
+def _empty_parser(name: str) -> Parser:
+    return Parser(prog=f"rlhf-core {name}", description=COMMANDS[name], formatter_class=Help)
+
+
+def _print_help(name: str) -> None:
+    """Print a command's help from the index and exit. Returns if there is no usable index."""
+    parser = _empty_parser(name)
+    try:
+        add_indexed(name, parser)
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    parser.parse_args(["--help"])
+
+
 def _run(name: str, options: Sequence[str]) -> None:
     from rlhf_core import distributed
     from rlhf_core.cli.arguments import absolute_paths
     from rlhf_core.cli.config_file import expanded
 
-    command = load(name)
-    parser = Parser(prog=f"rlhf-core {name}", description=COMMANDS[name], formatter_class=Help)
-    command.add_arguments(parser)
+    parser = parser_of(name)
     arguments = parser.parse_args(expanded(parser, name, options))
     arguments.command_line = ["rlhf-core", name, *options]
     absolute_paths(arguments)
@@ -170,7 +192,7 @@ def _run(name: str, options: Sequence[str]) -> None:
     else:
         distributed.start()
     with signals.handled(signals.stop_at_once), _quiet_unless_first(), distributed.together():
-        command.run(arguments)
+        load(name).run(arguments)
 
 
 @contextlib.contextmanager

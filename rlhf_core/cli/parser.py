@@ -1,14 +1,21 @@
-"""The parser of every command: no abbreviations, short errors, and suggestions for wrong names."""
+"""The parser of every command: no abbreviations, short errors, and suggestions for wrong names.
+
+`add_indexed` fills one for `--help` alone, from the options that index.py wrote to options.json.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_core.options import did_you_mean
+
+INDEX = Path(__file__).with_name("options.json")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -45,3 +52,29 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         usage = f"usage: {self.prog} [options]; `{self.prog} --help` lists them"
         self.exit(2, f"{usage}\n{self.prog}: error: {message}\n")
+
+
+def add_indexed(command: str, parser: Parser) -> None:
+    """Add a command's options to its parser, as far as its help needs them.
+
+    Raises:
+        OSError, ValueError, LookupError: options.json cannot be read, or lacks the command.
+    """
+    index = json.loads(INDEX.read_text(encoding="utf-8"))
+    rows, entry = index["rows"], index["commands"][command]
+    groups: list[Any] = [parser, parser]  # positionals and options
+    groups += [parser.add_argument_group(*texts) for texts in entry["groups"]]
+    exclusive: dict[int, Any] = {}
+    for number, place, choice in entry["options"]:
+        container = groups[place]
+        if choice is not None:
+            if choice not in exclusive:
+                required = entry["exclusive"][choice]
+                exclusive[choice] = container.add_mutually_exclusive_group(required=required)
+            container = exclusive[choice]
+        row = dict(rows[number])
+        if isinstance(row.get("metavar"), list):
+            row["metavar"] = tuple(row["metavar"])  # argparse takes no list
+        if row.get("action") == "on or off":
+            row["action"] = argparse.BooleanOptionalAction
+        container.add_argument(*row.pop("flags"), **row)
