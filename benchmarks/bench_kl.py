@@ -22,7 +22,9 @@ def eager_full(logits, ref_logits):
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def full_case(kind: str, dtype: str, shape: tuple[int, int, int], device: str, tiny: bool) -> Case:
+def full_case(
+    kind: str, dtype: str, shape: tuple[int, int, int], device: str, size: common.Size
+) -> Case:
     rows = common.some_rows(shape[0] * shape[1])
     logits = (2 * torch.randn(shape, device=device)).to(getattr(torch, dtype))
     ref_logits = (logits + 0.1 * torch.randn(shape, device=device)).to(logits.dtype)
@@ -35,21 +37,21 @@ def full_case(kind: str, dtype: str, shape: tuple[int, int, int], device: str, t
         z = logits.detach().requires_grad_()
         return common.call_and_grad(functools.partial(f, z, ref_logits), [z], upstream)
 
-    def check():
+    def truth():
         z, ref = (x.flatten(0, 1)[rows].double() for x in (logits, ref_logits))
-        truth = eager_full(z.requires_grad_(), ref)
-        common.assert_close(full_kl(logits, ref_logits).flatten()[rows], truth)
-        if backward:
-            (want,) = torch.autograd.grad(truth, z, upstream.flatten()[rows].double())
-            common.assert_close(wrap(full_kl)()[0].flatten(0, 1)[rows], want)
+        exact = functools.partial(eager_full, z.requires_grad_(), ref)
+        if not backward:
+            return [exact()]
+        return common.call_and_grad(exact, [z], upstream.flatten()[rows].double())()
 
     num_bytes = (5 if backward else 2) * logits.numel() * logits.element_size()
     variants = {OURS: wrap(full_kl), "eager": wrap(eager_full)}
-    if not tiny:
+    if size != "tiny":
         variants["compile"] = wrap(common.compiled(eager_full))
     variants[common.FLOOR] = common.traffic(num_bytes, device)
-    bars = {"compile": 2.5} if device == "cpu" and not tiny else {}
-    return Case(variants, check, bytes=num_bytes, bars=bars, h200_ms=H200_MS.get((kind, shape[-1])))
+    bars = {"compile": 2.5} if device == "cpu" and size == "full" else {}
+    h200_ms = H200_MS.get((kind, shape[-1])) if size == "full" else None
+    return Case(variants, truth, rows, bytes=num_bytes, bars=bars, h200_ms=h200_ms)
 
 
 def eager_k3(logprobs, ref_logprobs, mask):
@@ -57,26 +59,33 @@ def eager_k3(logprobs, ref_logprobs, mask):
     return (torch.exp(-d) - 1 + d) * mask
 
 
-def k3_case(shape: tuple[int, int], device: str, tiny: bool) -> Case:
+def k3_case(kind: str, shape: tuple[int, int], device: str, size: common.Size) -> Case:
     logprobs, ref_logprobs = torch.randn(2, *shape, device=device).unbind()
     mask = torch.rand(shape, device=device) < 0.9
-    ours = functools.partial(kl_estimate, estimator="k3")
+    upstream, backward = torch.randn(shape, device=device), "bwd" in kind
 
-    def check():
-        truth = eager_k3(logprobs.double(), ref_logprobs.double(), mask)
-        common.assert_close(ours(logprobs, ref_logprobs, mask=mask), truth)
-
-    variants = {
-        OURS: lambda: ours(logprobs, ref_logprobs, mask=mask),
-        "eager": lambda: eager_k3(logprobs, ref_logprobs, mask),
-    }
-    if not tiny:
-        variants["compile"] = functools.partial(
-            common.compiled(eager_k3), logprobs, ref_logprobs, mask
+    def wrap(f, *data):
+        if not backward:
+            return functools.partial(f, *data, mask)
+        x = data[0].detach().requires_grad_()
+        return common.call_and_grad(
+            functools.partial(f, x, *data[1:], mask), [x], upstream.to(x.dtype)
         )
-    num_bytes = (3 * 4 + 1) * logprobs.numel()
+
+    def ours(logprobs, ref_logprobs, mask):
+        return kl_estimate(logprobs, ref_logprobs, estimator="k3", mask=mask)
+
+    def truth():
+        exact = wrap(eager_k3, logprobs.double(), ref_logprobs.double())()
+        return [x.flatten() for x in (exact if backward else [exact])]
+
+    data = logprobs, ref_logprobs
+    variants = {OURS: wrap(ours, *data), "eager": wrap(eager_k3, *data)}
+    if size != "tiny":
+        variants["compile"] = wrap(common.compiled(eager_k3), *data)
+    num_bytes = ((5 if backward else 3) * 4 + 1) * logprobs.numel()
     variants[common.FLOOR] = common.traffic(num_bytes, device)
-    return Case(variants, check, bytes=num_bytes)
+    return Case(variants, truth, bytes=num_bytes)
 
 
 def cases(size: str, device: str) -> dict:
@@ -89,15 +98,24 @@ def cases(size: str, device: str) -> dict:
         if tiny
         else [(8, 128, 50257) if device == "cpu" else (8, 1024, 128256)]
     )
+    dtypes = dtypes if device == "cpu" or tiny else dtypes[1:]
+    k3_kinds, k3_shapes = ["k3 fwd"], [(8, 1024), (512, 4096)]
+    if tiny:
+        k3_kinds, k3_shapes = ["k3 fwd", "k3 fwd + bwd"], [(3, 70)]
+    if isinstance(size, common.Shape):
+        dtypes, shapes = [size.dtype], [size[:3]]
+        k3_kinds, k3_shapes = ["k3 fwd", "k3 fwd + bwd"], [size[:2]]
     found = {
-        f"{kind} {dtype} {shape}": functools.partial(full_case, kind, dtype, shape, device, tiny)
+        f"{kind} {dtype} {shape}": functools.partial(full_case, kind, dtype, shape, device, size)
         for kind in ("full fwd", "full fwd + bwd")
-        for dtype in (dtypes if device == "cpu" or tiny else dtypes[1:])
+        for dtype in dtypes
         for shape in shapes
     }
-    for shape in [(3, 70)] if tiny else [(8, 1024), (512, 4096)]:
-        found[f"k3 fwd float32 {shape}"] = functools.partial(k3_case, shape, device, tiny)
-    return found
+    return found | {
+        f"{kind} float32 {shape}": functools.partial(k3_case, kind, shape, device, size)
+        for kind in k3_kinds
+        for shape in k3_shapes
+    }
 
 
 def test_kl(benchmark, name):

@@ -1,5 +1,7 @@
 """linear_token_logprobs against plain PyTorch, which gets only the counted rows, already packed.
 
+"loss fwd + bwd" is linear_token_loss, the mean of -log p with its gradients from one pass.
+
 FLOP: 2NDV for each matrix product over N counted rows. Forward takes one product, forward +
 backward three, or two if the head is frozen. The floor is the time of these products alone. Memory
 is the peak above the inputs: on a CPU the growth of the process's resident memory, on a GPU the
@@ -13,7 +15,9 @@ import torch
 from rlhf_core import linear_token_logprobs
 from rlhf_core.benchmarks import common
 from rlhf_core.benchmarks.common import MEMORY, OURS, Case
+from rlhf_core.ops import linear_token_loss
 
+LOSS = "loss fwd + bwd"
 H200_MS = {"fwd": 12, "fwd + bwd": 36, "fwd + bwd, frozen head": 24}
 
 
@@ -24,6 +28,17 @@ def plain(hidden, weight, targets):
     return log_p.gather(-1, targets[:, None])[:, 0]
 
 
+def plain_loss(hidden, weight, targets):
+    return -plain(hidden, weight, targets).mean()
+
+
+def fused_loss(hidden, weight, targets):
+    def losses(found, groups):
+        return (-found.logprobs.sum() / len(targets),)
+
+    return linear_token_loss(hidden, weight, targets, losses)[0]
+
+
 def case(
     kind: str,
     dtype: str,
@@ -31,7 +46,7 @@ def case(
     V: int,
     counted: float,
     device: str,
-    tiny: bool,
+    size: common.Size,
 ) -> Case:
     B, T, D = shape
     hidden = torch.randn(shape, device=device).to(getattr(torch, dtype))
@@ -39,7 +54,6 @@ def case(
     targets = torch.randint(V, (B, T), device=device)
     mask = torch.rand(B, T, device=device) < counted
     packed = (hidden[mask], weight, targets[mask])
-    upstream = torch.randn(B, T, device=device)
     products = 1 if kind == "fwd" else 2 if "frozen" in kind else 3
 
     def wrap(f, hidden, weight, targets, upstream):
@@ -52,21 +66,34 @@ def case(
         leaves = [x for x in (hidden, weight) if x.requires_grad]
         return common.call_and_grad(functools.partial(f, hidden, weight, targets), leaves, upstream)
 
-    ours = wrap(
-        functools.partial(linear_token_logprobs, mask=mask), hidden, weight, targets, upstream
-    )
+    n, tiny = len(packed[0]), size == "tiny"
+    if kind == LOSS:  # n times the gradient of the mean, which would underflow in float16
+        upstream = packed_upstream = torch.tensor(float(n), device=device)
+        ours, theirs = wrap(fused_loss, *packed, upstream), plain_loss
+    else:
+        upstream = torch.randn(B, T, device=device)
+        ours = functools.partial(linear_token_logprobs, mask=mask)
+        ours, theirs = wrap(ours, hidden, weight, targets, upstream), plain
+        packed_upstream = upstream[mask]
 
-    def check():
-        exact = [x.double() if x.is_floating_point() else x for x in packed]
-        truth = wrap(plain, *exact, upstream[mask].double())()
-        got, truth = ([x] if products == 1 else list(x) for x in (ours(), truth))
-        got[0] = got[0][mask]
-        for x, want in zip(got, truth):
-            error = (x.double() - want).norm() / want.norm()
-            # Rounding alone puts 16-bit logits off by 2^-9 of their value.
-            assert error < (1e-5 if dtype == "float32" else 2e-2), f"relative error {error:.1e}"
+    def truth():
+        """In pieces, because the logits of all rows may not fit into memory."""
+        above = -torch.ones(n, device=device) if kind == LOSS else packed_upstream
+        logprobs, dhidden, dweight = [], [], torch.zeros((), device=device)
+        for h, y, g in zip(*(x.split(256) for x in (packed[0], packed[2], above))):
+            found = wrap(plain, h.double(), weight.double(), y, g.double())()
+            found = found if isinstance(found, tuple) else (found,)
+            logprobs.append(found[0])
+            dhidden += found[1:2]
+            dweight = sum(found[2:], dweight)
+        first = -torch.cat(logprobs).mean() if kind == LOSS else torch.cat(logprobs)
+        return [first, *([torch.cat(dhidden), dweight][: products - 1])] if dhidden else [first]
 
-    n = len(packed[0])
+    def compare(got, want):
+        error = (got.double() - want).norm() / want.norm()
+        # Rounding alone puts 16-bit logits off by 2^-9 of their value.
+        assert error < (1e-5 if dtype == "float32" else 2e-2), f"relative error {error:.1e}"
+
     logits, dlogits = (
         torch.empty(n, V, device=device, dtype=hidden.dtype),
         torch.ones_like(packed[0])[:, :1].expand(n, V),
@@ -77,26 +104,29 @@ def case(
         torch.mm(packed[0], weight.T, out=logits)
         return products > 1 and dlogits @ weight, products > 2 and dlogits.T @ packed[0]
 
-    variants = {OURS: ours, "plain": wrap(plain, *packed, upstream[mask])}
+    variants = {OURS: ours, "plain": wrap(theirs, *packed, packed_upstream)}
     if not tiny:
-        variants["compile"] = wrap(common.compiled(plain), *packed, upstream[mask])
+        variants["compile"] = wrap(common.compiled(theirs), *packed, packed_upstream)
     if (
         device == "cuda"
         and (liger := common.peer("liger_kernel.transformers"))
         and products == 3
         and not tiny
     ):
-        loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        reduction = "mean" if kind == LOSS else "sum"
+        loss = liger.LigerFusedLinearCrossEntropyLoss(reduction=reduction)
         variants["Liger, one loss"] = wrap(lambda h, w, y: loss(w, h, y), *packed, None)
     variants[common.FLOOR] = floor
-    full_size = device == "cpu" and not tiny
+    full_size = device == "cpu" and size == "full"
     return Case(
         variants,
-        check,
+        truth,
+        mask.flatten(),
+        compare,
         flop=2 * n * D * V * products,
         bars={"plain": 1 / 0.7, MEMORY: 4} if full_size and kind == "fwd + bwd" else {},
-        h200_ms=H200_MS[kind],
-        peak_of=None if tiny else "plain",
+        h200_ms=H200_MS[kind] if size == "full" else None,
+        peaks=["plain"] if size == "full" else [],
     )
 
 
@@ -110,11 +140,13 @@ def cases(size: str, device: str) -> dict:
     if tiny:
         shape, V, counted = (2, 5, 16), 257, 0.6
     dtype = "float32" if device == "cpu" or tiny else "bfloat16"
+    if isinstance(size, common.Shape):
+        shape, V, counted, dtype = (size.B, size.T, size.D), size.V, 1.0, size.dtype
     return {
         f"{kind} {dtype} {shape} V {V}": functools.partial(
-            case, kind, dtype, shape, V, counted, device, tiny
+            case, kind, dtype, shape, V, counted, device, size
         )
-        for kind in H200_MS
+        for kind in (H200_MS if size == "full" else [*H200_MS, LOSS])
     }
 
 

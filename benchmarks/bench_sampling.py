@@ -47,7 +47,7 @@ def exponential(logits, **truncation):
 
 
 def case(
-    kind: str, dtype: str, shape: tuple[int, int], device: str, grows=None, tiny=False
+    kind: str, dtype: str, shape: tuple[int, int], device: str, size: common.Size, grows=None
 ) -> Case:
     B, V = shape
     logits = (2 * torch.randn(shape, device=device)).to(getattr(torch, dtype))
@@ -57,8 +57,7 @@ def case(
     )
     truncation = TRUNCATIONS[kind]
 
-    def check():
-        found = sample_tokens(logits, seeds, counters, **truncation)
+    def check(found):
         rows = common.some_rows(B, 64)
         settings = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None} | truncation
         tokens, logprobs, _ = sample_tokens_reference(
@@ -70,15 +69,15 @@ def case(
 
     variants = {OURS: functools.partial(sample_tokens, logits, seeds, counters, **truncation)}
     variants["eager"] = functools.partial(eager, logits, **truncation)
-    if not tiny:
+    if size != "tiny":
         torch.compiler.reset()  # or dynamo stops, because all cases compile the same function
         variants["compile"] = functools.partial(common.compiled(exponential), logits, **truncation)
     num_bytes = logits.numel() * logits.element_size()
     variants[common.FLOOR] = common.traffic(num_bytes, device)
-    full_size = device == "cpu" and not grows and not tiny and V > 10_000
+    full_size = device == "cpu" and size == "full" and V > 10_000
     return Case(
         variants,
-        check,
+        check=check,
         bytes=num_bytes,
         bars=BARS[kind] if full_size else {},
         avx2=full_size,
@@ -90,13 +89,15 @@ def cases(size: str, device: str) -> dict:
     if size == "sweep":
         return {
             f"{kind} float32 (16, {2**k})": functools.partial(
-                case, kind, "float32", (16, 2**k), device, grows=(f"V, {kind}, 16 rows", 2**k)
+                case, kind, "float32", (16, 2**k), device, size, grows=(f"V, {kind}, 16 rows", 2**k)
             )
             for kind in TRUNCATIONS
             for k in range(10, 19, 2)
         }
     shapes = [("float32", (3, 257)), ("bfloat16", (2, 4099))]
-    if size == "full":
+    if isinstance(size, common.Shape):
+        shapes = [(size.dtype, (size.B, size.V))]
+    elif size == "full":
         shapes = [
             ("float32", (64, 512)),
             ("float32", (16, 50257)),
@@ -104,9 +105,7 @@ def cases(size: str, device: str) -> dict:
             ("float32", (8, 32000)),
         ]
     return {
-        f"{kind} {dtype} {shape}": functools.partial(
-            case, kind, dtype, shape, device, tiny=size == "tiny"
-        )
+        f"{kind} {dtype} {shape}": functools.partial(case, kind, dtype, shape, device, size)
         for dtype, shape in shapes
         for kind in TRUNCATIONS
     }

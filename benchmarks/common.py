@@ -1,6 +1,6 @@
 """Timing, tables and pictures that the benchmarks share.
 
-Before anything is timed, a case's check compares our op with float64 on the tensors of the timing.
+Before anything is timed, our op is compared with float64 on the tensors of the timing.
 Then all variants take turns, so that other load on the machine slows all of them. The table has
 medians and their ratios to ours; a ratio below 1 is a slow-down. No timing is ever asserted: a bar
 is met or missed.
@@ -13,6 +13,7 @@ memory, like other allocators. Then the kernels alone are timed, which helps the
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import importlib
 import importlib.metadata
@@ -24,8 +25,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,40 +37,89 @@ OURS, FLOOR, AVX2, MEMORY = "rlhf_core", "floor", "avx2", "memory"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
+class Shape(NamedTuple):
+    """A shape to time instead of our own: B sequences of T tokens, V logits, hidden width D."""
+
+    B: int
+    T: int
+    V: int
+    dtype: str
+    D: int | None = None
+
+
+Size = str | Shape
+
+
 @dataclasses.dataclass
 class Case:
     """One problem, solved by several variants.
 
     Attributes:
         variants: OURS, the baselines, and FLOOR: the least time that the hardware needs.
-        check: raises AssertionError if our result is wrong.
+        truth: the result in float64. Of a longer result only `rows` are compared.
+        compare: raises AssertionError if a part of our result is too far from the truth.
+        check: the same for our whole result, where truth is not enough.
         bytes: memory traffic, or
         flop: operations of the matrix products.
         bars: lowest ratio to ours, for some of the variants.
         h200_ms: target on an H200, derived from published figures of other kernels.
-        peak_of: the baseline whose peak memory is compared with ours.
+        peaks: the baselines whose peak memory is measured; that of the first is compared with ours.
         avx2: also time the AVX2 code on a CPU with AVX-512.
         latency: time on the wall clock, also on a GPU.
         grows: in a sweep, the panel of the picture and the position on its x axis.
     """
 
     variants: dict[str, Callable[[], object]]
-    check: Callable[[], None]
+    truth: Callable[[], Sequence[Tensor]] | None = None
+    rows: slice | Tensor | None = None
+    compare: Callable[[Tensor, Tensor], None] | None = None
+    check: Callable[[Any], None] | None = None
     bytes: int = 0
     flop: int = 0
     bars: dict[str, float] = dataclasses.field(default_factory=dict)
     h200_ms: float | None = None
-    peak_of: str | None = None
+    peaks: Sequence[str] = ()
     avx2: bool = False
     latency: bool = False
     grows: tuple[str, int] | None = None
 
+    def checked(self) -> Any:
+        """Our result. AssertionError if it is wrong."""
+        result = self.variants[OURS]()
+        if self.check is not None:
+            self.check(result)
+        for got, want in self.pairs(result):
+            (self.compare or assert_close)(got, want)
+        return result
 
-def cases(op: str, size: str, device: str) -> dict[str, Callable[[], Case]]:
+    def error(self, result: Any) -> float | None:
+        """The largest difference from the truth, relative to the truth's largest value."""
+        pairs = [(got.double(), want) for got, want in self.pairs(result)]
+        if not pairs or any(got.shape != want.shape for got, want in pairs):
+            return None  # a baseline that computes something else
+        return max(
+            float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
+            for got, want in pairs
+        )
+
+    def pairs(self, result: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parts of a result, each with its truth."""
+        parts = result if isinstance(result, tuple | list) else [result]
+        for part, truth in zip(parts, self.exact):
+            want = torch.atleast_1d(truth.detach())
+            got = torch.as_tensor(part).detach().reshape(-1, *want.shape[1:])
+            yield (got if len(got) <= len(want) else got[self.rows]), want
+
+    @functools.cached_property
+    def exact(self) -> Sequence[Tensor]:
+        return self.truth() if self.truth is not None else ()
+
+
+def cases(op: str, size: Size, device: str) -> dict[str, Callable[[], Case]]:
     """An op's cases by name.
 
     Args:
-        size: "full", "sweep" (how the cost grows) or "tiny" (small enough for a test).
+        size: "full", "sweep" (how the cost grows), "tiny" (small enough for a test), or a shape.
     """
     return importlib.import_module(f"rlhf_core.benchmarks.bench_{op}").cases(size, device)
 
@@ -103,15 +154,18 @@ def traffic(num_bytes: int, device: str) -> Callable[[], object]:
 
 
 def call_and_grad(
-    f: Callable, inputs: Iterable[Tensor], upstream: Tensor | None = None
-) -> Callable[[], object]:
-    """A function that runs f() and returns the gradients of its first result for the inputs."""
+    f: Callable, inputs: Iterable[Tensor], *upstream: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A function that runs f() and returns its first results with the gradients of the inputs.
+
+    upstream: the gradient of each result that counts. None: of the first result, a scalar.
+    """
     inputs = list(inputs)
 
     def run():
         out = f()
-        out = out[0] if isinstance(out, tuple) else out
-        return torch.autograd.grad(out, inputs, upstream)
+        out = (out if isinstance(out, tuple) else (out,))[: len(upstream) or 1]
+        return *out, *torch.autograd.grad(out, inputs, upstream or None)
 
     return run
 
@@ -138,9 +192,9 @@ def missing(device: str) -> list[str]:
 
 
 class Twin:
-    """A variant of a case in a process of its own, with other environment variables."""
+    """The variants of a case in a process of its own, with other environment variables."""
 
-    def __init__(self, environment: Mapping[str, str], *what: str):
+    def __init__(self, environment: Mapping[str, str], *what: str | Size):
         context = multiprocessing.get_context("spawn")  # a fork lacks the threads of OpenMP
         self.pipe, other = context.Pipe()
         process = context.Process(
@@ -155,24 +209,25 @@ class Twin:
             os.environ.update(before)
         other.close()
 
-    def __call__(self):
-        self.pipe.send(False)
+    def call(self, variant: str) -> None:
+        self.pipe.send((variant, False))
+        self.pipe.recv()
+
+    def peak_bytes(self, variant: str) -> int | None:
+        self.pipe.send((variant, True))
         return self.pipe.recv()
 
-    def peak_bytes(self) -> int | None:
-        self.pipe.send(True)
-        return self.pipe.recv()
 
-
-def _twin(pipe, threads: int, op: str, size: str, name: str, variant: str) -> None:
+def _twin(pipe, threads: int, op: str, size: Size, name: str) -> None:
     torch.set_num_threads(threads)
-    call = cases(op, size, "cpu")[name]().variants[variant]
+    variants = cases(op, size, "cpu")[name]().variants
     with contextlib.suppress(EOFError):  # the other end is closed
         while True:
-            if pipe.recv():
-                pipe.send(_resident_peak(call))
+            variant, peak = pipe.recv()
+            if peak:
+                pipe.send(_resident_peak(variants[variant]))
             else:
-                call()
+                variants[variant]()
                 pipe.send(None)
 
 
@@ -263,25 +318,29 @@ def _device_timer(call: Callable) -> Callable[[], float]:
     return seconds
 
 
-def measure(op: str, name: str, case: Case, size: str, device: str) -> dict:
+def measure(op: str, name: str, case: Case, size: Size, device: str) -> dict:
     """Check a case and time it. Returns a row of the table that JSON can hold."""
-    case.check()
+    errors = {OURS: case.error(case.checked())}
     variants = dict(case.variants)
     failed = {}
     for baseline in [name for name in variants if name != OURS]:
         try:
-            variants[baseline]()
+            result = variants[baseline]()
+            errors |= {} if baseline == FLOOR else {baseline: case.error(result)}
         except Exception as error:  # another version of a package, or no compiler
             failed[baseline] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             del variants[baseline]
+    result = None
+    vars(case).pop("exact", None)  # gives its memory back
     times = quartiles(variants, device, case.latency)
     seconds = {name: median for name, (_, median, _) in times.items()}
-    ours, (low, _, high) = seconds[OURS], times[OURS]
+    ours = seconds[OURS]
     ratios = {name: value / ours for name, value in seconds.items() if name != OURS}
     # Last, because the threads of the other process spin.
     if case.avx2 and device == "cpu" and "avx512" in machine(device)["backend"]:
-        twin = Twin({"RLHF_CORE_CPU_ISA": "avx2"}, op, size, name, OURS)
-        pair = quartiles({OURS: variants[OURS], AVX2: twin}, device, case.latency)
+        twin = Twin({"RLHF_CORE_CPU_ISA": "avx2"}, op, size, name)
+        pair = {OURS: variants[OURS], AVX2: functools.partial(twin.call, OURS)}
+        pair = quartiles(pair, device, case.latency)
         seconds[AVX2], ratios[AVX2] = pair[AVX2][1], pair[AVX2][1] / pair[OURS][1]
     row = {
         "op": op,
@@ -289,7 +348,8 @@ def measure(op: str, name: str, case: Case, size: str, device: str) -> dict:
         "check": "passed",
         "ms": {k: v * 1e3 for k, v in seconds.items()},
     }
-    row |= {"spread": (high - low) / ours, "of floor": ratios.pop(FLOOR, None)}
+    row["spread"] = {name: (high - low) / median for name, (low, median, high) in times.items()}
+    row |= {"error": errors, "of floor": ratios.pop(FLOOR, None)}
     row |= (
         {"GB/s": case.bytes / ours / 1e9}
         if case.bytes
@@ -297,14 +357,20 @@ def measure(op: str, name: str, case: Case, size: str, device: str) -> dict:
         if case.flop
         else {}
     )
-    if case.peak_of:
-        peaks = {
-            variant: _peak(case, variant, device, op, size, name)
-            for variant in (OURS, case.peak_of)
-        }
+    peaks_of = (
+        case.peaks if isinstance(size, str) else [x for x in variants if x not in (OURS, FLOOR)]
+    )
+    if peaks_of:
+        names = [OURS, *(name for name in peaks_of if name in variants)]
+        if device == "cuda":
+            peaks = {name: _cuda_peak(variants[name]) for name in names}
+        else:
+            # Tensors of 64 KiB or more go back to the system, so that resident memory is in use.
+            twin = Twin({"MALLOC_MMAP_THRESHOLD_": "65536"}, op, size, name)
+            peaks = {name: twin.peak_bytes(name) for name in names}
         row["peak MB"] = {variant: peak and peak / 1e6 for variant, peak in peaks.items()}
-        if all(peaks.values()):
-            ratios[MEMORY] = peaks[case.peak_of] / peaks[OURS]
+        if peaks[OURS] and peaks.get(peaks_of[0]):
+            ratios[MEMORY] = peaks[peaks_of[0]] / peaks[OURS]
     reached = {**ratios, FLOOR: row["of floor"]}
     row |= {
         "ratios": ratios,
@@ -317,13 +383,6 @@ def measure(op: str, name: str, case: Case, size: str, device: str) -> dict:
     if case.grows:
         row["grows"] = case.grows
     return row
-
-
-def _peak(case: Case, variant: str, device: str, *what: str) -> int | None:
-    if device == "cuda":
-        return _cuda_peak(case.variants[variant])
-    # Tensors of 64 KiB or more are returned to the system, so that resident memory is in use.
-    return Twin({"MALLOC_MMAP_THRESHOLD_": "65536"}, *what, variant).peak_bytes()
 
 
 def record(benchmark, op: str, name: str) -> None:
@@ -389,7 +448,7 @@ def table(rows: list[dict]) -> str:
             )
             cells += [
                 _digits(row["ms"][OURS]),
-                f"{row['spread']:.0%}",
+                f"{row['spread'][OURS]:.0%}",
                 rate,
                 _digits(row["of floor"]),
             ]

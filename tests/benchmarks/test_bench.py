@@ -33,7 +33,6 @@ def nothing():
 def case(**kwargs):
     return Case(
         {OURS: lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.02), "fast": nothing},
-        nothing,
         **kwargs,
     )
 
@@ -95,9 +94,9 @@ def test_a_wrong_gradient_is_caught_too(tiny, monkeypatch):
 
     monkeypatch.setattr(bench_logprobs, "token_logprobs", wrong)
     make = common.cases("logprobs", "tiny", "cpu")
-    make["fwd float32 (2, 3, 257)"]().check()
+    make["fwd float32 (2, 3, 257)"]().checked()
     with pytest.raises(AssertionError):
-        make["fwd + bwd float32 (2, 3, 257)"]().check()
+        make["fwd + bwd float32 (2, 3, 257)"]().checked()
 
 
 def test_a_row_has_ratios_slow_downs_and_bars():
@@ -141,16 +140,16 @@ def test_peak_memory_is_the_most_that_a_call_holds_at_once():
 def test_a_twin_runs_its_variant_in_a_process_with_that_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("RLHF_CORE_BACKEND", raising=False)
     name = "gae fwd (3, 70)"
-    assert common.Twin({}, "gae", "tiny", name, OURS)() is None
+    assert common.Twin({}, "gae", "tiny", name).call(OURS) is None
     with pytest.raises((EOFError, ConnectionError)):  # no such backend: the twin ends
-        common.Twin({"RLHF_CORE_BACKEND": "none"}, "gae", "tiny", name, OURS)()
+        common.Twin({"RLHF_CORE_BACKEND": "none"}, "gae", "tiny", name).call(OURS)
 
 
 @pytest.mark.slow
 def test_peak_memory_makes_a_bar():
     name = "fwd + bwd float32 (2, 5, 16) V 257"
     made = common.cases("linear_logprobs", "tiny", "cpu")[name]()
-    made.peak_of = "plain"
+    made.peaks = ["plain"]
     row = common.measure("linear_logprobs", name, made, "tiny", "cpu")
     assert set(row["peak MB"]) == {OURS, "plain"}
 
