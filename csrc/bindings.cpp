@@ -255,11 +255,12 @@ PYBIND11_MODULE(_C, m) {
   });
   def("decode_attention_fwd",
       [](Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor lengths, Tensor slots,
-         Tensor cos, Tensor sin, std::optional<int64_t> window, Tensor out, int threads) {
+         Tensor cos, Tensor sin, std::optional<int64_t> window, int64_t limit, Tensor out,
+         int threads) {
     DecodeAttentionArgs a = {};
     a.dtype = q.dtype(), a.B = q.shape[0], a.H = q.shape[1], a.K = q.shape[2];
     a.cache_dtype = keys.dtype(), a.N = keys.shape[0], a.Hkv = keys.shape[1];
-    a.S = keys.shape[2], a.window = window.value_or(a.S);
+    a.S = keys.shape[2], a.window = window.value_or(a.S), a.limit = limit;
     a.q = q, a.k = k, a.v = v, a.keys = keys, a.values = values;
     a.lengths = lengths, a.slots = slots, a.cos = cos, a.sin = sin, a.out = out;
     decode_attention_fwd(a, threads);
@@ -267,13 +268,13 @@ PYBIND11_MODULE(_C, m) {
   def("packed_decode_fwd",
       [](Tensor tokens, Tensor counts, Tensor embedding, Tensor weights, Tensor keys, Tensor values,
          Tensor lengths, Tensor slots, Tensor cos, Tensor sin, std::optional<int64_t> window,
-         int64_t heads, int64_t intermediate, bool qk_norm, double eps, Tensor logits,
-         int threads) {
+         int64_t limit, int64_t heads, int64_t intermediate, bool qk_norm, double eps,
+         Tensor logits, int threads) {
     PackedDecodeArgs a = {};
     DecodeAttentionArgs& d = a.attention;
     d.B = tokens.shape[0], a.T = tokens.ndim == 2 ? tokens.shape[1] : 1, d.H = heads;
     a.layers = keys.shape[0], d.N = keys.shape[1], d.Hkv = keys.shape[2];
-    d.S = keys.shape[3], d.K = keys.shape[4], d.window = window.value_or(d.S);
+    d.S = keys.shape[3], d.K = keys.shape[4], d.window = window.value_or(d.S), d.limit = limit;
     d.keys = keys, d.values = values, d.lengths = a.lengths = lengths, d.slots = slots;
     d.cos = cos, d.sin = sin, a.qk_norm = qk_norm, a.eps = static_cast<float>(eps);
     a.V = embedding.shape[0], a.D = embedding.shape[1], a.I = intermediate, a.logits = logits;

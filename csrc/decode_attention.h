@@ -229,8 +229,8 @@ void decode_attention(const DecodeAttentionArgs& a, int64_t begin, int64_t end) 
     const float* sin = a.cos ? a.sin + n * (K / 2) : nullptr;
     E* const keys = reinterpret_cast<E*>(a.keys) + (slot * a.Hkv + kv) * a.S * K;
     E* const values = reinterpret_cast<E*>(a.values) + (slot * a.Hkv + kv) * a.S * K;
-    append(a.dtype, a.head(a.k, b, kv), K, cos, sin, head, keys + n * K);
-    append(a.dtype, a.head(a.v, b, kv), K, nullptr, nullptr, head, values + n * K);
+    append(a.dtype, a.head(a.k, b, kv), K, cos, sin, head, keys + n % a.S * K);
+    append(a.dtype, a.head(a.v, b, kv), K, nullptr, nullptr, head, values + n % a.S * K);
 
     for (int64_t done = 0; done < G; done += kHeads) {
       h.count = std::min(kHeads, G - done);
@@ -251,15 +251,16 @@ void decode_attention(const DecodeAttentionArgs& a, int64_t begin, int64_t end) 
       F totals[kHeads] = {};
       for (float& x : highest) x = -INFINITY;
       const int64_t begin_keys = std::max<int64_t>(0, n + 1 - a.window);
-      for (int64_t j = begin_keys; j <= n; j += kKeys) {
-        const int64_t count = std::min(kKeys, n + 1 - j);
+      for (int64_t j = begin_keys, count; j <= n; j += count) {
+        const int64_t at = j % a.S;
+        count = std::min(std::min(kKeys, a.S - at), n + 1 - j);  // a block ends where a ring does
         if (staged) {
-          stage(keys + j * K, count, K, wide, staged_keys);
-          stage(values + j * K, count, K, wide, staged_values);
+          stage(keys + at * K, count, K, wide, staged_keys);
+          stage(values + at * K, count, K, wide, staged_values);
         }
         if (two) score<float, 2>(h, staged_keys, count);
         else if (staged) score<float, 1>(h, staged_keys, count);
-        else score<E, 1>(h, keys + j * K, count);
+        else score<E, 1>(h, keys + at * K, count);
         for (int64_t g = 0; g < h.count; ++g) {
           const float factor = exponentiate(h.scores + g * kKeys, count, highest[g], totals[g]);
           float* out = h.out + g * per_head;
@@ -268,7 +269,7 @@ void decode_attention(const DecodeAttentionArgs& a, int64_t begin, int64_t end) 
         }
         if (two) weigh<float, 2>(h, staged_values, count);
         else if (staged) weigh<float, 1>(h, staged_values, count);
-        else weigh<E, 1>(h, values + j * K, count);
+        else weigh<E, 1>(h, values + at * K, count);
       }
 
       for (int64_t g = 0; g < h.count; ++g) {

@@ -183,7 +183,8 @@ std::vector<int64_t> positions_of(const DecodeAttentionArgs& a) {
     if (slot < 0 || slot >= a.N) reject_slot(" is outside [0, ", a.N, ")");
     if (taken[slot]) reject_slot(" is an earlier row's");
     const int64_t n = a.lengths[slot];
-    if (n < 0 || n >= a.S) reject_slot(" has length ", n, ", no room for another token in ", a.S);
+    if (n < 0 || n >= a.limit)
+      reject_slot(" has length ", n, ", no room for another token in ", a.limit);
     taken[slot] = true;
     positions[b] = n;
   }
@@ -286,9 +287,9 @@ void packed_decode_fwd(const PackedDecodeArgs& args, int64_t num_weights, int th
   const std::vector<int64_t> positions = positions_of(args.attention);
   for (int64_t b = 0; b < B; ++b) {
     const int64_t count = args.count(b);
-    if (count < 1 || count > T || positions[b] + count > args.attention.S)
+    if (count < 1 || count > T || positions[b] + count > args.attention.limit)
       reject("row ", b, ": cannot append ", count, " of ", T, " tokens at position ", positions[b],
-             " of a cache of ", args.attention.S);
+             " of a cache of ", args.attention.limit);
     for (int64_t t = b * T; t < b * T + count; ++t)
       if (args.tokens[t] < 0 || args.tokens[t] >= args.V)
         reject("row ", b, ": token ", args.tokens[t], " is outside [0, ", args.V, ")");

@@ -111,8 +111,9 @@ struct PpoLossArgs {
 struct DecodeAttentionArgs {
   Dtype dtype, cache_dtype;  // of q, k, v and out; of keys and values
   int64_t B, H, Hkv, K, N, S, window;
+  int64_t limit;                   // of a row's tokens, at most S unless window <= S
   Rows q, k, v;                    // (B, H or Hkv, K); a row's heads are contiguous
-  char *keys, *values;             // (N, Hkv, S, K)
+  char *keys, *values;             // (N, Hkv, S, K); token n is at n % S
   const int64_t *lengths, *slots;  // (N,), (B,)
   const int64_t* positions;        // (B,), of the new tokens; set by decode_attention_fwd
   const float *cos, *sin;          // (positions, K / 2); null: no rotation

@@ -30,10 +30,12 @@ def _rotate(row_ptr, x, cos_ptr, sin_ptr, n, inside, K: tl.constexpr, BLOCK_K: t
     return x
 
 
-@triton.jit(do_not_specialize=["q_stride", "k_stride", "v_stride", "N", "Hkv", "S", "window"])
+@triton.jit(
+    do_not_specialize=["q_stride", "k_stride", "v_stride", "N", "Hkv", "S", "window", "limit"]
+)
 def decode_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, lengths_ptr, slots_ptr, cos_ptr, sin_ptr, out_ptr,
-    q_stride, k_stride, v_stride, N, Hkv, S, window, scale,
+    q_stride, k_stride, v_stride, N, Hkv, S, window, limit, scale,
     GROUP: tl.constexpr, K: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +44,7 @@ def decode_attention_fwd_kernel(
     slot = tl.load(slots_ptr + b)
     fits = (slot >= 0) & (slot < N)
     n = tl.load(lengths_ptr + slot, mask=fits, other=0)
-    fits = fits & (n >= 0) & (n < S)
+    fits = fits & (n >= 0) & (n < limit)
     slot, n = tl.where(fits, slot, 0), tl.where(fits, n, 0)
 
     cols, heads = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_G)
@@ -51,9 +53,9 @@ def decode_attention_fwd_kernel(
     k = tl.load(k_row + cols, mask=is_col, other=0.0)
     k = _rotate(k_row, k, cos_ptr, sin_ptr, n, is_col, K, BLOCK_K).to(keys_ptr.dtype.element_ty)
     v = tl.load(v_row + cols, mask=is_col, other=0.0).to(values_ptr.dtype.element_ty)
-    base = (slot * Hkv + h) * S * K
-    tl.store(keys_ptr + base + n * K + cols, k, mask=is_col & fits)
-    tl.store(values_ptr + base + n * K + cols, v, mask=is_col & fits)
+    base, turn = (slot * Hkv + h) * S * K, n // S * S
+    tl.store(keys_ptr + base + (n - turn) * K + cols, k, mask=is_col & fits)
+    tl.store(values_ptr + base + (n - turn) * K + cols, v, mask=is_col & fits)
 
     inside = (heads < GROUP)[:, None] & is_col[None, :]
     of_heads = (h * GROUP + heads)[:, None] * K
@@ -66,7 +68,8 @@ def decode_attention_fwd_kernel(
     out = tl.zeros([BLOCK_G, BLOCK_K], tl.float32) + v.to(tl.float32)[None, :]
     for start in range(tl.maximum(0, n + 1 - window), n, BLOCK_S):
         at = start + tl.arange(0, BLOCK_S)
-        offsets = base + at[:, None] * K + cols[None, :]
+        place = tl.where(at < turn, at - turn + S, at - turn)  # at % S, since n - S < at
+        offsets = base + place[:, None] * K + cols[None, :]
         seen = (at < n)[:, None] & is_col[None, :]
         # keys and values are (BLOCK_S, BLOCK_K), scores (BLOCK_G, BLOCK_S).
         keys = tl.load(keys_ptr + offsets, mask=seen, other=0.0).to(tl.float32)
@@ -93,10 +96,12 @@ def decode_attention_fwd(
     cos: Tensor | None,
     sin: Tensor | None,
     window: int | None,
+    limit: int,
 ) -> Tensor:
     """Attention output (B, H, K) in q's dtype. The new tokens are written to keys and values.
 
-    A row whose slot is out of range or full gives NaN and writes nothing.
+    limit: number of tokens that a row may have. A row whose slot is out of range or full gives NaN
+    and writes nothing.
     """
     B, H, K = q.shape
     N, Hkv, S, _ = keys.shape
@@ -108,7 +113,7 @@ def decode_attention_fwd(
             decode_attention_fwd_kernel[(B * Hkv,)](
                 q, k, v, keys, values, lengths, slots, cos, sin, out,
                 q.stride(0), k.stride(0), v.stride(0), N, Hkv, S,
-                S if window is None else window, K**-0.5,
+                S if window is None else window, limit, K**-0.5,
                 GROUP=H // Hkv, K=K, BLOCK_G=block_g, BLOCK_K=block_k, BLOCK_S=block_s,
             )  # fmt: skip
     return out

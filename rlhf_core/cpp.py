@@ -214,14 +214,16 @@ def decode_attention_fwd(
     cos: Tensor | None,
     sin: Tensor | None,
     window: int | None,
+    limit: int,
 ) -> Tensor:
     """Attention output (B, H, K) in q's dtype. The new tokens are written to keys and values.
 
-    A slot that is out of range, used twice or full raises ValueError.
+    limit: number of tokens that a row may have. A slot that is out of range, used twice or full
+    raises ValueError.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _C.decode_attention_fwd(
-        q, k, v, keys, values, lengths, slots, cos, sin, window, out, torch.get_num_threads()
+        q, k, v, keys, values, lengths, slots, cos, sin, window, limit, out, torch.get_num_threads()
     )  # fmt: skip
     return out
 
@@ -252,6 +254,7 @@ def packed_decode_fwd(
     cos: Tensor,
     sin: Tensor,
     window: int | None,
+    limit: int,
     heads: int,
     intermediate: int,
     qk_norm: bool,
@@ -260,13 +263,13 @@ def packed_decode_fwd(
     """Logits (B, V) after each row's last token.
 
     tokens: (B,), or (B, T) with counts (B,) of valid tokens per row. The tokens are added to keys
-    and values (L, N, Hkv, S, K) and to lengths. A token or slot that is out of range, or a slot
-    without room, raises ValueError.
+    and values (L, N, Hkv, S, K) and to lengths. limit: number of tokens that a row may have. A
+    token or slot that is out of range, or a slot without room, raises ValueError.
     """
     logits = embedding.new_empty(len(tokens), len(embedding))
     _C.packed_decode_fwd(
-        tokens, counts, embedding, weights, keys, values, lengths, slots, cos, sin, window, heads,
-        intermediate, qk_norm, eps, logits, torch.get_num_threads(),
+        tokens, counts, embedding, weights, keys, values, lengths, slots, cos, sin, window, limit,
+        heads, intermediate, qk_norm, eps, logits, torch.get_num_threads(),
     )  # fmt: skip
     return logits
 

@@ -187,7 +187,7 @@ def call_every_launcher(
         slots, lengths = torch.arange(B).flip(0) + 1, torch.arange(B + 1) % (T + 1)
         out += [
             kernels.decode_attention_fwd(
-                heads[0], *heads[1:, :, :1], *cache, lengths, slots, *rope, None
+                heads[0], *heads[1:, :, :1], *cache, lengths, slots, *rope, None, T + 1
             ),
             cache,
         ]

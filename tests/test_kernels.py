@@ -326,7 +326,7 @@ def test_every_key_and_value_that_is_seen_is_loaded_once_for_its_group_of_heads(
     lengths, slots = torch.tensor([299, 9, 5]), torch.tensor([2, 0])
     # The new token is in a register and not loaded.
     for window, seen in ((None, 299 + 5), (200, 199 + 5)):
-        kernels.decode_attention_fwd(q, k, v, keys, values, lengths, slots, None, None, window)
+        kernels.decode_attention_fwd(q, k, v, keys, values, lengths, slots, None, None, window, 300)
         for x in (keys, values):
             assert (meter.bytes("loads", x), meter.bytes("stores", x)) == (
                 seen * 2 * 20 * 4,
@@ -345,7 +345,7 @@ def test_triton_turns_a_row_without_room_or_place_into_nan_and_leaves_the_cache(
         torch.randn(2, 3, 1, 5, 8),
     )
     before, lengths, slots = cache.clone(), torch.tensor([5, 2, -1]), torch.tensor([0, 3, -1, 2])
-    out = kernels.decode_attention_fwd(q, k, v, *cache, lengths, slots, None, None, None)
+    out = kernels.decode_attention_fwd(q, k, v, *cache, lengths, slots, None, None, None, 5)
     assert out.isnan().all() and torch.equal(cache, before) and not meter.bytes("stores", cache)
 
 

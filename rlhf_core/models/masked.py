@@ -39,8 +39,7 @@ class MaskedPolicy(TrunkModel):
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         """Return logits (B, V) as `Transformer.prefill`. Adds `cache.lagging`."""
-        _, N, _, S, _ = cache.keys.shape
-        cache.lagging = self.lagging.new_cache(N, S)
+        cache.lagging = self.lagging.new_cache(len(cache.lengths), cache.max_length)
         hidden = self.policy.trunk.prefill(input_ids, lengths, cache)
         return self.logits(hidden, self.lagging.trunk.prefill(input_ids, lengths, cache.lagging))
 

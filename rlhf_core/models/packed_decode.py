@@ -101,7 +101,7 @@ class PackedModel:
         samples = len(cache.lengths) // len(input_ids)
         logits = self._run(input_ids, lengths, cache, torch.arange(0, len(cache.lengths), samples))
         if samples > 1:
-            for store in (cache.keys, cache.values):
+            for store in cache.stores[self.window]:
                 filled = store[:, :, :, : input_ids.shape[1]]
                 rows = filled.unflatten(1, (-1, samples))  # (L, B, N / B, Hkv, P, K)
                 rows[:, :, 1:] = rows[:, :, :1]
@@ -114,10 +114,10 @@ class PackedModel:
     def _run(
         self, token_ids: Tensor, counts: Tensor | None, cache: KVCache, slots: Tensor
     ) -> Tensor:
-        rope = self.rope_tables(cache.keys.shape[3], slots.device)
+        rope, store = self.rope_tables(cache.max_length, slots.device), cache.stores[self.window]
         return self.launch(
-            token_ids.contiguous(), counts, self.embedding, self.weights, cache.keys, cache.values,
-            cache.lengths, slots.contiguous(), *rope, self.window, *self.sizes,
+            token_ids.contiguous(), counts, self.embedding, self.weights, *store, cache.lengths,
+            slots.contiguous(), *rope, self.window, cache.max_length, *self.sizes,
         )  # fmt: skip
 
 

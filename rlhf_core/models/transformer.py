@@ -42,18 +42,35 @@ LOGITS_AT_ONCE = 2**22
 class KVCache:
     """Keys and values of `batch_size` sequences of at most `max_length` tokens, in all layers.
 
-    Row n holds lengths[n] tokens, from index 0 on. Values beyond them are undefined and never read.
+    A layer with a window keeps only as many tokens as its window, S, and token t at index t % S.
+    The other layers keep all. Row n has lengths[n] tokens. What is at an index without a token is
+    undefined and never read.
+
+    Attributes:
+        stores: By window: the keys and values, each (layers, N, Hkv, S, K), of all its layers.
+        layers: By layer: its keys and values, each (N, Hkv, S, K), views of `stores`.
     """
 
     def __init__(self, config: TransformerConfig, batch_size: int, max_length: int, like: Tensor):
-        shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)  # (L, N, Hkv, S, K)
+        self.max_length = max_length
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)
+        self.stores: dict[int | None, tuple[Tensor, Tensor]] = {}
+        for window in set(config.windows):
+            S, count = min(window or max_length, max_length), config.windows.count(window)
+            shape = (count, batch_size, config.num_kv_heads, S, config.head_dim)
+            self.stores[window] = like.new_empty(shape), like.new_empty(shape)
+        pairs = {window: zip(*stores) for window, stores in self.stores.items()}
+        self.layers: list[tuple[Tensor, Tensor]] = [next(pairs[x]) for x in config.windows]
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k and v (B, Hkv, T, K) as the first T tokens, each sequence in N / B rows."""
-        for store, x in ((self.keys, k), (self.values, v)):
-            store[layer].unflatten(0, (len(x), -1))[:, :, :, : x.shape[2]] = x[:, None]
+        """Store the tokens of k and v (B, Hkv, T, K), each sequence in N / B rows of `lengths`."""
+        for store, x in zip(self.layers[layer], (k, v)):
+            S = store.shape[2]
+            if x.shape[2] > S:  # index i gets the last of the tokens i, i + S, i + 2 S, ...
+                last = self.lengths.view(len(x), -1)[:, :1] - 1  # (B, 1)
+                at = last - (last - torch.arange(S, device=x.device)) % S  # (B, S)
+                x = x.take_along_dim(at.clamp_min(0)[:, None, :, None], dim=2)
+            store.unflatten(0, (len(x), -1))[:, :, :, : x.shape[2]] = x[:, None]
 
 
 class Attention(nn.Module):
@@ -117,9 +134,9 @@ class Attention(nn.Module):
             q, k, rope = _rotate(q, *rope), _rotate(k, *rope), None
         if config.attention_scale is not None:
             q = q * (config.attention_scale * math.sqrt(config.head_dim))
-        store = cache.keys[layer], cache.values[layer], cache.lengths
         options = dict(window=config.windows[layer], softcap=config.attention_softcap)
-        y = decode_attention(q, k, v, *store, slots, rope=rope, **options)
+        store = *cache.layers[layer], cache.lengths, slots
+        y = decode_attention(q, k, v, *store, rope=rope, **options)
         return self.out(y.flatten(1))  # (B, H, K) -> (B, D)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,9 +280,8 @@ class Trunk(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         B, P = input_ids.shape
         last = torch.arange(B, device=input_ids.device) * P + lengths - 1
-        x = self._run(input_ids, positions, None, last, cache)
         cache.lengths[:] = lengths.repeat_interleave(len(cache.lengths) // len(lengths))
-        return x
+        return self._run(input_ids, positions, None, last, cache)
 
     def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
         """Append one token (B,) to the cache rows `slots` (B,). Return its hidden states (B, D)."""
@@ -273,7 +289,7 @@ class Trunk(nn.Module):
         if self.config.positions == "learned":
             x = x + self.position(cache.lengths[slots])
         ropes = {
-            kind: kind and self._rope_tables(cache.keys.shape[3], x.device, kind)
+            kind: kind and self._rope_tables(cache.max_length, x.device, kind)
             for kind in set(self.config.ropes)
         }
         for layer, block in enumerate(self.blocks):

@@ -8,6 +8,9 @@ i + K/2, as in Llama):
     out_b = softmax(R_n q_b keys[s, h, first : n + 1]^T / sqrt(K)) values[s, h, first : n + 1]
     first = max(0, n + 1 - window)
 
+A slot has S places, and token n is at place n % S. Thus, if the window is at most S, the cache is a
+ring: a new token takes the place of one that no window reaches any more.
+
 Query head i reads key/value head h = i // (H / Hkv) (Ainslie et al. 2023).
 
 Left out: gradients, and several tokens per row. Prompts use `scaled_dot_product_attention`.
@@ -25,6 +28,8 @@ from rlhf_core.checks import (
     resolve,
     values_may_be_read,
 )
+
+NO_LIMIT = 2**62  # of the tokens of a row whose cache is a ring and whose keys are not rotated
 
 
 def decode_attention_reference(
@@ -46,12 +51,12 @@ def decode_attention_reference(
     q, k = at_least_float32(q, k)
     if cos is not None:
         q, k = (_rotate(x, cos[n][:, None], sin[n][:, None]) for x in (q, k))
-    keys[slots, :, n], values[slots, :, n] = k.to(keys.dtype), v.to(values.dtype)
+    S, n = keys.shape[2], n[:, None]
+    at = slots, slice(None), n[:, 0] % S
+    keys[at], values[at] = k.to(keys.dtype), v.to(values.dtype)
     q, K, V = at_least_float32(q, keys[slots], values[slots])  # (B, H, K), (B, Hkv, S, K) twice
-    positions = torch.arange(keys.shape[2], device=q.device)
-    unseen = positions > n[:, None]
-    if window is not None:
-        unseen |= positions <= n[:, None] - window
+    age = (n - torch.arange(S, device=q.device)) % S  # (B, S), 0 at the new token's place
+    unseen = age > n if window is None else age >= (n + 1).clamp_max(window)
     q = q.unflatten(1, (K.shape[1], -1))
     scores = q @ K.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, Hkv, H / Hkv, S)
     if softcap is not None:
@@ -90,12 +95,13 @@ def decode_attention(
             (B, (H + 2 Hkv) K) projection need no copy.
         keys, values: (N, Hkv, S, K), contiguous, of one dtype, which may differ from q's. Cached
             keys are rotated.
-        lengths: (N,) int64, number of tokens in each row of the cache. Entries after them may be
-            anything.
+        lengths: (N,) int64, number of tokens that each row of the cache has had. Places without a
+            token may hold anything.
         slots: (B,) int64, each row's index into the cache, no two equal. Other cache rows are not
             touched.
         rope: cos and sin, (positions, K / 2) float32 for at least S positions; None: no rotation.
-        window: number of tokens that a token attends to, itself included, >= 1; None: all.
+        window: number of tokens that a token attends to, itself included, >= 1; None: all. Up to S,
+            a row may have more than S tokens, as many as `rope` has positions.
         softcap: c > 0, which turns the scores into c tanh(scores / c) (Gemma 2); None: no limit.
             Only the reference has it.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
@@ -117,15 +123,18 @@ def decode_attention(
             raise ValueError(f"softcap {softcap} must be > 0, with the reference, not {backend!r}")
         backend = "reference"
     impl = resolve(backend, q, k, v, keys, values, cos, sin)
+    limit = keys.shape[2]
+    if window is not None and window <= limit:
+        limit = NO_LIMIT if cos is None else len(cos)
     if impl is None or impl.__name__ != "rlhf_core.cpp":  # cpp checks while it reads them
-        _check_slots(lengths, slots, keys.shape[2])
+        _check_slots(lengths, slots, limit)
     q, k, v = (
         x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v)
     )
     args = (q, k, v, keys, values, lengths.contiguous(), slots.contiguous(), cos, sin, window)
     if impl is None:
         return decode_attention_reference(*args, softcap)
-    return impl.decode_attention_fwd(*args)
+    return impl.decode_attention_fwd(*args, limit)
 
 
 def _check(q, k, v, keys, values, lengths, slots, window):
@@ -188,7 +197,7 @@ def _check_rope(cos, sin, keys):
         raise ValueError(f"rope is on {cos.device} and {sin.device}, keys are on {keys.device}")
 
 
-def _check_slots(lengths, slots, S):
+def _check_slots(lengths, slots, limit):
     if not values_may_be_read(slots):
         return
     lengths, seen = lengths.tolist(), set()
@@ -197,8 +206,9 @@ def _check_slots(lengths, slots, S):
             raise ValueError(f"row {b}: slot {slot} is outside [0, {len(lengths)})")
         if slot in seen:
             raise ValueError(f"row {b}: slot {slot} is an earlier row's")
-        if not 0 <= lengths[slot] < S:
+        if not 0 <= lengths[slot] < limit:
             raise ValueError(
-                f"row {b}: slot {slot} has length {lengths[slot]}, no room for another token in {S}"
+                f"row {b}: slot {slot} has length {lengths[slot]}, no room for another token in "
+                f"{limit}"
             )
         seen.add(slot)

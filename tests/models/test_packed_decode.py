@@ -58,10 +58,29 @@ def filled(model, lengths):
     """A cache that holds `lengths` tokens per row, followed by NaN."""
     cache = KVCache(model.config, len(lengths), S, model.head_weight)
     cache.lengths[:] = torch.tensor(lengths)
-    held = (torch.arange(S) < cache.lengths[:, None])[:, None, :, None]
-    for store in (cache.keys, cache.values):
-        store.copy_(torch.randn_like(store).where(held, torch.nan))
+    for store in stored(cache):
+        store.copy_(torch.randn_like(store).where(held(cache), torch.nan))
     return cache
+
+
+def stored(cache):
+    """Keys and values, each (L, N, Hkv, S, K): all layers have the same window."""
+    (pair,) = cache.stores.values()
+    return pair
+
+
+def held(cache):
+    """The places that hold a token, (N, 1, S, 1)."""
+    places = torch.arange(stored(cache)[0].shape[3])
+    return (places < cache.lengths[:, None])[:, None, :, None]
+
+
+def in_float64(cache, exact):
+    copy = KVCache(exact.config, len(cache.lengths), S, exact.head_weight)
+    copy.lengths[:] = cache.lengths
+    for wide, store in zip(stored(copy), stored(cache)):
+        wide.copy_(store)
+    return copy
 
 
 def rows(model, lengths):
@@ -83,16 +102,15 @@ def test_steps_are_as_accurate_as_those_of_the_modules(backend, kind, B):
     exact = copy.deepcopy(model).double()
     ids, cache = rows(model, [3 * n % 30 for n in range(B + 1)])
     slots = torch.randperm(B + 1)[:B]
-    theirs, truth = copy.deepcopy(cache), copy.deepcopy(cache)
-    truth.keys, truth.values = truth.keys.double(), truth.values.double()
+    theirs, truth = copy.deepcopy(cache), in_float64(cache, exact)
     decode = packed(model).decode
     for _ in range(3):
         got = decode(ids[:B], cache, slots)
         reference, want = model.decode(ids[:B], theirs, slots), exact.decode(ids[:B], truth, slots)
         check(got, reference, want)
         assert torch.equal(cache.lengths, truth.lengths)
-        for name in ("keys", "values"):
-            check(*(getattr(x, name) for x in (cache, theirs, truth)))
+        for stores in zip(*map(stored, (cache, theirs, truth))):
+            check(*stores)
         ids[:B] = want.argmax(dim=-1)
 
 
@@ -105,17 +123,16 @@ def test_prompts_are_as_accurate_as_those_of_the_modules(backend, kind, samples)
     exact = copy.deepcopy(model).double()
     lengths = torch.tensor([1, 2, 37, 32, 30, 5, 33, 1])
     ids = torch.randint(model.config.vocab_size, (8, 37))
-    mine, theirs, truth = (filled(model, [0] * 8 * samples) for _ in range(3))
-    truth.keys, truth.values = truth.keys.double(), truth.values.double()
+    mine, theirs = (filled(model, [0] * 8 * samples) for _ in range(2))
+    truth = in_float64(mine, exact)
     reference, want = model.prefill(ids, lengths, theirs), exact.prefill(ids, lengths, truth)
     beyond = torch.arange(37) >= lengths[:, None]
     got = packed(model).prefill(ids.masked_fill(beyond, -7), lengths, mine)
     check(got, reference, want)
     assert torch.equal(mine.lengths, truth.lengths)
-    held = (torch.arange(S) < truth.lengths[:, None])[:, None, :, None]
-    for name in ("keys", "values"):
-        assert getattr(mine, name).masked_fill(held, torch.nan).isnan().all()
-        check(*(getattr(x, name).where(held, 0) for x in (mine, theirs, truth)))
+    for stores in zip(*map(stored, (mine, theirs, truth))):
+        assert stores[0].masked_fill(held(mine), torch.nan).isnan().all()
+        check(*(x.where(held(mine), 0) for x in stores))
 
 
 @torch.no_grad()
@@ -126,7 +143,7 @@ def test_a_prompt_has_the_bits_of_its_tokens_one_by_one(backend):
     for token_ids in ids.T:
         want = packed(model).decode(token_ids, stepwise, torch.arange(3))
     assert torch.equal(got, want) and torch.equal(at_once.lengths, stepwise.lengths)
-    assert torch.equal(at_once.keys.nan_to_num(), stepwise.keys.nan_to_num())
+    assert torch.equal(*(stored(x)[0].nan_to_num() for x in (at_once, stepwise)))
 
 
 @torch.no_grad()
@@ -144,7 +161,7 @@ def test_a_row_is_the_same_bit_for_bit_in_any_batch_and_on_any_number_of_threads
     )
     torch.set_num_threads(before)
     assert torch.equal(got, want) and torch.equal(alone.lengths, together.lengths)
-    assert torch.equal(alone.keys.nan_to_num(), together.keys.nan_to_num())
+    assert torch.equal(*(stored(x)[0].nan_to_num() for x in (alone, together)))
 
 
 @torch.no_grad()
@@ -162,8 +179,8 @@ def test_adapters_are_folded_in_and_off_means_off(backend, targets):
             parameter.add_(torch.randn_like(parameter) * 0.2)
     with adapters_off(model):
         assert torch.equal(packed(model).decode(ids, copy.deepcopy(cache), slots), untouched)
-    exact, truth = copy.deepcopy(model).double(), copy.deepcopy(cache)
-    truth.keys, truth.values = truth.keys.double(), truth.values.double()
+    exact = copy.deepcopy(model).double()
+    truth = in_float64(cache, exact)
     reference, want = (
         model.decode(ids, copy.deepcopy(cache), slots),
         exact.decode(ids, truth, slots),
@@ -189,7 +206,7 @@ def test_strides_do_not_matter(backend):
 def test_a_row_that_is_not_finite_stays_alone(backend):
     model = make()
     ids, cache = rows(model, [4] * 9)
-    cache.values[1, 5, :, 2] = torch.nan
+    stored(cache)[1][1, 5, :, 2] = torch.nan
     got = packed(model).decode(ids, cache, torch.arange(9))
     assert got.isnan().any(dim=1).tolist() == [row == 5 for row in range(9)]
 
@@ -221,7 +238,7 @@ def test_a_wrong_token_or_slot_is_named_and_nothing_written(backend):
     with pytest.raises(ValueError, match=message):
         packed(model)._run(torch.ones(1, 36).long(), None, cache, torch.tensor([2]))
     assert torch.equal(cache.lengths, before.lengths)
-    assert torch.equal(cache.keys.nan_to_num(), before.keys.nan_to_num())
+    assert torch.equal(*(stored(x)[0].nan_to_num() for x in (cache, before)))
     # The last position is usable.
     packed(model)._run(torch.ones(1, 35).long(), None, cache, torch.tensor([2]))
     assert cache.lengths.tolist() == [3, S, S]

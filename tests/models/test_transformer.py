@@ -1,6 +1,7 @@
 """The transformer against `transformers`, and against itself under padding, caching and saving."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,17 @@ from torch.testing import assert_close
 
 from rlhf_core import last_token_index, token_logprobs
 from rlhf_core.generation import generate
-from rlhf_core.models import KVCache, RewardModel, Transformer, TransformerConfig, ValueModel, hub
+from rlhf_core.models import (
+    KVCache,
+    RewardModel,
+    Transformer,
+    TransformerConfig,
+    ValueModel,
+    hub,
+    packed_decode,
+)
 from rlhf_core.models.families import family_of
+from rlhf_core.models.lora import LoRAConfig, add_adapters
 
 SIZES = dict(
     vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=96
@@ -485,8 +495,9 @@ def test_prefill_and_decode_give_the_hidden_states_of_the_full_forward(family, p
     samples[1::2, :prompt] = samples[::2, :prompt]  # prompt b goes to rows 2b and 2b + 1
     lengths = torch.tensor([prompt, max(1, prompt - 3), 1])
     cache = KVCache(model.config, 6, 12, model.head_weight)
-    for store in (cache.keys, cache.values):
-        store.fill_(torch.nan)
+    for pair in cache.layers:
+        for store in pair:
+            store.fill_(torch.nan)
     want = trunk(samples)
     ends = lengths.repeat_interleave(2)
     assert_close(
@@ -498,6 +509,36 @@ def test_prefill_and_decode_give_the_hidden_states_of_the_full_forward(family, p
         got = trunk.decode(samples[slots, ends[slots]], cache, slots)
         assert_close(got, want[slots, ends[slots]], rtol=0, atol=1e-5)
         ends[slots] += 1
+
+
+WINDOWED = ["mistral", "qwen2-window-in-one-layer", "gemma2", "gemma3", "phi3", "smollm3-window"]
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "lora"])
+@pytest.mark.parametrize("most_weights", [0, packed_decode.MOST_WEIGHTS], ids=["modules", "packed"])
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windows_in_the_cache_sample_what_a_full_cache_samples(
+    family, most_weights, adapted, monkeypatch
+):
+    """Prompts shorter and longer than the window, left-padded; rows that end; three samples."""
+    monkeypatch.setattr(packed_decode, "MOST_WEIGHTS", most_weights)
+    model, (ids, mask) = tiny(family), padded("left", lengths=(14, 9, 5, 1), width=14)
+    if adapted:
+        add_adapters(model, LoRAConfig(rank=2))
+        shake(model)
+    options = dict(attention_mask=mask, max_new_tokens=40, eos_ids=(2, 3, 4), num_samples=3)
+    got = generate(model, ids, **options, seeds=torch.arange(12))
+    assert len(got.response_mask.sum(dim=1).unique()) > 3
+
+    def full_cache(self, *sizes):
+        cache = KVCache(replace(self.config, sliding_window=None), *sizes, self.trunk.embed.weight)
+        cache.stores[self.config.sliding_window] = cache.stores[None]
+        return cache
+
+    monkeypatch.setattr(Transformer, "new_cache", full_cache)
+    want = generate(model, ids, **options, seeds=torch.arange(12))
+    assert torch.equal(got.response_ids, want.response_ids)
+    assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -685,9 +726,19 @@ def test_models_know_whether_they_share_a_trunk():
 def test_a_new_cache_has_the_sizes_device_and_dtype_of_the_model():
     model = tiny("llama-gqa").to(torch.bfloat16)
     cache = model.new_cache(3, 11)
-    assert cache.keys.shape[1:2] == (3,) and cache.keys.shape[3] == 11
-    assert cache.keys.dtype == torch.bfloat16 and cache.keys.device == model.device
-    assert cache.lengths.tolist() == [0, 0, 0]
+    for store in (x for pair in cache.layers for x in pair):
+        assert store.shape == (3, 2, 11, 16)
+        assert store.dtype == torch.bfloat16 and store.device == model.device
+    assert len(cache.layers) == 2 and cache.lengths.tolist() == [0, 0, 0]
+
+
+def test_a_layer_with_a_window_keeps_only_its_window():
+    model = tiny("gemma3")  # layer 0 has a window of 5, layer 1 none
+    for length, sizes in ((3, [3, 3]), (5, [5, 5]), (50, [5, 50])):
+        cache = model.new_cache(2, length)
+        assert [store.shape[2] for pair in cache.layers for store in pair] == [
+            size for size in sizes for _ in range(2)
+        ]
 
 
 @kinds

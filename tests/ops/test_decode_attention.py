@@ -122,6 +122,39 @@ def test_a_window_hides_all_but_the_last_tokens(backend, window):
     check(x, backend, window=window)
 
 
+@pytest.mark.parametrize("K", [8, 64])
+@pytest.mark.parametrize("S, window", [(1, 1), (5, 3), (16, 16), (200, 200), (300, 129)])
+def test_a_cache_as_long_as_the_window_is_a_ring(backend, S, window, K):
+    lengths = [0, 1, S - 1, S, S + 1, 2 * S + S // 2, 5 * S - 1]
+    x = inputs(lengths, K=K, S=5 * S)
+    ring = {name: torch.full_like(x[name][:, :, :S], math.nan) for name in CACHE}
+    for slot, n in zip(x["slots"].tolist(), lengths):
+        for name, t in ((name, t) for name in CACHE for t in range(n)):
+            ring[name][slot, :, t % S] = x[name][slot, :, t]
+    want, *full = run(x, backend, window=window)
+    got, *stores = run(x | ring, backend, window=window)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    early = torch.tensor([n < S for n in lengths])
+    if backend != "reference":  # whose sums run over all places
+        assert torch.equal(got[early], want[early])
+    n, slots = torch.tensor(lengths), x["slots"]
+    for name, store, whole in zip(CACHE, stores, full):
+        ring[name][slots, :, n % S] = whole[slots, :, n]
+        assert torch.equal(store.nan_to_num(), ring[name].nan_to_num())
+
+
+def test_a_ring_has_room_for_the_positions_of_its_rotation(backend):
+    x = inputs([3, 9], S=10)
+    x |= {name: x[name][:, :, :4].contiguous().nan_to_num() for name in CACHE}
+    run(x, backend, window=4)
+    x["lengths"][x["slots"][1]] = 10
+    with pytest.raises(ValueError, match="has length 10, no room for another token in 10"):
+        run(x, backend, window=4)
+    run(x | dict(rope=None), backend, window=4)
+    with pytest.raises(ValueError, match="has length 10, no room for another token in 4"):
+        run(x | dict(rope=None), backend, window=5)
+
+
 @pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_of_queries_and_cache(backend, dtype, cache_dtype):
