@@ -46,6 +46,24 @@ class Shape(NamedTuple):
     dtype: str
     D: int | None = None
 
+    def check_memory(self, op: str, device: str, baseline: bool = False) -> None:
+        """Raise ValueError if the case of an op may need more memory than is free.
+
+        Args:
+            baseline: whether a baseline runs, which makes up to eight float32 tensors of all
+                logits. Ours makes the inputs, the gradient and the truth of some rows.
+        """
+        rows = self.B * (1 if op == "sampling" else self.T)
+        logits = rows * (1 if op in ("gae", "policy_loss") else self.V)
+        width, weights = getattr(torch, self.dtype).itemsize, self.V * (self.D or 0)
+        needed = (6 * width + 32 * baseline) * logits + (6 * width + 24) * weights + 8192 * self.V
+        free = free_memory(device)
+        if needed > free:
+            raise ValueError(
+                f"{op} at shape {' '.join(map(str, self[:3]))} in {self.dtype} needs up to "
+                f"{needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free. Choose a smaller shape"
+            )
+
 
 Size = str | Shape
 
@@ -56,7 +74,7 @@ class Case:
 
     Attributes:
         variants: OURS, the baselines, and FLOOR: the least time that the hardware needs.
-        truth: the result in float64. Of a longer result only `rows` are compared.
+        truth: the result in float64, maybe for some rows only: `rows` picks them from a result.
         compare: raises AssertionError if a part of our result is too far from the truth.
         check: the same for our whole result, where truth is not enough.
         bytes: memory traffic, or
@@ -186,6 +204,17 @@ def missing(device: str) -> list[str]:
     return [
         package for module, package in wanted.items() if importlib.util.find_spec(module) is None
     ]
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be allocated."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(x.split()[1]) * 1024 for x in file if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # ---- timing
@@ -325,6 +354,8 @@ def measure(op: str, name: str, case: Case, size: Size, device: str) -> dict:
     failed = {}
     for baseline in [name for name in variants if name != OURS]:
         try:
+            if isinstance(size, Shape) and baseline != FLOOR:
+                size.check_memory(op, device, baseline=True)
             result = variants[baseline]()
             errors |= {} if baseline == FLOOR else {baseline: case.error(result)}
         except Exception as error:  # another version of a package, or no compiler
@@ -334,7 +365,7 @@ def measure(op: str, name: str, case: Case, size: Size, device: str) -> dict:
     vars(case).pop("exact", None)  # gives its memory back
     times = quartiles(variants, device, case.latency)
     seconds = {name: median for name, (_, median, _) in times.items()}
-    ours = seconds[OURS]
+    ours, (low, _, high) = seconds[OURS], times[OURS]
     ratios = {name: value / ours for name, value in seconds.items() if name != OURS}
     # Last, because the threads of the other process spin.
     if case.avx2 and device == "cpu" and "avx512" in machine(device)["backend"]:
@@ -348,8 +379,8 @@ def measure(op: str, name: str, case: Case, size: Size, device: str) -> dict:
         "check": "passed",
         "ms": {k: v * 1e3 for k, v in seconds.items()},
     }
-    row["spread"] = {name: (high - low) / median for name, (low, median, high) in times.items()}
-    row |= {"error": errors, "of floor": ratios.pop(FLOOR, None)}
+    row["quartiles ms"] = {k: [low * 1e3, high * 1e3] for k, (low, _, high) in times.items()}
+    row |= {"spread": (high - low) / ours, "of floor": ratios.pop(FLOOR, None), "error": errors}
     row |= (
         {"GB/s": case.bytes / ours / 1e9}
         if case.bytes
@@ -366,7 +397,9 @@ def measure(op: str, name: str, case: Case, size: Size, device: str) -> dict:
             peaks = {name: _cuda_peak(variants[name]) for name in names}
         else:
             # Tensors of 64 KiB or more go back to the system, so that resident memory is in use.
-            twin = Twin({"MALLOC_MMAP_THRESHOLD_": "65536"}, op, size, name)
+            # One thread compiles, because more would each load torch first.
+            environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+            twin = Twin(environment, op, size, name)
             peaks = {name: twin.peak_bytes(name) for name in names}
         row["peak MB"] = {variant: peak and peak / 1e6 for variant, peak in peaks.items()}
         if peaks[OURS] and peaks.get(peaks_of[0]):
@@ -399,12 +432,16 @@ def record(benchmark, op: str, name: str) -> None:
 
 def run(
     ops: Iterable[str],
-    size: str,
+    size: Size,
     device: str,
     json_path: Path | None = None,
     plot_path: Path | None = None,
+    report: Callable[[list[dict]], str] | None = None,
 ) -> int:
-    """Print a table for each op and write JSON and a picture. Returns how many checks failed."""
+    """Print a table for each op and write JSON and a picture. Returns how many checks failed.
+
+    report: the text about all rows, instead of the tables.
+    """
     if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("a picture needs matplotlib: pip install 'rlhf-core[report]'")
     rows = []
@@ -428,8 +465,11 @@ def run(
                 json_path.write_text(
                     json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n"
                 )
-        if found := [row for row in rows if row["op"] == op]:
+        found = [row for row in rows if row["op"] == op]
+        if found and report is None:
             print(f"\n### {op}\n\n{table(found)}", flush=True)
+    if report is not None:
+        print(f"\n{report(rows)}")
     if plot_path is not None:
         plot([row for row in rows if "ms" in row], machine(device)["device"], plot_path)
     return sum(row["check"] != "passed" for row in rows)
@@ -444,15 +484,15 @@ def table(rows: list[dict]) -> str:
         cells = [row["case"]]
         if row["check"] == "passed":
             rate = next(
-                (f"{_digits(row[unit])} {unit}" for unit in ("GB/s", "GFLOP/s") if unit in row), ""
+                (f"{digits(row[unit])} {unit}" for unit in ("GB/s", "GFLOP/s") if unit in row), ""
             )
             cells += [
-                _digits(row["ms"][OURS]),
-                f"{row['spread'][OURS]:.0%}",
+                digits(row["ms"][OURS]),
+                f"{row['spread']:.0%}",
                 rate,
-                _digits(row["of floor"]),
+                digits(row["of floor"]),
             ]
-            cells += [_digits(row["ratios"].get(name)) for name in names]
+            cells += [digits(row["ratios"].get(name)) for name in names]
             notes = [
                 f"{name} {bar:.3g}: {'met' if met else 'MISSED'}" for name, bar, met in row["bars"]
             ]
@@ -464,7 +504,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _digits(x: float | None) -> str:
+def digits(x: float | None) -> str:
+    """Three digits or so of a figure; "" for None."""
     return "" if x is None else f"{x:.{3 if x < 1 else 1 if x < 100 else 0}f}"
 
 

@@ -12,11 +12,13 @@ import torch
 from rlhf_core import backends
 from rlhf_core import demo as chain
 from rlhf_core.benchmarks import OPS
-from rlhf_core.cli.arguments import Command, device_of, seed
+from rlhf_core.cli.arguments import Command, between, check_unused, device_of, seed
 from rlhf_core.evaluation.report import PAGE
 from rlhf_core.files import check_writable
 from rlhf_core.locks import check_one_process, hold
 from rlhf_core.training.run_file import versions
+
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def _add_demo(parser: ArgumentParser) -> None:
@@ -48,7 +50,24 @@ def run_demo(arguments: Namespace) -> None:
 
 
 def _add_bench(parser: ArgumentParser) -> None:
-    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS, help="ops to time")
+    parser.add_argument("--op", nargs="+", choices=OPS, help="ops to time; default: all")
+    whole = between(int, 1)
+    parser.add_argument(
+        "--shape",
+        type=whole,
+        nargs=3,
+        metavar=("B", "T", "V"),
+        help="B sequences of T tokens and V logits instead of our own shapes; recommends a backend",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=lambda text: SHORT.get(text, text),
+        choices=tuple(SHORT.values()),
+        help="of the logits at --shape, also as bf16, fp16 or fp32; default: float32",
+    )
+    parser.add_argument(
+        "--width", type=whole, metavar="D", help="of hidden states at --shape, for linear_logprobs"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument(
         "--sweep", action="store_true", help="time growth with vocabulary, rows and length instead"
@@ -61,10 +80,18 @@ def _add_bench(parser: ArgumentParser) -> None:
 
 def run_bench(arguments: Namespace) -> None:
     """Check the ops against float64, then time them."""
-    from rlhf_core.benchmarks import common
+    from rlhf_core.benchmarks import at_shape, common
 
-    size, device = "sweep" if arguments.sweep else "full", device_of(arguments).type
-    failed = common.run(arguments.op, size, device, arguments.json, arguments.plot)
+    ops, device, files = arguments.op, device_of(arguments).type, (arguments.json, arguments.plot)
+    if arguments.shape is None:
+        check_unused(arguments, ("dtype", "width"), "needs --shape")
+        size = "sweep" if arguments.sweep else "full"
+        failed = common.run(ops or OPS, size, device, *files)
+    else:
+        if arguments.sweep:
+            raise ValueError("--shape contradicts --sweep, which has shapes of its own")
+        shape = common.Shape(*arguments.shape, arguments.dtype or "float32", arguments.width)
+        failed = at_shape.run(ops, shape, device, *files)
     if failed:
         sys.exit(f"rlhf-core bench: {failed} cases gave wrong results and were not timed")
 

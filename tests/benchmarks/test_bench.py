@@ -48,7 +48,7 @@ def test_every_case_is_right_and_runs(op, tmp_path, capsys):
     for row in rows:
         assert row["check"] == "passed" and "failed" not in row and row["ms"][OURS] > 0
         assert len(row["ms"]) >= 2 and row["ratios"]
-        assert f"| {row['case']} | {common._digits(row['ms'][OURS])} |" in shown
+        assert f"| {row['case']} | {common.digits(row['ms'][OURS])} |" in shown
 
 
 @pytest.mark.parametrize("op", OPS)
