@@ -169,6 +169,11 @@ def generate(
             f"seeds have shape {tuple(seeds.shape)}, but there are {B} prompts x {n} samples"
         )
 
+    crossings: dict[int, list[int]] = {}
+    if config.long_from < P + max_new_tokens:
+        for slot, length in enumerate(prompt_lengths.repeat_interleave(n).tolist()):
+            if length <= config.long_from:
+                crossings.setdefault(config.long_from + 1 - length, []).append(slot)
     with eval_mode(model), packed_for_decoding(model, B * n) as fast_model:
         cache = model.new_cache(B * n, P + max_new_tokens)
         logits = fast_model.prefill(prompt_ids, prompt_lengths, cache)  # (B, V)
@@ -178,6 +183,7 @@ def generate(
             prompt_ids.repeat_interleave(n, dim=0),
             seeds.to(device),
             max_new_tokens,
+            crossings=crossings,
             min_new_tokens=min_new_tokens,
             eos_ids=stops.eos_ids,
             repetition_penalty=repetition_penalty,
@@ -213,13 +219,16 @@ class DecodeStep:
         seeds: Tensor,
         max_new_tokens: int,
         *,
+        crossings: dict[int, list[int]],
         min_new_tokens: int,
         eos_ids: set[int],
         repetition_penalty: float,
         **sampling,
     ):
+        """crossings: By number of draws: slots of rows that then have `long_from` + 1 tokens."""
         N, P = prompt_ids.shape
         self.model, self.cache, self.sampling = model, cache, sampling
+        self.crossings = crossings
         self.penalty, self.min_new_tokens = repetition_penalty, min_new_tokens
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=prompt_ids.device)
         self.alters_logits = repetition_penalty != 1 or min_new_tokens > 0
@@ -269,6 +278,20 @@ class DecodeStep:
                 1, self.eos_ids, logits[:, self.eos_ids].masked_fill(early, -math.inf)
             )
         return logits
+
+    def cross(self, drawn: int, slots: list[int]) -> None:
+        """Recompute the cache of those of the rows `slots` that pass `long_from` in this step.
+
+        longrope now has other frequencies for all their tokens.
+        """
+        slots = [slot for slot in self.crossings.get(drawn, ()) if slot in slots]
+        if not slots:
+            return
+        length = self.model.config.long_from + 1 - drawn  # of these prompts
+        ids = torch.cat((self.ids[slots, :length], self.response_ids[slots, :drawn]), dim=1)
+        part = self.model.new_cache(len(slots), self.cache.max_length)
+        self.model.prefill(ids, ids.new_full((len(slots),), ids.shape[1]), part)
+        self.cache.replace(slots, part)  # the step appends the last token again
 
     def keep(self, rows: list[int]) -> None:
         """Keep only these of the remaining rows."""
@@ -323,6 +346,7 @@ def _run(step: DecodeStep, stops: Stops, max_new_tokens: int) -> list[int]:
                 slots, run = [slots[row] for row in going], None
         if drawn == max_new_tokens:
             break
+        step.cross(drawn, slots)
         if run is None:
             step()  # also before capture: a kernel is compiled when it first runs
             run = _captured(step) if device == "cuda" else step

@@ -202,6 +202,14 @@ class TransformerConfig:
         """How many elements of each head are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def long_from(self) -> int:
+        """The longest sequence that has longrope's short factors: any one without longrope."""
+        scaling = self.rope_scaling or {}
+        if self.positions != "rope" or scaling.get("rope_type") != "longrope":
+            return MAX_LENGTH
+        return scaling.get("original_max_position_embeddings") or self.max_positions
+
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of each layer."""

@@ -323,7 +323,7 @@ _TRAINED = "original_max_position_embeddings"
 
 
 def _phi3(hf: dict) -> None:
-    """Read longrope. `max_positions` becomes the trained length, where its short factors hold."""
+    """Read longrope, whose trained length is a field of its own."""
     code = hf.pop("auto_map", None)  # the code that became the phi3 of `transformers`
     values = code.values() if isinstance(code, dict) else ()
     files = {str(name).split("--")[-1].split(".")[0] for name in values}
@@ -334,14 +334,14 @@ def _phi3(hf: dict) -> None:
         return
     if scaling.get("rope_type") not in ("su", "yarn", "longrope"):
         raise ValueError(f"rope scaling {short(scaling.get('rope_type'))} is not one of Phi-3's")
-    scaling = hf["rope_scaling"] = scaling | dict(rope_type="longrope")
-    scaling.pop("original_max_position_embeddings", None)
-    longest = _take(hf, "max_position_embeddings", None, int)
-    if not 0 < trained <= MAX_LENGTH or not 0 < longest <= MAX_LENGTH:
-        raise ValueError(f"max_position_embeddings={longest}, {_TRAINED}={trained} must be > 0")
-    hf["max_position_embeddings"] = trained
-    if scaling.setdefault("factor", longest / trained) != longest / trained:
-        found = f"rope scaling factor {short(scaling['factor'])}"
+    scaling = hf["rope_scaling"] = scaling | {"rope_type": "longrope", _TRAINED: trained}
+    longest = hf.get("max_position_embeddings")
+    if type(longest) is not int or not 0 < trained <= MAX_LENGTH or not 0 < longest <= MAX_LENGTH:
+        found = f"max_position_embeddings={short(longest)}, {_TRAINED}={trained}"
+        raise ValueError(f"{found} must be whole numbers > 0")
+    factor = scaling.pop("factor", None)
+    if factor not in (None, longest / trained):
+        found = f"rope scaling factor {short(factor)}"
         raise ValueError(f"{found} is not max_position_embeddings={longest} / {_TRAINED}={trained}")
 
 
@@ -349,9 +349,8 @@ def _phi3_fields(config: TransformerConfig) -> dict:
     scaling = config.rope_scaling
     if scaling is None or scaling["rope_type"] != "longrope":
         return {}
-    trained, factors = config.max_positions, {k: v for k, v in scaling.items() if k != "factor"}
-    longest = round(trained * scaling["factor"])
-    return dict(max_position_embeddings=longest, rope_scaling=factors) | {_TRAINED: trained}
+    factors = {name: value for name, value in scaling.items() if name != _TRAINED}
+    return {"rope_scaling": factors, _TRAINED: scaling.get(_TRAINED, config.max_positions)}
 
 
 def _smollm3(hf: dict) -> dict:

@@ -3,7 +3,8 @@
 If all weights are in a core's cache, the hundred small operations of `Transformer.decode` cost more
 than their arithmetic. Adapters are folded into the copy. `Transformer` is the definition. It also
 runs the models that are left out here: on GPUs, in 16 bits, with hooks, under autocast, with more
-than `MOST_WEIGHTS` weights, learned positions, LayerNorm, a plain MLP, or a switch of `PLAIN`.
+than `MOST_WEIGHTS` weights, learned positions, longrope, LayerNorm, a plain MLP, or a switch of
+`PLAIN`.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def _fits(model: Transformer) -> bool:
     weights = [*model.parameters(), *model.buffers()]
     return (
         config.positions == "rope"
+        and config.long_from >= config.max_positions
         and all(getattr(config, name) == getattr(TransformerConfig, name) for name in PLAIN)
         and sum(x.numel() for x in weights) <= MOST_WEIGHTS
         and all(x.dtype == torch.float32 for x in weights)

@@ -1,7 +1,7 @@
 """Rotary positions (Su et al. 2021): their frequencies, and scaling beyond the trained length.
 
 The float32 results equal those of `transformers` bit for bit, because an error in the last bit of a
-frequency turns a pair by 0.006 rad at position 100,000. Left out: the long factors of longrope.
+frequency turns a pair by 0.006 rad at position 100,000.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _OPTIONS = {
     "llama3": "factor low_freq_factor high_freq_factor [original_max_position_embeddings]",
     "yarn": "factor [original_max_position_embeddings] [attention_factor] [beta_fast] [beta_slow] "
     "[mscale] [mscale_all_dim] [truncate]",
-    "longrope": "factor short_factor long_factor [attention_factor]",
+    "longrope": "short_factor long_factor [factor] [original_max_position_embeddings] "
+    "[attention_factor]",
 }
 _LISTS = ("short_factor", "long_factor")  # one number for each pair
 
@@ -47,6 +48,8 @@ def check_rope(config) -> None:
             continue
         if name == "truncate":
             fits, what = isinstance(value, bool), "true or false as"
+        elif name == "original_max_position_embeddings":
+            fits, what = type(value) is int and value > 0, "a whole number > 0 as"
         elif name in _LISTS:
             fits = isinstance(value, list) and len(value) == pairs and all(map(_is_number, value))
             what = f"a list of {pairs} numbers as"
@@ -57,8 +60,8 @@ def check_rope(config) -> None:
     for name in scaling.keys() - options - {"rope_type"}:
         raise ValueError(f"rope scaling {kind!r} has no option {name!r}, only {', '.join(options)}")
     try:
-        frequencies, magnitude = rope_frequencies(config)
-        usable = bool(frequencies.isfinite().all()) and math.isfinite(magnitude)
+        found = [rope_frequencies(config, long) for long in (False, True)]
+        usable = all(bool(x.isfinite().all()) and math.isfinite(factor) for x, factor in found)
     except (ArithmeticError, ValueError, TypeError):
         usable = False
     if not usable:
@@ -75,20 +78,31 @@ def _is_number(value) -> bool:
 def rope_tables(config, length: int, kind: str = "global") -> tuple[Tensor, Tensor]:
     """Return cos and sin, (length, K/2) float32 on the CPU, of positions 0 to length - 1.
 
-    K is the number of rotated elements of a head. kind: One of `TransformerConfig.ropes`.
+    K is the number of rotated elements of a head.
+
+    Args:
+        kind: One of `TransformerConfig.ropes`. With longrope, "global" has the long factors from
+            position `config.long_from` on, and "long" has them at all positions.
     """
     if kind == "local":
         config = replace(
             config, rope_theta=config.local_rope_theta, rope_scaling=None, local_rope_theta=None
         )
     frequencies, magnitude = rope_frequencies(config)
-    positions = torch.arange(length, dtype=torch.float32, device="cpu")
-    angles = positions[:, None] * frequencies  # (S, K/2)
+    positions = torch.arange(length, dtype=torch.float32, device="cpu")[:, None]
+    angles = positions * frequencies  # (S, K/2)
+    long_from = 0 if kind == "long" else config.long_from
+    if long_from < length:
+        long, _ = rope_frequencies(config, long=True)
+        angles = torch.where(positions < long_from, angles, positions * long)
     return angles.cos() * magnitude, angles.sin() * magnitude
 
 
-def rope_frequencies(config) -> tuple[Tensor, float]:
-    """Return radians per position of each pair, (K/2,) float32, and the factor of cos and sin."""
+def rope_frequencies(config, long: bool = False) -> tuple[Tensor, float]:
+    """Return radians per position of each pair, (K/2,) float32, and the factor of cos and sin.
+
+    long: Use the long factors of longrope.
+    """
     K, base, scaling = config.rotary_dim, config.rope_theta, config.rope_scaling or {}
     powers = base ** (torch.arange(0, K, 2, dtype=torch.float32, device="cpu") / K)
     plain = 1.0 / powers
@@ -106,12 +120,14 @@ def rope_frequencies(config) -> tuple[Tensor, float]:
     if kind == "yarn":  # Peng et al. 2023, equations 17, 18, 22
         ramp = _yarn_ramp(scaling, trained, base, K)
         return 1.0 / (factor * powers) * ramp + plain * (1 - ramp), _yarn_magnitude(scaling)
-    if kind == "longrope":  # Ding et al. 2024, as in Phi-3; max_positions is the trained length
+    if kind == "longrope":  # Ding et al. 2024, as in Phi-3
+        factor = factor or config.max_positions / trained
         magnitude = scaling.get("attention_factor")
         if magnitude is None:
             magnitude = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
-        short_factor = torch.tensor(scaling["short_factor"], dtype=torch.float32, device="cpu")
-        return 1.0 / (short_factor * powers), magnitude
+        factors = scaling["long_factor" if long else "short_factor"]
+        factors = torch.tensor(factors, dtype=torch.float32, device="cpu")
+        return 1.0 / (factors * powers), magnitude
     return plain, 1.0  # also for "dynamic", which scales only beyond max_positions
 
 

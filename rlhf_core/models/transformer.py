@@ -49,7 +49,10 @@ class KVCache:
     Attributes:
         stores: By window: the keys and values, each (layers, N, Hkv, S, K), of all its layers.
         layers: By layer: its keys and values, each (N, Hkv, S, K), views of `stores`.
+        lagging: The cache of a `MaskedPolicy`'s lagging copy.
     """
+
+    lagging: KVCache | None = None
 
     def __init__(self, config: TransformerConfig, batch_size: int, max_length: int, like: Tensor):
         self.max_length = max_length
@@ -71,6 +74,14 @@ class KVCache:
                 at = last - (last - torch.arange(S, device=x.device)) % S  # (B, S)
                 x = x.take_along_dim(at.clamp_min(0)[:, None, :, None], dim=2)
             store.unflatten(0, (len(x), -1))[:, :, :, : x.shape[2]] = x[:, None]
+
+    def replace(self, slots: list[int], other: KVCache) -> None:
+        """Take keys and values of the rows `slots` from a cache of the same model and size."""
+        for window, pair in self.stores.items():
+            for store, rows in zip(pair, other.stores[window]):
+                store[:, slots] = rows
+        if self.lagging is not None:
+            self.lagging.replace(slots, other.lagging)
 
 
 class Attention(nn.Module):
@@ -267,7 +278,16 @@ class Trunk(nn.Module):
             mask = _causal(T, device) & attention_mask[:, None, :] | itself
         else:
             positions = torch.arange(T, device=device)[None]  # (1, T)
-        return self._run(input_ids, positions, mask, read, packed=visible is not None)
+        inputs, packed = (input_ids, positions, mask, read), visible is not None
+        x = self._run(*inputs, packed=packed)
+        if self.config.long_from >= T:
+            return x
+        # longrope: a token's own position decides, as when the next one is sampled. Later tokens
+        # and other rows do not, so each token keeps the log-prob that it was sampled with.
+        every = torch.ones((), dtype=torch.bool, device=device)
+        long = self._run(*inputs, packed=packed, long=every)
+        early = positions.expand(input_ids.shape) < self.config.long_from  # (B, T)
+        return torch.where(_only(early[..., None], read), x, long)
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         """Return hidden states (B, D) of the last tokens of B prompts, and fill the cache.
@@ -281,7 +301,9 @@ class Trunk(nn.Module):
         B, P = input_ids.shape
         last = torch.arange(B, device=input_ids.device) * P + lengths - 1
         cache.lengths[:] = lengths.repeat_interleave(len(cache.lengths) // len(lengths))
-        return self._run(input_ids, positions, None, last, cache)
+        long = lengths > self.config.long_from
+        long = long[:, None, None, None] if self.config.long_from < P else None
+        return self._run(input_ids, positions, None, last, cache, long=long)
 
     def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
         """Append one token (B,) to the cache rows `slots` (B,). Return its hidden states (B, D)."""
@@ -305,9 +327,11 @@ class Trunk(nn.Module):
         read: Tensor | None,
         cache: KVCache | None = None,
         packed: bool = False,
+        long: Tensor | None = None,
     ) -> Tensor:
         """mask: (B, T, T) bool as `visible`. None means causal. packed: Rows hold several sequences
-        and can therefore be longer than max_positions."""
+        and can therefore be longer than max_positions. long: () or (B, 1, 1, 1) bool, True for rows
+        that have the long factors of longrope."""
         config, T = self.config, input_ids.shape[1]
         limit = config.max_positions
         if limit < T and not packed:
@@ -320,7 +344,11 @@ class Trunk(nn.Module):
             biases[window] = self._bias(mask, window, positions, x)
         for kind in set(config.ropes) - {None}:
             tables = self._rope_tables(min(T, limit), x.device, kind)
-            ropes[kind] = _rotation(*(table[positions][:, None].to(x.dtype) for table in tables))
+            rows = [table[positions][:, None] for table in tables]
+            if long is not None and kind == "global":
+                tables = self._rope_tables(min(T, limit), x.device, "long")
+                rows = [torch.where(long, t[positions][:, None], a) for t, a in zip(tables, rows)]
+            ropes[kind] = _rotation(*(row.to(x.dtype) for row in rows))
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             rope, bias = ropes[config.ropes[layer]], biases[config.windows[layer]]

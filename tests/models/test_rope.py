@@ -55,6 +55,34 @@ def test_frequencies_and_tables_are_theirs_bit_for_bit(scaling, head_dim, theta,
         assert torch.equal(table[places], wide[0, :, : head_dim // 2])
 
 
+@pytest.mark.parametrize("head_dim, share", [(96, 1.0), (128, 0.75)])
+@pytest.mark.parametrize("attention_factor", [None, 1.3])
+def test_the_tables_of_longrope_are_theirs_bit_for_bit(
+    head_dim, share, attention_factor, transformers
+):
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    pairs = int(head_dim * share) // 2
+    factors = dict(short_factor=torch.linspace(1, 3, pairs).tolist(), rope_type="longrope")
+    factors |= dict(long_factor=torch.linspace(1, 60, pairs).tolist())
+    factors |= dict(original_max_position_embeddings=4096)
+    factors |= {} if attention_factor is None else dict(attention_factor=attention_factor)
+    sizes = dict(vocab_size=8, hidden_size=2 * head_dim, num_hidden_layers=1, num_attention_heads=2)
+    parameters = dict(rope_theta=10000.0, partial_rotary_factor=share, **factors)
+    sizes |= dict(max_position_embeddings=131072, original_max_position_embeddings=4096)
+    sizes |= dict(pad_token_id=0, rope_parameters=copy.deepcopy(parameters))
+    theirs = Phi3RotaryEmbedding(transformers.Phi3Config(**sizes))
+    scaled = dict(rope_scaling=factors, partial_rotary_factor=share, max_positions=131072)
+    ours = TransformerConfig(8, 2 * head_dim, num_heads=2, **scaled)
+    long, mixed = (rope_tables(ours, 131072, kind) for kind in ("long", "global"))
+    for places, tables in (([0, 1, 4095], mixed), ([0, 4095, 4096, 131071], long)):
+        places = torch.tensor(places)
+        for table, wide in zip(tables, theirs(torch.zeros(1), places[None])):
+            assert torch.equal(table[places], wide[0, :, :pairs])
+    for table, other in zip(mixed, long):
+        assert torch.equal(table[4096:], other[4096:])
+
+
 @pytest.mark.parametrize(
     "scaling, message",
     [
@@ -62,6 +90,13 @@ def test_frequencies_and_tables_are_theirs_bit_for_bit(scaling, head_dim, theta,
         (
             dict(rope_type="longrope", factor=2.0),
             "'longrope' needs a list of 8 numbers as 'short_factor', got None",
+        ),
+        (
+            dict(
+                rope_type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8,
+                original_max_position_embeddings=4.5,
+            ),
+            "'longrope' needs a whole number > 0 as 'original_max_position_embeddings', got 4.5",
         ),
         (dict(rope_type="su"), "rope scaling 'su' is not supported, only default, linear"),
         (dict(rope_type="linear"), "'linear' needs a number 'factor', got None"),
@@ -75,7 +110,7 @@ def test_frequencies_and_tables_are_theirs_bit_for_bit(scaling, head_dim, theta,
             "'yarn' has no option 'partial_rotary_factor'",
         ),
     ],
-)
+)  # fmt: skip
 def test_an_incomplete_or_unknown_scaling_is_refused(scaling, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(8, rope_scaling=scaling)

@@ -22,6 +22,7 @@ from rlhf_core.models import (
 )
 from rlhf_core.models.families import family_of
 from rlhf_core.models.lora import LoRAConfig, add_adapters
+from rlhf_core.models.masked import MaskedPolicy
 
 SIZES = dict(
     vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=96
@@ -142,11 +143,11 @@ FAMILIES = {
         "phi3",
         dict(num_kv_heads=2, partial_rotary_factor=0.5)
         | dict(rope_scaling=dict(
-            rope_type="longrope", factor=4.0, short_factor=SHORT, long_factor=LONG
+            rope_type="longrope", short_factor=SHORT, long_factor=LONG,
+            original_max_position_embeddings=80,
         )),
-        dict(num_key_value_heads=2, partial_rotary_factor=0.5)
-        | dict(tie_word_embeddings=True, max_position_embeddings=384)
-        | dict(original_max_position_embeddings=96)
+        dict(num_key_value_heads=2, partial_rotary_factor=0.5, tie_word_embeddings=True)
+        | dict(original_max_position_embeddings=80)
         | dict(rope_scaling=dict(type="longrope", short_factor=SHORT, long_factor=LONG)),
     ),
     "olmo2": (
@@ -178,10 +179,20 @@ FAMILIES = {
     ),
 }  # fmt: skip
 families = pytest.mark.parametrize("family", FAMILIES)
-kinds = pytest.mark.parametrize(  # positions, windows, norms, caps, factors
-    "family",
-    ["gpt2", "llama-gqa", "mistral", "qwen3", "gemma2", "gemma3", "phi4-mini", "olmo2", "granite"],
-)
+KINDS = [
+    "gpt2",
+    "llama-gqa",
+    "mistral",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi4-mini",
+    "olmo2",
+    "granite",
+]
+kinds = pytest.mark.parametrize("family", KINDS)  # positions, windows, norms, caps, factors
+TRAINED = 6  # tokens, beyond which "longrope" has its long factors
+kinds_and_longrope = pytest.mark.parametrize("family", [*KINDS, "longrope"])
 
 
 @torch.no_grad()
@@ -194,6 +205,10 @@ def shake(model):
 
 
 def tiny(family, cls=Transformer, **options):
+    if family == "longrope":
+        scaling = FAMILIES["phi4-mini"][1]["rope_scaling"]
+        scaling = scaling | dict(original_max_position_embeddings=TRAINED)
+        family, options = "phi4-mini", dict(rope_scaling=scaling) | options
     torch.manual_seed(0)
     return shake(cls(TransformerConfig(**(SIZES | IDS | FAMILIES[family][1] | options))))
 
@@ -393,7 +408,7 @@ def test_a_real_model_saved_by_us_gives_their_logits(data_dir, tmp_path, transfo
 
 
 @torch.no_grad()
-@families
+@pytest.mark.parametrize("family", [*FAMILIES, "longrope"])
 @pytest.mark.parametrize("k", [1, 7])
 def test_padding_on_either_side_changes_no_logit(family, k):
     model = tiny(family)
@@ -436,7 +451,7 @@ def layouts():
     }
 
 
-@kinds
+@kinds_and_longrope
 @pytest.mark.parametrize("layout", ["packed", "tree"])
 def test_sequences_in_one_row_have_the_logits_and_gradients_of_rows_of_their_own(family, layout):
     model = tiny(family)
@@ -542,14 +557,103 @@ def test_windows_in_the_cache_sample_what_a_full_cache_samples(
 
 
 @torch.no_grad()
-def test_causality():
+@pytest.mark.parametrize("family", ["llama", "longrope"])
+def test_causality(family):
     """A later token changes no earlier logit."""
-    model = tiny("llama")
+    model = tiny(family)
     ids, _ = padded("right")
     other = ids.clone()
     other[:, 5] += 1
     same = (model(ids) == model(other)).all(dim=-1).all(dim=0)
     assert same[:5].all() and not same[5:].any()
+
+
+# ---- longrope beyond the trained length
+
+
+def long_pair(folder, transformers, **options):
+    """The longrope model, and the same one in transformers."""
+    ours = tiny("longrope", **options)
+    ours.save_pretrained(folder)
+    return ours, transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager"
+    )
+
+
+@pytest.mark.parametrize("length", [1, TRAINED - 1, TRAINED, TRAINED + 1, 20])
+def test_longrope_predicts_each_token_as_transformers_does_from_those_before(
+    length, tmp_path, transformers
+):
+    """A token up to the trained length has the short factors, as in generation, in any row."""
+    ours, theirs = long_pair(tmp_path, transformers)
+    ids = torch.randint(3, 40, (2, length))
+    got, whole, start = ours(ids), theirs(ids).logits, theirs(ids[:, :TRAINED]).logits
+    assert_close(got[:, :TRAINED], start, rtol=0, atol=1e-5)
+    assert_close(got[:, TRAINED:], whole[:, TRAINED:], rtol=0, atol=1e-5)
+    if length > TRAINED:
+        assert (whole[:, :TRAINED] - start).abs().max() > 0.1  # the factors matter
+    weights = torch.randn(40)
+    late = slice(TRAINED if length > TRAINED else 0, None)
+    for logits in (got, whole):
+        (logits[:, late] @ weights).sum().backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    table = family_of(ours.config)
+    for name, parameter in ours.named_parameters():
+        for part, gradient in table.parts(name, parameter.grad, ours.config).items():
+            assert_close(gradient, gradients[part], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 4])
+def test_longrope_samples_as_transformers_does_across_the_trained_length(
+    window, tmp_path, transformers
+):
+    """Both compute a row's cache again where the row passes the trained length."""
+    ours, theirs = long_pair(tmp_path, transformers, sliding_window=window)
+    lengths = (1, TRAINED - 1, TRAINED, TRAINED + 1, 14)
+    prompts, mask = padded("left", lengths=lengths, width=14)
+    settings = dict(do_sample=False, min_new_tokens=30, max_new_tokens=30, eos_token_id=None)
+    rows = [row[seen][None] for row, seen in zip(prompts, mask)]
+    want = [theirs.generate(row, **settings)[0, row.shape[1] :] for row in rows]
+    options = dict(max_new_tokens=30, temperature=0, eos_ids=())
+    got = generate(ours, prompts, attention_mask=mask, **options)
+    assert torch.equal(got.response_ids, torch.stack(want))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_longrope_samples_with_the_log_probs_of_training(masked):
+    """In a batch of rows that pass the trained length at other times, or end, or never pass it."""
+    model = tiny("longrope")
+    policy = MaskedPolicy(model, 0.9, 1.0) if masked else model
+    if masked:
+        shake(model)
+    prompts, mask = padded("left", lengths=(9, TRAINED, 3, 1), width=9)
+    seeds, options = torch.arange(12), dict(max_new_tokens=12, eos_ids=tuple(range(2, 9)))
+    got = generate(policy, prompts, attention_mask=mask, num_samples=3, seeds=seeds, **options)
+    assert len(got.response_mask.sum(dim=1).unique()) > 3
+    for n in range(12):
+        prompt, length = prompts[n // 3][mask[n // 3]], int(got.response_mask[n].sum())
+        response = got.response_ids[n, :length]
+        ids = torch.cat((prompt, response))[None, :-1]
+        if masked:
+            logits = policy.logits(*(x.hidden_states(ids)[0] for x in (model, policy.lagging)))
+        else:
+            logits = model(ids)[0]
+        want = token_logprobs(logits[len(prompt) - 1 :], response)
+        assert_close(got.logprobs[n, :length], want, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_only_rows_beyond_the_trained_length_take_two_passes():
+    everything = torch.ones(1, 20, 20, dtype=torch.bool).tril()
+    for family, length, passes in (("longrope", TRAINED, 1), ("longrope", 20, 2), ("llama", 20, 1)):
+        model, calls = tiny(family, max_positions=19), []
+        model.trunk.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        positions = torch.arange(length)[None] % 10  # a packed row can be longer than max_positions
+        visible = everything[:, :length, :length]
+        model(torch.ones_like(positions), positions=positions, visible=visible)
+        assert len(calls) == passes
 
 
 # ---- heads, dropout, limits
