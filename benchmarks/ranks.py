@@ -87,6 +87,12 @@ def examples(kind: str, n: int = 11) -> list:
             ids(1, 5), [*ids(1, 6), 2], teacher_prompt_ids=[4, 9, *ids(1, 5)]
         ),
         "pairs": lambda i: Pair(ids(1, 5), [*ids(1, 6), 2], [*ids(1, 7), 2]),
+        "criteria": lambda i: Pair(
+            ids(1, 5),
+            [*ids(1, 6), 2],
+            [*ids(1, 7), 2],
+            criteria=[None, {"helpful": True}, {"helpful": True, "harmless": False}][i % 3],
+        ),
         "lists": lambda i: Ranked(ids(1, 5), [[*ids(1, 6), 2] for _ in range(2 + i % 2)]),
         "steps": lambda i: Steps(ids(1, 4), [5, 6, 7, 11], [False, True, False, True], [1.0, 0.0]),
     }
@@ -151,6 +157,12 @@ def _process_reward() -> RewardModel:
     return model
 
 
+def _criteria() -> RewardModel:
+    model = tiny(RewardModel)
+    model.set_criteria({"helpful": 1.0, "harmless": 0.5})
+    return model
+
+
 def _iterated_rlhf() -> trainers.IteratedRLHFConfig:
     small = dict(batch_size=5, lr=2e-3, adam_eps=1e-3)
     return trainers.IteratedRLHFConfig(
@@ -179,6 +191,7 @@ CASES: dict[str, Callable[[], tuple[list[nn.Module], list[dict]]]] = {
     "reward": REWARD("pairs"),
     "reward, lists": REWARD("lists"),
     "reward, steps": REWARD("steps"),
+    "reward, criteria": REWARD("criteria", model=_criteria),
     "dpo": on_data(t.DPOTrainer, t.DPOConfig, "pairs", micro_batch_size=1),
     "dpo, lora": on_data(t.DPOTrainer, t.DPOConfig, "pairs", partial(tiny, lora=True)),
     "kto": on_data(t.KTOTrainer, t.KTOConfig, "labelled"),

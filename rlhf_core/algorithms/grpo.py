@@ -180,7 +180,7 @@ class GRPOTrainer(PolicyGradientTrainer):
         """
         n = self.config.num_samples
         rollout = self.collect(batch, n)
-        rewards = self.score(rollout, batch)
+        rewards = self.score(rollout, batch, metrics)
         for _ in range(self.config.dynamic_sampling):
             tie = tied(scores_of(rewards).view(-1, n))  # (P,)
             metrics.add_part("resampled_groups", tie.sum())
@@ -190,7 +190,7 @@ class GRPOTrainer(PolicyGradientTrainer):
             index = torch.randint(len(self.examples), (int(tie.sum()),), **where).tolist()
             others = [self.examples[i] for i in index]
             fresh, keep = self.sample(others, n), ~tie.repeat_interleave(n)
-            parts = [rewards[keep], self.score(fresh, others)]
+            parts = [rewards[keep], self.score(fresh, others, metrics)]
             batch = [prompt for prompt, ties in zip(batch, tie.tolist()) if not ties] + others
             rollout = join(rows(rollout, keep), fresh)
             if rewards.ndim == 2:

@@ -122,7 +122,7 @@ class PPOTrainer(PolicyGradientTrainer):
         mask = rollout.response_mask  # (B, R)
 
         # 2. Score the responses; penalize, whiten and clip the scores.
-        rewards = self.score(rollout, batch)  # (B,), or (B, R) from a reward per token
+        rewards = self.score(rollout, batch, metrics)  # (B,), or (B, R) from a reward per token
         shaped = self.shape(rewards, mask)
 
         # 3. Before any update: log-probs under policy and reference, and values, (B, R) each.

@@ -2,11 +2,13 @@
 
 All completions of a prompt share one forward. After the last step scores of pairs and lists are
 normalized, and checked for length bias. A process reward model learns whether each step of a
-solution is right; its scores stay log-odds.
+solution is right; its scores stay log-odds. A model of several criteria learns from pairs, of which
+each says by which criteria it was decided; one that says nothing trains the weighted sum.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from rlhf_core import distributed
 from rlhf_core.data import Pair, Ranked, Steps, TokenBatch
 from rlhf_core.data.quality import differing, length_bias
-from rlhf_core.data.store import join, kinds_of
+from rlhf_core.data.store import has, join, kinds_of
 from rlhf_core.losses import (
     bradley_terry_loss,
     centering_loss,
@@ -81,6 +83,11 @@ class RewardTrainer(Trainer):
     become 0 and 1, and the `length_bias` on the evaluation examples, or on the training data
     without them. Metrics of steps: loss, mean_reward, labels (their mean), accuracy of the score's
     sign against labels above one half.
+
+    A model of several criteria has accuracy/NAME, over the pairs that label it, and
+    mean_reward/NAME; loss, accuracy and margin are over all labels. Its last step has
+    score_mean/NAME and score_std/NAME. Each mean becomes 0. All scores are divided by the root mean
+    square of the deviations, so no ranking changes, and weights mean what they did in training.
     """
 
     algorithm = "reward"
@@ -102,11 +109,31 @@ class RewardTrainer(Trainer):
             config.warn_unused((name, pairs, f"on {KINDS[kind]}"))
         config.warn_unused(("length_alpha", kind is not Steps, f"on {KINDS[Steps]}"))
         self.learns_steps = model.of_steps = kind is Steps
+        if model.criteria or (pairs and has(join([examples, self.eval_examples]), "criteria")):
+            self._check_criteria(kind)
         if kind is not Steps:
             self.examples = differing(self.examples, KINDS[kind])
             self.eval_examples = differing(self.eval_examples, f"evaluation {KINDS[kind]}")
         if pairs and config.loss != "bradley_terry":
             warn_of_label_smoothing(join([self.examples, self.eval_examples]), config.loss)
+
+    def _check_criteria(self, kind: type) -> None:
+        """Raise ValueError unless the pairs label the model's criteria, and all of these."""
+        names = self.model.criteria
+        if kind is not Pair:
+            known = ", ".join(names)
+            raise ValueError(f"the model scores {known}: train it on pairs, not {KINDS[kind]}")
+        found, held_out = (
+            {name for pair in pairs for name in pair.criteria or ()}
+            for pairs in (self.examples, self.eval_examples)
+        )
+        for name in sorted((found | held_out) - names.keys()):
+            known = ", ".join(names) or "one score; see RewardModel.set_criteria"
+            raise ValueError(f"pairs label criterion {name!r}, but the model has {known}")
+        for name in sorted(names.keys() - found):
+            raise ValueError(
+                f"no training pair labels criterion {name!r}. Add some, or leave it out"
+            )
 
     def losses(
         self, batch: list[Pair] | list[Ranked] | list[Steps], metrics: Metrics
@@ -114,7 +141,8 @@ class RewardTrainer(Trainer):
         if self.learns_steps:
             losses_of, count = self.step_losses, sum(len(example.labels) for example in batch)
         else:
-            losses_of, count = self.order_losses, len(batch)
+            losses_of = self.pair_losses if isinstance(batch[0], Pair) else self.list_losses
+            count = len(batch)
         for part, tokens in self.parts(batch, packing=self.config.max_length):
             loss = losses_of(part, tokens, metrics)
             metrics.add("loss", loss)
@@ -131,11 +159,9 @@ class RewardTrainer(Trainer):
         metrics.add("labels", labels)
         return process_reward_loss(scores, labels)
 
-    def order_losses(
-        self, part: list[Pair] | list[Ranked], tokens: TokenBatch, metrics: Metrics
-    ) -> Tensor:
-        """Losses (B,) of the pairs or lists."""
-        scores = self.scores(tokens)  # (N,)
+    def list_losses(self, part: list[Ranked], tokens: TokenBatch, metrics: Metrics) -> Tensor:
+        """Losses (B,) of ranked lists."""
+        scores = self.scores(tokens)[:, 0]  # (N,)
         counts = [len(example.completions_ids) for example in part]
         counts = torch.tensor(counts, device=scores.device)
         mask = torch.arange(counts.amax(), device=scores.device) < counts[:, None]  # (B, K)
@@ -143,23 +169,44 @@ class RewardTrainer(Trainer):
         by_length = self.config.length_alpha * torch.zeros_like(scores).masked_scatter(
             mask, tokens.lengths.to(scores.dtype)
         )  # (B, K), what the lengths explain
-        if isinstance(part[0], Ranked):
-            loss = plackett_luce_loss(scores + by_length, mask)
-        else:
-            lead = by_length[:, 0] - by_length[:, 1]
-            loss = self.pair_losses(*scores.unbind(dim=1), part, lead)
         K = scores.shape[1]
         better, worse = torch.triu_indices(K, K, 1, device=scores.device)
         both = mask[:, better] & mask[:, worse]  # (B, K (K - 1) / 2)
         metrics.add("accuracy", preferred(scores[:, better], scores[:, worse]), both)
         metrics.add("margin", scores[:, better] - scores[:, worse], both)
         metrics.add("mean_reward", scores, mask)
-        return loss
+        return plackett_luce_loss(scores + by_length, mask)
 
-    def pair_losses(
-        self, chosen: Tensor, rejected: Tensor, pairs: list[Pair], lead: Tensor | float = 0.0
+    def pair_losses(self, part: list[Pair], tokens: TokenBatch, metrics: Metrics) -> Tensor:
+        """Losses (B,) of pairs: of the score, or the mean over the criteria that a pair labels."""
+        B, names = len(part), [None, *self.model.criteria]
+        table = self.scores(tokens)  # (2 B, 1 + K)
+        labels = [
+            (row, names.index(name), int(not chosen))
+            for row, pair in enumerate(part)
+            for name, chosen in (pair.criteria or {None: True}).items()
+        ]
+        pairs = [part[row] for row, _, _ in labels]
+        row, column, winner = torch.tensor(labels, device=table.device).unbind(dim=1)  # (M,) each
+        scores = table.view(B, 2, -1)
+        better, worse = scores[row, winner, column], scores[row, 1 - winner, column]
+        by_length = self.config.length_alpha * tokens.lengths.view(B, 2)  # what lengths explain
+        lead = by_length[row, winner] - by_length[row, 1 - winner]
+        accuracy = preferred(better, worse)
+        metrics.add("accuracy", accuracy)
+        metrics.add("margin", better - worse)
+        for i, (suffix, values) in enumerate(zip(self.suffixes, table.unbind(dim=1))):
+            metrics.add(f"mean_reward{suffix}", values)
+            if i:
+                metrics.add(f"accuracy{suffix}", accuracy, column == i)
+        shares = table.new_tensor([1 / max(len(pair.criteria or ()), 1) for pair in pairs])
+        loss = shares * self.label_losses(better, worse, pairs, lead)
+        return loss.new_zeros(B).index_add(0, row, loss)
+
+    def label_losses(
+        self, chosen: Tensor, rejected: Tensor, pairs: list[Pair], lead: Tensor
     ) -> Tensor:
-        """Losses (B,) of the pairs' scores (B,), of which chosen leads by `lead` (B,) already."""
+        """Losses (M,) of the pairs' scores (M,), of which chosen leads by `lead` (M,) already."""
         config, usual = self.config, USUAL_MARGIN[self.config.loss]
         margins = (pair.margin for pair in pairs)
         margin = (
@@ -174,33 +221,49 @@ class RewardTrainer(Trainer):
             loss = loss + config.centering_coef * centering_loss(chosen, rejected)
         return loss
 
+    @property
+    def suffixes(self) -> list[str]:
+        """What the metrics' names end with, for the score and for each criterion."""
+        return ["", *(f"/{name}" for name in self.model.criteria)]
+
     def scores(self, tokens: TokenBatch) -> Tensor:
-        """The score (N,) of each sequence."""
+        """The score of each sequence, and those by each criterion: (N, 1 + K) float32."""
         with self.autocast():
-            return self.model.scores(tokens)
+            each = self.model.scores_each(tokens)
+        score = self.model.combine(each)[:, None]
+        return torch.cat([score, each.float()], dim=1) if self.model.criteria else score
 
     def last_metrics(self) -> dict[str, float]:
         if self.learns_steps:
             return {}
-        scores = self.scores_of(self.examples)
-        mean, std = scores.mean().item(), scores.std(correction=0).item()
-        if not masked_moments(scores, torch.ones_like(scores, dtype=torch.bool)).variance:
-            scores, std = torch.full_like(scores, mean), 0.0
-        bias_of, bias_scores = self.examples, scores
+        table, report = self.scores_of(self.examples), {}
+        for suffix, column in zip(self.suffixes, table.unbind(dim=1)):
+            same = not masked_moments(column, torch.ones_like(column, dtype=torch.bool)).variance
+            report[f"score_mean{suffix}"] = column.mean().item()
+            report[f"score_std{suffix}"] = 0.0 if same else column.std(correction=0).item()
+        bias_of, scores = self.examples, table[:, 0]
+        if not report["score_std"]:
+            scores = torch.full_like(scores, report["score_mean"])
         if len(self.eval_examples):
-            bias_of, bias_scores = self.eval_examples, self.scores_of(self.eval_examples)
-        return {"score_mean": mean, "score_std": std, **length_bias(bias_of, bias_scores)}
+            bias_of, scores = self.eval_examples, self.scores_of(self.eval_examples)[:, 0]
+        bias = length_bias(bias_of, scores)
+        if self.model.criteria:  # by which the chosen completion need not have the higher score
+            bias.pop("accuracy_where_shorter_won", None)
+        return report | bias
 
     def finish(self, last: dict[str, float]) -> None:
         """Normalize scores to mean 0 and deviation 1 over the training data; not those of steps."""
         if not self.learns_steps:
             if "score_mean" not in last:  # a finished run, resumed without a further step
                 last = self.last_metrics()
-            self.model.normalize(last["score_mean"], last["score_std"] or 1.0)
+            heads = self.suffixes[1:] or [""]
+            mean, std = ([last[f"score_{x}{head}"] for head in heads] for x in ("mean", "std"))
+            pooled = math.hypot(*std) / len(std) ** 0.5
+            self.model.normalize(torch.tensor(mean, device=self.device), pooled or 1.0)
 
     @torch.no_grad()
     def scores_of(self, examples: list[Pair] | list[Ranked]) -> Tensor:
-        """Scores (N,) float64, on the CPU, of every completion."""
+        """The `scores` (N, 1 + K) of every completion, float64, on the CPU."""
         size, scores = self.config.batch_size, []
         with eval_mode(self.model):
             for start in range(0, len(examples), size):

@@ -413,7 +413,11 @@ def add_prompts_and_reward(
         add_judge_options(parser)
     several = parser.add_mutually_exclusive_group()
     several.add_argument(
-        "--reward-weights", type=float, nargs="+", help="for a weighted sum of reward models"
+        "--reward-weights",
+        type=_reward_weight,
+        nargs="+",
+        metavar="WEIGHT | NAME=WEIGHT",
+        help="for a weighted sum of reward models; or new weights of a reward model's criteria",
     )
     several.add_argument(
         "--reward-ensemble", choices=AGGREGATES, help="how reward models combine; default: mean"
@@ -423,6 +427,19 @@ def add_prompts_and_reward(
     )
     add_eos_ids(parser)
     add_template(parser)
+
+
+def named_weight(text: str) -> tuple[str, float]:
+    """The criterion and the weight of NAME=WEIGHT; a NAME alone has weight 1."""
+    name, _, weight = text.rpartition("=") if "=" in text else (text, "", "1")
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be NAME=WEIGHT, got {text!r}") from None
+
+
+def _reward_weight(text: str) -> float | tuple[str, float]:
+    return named_weight(text) if "=" in text else float(text)
 
 
 def add_judge(parser: Any) -> None:
@@ -567,8 +584,15 @@ def reward_of(arguments: Namespace, device: torch.device) -> dict:
         if arguments.reward_function is not None:
             return {"reward": function_of("--reward-function", arguments.reward_function)}
         return {"judge": judge_of(arguments.judge, arguments, device)}
-    if weights is None:
-        reward = load_reward(folders, arguments.reward_ensemble, arguments.reward_coef)
+    named = [weight for weight in weights or () if isinstance(weight, tuple)]
+    if weights is None or named:
+        if named != (weights or []):
+            raise ValueError(
+                "--reward-weights has numbers and NAME=WEIGHT. Give a number for each model, "
+                "or NAME=WEIGHT for criteria"
+            )
+        options = arguments.reward_ensemble, arguments.reward_coef
+        reward = load_reward(folders, *options, weights=dict(named))
         return {"reward": reward.to(device)}
     if arguments.reward_coef is not None:
         raise ValueError(f"--reward-coef {arguments.reward_coef} contradicts --reward-weights")

@@ -75,7 +75,8 @@ def options_of(arguments: Namespace) -> dict[str, Any]:
     left_out = ("config", "resume", "overwrite", "command_line")
     options = {name: x for name, x in vars(arguments).items() if name not in left_out}
     for name, value in options.items():
-        if isinstance(value, list) and value and isinstance(value[0], tuple):  # NAME=VALUE each
+        pairs = isinstance(value, list) and all(isinstance(x, tuple) for x in value)
+        if value and pairs:  # NAME=VALUE each
             options[name] = dict(value)
     return json.loads(json.dumps(options, default=str))
 

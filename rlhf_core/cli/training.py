@@ -85,6 +85,32 @@ def _ilql_model(source: Path) -> ILQLModel:
     return ILQLModel(Transformer.from_pretrained(source))
 
 
+def _add_criteria(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--criteria",
+        type=shared.named_weight,
+        nargs="+",
+        metavar="NAME=WEIGHT",
+        help="score several criteria, such as helpful=1 harmless=2, which the rows label by "
+        "criterion, or by chosen_ratings and rejected_ratings; the score is the weighted sum. "
+        "Default: those of --model",
+    )
+
+
+def _with_criteria(
+    method: OnData,
+    config: trainers.RewardConfig,
+    arguments: Namespace,
+    tokenizer: Tokenizer,
+    model: RewardModel,
+) -> tuple[OnData, dict]:
+    """The method with a reader of the model's criteria, those of --criteria if there are any."""
+    if arguments.criteria is not None:
+        model.set_criteria(dict(arguments.criteria))
+    reader = partial(method.reader, criteria=tuple(model.criteria))
+    return method._replace(reader=reader), {}
+
+
 def _add_teacher(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--context",
@@ -135,7 +161,7 @@ ON_DATA = {
     ),
     "reward": OnData(
         trainers.RewardTrainer, trainers.RewardConfig, _reward_model,
-        data.read_comparisons, data.encode_preference, LISTS,
+        data.read_comparisons, data.encode_preference, LISTS, _add_criteria, _with_criteria,
     ),
     "dpo": OnData(
         trainers.DPOTrainer, trainers.DPOConfig, Transformer.from_pretrained,

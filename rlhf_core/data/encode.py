@@ -95,7 +95,8 @@ def encode_preference(
         return Ranked(ids, completions)
     masks = [None if mask is None else mask[: len(ids)] for mask, ids in zip(masks, completions)]
     masks = masks if any(masks) else None
-    return Pair(ids, *completions, preference.margin, masks, preference.label_smoothing)
+    labels = preference.label_smoothing, preference.criteria
+    return Pair(ids, *completions, preference.margin, masks, *labels)
 
 
 def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -> Steps:

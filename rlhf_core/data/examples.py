@@ -56,6 +56,8 @@ class Pair(NamedTuple):
         margin: How clearly the chosen completion won, for reward models.
         masks: The completion masks of both, as in `Example`. None means that all tokens count.
         label_smoothing: Probability that the label is wrong, in [0, 0.5). None means the config's.
+        criteria: For each criterion that the pair labels, whether `chosen_ids` is better by it; for
+            reward models of several criteria. None means that the pair labels their score.
     """
 
     prompt_ids: list[int]
@@ -64,11 +66,14 @@ class Pair(NamedTuple):
     margin: float | None = None
     masks: list[list[bool] | None] | None = None
     label_smoothing: float | None = None
+    criteria: dict[str, bool] | None = None
 
     def __repr__(self) -> str:
         # Part of the digest of a run's data: a field that older versions lack is shown when set.
-        shown = [f"{name}={value!r}" for name, value in zip(self._fields, self)]
-        return f"Pair({', '.join(shown[: -1 if self.label_smoothing is None else None])})"
+        newer = ("label_smoothing", "criteria")
+        pairs = zip(self._fields, self)
+        shown = [f"{name}={x!r}" for name, x in pairs if name not in newer or x is not None]
+        return f"Pair({', '.join(shown)})"
 
     @property
     def completions_ids(self) -> list[list[int]]:

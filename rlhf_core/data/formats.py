@@ -34,6 +34,7 @@ _STRUCTURE = re.compile(rb'["\[\]{},]')
 # Fields that are not text, so that their cells in a CSV file hold JSON.
 _JSON_CELLS = {"messages", "conversations", "responses", "ranks", "steps", "completions", "labels"}
 _JSON_CELLS |= {"label", "reward", "margin", "label_smoothing"}
+_JSON_CELLS |= {"chosen_ratings", "rejected_ratings"}
 
 
 class DataError(ValueError):

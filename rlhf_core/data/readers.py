@@ -41,6 +41,7 @@ FIELDS = (
     *("prompt", "completion", "response", "messages", "question", "answer", "text", "chosen"),
     *("rejected", "margin", "label_smoothing", "label", "reward", "responses", "ranks", "steps"),
     *("completions", "labels", "system", "instruction", "input", "output", "conversations"),
+    *("criterion", "chosen_ratings", "rejected_ratings"),
 )
 
 OnBad = Callable[[DataError], None] | None
@@ -91,6 +92,7 @@ class Preference(NamedTuple):
 
     margin: How clearly the chosen completion won, at least 0.
     label_smoothing: Probability that the rejected completion is the better one, in [0, 0.5).
+    criteria: For each criterion that the row labels, whether the chosen completion is better by it.
     """
 
     prompt: Content
@@ -98,6 +100,7 @@ class Preference(NamedTuple):
     rejected: Content
     margin: float | None = None
     label_smoothing: float | None = None
+    criteria: dict[str, bool] | None = None
 
 
 class Ranking(NamedTuple):
@@ -238,13 +241,23 @@ def iterate_preferences(
 
 
 def read_comparisons(
-    path: StrPath, on_bad: OnBad = None, encode: Encode = None, columns: Columns = None
+    path: StrPath,
+    on_bad: OnBad = None,
+    encode: Encode = None,
+    columns: Columns = None,
+    criteria: Sequence[str] = (),
 ) -> list[Any]:
     """Read rankings and solutions, and any other row as `read_preferences` does.
 
     Rankings are {"prompt" or "messages", "responses", "ranks"}. The lowest rank is the best. Ties
     are rejected. Solutions are {"prompt" or "messages", "steps" or "completions", "labels"}. Labels
     are true, false or numbers from 0 to 1.
+
+    Args:
+        criteria: Names of criteria, which the rows of pairs label: a "criterion" that the choice is
+            about, or "chosen_ratings" and "rejected_ratings", which have a number for each
+            criterion. The higher one wins, and margin and label_smoothing then do not count. A row
+            with neither is about the whole score. Without names these columns are ignored.
 
     Returns:
         `Preference`, `Ranking` or `Solution` rows, or what encode returns for each.
@@ -253,7 +266,9 @@ def read_comparisons(
     def parse(row: dict) -> Preference | Ranking | Solution:
         if "labels" in row:
             return _solution(row)
-        return _ranking(row) if "responses" in row else _preference(row)
+        if "responses" in row:
+            return _ranking(row)
+        return _with_criteria(row, criteria) if criteria else _preference(row)
 
     return store(_rows(path, parse, on_bad, encode, columns))
 
@@ -460,6 +475,39 @@ def _preference(row: dict, as_is: bool = False) -> Preference:
     turns = (messages[shared:] for messages in answers.values())
     chosen, rejected = (x[0]["content"] if len(x) == 1 else x for x in turns)
     return _pair(row, prompt, chosen, rejected, as_is)
+
+
+def _with_criteria(row: dict, names: Sequence[str]) -> Preference:
+    """The pair of a row, with the criteria that the row labels."""
+    pair = _preference(row)
+    if row.get("criterion") not in _EMPTY:
+        name = _string(row, "criterion")
+        chosen, rejected = {name: 1}, {name: 0}
+    else:
+        chosen, rejected = (_ratings(row, f"{side}_ratings") for side in ("chosen", "rejected"))
+        if chosen.keys() != rejected.keys():
+            raise ValueError(
+                "fields 'chosen_ratings' and 'rejected_ratings' must rate the same criteria, got "
+                f"{shown(chosen)} and {shown(rejected)}"
+            )
+        if chosen != rejected:
+            pair = pair._replace(margin=None, label_smoothing=None)  # they are of the choice
+    for name in chosen:
+        if name not in names:
+            raise ValueError(
+                f"criterion {short(name)} is not one of {', '.join(names)}. Correct the name, or "
+                "add it, with weight 0 if it is not to count"
+            )
+    better = {name: x > rejected[name] for name, x in chosen.items() if x != rejected[name]}
+    return pair._replace(criteria=better or None)
+
+
+def _ratings(row: dict, field: str) -> dict[str, float]:
+    """The numbers in a field by criterion, without those that are null."""
+    given = row.get(field) or {}
+    if not isinstance(given, dict) or not all(x is None or _is_number(x) for x in given.values()):
+        raise ValueError(f"field {field!r} must be an object of numbers, got {shown(given)}")
+    return {name: x for name, x in given.items() if x is not None}
 
 
 def _strings(row: dict, empty: bool) -> tuple[str, str, str]:

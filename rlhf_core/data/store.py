@@ -145,7 +145,8 @@ class Block(Sequence):
         masked: (S,) which segments have a mask, or None.
         numbers: Values of the fields that hold one number or none. A field without any is left out.
         labels: (L,) those of the steps, with `label_ends` (rows,) the end of each row's.
-        columns: Pickled columns of the prompts, with `column_ends` (rows,) the end of each row's.
+        columns: Pickled columns of prompts or criteria of pairs, with `column_ends` (rows,) the end
+            of each row's.
     """
 
     def __init__(self, examples: list):
@@ -159,7 +160,10 @@ class Block(Sequence):
             if kind is list:
                 _exact(chain.from_iterable(examples), int)
             else:
-                self._pack_columns(examples)
+                if any(vars(example).keys() != {"columns"} for example in examples):
+                    raise ValueError("a prompt with attributes of its own")
+                if any(example.columns for example in examples):
+                    self._pack_columns([example.columns for example in examples])
         else:
             fields = dict(zip(kind._fields, zip(*examples)))
             if kind is Example and fields["teacher_prompt_ids"].count(None) < len(examples):
@@ -176,6 +180,8 @@ class Block(Sequence):
             for name in _NUMBERS.get(kind, ()):
                 if fields[name].count(None) < len(examples):
                     self.numbers[name] = _Numbers(fields[name])
+            if kind is Pair and fields["criteria"].count(None) < len(examples):
+                self._pack_columns(fields["criteria"])
             if kind is Steps:
                 self.labels = _exact(chain.from_iterable(fields["labels"]), float)
                 self.label_ends = _ends(fields["labels"])
@@ -207,12 +213,15 @@ class Block(Sequence):
         self.mask = np.packbits(_exact(chain.from_iterable(bits), bool))
         self.masked = np.array([mask is not None for mask in masks])
 
-    def _pack_columns(self, examples: list[Prompt]) -> None:
-        if any(vars(example).keys() != {"columns"} for example in examples):
-            raise ValueError("a prompt with attributes of its own")
-        if any(example.columns for example in examples):
-            pickled = [pickle.dumps(example.columns, protocol=5) for example in examples]
-            self.columns, self.column_ends = b"".join(pickled), _ends(pickled)
+    def _pack_columns(self, columns: Sequence[dict | None]) -> None:
+        pickled = [pickle.dumps(row, protocol=5) for row in columns]
+        self.columns, self.column_ends = b"".join(pickled), _ends(pickled)
+
+    def _columns_of(self, i: int) -> dict | None:
+        if self.columns is None:
+            return {} if self.kind is Prompt else None
+        start = int(self.column_ends[i - 1]) if i else 0
+        return pickle.loads(self.columns[start : int(self.column_ends[i])])
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
@@ -250,12 +259,8 @@ class Block(Sequence):
         if kind is list:
             return segments[0]
         if kind is Prompt:
-            columns = {}
-            if self.columns is not None:
-                start = int(self.column_ends[i - 1]) if i else 0
-                columns = pickle.loads(self.columns[start : int(self.column_ends[i])])
             prompt = Prompt(segments[0])
-            prompt.columns = columns
+            prompt.columns = self._columns_of(i)
             return prompt
         if kind is Ranked:
             return Ranked(segments[0], segments[1:])
@@ -268,7 +273,7 @@ class Block(Sequence):
             for name in _NUMBERS.get(kind, ())
         ]
         if kind is Pair:
-            return Pair(*segments, numbers[0], masks, numbers[1])
+            return Pair(*segments, numbers[0], masks, numbers[1], self._columns_of(i))
         completion_mask = masks[0] if masks else None
         if kind is Example:
             return Example(*segments, completion_mask, *numbers)
@@ -324,9 +329,9 @@ class Block(Sequence):
         return ~np.isfinite(self.numbers[name].values(np.nan))
 
     def has(self, name: str) -> np.ndarray:
-        """(rows,) whether a field that holds a number or none has one."""
+        """(rows,) whether a field that holds a number or none has one; of criteria, if any may."""
         if name not in self.numbers:
-            return np.zeros(len(self), dtype=bool)
+            return np.full(len(self), name == "criteria" and self.columns is not None)
         given = self.numbers[name].given
         return np.ones(len(self), dtype=bool) if given is None else given
 
@@ -433,7 +438,7 @@ def kinds_of(examples: Sequence) -> set[type]:
 
 
 def has(examples: Sequence, name: str) -> bool:
-    """Whether any example has a number in a field that holds one or none."""
+    """Whether any example has a value in a field that holds a number, or criteria, or none."""
     if isinstance(examples, ExampleStore):
         places: Iterable = examples.where(lambda block: block.has(name))
         return any(getattr(examples[i], name) is not None for i in places)

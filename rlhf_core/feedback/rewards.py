@@ -140,10 +140,9 @@ class Scorer:
         members = [part for model in self.models for part in getattr(model, "models", ())]
         if not members:
             return None
-        scores = [scores_of(self._model_scores(part, prompts, responses)) for part in members]
+        scores = [scores_of(self._model_scores(part, prompts, responses)[0]) for part in members]
         return torch.stack(scores).std(dim=0)
 
-    @torch.no_grad()
     def rewards_of(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """Rewards (B,), or (B, R) if they are per token, float32; R is the longest response.
 
@@ -153,22 +152,37 @@ class Scorer:
             ValueError: a reward has a wrong shape or is not finite.
             RewardError: a callable raised. Both name the row, its prompt and its response.
         """
+        return self.rewards_and_criteria(prompts, responses)[0]
+
+    @torch.no_grad()
+    def rewards_and_criteria(
+        self, prompts: list[list[int]], responses: list[list[int]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `rewards_of`, with the scores (B,) by each criterion of the reward models.
+
+        Of several rewards a criterion's name begins with the place of its own: "0/helpful".
+        """
         *distinct, place = unique_rows(prompts, responses)
         total = torch.zeros(len(responses), device=self.device)
-        for reward, weight in self.rewards:
+        criteria: dict[str, Tensor] = {}
+        for i, (reward, weight) in enumerate(self.rewards):
             if isinstance(reward, RewardModel | EnsembleReward):
-                part = self._model_scores(reward, *distinct)[place]
+                part, each = self._model_scores(reward, *distinct)
+                part, prefix = part[place], f"{i}/" if len(self.rewards) > 1 else ""
+                criteria |= {f"{prefix}{name}": scores[place] for name, scores in each.items()}
             else:
                 part = self._call(reward, *distinct)[place]
             self._check_finite(part, prompts, responses)
             if part.ndim != total.ndim:
                 total, part = (_per_token(x, responses) for x in (total, part))
             total = total + weight * part
-        return total
+        return total, criteria
 
     def _model_scores(
         self, model: RewardModel | EnsembleReward, prompts: list[list[int]], responses: list
-    ) -> Tensor:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scores (B,) or (B, R) of a model, and those (B,) by each of its criteria."""
+        names = getattr(model, "criteria", {})
         masks = [step_ends(ids, self.tokenizer) if self.of_steps else None for ids in responses]
         examples = [Example(*row) for row in zip(prompts, responses, masks)]
         vocab_size = model.config.vocab_size  # may differ from the policy's by its padding
@@ -182,16 +196,18 @@ class Scorer:
             tokens = to_device(collate(examples[own], pad_id), device)
             if self.of_steps:
                 return (F.logsigmoid(model.token_scores(tokens)),)
-            return (model.scores(tokens),)
+            return (model.scores_each(tokens) if names else model.scores(tokens),)
 
         own_rows = distributed.shares(len(examples), self.batch_size)
         (scores,) = distributed.gather(map(scored, own_rows))
         scores = scores.to(self.device)
+        if names:
+            return model.combine(scores), dict(zip(names, scores.float().unbind(dim=1)))
         if not self.of_steps:
-            return scores
+            return scores, {}
         ends = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True)  # (B, R)
         ends = ends.to(self.device)
-        return scores.new_zeros(ends.shape).masked_scatter(ends, scores)
+        return scores.new_zeros(ends.shape).masked_scatter(ends, scores), {}
 
     def _call(self, reward: Callable, prompts: list[list[int]], responses: list) -> Tensor:
         """The rewards of a callable, which sees all responses to a prompt together.

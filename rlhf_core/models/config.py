@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
@@ -225,6 +226,19 @@ class TransformerConfig:
             None if i in unrotated else "local" if local and window else "global"
             for i, window in enumerate(self.windows)
         )
+
+
+def check_criteria(criteria: Mapping[str, float]) -> None:
+    """Raise ValueError unless these are names with finite weights, which are not all 0."""
+    if not isinstance(criteria, Mapping) or not criteria:
+        raise ValueError(f"criteria must be names with weights, got {short(criteria)}")
+    for name, weight in criteria.items():
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"the name of a criterion must be text, got {short(name)}")
+        if not _is_number(weight) or not math.isfinite(weight):
+            raise ValueError(f"criterion {name!r} must have a finite weight, got {short(weight)}")
+    if not any(criteria.values()):
+        raise ValueError("the criteria all have weight 0, so every score would be 0")
 
 
 def _is_number(value) -> bool:

@@ -19,7 +19,8 @@ from rlhf_core.models.config import MAX_LENGTH, MAX_SIZE, TransformerConfig
 
 # Buffers that some checkpoints carry; they can be computed from the config.
 DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-OF_STEPS = "rlhf_core_of_steps"  # our own field of a RewardModel's config.json
+OF_STEPS = "rlhf_core_of_steps"  # our own fields of a RewardModel's config.json
+CRITERIA = "rlhf_core_criteria"  # the weight of each head, by its name
 _ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",

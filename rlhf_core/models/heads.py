@@ -1,11 +1,14 @@
-"""Scalar heads on a trunk: RewardModel, EnsembleReward of several, and ValueModel, the critic."""
+"""Scalar heads on a trunk: RewardModel, EnsembleReward of several, and ValueModel, the critic.
+
+A reward model of several criteria has a head for each. Its score is their weighted sum.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from typing_extensions import Self
 from rlhf_core.checks import check_own
 from rlhf_core.masking import last_token_index
 from rlhf_core.models import hub
+from rlhf_core.models.config import check_criteria
 from rlhf_core.models.gather import check_whole, is_sharded, reshard
 from rlhf_core.models.lora import freeze_base, has_adapters
 from rlhf_core.models.pretrained import Pretrained
@@ -23,6 +27,7 @@ from rlhf_core.models.transformer import Transformer, TransformerConfig, Trunk, 
 
 class _ScalarHead(Pretrained, TrunkModel):
     is_language_model = False
+    criteria: Mapping[str, float] = {}
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -33,8 +38,9 @@ class _ScalarHead(Pretrained, TrunkModel):
     def from_model(cls, model: Transformer | _ScalarHead, share_trunk: bool = False) -> Self:
         """Return a new model on a copy of `model`'s trunk, or on the trunk itself.
 
-        It gets a copy of the scalar head of `model`, or else a fresh head. A copied trunk trains,
-        even if `model` is frozen, because a critic can start from a frozen reward model. If it has
+        It gets a copy of the scalar head of `model`, or else a fresh head. A critic's head is the
+        weighted sum of those of a reward model of several criteria. A copied trunk trains, even if
+        `model` is frozen, because a critic can start from a frozen reward model. If it has
         adapters, only these and the head train. A shared trunk trains as before.
         """
         check_own(model)
@@ -47,7 +53,9 @@ class _ScalarHead(Pretrained, TrunkModel):
         head = copy.deepcopy(model.score) if scalar else _fresh_head(model.config)
         new.score = head.to(new.trunk.embed.weight).requires_grad_(True)
         if isinstance(model, RewardModel) and isinstance(new, RewardModel):
-            new.of_steps = model.of_steps
+            new.of_steps, new.criteria = model.of_steps, model.criteria
+        elif scalar and model.criteria:
+            _mix(new.score, [list(model.criteria.values())])
         if not share_trunk:
             freeze_base(new) if has_adapters(new) else new.requires_grad_(True)
         return new
@@ -59,12 +67,15 @@ class _ScalarHead(Pretrained, TrunkModel):
         return cls.from_model(hub.load(Transformer, path, dtype), share_trunk=True)
 
     @torch.no_grad()
-    def normalize(self, mean: float, std: float) -> None:
-        """Change the head to give (score - mean) / std. It then has a bias."""
+    def normalize(self, mean: float | Tensor, std: float) -> None:
+        """Change the head to give (score - mean) / std. It then has a bias.
+
+        mean: A number, or (K,) of the criteria. They share std, so that no ranking changes.
+        """
         reshard(self)
         weight = self.score.weight
         if self.score.bias is None:
-            zero = torch.zeros(1, dtype=weight.dtype, device=weight.device)
+            zero = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
             # FSDP does not add up the gradient of a weight that it did not cut.
             self.score.bias = nn.Parameter(zero, weight.requires_grad and not is_sharded(self))
         self.score.bias.sub_(mean).div_(std)
@@ -72,9 +83,19 @@ class _ScalarHead(Pretrained, TrunkModel):
 
     def read(self, hidden: Tensor) -> Tensor:
         """Apply the head to hidden states (..., D). Returns (...) float32, also under autocast."""
+        return self.combine(self.read_each(hidden))
+
+    def read_each(self, hidden: Tensor) -> Tensor:
+        """Return the scores (..., K) of the criteria, or of the one head, also under autocast."""
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = self.score(hidden.to(self.score.weight.dtype))[..., 0]
-            return scores.to(torch.float32, copy=True)  # FSDP warns of views
+            return self.score(hidden.to(self.score.weight.dtype))
+
+    def combine(self, each: Tensor) -> Tensor:
+        """Return the score (...) float32: the weighted sum of those of the criteria (..., K)."""
+        if not self.criteria:
+            return each[..., 0].to(torch.float32, copy=True)  # FSDP warns of views
+        weights = torch.tensor(list(self.criteria.values()), device=each.device)
+        return (each.float() * weights).sum(dim=-1)
 
 
 class RewardModel(_ScalarHead):
@@ -82,9 +103,34 @@ class RewardModel(_ScalarHead):
 
     Attributes:
         of_steps: Whether it scores steps (a process reward model). Saved with the model.
+        criteria: The weight of each criterion in the score, by its name, in the order of the heads.
+            Saved with the model. Empty if there is one score; see `set_criteria`.
     """
 
     of_steps = False
+
+    @torch.no_grad()
+    def set_criteria(self, criteria: Mapping[str, float]) -> None:
+        """Give a model of one score a head for each criterion, or new weights to one of several.
+
+        Each new head is a copy of the present one.
+
+        Args:
+            criteria: A finite weight for each name. Weight 0: learned, but not part of the score.
+
+        Raises:
+            ValueError: A name or a weight is not valid, or the model has other criteria.
+        """
+        check_criteria(criteria)
+        if self.criteria and self.criteria.keys() != criteria.keys():
+            raise ValueError(
+                f"the model scores {', '.join(self.criteria)}, not {', '.join(criteria)}. Name its "
+                "criteria, or start from a model of one score"
+            )
+        if not self.criteria:
+            check_whole(self, "Set its criteria before you shard it")
+            _mix(self.score, [[1.0]] * len(criteria))
+        self.criteria = {name: float(criteria[name]) for name in self.criteria or criteria}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return scores (B,) float32 of sequences (B, T) with attention_mask (B, T) bool."""
@@ -94,7 +140,11 @@ class RewardModel(_ScalarHead):
 
     def scores(self, tokens) -> Tensor:
         """Return scores (N,) float32 of the sequences of a `data.TokenBatch`."""
-        return self.read(self._hidden(tokens, tokens.last))
+        return self.combine(self.scores_each(tokens))
+
+    def scores_each(self, tokens) -> Tensor:
+        """Return scores (N, K) of the sequences by each criterion; K is 1 without criteria."""
+        return self.read_each(self._hidden(tokens, tokens.last))
 
     def token_scores(self, tokens) -> Tensor:
         """Return scores (M,) float32 at the targets of a `data.TokenBatch`: the ends of steps.
@@ -177,10 +227,21 @@ class EnsembleReward(nn.Module):
 
 
 def load_reward(
-    sources: Sequence[str | os.PathLike], aggregate: str | None = None, coef: float | None = None
+    sources: Sequence[str | os.PathLike],
+    aggregate: str | None = None,
+    coef: float | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> RewardModel | EnsembleReward:
-    """Load one reward model, or an ensemble of several, which gives their mean by default."""
+    """Load one reward model, or an ensemble of several, which gives their mean by default.
+
+    weights: New weights of criteria that every model has, by name. Others keep theirs.
+    """
     models = [RewardModel.from_pretrained(source) for source in sources]
+    for source, model in zip(sources, models) if weights else ():
+        for name in weights.keys() - model.criteria.keys():
+            known = ", ".join(model.criteria) or "one score, without criteria"
+            raise ValueError(f"{source}: there is no criterion {name!r}; the model has {known}")
+        model.set_criteria({**model.criteria, **weights})
     if len(models) > 1:
         return EnsembleReward(models, aggregate or "mean", coef)
     for name, value in (("ensemble", aggregate), ("coefficient", coef)):
@@ -195,6 +256,14 @@ class ValueModel(_ScalarHead):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return values (B, T) float32. Entry t is the value of the state after tokens 0 to t."""
         return self.read(self.hidden_states(input_ids, attention_mask))
+
+
+def _mix(head: nn.Linear, weights: list[list[float]]) -> None:
+    """Replace the head's rows by weighted sums of them."""
+    for name, rows in head.named_parameters():
+        mixed = rows.new_tensor(weights) @ rows
+        setattr(head, name, nn.Parameter(mixed, rows.requires_grad))
+    head.out_features = len(weights)
 
 
 def _fresh_head(config: TransformerConfig) -> nn.Linear:

@@ -57,8 +57,10 @@ def load(
     _check_layers(path, config, family, stored)
     with torch.device("meta"):
         model = cls(config)
+    with _naming(path / "config.json"):
+        _read_scores(model, read_object(path / "config.json"))
     if hasattr(model, "score") and "score.bias" in stored:  # normalized scores
-        model.score.bias = nn.Parameter(torch.empty(1, device="meta"))
+        model.score.bias = nn.Parameter(torch.empty(model.score.out_features, device="meta"))
     if "score.weight" in stored and not hasattr(model, "score"):
         raise ValueError(f"{path}: a reward model, not a language model")
     used = set()
@@ -94,15 +96,20 @@ def load(
                 raise ValueError(
                     f"{head.file}: lm_head.weight is not the embedding, but config.json ties them"
                 )
-    if hasattr(model, "of_steps"):
-        model.of_steps = read_object(path / "config.json").get(families.OF_STEPS, False)
-        if not isinstance(model.of_steps, bool):
-            value = short(model.of_steps)
-            raise ValueError(
-                f"{path / 'config.json'}: {families.OF_STEPS} must be a bool, got {value}"
-            )
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).eval()
+
+
+def _read_scores(model: nn.Module, hf: dict) -> None:
+    """Set what a config.json says of a reward model's scores."""
+    if hasattr(model, "of_steps"):
+        model.of_steps = hf.get(families.OF_STEPS, False)
+        if not isinstance(model.of_steps, bool):
+            raise ValueError(f"{families.OF_STEPS} must be a bool, got {short(model.of_steps)}")
+        if families.CRITERIA in hf:
+            model.set_criteria(hf[families.CRITERIA])
+    elif families.CRITERIA in hf and hasattr(model, "score"):
+        raise ValueError("a reward model of several criteria: load it as RewardModel")
 
 
 def adopt(cls: type[nn.Module], theirs) -> nn.Module:
@@ -110,13 +117,12 @@ def adopt(cls: type[nn.Module], theirs) -> nn.Module:
     name, hf = type(theirs).__name__, theirs.config.to_diff_dict()
     more = getattr(theirs, "generation_config", None)
     ids = [*read_ids(hf, "eos_token_id"), *read_ids(vars(more) if more else {}, "eos_token_id")]
-    try:
+    with _naming(name):
         config = families.read(hf | {"eos_token_id": list(dict.fromkeys(ids))})
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        with torch.device("meta"):
+            model = cls(config)
+        _read_scores(model, hf)
     family, stored = families.FAMILIES[config.family], theirs.state_dict()
-    with torch.device("meta"):
-        model = cls(config)
     state, unused = {}, set(stored)
     for ours, parameter in model.state_dict().items():
         parts = family.parts(ours, parameter, config)
@@ -187,6 +193,10 @@ def save(
     hf = family.write(config, dtype, scalar_head=hasattr(model, "score"))
     if getattr(model, "of_steps", False):
         hf[families.OF_STEPS] = True
+    if criteria := getattr(model, "criteria", None):
+        hf[families.CRITERIA] = criteria
+        hf["id2label"] = {str(i): name for i, name in enumerate(criteria)}
+        hf["label2id"] = {name: i for i, name in enumerate(criteria)}
     reshard(model)
     tensors: dict[str, Tensor] = model.state_dict()
     layout: dict[str, Tensor] = {}
@@ -300,8 +310,8 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
 
 
 @contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Put the name of a file before the message of a ValueError."""
+def _naming(file: Path | str) -> Iterator[None]:
+    """Put the name of a file, or of a class, before the message of a ValueError."""
     try:
         yield
     except ValueError as error:

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_core.files import Replacement, dump_json, read_object, short
+from rlhf_core.files import Replacement, dump_json, parse_json, read_object, short
+from rlhf_core.models.config import check_criteria
 from rlhf_core.models.families import family_of
 from rlhf_core.models.gather import check_whole, on_rank_0, reshard, whole_copy, whole_tensor
 from rlhf_core.models.hub import HEADS_FILE, has_scalar_head, stale_adapters
@@ -283,6 +284,8 @@ def save_adapters(
     """
     config, path = adapter_config(model), Path(path)
     texts = {"of_steps": json.dumps(model.of_steps)} if hasattr(model, "of_steps") else {}
+    if criteria := getattr(model, "criteria", None):
+        texts["criteria"] = json.dumps(criteria)
     targets, scalar = config.target_modules, hasattr(model, "score")
     fields = {
         "peft_type": "LORA",
@@ -337,8 +340,15 @@ def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
     except ValueError as error:
         raise ValueError(f"{Path(path) / CONFIG_FILE}: {error}") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in _head(model).items()}
+    texts, criteria = stored_texts(file), None
+    if hasattr(model, "set_criteria") and "criteria" in texts:
+        try:
+            check_criteria(criteria := parse_json(texts["criteria"]))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        shapes = {name: (len(criteria), *shape[1:]) for name, shape in shapes.items()}
     if shapes and f"{_SCORE}bias" in found:
-        shapes[f"{_SCORE}bias"] = (1,)
+        shapes[f"{_SCORE}bias"] = shapes[f"{_SCORE}weight"][:1]
     for _, linear, sizes in _linears(model):
         for name in (name for name in sizes if name in targets):
             a, b = _names(name)
@@ -355,13 +365,15 @@ def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
         raise ValueError(
             f"{file}: {len(unknown)} tensors that do not belong to this model, e.g. {unknown[0]!r}"
         )
+    if criteria is not None:
+        model.set_criteria(criteria)
     if f"{_SCORE}bias" in shapes:
-        model.score.bias = nn.Parameter(model.score.weight.new_zeros(1))
+        model.score.bias = nn.Parameter(model.score.weight.new_zeros(model.score.out_features))
     add_adapters(model, config)
     for name, parameter in _tensors(model).items():
         found[name].copy_to(parameter)
     if hasattr(model, "of_steps"):
-        text = stored_texts(file).get("of_steps", json.dumps(model.of_steps))
+        text = texts.get("of_steps", json.dumps(model.of_steps))
         if text not in ("true", "false"):
             raise ValueError(f"{file}: of_steps must be true or false, got {short(text)}")
         model.of_steps = text == "true"

@@ -285,14 +285,20 @@ class PolicyGradientTrainer(Trainer):
         return super().evaluate()
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, batch: list[list[int]]) -> Tensor:
+    def score(
+        self, rollout: Rollout, batch: list[list[int]], metrics: Metrics | None = None
+    ) -> Tensor:
         """Rewards (B,) or (B, R), minus the penalties of `penalized`.
 
-        batch: the prompts that the rollout was sampled from.
+        Args:
+            batch: the prompts that the rollout was sampled from.
+            metrics: get the score by each criterion of a reward model that has several.
         """
         num_samples = len(rollout.response_ids) // len(batch)
         prompts = [prompt for prompt in batch for _ in range(num_samples)]
-        rewards = self.scorer.rewards_of(prompts, rollout.responses())
+        rewards, criteria = self.scorer.rewards_and_criteria(prompts, rollout.responses())
+        for name, scores in criteria.items() if metrics is not None else ():
+            metrics.add(f"reward/{name}", scores)
         if rewards.ndim == 2:
             rewards = F.pad(rewards, (0, rollout.response_ids.shape[1] - rewards.shape[1]))
         return penalized(

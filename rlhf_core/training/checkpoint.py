@@ -363,6 +363,8 @@ def _model_settings(model: nn.Module) -> dict[str, Any]:
     del settings["family"]  # names in files
     if hasattr(model, "of_steps"):
         settings["of_steps"] = model.of_steps
+    if criteria := getattr(model, "criteria", None):
+        settings["criteria"] = criteria
     if has_adapters(model):
         settings["lora"] = asdict(adapter_config(model))
         del settings["lora"]["base"]  # a path, which may change

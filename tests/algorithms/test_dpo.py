@@ -106,7 +106,7 @@ def test_every_preference_loss_is_its_definition_and_computes_the_logits_once(
         return tokens[:shared].sum() + beyond, tokens.mean()
 
     terms, chosen = [], []
-    for prompt, *completions, _, _, _ in batch:
+    for prompt, *completions, _, _, _, _ in batch:
         shared, ratios, means = min(map(len, completions)), [], []
         for ids in completions:
             ratio, mean = logp(trainer.model, ids, prompt, shared)

@@ -129,7 +129,7 @@ def test_each_token_of_a_pair_explains_a_part_of_its_margin(loss):
     options = dict(loss=loss, length_alpha=0.3, centering_coef=0.05)
     trainer = make_trainer("reward", **options)
     terms, margins = [], []
-    for prompt, *completions, _, _, _ in batch:
+    for prompt, *completions, _, _, _, _ in batch:
         chosen, rejected = (scored(trainer.model, prompt + ids) for ids in completions)
         margin = chosen - rejected + 0.3 * (len(completions[0]) - len(completions[1]))
         term = softplus(-margin) if loss == "bradley_terry" else (1 - margin).clamp_min(0)
@@ -336,6 +336,140 @@ def test_length_bias_is_that_of_the_held_out_examples():
     assert "accuracy_where_shorter_won" not in trainer.train()[-1]
     trainer = make_trainer("reward", others=dict(eval_examples=pairs))
     assert "accuracy_where_shorter_won" in trainer.train()[-1]
+
+
+# ---- several criteria
+
+
+def opposed(n, seed=0, unlabelled=0):
+    """A 5 is helpful and harmful, a 6 neither: the criteria prefer opposite completions."""
+    rng = random.Random(seed)
+    pairs = []
+    for i in range(n + unlabelled):
+        prompt, good, bad = [rng.randrange(7, 12)], [5, *[8] * (i % 2), 2], [6, 8, 2]
+        labels = [{"helpful": True}, {"harmless": False}, {"helpful": True, "harmless": False}]
+        if i % 4 == 1:
+            pairs.append(Pair(prompt, bad, good, criteria={"harmless": True}))
+        else:
+            pairs.append(Pair(prompt, good, bad, criteria=labels[i % 3]))
+    return pairs[:n] + [pair._replace(criteria=None) for pair in pairs[n:]]
+
+
+def criteria_model(seed=0, **weights):
+    """A model whose heads differ."""
+    model = tiny(RewardModel, seed)
+    model.set_criteria(weights or {"helpful": 1.0, "harmless": 2.0})
+    noise = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(3))
+    model.score.weight.data += 0.2 * noise
+    return model
+
+
+def each_scored(model, ids):
+    hidden = model.hidden_states(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
+    return hidden[0, -1] @ model.score.weight.T  # (K,)
+
+
+@pytest.mark.parametrize("options", [{}, dict(length_alpha=0.3, label_smoothing=0.1)])
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_the_loss_of_criteria_is_that_of_each_label_from_single_rows(micro_batch_size, options):
+    """A pair counts once, however many criteria it labels; without any it trains the sum."""
+    batch = [pair._replace(margin=i / 9) for i, pair in enumerate(opposed(8, unlabelled=3))]
+    model, alpha = criteria_model(), options.get("length_alpha", 0)
+    trainer = make_trainer("reward", model, batch, micro_batch_size=micro_batch_size, **options)
+    terms, weights, smoothing = [], torch.tensor([1.0, 2.0]), options.get("label_smoothing", 0)
+    for pair in batch:
+        chosen, rejected = (each_scored(model, pair.prompt_ids + x) for x in pair[1:3])
+        lead = alpha * (len(pair.chosen_ids) - len(pair.rejected_ids))
+        gaps = []
+        for i, name in enumerate(("helpful", "harmless")):
+            if name in (pair.criteria or {}):
+                sign = 1 if pair.criteria[name] else -1
+                gaps.append(sign * (chosen[i] - rejected[i] + lead) - pair.margin)
+        if pair.criteria is None:
+            gaps = [weights @ chosen - weights @ rejected + lead - pair.margin]
+        losses = [(1 - smoothing) * softplus(-x) + smoothing * softplus(x) for x in gaps]
+        terms.append(torch.stack(losses).mean())
+    want = torch.stack(terms).mean()
+    gradients = torch.autograd.grad(want, trainer.trained_parameters())
+    total, metrics, found = accumulated(trainer, batch)
+    assert total == pytest.approx(want.item(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+    assert_close(found, list(gradients), rtol=1e-4, atol=2e-6)
+
+
+def test_a_label_trains_only_the_head_of_its_criterion():
+    pairs = opposed(12)
+    for i, name in enumerate(("helpful", "harmless")):
+        batch = [pair for pair in pairs if pair.criteria.keys() == {name}]
+        trainer = make_trainer("reward", criteria_model(), pairs)
+        _, metrics, gradients = accumulated(trainer, batch)
+        names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+        head = gradients[names.index("score.weight")]
+        assert (head[1 - i] == 0).all() and (head[i] != 0).all()
+        assert f"accuracy/{name}" in metrics and len(batch) > 2
+        assert f"accuracy/{'harmless' if i == 0 else 'helpful'}" not in metrics
+
+
+def test_criteria_that_oppose_each_other_are_both_learned_and_weights_choose_between_them():
+    history = make_trainer(
+        "reward", model := criteria_model(), opposed(128), epochs=4, lr=1e-2, batch_size=16,
+        others=dict(eval_examples=opposed(64, seed=1)),
+    ).train()  # fmt: skip
+    last = history[-1]
+    assert last["eval_accuracy/helpful"] > 0.9 and last["eval_accuracy/harmless"] > 0.9
+    assert "accuracy_where_shorter_won" not in last and "length_correlation" in last
+    found = []
+    for weights in ({"helpful": 1, "harmless": 0}, {"helpful": 0, "harmless": 1}):
+        model.set_criteria(weights)
+        found.append(scored(model, [7, 5, 8, 2]) > scored(model, [7, 6, 8, 2]))
+    assert found == [True, False]
+
+
+def test_each_criterion_gets_mean_0_and_all_share_a_scale_that_keeps_the_ranking(tmp_path):
+    pairs, model = opposed(24, unlabelled=8), criteria_model()
+    last = make_trainer(
+        "reward", model, pairs, dict(out=tmp_path), lr=1e-2, batch_size=5, epochs=3
+    ).train()[-1]
+    sequences = [pair.prompt_ids + ids for pair in pairs for ids in pair.completions_ids]
+    for scorer in (model, RewardModel.from_pretrained(tmp_path)):
+        each = torch.stack([each_scored(scorer, ids) for ids in sequences]).detach()
+        each += scorer.score.bias.detach()
+        assert_close(each.mean(dim=0), torch.zeros(2), rtol=0, atol=1e-6)
+        stds = each.std(dim=0, correction=0)
+        assert_close(stds.square().mean(), torch.tensor(1.0), rtol=1e-5, atol=0)
+        scores = torch.stack([scored(scorer, ids) for ids in sequences]).detach()
+        assert_close(scores, each @ torch.tensor([1.0, 2.0]), rtol=1e-5, atol=1e-5)
+    ratio = last["score_std/helpful"] / last["score_std/harmless"]
+    assert ratio == pytest.approx(float(stds[0] / stds[1]), rel=1e-4)
+    pooled = ((last["score_std/helpful"] ** 2 + last["score_std/harmless"] ** 2) / 2) ** 0.5
+    assert_close(scores.std(correction=0).item(), last["score_std"] / pooled, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "examples, model, message",
+    [
+        (opposed(8)[1:2], None, "no training pair labels criterion 'helpful'"),
+        (lists(), None, "the model scores helpful, harmless: train it on pairs, not ranked lists"),
+        (
+            [Pair([7], [5, 2], [6, 2], criteria={"honest": True})],
+            None,
+            "pairs label criterion 'honest', but the model has helpful, harmless",
+        ),
+        (
+            opposed(8),
+            tiny(RewardModel),
+            "pairs label criterion 'harmless', but the model has one score",
+        ),
+    ],
+)
+def test_examples_that_do_not_fit_the_criteria_are_refused(examples, model, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer("reward", model or criteria_model(), examples)
+
+
+def test_steps_are_refused_with_criteria():
+    with pytest.raises(ValueError, match="train it on pairs, not solutions in steps"):
+        make_steps(model=criteria_model())
 
 
 # ---- steps
@@ -678,3 +812,108 @@ def test_the_adapters_of_a_reward_model_train_further(policy, tmp_path):
     for (name, a), b in zip(first.trunk.state_dict().items(), second.trunk.state_dict().values()):
         assert_close(a, b, rtol=0, atol=1e-9, msg=name)
     assert torch.cosine_similarity(first.score.weight, second.score.weight) > 0.999999
+
+
+# ---- criteria, on the command line
+
+CRITERIA_ROWS = [
+    *({"prompt": f"a{i}", "chosen": "yes", "rejected": "no", "criterion": "kind"} for i in "1234"),
+    *({"prompt": f"b{i}", "chosen": "no", "rejected": "yes", "criterion": "brief"} for i in "1234"),
+    {
+        "prompt": "c", "chosen": "yes", "rejected": "no", "margin": 2.0,
+        "chosen_ratings": {"kind": 4.5, "brief": 1}, "rejected_ratings": {"kind": 2, "brief": 3},
+    },
+    {"prompt": "d", "chosen": "yes", "rejected": "no"},
+]  # fmt: skip
+CRITERIA = ["--criteria", "kind=1", "brief=0.5", "--eval-fraction", 0]
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", 2]])
+def test_the_command_learns_criteria_which_another_run_weighs(lora, policy, tmp_path, capsys):
+    options = ["--lr", 0.01, "--epochs", 8, *lora]
+    assert train(tmp_path, policy, CRITERIA_ROWS, "rm", *CRITERIA, *options) == 0
+    model = RewardModel.from_pretrained(tmp_path / "rm")
+    assert dict(model.criteria) == {"kind": 1.0, "brief": 0.5}
+    assert "accuracy/kind" in capsys.readouterr().out
+    # A second run keeps the criteria, and continues from the heads.
+    more = ["--lr", 1e-12, "--eval-fraction", 0]
+    assert train(tmp_path, tmp_path / "rm", CRITERIA_ROWS, "more", *more) == 0
+    second = RewardModel.from_pretrained(tmp_path / "more")
+    assert second.criteria == model.criteria
+    assert_close(second.score.weight, model.score.weight, rtol=1e-2, atol=1e-3)
+    assert train(tmp_path, tmp_path / "rm", CRITERIA_ROWS, "bad", "--criteria", "a", "b") == 2
+    assert "the model scores kind, brief, not a, b" in capsys.readouterr().err
+    # PPO reports every criterion, and takes other weights for the score.
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, CRITERIA_ROWS)))
+    found = {}
+    for out, weights in (("p0", []), ("p1", ["--reward-weights", "brief=-1"])):
+        arguments = [
+            "ppo", "--model", policy, "--reward-model", tmp_path / "rm", "--prompts",
+            tmp_path / "prompts.jsonl", "--out", tmp_path / out, "--response-length", 4,
+            "--batch-size", 4, "--minibatch-size", 4, "--max-steps", 1, *weights,
+        ]  # fmt: skip
+        assert cli.main(list(map(str, arguments))) == 0
+        found[out] = json.loads((tmp_path / out / "metrics.jsonl").read_text().splitlines()[0])
+    for out, weight in (("p0", 0.5), ("p1", -1)):
+        row = found[out]
+        total = row["reward/kind"] + weight * row["reward/brief"]
+        assert row["objective/scores"] == pytest.approx(total, abs=1e-5)
+    assert found["p0"]["reward/kind"] == pytest.approx(found["p1"]["reward/kind"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "row, options, message",
+    [
+        ({"criterion": "kin"}, [], "data.jsonl:1: criterion 'kin' is not one of kind, brief. Corr"),
+        ({"criterion": 3}, [], "data.jsonl:1: field 'criterion' must be a string, got 3"),
+        (
+            {"chosen_ratings": {"kind": 1, "new": 2}, "rejected_ratings": {"kind": 1, "new": 2}},
+            [],
+            "data.jsonl:1: criterion 'new' is not one of kind, brief",
+        ),
+        (
+            {"chosen_ratings": {"kind": 1}},
+            [],
+            "fields 'chosen_ratings' and 'rejected_ratings' must rate the same criteria, got",
+        ),
+        (
+            {"chosen_ratings": {"kind": "a"}, "rejected_ratings": {"kind": 1}},
+            [],
+            "data.jsonl:1: field 'chosen_ratings' must be an object of numbers, got",
+        ),
+        ({}, ["--criteria", "kind=1", "brief=1", "other"], "no training pair labels criterion 'ot"),
+        ({}, ["--criteria", "kind=0", "brief=0"], "the criteria all have weight 0"),
+        ({}, ["--criteria", "kind=nan"], "criterion 'kind' must have a finite weight, got nan"),
+        ({}, ["--criteria", "=2"], "the name of a criterion must be text, got ''"),
+    ],
+)
+def test_a_bad_criterion_is_one_line_before_training(
+    row, options, message, policy, tmp_path, capsys
+):
+    rows = [CRITERIA_ROWS[8] | row if "chosen_ratings" in row else CRITERIA_ROWS[0] | row]
+    if "chosen_ratings" in row:
+        rows = [{k: v for k, v in rows[0].items() if k in row or "ratings" not in k}]
+    assert train(tmp_path, policy, rows + CRITERIA_ROWS, "rm", *CRITERIA, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1, error
+    assert not (tmp_path / "rm" / "config.json").exists()
+
+
+def test_ratings_decide_each_criterion_that_they_do_not_tie_on(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    base = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2.0, "label_smoothing": 0.1}
+    rows = [
+        base | {"chosen_ratings": {"x": 4, "y": 2}, "rejected_ratings": {"x": 2, "y": 2.5}},
+        base | {"chosen_ratings": {"x": 3, "y": 2}, "rejected_ratings": {"x": 3, "y": 2.5}},
+        base | {"chosen_ratings": {"x": 3, "y": 2}, "rejected_ratings": {"x": 3, "y": 2}},
+        base | {"criterion": "y"},
+        base,
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = read_comparisons(file, criteria=("x", "y"))
+    wanted = [{"x": True, "y": False}, {"y": False}, None, {"y": True}, None]
+    assert [row.criteria for row in found] == wanted
+    # Margin and noise belong to the choice, not to the ratings.
+    assert [row.margin for row in found] == [None, None, 2.0, 2.0, 2.0]
+    assert [row.label_smoothing for row in found] == [None, None, 0.1, 0.1, 0.1]
+    assert all(row.criteria is None for row in read_comparisons(file))

@@ -126,6 +126,19 @@ def test_each_reward_model_needs_a_weight(folders, sample, capsys):
     assert "--reward-coef 0.5 contradicts --reward-weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        (["a=1"], "reward: there is no criterion 'a'; the model has one score, without criteria"),
+        (["a=1", 2], "--reward-weights has numbers and NAME=WEIGHT. Give a number for each"),
+    ],
+)
+def test_weights_of_criteria_need_a_model_that_has_them(weights, message, folders, sample, capsys):
+    options = ["--reward-model", folders / "reward", "--reward-weights", *weights]
+    assert sample("ppo", *options) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_policy_is_not_taken_for_a_reward_model(folders, sample, capsys):
     assert sample("ppo", "--reward-model", folders / "policy") == 2
     assert "not a reward model" in capsys.readouterr().err

@@ -109,7 +109,10 @@ def test_cells_of_a_csv_file_are_text_or_the_json_of_their_field(name, bom, tmp_
     talk = [{"messages": json.dumps([HI, YES]), "text": ""}]
     assert read_texts(save(path, bom + table(talk))) == [([HI], [YES])]
     pair = {"prompt": "1", "chosen": "2", "rejected": "[3]", "margin": "", "label_smoothing": "0.1"}
-    assert read_preferences(save(path, bom + table([pair]))) == [("1", "2", "[3]", None, 0.1)]
+    assert read_preferences(save(path, bom + table([pair])))[0][:5] == ("1", "2", "[3]", None, 0.1)
+    rated = pair | {"chosen_ratings": '{"x": 2, "y": null}', "rejected_ratings": '{"x": 3}'}
+    (row,) = read_comparisons(save(path, bom + table([rated])), criteria=["x", "y"])
+    assert row.criteria == {"x": False} and row.label_smoothing is None
     ranked = [{"prompt": "p", "responses": '["a", "b"]', "ranks": "[2, 1]"}]
     assert read_comparisons(save(path, bom + table(ranked))) == [("p", ["b", "a"])]
 
@@ -303,7 +306,9 @@ def test_rows_of_alpaca_are_prompts_and_completions(tmp_path):
     labelled = [row | {"label": True} for row in rows]
     assert read_labelled(save(path, lines(labelled))) == [(*text, True) for text in texts]
     pair = {"instruction": "Add.", "input": "1 + 1", "chosen": "2", "rejected": "3"}
-    assert read_preferences(save(path, lines([pair]))) == [("Add.\n\n1 + 1", "2", "3", None, None)]
+    assert read_preferences(save(path, lines([pair]))) == [
+        ("Add.\n\n1 + 1", "2", "3", None, None, None)
+    ]
     whole = rows[0] | {"text": "Add. 1 + 1 2"}  # learned as text, as before Alpaca was read
     assert read_texts(save(path, lines([whole]))) == [("", "Add. 1 + 1 2")]
     assert read_texts(path, columns={"instruction": "instruction"}) == texts[:1]
@@ -343,10 +348,14 @@ def test_a_system_column_starts_the_conversation_or_is_refused(tmp_path):
         ([SYSTEM, HI], [YES])
     ]
     row = {"prompt": [HI], "chosen": "a", "rejected": "b"} | system
-    assert read_preferences(save(path, lines([row]))) == [([SYSTEM, HI], "a", "b", None, None)]
+    assert read_preferences(save(path, lines([row]))) == [
+        ([SYSTEM, HI], "a", "b", None, None, None)
+    ]
     no = {"role": "assistant", "content": "no"}
     row = {"prompt": "hi", "chosen": [HI, YES], "rejected": [HI, no]} | system
-    assert read_preferences(save(path, lines([row]))) == [([SYSTEM, HI], "yes", "no", None, None)]
+    assert read_preferences(save(path, lines([row]))) == [
+        ([SYSTEM, HI], "yes", "no", None, None, None)
+    ]
     row = {"messages": [SYSTEM, HI, YES]} | system
     assert read_texts(save(path, lines([row]))) == [([SYSTEM, HI], [YES])]
     with pytest.raises(DataError, match="field 'system' contradicts the system message in 'mess"):
@@ -372,7 +381,7 @@ def test_columns_name_the_fields_of_every_reader(name, tmp_path):
     assert read_prompts(path, columns={"prompt": "q"}) == ["p"]
     assert read_prompts(path, columns={"prompt": "q", "completion": "none"}) == ["p"]
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    assert read_preferences(path, columns=pair) == [("p", "1", "2", None, None)]
+    assert read_preferences(path, columns=pair) == [("p", "1", "2", None, None, None)]
     assert read_preferences(path, columns=pair | {"chosen": "b", "rejected": "a"})[0][1:3] == (
         "2", "1",
     )  # fmt: skip

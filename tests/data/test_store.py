@@ -50,6 +50,8 @@ KINDS = {
         Pair([], [2], [3, 4], 1, None, 0.25),
         Pair([1], [2], [3], None, [[True], None]),
         Pair([1], [2, 2], [], 2),
+        Pair([1], [2], [3], criteria={"helpful": True, "harmless": False}),
+        Pair([1], [2], [3], criteria={}),
     ],
     "lists": [Ranked([1], [[2], [3], [4, 5]]), Ranked([], [[1], [2]]), Ranked([9], [])],
     "solutions": [

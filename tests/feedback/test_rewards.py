@@ -33,6 +33,32 @@ def test_a_reward_model_scores_whole_sequences(batch_size):
     assert_close(Scorer(model(), batch_size=batch_size)(PROMPTS, RESPONSES), alone(model()))
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_scores_by_each_criterion_come_with_the_rewards(batch_size):
+    reward, prompts = model(), [*PROMPTS, PROMPTS[0]]
+    reward.set_criteria({"helpful": 1.0, "harmless": 2.0})
+    reward.score.weight.data[1] += torch.randn(len(reward.score.weight[1]))
+    scorer = Scorer([(reward, 0.5)], batch_size=batch_size)
+    total, each = scorer.rewards_and_criteria(prompts, [*RESPONSES, RESPONSES[0]])
+    assert list(each) == ["helpful", "harmless"] and each["helpful"].shape == (4,)
+    assert_close(total, 0.5 * (each["helpful"] + 2 * each["harmless"]))
+    reward.set_criteria({"helpful": 1.0, "harmless": 0.0})
+    assert_close(each["helpful"][:3], alone(reward))
+    both = Scorer([(reward, 1), (reward, 1), (model(), 1)])
+    _, each = both.rewards_and_criteria(PROMPTS, RESPONSES)
+    assert list(each) == [f"{i}/{name}" for i in (0, 1) for name in reward.criteria]
+
+
+def test_an_ensemble_of_models_of_criteria_combines_their_weighted_sums():
+    models = [model(1), model(2)]
+    for one in models:
+        one.set_criteria({"helpful": 1.0, "harmless": 2.0})
+    each = torch.stack([alone(m) for m in models])
+    scorer = Scorer(EnsembleReward(models, "worst"))
+    assert_close(scorer(PROMPTS, RESPONSES), each.amin(dim=0))
+    assert_close(scorer.spread(PROMPTS, RESPONSES), each.std(dim=0))
+
+
 def test_an_ensemble_scores_as_its_aggregate_does():
     models = [model(1), model(2), model(3)]
     each = torch.stack([alone(m) for m in models])

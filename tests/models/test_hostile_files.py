@@ -149,6 +149,7 @@ def test_no_value_in_a_config_gives_a_traceback(family, folders):
     [
         ("llama", "generation_config.json", {"eos_token_id": [2]}, "generation_config.json"),
         ("reward", "config.json", {"rlhf_core_of_steps": True}, "config.json"),
+        ("reward", "config.json", {"rlhf_core_criteria": {"a": 1.0}}, "config.json"),
         ("adapters", "adapter_config.json", MORE_ADAPTER_FIELDS, "adapter_"),
         ("shards", "model.safetensors.index.json", {}, "shards"),
     ],

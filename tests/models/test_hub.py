@@ -17,7 +17,7 @@ from helpers import tiny as any_tiny
 from rlhf_core import token_logprobs
 from rlhf_core.data import ByteTokenizer, Example, collate, load_tokenizer, read_texts
 from rlhf_core.generation import generate
-from rlhf_core.models import RewardModel, Transformer, hub
+from rlhf_core.models import RewardModel, Transformer, ValueModel, hub
 
 
 def tiny(seed=0, **options):
@@ -203,6 +203,62 @@ def test_of_steps_is_stored_and_transformers_reads_the_folder(tmp_path, transfor
         torch.testing.assert_close(
             theirs(ids).logits[:, 0], model(ids, torch.ones(1, 3, dtype=torch.bool))
         )
+
+
+def test_criteria_are_labels_of_a_classifier_in_transformers(tmp_path, transformers):
+    model = RewardModel.from_model(tiny(pad_id=0))
+    model.set_criteria({"helpful": 1.0, "harmless": -2.0})
+    model.score.weight.data += torch.randn(2, model.config.hidden_size)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert theirs.config.num_labels == 2
+    assert theirs.config.id2label == {0: "helpful", 1: "harmless"}
+    assert theirs.config.label2id == {"helpful": 0, "harmless": 1}
+    ids, mask = torch.tensor([[7, 8, 9], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool)
+    logits = theirs(ids).logits
+    torch.testing.assert_close(logits @ torch.tensor([1.0, -2.0]), model(ids, mask))
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = RewardModel.from_pretrained(tmp_path / "theirs")
+    for back in (
+        RewardModel.from_pretrained(tmp_path),
+        again,
+        RewardModel.from_transformers(theirs),
+    ):
+        assert same(back, model) and dict(back.criteria) == {"helpful": 1.0, "harmless": -2.0}
+    model.normalize(torch.tensor([0.5, -1.0]), 2.0)
+    model.save_pretrained(tmp_path)
+    assert same(RewardModel.from_pretrained(tmp_path), model)
+    shifted = (logits - torch.tensor([0.5, -1.0])) / 2
+    torch.testing.assert_close(shifted @ torch.tensor([1.0, -2.0]), model(ids, mask))
+
+
+def test_a_model_adopted_from_transformers_scores_steps_if_its_config_says_so(
+    tmp_path, transformers
+):
+    model = RewardModel.from_model(tiny(pad_id=0))
+    model.of_steps = True
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert RewardModel.from_transformers(theirs).of_steps
+
+
+def test_a_critic_is_made_of_criteria_but_not_read_from_their_files(tmp_path):
+    model = RewardModel.from_model(tiny(pad_id=0))
+    model.set_criteria({"helpful": 1.0, "harmless": -2.0})
+    model.score.weight.data += torch.randn(2, model.config.hidden_size)
+    model.normalize(torch.tensor([0.5, -1.0]), 2.0)
+    ids, mask = torch.tensor([[7, 8, 9], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool)
+    critic = ValueModel.from_model(model)
+    torch.testing.assert_close(critic(ids, mask)[:, -1], model(ids, mask))
+    assert (
+        critic.score.weight.shape == (1, model.config.hidden_size) and critic.score.bias.ndim == 1
+    )
+    copy = RewardModel.from_model(model)
+    assert copy.criteria == model.criteria
+    torch.testing.assert_close(copy(ids, mask), model(ids, mask), rtol=0, atol=0)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json: a reward model of several criteria: load"):
+        ValueModel.from_pretrained(tmp_path)
 
 
 def test_a_language_model_is_not_a_reward_model_nor_the_reverse(tmp_path):

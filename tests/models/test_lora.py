@@ -313,6 +313,28 @@ def test_of_steps_is_stored_with_adapters_whatever_their_base_has(of_steps, tmp_
         assert RewardModel.from_pretrained(tmp_path / "out").of_steps is of_steps
 
 
+def test_criteria_are_stored_with_adapters_whatever_their_base_has(tmp_path):
+    weights = {"helpful": 1.0, "harmless": 2.0}
+    several = RewardModel.from_model(tiny())
+    several.set_criteria({"helpful": 5.0, "harmless": 0.0})
+    for base in (tiny(), RewardModel.from_model(tiny()), several):
+        base.save_pretrained(tmp_path / "base")
+        reward = RewardModel.from_model(base)
+        add_adapters(reward, LoRAConfig(rank=2, base=str(tmp_path / "base")))
+        reward.set_criteria(weights)
+        reward.score.weight.data += torch.randn_like(reward.score.weight)
+        reward.normalize(torch.tensor([0.5, -1.0]), 2.0)
+        reward.save_pretrained(tmp_path / "out")
+        back = RewardModel.from_pretrained(tmp_path / "out")
+        assert dict(back.criteria) == weights
+        assert torch.equal(back.score.weight, reward.score.weight)
+        assert torch.equal(back.score.bias, reward.score.bias)
+    several.criteria = {"x": 1.0, "y": 1.0}
+    several.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="the model scores x, y, not helpful, harmless"):
+        RewardModel.from_pretrained(tmp_path / "out")
+
+
 def test_adapters_of_a_reward_model_are_not_read_as_a_policy(tmp_path):
     tiny().save_pretrained(tmp_path / "base")
     reward = RewardModel.from_model(tiny())

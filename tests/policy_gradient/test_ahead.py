@@ -145,7 +145,7 @@ def test_what_is_too_old_or_of_another_batch_is_sampled_again(make):
     assert trainer.advance(batches[2])["val/oldest_version"] == 1
     other = [[7, 7, 7], [8], [9, 5]]
     seen, score = [], trainer.score
-    trainer.score = lambda rollout, batch: seen.append(rollout.prompts()) or score(rollout, batch)
+    trainer.score = lambda *rest: seen.append(rest[0].prompts()) or score(*rest)
     assert trainer.advance(other)["val/oldest_version"] == 3
     assert seen[-1][::2] == other
     assert trainer.advance(batches[4])["val/oldest_version"] == 3

@@ -142,6 +142,18 @@ def test_conversations_get_messages_and_ratings_their_means():
     assert (rows[0]["chosen_ratings"], rows[0]["rejected_ratings"]) == ({"kind": 2}, {"kind": 5})
 
 
+def test_reward_models_of_criteria_read_the_ratings(tmp_path):
+    """People chose the answer that they rated less kind and, in the mean, as brief."""
+    row = Candidates("p", "q", [{"text": "a"}, {"text": "b"}])
+    ratings = {"kind": [5, 2], "brief": [3, 3]}
+    labels = contents("likert8", {"p": [7, 8]}, [row], ("kind", "brief"), ratings)
+    rows, _ = export_rows(labels, "preference")
+    (found,) = read_comparisons(write(tmp_path / "a.jsonl", rows), criteria=("kind", "brief"))
+    assert (found.chosen, found.criteria, found.margin) == ("b", {"kind": False}, None)
+    (plain,) = read_comparisons(tmp_path / "a.jsonl")
+    assert (plain.chosen, plain.criteria, plain.margin) == ("b", None, 2.5)
+
+
 def test_empty_answers_are_left_out_because_readers_refuse_them():
     row = Candidates("p", "q", [{"text": "a"}, {"text": " "}])
     with pytest.raises(ValueError, match="no row is left to export: 1 with an empty answer"):
