@@ -79,6 +79,7 @@ class ChatTemplate:
         self.file, self._names = file, {**names, **(variables or {})}
         self.tagged = re.search(r"{%[-+]?\s*generation\s*[-+]?%}", source) is not None
         spelled = "|".join(map(re.escape, special)) or "(?!)"
+        self._spelled = re.compile(spelled)
         self._first_character = re.compile(f"(?=(?:{spelled}))(.)", re.DOTALL)
         if len(source) > MAX_TEMPLATE:
             raise ValueError(
@@ -143,6 +144,7 @@ class ChatTemplate:
                 before=before,
                 inside=text([*safe[:i], marked, *safe[i + 1 :]], add_generation_prompt),
                 alone=text([*safe[:i], marked]),
+                special=self._spelled,
             )
             if found is None:
                 raise ValueError(
@@ -174,7 +176,14 @@ class ChatTemplate:
 
 
 def _find_rewritten(
-    whole: str, content: str, mark: str, *, before: str, inside: str, alone: str
+    whole: str,
+    content: str,
+    mark: str,
+    *,
+    before: str,
+    inside: str,
+    alone: str,
+    special: re.Pattern[str],
 ) -> tuple[str, tuple[int, int]] | None:
     """Return the conversation, and the span of a turn that is rendered otherwise alone.
 
@@ -185,6 +194,7 @@ def _find_rewritten(
         before: The messages before the turn, with the generation prompt.
         inside: `whole`, with the mark.
         alone: The messages up to and including the turn, with the mark.
+        special: Matches the special tokens.
     """
     head, _, tail = inside.partition(mark)
     start, end = len(head), len(whole) - len(tail)
@@ -199,8 +209,10 @@ def _find_rewritten(
     elif whole.startswith(before):
         start = min(start, len(before))
     own = alone.partition(mark)[2]  # what ends the turn, such as EOS, unless `tail` omits it
-    same = (i for i, (one, other) in enumerate(zip(own, tail)) if one != other)
-    return whole, (start, end + next(same, min(len(own), len(tail))))
+    differ = (i for i, (one, other) in enumerate(zip(own, tail)) if one != other)
+    same = next(differ, min(len(own), len(tail)))
+    cut = (token.start() for token in special.finditer(tail) if token.start() < same < token.end())
+    return whole, (start, end + next(cut, same))
 
 
 def _remove_marks(text: str, opening: str, closing: str) -> tuple[str, list[tuple[int, int]]]:

@@ -114,8 +114,33 @@ GRANITE = """{%- for message in messages %}{%- if message['role'] != 'assistant'
 {{- message['content'] + '<|end_of_text|>' }}{% endgeneration %}{{- '\n' }}
 {%- endif %}{%- if loop.last and add_generation_prompt %}
 {{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}{%- endfor %}"""
+GEMMA3 = """{{ bos_token }}{% set system = messages[0].role == 'system' %}
+{%- for m in (messages[1:] if system else messages) %}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+{%- endif %}{% if m.role == 'assistant' %}
+{{- '<start_of_turn>model\n' }}{% generation %}{{ m.content | trim + '<end_of_turn>' }}
+{%- endgeneration %}{{ '\n' }}{% else %}
+{{- '<start_of_turn>' + m.role + '\n' }}
+{{- messages[0].content + '\n\n' if system and loop.first else '' }}
+{{- m.content | trim + '<end_of_turn>\n' }}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
+PHI4_MINI = """{% for m in messages %}{{ '<|' + m.role + '|>' }}{% if m.role == 'assistant' %}
+{%- generation %}{{ m.content + '<|end|>' }}{% endgeneration %}{% else %}
+{{- m.content + '<|end|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""
+GRANITE33 = (
+    """{%- if messages[0].role != 'system' %}
+{{- '<|start_of_role|>system<|end_of_role|>Knowledge Cutoff Date: April 2024.\nToday\\'s Date: ' }}
+{{- strftime_now('%B %d, %Y') + '.\nYou are Granite, developed by IBM.<|end_of_text|>\n' }}
+{%- endif %}"""
+    + GRANITE
+)
 OTHERS = {  # with the text that ends a turn
     "gemma": (GEMMA, "<end_of_turn>"),
+    "gemma3": (GEMMA3, "<end_of_turn>"),
+    "phi4-mini": (PHI4_MINI, "<|end|>"),
+    "granite3.3": (GRANITE33, "<|end_of_text|>"),
     "phi3": (PHI3, "<|end|>"),
     "olmo2": (OLMO2, "</s>"),
     "granite": (GRANITE, "<|end_of_text|>"),
@@ -213,6 +238,11 @@ def theirs(folder, messages, **options):
     peer = transformers.AutoTokenizer.from_pretrained(folder)
     got = peer.apply_chat_template(messages, return_dict=True, **options)
     return got["input_ids"], [bool(i) for i in got.get("assistant_masks", [])]
+
+
+def theirs_encode(folder, text):
+    peer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    return peer.encode(text, add_special_tokens=False)
 
 
 # ---- the same as transformers
@@ -362,6 +392,38 @@ R1 = """{{ bos_token }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"""
+# What SmolLM3's template writes without tools, in other words and with a shorter persona. Its tags
+# enclose the header of a turn too. The source is HuggingFaceTB/SmolLM3-3B on the hub.
+SMOLLM3 = """{%- set ns = namespace(mode='/think', own='', whole=false) %}
+{%- set thinking = enable_thinking is not defined or enable_thinking %}
+{%- if not thinking %}{% set ns.mode = '/no_think' %}{% endif %}
+{%- if messages[0].role == 'system' %}
+    {%- set text = messages[0].content %}
+    {%- if '/think' in text %}{% set ns.mode = '/think' %}{% endif %}
+    {%- if '/no_think' in text %}{% set ns.mode = '/no_think' %}{% endif %}
+    {%- set ns.own = text.replace('/no_think', '').replace('/think', '').rstrip() %}
+    {%- set ns.whole = '/system_override' in text %}
+{%- endif %}
+{{- '<|im_start|>system\n' }}
+{%- if ns.whole %}
+    {{- ns.own.replace('/system_override', '').rstrip() + '<|im_end|>\n' }}
+{%- else %}
+    {{- '## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: ' }}
+    {{- strftime_now('%d %B %Y') + '\nReasoning Mode: ' + ns.mode + '\n\n' }}
+    {{- '## Custom Instructions\n\n' }}
+    {%- set persona = ' <think> Thought </think> Solution' if ns.mode == '/think' else '' %}
+    {{- (ns.own or 'You are SmolLM.' + persona) + '\n\n' }}
+{%- endif %}
+{%- set start = '<|im_start|>assistant\n' %}
+{%- set start = start if ns.mode == '/think' else start + '<think>\n\n</think>\n' %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}
+        {{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}
+    {%- elif m.role == 'assistant' %}
+        {%- generation %}{{ start + m.content.lstrip('\n') + '<|im_end|>\n' }}{% endgeneration %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ start }}{% endif %}"""
 THINK = "<think>\nof\n</think>\n\n"
 EMPTY = "<think>\n\n</think>\n\n"
 
@@ -401,6 +463,33 @@ def test_qwen3_learns_each_turn_as_its_template_renders_it(kind, answers, thinki
     assert example.prompt_ids + example.completion_ids == ids[: ids[::-1].index(4) * -1]
 
 
+SYSTEMS = ["", "Be  brief.\n", "/no_think be brief", "so /think", "Only this. /system_override"]
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_smollm3_has_ids_and_masks_of_transformers(system, thinking, tmp_path):
+    """Its tags count a turn's header and the line end after it, here as there."""
+    folder = build(tmp_path, "bytes", SMOLLM3, eos_token="<|im_end|>")
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    ours = load_tokenizer(folder, template_vars=options)
+    messages = chat(("system", system)) if system else []
+    messages += chat(("user", "one"), ("assistant", "\n\n1"), ("user", "two"))
+    messages += chat(("assistant", THINK + "2"))
+    got = ours.encode_chat(messages)
+    assert got == theirs(folder, messages, return_assistant_tokens_mask=True, **options)
+    off = "/no_think" in system or (thinking is False and "/think" not in system)
+    mode = "/no_think" if off else "/think"
+    head = "<|im_start|>assistant\n" + ("<think>\n\n</think>\n" if off else "")
+    _, texts = counted(ours, messages)
+    assert texts == [head + "1<|im_end|>\n", head + THINK + "2<|im_end|>\n"]
+    text = ours._tokenizer.decode(got[0], skip_special_tokens=False)
+    assert ("Reasoning Mode: " + mode in text) == ("override" not in system)
+    prompt = ours.encode_chat(messages, start=len(messages), add_generation_prompt=True)[0]
+    assert prompt == theirs(folder, messages, add_generation_prompt=True, **options)[0]
+    assert prompt == got[0] + theirs_encode(folder, head)
+
+
 def test_reasoning_beside_enable_thinking_false_is_refused(tmp_path):
     tokenizer = load_tokenizer(
         build(tmp_path, "bytes", QWEN3), template_vars={"enable_thinking": False}
@@ -436,6 +525,17 @@ def test_an_earlier_turn_ends_where_it_would_end_alone(tmp_path):
     tokenizer = load_tokenizer(build(tmp_path, "bytes", template))
     ids, texts = counted(tokenizer, messages)
     assert tokenizer.decode(ids) == "U1A2U3A4." and texts == ["2", "4."]
+
+
+@pytest.mark.parametrize("template", [PHI3, PHI4_MINI], ids=["phi3", "phi4-mini"])
+def test_a_turn_ends_before_a_token_that_begins_like_the_eos_of_the_last_turn(template, tmp_path):
+    """Each turn ends with <|end|>, and the last one with the EOS too, which begins like a role."""
+    eos = "<|end_of_text|>"
+    ours = load_tokenizer(build(tmp_path, "bytes", untagged(template), eos_token=eos))
+    _, texts = counted(ours, chat(*CHATS[2]))
+    assert [text.strip() for text in texts] == ["1<|end|>", "2, of course<|end|>"]
+    _, texts = counted(ours, chat(*CHATS[2][:4]))
+    assert [text.replace("\n", "") for text in texts] == ["1<|end|>", "2, of course<|end|>" + eos]
 
 
 def test_a_variable_that_the_template_does_not_read_is_refused(tmp_path):
