@@ -92,7 +92,7 @@ def recommendation(row: dict) -> str:
         saved = f"{digits(ms[second] - ms[first])} of {digits(ms[second])} ms"
         text = f"{case}: use {first}, which saves {saved} against {second}"
     peaks = [row.get("peak MB", {}).get(name) for name in (first, second)]
-    if None in peaks:
+    difference = 0 if None in peaks else peaks[1] - peaks[0]
+    if abs(difference) < 0.05:
         return text
-    difference = peaks[1] - peaks[0]
     return f"{text}; {first} needs {abs(difference):.1f} MB {'less' if difference >= 0 else 'more'}"

@@ -209,7 +209,8 @@ def missing(device: str) -> list[str]:
 def free_memory(device: str) -> int:
     """Bytes that can still be allocated."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
     try:
         with open("/proc/meminfo") as file:
             return next(int(x.split()[1]) * 1024 for x in file if x.startswith("MemAvailable"))

@@ -82,7 +82,10 @@ def row(ours, eager, peaks=None):
             "rlhf_core and eager are equally fast within their spread; rlhf_core needs 20.0 MB "
             "more",
         ),
-        (row((1, 2, 3), (7, 8, 9)), "use rlhf_core, which saves 6.0 of 8.0 ms against eager"),
+        (
+            row((1, 2, 3), (7, 8, 9), (10, 10)),
+            "use rlhf_core, which saves 6.0 of 8.0 ms against eager",
+        ),
     ],
 )
 def test_the_recommendation_names_the_faster_one_and_what_it_saves(row, text):

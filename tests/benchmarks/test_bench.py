@@ -117,6 +117,14 @@ def test_a_row_has_ratios_slow_downs_and_bars():
     )
 
 
+def test_an_error_is_relative_to_the_largest_value_of_the_truth():
+    truth = torch.tensor([1.0, -4.0, 2.0], dtype=torch.float64)
+    variants = {OURS: truth.float, "off": lambda: truth + 0.4, "other": lambda: truth[:2]}
+    made = Case(variants, lambda: [truth])
+    errors = common.measure("op", "name", made, "full", "cpu")["error"]
+    assert errors == {OURS: 0, "off": pytest.approx(0.1), "other": None}
+
+
 def test_a_short_call_is_timed_in_bundles_and_the_median_is_taken():
     calls = []
     quartiles = common.quartiles({OURS: lambda: calls.append(0)}, "cpu", False, rounds=9)
