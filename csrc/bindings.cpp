@@ -268,18 +268,24 @@ PYBIND11_MODULE(_C, m) {
   def("packed_decode_fwd",
       [](Tensor tokens, Tensor counts, Tensor embedding, Tensor weights, Tensor keys, Tensor values,
          Tensor lengths, Tensor slots, Tensor cos, Tensor sin, std::optional<int64_t> window,
-         int64_t limit, int64_t heads, int64_t intermediate, bool qk_norm, double eps,
-         Tensor logits, int threads) {
+         int64_t limit, int64_t heads, int64_t intermediate, int64_t rank, int activation,
+         bool gated, double eps, int64_t packed_size, Tensor logits, int threads) {
     PackedDecodeArgs a = {};
     DecodeAttentionArgs& d = a.attention;
     d.B = tokens.shape[0], a.T = tokens.ndim == 2 ? tokens.shape[1] : 1, d.H = heads;
     a.layers = keys.shape[0], d.N = keys.shape[1], d.Hkv = keys.shape[2];
-    d.S = keys.shape[3], d.K = keys.shape[4], d.window = window.value_or(d.S), d.limit = limit;
+    d.S = keys.shape[3], d.window = window.value_or(d.S), d.limit = limit, d.K = keys.shape[4];
+    d.cache_dtype = keys.dtype();
     d.keys = keys, d.values = values, d.lengths = a.lengths = lengths, d.slots = slots;
-    d.cos = cos, d.sin = sin, a.qk_norm = qk_norm, a.eps = static_cast<float>(eps);
-    a.V = embedding.shape[0], a.D = embedding.shape[1], a.I = intermediate, a.logits = logits;
-    a.tokens = tokens, a.counts = counts, a.embedding = embedding, a.weights = weights;
-    packed_decode_fwd(a, weights.size(), threads);
+    d.cos = cos, d.sin = sin, a.eps = static_cast<float>(eps);
+    a.dtype = embedding.dtype(), a.V = embedding.shape[0], a.D = embedding.shape[1];
+    a.I = intermediate, a.rank = rank, a.activation = static_cast<Activation>(activation);
+    a.gated = gated, a.packed = packed_size > 0, a.size = packed_size;
+    a.tokens = tokens, a.counts = counts, a.logits = logits;
+    const int64_t* const addresses = weights;
+    a.model = reinterpret_cast<const ModelWeights*>(addresses);
+    a.weights = reinterpret_cast<const LayerWeights*>(a.model + 1);
+    packed_decode_fwd(a, threads);
   });
   def("rms_norm_fwd", [](Tensor x, Tensor weight, double eps, Tensor out, int threads) {
     RmsNormArgs a = {};
@@ -290,7 +296,8 @@ PYBIND11_MODULE(_C, m) {
   def("linear_rows_fwd", [](Tensor x, Tensor weight, Tensor bias, Tensor y, int threads) {
     LinearRowsArgs a = {};
     a.dtype = weight.dtype(), a.n = x.shape[0], a.in = x.shape[1], a.out = weight.shape[0];
-    a.rows = {x, x.strides[0], 0}, a.weight = weight, a.bias = bias, a.y = y;
+    a.rows = {x, x.strides[0], 0}, a.weight = weight, a.bias = bias;
+    a.y = y, a.y_stride = a.out;
     linear_rows_fwd(a, threads);
   });
   def("sample_tokens_fwd",

@@ -146,11 +146,6 @@ bool amx() {
 #endif
 }
 
-// Rows per chunk: about 30 us of work, because waking a thread on a busy machine is not cheap.
-int64_t row_grain(int64_t elements_per_row) {
-  return std::max<int64_t>(1, (int64_t{1} << 17) / std::max<int64_t>(1, elements_per_row));
-}
-
 template <class Args>
 void run(Kernel<Args> kernel, const Args& args, int64_t n, int64_t grain, int threads) {
   parallel_for(n, grain, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -171,6 +166,11 @@ void check_targets(const LogprobsArgs& a) {
       reject("target ", y, " at (", b, ", ", t, ") is outside [0, ", a.V,
              "); positions without a target need mask=targets != IGNORE_INDEX");
     }
+}
+
+// The first place from p on that starts a cache line; at most 16 floats on.
+float* aligned(float* p) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t{63});
 }
 
 // The position of each row's new token.
@@ -275,14 +275,12 @@ void rms_norm_fwd(const RmsNormArgs& a, int threads) {
 
 void linear_rows_fwd(LinearRowsArgs a, int threads) {
   const Table& table = *chosen().table;
-  a.amx = table.amx && amx() && a.dtype == kBFloat16 && a.n > 4 && a.n <= 64 && a.out >= 16;
-  const std::unique_ptr<float[]> x(new float[(a.n + 15) / 16 * 16 * a.padded() + 16]());
-  a.x = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(x.get()) + 63) & ~uintptr_t{63});
-  run(table.spread_rows[a.dtype], a, a.n, row_grain(a.in), threads);
-  run(table.linear_rows[a.dtype], a, a.out, row_grain(a.in) / 16 * 16 + 16, threads);
+  const std::unique_ptr<float[]> x(new float[LinearRowsArgs::x_size(a.n, a.in) + 16]);
+  a.x = aligned(x.get()), a.amx = table.amx && amx();
+  table.linear_rows[a.dtype](a, threads);
 }
 
-void packed_decode_fwd(const PackedDecodeArgs& args, int64_t num_weights, int threads) {
+void packed_decode_fwd(const PackedDecodeArgs& args, int threads) {
   const int64_t B = args.attention.B, T = args.T;
   const std::vector<int64_t> positions = positions_of(args.attention);
   for (int64_t b = 0; b < B; ++b) {
@@ -294,15 +292,21 @@ void packed_decode_fwd(const PackedDecodeArgs& args, int64_t num_weights, int th
       if (args.tokens[t] < 0 || args.tokens[t] >= args.V)
         reject("row ", b, ": token ", args.tokens[t], " is outside [0, ", args.V, ")");
   }
+  const Table& table = *chosen().table;
+  const auto decode = [&](int64_t begin, int64_t end, int64_t block, int team) {
+    PackedDecodeArgs a = args;
+    a.block = block, a.threads = team, a.amx = table.amx && amx();
+    const std::unique_ptr<float[]> scratch(new float[a.scratch_size()]);
+    const std::unique_ptr<int64_t[]> indices(new int64_t[3 * block]);
+    a.scratch = aligned(scratch.get()), a.indices = indices.get();
+    table.packed_decode[a.dtype](a, begin, end);
+  };
+  if (!args.packed) return decode(0, B, B * T, threads);
   // Larger chunks than the work alone requires, because every chunk reads all the weights.
   const int64_t grain =
-      std::max(row_grain(num_weights * T / 8), std::min(kDecodeRows, (B + threads - 1) / threads));
-  parallel_for(B, grain, threads, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[args.scratch_size()]);
-    PackedDecodeArgs a = args;
-    a.scratch = scratch.get();
-    chosen().table->packed_decode(a, begin, end);
-  });
+      std::max(row_grain(args.size * T / 8), std::min(kDecodeRows, (B + threads - 1) / threads));
+  parallel_for(B, grain, threads,
+               [&](int64_t begin, int64_t end) { decode(begin, end, kDecodeRows, 1); });
 }
 
 void sample_tokens_fwd(const SamplingArgs& args, int threads) {

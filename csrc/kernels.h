@@ -132,35 +132,79 @@ struct RmsNormArgs {
   char* out;  // contiguous
 };
 
+constexpr int64_t kPanel = 32;    // outputs of a linear layer that are packed side by side
+constexpr int64_t kFewRows = 16;  // beyond this float32 weights are transposed, see linear_rows.h
+
 struct LinearRowsArgs {
-  Dtype dtype;
+  Dtype dtype;  // of weight and bias
   int64_t n, in, out;
   Rows rows;                  // (n, in)
   const char *weight, *bias;  // (out, in), (out,); bias may be null
+  bool packed;                // weight holds panels with biases: see packed_decode.py
   char* y;                    // (n, out)
-  float* x;                   // the rows as the kernel reads them, and zeros
-  bool amx;
+  int64_t y_stride;
+  bool wide, add;  // rows and y are float32, whatever dtype is; add to y, if wide
+  float* x;        // (x_size(n, in),) scratch: the rows as the kernel reads them
+  bool amx;        // whether the CPU has it
+  bool panels() const { return packed || (dtype == kFloat32 && n > kFewRows); }
   int64_t padded() const { return (in + 31) / 32 * 32; }
+  static int64_t x_size(int64_t n, int64_t in) {
+    return (n + 15) / 16 * 16 * ((in + 31) / 32 * 32);
+  }
 };
 
-constexpr int64_t kPanel = 32;       // outputs of a linear layer that are packed side by side
-constexpr int64_t kDecodeRows = 32;  // that packed_decode processes together
+constexpr int64_t kDecodeRows = 32;  // of a packed model that a thread processes together
+
+// The layers of a model, as packed_decode.py lists them. Any pointer but `weight` may be null.
+struct NormWeights { const float *weight, *bias; };
+struct LinearWeights {
+  const char *weight, *bias;
+  const float *lora_a, *lora_b;  // (rank, in), (out, rank): the layer adds B A x
+  int64_t rank;
+};
+struct LayerWeights {
+  NormWeights norm1;
+  LinearWeights qkv;
+  const float *q_norm, *k_norm;
+  LinearWeights out;
+  NormWeights norm2;
+  LinearWeights up, down;
+};
+struct ModelWeights {
+  const char *embedding, *positions;  // (V, D), (positions, D)
+  NormWeights norm;
+  LinearWeights head;
+};
+
+enum Activation { kSilu, kGeluTanh };
 
 struct PackedDecodeArgs {
+  Dtype dtype;                    // of embeddings, weights and biases; norms are float32
   DecodeAttentionArgs attention;  // keys and values of layer 0, others follow; q, k, v, out unset
-  int64_t layers, T, D, I, V;
-  bool qk_norm;
+  int64_t layers, T, D, I, V, rank;  // rank: the largest
+  Activation activation;
+  bool packed, gated, amx;  // amx is set per call
+  int64_t size;             // the number of weights, if packed
   float eps;
-  const int64_t *tokens, *counts;    // (B, T); only a row's first counts[b] are real; null: all
-  int64_t* lengths;                  // (N,)
-  const float *embedding, *weights;  // (V, D); see packed_decode.py
-  float *logits, *scratch;           // (B, V), (scratch_size(),); scratch is each thread's own
+  const int64_t *tokens, *counts;  // (B, T); only a row's first counts[b] are real; null: all
+  int64_t* lengths;                // (N,)
+  const ModelWeights* model;
+  const LayerWeights* weights;  // (layers,)
+  float* logits;                // (B, V)
+  int64_t block;                // tokens processed together; this and the rest are set per call
+  int threads;                  // that share a block
+  float* scratch;               // (scratch_size(),)
+  int64_t* indices;             // (3, block)
   int64_t count(int64_t b) const { return counts ? counts[b] : T; }
+  int64_t heads() const { return attention.H * attention.K; }
   int64_t wide() const {
-    return std::max((attention.H + 2 * attention.Hkv) * attention.K, 2 * I + kPanel);
+    return std::max(heads() + 2 * attention.Hkv * attention.K, (1 + gated) * I + kPanel);
+  }
+  int64_t x_size() const {
+    return packed ? 0 : LinearRowsArgs::x_size(block, std::max({D, heads(), I, rank}));
   }
   int64_t scratch_size() const {
-    return kDecodeRows * (D + std::max(D, attention.H * attention.K) + wide());
+    return 16 + x_size() + block * (D + std::max(D, heads()) + wide() + rank);
   }
 };
 
@@ -192,8 +236,8 @@ struct Table {
   Kernel<DecodeAttentionArgs> decode_attention[kDtypes];  // by cache_dtype; B * Hkv units
   Kernel<RmsNormArgs> rms_norm[kDtypes];
   bool amx;  // whether linear_rows can use it
-  Kernel<LinearRowsArgs> spread_rows[kDtypes], linear_rows[kDtypes];  // rows; outputs
-  Kernel<PackedDecodeArgs> packed_decode;
+  void (*linear_rows[kDtypes])(const LinearRowsArgs& args, int threads);
+  Kernel<PackedDecodeArgs> packed_decode[kDtypes];
   Kernel<SamplingArgs> sample_tokens[kDtypes];
 };
 
@@ -211,7 +255,7 @@ void ppo_loss_fwd(PpoLossArgs args, int threads);
 void decode_attention_fwd(DecodeAttentionArgs args, int threads);
 void rms_norm_fwd(const RmsNormArgs& args, int threads);
 void linear_rows_fwd(LinearRowsArgs args, int threads);
-void packed_decode_fwd(const PackedDecodeArgs& args, int64_t num_weights, int threads);
+void packed_decode_fwd(const PackedDecodeArgs& args, int threads);
 void sample_tokens_fwd(const SamplingArgs& args, int threads);
 
 std::string isa();                          // the one in use

@@ -1,9 +1,11 @@
 // y = x weight^T + bias for a few rows, with weights as torch keeps them: see
 // rlhf_core/ops/linear_rows.py. ISA-generic; see simd.h.
 //
-// Each weight comes from memory once. A tile of rows and outputs stays in registers while its
-// weights stream past. Those of the next tile are fetched meanwhile, because a row of weights is
-// too short for the hardware to see a stream. No sum's order depends on the other rows.
+// Each weight comes from memory once. Up to kFewRows rows, a tile of rows and outputs stays in
+// registers while its weights stream past, and the lanes of a vector are inputs. Weights that come
+// next are fetched meanwhile, because a row of weights is too short for the hardware to see a
+// stream. With more float32 rows the lanes are outputs, whose weights are first transposed in the
+// cache: then no sum is over lanes. No sum's order depends on the other rows.
 
 // Keeps a vector that several products share in a register: compilers would load it for each.
 template <class V> SIMD V keep(V v) {
@@ -15,7 +17,7 @@ template <class V> SIMD V keep(V v) {
   return v;
 }
 
-constexpr int kTileRows = W == 16 ? 8 : 4, kTileOutputs = W == 4 ? 4 : 2;
+constexpr int kTileRows = W == 16 ? 8 : 4, kTileOutputs = W == 16 ? 2 : W == 8 ? 3 : 4;
 
 // kStep weights, and the sums of their products with inputs in each lane.
 template <class E> struct Products {
@@ -60,9 +62,19 @@ template <> struct Products<BF16> {
 };
 #endif
 
+// Inputs [i, i + n) of row r, rounded to the weights' dtype.
+template <class E>
+SIMD void copy_inputs(const LinearRowsArgs& a, int64_t r, int64_t i, int64_t n, E* to) {
+  if (!a.wide) std::memcpy(to, a.rows.at<const E>(r, 0) + i, n * sizeof(E));
+  else narrow<E>(a.rows.at<const float>(r, 0) + i, n, reinterpret_cast<char*>(to));
+}
+
 template <class E> SIMD void write_output(const LinearRowsArgs& a, int64_t r, int64_t j, float y) {
   if (a.bias) y += load_partial(reinterpret_cast<const E*>(a.bias) + j, 1)[0];
-  store_partial(reinterpret_cast<E*>(a.y) + r * a.out + j, splat(y), 1);
+  const int64_t at = r * a.y_stride + j;
+  if (!a.wide) return store_partial(reinterpret_cast<E*>(a.y) + at, splat(y), 1);
+  float& to = reinterpret_cast<float*>(a.y)[at];
+  to = a.add ? to + y : y;
 }
 
 template <class E, int kRows, int kOut>
@@ -108,16 +120,18 @@ void linear_tiles(const LinearRowsArgs& a, int64_t r, int64_t j) {
 }
 
 template <class E, int kRows, int kOut>
-void linear_outputs(const LinearRowsArgs& a, int64_t begin, int64_t end) {
+void linear_tiles_of(const LinearRowsArgs& a, int64_t begin, int64_t end) {
   int64_t j = begin;
   for (; j + kOut <= end; j += kOut) linear_tiles<E, kRows, kOut>(a, 0, j);
   for (; j < end; ++j) linear_tiles<E, kRows, 1>(a, 0, j);
 }
 
+constexpr int64_t kAmx = 16;  // outputs and rows of an AMX tile
+
 #if RLHF_ISA == 513
 // AMX multiplies 16 outputs x 32 inputs, as they lie in memory, with 32 inputs x 16 rows, whose
 // inputs lie in pairs. Tiles 0 to 3 hold the sums of up to 64 rows, 4 weights and 5 inputs.
-constexpr int64_t kAmx = 16, kAmxInputs = 32, kAmxTiles = 4;
+constexpr int64_t kAmxInputs = 32, kAmxTiles = 4;
 
 struct AmxTiles {  // the layout that ldtilecfg reads
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -187,39 +201,164 @@ void amx_linear(const LinearRowsArgs& a, int64_t begin, int64_t end) {
 void amx_spread(const LinearRowsArgs& a, int64_t begin, int64_t end) {
   const int64_t block = (a.n + kAmx - 1) / kAmx * kAmx * kAmxInputs;
   for (int64_t r = begin; r < end; ++r) {
-    const BF16* const from = a.rows.at<const BF16>(r, 0);
     BF16* to = reinterpret_cast<BF16*>(a.x) + r / kAmx * kAmx * kAmxInputs + r % kAmx * 2;
-    for (int64_t i = 0; i < a.in; i += kAmxInputs, to += block)
-      for (int64_t k = 0; k < std::min(kAmxInputs, a.in - i); ++k)
-        to[k / 2 * kAmx * 2 + k % 2] = from[i + k];
+    for (int64_t i = 0; i < a.in; i += kAmxInputs, to += block) {
+      BF16 part[kAmxInputs] = {};
+      copy_inputs(a, r, i, std::min(kAmxInputs, a.in - i), part);
+      for (int64_t k = 0; k < kAmxInputs; ++k) to[k / 2 * kAmx * 2 + k % 2] = part[k];
+    }
   }
 }
 #endif
 
-template <class E> void linear_rows(const LinearRowsArgs& a, int64_t begin, int64_t end) {
+// Panels: kPanel outputs side by side, for each input in turn.
+constexpr int64_t kVectors = kPanel / W, kDepth = 128, kLine = 16;         // inputs; floats
+constexpr int kPanelRows = W == 16 ? 8 : W == 8 || RLHF_ISA == 1 ? 3 : 1;  // that fit in registers
+
+struct Panel {
+  const float *weights, *bias;  // (depth, kPanel), (kPanel,); bias may be null
+  int64_t first, depth, j;      // inputs from `first` on, outputs from j on
+  bool add;                     // to y instead of overwriting it
+  const float* next;            // rows of weights to fetch meanwhile
+  int64_t lines;                // of them during four inputs
+};
+
+__attribute__((noinline)) void finish(float* y, int64_t n, bool add, F sum) {
+  store_partial(y, add ? load_partial(y, n) + sum : sum, n);
+}
+
+template <int kRows>
+SIMD void add_input(const float* x, int64_t stride, const float* w, F (&sums)[kRows][kVectors]) {
+#pragma GCC unroll 8
+  for (int k = 0; k < kRows; ++k) {
+    const F value = splat(x[k * stride]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[k][v] = fma(value, load(w + v * W), sums[k][v]);
+  }
+}
+
+// kRows rows from r on; the lines of the next panel from `line` on.
+template <int kRows>
+SIMD void multiply_panel(const LinearRowsArgs& a, const Panel& p, int64_t r, int64_t line) {
+  constexpr int64_t kLines = kDepth / kLine;  // of a row
+  const int64_t stride = a.rows.stride_b;
+  const float *const x = a.rows.at<const float>(r, 0) + p.first, *w = p.weights;
+  F sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int k = 0; k < kRows; ++k)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[k][v] = p.bias ? load(p.bias + v * W) : F{};
+  int64_t i = 0;
+  for (; i + 4 <= p.depth; i += 4) {
+    for (int64_t k = 0; k < p.lines && line < kPanel * kLines; ++k, ++line)
+      __builtin_prefetch(p.next + line / kLines * a.in + line % kLines * kLine, 0, 2);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k, w += kPanel) add_input<kRows>(x + i + k, stride, w, sums);
+  }
+  for (; i < p.depth; ++i, w += kPanel) add_input<kRows>(x + i, stride, w, sums);
+#pragma GCC unroll 8
+  for (int k = 0; k < kRows; ++k)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      float* const y = reinterpret_cast<float*>(a.y) + (r + k) * a.y_stride + p.j + v * W;
+      const int64_t left = a.out - p.j - v * W;
+      if (left >= W) store(y, p.add ? load(y) + sums[k][v] : sums[k][v]);
+      else if (left > 0) finish(y, left, p.add, sums[k][v]);
+    }
+}
+
+template <int kRows>
+void multiply_rows(const LinearRowsArgs& a, const Panel& p, int64_t r, int64_t line) {
+  for (; r + kRows <= a.n; r += kRows, line += p.depth / 4 * p.lines)
+    multiply_panel<kRows>(a, p, r, line);
+  if constexpr (kRows > 1) multiply_rows<kRows - 1>(a, p, r, line);
+}
+
+// Transposes kPanel rows of `depth` weights.
+SIMD void transpose_panel(const float* const* rows, int64_t depth, float* to) {
+  for (int64_t o = 0; o < kPanel; o += W) {
+    int64_t i = 0;
+    for (; i + 4 <= depth; i += 4) {
+      F v[4];
+      for (int k = 0; k < 4; ++k) v[k] = quads(rows + o + k, i);
+      const F low = zip_low(v[0], v[1]), low2 = zip_low(v[2], v[3]);
+      const F high = zip_high(v[0], v[1]), high2 = zip_high(v[2], v[3]);
+      float* const at = to + i * kPanel + o;
+      store(at, pairs_low(low, low2)), store(at + kPanel, pairs_high(low, low2));
+      store(at + 2 * kPanel, pairs_low(high, high2));
+      store(at + 3 * kPanel, pairs_high(high, high2));
+    }
+    for (; i < depth; ++i)
+      for (int k = 0; k < W; ++k) to[i * kPanel + o + k] = rows[o + k][i];
+  }
+}
+
+// Outputs from `begin`, a multiple of kPanel, to `end`.
+void linear_panels(const LinearRowsArgs& a, int64_t begin, int64_t end) {
+  const float* const weight = reinterpret_cast<const float*>(a.weight);
+  if (a.packed) {
+    for (int64_t j = begin; j < end; j += kPanel) {
+      const float* const w = weight + j * (1 + a.in);  // kPanel biases, then the weights
+      multiply_rows<kPanelRows>(a, {w + kPanel, w, 0, a.in, j, a.add, nullptr, 0}, 0, 0);
+    }
+    return;
+  }
+  alignas(64) float block[kDepth * kPanel], bias[kPanel] = {};
+  const int64_t tiles = (a.n + kPanelRows - 1) / kPanelRows;
+  const int64_t lines = (kPanel * 4 / kLine + tiles - 1) / tiles;
+  for (int64_t j = begin; j < end; j += kPanel) {
+    const int64_t count = std::min(kPanel, a.out - j);
+    if (a.bias) std::memcpy(bias, a.bias + j * sizeof(float), count * sizeof(float));
+    for (int64_t i = 0; i < a.in; i += kDepth) {
+      const int64_t depth = std::min(kDepth, a.in - i);
+      const float* rows[kPanel];
+      for (int64_t o = 0; o < kPanel; ++o)
+        rows[o] = weight + (j + std::min(o, count - 1)) * a.in + i;
+      transpose_panel(rows, depth, block);
+      const float* const next = i + kDepth < a.in ? rows[0] + kDepth : weight + (j + kPanel) * a.in;
+      multiply_rows<kPanelRows>(
+          a, {block, a.bias && i == 0 ? bias : nullptr, i, depth, j, a.add || i > 0, next, lines},
+          0, 0);
+    }
+  }
+}
+
+template <class E> void linear_outputs(const LinearRowsArgs& a, int64_t begin, int64_t end) {
+  if constexpr (std::is_same_v<E, float>)
+    if (a.panels()) return linear_panels(a, begin, end);
 #if RLHF_ISA == 513
   if constexpr (std::is_same_v<E, BF16>)
     if (a.amx) return amx_linear(a, begin, end);
 #endif
-  if (a.n > kTileRows) linear_outputs<E, 4, 4>(a, begin, end);
-  else linear_outputs<E, kTileRows, kTileOutputs>(a, begin, end);
+  if (a.n > kTileRows) linear_tiles_of<E, 4, W == 8 ? 3 : 4>(a, begin, end);
+  else linear_tiles_of<E, kTileRows, kTileOutputs>(a, begin, end);
 }
 
-// The rows as linear_rows reads them, padded with zeros.
+// The rows as the tiles read them, padded with zeros.
 template <class E> void spread_rows(const LinearRowsArgs& a, int64_t begin, int64_t end) {
-#if RLHF_ISA == 513
-  if constexpr (std::is_same_v<E, BF16>)
-    if (a.amx) return amx_spread(a, begin, end);
-#endif
   using P = Products<E>;
   for (int64_t r = begin; r < end; ++r) {
-    const E* const from = a.rows.at<const E>(r, 0);
     auto* const to = reinterpret_cast<typename P::X*>(a.x) + r * a.padded();
-    int64_t i = 0;
-    for (; i + P::kStep <= a.in; i += P::kStep) P::convert(from + i, to + i);
-    if (i == a.in) continue;
-    E rest[P::kStep] = {};
-    std::memcpy(rest, from + i, (a.in - i) * sizeof(E));
-    P::convert(rest, to + i);
+    for (int64_t i = 0; i < a.in; i += P::kStep) {
+      E part[P::kStep] = {};
+      copy_inputs(a, r, i, std::min(P::kStep, a.in - i), part);
+      P::convert(part, to + i);
+    }
   }
+}
+
+template <class E> void linear_rows(const LinearRowsArgs& args, int threads) {
+  LinearRowsArgs a = args;
+  a.amx = a.amx && std::is_same_v<E, BF16> && a.n > 4 && a.n <= 64 && a.out >= kAmx;
+  if (!a.panels())
+    parallel_for(a.n, row_grain(a.in), threads, [&](int64_t begin, int64_t end) {
+#if RLHF_ISA == 513
+      if constexpr (std::is_same_v<E, BF16>)
+        if (a.amx) return amx_spread(a, begin, end);
+#endif
+      spread_rows<E>(a, begin, end);
+    });
+  const int64_t grain = row_grain(a.in * (1 + a.n / 8)) / kPanel * kPanel + kPanel;
+  parallel_for(a.out, grain, threads,
+               [&](int64_t begin, int64_t end) { linear_outputs<E>(a, begin, end); });
 }

@@ -20,6 +20,11 @@ inline bool forked = false;
 inline const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
+// Rows per chunk: about 30 us of work, because waking a thread on a busy machine is not cheap.
+inline int64_t row_grain(int64_t elements_per_row) {
+  return std::max<int64_t>(1, (int64_t{1} << 17) / std::max<int64_t>(1, elements_per_row));
+}
+
 // Calls body(begin, end) over [0, n) in chunks of `grain`. A single chunk or thread runs in the
 // caller. A chunk should take longer than waking a thread, about 10 us.
 template <class Body>

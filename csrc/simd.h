@@ -45,8 +45,10 @@ SIMD float max_lane(F v) {
 }
 
 // fma(a, b, c) = a * b + c. pair_sums adds every two neighbouring lanes, those of a, then those of
-// b. min and max return b where either is NaN. scale2(p, n) = p * 2^n for integral n and p near 1:
-// 0 for n < -126 (even -inf), huge or inf for n > 127. A NaN in p stays NaN unless n is -inf.
+// b. zip_low, zip_high, pairs_low and pairs_high make, of each four lanes of a and b, a0 b0 a1 b1,
+// a2 b2 a3 b3, a0 a1 b0 b1 and a2 a3 b2 b3. min and max return b where either is NaN. scale2(p, n)
+// = p * 2^n for integral n and p near 1: 0 for n < -126 (even -inf), huge or inf for n > 127. A NaN
+// in p stays NaN unless n is -inf.
 #if RLHF_ISA >= 512
 SIMD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 SIMD F min(F a, F b) { return _mm512_min_ps(a, b); }
@@ -58,6 +60,10 @@ SIMD F pair_sums(F a, F b) {
   return _mm512_permutex2var_ps(a, (__m512i)even, b) +
          _mm512_permutex2var_ps(a, (__m512i)(even + 1), b);
 }
+SIMD F zip_low(F a, F b) { return _mm512_unpacklo_ps(a, b); }
+SIMD F zip_high(F a, F b) { return _mm512_unpackhi_ps(a, b); }
+SIMD F pairs_low(F a, F b) { return (F)_mm512_unpacklo_pd((__m512d)a, (__m512d)b); }
+SIMD F pairs_high(F a, F b) { return (F)_mm512_unpackhi_pd((__m512d)a, (__m512d)b); }
 SIMD F load(const F16* p) { return _mm512_cvtph_ps(read<__m256i>(p)); }
 SIMD H to_half(F v) { return (H)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #elif RLHF_ISA == 2
@@ -68,17 +74,29 @@ SIMD F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FR
 SIMD F pair_sums(F a, F b) {
   return (F)_mm256_permute4x64_pd((__m256d)_mm256_hadd_ps(a, b), 0xd8);  // hadd alternates a and b
 }
+SIMD F zip_low(F a, F b) { return _mm256_unpacklo_ps(a, b); }
+SIMD F zip_high(F a, F b) { return _mm256_unpackhi_ps(a, b); }
+SIMD F pairs_low(F a, F b) { return (F)_mm256_unpacklo_pd((__m256d)a, (__m256d)b); }
+SIMD F pairs_high(F a, F b) { return (F)_mm256_unpackhi_pd((__m256d)a, (__m256d)b); }
 SIMD F load(const F16* p) { return _mm256_cvtph_ps(read<__m128i>(p)); }
 SIMD H to_half(F v) { return (H)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #elif RLHF_ISA == 1
 SIMD F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 SIMD F round(F x) { return vrndnq_f32(x); }
 SIMD F pair_sums(F a, F b) { return vpaddq_f32(a, b); }
+SIMD F zip_low(F a, F b) { return vzip1q_f32(a, b); }
+SIMD F zip_high(F a, F b) { return vzip2q_f32(a, b); }
+SIMD F pairs_low(F a, F b) { return (F)vzip1q_f64((float64x2_t)a, (float64x2_t)b); }
+SIMD F pairs_high(F a, F b) { return (F)vzip2q_f64((float64x2_t)a, (float64x2_t)b); }
 SIMD F load(const F16* p) { return vcvt_f32_f16((float16x4_t)read<H>(p)); }
 SIMD H to_half(F v) { return (H)vcvt_f16_f32(v); }
 #else
 SIMD F fma(F a, F b, F c) { return a * b + c; }
 SIMD F pair_sums(F a, F b) { return F{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]}; }
+SIMD F zip_low(F a, F b) { return F{a[0], b[0], a[1], b[1]}; }
+SIMD F zip_high(F a, F b) { return F{a[2], b[2], a[3], b[3]}; }
+SIMD F pairs_low(F a, F b) { return F{a[0], a[1], b[0], b[1]}; }
+SIMD F pairs_high(F a, F b) { return F{a[2], a[3], b[2], b[3]}; }
 // Adding 1.5 * 2^23 leaves no fraction bits. Beyond 2^22 no caller needs the rounding.
 SIMD F round(F x) {
   return select((x < 4194304.f) & (x > -4194304.f), (x + 12582912.f) - 12582912.f, x);
@@ -113,6 +131,21 @@ SIMD F scale2(F p, F n) {
 
 SIMD F load(const float* p) { return read<F>(p); }
 SIMD F load(const BF16* p) { return (F)(__builtin_convertvector(read<H>(p), U) << 16); }
+
+// Four floats from i on of each fourth row, side by side.
+SIMD F quads(const float* const* rows, int64_t i) {
+#if RLHF_ISA >= 512
+  F v = _mm512_castps128_ps512(_mm_loadu_ps(rows[0] + i));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(rows[4] + i), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(rows[8] + i), 2);
+  return _mm512_insertf32x4(v, _mm_loadu_ps(rows[12] + i), 3);
+#elif RLHF_ISA == 2
+  const F v = _mm256_castps128_ps256(_mm_loadu_ps(rows[0] + i));
+  return _mm256_insertf128_ps(v, _mm_loadu_ps(rows[4] + i), 1);
+#else
+  return load(rows[0] + i);
+#endif
+}
 
 // Loads 2 W elements in any order, because memory order costs more for BF16.
 template <class E> SIMD void load_pair(const E* p, F& a, F& b) { a = load(p), b = load(p + W); }

@@ -31,9 +31,8 @@ const Table table = {
     {decode_attention<float>, decode_attention<BF16>, decode_attention<F16>},
     {rms_norm<float>, rms_norm<BF16>, rms_norm<F16>},
     RLHF_ISA == 513,
-    {spread_rows<float>, spread_rows<BF16>, spread_rows<F16>},
     {linear_rows<float>, linear_rows<BF16>, linear_rows<F16>},
-    packed_decode,
+    {packed_decode<float>, packed_decode<BF16>, packed_decode<F16>},
     {sample_tokens<float>, sample_tokens<BF16>, sample_tokens<F16>},
 };
 

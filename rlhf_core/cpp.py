@@ -14,6 +14,7 @@ import rlhf_core._C as _C  # not "from rlhf_core import", whose error does not n
 _C.use(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))  # gives access to tensor memory
 
 _ESTIMATORS = {"k1": 0, "k2": 1, "k3": 2, "abs": 3}
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 def isa() -> str:
@@ -251,25 +252,31 @@ def packed_decode_fwd(
     values: Tensor,
     lengths: Tensor,
     slots: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     window: int | None,
     limit: int,
     heads: int,
     intermediate: int,
-    qk_norm: bool,
+    rank: int,
+    activation: str,
+    gated: bool,
     eps: float,
+    packed_size: int,
 ) -> Tensor:
-    """Logits (B, V) after each row's last token.
+    """Logits (B, V) float32 after each row's last token.
 
     tokens: (B,), or (B, T) with counts (B,) of valid tokens per row. The tokens are added to keys
-    and values (L, N, Hkv, S, K) and to lengths. limit: number of tokens that a row may have. A
-    token or slot that is out of range, or a slot without room, raises ValueError.
+    and values (L, N, Hkv, S, K) and to lengths. limit: number of tokens that a row may have.
+    weights: int64 addresses, in the order of csrc/kernels.h, of tensors that the caller keeps.
+    packed_size: the number of weights in panels; 0 means that weights are in place, which takes one
+    token per row. A token or slot that is out of range, or a slot without room, raises ValueError.
     """
-    logits = embedding.new_empty(len(tokens), len(embedding))
+    logits = embedding.new_empty(len(tokens), len(embedding), dtype=torch.float32)
     _C.packed_decode_fwd(
         tokens, counts, embedding, weights, keys, values, lengths, slots, cos, sin, window, limit,
-        heads, intermediate, qk_norm, eps, logits, torch.get_num_threads(),
+        heads, intermediate, rank, _ACTIVATIONS[activation], gated, eps, packed_size, logits,
+        torch.get_num_threads(),
     )  # fmt: skip
     return logits
 

@@ -1,10 +1,10 @@
-"""Prompts and decoding steps of a small model as one C++ call each, on a copy of its weights.
+"""Prompts and decoding steps of a model as one C++ call each.
 
-If all weights are in a core's cache, the hundred small operations of `Transformer.decode` cost more
-than their arithmetic. Adapters are folded into the copy. `Transformer` is the definition. It also
-runs the models that are left out here: on GPUs, in 16 bits, with hooks, under autocast, with more
-than `MOST_WEIGHTS` weights, learned positions, longrope, LayerNorm, a plain MLP, or a switch of
-`PLAIN`.
+The hundred small operations of `Transformer.decode` cost more than the arithmetic of a small model,
+and a tenth of the time of a large one. The C++ code packs the weights of a small model, with its
+adapters folded in. It reads those of other models where they are, and leaves their prompts to
+`Transformer`, which is the definition. `Transformer` also runs the models that are left out here:
+on GPUs, with hooks, under autocast, or with a switch of `PLAIN`.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from rlhf_core.models.transformer import (
     Attention,
     Block,
     KVCache,
+    RMSNormPlusOne,
     Transformer,
     Trunk,
     TrunkModel,
 )
-from rlhf_core.ops.linear_rows import linear_rows
+from rlhf_core.ops.linear_rows import MOST_ROWS, linear_rows
 
 READ_FROM = 2**16  # with fewer weights a layer is in a core's cache, and F.linear is as fast
-FEW_ROWS = 16  # up to here reading float32 weights takes longer than multiplying by them
 PANEL = 32  # kPanel in csrc/kernels.h
-# Each thread reads all weights. With more weights, splitting every layer over threads is as fast.
-MOST_WEIGHTS = 2**22
+# Each thread reads all packed weights. With more, splitting every layer over threads is as fast.
+MOST_PACKED = 2**22
 PLAIN = (  # fields of a TransformerConfig that must have their defaults
-    "full_layers", "local_rope_theta", "unrotated_layers", "partial_rotary_factor", "norm",
-    "norm_places", "activation", "gated_mlp", "qk_norm_whole", "attention_scale",
-    "attention_softcap", "embed_scale", "residual_scale", "logit_divisor", "logit_softcap",
+    "full_layers", "local_rope_theta", "unrotated_layers", "partial_rotary_factor", "norm_places",
+    "qk_norm_whole", "attention_scale", "attention_softcap", "embed_scale", "residual_scale",
+    "logit_divisor", "logit_softcap",
 )  # fmt: skip
 PARTS = {Transformer, Trunk, Block, Attention, MLP, LoRALinear, Adapter, nn.ModuleList}
-PARTS |= {nn.Linear, nn.RMSNorm, nn.Embedding, nn.Dropout, nn.ModuleDict}
+PARTS |= {nn.Linear, nn.RMSNorm, RMSNormPlusOne, nn.LayerNorm, nn.Embedding, nn.Dropout}
+PARTS |= {nn.ModuleDict}
 
 
 @contextlib.contextmanager
 def packed_for_decoding(model: TrunkModel, rows: int) -> Iterator[TrunkModel | PackedModel]:
-    """Yield the model in its fastest form: a small model as a PackedModel, any other as it is.
+    """Yield the model in its fastest form: a PackedModel, or the model as it is.
 
     On CPUs, the linear layers and the head of other models go through `linear_rows`, so that a few
-    rows cost about one read of the weights. With more than FEW_ROWS rows, arithmetic takes longer
-    than that, and float32 layers use copies of their weights in oneDNN's own layout.
+    rows cost about one read of the weights.
     """
     launch = getattr(backends.resolve(None, model.trunk.embed.weight), "packed_decode_fwd", None)
-    if launch is not None and _fits(model):
+    if launch is not None and _fits(model, rows):
         yield PackedModel(model, launch)
         return
     layers = []
@@ -69,40 +69,35 @@ def packed_for_decoding(model: TrunkModel, rows: int) -> Iterator[TrunkModel | P
     layers = [layer for layer in layers if layer[2].numel() >= READ_FROM]
     try:
         for owner, method, weight, bias in layers:
-            is_copied = rows > FEW_ROWS and weight.dtype == torch.float32
-            linear = _copied_linear(weight, bias) if is_copied else None
-            linear = linear or partial(linear_rows, weight=weight, bias=bias)
-            setattr(owner, method, linear)
+            setattr(owner, method, partial(linear_rows, weight=weight, bias=bias))
         yield model
     finally:
         for owner, method, _, _ in layers:
             owner.__dict__.pop(method, None)  # uncovers the method of the class
 
 
-def _copied_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """The layer on a copy of its weight in oneDNN's layout; None without oneDNN."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return None
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-    linear = torch.ops.mkldnn._linear_pointwise
-    return lambda x: linear(x, weight, bias, "none", [], "")
-
-
 class PackedModel:
     """`prefill` and `decode` of a Transformer, up to rounding. No row depends on other rows."""
 
     def __init__(self, model: Transformer, launch: Callable[..., Tensor]):
-        config = model.config
-        self.launch, self.weights = launch, _weights(model)
-        self.embedding = model.trunk.embed.weight.contiguous()
-        self.rope_tables, self.window = model.trunk._rope_tables, config.sliding_window
-        self.sizes = config.num_heads, config.intermediate_size, config.qk_norm, config.norm_eps
+        config, size = model.config, sum(x.numel() for _, x in _weights(model))
+        self.model, self.launch = model, launch
+        self.embedding = model.trunk.embed.weight.detach().contiguous()
+        small = size <= MOST_PACKED and self.embedding.dtype == torch.float32
+        self.packed_size = size if small else 0
+        self.rank = 0  # the largest of a layer's adapters together
+        self.kept: list[Tensor] = []  # what the addresses point to
+        self.weights = torch.tensor(self._addresses(), dtype=torch.long)
+        self.sizes = (config.num_heads, config.intermediate_size, self.rank, config.activation)
+        self.sizes += (config.gated_mlp, config.norm_eps, self.packed_size)
 
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
+        if not self.packed_size:
+            return self.model.prefill(input_ids, lengths, cache)
         samples = len(cache.lengths) // len(input_ids)
         logits = self._run(input_ids, lengths, cache, torch.arange(0, len(cache.lengths), samples))
         if samples > 1:
-            for store in cache.stores[self.window]:
+            for store in cache.stores[self.model.config.sliding_window]:
                 filled = store[:, :, :, : input_ids.shape[1]]
                 rows = filled.unflatten(1, (-1, samples))  # (L, B, N / B, Hkv, P, K)
                 rows[:, :, 1:] = rows[:, :, :1]
@@ -115,45 +110,93 @@ class PackedModel:
     def _run(
         self, token_ids: Tensor, counts: Tensor | None, cache: KVCache, slots: Tensor
     ) -> Tensor:
-        rope, store = self.rope_tables(cache.max_length, slots.device), cache.stores[self.window]
+        trunk, rope = self.model.trunk, (None, None)
+        if trunk.config.positions == "rope":
+            rope = trunk._rope_tables(cache.max_length, slots.device)
+        window = trunk.config.sliding_window  # of all layers
+        store = cache.stores[window]
         return self.launch(
             token_ids.contiguous(), counts, self.embedding, self.weights, *store, cache.lengths,
-            slots.contiguous(), *rope, self.window, cache.max_length, *self.sizes,
+            slots.contiguous(), *rope, window, cache.max_length, *self.sizes,
         )  # fmt: skip
 
+    @torch.no_grad()
+    def _addresses(self) -> list[int]:
+        """The addresses of the weights, in the order of ModelWeights and LayerWeights."""
+        trunk, model = self.model.trunk, self.model
+        position = trunk.position.weight if trunk.config.positions == "learned" else None
+        addresses = [self._address(self.embedding), self._address(position)]
+        addresses += self._norm(trunk.norm) + self._linear(model.head_weight, None)
+        for block in trunk.blocks:
+            attention, mlp = block.attn, block.mlp
+            addresses += self._norm(block.norm1) + self._layer(attention.qkv)
+            for name in ("q_norm", "k_norm"):
+                addresses += self._norm(getattr(attention, name, None))[:1]
+            addresses += self._layer(attention.out) + self._norm(block.norm2)
+            addresses += self._layer(mlp.up) + self._layer(mlp.down)
+        return addresses
 
-def _fits(model: Transformer) -> bool:
+    def _address(self, x: Tensor | None) -> int:
+        if x is None:
+            return 0
+        self.kept.append(x.contiguous())
+        return self.kept[-1].data_ptr()
+
+    def _norm(self, norm: nn.Module | None) -> list[int]:
+        if norm is None:
+            return [0, 0]
+        weight, bias = norm.weight.float(), getattr(norm, "bias", None)
+        weight = weight + 1 if isinstance(norm, RMSNormPlusOne) else weight
+        return [self._address(weight), self._address(None if bias is None else bias.float())]
+
+    def _layer(self, layer: nn.Linear) -> list[int]:
+        adapters = layer.adapters if isinstance(layer, LoRALinear) else {}
+        if not adapters:
+            return self._linear(layer.weight, layer.bias)
+        if self.packed_size:
+            return self._linear(layer.weight + layer.product(), layer.bias)
+        a = torch.cat([adapters[name].lora_A for name in layer.sizes if name in adapters])
+        b, start = a.new_zeros(len(layer.weight), len(a)), 0
+        for name, rows in zip(layer.sizes, b.split(list(layer.sizes.values()))):
+            if name in adapters:
+                factor = adapters[name].lora_B
+                rows[:, start : start + factor.shape[1]] = factor * adapters[name].config.scale
+                start += factor.shape[1]
+        return self._linear(layer.weight, layer.bias, a, b)
+
+    def _linear(
+        self, weight: Tensor, bias: Tensor | None, a: Tensor | None = None, b: Tensor | None = None
+    ) -> list[int]:
+        """Addresses of a layer with adapters that add b a x, a (rank, in) and b (out, rank)."""
+        if self.packed_size:
+            weight, bias = _panels(weight, bias), None
+        rank = 0 if a is None else len(a)
+        self.rank = max(self.rank, rank)
+        return [*(self._address(x) for x in (weight, bias, a, b)), rank]
+
+
+def _weights(model: Transformer) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _fits(model: Transformer, rows: int) -> bool:
     config, modules = model.config, list(model.modules())
-    weights = [*model.parameters(), *model.buffers()]
+    dtype = model.trunk.embed.weight.dtype
     return (
-        config.positions == "rope"
-        and config.long_from >= config.max_positions
+        config.long_from >= config.max_positions
         and all(getattr(config, name) == getattr(TransformerConfig, name) for name in PLAIN)
-        and sum(x.numel() for x in weights) <= MOST_WEIGHTS
-        and all(x.dtype == torch.float32 for x in weights)
+        and config.activation in ("silu", "gelu_tanh")
         and all(
             type(x) in PARTS and not x._forward_hooks and not x._forward_pre_hooks for x in modules
         )
         and not torch.is_autocast_enabled("cpu")
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and (dtype == torch.float32 or rows <= MOST_ROWS)  # else torch's product is faster
+        and all(
+            type(x) in (Tensor, nn.Parameter) and x.is_cpu and ("lora_" in name or x.dtype == dtype)
+            for name, x in _weights(model)
+        )
     )
-
-
-@torch.no_grad()
-def _weights(model: Transformer) -> Tensor:
-    parts = []
-    for block in model.trunk.blocks:
-        attention, mlp = block.attn, block.mlp
-        parts += [block.norm1.weight, _linear(attention.qkv)]
-        if model.config.qk_norm:
-            parts += [attention.q_norm.weight, attention.k_norm.weight]
-        parts += [_linear(attention.out), block.norm2.weight, _linear(mlp.up), _linear(mlp.down)]
-    parts += [model.trunk.norm.weight, _panels(model.head_weight, None)]
-    return torch.cat([part.flatten() for part in parts])
-
-
-def _linear(layer: nn.Linear) -> Tensor:
-    adapted = isinstance(layer, LoRALinear)
-    return _panels(layer.weight + layer.product() if adapted else layer.weight, layer.bias)
 
 
 def _panels(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -24,8 +24,8 @@ def linear_rows(
 
     torch computes it for more than MOST_ROWS rows, for inputs of several dtypes or devices, under
     autocast, if a gradient is needed, or if there is no fused launcher. The bits of a row depend
-    neither on the other rows nor, up to MOST_ROWS on one CPU, on their number, except in bfloat16
-    with AMX, which takes over at five rows.
+    neither on the other rows nor, on one CPU, on their number, except that another kernel takes
+    over at 17 rows of float32, at five of bfloat16 with AMX, and torch beyond MOST_ROWS.
     """
     inputs = [t for t in (x, weight, bias) if t is not None]
     launch = getattr(resolve(backend, *inputs), "linear_rows_fwd", None)

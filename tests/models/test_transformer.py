@@ -530,13 +530,14 @@ WINDOWED = ["mistral", "qwen2-window-in-one-layer", "gemma2", "gemma3", "phi3", 
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["", "lora"])
-@pytest.mark.parametrize("most_weights", [0, packed_decode.MOST_WEIGHTS], ids=["modules", "packed"])
+@pytest.mark.parametrize("form", ["modules", "packed", "in place"])
 @pytest.mark.parametrize("family", WINDOWED)
-def test_windows_in_the_cache_sample_what_a_full_cache_samples(
-    family, most_weights, adapted, monkeypatch
-):
+def test_windows_in_the_cache_sample_what_a_full_cache_samples(family, form, adapted, monkeypatch):
     """Prompts shorter and longer than the window, left-padded; rows that end; three samples."""
-    monkeypatch.setattr(packed_decode, "MOST_WEIGHTS", most_weights)
+    if form == "modules":
+        monkeypatch.setattr(packed_decode, "_fits", lambda *arguments: False)
+    elif form == "in place":
+        monkeypatch.setattr(packed_decode, "MOST_PACKED", 0)
     model, (ids, mask) = tiny(family), padded("left", lengths=(14, 9, 5, 1), width=14)
     if adapted:
         add_adapters(model, LoRAConfig(rank=2))
