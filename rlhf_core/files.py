@@ -297,11 +297,11 @@ def parse_json(text: str):
     Whole numbers have at most 300 digits, so that all of them are also finite floats.
     """
     try:
-        with contextlib.suppress(json.JSONDecodeError):  # loads knows the best message
+        try:
             value, end = _DECODER.raw_decode(text)
-            if end == len(text):
-                return value
-        return json.loads(text, parse_int=_parse_int)
+        except json.JSONDecodeError:  # loads knows the best message
+            end = -1
+        return value if end == len(text) else json.loads(text, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("not valid JSON: nested too deeply") from None
 

@@ -315,8 +315,8 @@ def fit_to_sample(
             f"leave no room for a prompt in {limit} tokens"
         )
     prompts = [example.prompt_ids for example in examples]
-    kept = fit_prompts(prompts, room, models[0].bos_id, config)
+    fitted = fit_prompts(prompts, room, models[0].bos_id, config)
     return [
         cut_teacher_prompt(examples[i]._replace(prompt_ids=list(prompt)), examples[i])
-        for i, prompt in kept.items()
+        for i, prompt in zip(*fitted)
     ]

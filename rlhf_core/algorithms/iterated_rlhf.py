@@ -124,10 +124,10 @@ def iterated_rlhf(
     first = frozen_copy(model)
     out = None if out is None else Path(out)
     scorer = make_scorer(model, prompts, config.sampling, judge=judge, tokenizer=tokenizer)
-    prompts = list(prompts_for(model, prompts, config.sampling).values())
+    prompts = prompts_for(model, prompts, config.sampling).prompts
     if len(eval_prompts):
         scorer.check_columns(eval_prompts)
-        eval_prompts = list(prompts_for(model, eval_prompts, config.sampling).values())
+        eval_prompts = prompts_for(model, eval_prompts, config.sampling).prompts
 
     def sampled(
         prompts: Sequence[Sequence[int]], scorer: Callable, seed: int, num_samples: int
@@ -263,8 +263,8 @@ def iterated_rlhf_with_people(
     check_own(model, tokenizer)
     if len(people.prompts) != len(prompts):
         raise ValueError(f"there are {len(people.prompts)} texts for {len(prompts)} prompts")
-    kept = prompts_for(model, prompts, config.sampling)
-    prompts, texts = list(kept.values()), [people.prompts[i] for i in kept]
+    places, prompts = prompts_for(model, prompts, config.sampling)
+    texts = [people.prompts[i] for i in places]
     asked: list[CandidateRow] = []  # of all rounds
 
     def write_candidates(seed: int, folder: Path, number: int) -> list[CandidateRow]:

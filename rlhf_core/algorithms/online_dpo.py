@@ -83,9 +83,9 @@ class OnlineDPOTrainer(DPOTrainer):
             eos_ids, tokenizer, reference, eval_examples, eval_judge, engine: as for PPO.
         """
         if len(examples):
-            examples = list(prompts_for(model, examples, config).values())
+            examples = prompts_for(model, examples, config).prompts
         if len(eval_examples):
-            eval_examples = list(prompts_for(model, eval_examples, config).values())
+            eval_examples = prompts_for(model, eval_examples, config).prompts
         super().__init__(model, examples, config, eval_examples=eval_examples, **options)
         self.eval_judge, self.engine = eval_judge, engine
         if judge is not None:

@@ -102,7 +102,7 @@ def rft(
     checked = dict(pretraining_examples=pretraining_examples, tokenizer=tokenizer)
     # It checks the arguments before anything is sampled.
     Trainer(model, prompts, config, out=out, on_step=on_step, **checked)
-    prompts = list(prompts_for(model, prompts, config).values())
+    prompts = prompts_for(model, prompts, config).prompts
     where = dict(judge=eval_judge, eos_ids=eos_ids, tokenizer=tokenizer, engine=engine)
     evaluate = held_out(model, eval_prompts, config, scorer=scorer, **where)
 

@@ -214,8 +214,9 @@ class _Evaluation:
 
         rows = shared.read(read_prompt_rows, self.arguments.prompts, self.arguments, encode)
         bos_id = self.reference.config.bos_id
-        kept = fit_prompts([ids for _, ids in rows], positions - new, bos_id, self.config)
-        return [rows[i][0] for i in kept], list(kept.values())
+        encoded = [ids for _, ids in rows]
+        places, prompts = fit_prompts(encoded, positions - new, bos_id, self.config)
+        return [rows[i][0] for i in places], list(prompts)
 
     def _settings(self) -> dict[str, Any]:
         """What all samples and scores depend on."""

@@ -389,7 +389,8 @@ def _sources(
 
     rows = shared.read(read_prompt_rows, arguments.prompts, arguments, encode)
     fitting = [
-        prompts_for(model, [ids[i] for _, ids in rows], config) for i, model in enumerate(models)
+        dict(zip(*prompts_for(model, [ids[i] for _, ids in rows], config)))
+        for i, model in enumerate(models)
     ]
     kept = [i for i in range(len(rows)) if all(i in prompts for prompts in fitting)]
     if not kept:

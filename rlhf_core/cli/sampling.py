@@ -269,12 +269,12 @@ Ranked = list[tuple[Content, list[str], Tensor]]  # prompt, answers, their score
 
 def _sample_ranked(config: SamplingConfig, arguments: Namespace) -> tuple[Ranked, list[str]]:
     model, rows, options = shared.prompted(arguments, config)
-    kept = prompts_for(model, [ids for _, ids in rows], config)
-    samples = best_of_n(model, list(kept.values()), config, **options)
+    places, prompts = prompts_for(model, [ids for _, ids in rows], config)
+    samples = best_of_n(model, prompts, config, **options)
     decode, n = options["tokenizer"].decode, config.num_samples
     ranked = [
         (rows[i][0], [decode(ids) for ids in answers], scores)
-        for i, answers, scores in zip(kept, samples.responses, samples.scores)
+        for i, answers, scores in zip(places, samples.responses, samples.scores)
     ]
     return ranked, [f" of {n}", f", at most {best_of_n_kl(n):.3g} nats from the policy"]
 

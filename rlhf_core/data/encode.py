@@ -77,26 +77,13 @@ def encode_preference(
     """
     if isinstance(preference, Solution):
         return encode_solution(preference, tokenizer, max_length)
-    ranking, prompt = isinstance(preference, Ranking), preference.prompt
-    texts = preference.responses if ranking else [preference.chosen, preference.rejected]
-    if isinstance(prompt, str):
-        ids, masks = encode_prompt(prompt, tokenizer), [None] * len(texts)
-        completions = [_encode_completion(prompt, text, tokenizer) for text in texts]
-    else:
-        first, *others = (_encode(prompt, text, tokenizer) for text in texts)
-        if any(other.prompt_ids != first.prompt_ids for other in others):
-            raise ValueError(
-                "the chat template renders the prompt in different ways for different completions"
-            )
-        ids, masks = first.prompt_ids, [x.completion_mask for x in (first, *others)]
-        completions = [example.completion_ids for example in (first, *others)]
-    ids, completions = fit(ids, completions, max_length, tokenizer.bos_id)
-    if ranking:
+    if isinstance(preference, Ranking):
+        prompt, texts = preference
+        ids, completions, _ = _encode_group(prompt, texts, tokenizer, max_length)
         return Ranked(ids, completions)
-    masks = [None if mask is None else mask[: len(ids)] for mask, ids in zip(masks, completions)]
-    masks = masks if any(masks) else None
-    labels = preference.label_smoothing, preference.criteria
-    return Pair(ids, *completions, preference.margin, masks, *labels)
+    prompt, chosen, rejected, margin, *labels = preference  # label_smoothing and criteria
+    ids, completions, masks = _encode_group(prompt, [chosen, rejected], tokenizer, max_length)
+    return Pair(ids, *completions, margin, masks, *labels)
 
 
 def encode_solution(solution: Solution, tokenizer: Tokenizer, max_length: int) -> Steps:
@@ -159,6 +146,30 @@ def cut_prompt(prompt: list[int], length: int, bos_id: int | None) -> list[int]:
     return start + prompt[len(prompt) - length + len(start) :]
 
 
+def _encode_group(
+    prompt: Content, texts: Sequence[Content], tokenizer: Tokenizer, max_length: int
+) -> tuple[list[int], list[list[int]], list[list[bool] | None] | None]:
+    """Return the ids of a prompt and its completions, cut by `fit`, and their masks if any."""
+    masks: list[list[bool] | None] | None = None
+    if isinstance(prompt, str):
+        ids = encode_prompt(prompt, tokenizer)
+        completions = _encode_completions(prompt, texts, tokenizer)
+    else:
+        first, *others = (_encode(prompt, text, tokenizer) for text in texts)
+        if any(other.prompt_ids != first.prompt_ids for other in others):
+            raise ValueError(
+                "the chat template renders the prompt in different ways for different completions"
+            )
+        ids, masks = first.prompt_ids, [x.completion_mask for x in (first, *others)]
+        completions = [example.completion_ids for example in (first, *others)]
+    ids, completions = fit(ids, completions, max_length, tokenizer.bos_id)
+    if masks is not None:
+        cut = zip(masks, map(len, completions))
+        masks = [None if mask is None else mask[:length] for mask, length in cut]
+        masks = masks if any(masks) else None
+    return ids, completions, masks
+
+
 def _encode(prompt: Content, completion: Content, tokenizer: Tokenizer) -> Example:
     if type(tokenizer) not in _OWN:
         check_own(tokenizer)
@@ -166,13 +177,13 @@ def _encode(prompt: Content, completion: Content, tokenizer: Tokenizer) -> Examp
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
         return _encode_turns(prompt, completion, tokenizer)
-    ids = _encode_completion(prompt, completion, tokenizer)
+    (ids,) = _encode_completions(prompt, [completion], tokenizer)
     return Example(tokenizer.encode_prompt(prompt), ids)
 
 
-def _encode_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> list[int]:
-    encode = tokenizer.encode_completion if prompt else tokenizer.encode
-    return [*encode(completion), *tokenizer.eos_ids[:1]]
+def _encode_completions(prompt: str, texts: Sequence, tokenizer: Tokenizer) -> list[list[int]]:
+    encode, end = tokenizer.encode_completion if prompt else tokenizer.encode, tokenizer.eos_ids[:1]
+    return [[*encode(text), *end] for text in texts]
 
 
 def _encode_turns(prompt: list[Message], turns: list[Message], tokenizer: Tokenizer) -> Example:

@@ -139,7 +139,7 @@ class _File:
 
     def _lines(self, before: Iterable[bytes] = ()) -> Iterator[tuple[str, str]]:
         for raw in self._raw_lines(before):
-            place = self._place(self.number)
+            place = f"{self.name}:{self.number}"
             if len(raw) > self.max_bytes:
                 limit = f"the line has more than {self.max_bytes} bytes"
                 self.report_at(place, f"{limit}; split it into rows")

@@ -312,8 +312,7 @@ def read_prompt_rows(
     columns = {field: column for field, column in (columns or {}).items() if field in used}
 
     def parse(row: dict) -> PromptRow:
-        fields = (name for name in ("messages", "prompt", "question", "text") if name in row)
-        field = next(fields, "prompt")
+        field = next(filter(row.__contains__, ("messages", "prompt", "question", "text")), "prompt")
         others = {renamed.get(name, name): x for name, x in row.items() if name != field}
         if field != "messages" and not isinstance(row.get(field), list):
             return PromptRow(_string(row, field), others)
@@ -511,7 +510,8 @@ def _ratings(row: dict, field: str) -> dict[str, float]:
 
 
 def _strings(row: dict, empty: bool) -> tuple[str, str, str]:
-    chosen, rejected = (_string(row, field, empty=empty) for field in ("chosen", "rejected"))
+    chosen = _string(row, "chosen", empty=empty)
+    rejected = _string(row, "rejected", empty=empty)
     if "prompt" in row:
         return _string(row, "prompt"), chosen, rejected
     turn = "\n\nAssistant:"

@@ -69,7 +69,7 @@ class ByteTokenizer:
     eos_ids: tuple[int, ...] = (258,)
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+        return [*text.encode("utf-8")]  # faster than list(...)
 
     def encode_prompt(self, text: str) -> list[int]:
         return [self.bos_id, *text.encode("utf-8")]

@@ -6,14 +6,16 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_core.checks import check_own
-from rlhf_core.data import Pair, Prompt, Tokenizer, columns_of
+from rlhf_core.data import Pair, Prompt, Tokenizer
 from rlhf_core.data.encode import cut_prompt
+from rlhf_core.data.store import ExampleStore, column_names, join, longer, select, store
 from rlhf_core.feedback.judges import Judge, JudgeScorer
 from rlhf_core.feedback.rewards import Reward, Scorer
 from rlhf_core.generation import Engine, check_stop_strings
@@ -88,6 +90,13 @@ class Candidates(NamedTuple):
         return (scores.amax(dim=1) - scores.amin(dim=1)).masked_fill(tied(scores), 0)
 
 
+class Fitted(NamedTuple):
+    """Prompts that leave room for a response, and their places among those that were given."""
+
+    places: list[int]
+    prompts: Sequence[list[int]]
+
+
 def best_of_n(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -112,7 +121,7 @@ def best_of_n(
     """
     source = dict(reward=reward, judge=judge, tokenizer=tokenizer)
     scorer = make_scorer(model, prompts, config, **source)
-    prompts = list(prompts_for(model, prompts, config).values())
+    prompts = prompts_for(model, prompts, config).prompts
     generator = torch.Generator().manual_seed(config.seed)
     options = dict(eos_ids=eos_ids, tokenizer=tokenizer, generator=generator, engine=engine)
     return candidates(model, prompts, scorer, config, **options)
@@ -166,15 +175,15 @@ def candidates(
 
 def prompts_for(
     model: Transformer, prompts: Sequence[Sequence[int]], config: SamplingConfig
-) -> dict[int, list[int]]:
+) -> Fitted:
     """The prompts that leave room for the config's responses, as `fit_prompts`."""
     return fit_prompts(prompts, _prompt_length(model, config), model.config.bos_id, config)
 
 
 def fit_prompts(
     prompts: Sequence[Sequence[int]], length: int, bos_id: int | None, config: Options
-) -> dict[int, list[int]]:
-    """Prompts of at most `length` tokens, by their place; longer ones as on_long_prompt says.
+) -> Fitted:
+    """Prompts of at most `length` tokens; longer ones as on_long_prompt says.
 
     Warns with the number of dropped or truncated prompts. If any prompt has columns, all get the
     same ones, None where a prompt has no value.
@@ -184,16 +193,19 @@ def fit_prompts(
     """
     if not len(prompts):
         raise ValueError("there are no prompts to sample responses to")
-    columns = columns_of(prompts)
+    named = column_names(prompts)
+    names = dict.fromkeys(chain.from_iterable(named))
 
-    def with_columns(i: int, ids: Sequence[int]) -> list[int]:
-        own = {name: values[i] for name, values in columns.items()}
-        return Prompt(ids, **own) if own else list(ids)
+    def with_columns(ids: Sequence[int], of: Any) -> list[int]:
+        own = getattr(of, "columns", {})
+        return Prompt(ids, **{name: own.get(name) for name in names}) if names else list(ids)
 
-    kept = {i: with_columns(i, prompt) for i, prompt in enumerate(prompts)}
-    long = [i for i, prompt in kept.items() if len(prompt) > length]
+    make: Any = store if isinstance(prompts, ExampleStore) else list
+    if make is list or len(named) > 1:
+        prompts = make(with_columns(prompt, prompt) for prompt in prompts)
+    places, long = list(range(len(prompts))), longer(prompts, length)
     if not long:
-        return kept
+        return Fitted(places, prompts)
     mode, longest = config.on_long_prompt, max(long, key=lambda i: len(prompts[i]))
     found = (
         f"{len(long)} of {len(prompts)} prompts have more than {length} tokens; the longest is "
@@ -202,12 +214,15 @@ def fit_prompts(
     if mode == "error" or (mode == "drop" and len(long) == len(prompts)):
         raise ValueError(f"{found}. Shorten them, or set on_long_prompt to truncate")
     warnings.warn(f"{found}. on_long_prompt={mode!r} applies to them", stacklevel=3)
-    for i in long:
-        if mode == "drop":
-            del kept[i]
-        else:
-            kept[i] = with_columns(i, cut_prompt(kept[i], length, bos_id))
-    return kept
+    if mode == "drop":
+        dropped = set(long)
+        places = [i for i in places if i not in dropped]
+        return Fitted(places, select(prompts, places))
+    cut = [with_columns(cut_prompt(x, length, bos_id), x) for x in select(prompts, long)]
+    order = list(places)
+    for place, i in enumerate(long, len(prompts)):
+        order[i] = place
+    return Fitted(places, select(join([prompts, cut]), order))
 
 
 def make_scorer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_core import distributed
 from rlhf_core.data import Tokenizer, columns_of
+from rlhf_core.data.store import column_names
 from rlhf_core.feedback.rewards import (
     RewardError,
     Scorer,
@@ -73,7 +75,7 @@ class JudgeScorer:
 
     def check_columns(self, prompts: Sequence[Sequence[int]]) -> None:
         """As `Scorer.check_columns`."""
-        columns_for(self.judge, 3, columns_of(prompts))
+        columns_for(self.judge, 3, {name: [] for name in chain(*column_names(prompts))})
 
     def __call__(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         n, zeros = self.num_samples, torch.zeros(len(responses), dtype=torch.float64)

@@ -13,6 +13,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rlhf_core.checks import check_own
 from rlhf_core.data import Example, Tokenizer, collate, columns_of, step_ends
 from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import unknown_id
+from rlhf_core.data.store import column_names
 from rlhf_core.models import EnsembleReward, RewardModel, Transformer
 
 # (prompts, responses, **columns) -> a number for each response, or for each of its tokens.
@@ -125,7 +127,7 @@ class Scorer:
 
     def check_columns(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raise ValueError if a callable needs a column that the prompts do not have."""
-        columns = columns_of(prompts)
+        columns: dict[str, list] = {name: [] for name in chain(*column_names(prompts))}
         for reward, _ in self.rewards:
             if not isinstance(reward, RewardModel | EnsembleReward):
                 columns_for(reward, 2, columns)

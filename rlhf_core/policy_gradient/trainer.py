@@ -147,11 +147,10 @@ class PolicyGradientTrainer(Trainer):
             )
         check_stop_strings(config.stop_strings, tokenizer)
         if len(examples):
-            examples = fit_prompts(examples, prompt_length, model.config.bos_id, config)
-            examples = list(examples.values())
+            examples = fit_prompts(examples, prompt_length, model.config.bos_id, config).prompts
         if len(eval_examples):
-            eval_examples = fit_prompts(eval_examples, prompt_length, model.config.bos_id, config)
-            eval_examples = list(eval_examples.values())
+            fitted = fit_prompts(eval_examples, prompt_length, model.config.bos_id, config)
+            eval_examples = fitted.prompts
         options = dict(
             eval_examples=eval_examples,
             pretraining_examples=pretraining_examples,

@@ -188,7 +188,7 @@ def held_out(
     if not len(prompts):
         return dict
     scorer.check_columns(prompts)
-    prompts = list(prompts_for(model, prompts, config).values())
+    prompts = prompts_for(model, prompts, config).prompts
     options |= dict(scorer=scorer, reference=Reference(model))
     return lambda: evaluate_answers(model, prompts, config, **options)[0]
 
