@@ -27,6 +27,7 @@ from rlhf_core.data import Tokenizer, encode_prompt_row, load_tokenizer, read_pr
 from rlhf_core.data.chat import Content, texts_of
 from rlhf_core.data.collate import unknown_id
 from rlhf_core.data.examples import Prompt
+from rlhf_core.data.parallel import Parallel
 from rlhf_core.data.readers import FIELDS, PromptRow
 from rlhf_core.evaluation.report import PAGE, try_report
 from rlhf_core.feedback.ai_judge import AIJudge
@@ -249,11 +250,17 @@ def _number_of_ids(tokenizer: Tokenizer) -> int:
     return 1 + max(max(tokenizer.vocabulary().values(), default=-1), *named, -1)
 
 
-def read(reader: Callable, path: Path, arguments: Namespace, encode: Callable) -> list:
-    """The encoded rows of a file; reports lines that --skip-bad drops."""
+def read(
+    reader: Callable,
+    path: Path,
+    arguments: Namespace,
+    encode: Callable,
+    notes: Sequence[list | dict] = (),
+) -> list:
+    """The encoded rows of a file; reports lines that --skip-bad drops. notes: See `Parallel`."""
     dropped = []
     on_bad = dropped.append if arguments.skip_bad else None
-    items = reader(path, on_bad, encode, arguments.columns)
+    items = reader(path, on_bad, Parallel(encode, notes), arguments.columns)
     if hasattr(arguments, "files"):
         facts = {"path": str(path), "sha256": _sha256(path), "rows": len(items)}
         arguments.files.append({**facts, "dropped": len(dropped)})
@@ -503,17 +510,28 @@ def eos_ids_of(arguments: Namespace, model: Transformer, tokenizer) -> tuple[int
     return tuple(arguments.eos_ids or own)
 
 
-def prompted(arguments: Namespace, config: Options) -> tuple[Transformer, list, dict]:
-    """The policy, (prompt, token ids) rows, and the options of methods that sample."""
+def dates(tokenizer: Tokenizer) -> dict[str, str]:
+    """The dates that the tokenizer's chat template writes: a run that resumes must share them."""
+    return getattr(tokenizer, "template_dates", {})
+
+
+def prompted(
+    arguments: Namespace, config: Options, texts: bool = True
+) -> tuple[Transformer, Sequence, dict]:
+    """The policy, the rows of --prompts, and the options of methods that sample.
+
+    texts: A row is the prompt and its token ids; else the token ids alone, in flat arrays.
+    """
     torch.manual_seed(config.seed)
     tokenizer = tokenizer_of(arguments)
     device = device_of(arguments)
     model = Transformer.from_pretrained(arguments.model).to(device)
 
-    def encode(row: PromptRow) -> tuple[Content, Prompt]:
-        return row.prompt, known(encode_prompt_row(row, tokenizer), model, tokenizer)
+    def encode(row: PromptRow) -> tuple[Content, Prompt] | Prompt:
+        ids = known(encode_prompt_row(row, tokenizer), model, tokenizer)
+        return (row.prompt, ids) if texts else ids
 
-    rows = read(read_prompt_rows, arguments.prompts, arguments, encode)
+    rows = read(read_prompt_rows, arguments.prompts, arguments, encode, [dates(tokenizer)])
     eos_ids = eos_ids_of(arguments, model, tokenizer)
     options = reward_of(arguments, device) | engine_of(arguments, model, tokenizer)
     return model, rows, dict(eos_ids=eos_ids, tokenizer=tokenizer, **options)

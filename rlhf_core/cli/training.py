@@ -311,8 +311,10 @@ def run_iterated_rlhf(arguments: Namespace) -> None:
 
 def _run_iterated_rlhf(config: trainers.IteratedRLHFConfig, arguments: Namespace) -> None:
     dtype = shared.save_dtype_of(arguments)
-    model, rows, options = shared.prompted(arguments, config)
+    people = arguments.db is not None
+    model, rows, options = shared.prompted(arguments, config, texts=people)
     tokenizer = options["tokenizer"]
+    notes = [shared.dates(tokenizer)]
     if "reward" in options:
         pad_id, size = tokenizer.pad_id, config.sampling.batch_size
         reward = options.pop("reward")
@@ -326,15 +328,15 @@ def _run_iterated_rlhf(config: trainers.IteratedRLHFConfig, arguments: Namespace
             return shared.known(data.encode_preference(row, tokenizer, limit), model, tokenizer)
 
         options["pairs"] = shared.read(
-            data.read_preferences, arguments.pairs, arguments, encode_pair
+            data.read_preferences, arguments.pairs, arguments, encode_pair, notes
         )
     if arguments.eval_prompts is not None:
         encode = lambda row: shared.known(data.encode_prompt_row(row, tokenizer), model, tokenizer)  # noqa: E731
         path = arguments.eval_prompts
-        options["eval_prompts"] = shared.read(data.read_prompt_rows, path, arguments, encode)
+        options["eval_prompts"] = shared.read(data.read_prompt_rows, path, arguments, encode, notes)
     options |= dict(out=arguments.out, resume=arguments.resume, on_step=arguments.on_step)
-    train, prompts = trainers.iterated_rlhf, [ids for _, ids in rows]
-    if arguments.db is not None:
+    train, prompts = trainers.iterated_rlhf, [ids for _, ids in rows] if people else rows
+    if people:
         names = ("db", "annotators", "overlap", "wait_labels", "host", "port")
         given = {name: getattr(arguments, name) for name in names}
         train = iterated_rlhf_with_people
@@ -465,7 +467,8 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
                 cut.append(length(method.encode(row, tokenizer, max_length + 1)) > max_length)
             return example
 
-        examples = shared.read(method.reader, path, arguments, encode)
+        notes = [cut, shared.dates(tokenizer)]
+        examples = shared.read(method.reader, path, arguments, encode, notes)
         arguments.files[-1]["cut"] = sum(cut)
         if any(cut):
             found = (
@@ -534,9 +537,10 @@ def train_on_prompts(method: OnPrompts, arguments: Namespace) -> None:
 
 def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) -> None:
     dtype = shared.save_dtype_of(arguments)
-    model, rows, options = shared.prompted(arguments, config)
+    model, prompts, options = shared.prompted(arguments, config, texts=False)
     _add_adapters(model, arguments)
     positions, tokenizer = model.config.max_positions, options["tokenizer"]
+    notes = [shared.dates(tokenizer)]
     limit = min(getattr(config, "max_length", positions), positions)
     encode = lambda text: shared.known(encode_text(text, tokenizer, limit), model, tokenizer)  # noqa: E731
     for name, option in (
@@ -545,14 +549,13 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
     ):
         if getattr(arguments, name, None) is not None:
             path = getattr(arguments, name)
-            options[option] = shared.read(read_texts, path, arguments, encode)
-    prompts = [ids for _, ids in rows]
+            options[option] = shared.read(read_texts, path, arguments, encode, notes)
     options |= dict(out=arguments.out, on_step=arguments.on_step)
     if arguments.eval_prompts is not None:
         encode = lambda row: shared.known(data.encode_prompt_row(row, tokenizer), model, tokenizer)  # noqa: E731
         name = "eval_examples" if isinstance(method.train, type) else "eval_prompts"
         path = arguments.eval_prompts
-        options[name] = shared.read(data.read_prompt_rows, path, arguments, encode)
+        options[name] = shared.read(data.read_prompt_rows, path, arguments, encode, notes)
     if arguments.eval_judge is not None:
         if arguments.eval_prompts is None:
             raise ValueError("--eval-judge needs --eval-prompts")
@@ -568,7 +571,7 @@ def _train_on_prompts(method: OnPrompts, config: Options, arguments: Namespace) 
     else:
         history = method.train(model, prompts, config, resume=arguments.resume, **options)
     _save_as(dtype, model, arguments.out)
-    shared.print_result(history, arguments.out, f"{len(rows)} prompts")
+    shared.print_result(history, arguments.out, f"{len(prompts)} prompts")
 
 
 COMMANDS = (

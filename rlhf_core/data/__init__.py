@@ -21,6 +21,7 @@ from rlhf_core.data.encode import (
 from rlhf_core.data.examples import Example, Pair, Prompt, Ranked, Steps
 from rlhf_core.data.formats import DataError
 from rlhf_core.data.mixture import mix
+from rlhf_core.data.parallel import Parallel
 from rlhf_core.data.readers import (
     Candidates,
     Labelled,
@@ -51,6 +52,7 @@ __all__ = [
     "JsonTokenizer",
     "Labelled",
     "Pair",
+    "Parallel",
     "Preference",
     "Prompt",
     "PromptRow",

@@ -60,9 +60,7 @@ class ChatTemplate:
         special: All texts that encode as a special token.
         date: What `strftime_now` of templates writes. None means now.
         variables: Values of variables of the template, such as enable_thinking.
-
-    Attributes:
-        dates: What `strftime_now` has written so far, by its format.
+        dates: Gets what `strftime_now` writes, by its format.
     """
 
     def __init__(
@@ -73,8 +71,9 @@ class ChatTemplate:
         special: Iterable[str],
         date: datetime.date | None = None,
         variables: Mapping[str, Any] | None = None,
+        dates: dict[str, str] | None = None,
     ):
-        self.dates: dict[str, str] = {}
+        self._dates: dict[str, str] = {} if dates is None else dates
         self._date = date
         self.file, self._names = file, {**names, **(variables or {})}
         self.tagged = re.search(r"{%[-+]?\s*generation\s*[-+]?%}", source) is not None
@@ -159,8 +158,8 @@ class ChatTemplate:
 
     def _strftime(self, format: str) -> str:
         date = self._date and datetime.datetime(*self._date.timetuple()[:3])
-        self.dates[format] = (date or datetime.datetime.now()).strftime(format)
-        return self.dates[format]
+        self._dates[format] = (date or datetime.datetime.now()).strftime(format)
+        return self._dates[format]
 
     def _run(self, action):
         """Turn any exception of the template, which is foreign code, into an error of its file."""

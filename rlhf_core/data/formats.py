@@ -41,55 +41,58 @@ class DataError(ValueError):
     """A line of a data file cannot be used. The message names file, line and field."""
 
 
-Report = Callable[[DataError], None]  # raises the error, or notes it and returns
+Row = str | dict[str, Any] | DataError
 
 
-def read_rows(
-    path: StrPath, report: Report, max_bytes: int, columns: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield place and fields of every row, without the fields that are null or an empty cell.
-
-    Args:
-        path: The file.
-        report: Takes the error of a bad row. If it returns, the next row follows.
-        max_bytes: The longest row, in bytes.
-        columns: The column that holds a field, where their names differ: {"prompt": "question"}.
-
-    Raises:
-        DataError: The file is damaged, so that no further row can be found.
-        ImportError: The file is Parquet, and pyarrow is not installed.
-    """
-    file = _File(path, report, max_bytes)
+def read_rows(path: StrPath, max_bytes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield place and fields of every row of a `DataFile`. Raises DataError at a bad one."""
+    file = DataFile(path, max_bytes)
     for place, row in file.rows():
-        try:
-            row = _object(row) if isinstance(row, str) else row
-            row = _renamed(row, columns) if columns else row
-            if file.cells:
-                row = {name: _cell(name, text) for name, text in row.items()}
-        except ValueError as error:
-            invalid = "not valid JSON: " if isinstance(error, json.JSONDecodeError) else ""
-            file.report_at(place, f"{invalid}{error}", hint=bool(invalid))
-            continue
-        if None in row.values():
-            row = {name: value for name, value in row.items() if value is not None}
-        yield place, row
+        yield place, file.fields(place, row, None)
 
 
-def read_lines(path: StrPath, report: Report, max_bytes: int) -> Iterator[tuple[str, str]]:
-    """Yield place and text of every line of plain text that is not blank."""
-    return _File(path, report, max_bytes).rows(plain=True)
+class DataFile:
+    """A data file, whose `rows` are read in one pass."""
 
-
-class _File:
-    """A data file. Its rows are strings of JSON, or fields by their names."""
-
-    def __init__(self, path: StrPath, report: Report, max_bytes: int):
-        self.path, self.report, self.max_bytes = Path(path), report, max_bytes
+    def __init__(self, path: StrPath, max_bytes: int):
+        """max_bytes: The longest row."""
+        self.path, self.max_bytes = Path(path), max_bytes
         self.name = str(self.path)
         self.number, self.unit = 0, ":"  # of the line or row that was read last
         self.cells = False  # whether the fields are cells of a CSV file
 
-    def rows(self, plain: bool = False) -> Iterator[tuple[str, Any]]:
+    def fields(self, place: str, row: Row, columns: Mapping[str, str] | None) -> dict[str, Any]:
+        """The fields of a row, without those that are null or an empty cell.
+
+        columns: The column that holds a field, where their names differ: {"prompt": "question"}.
+
+        Raises:
+            DataError: The row cannot be used.
+        """
+        if isinstance(row, DataError):
+            raise row
+        try:
+            row = _object(row) if isinstance(row, str) else row
+            row = _renamed(row, columns) if columns else row
+            if self.cells:
+                row = {name: _cell(name, text) for name, text in row.items()}
+        except ValueError as error:
+            invalid = "not valid JSON: " if isinstance(error, json.JSONDecodeError) else ""
+            raise self._fault(place, f"{invalid}{error}", hint=bool(invalid)) from None
+        if None in row.values():
+            return {name: value for name, value in row.items() if value is not None}
+        return row
+
+    def rows(self, plain: bool = False) -> Iterator[tuple[str, Row]]:
+        """Yield place and content of every row, or of every line of plain text that is not blank.
+
+        The content is a string of JSON, fields by their names, or the error of a row that cannot
+        be read.
+
+        Raises:
+            DataError: The file is damaged, so that no further row can be found.
+            ImportError: The file is Parquet, and pyarrow is not installed.
+        """
         zipped = self.path.suffix == ".gz"
         try:
             with (
@@ -105,15 +108,15 @@ class _File:
             place = self._place(self.number + 1)
             raise DataError(f"{place}: damaged gzip file: {error}") from None
 
-    def report_at(self, place: str, fault: str, hint: bool = False) -> None:
-        """Report a row. If the first line may be of another format, name those that are read."""
+    def _fault(self, place: str, fault: str, hint: bool = False) -> DataError:
+        """The error of a row. If the first line may be of another format, it names the formats."""
         hint = hint and place == f"{self.path}:1"
-        self.report(DataError(f"{place}: {fault}. {FORMATS}" if hint else f"{place}: {fault}"))
+        return DataError(f"{place}: {fault}. {FORMATS}" if hint else f"{place}: {fault}")
 
     def _place(self, number: int) -> str:
         return f"{self.name}{self.unit}{number}"
 
-    def _method(self, zipped: bool) -> Callable[[], Iterator[tuple[str, Any]]]:
+    def _method(self, zipped: bool) -> Callable[[], Iterator[tuple[str, Row]]]:
         """The method that reads the rows, by the first bytes of the file and by its name."""
         start = self.file.peek(4096).removeprefix(_BOM).lstrip()
         suffix = (self.path.with_suffix("") if zipped else self.path).suffix
@@ -137,25 +140,25 @@ class _File:
                 rest = self.file.readline(self.max_bytes)
             yield raw.removeprefix(_BOM) if self.number == 1 else raw
 
-    def _lines(self, before: Iterable[bytes] = ()) -> Iterator[tuple[str, str]]:
+    def _lines(self, before: Iterable[bytes] = ()) -> Iterator[tuple[str, Row]]:
         for raw in self._raw_lines(before):
             place = f"{self.name}:{self.number}"
             if len(raw) > self.max_bytes:
                 limit = f"the line has more than {self.max_bytes} bytes"
-                self.report_at(place, f"{limit}; split it into rows")
+                yield place, self._fault(place, f"{limit}; split it into rows")
                 continue
             try:
                 text = raw.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 where = f"{error.reason} at byte {error.start} of the line"
-                self.report_at(place, f"not UTF-8: {where}", hint=True)
+                yield place, self._fault(place, f"not UTF-8: {where}", hint=True)
                 continue
             if text and not text.isspace():
                 yield place, text
 
     # ---- a JSON array
 
-    def _array_or_lines(self) -> Iterator[tuple[str, str]]:
+    def _array_or_lines(self) -> Iterator[tuple[str, Row]]:
         """The rows of an array. An array that is one of several lines is one bad line of many."""
         read = [self.file.readline(self.max_bytes + 1)]
         while read[-1].isspace():
@@ -170,7 +173,7 @@ class _File:
                 return self._lines(read)
         return self._array(read)
 
-    def _array(self, before: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    def _array(self, before: Iterable[bytes]) -> Iterator[tuple[str, Row]]:
         """The rows between the commas of the outermost array, of which one is held at a time."""
         depth, at, quoted, row = 0, 0, False, bytearray()
         line, over = 1, 0  # where the row begins, and how many lines it goes over
@@ -215,24 +218,25 @@ class _File:
         place = self._place(self.number + 1)
         raise DataError(f"{place}: the file ends within the array; it may be cut off")
 
-    def _row(self, raw: bytearray, line: int) -> Iterator[tuple[str, str]]:
+    def _row(self, raw: bytearray, line: int) -> Iterator[tuple[str, Row]]:
         self.number += 1
         line += raw.count(b"\n", 0, len(raw) - len(raw.lstrip()))
         self.unit = f":{line}: row "
         place = self._place(self.number)
         if len(raw) > self.max_bytes:
-            self.report_at(place, f"the row has more than {self.max_bytes} bytes")
+            yield place, self._fault(place, f"the row has more than {self.max_bytes} bytes")
             return
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            self.report_at(place, f"not UTF-8: {error.reason} at byte {error.start} of the row")
+            where = f"{error.reason} at byte {error.start} of the row"
+            yield place, self._fault(place, f"not UTF-8: {where}")
             return
         yield place, text
 
     # ---- CSV
 
-    def _csv(self) -> Iterator[tuple[str, dict[str, str | None]]]:
+    def _csv(self) -> Iterator[tuple[str, Row]]:
         """Rows by the names in the header. A row is at the line where it begins."""
         self.cells, header, faults, size = True, None, [], 0
 
@@ -277,13 +281,13 @@ class _File:
                 if faults:
                     raise DataError(f"{place}: {faults[0]}")
             elif faults:
-                self.report_at(place, faults[0])
+                yield place, self._fault(place, faults[0])
             elif cells:
                 yield place, {name: cell or None for name, cell in zip(header, cells) if name}
 
     # ---- Parquet
 
-    def _table(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _table(self) -> Iterator[tuple[str, Row]]:
         try:
             parquet = require("pyarrow.parquet", "data")
         except ImportError as error:
@@ -309,18 +313,18 @@ class _File:
             place = self._place(self.number + 1)
             raise DataError(f"{place}: damaged Parquet file: {reason}. {FORMATS}") from None
 
-    def _batch(self, batch, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _batch(self, batch, names: list[str]) -> Iterator[tuple[str, Row]]:
         for i in range(batch.num_rows):
             self.number += 1
             place = self._place(self.number)
             row = batch.slice(i, 1)
             if batch.nbytes > self.max_bytes < row.nbytes:
-                self.report_at(place, f"the row has more than {self.max_bytes} bytes")
+                yield place, self._fault(place, f"the row has more than {self.max_bytes} bytes")
                 continue
             try:
                 fields = {name: _value(row.column(k)[0]) for k, name in enumerate(names)}
             except UnicodeDecodeError as error:
-                self.report_at(place, f"not UTF-8: {error.reason}")
+                yield place, self._fault(place, f"not UTF-8: {error.reason}")
                 continue
             yield place, fields
 

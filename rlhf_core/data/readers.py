@@ -15,17 +15,20 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from rlhf_core.data.chat import Content, Message
-from rlhf_core.data.formats import FORMATS, DataError, StrPath, names_in, read_lines, read_rows
-from rlhf_core.data.store import store
+from rlhf_core.data.formats import FORMATS, DataError, DataFile, Row, StrPath, names_in
+from rlhf_core.data.parallel import Parallel, in_order
+from rlhf_core.data.store import assemble, pack
 from rlhf_core.files import short, shown
 
 _ROLES = ("system", "user", "assistant")
 _UNSUPPORTED = ("tools", "documents", "image", "images", "video", "videos", "audio", "audios")
 _EMPTY: tuple = (None, "", [], {})  # what a field holds that asks for nothing; false and 0 do ask
 MAX_LINE_BYTES = 2**24
+_BATCH = 256, 2**19  # rows and characters that are encoded at a time, at most about
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _SPEAKERS["system"] = "system"
 # Fields of which a row uses one. A row with several uses the one that `columns` names.
@@ -170,7 +173,7 @@ def read_texts(
             return Text(_string(row, "question"), _string(row, "answer"))
         return _text(row)
 
-    return store(_rows(path, parse, on_bad, encode, columns))
+    return _read(path, parse, on_bad, encode, columns)
 
 
 def read_labelled(
@@ -190,7 +193,7 @@ def read_labelled(
             raise ValueError(f"field 'label' must be true or false, got {shown(label)}")
         return Labelled(*_text(row), bool(label))
 
-    return store(_rows(path, parse, on_bad, encode, columns))
+    return _read(path, parse, on_bad, encode, columns)
 
 
 def read_scored(
@@ -210,7 +213,7 @@ def read_scored(
             raise ValueError(f"field 'reward' must be a finite number, got {shown(reward)}")
         return Scored(*_text(row), float(reward))
 
-    return store(_rows(path, parse, on_bad, encode, columns))
+    return _read(path, parse, on_bad, encode, columns)
 
 
 def read_preferences(
@@ -227,7 +230,7 @@ def read_preferences(
     Returns:
         `Preference` rows, or what encode returns for each.
     """
-    return store(_rows(path, _preference, on_bad, encode, columns))
+    return _read(path, _preference, on_bad, encode, columns)
 
 
 def iterate_preferences(
@@ -237,7 +240,7 @@ def iterate_preferences(
 
     The pairs are yielded while the file is read. Only a check of the data wants such rows.
     """
-    return _rows(path, lambda row: (row, _preference(row, as_is=True)), on_bad, None, columns)
+    return _rows(path, lambda row: (row, _preference(row, as_is=True)), on_bad, columns)
 
 
 def read_comparisons(
@@ -270,7 +273,7 @@ def read_comparisons(
             return _ranking(row)
         return _with_criteria(row, criteria) if criteria else _preference(row)
 
-    return store(_rows(path, parse, on_bad, encode, columns))
+    return _read(path, parse, on_bad, encode, columns)
 
 
 def read_prompts(
@@ -306,7 +309,7 @@ def read_prompt_rows(
             row = PromptRow(line, {})
             return row if encode is None else encode(row)
 
-        return store(_rows(path, None, on_bad, of_line, columns))
+        return _read(path, None, on_bad, of_line, columns)
     used = (*_RIVALS[0], "input", "system")
     renamed = {column: field for field, column in (columns or {}).items() if field not in used}
     columns = {field: column for field, column in (columns or {}).items() if field in used}
@@ -323,7 +326,7 @@ def read_prompt_rows(
             raise ValueError(f"field {field!r} has only messages of the assistant")
         return PromptRow(messages, others | {"messages": messages})
 
-    return store(_rows(path, parse, on_bad, encode, columns))
+    return _read(path, parse, on_bad, encode, columns)
 
 
 def read_samples(
@@ -347,7 +350,7 @@ def read_samples(
         response = _string(row, field, empty=True)
         return Sample(policy, _prompt(row), response, **numbers, label=row.get("label"))
 
-    return store(_rows(path, parse, on_bad, encode, columns))
+    return _read(path, parse, on_bad, encode, columns)
 
 
 def read_candidates(
@@ -395,7 +398,7 @@ def read_candidates(
             prompt, responses = _prompt(row), []
         return Candidates(name, prompt, responses, ranks, warning)
 
-    return store(_rows(path, parse, on_bad, encode, columns))
+    return _read(path, parse, on_bad, encode, columns)
 
 
 def check_messages(value, field: str, empty: bool = False) -> list[Message]:
@@ -637,31 +640,90 @@ def _missing(name: str, row: dict) -> str:
     return f"field {name!r} is missing; the line has {names_in(row)}"
 
 
-def _rows(
+def _read(
     path: StrPath, parse: Callable | None, on_bad: OnBad, encode: Encode, columns: Columns
-) -> Iterator:
-    """Yield every good row, parsed, or every line as it is if `parse` is None."""
+) -> list:
+    """All good rows, as `_rows` yields them."""
+    return assemble(chain.from_iterable(_batches(path, parse, on_bad, encode, columns)))
 
-    def report(bad: DataError) -> None:
-        if on_bad is None:
-            raise bad from None
-        on_bad(bad)
+
+def _rows(path: StrPath, parse: Callable, on_bad: OnBad, columns: Columns) -> Iterator:
+    """Yield every good row, parsed, while the file is read; on_bad hears of bad ones in between."""
+    return chain.from_iterable(_batches(path, parse, on_bad, None, columns, list, most=1))
+
+
+def _batches(
+    path: StrPath,
+    parse: Callable | None,
+    on_bad: OnBad,
+    encode: Encode,
+    columns: Columns,
+    packed: Callable[[list], Any] = pack,
+    most: int = _BATCH[0],
+) -> Iterator[Any]:
+    """Yield the good rows, parsed and encoded, some at a time, packed.
+
+    Bad rows are reported before the good ones of their batch.
+
+    parse: None leaves every line as it is.
+    most: rows of a batch.
+    """
+    alone, notes = not isinstance(encode, Parallel), ()
+    if isinstance(encode, Parallel):
+        encode, notes = encode.encode, encode.notes
+    file = DataFile(path, MAX_LINE_BYTES)
+    rows = file.rows(plain=parse is None)
+    failures: list[Exception] = []  # of the file
+
+    def raw() -> Iterator[list[tuple[str, Row]]]:
+        batch, size = [], 0
+        try:
+            for row in rows:
+                batch.append(row)
+                size += len(row[1]) if isinstance(row[1], str) else _BATCH[1] // 64
+                if len(batch) == most or size >= _BATCH[1]:
+                    yield batch
+                    batch, size = [], 0
+        except Exception as error:
+            failures.append(error)  # the rows before come first
+        if batch:
+            yield batch
+
+    def work(batch: list[tuple[str, Row]]) -> tuple[Any, list[DataError]]:
+        items, bad = [], []
+        for place, row in batch:
+            try:
+                item: Any = row
+                if parse is not None:
+                    item = parse(_canonical(file.fields(place, row, columns), columns or {}))
+                elif isinstance(row, DataError):
+                    raise row
+                items.append(item if encode is None else encode(item))
+                continue
+            except DataError as error:
+                bad.append(error)
+            except ValueError as error:
+                bad.append(DataError(f"{place}: {error}"))
+            if on_bad is None:
+                break
+        return packed(items) if items else None, bad
 
     found = False
-    if parse is None:
-        rows: Iterator = read_lines(path, report, MAX_LINE_BYTES)
-    else:
-        rows = read_rows(path, report, MAX_LINE_BYTES, columns)
-    with contextlib.closing(rows):  # the file and its bar, before an error is shown
-        for place, row in rows:
-            try:
-                item = row if parse is None else parse(_canonical(row, columns or {}))
-                item = item if encode is None else encode(item)
-            except ValueError as error:
-                report(DataError(f"{place}: {error}"))
-                continue
-            found = True
-            yield item
+    # On an error, processes, file and bar are closed before it is shown.
+    with (
+        contextlib.closing(rows),
+        contextlib.closing(in_order(raw(), work, notes, alone)) as results,
+    ):
+        for items, bad in results:
+            for error in bad:
+                if on_bad is None:
+                    raise error from None
+                on_bad(error)
+            if items is not None:
+                found = True
+                yield items
+        if failures:
+            raise failures[0]
     if not found:
         raise DataError(f"{path}: no usable line" + f". {FORMATS}" * (parse is not None))
 

@@ -22,8 +22,7 @@ import numpy as np
 from rlhf_core.data.examples import Example, Pair, Prompt, Ranked, Steps
 
 T = TypeVar("T")
-_TOKENS = 2**17  # of a block, about: what its lists take while it is made
-_ROWS = 64, 256
+_ROWS = 256  # of a block of a sequence that is stored
 # Fields of ids.
 _SEGMENTS: dict[type, tuple[str, ...]] = {
     Example: ("prompt_ids", "completion_ids"),
@@ -378,14 +377,13 @@ class _Numbers:
 
 def store(items: Iterable[T]) -> list[T] | ExampleStore[T]:
     """The items in an ExampleStore, or in a list if none of them is an example."""
-    blocks: list[Block | list] = []
-    items, size = iter(items), _ROWS[0]
-    while rows := list(islice(items, size)):
-        blocks += pack(rows)
-        made = blocks[-1]
-        if isinstance(made, Block):
-            wanted = _TOKENS * len(made) // max(len(made.ids), 1)
-            size = min(max(wanted, _ROWS[0]), _ROWS[1])
+    items = iter(items)
+    return assemble(chain.from_iterable(map(pack, iter(lambda: list(islice(items, _ROWS)), []))))
+
+
+def assemble(blocks: Iterable[Block | list]) -> list | ExampleStore:
+    """The rows of the blocks in an ExampleStore, or in a list if no block holds examples."""
+    blocks = list(blocks)
     if not any(isinstance(block, Block) for block in blocks):
         return list(chain.from_iterable(blocks))
     return ExampleStore(blocks)

@@ -121,6 +121,9 @@ class JsonTokenizer:
 
     decode(encode(text)) equals text as far as the tokenizer allows. SentencePiece, for example,
     decodes U+2581 as a space.
+
+    Attributes:
+        template_dates: The dates that the chat template has written so far, by format.
     """
 
     _FILES = (
@@ -139,6 +142,7 @@ class JsonTokenizer:
     ):
         self._folder = Path(path).absolute()
         self._template_date, self._template_vars = template_date, template_vars
+        self.template_dates: dict[str, str] = {}
         self._file = file = self._folder / "tokenizer.json"
         self._config = self._read("special_tokens_map.json") | self._read("tokenizer_config.json")
         self._made: dict[str, dict] = {}  # files that the folder lacks
@@ -307,14 +311,8 @@ class JsonTokenizer:
                 f"{self._TEMPLATE}, or a field 'chat_template' in tokenizer_config.json (if it has "
                 "named templates, one named 'default')"
             )
-        return ChatTemplate(
-            source, file, self._names, self._special, self._template_date, self._template_vars
-        )
-
-    @property
-    def template_dates(self) -> dict[str, str]:
-        """The dates that the chat template has written so far, by format."""
-        return self._template.dates if "_template" in vars(self) else {}
+        options = (self._template_date, self._template_vars, self.template_dates)
+        return ChatTemplate(source, file, self._names, self._special, *options)
 
     def decode(self, ids: Sequence[int]) -> str:
         with _foreign(self._file):

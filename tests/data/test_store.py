@@ -30,7 +30,16 @@ from rlhf_core.data import (
 )
 from rlhf_core.data.collate import length, misfit, unknown_id
 from rlhf_core.data.quality import differing
-from rlhf_core.data.store import Block, ExampleStore, has, join, kinds_of, store
+from rlhf_core.data.store import (
+    Block,
+    ExampleStore,
+    column_names,
+    has,
+    join,
+    kinds_of,
+    longer,
+    store,
+)
 
 TOKENIZER = ByteTokenizer()
 IDS = [1, 2, 300, 65535]
@@ -261,3 +270,31 @@ def test_a_store_shares_its_arrays_with_its_parts():
     part = found[::2]
     assert all(a is b for a, b in zip(part.blocks, found.blocks, strict=True))
     assert part.nbytes - found.nbytes == 8 * 500
+
+
+def test_ids_of_64_bits_keep_their_sign_or_stay_objects():
+    for high in (-1, 2**31, 2**63 - 1, -(2**63)):
+        found = store([Example([high], [0])])
+        assert isinstance(found.blocks[0], Block) and found[0].prompt_ids == [high]
+    for high in (2**63, 2**64 - 1, 2**64, -(2**63) - 1):
+        row = Example([high], [0])
+        assert store([Example([1], [1]), row])[1] is row
+
+
+def test_only_rows_whose_completions_may_be_equal_are_built():
+    rows = [Pair([1], [2, 3], [2, 3]), Pair([1], [2, 3], [3, 3]), Pair([1], [2], [3, 3])]
+    rows += [Pair([1], [2, 3], [3, 2]), Pair([], [], [])]
+    found = store(rows)
+    assert found.blocks[0].may_repeat().tolist() == [True, False, False, True, True]
+    with pytest.warns(UserWarning, match="dropped 2 of 5 pairs"):
+        assert list(differing(found, "pairs")) == [rows[1], rows[2], rows[3]]
+
+
+def test_columns_of_prompts_are_named_without_building_them(monkeypatch):
+    rows = [Prompt([1], a=1)] * 300 + [Prompt([2], a=2, b=3)] * 300
+    found = store(rows)
+    assert column_names(found) == column_names(rows) == [("a",), ("a", "b")]
+    assert column_names(found[300:]) == [("a", "b")]
+    monkeypatch.setattr(Block, "_build", None)
+    assert column_names(found) == [("a",), ("a", "b")]
+    assert longer(store([Prompt([1] * i) for i in range(300)]), 299) == []

@@ -5,9 +5,10 @@ import torch
 from helpers import fives, tiny
 from torch.testing import assert_close
 
-from rlhf_core.data import ByteTokenizer, Pair
+from rlhf_core.data import ByteTokenizer, Pair, Prompt
+from rlhf_core.data.store import ExampleStore, store
 from rlhf_core.evaluation import best_of_n_curve
-from rlhf_core.feedback.candidates import Candidates
+from rlhf_core.feedback.candidates import Candidates, fit_prompts
 from rlhf_core.models import RewardModel
 from rlhf_core.trainers import SamplingConfig, best_of_n
 
@@ -169,3 +170,16 @@ def test_best_of_n_by_a_judge_takes_the_response_that_wins_most():
         assert len(best) == max(map(len, responses))
     with pytest.raises(ValueError, match="pass either a reward or a judge"):
         best_of_n(tiny(), PROMPTS, config)
+
+
+@pytest.mark.filterwarnings("ignore:.*prompts have more than")
+@pytest.mark.parametrize("mode", ["drop", "truncate"])
+@pytest.mark.parametrize("columns", [[{}], [{"a": 1}], [{"a": 1}, {}, {"b": 2, "a": 3}]])
+def test_a_store_of_prompts_is_fitted_as_a_list_is(mode, columns):
+    rows = [Prompt([1, *[5] * (i % 7)], **columns[i % len(columns)]) for i in range(700)]
+    config = SamplingConfig(on_long_prompt=mode)
+    want, found = (fit_prompts(x, 5, 1, config) for x in (rows, store(rows)))
+    assert isinstance(found.prompts, ExampleStore) and found.places == want.places
+    assert list(map(repr, found.prompts)) == list(map(repr, want.prompts))
+    assert len(found.places) == (500 if mode == "drop" else 700)
+    assert max(map(len, found.prompts)) == 5 and all(x[0] == 1 for x in found.prompts)
