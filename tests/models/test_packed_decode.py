@@ -1,4 +1,4 @@
-"""A decoding step in one C++ call against Transformer.decode in float64, and what it rejects."""
+"""A decoding step in one C++ call against Transformer.decode in float64; rejected models."""
 
 import copy
 
