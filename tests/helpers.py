@@ -17,6 +17,7 @@ import time
 import traceback
 import urllib.request
 import uuid
+import warnings
 from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
@@ -24,7 +25,7 @@ from unittest import mock
 import pytest
 import torch
 
-from rlhf_core import cli
+from rlhf_core import cli, distributed
 from rlhf_core.data import ByteTokenizer, Example, Pair
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig, transformer
 from rlhf_core.models.lora import LoRAConfig, add_adapters
@@ -275,36 +276,35 @@ def gradients(trainer, rollout, experience):
 # ---- several processes
 
 
-def run_ranks(function, world, folder, *args, seconds=120):
+SECONDS = 300  # for one call of `run_ranks`
+_ranks = {}  # groups that wait for calls, by their size: process and pipe of each rank
+
+
+def run_ranks(function, world, folder, *args):
     """What `function(rank, world, *args)` returns on each of `world` processes of a Gloo group.
 
-    The processes start afresh, each with one thread and torchrun's RANK, LOCAL_RANK and WORLD_SIZE.
-    The function is at the top level of its file; args and results are pickled, so they hold no
-    class of a test file. If the function raises on a rank, the test fails with the traceback; if it
-    takes too long, with the place where each rank is.
+    The processes have one thread each, and torchrun's RANK, LOCAL_RANK and WORLD_SIZE. They wait
+    for the next call with as many ranks, because a start takes seconds. The function is at the top
+    level of its file; args and results are pickled, so they hold no class of a test file. If the
+    function raises on a rank, the test fails with the traceback; if it takes too long, with the
+    place where each rank is.
     """
     folder = Path(folder) / uuid.uuid4().hex
     folder.mkdir(parents=True)
-    call = (str(folder), seconds, inspect.getfile(function), function.__name__, args)
-    processes = []
-    for rank in range(world):
-        process = multiprocessing.get_context("spawn").Process(
-            target=_run_rank, args=(rank, world, *call), daemon=True
-        )
-        numbers = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, OMP_NUM_THREADS=1)
-        with mock.patch.dict(os.environ, {name: str(x) for name, x in numbers.items()}):
-            process.start()
-        processes.append(process)
-    try:
-        running, end = {x.sentinel for x in processes}, time.monotonic() + seconds + 60
-        while running and not any(x.exitcode for x in processes) and time.monotonic() < end:
-            running -= set(wait(running, timeout=1))
-        time.sleep(1 if running else 0)  # a second for the others' errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    if any(x.exitcode for x in processes):
+    processes, pipes = zip(*_started(world, folder))
+    for pipe in pipes:
+        pipe.send((str(folder), inspect.getfile(function), function.__name__, args))
+    running, end, failed = set(pipes), time.monotonic() + SECONDS + 60, False
+    while running and not failed and time.monotonic() < end:
+        for pipe in wait(running, timeout=1):
+            running.remove(pipe)
+            try:
+                pipe.recv()
+            except (EOFError, ConnectionError):  # it has ended
+                failed = True
+    if running or failed:
+        time.sleep(1)  # for the others' errors
+        _end_ranks(world)
         ends = (f"rank {rank} exited {x.exitcode}: " for rank, x in enumerate(processes))
         errors = ((folder / f"error{rank}") for rank in range(world))
         texts = (x.read_text() if x.exists() else "" for x in errors)
@@ -312,32 +312,57 @@ def run_ranks(function, world, folder, *args, seconds=120):
     return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(world)]
 
 
-def _run_rank(rank, world, folder, seconds, file, name, args):
-    """One process of `run_ranks`; writes the result, or the traceback."""
-    folder = Path(folder)
-    with (folder / f"error{rank}").open("w") as errors:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=errors)
-        try:
-            torch.set_num_threads(1)
-            torch.distributed.init_process_group(
-                "gloo",
-                init_method=(folder / "store").as_uri(),
-                rank=rank,
-                world_size=world,
-                timeout=datetime.timedelta(seconds=2 * seconds),
-            )
-            spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            result = getattr(module, name)(rank, world, *args)
-            (folder / f"result{rank}").write_bytes(pickle.dumps(result))
-            torch.distributed.barrier()  # a rank that leaves would break the others' connections
-        except BaseException:
-            errors.write(traceback.format_exc())
-            errors.flush()
-            os._exit(1)  # without waiting for the group
-        faulthandler.cancel_dump_traceback_later()
-    torch.distributed.destroy_process_group()
+def _started(world, folder):
+    """The processes of a group of this size. At most 6 wait; those of the oldest group end."""
+    if world not in _ranks:
+        while _ranks and sum(_ranks) + world > 6:
+            _end_ranks(next(iter(_ranks)))
+        context, group = multiprocessing.get_context("spawn"), []
+        for rank in range(world):
+            pipe, theirs = context.Pipe()
+            arguments = rank, world, (folder / "store").as_uri(), theirs
+            process = context.Process(target=_serve_rank, args=arguments, daemon=True)
+            numbers = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, OMP_NUM_THREADS=1)
+            with mock.patch.dict(os.environ, {name: str(x) for name, x in numbers.items()}):
+                process.start()
+            theirs.close()
+            group.append((process, pipe))
+        _ranks[world] = group
+    return _ranks[world]
+
+
+def _end_ranks(world):
+    for process, _ in _ranks.pop(world):
+        process.kill()
+        process.join()
+
+
+def _serve_rank(rank, world, store, pipe):
+    """One process of `run_ranks`; it ends with its test process, or when a call fails."""
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=2 * SECONDS)
+    options = dict(rank=rank, world_size=world, timeout=timeout)
+    torch.distributed.init_process_group("gloo", init_method=store, **options)
+    fresh = dict(distributed._state)
+    with contextlib.suppress(EOFError):
+        while True:
+            folder, file, name, args = pipe.recv()
+            distributed._state.update(fresh)
+            torch.manual_seed(0)
+            with (Path(folder) / f"error{rank}").open("w") as errors, warnings.catch_warnings():
+                faulthandler.dump_traceback_later(SECONDS, exit=True, file=errors)
+                try:
+                    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+                    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+                    spec.loader.exec_module(module)
+                    result = pickle.dumps(getattr(module, name)(rank, world, *args))
+                except BaseException:
+                    errors.write(traceback.format_exc())
+                    errors.flush()
+                    os._exit(1)  # without waiting for the group
+                faulthandler.cancel_dump_traceback_later()
+            (Path(folder) / f"result{rank}").write_bytes(result)
+            pipe.send("done")
 
 
 # ---- people
