@@ -142,7 +142,7 @@ def in_rounds(train: Callable, config: Any, **others: Any):
 
     def run() -> tuple[list[nn.Module], list[dict]]:
         model = tiny()
-        return [model], train(model, PROMPTS, config(), **others)
+        return [model], train(model, PROMPTS, config(**OPTIONS), **others)
 
     return run
 
@@ -163,8 +163,8 @@ def _criteria() -> RewardModel:
     return model
 
 
-def _iterated_rlhf() -> trainers.IteratedRLHFConfig:
-    small = dict(batch_size=5, lr=2e-3, adam_eps=1e-3)
+def _iterated_rlhf(**options: Any) -> trainers.IteratedRLHFConfig:
+    small = dict(batch_size=5, lr=2e-3, adam_eps=1e-3, **options)
     return trainers.IteratedRLHFConfig(
         rounds=2,
         sampling=trainers.SamplingConfig(num_samples=2, response_length=6, batch_size=4),
@@ -239,9 +239,6 @@ CASES: dict[str, Callable[[], tuple[list[nn.Module], list[dict]]]] = {
 }  # fmt: skip
 
 
-WHOLE = {"trpo", "iterated dpo", "rft", "iterated rlhf"}  # they do not shard their weights
-
-
 def result_of(name: str) -> Result:
     """Weights and metrics of a case after its run; AssertionError if the ranks' weights differ."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -286,13 +283,9 @@ def _worker(
 
 
 def in_world(processes: int | str, names: Sequence[str]) -> dict[str, Result]:
-    """The results of cases in a number of processes, or with sharded weights on a mesh such as 1x2.
-
-    Methods that keep their weights whole are left out on a mesh.
-    """
+    """The results of cases in a number of processes, or in pieces on a mesh such as 1x2."""
     mesh = processes if isinstance(processes, str) else None
     world = math.prod(map(int, str(processes).split("x")))
-    names = [name for name in names if mesh is None or name not in WHOLE]
     with socket.socket() as free, TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -322,8 +315,6 @@ def main() -> None:
     for name in arguments.case:
         columns = [
             "{:.0e}, {:.0e}".format(*difference(results[name], expected[name]))
-            if name in results
-            else "whole"
             for results in found.values()
         ]
         print(f"| {name} | " + " | ".join(columns) + " |")

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,16 +26,16 @@ from safetensors.torch import load_file
 
 from rlhf_core import distributed
 from rlhf_core.feedback.rewards import RewardError
-from rlhf_core.models import Transformer
-from rlhf_core.models.gather import whole
+from rlhf_core.models import Transformer, hub
+from rlhf_core.models.gather import is_sharded, whole
+from rlhf_core.models.shard import mesh_of
 from rlhf_core.trainers import (
-    IteratedDPOConfig,
     IteratedRLHFConfig,
     PPOConfig,
+    RewardConfig,
     RFTConfig,
     SFTConfig,
-    TRPOConfig,
-    TRPOTrainer,
+    rft,
 )
 from rlhf_core.training.metrics import Metrics
 
@@ -231,10 +233,17 @@ def test_gradients_in_float64_are_those_of_one_process(world, tmp_path):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
+def first_policy(folder, in_pieces):
+    """The model in the folder "start" beside the run's."""
+    mesh = mesh_of() if in_pieces else None
+    return Transformer.from_pretrained(Path(folder).parent / "start", mesh=mesh)
+
+
 def part_of_a_run(rank, world, folder, steps, resume, shard=False):
     options = dict(max_steps=steps, batch_size=5, minibatch_size=3, epochs=9, save_every=2)
     options |= dict(adam_eps=1e-3, lr_schedule="constant", shard=shard)
-    trainer = make_ppo(others=dict(out=folder), **options)
+    policy = first_policy(folder, shard and world > 1)
+    trainer = make_ppo(policy, others=dict(out=folder), **options)
     if resume:
         trainer.resume()
     history = trainer.train()
@@ -247,6 +256,7 @@ def part_of_a_run(rank, world, folder, steps, resume, shard=False):
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_run_resumes_on_another_number_of_processes(shard, tmp_path):
     """Row 60: 2, then 1, then 3 processes, with whole or sharded weights: as one process."""
+    tiny().save_pretrained(tmp_path / "start")
     weights, scores = part_of_a_run(0, 1, tmp_path / "whole", 6, False)
     out = str(tmp_path / "out")
     run_ranks(part_of_a_run, 2, tmp_path, out, 2, False, shard)
@@ -262,14 +272,36 @@ def test_a_run_resumes_on_another_number_of_processes(shard, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_methods_that_need_whole_weights_refuse_to_shard(monkeypatch):
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    with pytest.raises(ValueError, match="trpo trains with whole weights: a natural gradient"):
-        TRPOTrainer(tiny(), [[5]], TRPOConfig(shard=True, response_length=4), reward=fives)
-    for config in (RFTConfig, IteratedDPOConfig):
-        with pytest.raises(ValueError, match="mesh must be unset: rounds hand whole weights"):
-            config(mesh="1x2")
-    with pytest.raises(ValueError, match=r"ppo\.shard and ppo\.mesh must be unset"):
+def rounds(rank, world, folder, count, resume, shard=False):
+    options = dict(response_length=4, batch_size=3, num_samples=3, lr=1e-2, adam_eps=1e-3)
+    config = RFTConfig(rounds=count, max_steps=2, shard=shard, **options)
+    model = first_policy(folder, shard and world > 1)
+    history = rft(model, [[5, 6], [7], [8, 9, 4]], config, reward=fives, out=folder, resume=resume)
+    assert is_sharded(model) == (shard and world > 1)
+    with whole(model) as plain:
+        return snapshot(plain), [line["objective/scores"] for line in history]
+
+
+@pytest.mark.slow
+def test_sharded_rounds_resume_on_another_number_of_processes(tmp_path):
+    """Row 60: rounds on 2, 1 and 3 processes."""
+    tiny().save_pretrained(tmp_path / "start")
+    weights, scores = rounds(0, 1, tmp_path / "whole", 3, False)
+    out = str(tmp_path / "out")
+    run_ranks(rounds, 2, tmp_path, out, 1, False, True)
+    rounds(0, 1, out, 2, True)
+    for found_weights, found_scores in run_ranks(rounds, 3, tmp_path, out, 3, True, True):
+        assert found_scores == pytest.approx(scores)
+        for name, x in weights.items():
+            torch.testing.assert_close(found_weights[name], x, rtol=0, atol=1e-6)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_rounds_shard_their_reward_model_and_ppo_alike():
+    assert (
+        IteratedRLHFConfig(reward=RewardConfig(mesh="2x2"), ppo=PPOConfig(mesh="2x3")).copies == 2
+    )
+    with pytest.raises(ValueError, match="reward has None copies of weights in pieces, but ppo"):
         IteratedRLHFConfig(ppo=PPOConfig(shard=True))
 
 
@@ -333,16 +365,53 @@ def assert_same_run(out, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", [[], ["--shard"]])
-def test_torchrun_gives_the_run_of_one_process_and_rank_0_alone_prints(sharding, task, tmp_path):
+def test_torchrun_gives_the_run_of_one_process_and_rank_0_alone_prints(task, tmp_path):
     assert run(*task[2:], "--out", tmp_path / "one") == 0
-    done = torchrun(2, *task, "--out", tmp_path / "two", *sharding)
+    done = torchrun(2, *task, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert done.stdout.count("written to") == 1 and done.stderr.count("sft 1/6") == 1
     assert json.loads((tmp_path / "two" / "run.json").read_text())["status"] == "finished"
     names = [{x.name for x in (tmp_path / x).iterdir()} for x in ("one", "two")]
     assert names[0] == names[1]
+
+
+def commands(rank, world, folder, out, *options):
+    """Run commands with all kinds of models; whether each model was read in pieces."""
+    meshes, load = [], hub.load
+
+    def watched(cls, source, dtype, mesh=None):
+        meshes.append(mesh is not None)
+        return load(cls, source, dtype, mesh)
+
+    small = ["--max-steps", 1, "--adam-eps", 1e-3, "--device", "cpu", *options]
+    sampled = ["--prompts", f"{folder}/prompts.jsonl", "--response-length", 4, "--batch-size", 3]
+    judged = ["--reward-model", f"{folder}/reward", "--eval-prompts", f"{folder}/held_out.jsonl"]
+    data = ["--data", f"{folder}/data.jsonl", "--max-length", 16]
+    with mock.patch.object(hub, "load", watched):
+        for name, rest in {
+            "sft": data,
+            "ppo": [*sampled, *judged, "--lora-rank", 2, "--ppo-epochs", 1],
+            "rft": [*sampled, *judged, "--rounds", 2],
+        }.items():
+            model = ["--model", f"{folder}/policy", "--out", f"{out}/{name}"]
+            assert run(name, *model, *rest, *small) == 0, name
+    return meshes
+
+
+@pytest.mark.slow
+def test_commands_with_shard_read_pieces_and_give_the_run_of_one_process(tmp_path):
+    model_folders(tmp_path)
+    write(tmp_path / "data.jsonl", TEXTS)
+    for name, texts in (("prompts", TEXTS[:4]), ("held_out", TEXTS[4:5])):
+        write(tmp_path / f"{name}.jsonl", [{"prompt": x["prompt"]} for x in texts])
+    commands(0, 1, tmp_path, tmp_path / "one")
+    for meshes in run_ranks(commands, 2, tmp_path, str(tmp_path), str(tmp_path / "two"), "--shard"):
+        assert len(meshes) == 5 and all(meshes)
+    for file in (tmp_path / "one").glob("*/*model.safetensors"):  # or adapter_model.safetensors
+        two = load_file(tmp_path / "two" / file.relative_to(tmp_path / "one"))
+        for name, x in load_file(file).items():
+            torch.testing.assert_close(two[name], x, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

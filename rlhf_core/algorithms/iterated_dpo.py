@@ -23,7 +23,6 @@ from rlhf_core.models import Transformer
 from rlhf_core.options import option
 from rlhf_core.training.reference import frozen_copy
 from rlhf_core.training.rounds import (
-    ROUNDS_ARE_WHOLE,
     SAMPLE_ROUNDS,
     held_out,
     log_samples,
@@ -51,8 +50,6 @@ class IteratedDPOConfig(OnlineDPOConfig):
         super().__post_init__()
         self.check(
             ("keep_best", self.keep_best is None, "unset: round-N holds each round's model"),
-            ("mesh", self.mesh is None, ROUNDS_ARE_WHOLE),
-            ("shard", not self.shard, ROUNDS_ARE_WHOLE),
         )
         self.warn_unused(("reference_policy", self.has_reference, "without a reference"))
 

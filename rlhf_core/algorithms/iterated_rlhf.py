@@ -54,7 +54,6 @@ from rlhf_core.training.reference import frozen_copy
 from rlhf_core.training.rounds import (
     CANDIDATES,
     PAIRS,
-    ROUNDS_ARE_WHOLE,
     resumed,
     run_rounds,
     with_seed,
@@ -81,9 +80,16 @@ class IteratedRLHFConfig(Options):
         n = self.sampling.num_samples
         if n < 2:
             raise ValueError(f"sampling.num_samples must be at least 2 for a pair, got {n}")
-        for name in ("reward", "ppo"):
-            if getattr(self, name).copies is not None:
-                raise ValueError(f"{name}.shard and {name}.mesh must be {ROUNDS_ARE_WHOLE}")
+        if self.reward.copies != self.ppo.copies:
+            raise ValueError(
+                f"reward has {self.reward.copies} copies of weights in pieces, but ppo has "
+                f"{self.ppo.copies}: give both the same shard and mesh"
+            )
+
+    @property
+    def copies(self) -> int | None:
+        """Copies of the weights that are cut into pieces; None: they are not cut."""
+        return self.ppo.copies
 
 
 def iterated_rlhf(

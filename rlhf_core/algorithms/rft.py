@@ -33,7 +33,6 @@ from rlhf_core.models import Transformer
 from rlhf_core.options import option
 from rlhf_core.training.config import PRINT_SAMPLES
 from rlhf_core.training.rounds import (
-    ROUNDS_ARE_WHOLE,
     SAMPLE_ROUNDS,
     held_out,
     log_samples,
@@ -60,8 +59,6 @@ class RFTConfig(SFTConfig, SamplingConfig):
         super().__post_init__()
         self.check(
             ("keep_best", self.keep_best is None, "unset: round-N holds each round's model"),
-            ("mesh", self.mesh is None, ROUNDS_ARE_WHOLE),
-            ("shard", not self.shard, ROUNDS_ARE_WHOLE),
         )
 
 

@@ -26,6 +26,7 @@ from rlhf_core.policy_gradient.trust_region import (
     Outcome,
     Weights,
     compare,
+    dot_of,
     fisher_product,
     line_search,
     natural_step,
@@ -96,7 +97,6 @@ class TRPOTrainer(PPOTrainer):
 
     algorithm = "trpo"
     pace = "max_kl"
-    keeps_whole = "a natural gradient is a vector of all of them. Leave out shard and mesh"
 
     def parameter_groups(self) -> list[dict]:
         policy = set(self.model.parameters())
@@ -117,9 +117,9 @@ class TRPOTrainer(PPOTrainer):
         losses = super().minibatch_losses(rollout, experience, before)
         with distributed.together():
             for loss in super().checked(losses, before, first=True):
-                loss.backward()
-        gradient = take_gradient(self.model)
-        if not gradient.isfinite().all():
+                (loss * 0 if distributed.idle() else loss).backward()
+        gradient, dot = take_gradient(self.model), dot_of(self.model)
+        if not dot(gradient, gradient).isfinite():
             self.predict(rollout)  # names the row and token at fault, if there is one
             raise FloatingPointError(
                 f"the policy's gradient is not finite; no weight was updated; perhaps {DIVERGED}"
@@ -129,20 +129,22 @@ class TRPOTrainer(PPOTrainer):
         size = len(rollout.response_ids)
         order = torch.randperm(size, generator=self.generator, device=self.device)
         some = rows(rollout, order[: math.ceil(config.fisher_share * size)])
-        product = partial(
-            fisher_product,
-            self.model,
-            [part for (part,) in micro_batches(config.micro_batch_size, some)],
-            tokens=self.total(int(some.response_mask.sum())),
-            temperature=config.temperature,
-        )
+        tokens = self.total(int(some.response_mask.sum()))
+
+        def product(vector: Tensor) -> Tensor:
+            parts = (part for (part,) in micro_batches(config.micro_batch_size, some))
+            options = dict(tokens=tokens, temperature=config.temperature)
+            return fisher_product(self.model, parts, vector, **options)
+
         step = natural_step(
             product,
             -gradient,
             max_kl=config.max_kl,
             damping=config.cg_damping,
             iterations=config.cg_iterations,
+            dot=dot,
         )
+        moves = bool(dot(step, step) > 0)
 
         # 3. The longest part of that step whose exact KL is within max_kl and that improves.
         part, outcome = line_search(
@@ -150,10 +152,10 @@ class TRPOTrainer(PPOTrainer):
             step,
             partial(self.measure, rollout, experience),
             max_kl=config.max_kl,
-            tries=config.line_search_steps if step.any() else 0,
+            tries=config.line_search_steps if moves else 0,
             backtrack=config.backtrack,
         )
-        failed = outcome is None and bool(step.any())
+        failed = outcome is None and moves
         if failed:
             self.warn_once(NO_STEP)
         kl, gain, after = outcome or (0.0, 0.0, before.over_ranks())
@@ -161,7 +163,7 @@ class TRPOTrainer(PPOTrainer):
         for name, value in {
             "kl": kl,
             "improvement": gain,
-            "expected_improvement": -part * float(gradient @ step),
+            "expected_improvement": -part * float(dot(gradient, step)),
             "step_fraction": part,
             "failed": float(failed),
         }.items():
@@ -175,6 +177,8 @@ class TRPOTrainer(PPOTrainer):
         metrics = Metrics()
         for part, old, w in micro_batches(config.micro_batch_size, rollout, experience, weights):
             kl, before, now = compare(self.model, start, part, config.temperature)
+            if distributed.idle():
+                continue
             rest = old._replace(old_logprobs=before[0]), part.response_mask, w
             gain = gain + self.policy_loss(*before, *rest, Metrics())
             gain = gain - self.policy_loss(*now, *rest, metrics)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from rlhf_core import distributed, locks
 from rlhf_core.cli.config_file import options_of
@@ -40,10 +41,13 @@ from rlhf_core.files import check_replaceable, check_writable, parse_json
 from rlhf_core.integrations import vllm
 from rlhf_core.integrations.trackers import TRACKERS, Trackers
 from rlhf_core.models import Transformer, load_reward
+from rlhf_core.models.gather import whole
 from rlhf_core.models.heads import AGGREGATES
 from rlhf_core.models.hub import stored_dtype
 from rlhf_core.models.lora import is_adapter, read_adapter_config
+from rlhf_core.models.shard import mesh_of
 from rlhf_core.options import Options, describe
+from rlhf_core.training.config import TrainConfig
 from rlhf_core.training.run_file import recording
 from rlhf_core.training.run_log import summarize
 
@@ -524,8 +528,8 @@ def prompted(
     """
     torch.manual_seed(config.seed)
     tokenizer = tokenizer_of(arguments)
-    device = device_of(arguments)
-    model = Transformer.from_pretrained(arguments.model).to(device)
+    device, mesh = device_of(arguments), mesh_for(config)
+    model = Transformer.from_pretrained(arguments.model, mesh=mesh).to(device)
 
     def encode(row: PromptRow) -> tuple[Content, Prompt] | Prompt:
         ids = known(encode_prompt_row(row, tokenizer), model, tokenizer)
@@ -533,8 +537,19 @@ def prompted(
 
     rows = read(read_prompt_rows, arguments.prompts, arguments, encode, [dates(tokenizer)])
     eos_ids = eos_ids_of(arguments, model, tokenizer)
-    options = reward_of(arguments, device) | engine_of(arguments, model, tokenizer)
+    if not isinstance(config, TrainConfig):  # the reward is a judge, which rank 0 asks alone
+        mesh = None
+    options = reward_of(arguments, device, mesh) | engine_of(arguments, model, tokenizer)
     return model, rows, dict(eos_ids=eos_ids, tokenizer=tokenizer, **options)
+
+
+def mesh_for(config: Options) -> DeviceMesh | None:
+    """The mesh on which the weights of a run are in pieces; None: they are whole."""
+    copies = getattr(config, "copies", None)
+    if copies is None or distributed.size() == 1:
+        return None
+    getattr(config, "ppo", config).check_ranks(distributed.size())
+    return mesh_of(copies)
 
 
 def add_engine(parser: ArgumentParser) -> None:
@@ -582,13 +597,17 @@ def engine_of(arguments: Namespace, model: Transformer, tokenizer: Tokenizer) ->
     given = {name: getattr(arguments, name) for name in ENGINE_OPTIONS}
     options = {name.removeprefix("engine_"): x for name, x in given.items() if x is not None}
     engine = vllm.Engine(arguments.engine, **options)
-    if not distributed.rank():  # which speaks to the engine for all
-        engine.start(model, tokenizer)
+    with whole(model) as policy:
+        if not distributed.rank():  # which speaks to the engine for all
+            engine.start(policy, tokenizer)
     return {"engine": engine}
 
 
-def reward_of(arguments: Namespace, device: torch.device) -> dict:
-    """The reward or judge of the arguments, as the methods that sample take it."""
+def reward_of(arguments: Namespace, device: torch.device, mesh: DeviceMesh | None = None) -> dict:
+    """The reward or judge of the arguments, as the methods that sample take it.
+
+    mesh: on which the weights of reward models are in pieces.
+    """
     weights, folders = arguments.reward_weights, arguments.reward_model
     check_judge_options(arguments)
     if folders is None:
@@ -610,7 +629,7 @@ def reward_of(arguments: Namespace, device: torch.device) -> dict:
                 "or NAME=WEIGHT for criteria"
             )
         options = arguments.reward_ensemble, arguments.reward_coef
-        reward = load_reward(folders, *options, weights=dict(named))
+        reward = load_reward(folders, *options, weights=dict(named), mesh=mesh)
         return {"reward": reward.to(device)}
     if arguments.reward_coef is not None:
         raise ValueError(f"--reward-coef {arguments.reward_coef} contradicts --reward-weights")
@@ -619,7 +638,7 @@ def reward_of(arguments: Namespace, device: torch.device) -> dict:
             f"there are {len(weights)} --reward-weights for {len(folders)} reward models; give one "
             "weight for each model"
         )
-    models = [load_reward([folder]).to(device) for folder in folders]
+    models = [load_reward([folder], mesh=mesh).to(device) for folder in folders]
     return {"reward": list(zip(models, weights))}
 
 

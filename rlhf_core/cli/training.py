@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from rlhf_core import data, distributed, trainers
 from rlhf_core.algorithms.iterated_rlhf import iterated_rlhf_with_people
@@ -55,7 +56,7 @@ class OnData(NamedTuple):
 
     trainer: type[Trainer]
     config: type[Options]
-    load: Callable[[Path], nn.Module]  # the model of --model
+    load: Callable[..., nn.Module]  # the model of --model, given its path and a mesh
     reader: Callable
     encode: Callable
     data: str  # help of --data
@@ -73,16 +74,16 @@ class OnPrompts(NamedTuple):
     judged: bool = False  # whether it takes a judge
 
 
-def _reward_model(source: Path) -> RewardModel:
+def _reward_model(source: Path, mesh: DeviceMesh | None) -> RewardModel:
     if is_reward_model(source):
-        return RewardModel.from_pretrained(source)
-    return RewardModel.from_model(Transformer.from_pretrained(source))
+        return RewardModel.from_pretrained(source, mesh=mesh)
+    return RewardModel.from_model(Transformer.from_pretrained(source, mesh=mesh), share_trunk=True)
 
 
-def _ilql_model(source: Path) -> ILQLModel:
+def _ilql_model(source: Path, mesh: DeviceMesh | None) -> ILQLModel:
     if has_values(source):
-        return ILQLModel.from_pretrained(source)
-    return ILQLModel(Transformer.from_pretrained(source))
+        return ILQLModel.from_pretrained(source, mesh=mesh)
+    return ILQLModel(Transformer.from_pretrained(source, mesh=mesh))
 
 
 def _add_criteria(parser: ArgumentParser) -> None:
@@ -146,7 +147,7 @@ def _with_teacher(
                 f"--teacher {arguments.teacher}: {fault} in its tokenizer. Teacher and --model "
                 "must have the same tokens"
             )
-        teacher = Transformer.from_pretrained(arguments.teacher)
+        teacher = Transformer.from_pretrained(arguments.teacher, mesh=shared.mesh_for(config))
         options["teacher"] = teacher.to(shared.device_of(arguments))
     if config.samples:
         encode = lambda row, tokenizer, _: data.encode_prompt_in_context(row, tokenizer, context)  # noqa: E731
@@ -448,7 +449,10 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
     torch.manual_seed(config.seed)
     dtype = shared.save_dtype_of(arguments)
     tokenizer = shared.tokenizer_of(arguments)
-    model = method.load(arguments.model)
+    mesh = shared.mesh_for(config)
+    if getattr(arguments, "embedding_resize", False):
+        mesh = None  # whole weights get the new rows, and are cut later
+    model = method.load(arguments.model, mesh=mesh)
     _resize_embedding(model, tokenizer, arguments)
     _add_adapters(getattr(model, "lm", model), arguments)
     options: dict = {}

@@ -171,12 +171,30 @@ class Family:
 
     def parts(self, ours: str, tensor: Tensor, config: TransformerConfig) -> dict[str, Tensor]:
         """Their tensors that make up our tensor `ours`, by name: views of it in their layout."""
+        boxes = self.boxes(ours, tensor, 0, len(tensor), config)
+        return {name: part for name, (part, _) in boxes.items()}
+
+    def boxes(
+        self, ours: str, tensor: Tensor, first: int, total: int, config: TransformerConfig
+    ) -> dict[str, tuple[Tensor, tuple[slice, ...]]]:
+        """As `parts`, where `tensor` has only some rows of the `total`, from row `first` on.
+
+        With each view comes the box of their tensor that it corresponds to; both may be empty.
+        """
         module, kind = ours.rsplit(".", 1)
-        rows = self.rows(module, len(tensor), config)
-        parts = tensor.split(list(rows.values()))
-        if self.transposed and module.startswith("trunk.blocks."):
-            parts = [part.t() for part in parts]  # a vector stays as it is
-        return {f"{name}.{kind}": part for name, part in zip(rows, parts)}
+        matrix = tensor.ndim > 1  # a vector is never transposed
+        transposed = self.transposed and matrix and module.startswith("trunk.blocks.")
+        found, start = {}, 0
+        for name, count in self.rows(module, total, config).items():
+            ends = (min(max(x - start, 0), count) for x in (first, first + len(tensor)))
+            box = slice(*ends)
+            part = tensor[max(start - first, 0) :][: box.stop - box.start]
+            if transposed:
+                found[f"{name}.{kind}"] = part.t(), (slice(0, tensor.shape[1]), box)
+            else:
+                found[f"{name}.{kind}"] = part, (box,)
+            start += count
+        return found
 
 
 def read(config_json: dict) -> TransformerConfig:

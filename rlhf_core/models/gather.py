@@ -1,12 +1,15 @@
-"""Whole tensors from the pieces of them that the ranks of a sharded model hold: see shard.py.
+"""Whole tensors from the pieces of them that ranks hold, and pieces of whole tensors.
 
-Every rank has to call these functions, because they exchange data. A model that is not sharded
-passes through unchanged, and no process group is needed. Left out: how a model is cut into pieces.
+A weight in pieces is a DTensor. `from_pretrained(mesh=...)` makes such a model; `shard` (shard.py)
+makes it compute, and cuts whole models. Every rank has to call the functions that make a tensor
+whole, because they exchange data. A model of whole weights passes through unchanged, and no process
+group is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from rlhf_core import distributed
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -33,8 +37,13 @@ def is_piece(tensor: Tensor) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has cut the model, or a part of it, into pieces."""
-    return next(_sharded_parts(model), None) is not None
+    """Whether the weights of the model, or of a part of it, are in pieces."""
+    return is_wrapped(model) or any(map(is_piece, model.parameters()))
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether `shard` has made the model, or a part of it, compute with weights in pieces."""
+    return next(wrapped_parts(model), None) is not None
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
@@ -56,11 +65,12 @@ def reshard(*models: nn.Module) -> None:
     be out of date after a step of the optimiser.
     """
     for model in models:
-        for part in _sharded_parts(model):
+        for part in wrapped_parts(model):
             part.reshard()
 
 
-def _sharded_parts(model: nn.Module) -> Iterator:
+def wrapped_parts(model: nn.Module) -> Iterator:
+    """The modules whose weights FSDP2 gathers for a forward pass: blocks, and the model itself."""
     if dist.is_available() and dist.is_initialized():
         from torch.distributed.fsdp import FSDPModule
 
@@ -69,10 +79,14 @@ def _sharded_parts(model: nn.Module) -> Iterator:
 
 def rows_of(tensor: Tensor) -> slice:
     """The rows of the whole tensor that this rank holds; all of a tensor that is not a piece."""
-    if not is_piece(tensor):
-        return slice(0, len(tensor))
-    mesh = tensor.device_mesh
-    return _rows(len(tensor), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+    return own_rows(len(tensor), tensor.device_mesh if is_piece(tensor) else None)
+
+
+def own_rows(n: int, mesh: DeviceMesh | None) -> slice:
+    """The rows, of n, that this rank holds of a tensor in pieces on the mesh; all without one."""
+    if mesh is None:
+        return slice(0, n)
+    return _rows(n, mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
 
 
 def _rows(n: int, pieces: int, place: int) -> slice:
@@ -86,13 +100,39 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if is_piece(tensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a piece, which they share memory with; any other tensor as it is."""
+    return tensor.to_local() if is_piece(tensor) else tensor
+
+
+def piece_of(rows: Tensor, shape: torch.Size, mesh: DeviceMesh) -> Tensor:
+    """The tensor of this shape in pieces on the mesh, given the `own_rows` of this rank."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    places, stride = (Replicate(), Shard(0)), torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(rows, mesh, places, run_check=False, shape=shape, stride=stride)
+
+
 def piece_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's piece of a whole tensor, cut as `like`, if that is a piece of the same shape."""
-    if not is_piece(like) or tensor.shape != like.shape:
+    if is_piece(tensor) or not is_piece(like) or tensor.shape != like.shape:
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    return piece_of(tensor[rows_of(like)].clone(), like.shape, like.device_mesh)
 
-    return distribute_tensor(tensor, like.device_mesh, like.placements)
+
+def mesh_of_pieces(model: nn.Module) -> DeviceMesh | None:
+    """The mesh that the pieces of a model are on; None if its weights are whole."""
+    reshard(model)
+    return next((x.device_mesh for x in model.parameters() if is_piece(x)), None)
+
+
+@torch.no_grad()
+def copy_of(model: Module) -> Module:
+    """Return a deep copy. That of a sharded model is in pieces, too; `shard` makes it compute."""
+    if not is_sharded(model):
+        return copy.deepcopy(model)
+    reshard(model)
+    return _plain(model, {}, lambda x: nn.Parameter(x.detach().clone(), x.requires_grad))
 
 
 @contextlib.contextmanager
@@ -119,10 +159,14 @@ def whole_copy(model: Module) -> Module:
     Tensors that are not pieces, such as buffers, are shared with the module.
     """
     reshard(model)
-    return _plain(model, {})
+    return _plain(model, {}, lambda x: nn.Parameter(whole_tensor(x), requires_grad=False))
 
 
-def _plain(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+def _plain(
+    module: nn.Module,
+    done: dict[int, nn.Module],
+    copied: Callable[[nn.Parameter], nn.Parameter],
+) -> nn.Module:
     """`module` in its original class. Parts that it holds twice, the copy holds twice."""
     if id(module) in done:
         return done[id(module)]
@@ -131,14 +175,13 @@ def _plain(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     nn.Module.__init__(plain)
     for name, value in vars(module).items():
         is_method = callable(getattr(kind, name, None))  # which fully_shard has wrapped
-        if name not in vars(plain) and not is_method:
+        is_state = "_fsdp_" in name or name.startswith("__composable_api")  # of fully_shard
+        if name not in vars(plain) and not (is_method or is_state):
             vars(plain)[name] = value
     for name, part in module._modules.items():
-        plain._modules[name] = None if part is None else _plain(part, done)
+        plain._modules[name] = None if part is None else _plain(part, done, copied)
     for name, tensor in module._parameters.items():
-        if tensor is not None:
-            tensor = nn.Parameter(whole_tensor(tensor), requires_grad=False)
-        plain._parameters[name] = tensor
+        plain._parameters[name] = None if tensor is None else copied(tensor)
     plain._buffers.update(module._buffers)
     plain._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
     plain.training = module.training

@@ -5,11 +5,11 @@ A reward model of several criteria has a head for each. Its score is their weigh
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,13 @@ from rlhf_core.checks import check_own
 from rlhf_core.masking import last_token_index
 from rlhf_core.models import hub
 from rlhf_core.models.config import check_criteria
-from rlhf_core.models.gather import check_whole, is_sharded, reshard
+from rlhf_core.models.gather import copy_of, is_sharded, is_wrapped, reshard, whole_tensor
 from rlhf_core.models.lora import freeze_base, has_adapters
 from rlhf_core.models.pretrained import Pretrained
 from rlhf_core.models.transformer import Transformer, TransformerConfig, Trunk, TrunkModel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class _ScalarHead(Pretrained, TrunkModel):
@@ -44,13 +47,12 @@ class _ScalarHead(Pretrained, TrunkModel):
         adapters, only these and the head train. A shared trunk trains as before.
         """
         check_own(model)
-        if not share_trunk:
-            check_whole(model, "Copy its trunk before you shard it")
+        reshard(model)
         with torch.device("meta"):
             new = cls(model.config)
-        new.trunk = model.trunk if share_trunk else copy.deepcopy(model.trunk)
+        new.trunk = model.trunk if share_trunk else copy_of(model.trunk)
         scalar = isinstance(model, _ScalarHead)
-        head = copy.deepcopy(model.score) if scalar else _fresh_head(model.config)
+        head = copy_of(model.score) if scalar else _fresh_head(model.config)
         new.score = head.to(new.trunk.embed.weight).requires_grad_(True)
         if isinstance(model, RewardModel) and isinstance(new, RewardModel):
             new.of_steps, new.criteria = model.of_steps, model.criteria
@@ -61,10 +63,10 @@ class _ScalarHead(Pretrained, TrunkModel):
         return new
 
     @classmethod
-    def _load_base(cls, path: Path, dtype: torch.dtype):
+    def _load_base(cls, path: Path, dtype: torch.dtype, mesh: DeviceMesh | None):
         if hub.has_scalar_head(path):
-            return hub.load(cls, path, dtype)
-        return cls.from_model(hub.load(Transformer, path, dtype), share_trunk=True)
+            return hub.load(cls, path, dtype, mesh)
+        return cls.from_model(hub.load(Transformer, path, dtype, mesh), share_trunk=True)
 
     @torch.no_grad()
     def normalize(self, mean: float | Tensor, std: float) -> None:
@@ -128,7 +130,8 @@ class RewardModel(_ScalarHead):
                 "criteria, or start from a model of one score"
             )
         if not self.criteria:
-            check_whole(self, "Set its criteria before you shard it")
+            if is_wrapped(self):
+                raise ValueError("the model is sharded. Set its criteria before")
             _mix(self.score, [[1.0]] * len(criteria))
         self.criteria = {name: float(criteria[name]) for name in self.criteria or criteria}
 
@@ -231,12 +234,14 @@ def load_reward(
     aggregate: str | None = None,
     coef: float | None = None,
     weights: Mapping[str, float] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> RewardModel | EnsembleReward:
     """Load one reward model, or an ensemble of several, which gives their mean by default.
 
     weights: New weights of criteria that every model has, by name. Others keep theirs.
+    mesh: As for `from_pretrained`.
     """
-    models = [RewardModel.from_pretrained(source) for source in sources]
+    models = [RewardModel.from_pretrained(source, mesh=mesh) for source in sources]
     for source, model in zip(sources, models) if weights else ():
         for name in weights.keys() - model.criteria.keys():
             known = ", ".join(model.criteria) or "one score, without criteria"
@@ -259,9 +264,10 @@ class ValueModel(_ScalarHead):
 
 
 def _mix(head: nn.Linear, weights: list[list[float]]) -> None:
-    """Replace the head's rows by weighted sums of them."""
+    """Replace the head's rows by weighted sums of them, which are whole on every rank."""
     for name, rows in head.named_parameters():
-        mixed = rows.new_tensor(weights) @ rows
+        whole = whole_tensor(rows)
+        mixed = whole.new_tensor(weights) @ whole
         setattr(head, name, nn.Parameter(mixed, rows.requires_grad))
     head.out_features = len(weights)
 

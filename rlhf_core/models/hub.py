@@ -12,10 +12,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_core import distributed
 from rlhf_core.files import (
     Replacement,
     dump_json,
@@ -26,8 +28,11 @@ from rlhf_core.files import (
 )
 from rlhf_core.models import families
 from rlhf_core.models.config import TransformerConfig
-from rlhf_core.models.gather import on_rank_0, reshard
+from rlhf_core.models.gather import on_rank_0, own_rows, piece_of, reshard
 from rlhf_core.models.safetensors import DTYPES, StoredTensor, TensorWriter, stored_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 MAX_SHARD_BYTES = 5 * 2**30
 HEADS_FILE = "model.ilql.safetensors"  # the heads of an ILQLModel
@@ -35,7 +40,10 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def load(
-    cls: type[nn.Module], source: str | os.PathLike, dtype: torch.dtype = torch.float32
+    cls: type[nn.Module],
+    source: str | os.PathLike,
+    dtype: torch.dtype = torch.float32,
+    mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Return a `cls` (Transformer, RewardModel or ValueModel) with the weights in `source`.
 
@@ -45,6 +53,7 @@ def load(
     Args:
         source: A folder, or "owner/name" on the Hugging Face hub: see `files.model_folder`.
         dtype: Dtype of the weights in memory.
+        mesh: As for `from_pretrained`.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -85,17 +94,26 @@ def load(
             f"{path}: {len(unknown)} tensors that {cls.__name__} does not know, e.g. {unknown[0]!r}"
         )
     state = {}
-    for ours, parameter in model.state_dict().items():
-        state[ours] = torch.empty(parameter.shape, dtype=dtype, device="cpu")
-        for name, part in family.parts(ours, state[ours], config).items():
-            stored[name].copy_to(part)
-    for head in (stored[name] for name in extra):
-        for first, rows in head.pieces():
-            embedding = state["trunk.embed.weight"][first : first + len(rows)]
-            if not torch.equal(rows.to(dtype), embedding):
-                raise ValueError(
-                    f"{head.file}: lm_head.weight is not the embedding, but config.json ties them"
-                )
+    with contextlib.nullcontext() if mesh is None else distributed.together(local=True):
+        for ours, parameter in model.state_dict().items():
+            own = own_rows(len(parameter), mesh)
+            shape = own.stop - own.start, *parameter.shape[1:]
+            state[ours] = torch.empty(shape, dtype=dtype, device="cpu")
+            boxes = family.boxes(ours, state[ours], own.start, len(parameter), config)
+            for name, (part, box) in boxes.items():
+                if part.numel():
+                    stored[name].copy_to(part, box)
+        for head in (stored[name] for name in extra):
+            for first, rows in head.pieces((own_rows(config.vocab_size, mesh),)):
+                embedding = state["trunk.embed.weight"][first : first + len(rows)]
+                if not torch.equal(rows.to(dtype), embedding):
+                    raise ValueError(
+                        f"{head.file}: lm_head.weight is not the embedding, but config.json ties "
+                        "them"
+                    )
+    if mesh is not None:
+        shapes = {ours: parameter.shape for ours, parameter in model.state_dict().items()}
+        state = {ours: piece_of(x, shapes[ours], mesh) for ours, x in state.items()}
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).eval()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from rlhf_core.models.lora import has_adapters, save_adapters
 from rlhf_core.models.safetensors import stored_tensors, stored_texts
 from rlhf_core.models.transformer import Transformer, Trunk, TrunkModel
 from rlhf_core.ops import linear_token_logprobs
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class QHead(nn.Module):
@@ -98,15 +102,20 @@ class ILQLModel(TrunkModel):
     @classmethod
     @torch.no_grad()
     def from_pretrained(
-        cls, source: str | os.PathLike, dtype: torch.dtype = torch.float32
+        cls,
+        source: str | os.PathLike,
+        dtype: torch.dtype = torch.float32,
+        mesh: DeviceMesh | None = None,
     ) -> ILQLModel:
         """Read a folder that `save_pretrained` wrote.
+
+        mesh: As for `Transformer.from_pretrained`. The heads are read whole.
 
         Raises:
             FileNotFoundError: A file is missing.
             ValueError: A file is damaged or does not fit; the message names it.
         """
-        model = cls(Transformer.from_pretrained(source, dtype))
+        model = cls(Transformer.from_pretrained(source, dtype, mesh))
         file = model_folder(source) / HEADS_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file, so this is a plain language model")

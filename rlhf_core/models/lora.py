@@ -27,7 +27,17 @@ from torch import Tensor, nn
 from rlhf_core.files import Replacement, dump_json, parse_json, read_object, short
 from rlhf_core.models.config import check_criteria
 from rlhf_core.models.families import family_of
-from rlhf_core.models.gather import check_whole, on_rank_0, reshard, whole_copy, whole_tensor
+from rlhf_core.models.gather import (
+    check_whole,
+    class_of,
+    is_wrapped,
+    local,
+    on_rank_0,
+    reshard,
+    rows_of,
+    whole_copy,
+    whole_tensor,
+)
 from rlhf_core.models.hub import HEADS_FILE, has_scalar_head, stale_adapters
 from rlhf_core.models.safetensors import DTYPES, dump_tensors, stored_tensors, stored_texts
 
@@ -170,7 +180,8 @@ def add_adapters(model: nn.Module, config: LoRAConfig) -> None:
     """
     if has_adapters(model):
         raise ValueError("the model already has adapters; call merge_adapters first")
-    check_whole(model, "Add adapters before you shard it")
+    if is_wrapped(model):
+        raise ValueError(f"this {class_of(model).__name__} is sharded. Add adapters before")
     targets = _targets(model, config.target_modules)
     for ours, linear, sizes in _linears(model):
         if targets & sizes.keys():
@@ -368,10 +379,11 @@ def load_adapters(model: nn.Module, path: str | os.PathLike) -> None:
     if criteria is not None:
         model.set_criteria(criteria)
     if f"{_SCORE}bias" in shapes:
-        model.score.bias = nn.Parameter(model.score.weight.new_zeros(model.score.out_features))
+        like, size = model.score.weight, model.score.out_features
+        model.score.bias = nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device))
     add_adapters(model, config)
     for name, parameter in _tensors(model).items():
-        found[name].copy_to(parameter)
+        found[name].copy_to(local(parameter), (rows_of(parameter),))
     if hasattr(model, "of_steps"):
         text = texts.get("of_steps", json.dumps(model.of_steps))
         if text not in ("true", "false"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from typing_extensions import Self
@@ -12,6 +13,9 @@ from rlhf_core.files import model_folder
 from rlhf_core.locks import check_free
 from rlhf_core.models import hub, lora
 from rlhf_core.models.gather import on_rank_0, reshard
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Pretrained:
@@ -23,19 +27,27 @@ class Pretrained:
     is_language_model = True
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike, dtype: torch.dtype = torch.float32) -> Self:
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        dtype: torch.dtype = torch.float32,
+        mesh: DeviceMesh | None = None,
+    ) -> Self:
         """Read a model in eval mode, with its adapters if it was saved with some.
 
         Args:
             source: A folder in the Hugging Face or PEFT layout, or "owner/name" on the hub.
             dtype: Dtype of the weights in memory.
+            mesh: Each rank reads only its pieces of the weights, as `shard` cuts them on this mesh;
+                see `models.shard.mesh_of`. Adapters are read whole. Call `shard` before the model
+                computes.
 
         Raises:
             FileNotFoundError: A file is missing.
             ValueError: A config field or a tensor does not fit; the message names it.
         """
         if not lora.is_adapter(source):
-            return hub.load(cls, source, dtype)
+            return hub.load(cls, source, dtype, mesh)
         base = lora.read_adapter_config(source).base
         if base is None:
             raise ValueError(
@@ -49,7 +61,7 @@ class Pretrained:
         except OSError as error:
             file = Path(source) / lora.CONFIG_FILE
             raise FileNotFoundError(f"{file}: base_model_name_or_path: {error}") from None
-        model = cls._load_base(folder, dtype)
+        model = cls._load_base(folder, dtype, mesh)
         lora.load_adapters(model, source)
         return model.eval()
 
@@ -71,9 +83,9 @@ class Pretrained:
         return hub.adopt(cls, model)
 
     @classmethod
-    def _load_base(cls, path: Path, dtype: torch.dtype):
+    def _load_base(cls, path: Path, dtype: torch.dtype, mesh: DeviceMesh | None):
         """A `cls` to load adapters into."""
-        return hub.load(cls, path, dtype)
+        return hub.load(cls, path, dtype, mesh)
 
     def save_pretrained(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write a folder in the Hugging Face layout. A model with adapters writes only these.

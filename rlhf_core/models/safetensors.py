@@ -39,20 +39,26 @@ class StoredTensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield a few rows at a time, each time with the index of the first one."""
+    def pieces(self, box: tuple[slice, ...] = ()) -> Iterator[tuple[int, Tensor]]:
+        """Yield a few rows at a time, each time with the index of the first one.
+
+        box: Rows, columns, ... to read, each with start and stop; all by default. The index counts
+            the rows of the box.
+        """
         if self.dtype not in DTYPES:
             stored = f"stored as {self.dtype}, not as {', '.join(DTYPES)}"
             raise ValueError(f"{self.file}: tensor {self.name!r} is {stored}")
-        rows, *row = self.shape
-        at_once = max(1, PIECE_BYTES // max(1, math.prod(row) * DTYPES[self.dtype].itemsize))
-        for first in range(0, rows, at_once):
+        rows, *row = (*box, *(slice(0, size) for size in self.shape[len(box) :]))
+        width = math.prod(part.stop - part.start for part in row)
+        at_once = max(1, PIECE_BYTES // max(1, width * DTYPES[self.dtype].itemsize))
+        for first in range(rows.start, rows.stop, at_once):
+            some = slice(first, min(first + at_once, rows.stop))
             with _open(self.file) as file:
-                yield first, file.get_slice(self.name)[first : first + at_once]
+                yield first - rows.start, file.get_slice(self.name)[(some, *row)]
 
-    def copy_to(self, target: Tensor) -> None:
-        """Fill `target`, which has this shape, any dtype and any strides."""
-        for first, rows in self.pieces():
+    def copy_to(self, target: Tensor, box: tuple[slice, ...] = ()) -> None:
+        """Fill `target`, which has the shape of the box, any dtype and any strides."""
+        for first, rows in self.pieces(box):
             target[first : first + len(rows)] = rows
             del rows  # before the file is closed, or its pages stay in memory
 

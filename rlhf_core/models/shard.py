@@ -12,14 +12,18 @@ model slowly (lagging.py) as a whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cache
 from weakref import WeakKeyDictionary, ref
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from rlhf_core.models.gather import class_of, is_sharded, reshard, whole
+from rlhf_core import distributed
+from rlhf_core.models.gather import class_of, is_piece, is_sharded, is_wrapped, reshard, whole
 from rlhf_core.models.heads import EnsembleReward
 from rlhf_core.models.transformer import Trunk, TrunkModel
 
@@ -39,17 +43,21 @@ def mesh_of(copies: int = 1) -> DeviceMesh:
     ranks = dist.get_world_size()
     if copies < 1 or ranks % copies:
         raise ValueError(f"{ranks} ranks cannot hold {copies} copies of a model; choose a divisor")
+    return _mesh((copies, ranks // copies), dist.group.WORLD)
+
+
+@cache
+def _mesh(shape: tuple[int, int], group: dist.ProcessGroup) -> DeviceMesh:
+    """group: the default one. Its ranks make new groups for every mesh, so they share one."""
     device = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
-    return init_device_mesh(
-        device, (copies, ranks // copies), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Cut the weights of a model into pieces, in place. Build its optimiser afterwards.
 
-    Sample from a sharded model `with whole(model) as plain`. Add adapters, merge them, add tokens
-    and freeze layers before.
+    Weights that were read in pieces stay as they are. Sample from a sharded model `with
+    whole(model) as plain`. Add adapters, merge them, add tokens and freeze layers before.
 
     Args:
         model: Transformer, RewardModel, EnsembleReward, ValueModel or ILQLModel. If a ValueModel
@@ -57,7 +65,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         mesh: All ranks, as `mesh_of` returns it.
 
     Raises:
-        ValueError: The model is sharded already, or the mesh leaves out a rank.
+        ValueError: The model is sharded already, or the mesh leaves out a rank, or differs from
+            that of weights that were read in pieces.
     """
     if mesh.mesh_dim_names != ("replicate", "shard") or mesh.size() != dist.get_world_size():
         raise ValueError(
@@ -70,11 +79,10 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         return
     if not isinstance(model, TrunkModel):
         raise ValueError(f"{type(model).__name__} cannot be sharded, only models with a trunk")
-    owner, roots = _owners.get(model.trunk, lambda: None)(), [model]
-    if owner is not None:  # only what this model adds to the trunk is left to be cut
-        roots = [part for part in model.children() if part is not model.trunk]
-    if owner is model or any(map(is_sharded, roots)):
+    owner, roots = _owners.get(model.trunk, lambda: None)(), _uncut(model)
+    if not roots:
         raise ValueError(f"this {class_of(model).__name__} is sharded already")
+    pieces = [x for root in roots for x in _take_pieces(root, mesh)]
     if owner is not None:
         model.hidden_states = owner.hidden_states  # which gathers what it needs
     else:
@@ -87,5 +95,53 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
             if isinstance(part, FSDPModule):  # the settings are not recursive
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)
+    for part, name, piece in pieces:
+        setattr(part, name, piece)
     if owner is None:
         register_fsdp_forward_method(model, "hidden_states")
+
+
+def shard_all(models: Iterable[nn.Module], copies: int | None) -> None:
+    """Shard the models of a run that are not yet sharded; ranks then keep step.
+
+    Args:
+        models: those without a trunk are ignored.
+        copies: as for `mesh_of`. None, or a single process: nothing happens.
+    """
+    if copies is None or distributed.size() == 1:
+        return
+    mesh = mesh_of(copies)
+    for model in dict.fromkeys(models):
+        for part in model.models if isinstance(model, EnsembleReward) else [model]:
+            if isinstance(part, TrunkModel) and _uncut(part):
+                shard(part, mesh)
+    distributed.set_lockstep(True)
+
+
+def _uncut(model: TrunkModel) -> list[nn.Module]:
+    """What is left to be cut: the model, or what it adds to a sharded model's trunk, or nothing."""
+    owner = _owners.get(model.trunk, lambda: None)()
+    if owner is None:
+        return [model]
+    if owner is model:
+        return []
+    parts = [part for part in model.children() if part is not model.trunk]
+    return [] if any(map(is_wrapped, parts)) else parts
+
+
+def _take_pieces(root: nn.Module, mesh: DeviceMesh) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Replace pieces by whole tensors without memory, which FSDP2 cuts; return them with places."""
+    taken = []
+    for part in root.modules():
+        for name, x in list(part.named_parameters(recurse=False)):
+            if not is_piece(x):
+                continue
+            if x.device_mesh != mesh:
+                raise ValueError(
+                    f"the weights were read in pieces on a mesh of {tuple(x.device_mesh.shape)}, "
+                    f"this one is {tuple(mesh.shape)}. Use the same mesh"
+                )
+            taken.append((part, name, x))
+            empty = torch.empty(x.shape, dtype=x.dtype, device="meta")
+            setattr(part, name, nn.Parameter(empty, x.requires_grad))
+    return taken

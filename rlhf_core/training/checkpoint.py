@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from rlhf_core import distributed
 from rlhf_core.data import Tokenizer
 from rlhf_core.files import remove_folder, remove_leftover_folders
-from rlhf_core.models.gather import is_piece
+from rlhf_core.models.gather import is_piece, piece_like, reshard, whole_tensor
 from rlhf_core.models.lora import adapter_config, has_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
 from rlhf_core.models.shard_state import load_state as load_pieces
@@ -187,15 +187,15 @@ def load(
     load_state(stored)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(stored[f"weight:{name}"])
+            parameter.copy_(piece_like(stored[f"weight:{name}"], parameter))
     for key, value in stored.items():
         kind, _, name = key.partition(":")
         if name in parameters and kind != "weight":
             parameter = parameters[name]
             # Moments take the memory layout of their weight.
             like = parameter if value.shape == parameter.shape else value
-            copy = torch.empty_like(like, dtype=value.dtype, device=parameter.device).copy_(value)
-            optimizer.state[parameter][kind] = copy
+            copy = torch.empty_like(like, dtype=value.dtype, device=parameter.device)
+            optimizer.state[parameter][kind] = copy.copy_(piece_like(value, parameter))
     return then["steps_done"]
 
 
@@ -386,7 +386,11 @@ def _digest_of_tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def digest(*parts: nn.Module | Tensor | str) -> str:
-    """SHA-256 (hex) over modules (all their tensors), tensors and strings, in order."""
+    """SHA-256 (hex) over modules (all their tensors), tensors and strings, in order.
+
+    Weights in pieces count as whole ones; all ranks must then call this, and each holds one whole
+    tensor at a time.
+    """
     return digest_of(parts)
 
 
@@ -397,6 +401,9 @@ def digest_of(parts: Iterable[nn.Module | Tensor | str]) -> str:
         if isinstance(part, str):
             total.update(part.encode())
             continue
+        if isinstance(part, nn.Module):
+            reshard(part)
         for x in part.state_dict().values() if isinstance(part, nn.Module) else [part]:
-            total.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            x = whole_tensor(x).detach().cpu()
+            total.update(x.contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -87,6 +88,14 @@ class TrainConfig(Options):
             ("keep", self.save_every is not None, "without save_every"),
             ("shard", self.mesh is None, "with mesh, which says more"),
         )
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ValueError if the mesh has another number of processes."""
+        if self.mesh is not None and math.prod(map(int, self.mesh.split("x"))) != ranks:
+            raise ValueError(
+                f"mesh is {self.mesh}, but there are {ranks} processes: copies times pieces must "
+                "be their number. Start them with torchrun --nproc-per-node"
+            )
 
     @property
     def copies(self) -> int | None:

@@ -9,7 +9,6 @@ completions, which change with the batch.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from rlhf_core import distributed
 from rlhf_core.data.collate import as_group, count_targets
 from rlhf_core.files import check_replaceable, check_writable
 from rlhf_core.models import eval_mode
+from rlhf_core.models.gather import copy_of, is_sharded, whole, whole_copy
 from rlhf_core.models.lora import adapters_off, frozen_adapters, has_adapters
 from rlhf_core.models.safetensors import read_tensors, write_tensors
 from rlhf_core.training.checkpoint import digest
@@ -30,7 +30,12 @@ from rlhf_core.training.checkpoint import digest
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose parameters take no gradient: a reference policy."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    return copy_of(model).eval().requires_grad_(False)
+
+
+def _moving_copy(model: nn.Module) -> nn.Module:
+    """As `frozen_copy`, of whole weights."""
+    return whole_copy(model).eval() if is_sharded(model) else frozen_copy(model)
 
 
 class Reference:
@@ -55,7 +60,7 @@ class Reference:
             policy_shapes = {name: x.shape for name, x in model.state_dict().items()}
             if policy_shapes != {name: x.shape for name, x in given.state_dict().items()}:
                 raise ValueError("a reference that follows the policy must have its shapes")
-            given = frozen_copy(given)
+            given = _moving_copy(given)
         if self.switch:
             trained = [n for n, p in model.named_parameters() if p.requires_grad]
             moving = [name for name in trained if ".adapters." not in name]
@@ -68,7 +73,8 @@ class Reference:
         if self.switch:
             self.model = model
         else:
-            self.model = frozen_copy(model) if given is None else given
+            copied = _moving_copy if moves else frozen_copy
+            self.model = copied(model) if given is None else given
 
     @contextlib.contextmanager
     def policy(self) -> Iterator[nn.Module]:
@@ -114,10 +120,10 @@ class ReferenceLogprobs:
         else:
             check_replaceable(path)
             check_writable(path.parent)
-            with distributed.together():
+            with distributed.together(), whole(reference) as plain:
                 own = {
                     _key(example): logprobs.cpu()
-                    for batch, parts in compute(reference)
+                    for batch, parts in compute(plain)
                     for example, logprobs in zip(batch, parts)
                 }
             ranks = distributed.gather_objects(own)

@@ -29,6 +29,8 @@ from rlhf_core.feedback.rewards import Scorer
 from rlhf_core.files import read_object, replacing, subfolder, write_json
 from rlhf_core.locks import hold
 from rlhf_core.models import Transformer
+from rlhf_core.models.gather import class_of, is_sharded, mesh_of_pieces
+from rlhf_core.models.shard import shard_all
 from rlhf_core.training import checkpoint, signals
 from rlhf_core.training.held_out import evaluate_answers
 from rlhf_core.training.reference import Reference
@@ -48,7 +50,6 @@ from rlhf_core.training.trainer import Trainer
 
 SETTINGS = "rounds.json"  # what the rounds depend on; older versions wrote train_config.json
 SAMPLE_ROUNDS = "rounds between rows of the policy's responses in samples.jsonl; 0: none"
-ROUNDS_ARE_WHOLE = "unset: rounds hand whole weights to each other"
 LAST = "last_round"  # its number, and its model's digest
 # In a round's folder: what people compare, and all labels up to then as pairs.
 CANDIDATES, PAIRS = "candidates.jsonl", "pairs.jsonl"
@@ -74,7 +75,7 @@ def run_rounds(
     """Run the remaining rounds; returns the metrics of all, also written to `out`/metrics.jsonl.
 
     Args:
-        config: a dataclass with `rounds` and `seed`.
+        config: a dataclass with `rounds`, `seed` and `copies`.
         train_round: trains the model in place, given the round's seed, its folder, and the metrics
             of the rounds before it.
         fixed: prompts and other objects by name, which a resumed run must share.
@@ -137,7 +138,10 @@ def _run_rounds(
         try:
             restore(folder)
             if number == len(history):
-                model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+                mesh = mesh_of_pieces(model)
+                model.load_state_dict(
+                    class_of(model).from_pretrained(folder, mesh=mesh).state_dict()
+                )
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{folder}: damaged, or of another run: {error!r}") from None
     if history and settings[LAST] not in (None, checkpoint.digest(model)):
@@ -146,6 +150,8 @@ def _run_rounds(
             f"{settings[LAST]:.8}, now {checkpoint.digest(model):.8}). Restore the folder, or "
             "start a new run"
         )
+    judged = isinstance(scorer, JudgeScorer)  # by rank 0 alone
+    shard_all([model] if judged else [model, *models], config.copies)
     writes = out is not None and not distributed.rank()
     if writes:
         facts = {"algorithm": algorithm, "steps_done": len(history), "total_steps": config.rounds}
@@ -158,8 +164,9 @@ def _run_rounds(
             metrics = train_round(config.seed + number, folder, history)
         history.append({"round": number, **metrics})
         with distributed.together():
+            weights = None if out is None else checkpoint.digest(model)
             if writes:
-                last = {"round": number, "digest": checkpoint.digest(model)}
+                last = {"round": number, "digest": weights}
                 write_json(out / SETTINGS, settings | {LAST: last})
                 lines = "".join(json.dumps(line) + "\n" for line in history)
                 with replacing(out / "metrics.jsonl") as file:
@@ -170,8 +177,9 @@ def _run_rounds(
                 print(f"{algorithm}: finished round {number}/{config.rounds}", file=sys.stderr)
             notify(on_step, history[-1], "round")
     with distributed.together():
-        if writes:
+        if writes or (is_sharded(model) and out is not None):
             model.save_pretrained(out)
+        if writes:
             if tokenizer is not None:
                 tokenizer.save(out)
             run.facts["status"] = "finished"
@@ -190,6 +198,7 @@ def held_out(
     scorer.check_columns(prompts)
     prompts = prompts_for(model, prompts, config).prompts
     options |= dict(scorer=scorer, reference=Reference(model))
+    shard_all([options["reference"].model], config.copies)
     return lambda: evaluate_answers(model, prompts, config, **options)[0]
 
 

@@ -36,12 +36,10 @@ from rlhf_core.feedback.rewards import RewardError, Scorer
 from rlhf_core.files import replacing_folder
 from rlhf_core.generation import Engine, EngineError
 from rlhf_core.locks import hold
-from rlhf_core.models import EnsembleReward
-from rlhf_core.models.gather import piece_like, reshard, whole_tensor
+from rlhf_core.models.gather import is_sharded, piece_like, reshard, whole_tensor
 from rlhf_core.models.hub import stale_adapters
 from rlhf_core.models.lora import adapter_config, has_adapters
-from rlhf_core.models.shard import mesh_of, shard
-from rlhf_core.models.transformer import TrunkModel
+from rlhf_core.models.shard import shard_all
 from rlhf_core.training import checkpoint, signals
 from rlhf_core.training.completions import completion_loss
 from rlhf_core.training.config import TrainConfig
@@ -78,7 +76,6 @@ class Trainer:
     generator: torch.Generator | None = None  # of their seeds
     engine: Engine | None = None  # samples in place of `generate`
     reference: Reference | None = None
-    keeps_whole: str | None = None  # why weights cannot be cut into pieces; None: they can
     sharded = False  # whether they are
 
     def __new__(cls, *arguments: Any, **options: Any):
@@ -152,20 +149,18 @@ class Trainer:
         self._check_mesh()
 
     def _check_mesh(self) -> None:
-        """Raise ValueError if the config's mesh does not fit the processes or the method."""
-        mesh, ranks = self.config.mesh, distributed.size()
-        if mesh is not None and math.prod(map(int, mesh.split("x"))) != ranks:
+        """Raise ValueError if the config's mesh does not fit the processes or the model."""
+        self.config.check_ranks(distributed.size())
+        if self.config.copies is None and any(map(is_sharded, self.trained_models())):
             raise ValueError(
-                f"mesh is {mesh}, but there are {ranks} processes: copies times pieces must be "
-                "their number. Start them with torchrun --nproc-per-node"
+                "the model's weights are in pieces: set shard, or mesh to the one they were read on"
             )
-        if self.config.copies is not None and self.keeps_whole:
-            raise ValueError(f"{self.algorithm} trains with whole weights: {self.keeps_whole}")
-        if self.config.shard and mesh is None and ranks == 1:
+        if self.config.shard and self.config.mesh is None and distributed.size() == 1:
             warnings.warn("shard has no effect in one process", stacklevel=4)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         settings = dict(eps=self.config.adam_eps, weight_decay=self.config.weight_decay, fused=True)
+        reshard(*self.trained_models())
         groups = self.parameter_groups()
         if self.config.weight_decay:
             groups = [part for group in groups for part in _without_decay_of_vectors(group)]
@@ -371,14 +366,13 @@ class Trainer:
         """
         if self.sharded or self.config.copies is None or distributed.size() == 1:
             return
-        _ = self.digests, self.description  # of whole weights
+        _ = self.digests, self.description  # before whole weights are replaced
         states = {name: self.optimizer.state[x] for name, x in self._named_parameters().items()}
-        models = [self.model, *self.trained_models(), *self.fixed_models()]
-        mesh = mesh_of(self.config.copies)
-        for model in dict.fromkeys(models):
-            if isinstance(model, TrunkModel | EnsembleReward):
-                shard(model, mesh)
-        distributed.set_lockstep(True)
+        compared = [] if self.eval_reference is None else [self.eval_reference.model]
+        models = [self.model, *self.trained_models(), *self.fixed_models(), *compared]
+        # Rank 0 alone asks a judge.
+        asked = self.scorer.models if isinstance(self.scorer, JudgeScorer) else ()
+        shard_all((model for model in models if model not in asked), self.config.copies)
         self.sharded, self.optimizer = True, self._new_optimizer()
         for name, parameter in self._named_parameters().items():
             for kind, x in states[name].items():

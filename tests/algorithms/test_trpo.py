@@ -158,6 +158,7 @@ def test_the_fisher_matrix_is_made_of_a_share_of_the_responses(monkeypatch):
     seen, product = [], trpo.fisher_product
 
     def watched(model, rollouts, vector, **rest):
+        rollouts = list(rollouts)
         seen.append(sum(len(x.response_ids) for x in rollouts))
         assert rest["tokens"] == sum(int(x.response_mask.sum()) for x in rollouts)
         return product(model, rollouts, vector, **rest)
