@@ -1,6 +1,6 @@
 """`rlhf-core bench --shape B T V`: what each op gains at the user's own shape.
 
-One table has a line for each implementation of each case, and under it stands a recommendation. The
+An op's table has a line for each implementation of each case. Recommendations stand under it. The
 bars of our own shapes do not apply. decode_attention, which knows no V, is left out.
 """
 
@@ -22,7 +22,7 @@ def run(
     json_path: Path | None = None,
     plot_path: Path | None = None,
 ) -> int:
-    """Print the table and the recommendations. Returns how many checks failed.
+    """Print each op's table and recommendations. Returns how many checks failed.
 
     Args:
         ops: those to time; None: all that the shape describes.
@@ -47,7 +47,7 @@ def report(rows: list[dict], backend: str) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 2)]
     notes = []
     for row in rows:
-        case = f"{row['op']}: {row['case']}"
+        case = row["case"]
         if row["check"] != "passed":
             notes.append(f"{case}: not timed, {' '.join(row['check'].split())}")
             continue
@@ -79,7 +79,7 @@ def _cells(row: dict, name: str, backend: str) -> list[str]:
 
 def recommendation(row: dict) -> str:
     """Names the faster one of ours and the best baseline, and how much it saves."""
-    case, ms, ranges = f"{row['op']}: {row['case']}", row["ms"], row["quartiles ms"]
+    case, ms, ranges = row["case"], row["ms"], row["quartiles ms"]
     others = [name for name in ms if name not in (OURS, FLOOR)]
     if not others:
         return f"{case}: use {OURS}; nothing else ran here"

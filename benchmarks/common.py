@@ -441,7 +441,7 @@ def run(
 ) -> int:
     """Print a table for each op and write JSON and a picture. Returns how many checks failed.
 
-    report: the text about all rows, instead of the tables.
+    report: the text about the rows of an op; None: `table`.
     """
     if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("a picture needs matplotlib: pip install 'rlhf-core[report]'")
@@ -466,11 +466,8 @@ def run(
                 json_path.write_text(
                     json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n"
                 )
-        found = [row for row in rows if row["op"] == op]
-        if found and report is None:
-            print(f"\n### {op}\n\n{table(found)}", flush=True)
-    if report is not None:
-        print(f"\n{report(rows)}")
+        if found := [row for row in rows if row["op"] == op]:
+            print(f"\n### {op}\n\n{(report or table)(found)}", flush=True)
     if plot_path is not None:
         plot([row for row in rows if "ms" in row], machine(device)["device"], plot_path)
     return sum(row["check"] != "passed" for row in rows)

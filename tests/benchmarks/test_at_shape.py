@@ -1,6 +1,7 @@
-"""`rlhf-core bench --shape`: one table and a recommendation for the user's own shape."""
+"""`rlhf-core bench --shape`: a table and recommendations for the user's own shape."""
 
 import json
+import re
 
 import pytest
 from helpers import run
@@ -45,9 +46,10 @@ def test_an_op_at_a_shape_is_compared_with_float64_and_recommended(
         assert set(row["error"]) == set(row["ms"]) - {FLOOR}
         for error in row["error"].values():  # a draw has no truth; 16-bit results round
             assert op == "sampling" if error is None else 0 <= error < 0.05
-        assert f"\n| {op}: {row['case']} | " in shown and f"\n{op}: {row['case']}: " in shown
+        assert f"\n| {row['case']} | " in shown and f"\n{row['case']}: " in shown
     assert shown.count("| rlhf_core (cpp) |") == shown.count("| floor: ") == len(rows)
-    assert all("MB less" in line for line in shown.splitlines() if line.startswith(f"{op}: "))
+    recommended = re.findall(r"(?:rlhf_core needs 2.0 MB less|needs 2.0 MB more)$", shown, re.M)
+    assert len(recommended) == len(rows)  # by the memory of FakeTwin; the faster one may be any
 
 
 def test_without_op_every_op_that_the_shape_describes_is_timed(monkeypatch):
@@ -61,7 +63,7 @@ def test_without_op_every_op_that_the_shape_describes_is_timed(monkeypatch):
 def row(ours, eager, peaks=None):
     """A row with the quartiles of two variants."""
     times = {OURS: ours, "eager": eager}
-    found = {"op": "kl", "case": "fwd", "ms": {name: x[1] for name, x in times.items()}}
+    found = {"case": "fwd", "ms": {name: x[1] for name, x in times.items()}}
     found["quartiles ms"] = {name: [x[0], x[2]] for name, x in times.items()}
     return found | ({"peak MB": dict(zip(times, peaks))} if peaks else {})
 
@@ -89,7 +91,7 @@ def row(ours, eager, peaks=None):
     ],
 )
 def test_the_recommendation_names_the_faster_one_and_what_it_saves(row, text):
-    assert at_shape.recommendation(row) == f"kl: fwd: {text}"
+    assert at_shape.recommendation(row) == f"fwd: {text}"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_a_baseline_beyond_the_memory_is_left_out_with_the_reason(quick, monkeyp
     monkeypatch.setattr(common, "free_memory", lambda device: 8192 * 67 + 20_000)  # fits ours
     assert run("bench", *SHAPE, "--op", "kl") == 0
     shown = capsys.readouterr().out
-    assert "kl: full fwd float32 (2, 5, 67): use rlhf_core; nothing else ran here" in shown
+    assert "full fwd float32 (2, 5, 67): use rlhf_core; nothing else ran here" in shown
     assert "  no eager: ValueError: kl at shape 2 5 67 in float32 needs up to " in shown
 
 
@@ -132,7 +134,7 @@ def test_a_wrong_result_gets_no_figure_and_status_one(quick, monkeypatch, capsys
     with pytest.raises(SystemExit, match="gave wrong results"):
         run("bench", *SHAPE, "--op", "gae")
     shown = capsys.readouterr().out
-    assert "gae: ppo_advantages (2, 5): not timed, AssertionError" in shown
+    assert "ppo_advantages (2, 5): not timed, AssertionError" in shown
 
 
 @pytest.mark.slow
