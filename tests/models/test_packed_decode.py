@@ -197,7 +197,9 @@ def test_16_bit_steps_are_as_accurate_as_those_of_the_modules(backend, dtype, ki
 
 @torch.no_grad()
 @pytest.mark.parametrize("targets", ["all-linear", ("v_proj", "gate_proj")], ids=str)
-@pytest.mark.parametrize("B", [6, 20])
+@pytest.mark.parametrize(
+    ("form", "B"), [("packed", 6), ("in place", 6), ("in place", 20)], indirect=["form"]
+)
 def test_adapters_count_and_off_means_off(backend, form, targets, B):
     model = make(qkv_bias=True)
     ids, cache = rows(model, [5] * B)
