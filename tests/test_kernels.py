@@ -232,6 +232,7 @@ class Meter:
                 self.regions[x.data_ptr()] = {
                     "span": span * x.element_size(),
                     "size": x.element_size(),
+                    "kept": x,  # so that no other tensor gets its memory
                     **touched,
                 }
         with np.errstate(all="ignore"):  # numpy warns about inf - inf
