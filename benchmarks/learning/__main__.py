@@ -11,7 +11,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from benchmarks.learning.methods import METHODS
+from benchmarks.learning.methods import METHODS, PEERS
 from benchmarks.learning.setup import add_arguments, check_data, measure, prepare
 from rlhf_core.files import read_json, write_json
 
@@ -38,10 +38,10 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=METHODS,
+        choices=METHODS | PEERS,
         default=METHODS,
         metavar="METHOD",
-        help=f"some of {'; '.join(METHODS)}; default: all",
+        help=f"some of {'; '.join(METHODS | PEERS)}; default: all but TRL's, which need it",
     )
     arguments = parser.parse_args()
     check_data(parser, arguments)
@@ -57,7 +57,7 @@ def learn(task: str, data: Path | None, seed: int, methods: list[str], folder: P
     setup = None
     folder.mkdir(parents=True, exist_ok=True)
     for name in methods:
-        method = METHODS[name]
+        method = (METHODS | PEERS)[name]
         settings, file = method.settings(task), folder / f"{name}.json"
         if file.exists() and read_json(file)["settings"] == settings:
             continue
@@ -73,7 +73,8 @@ def learn(task: str, data: Path | None, seed: int, methods: list[str], folder: P
 def read_results(out: Path, seeds: list[int]) -> dict[str, list[dict]]:
     """The results in the folder, one for each method and seed."""
     files = {
-        name: {seed: out / f"seed-{seed}" / f"{name}.json" for seed in seeds} for name in METHODS
+        name: {seed: out / f"seed-{seed}" / f"{name}.json" for seed in seeds}
+        for name in METHODS | PEERS
     }
     found = {
         name: [{"seed": seed, **read_json(file)} for seed, file in paths.items() if file.exists()]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.learning.setup import Setup
+from benchmarks.learning.theirs import trl_dpo, trl_grpo
 from rlhf_core.data import Example
 from rlhf_core.evaluation import Evaluation, best_of_n_kl
 from rlhf_core.models import ILQLModel, Transformer
@@ -170,30 +171,33 @@ def rounds_of_rlhf(
 
 
 class Method(NamedTuple):
-    """A function, and settings that differ from the config's defaults on both tasks or on one."""
+    """A function, and settings that differ from the config's defaults on all tasks or on one."""
 
     run: Callable
-    both: dict = {}  # noqa: RUF012
+    shared: dict = {}  # noqa: RUF012
     replies: dict = {}  # noqa: RUF012
     stories: dict = {}  # noqa: RUF012
+    constraints: dict = {}  # noqa: RUF012
 
     def settings(self, task: str) -> dict:
-        return self.both | getattr(self, task)
+        return self.shared | getattr(self, task)
 
 
 # A model of 0.3 M parameters needs far higher learning rates than the defaults, made for billions.
-PPO = dict(lr=1e-4, max_steps=50), dict(kl_coef=0.1), dict(kl_coef=0.06)
+SHORT = dict(kl_coef=0.05, max_steps=40, ppo_epochs=2)
+PPO = dict(lr=1e-4, max_steps=50), dict(kl_coef=0.1), dict(kl_coef=0.06), SHORT
 ONE_UPDATE = (
     dict(lr=1e-3, max_steps=50),
     dict(kl_coef=0.055),
     dict(kl_coef=0.06),
+    dict(kl_coef=0.05, lr=3e-4),
 )  # a rollout, where PPO makes 16
 KL_IN_REWARD = dict(kl_in="reward", kl_estimator="k1")
 ONE_SAMPLE = dict(num_samples=1, batch_size=64, **KL_IN_REWARD)
 PAIRS = dict(lr=1e-4, batch_size=64)
 
 
-def with_(defaults: tuple[dict, dict, dict], **settings) -> tuple[dict, dict, dict]:
+def with_(defaults: tuple[dict, ...], **settings) -> tuple[dict, ...]:
     return defaults[0] | settings, *defaults[1:]
 
 
@@ -211,7 +215,9 @@ METHODS = {
     "A2C": Method(a2c, *ONE_UPDATE),
     "NLPO": Method(nlpo, *PPO),
     "TRPO": Method(trpo, *with_(PPO, max_kl=0.01, fisher_share=0.25)),
-    "GRPO": Method(group, dict(lr=5e-4, max_steps=50, kl_coef=0.2)),
+    "GRPO": Method(
+        group, dict(lr=5e-4, max_steps=50, kl_coef=0.2), constraints=dict(lr=3e-4, kl_coef=0.05)
+    ),
     "RLOO": Method(group, *with_(ONE_UPDATE, advantage="rloo", **KL_IN_REWARD)),
     "REINFORCE++": Method(group, *with_(ONE_UPDATE, advantage="reinforce_pp", **ONE_SAMPLE)),
     "ReMax": Method(group, *with_(ONE_UPDATE, advantage="remax", **ONE_SAMPLE)),
@@ -226,4 +232,8 @@ METHODS = {
     "iterated RLHF": Method(
         rounds_of_rlhf, dict(num_prompts=1024, rounds=3, reward={}, ppo=dict(max_steps=16))
     ),
+}
+PEERS = {
+    "DPO, TRL": METHODS["DPO"]._replace(run=trl_dpo),
+    "GRPO, TRL": METHODS["GRPO"]._replace(run=trl_grpo),
 }

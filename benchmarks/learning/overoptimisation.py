@@ -161,7 +161,7 @@ def main() -> None:
         prog="python -m benchmarks.learning.overoptimisation",
         description=__doc__.split("\n")[0],
     )
-    add_arguments(parser)
+    add_arguments(parser, SETTINGS)
     arguments = parser.parse_args()
     check_data(parser, arguments)
     out, results = arguments.out / arguments.task, []

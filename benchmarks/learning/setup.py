@@ -9,7 +9,7 @@ import contextlib
 import copy
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.learning.constraints import constraints_task
 from rlhf_core import rollout
 from rlhf_core.data import Pair
 from rlhf_core.demo import (
@@ -34,7 +35,7 @@ from rlhf_core.files import read_json, write_json
 from rlhf_core.models import RewardModel, Transformer
 from rlhf_core.trainers import Scorer
 
-TASKS = ("replies", "stories")
+TASKS = ("replies", "stories", "constraints")
 
 
 @dataclass
@@ -95,11 +96,11 @@ class Setup:
         return evaluated(self.task, self.base, policy, self.seed)
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_arguments(parser: ArgumentParser, tasks: Iterable[str] = TASKS) -> None:
     """Add the arguments that all programs of this folder take."""
-    parser.add_argument("--task", choices=TASKS, default="replies", help="default: replies")
+    parser.add_argument("--task", choices=tuple(tasks), default="replies", help="default: replies")
     parser.add_argument(
-        "--data", type=Path, help="folder for --task stories, as for rlhf-core demo --real"
+        "--data", type=Path, help="folder for all tasks but replies, as for rlhf-core demo --real"
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each; default: 0 1 2"
@@ -110,13 +111,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def check_data(parser: ArgumentParser, arguments: Namespace) -> None:
-    if arguments.task == "stories" and arguments.data is None:
-        parser.error("--task stories needs --data")
+    if arguments.task != "replies" and arguments.data is None:
+        parser.error(f"--task {arguments.task} needs --data")
 
 
 def prepare(name: str, data: Path | None, seed: int, folder: Path) -> Setup:
     """Make the start of a task and seed, or read it from the folder if it is complete there."""
-    task = replies_task(seed) if name == "replies" else stories_task(data, seed)
+    if name == "constraints":
+        task = constraints_task(data, seed, folder.parent.parent / "pretrained")
+    else:
+        task = replies_task(seed) if name == "replies" else stories_task(data, seed)
     done = folder / "sft.json"
     if not done.exists():
         base, _ = supervised(task)

@@ -1,6 +1,7 @@
 """The comparison of methods: its table, its token counts, and that an interrupted run continues."""
 
 import copy
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.learning import __main__ as learning
-from benchmarks.learning import distillation, methods, overoptimisation, setup
+from benchmarks.learning import constraints, distillation, methods, overoptimisation, setup
 from rlhf_core import demo
 from rlhf_core.files import read_json
 from rlhf_core.models import Transformer, TransformerConfig
@@ -177,6 +178,47 @@ def test_context_distillation_is_measured_on_other_words(monkeypatch):
         student = distillation.distilled(base, train, options, 0)
         kl, share = distillation.measured(base, student, held_out)
         assert kl != before[0] and 0 <= share <= 1
+
+
+# ---- constraints
+
+
+def test_gold_checks_the_words_and_the_length():
+    prompt = constraints.prompt_of(("dog", "happy"), 8)
+    responses = {
+        "The dog was happy to see his friend.": 3.0,
+        "Dogs are happy to see all their friends.": 2.0,
+        "The dog was happy.": 2.0,  # half as long
+        "The big dog was happy to see his old friend.": 3.0,  # a quarter too long
+        "": 0.0,
+    }
+    assert constraints.gold([prompt] * 5, list(responses)) == list(responses.values())
+
+
+def test_a_passage_answers_a_prompt_with_two_of_its_words_and_its_length():
+    passage = "The dog saw a big ball in the little park."
+    known = {("dog", "ball"), ("big", "little"), ("dog", "cat")}
+    prompts = {
+        constraints.instruction(passage, known, random.Random(seed)).prompt for seed in range(20)
+    }
+    assert prompts == {constraints.prompt_of(p, 8) for p in (("dog", "ball"), ("big", "little"))}
+    assert constraints.instruction(passage, {("dog", "cat")}, random.Random(0)) is None
+    assert constraints.passages_of("It ran. " + passage) == [passage, "It ran. " + passage]
+
+
+def test_training_never_sees_the_words_that_are_evaluated(data_dir, monkeypatch):
+    monkeypatch.setattr(constraints, "pretrained", lambda *arguments: None)
+    task = constraints.constraints_task(data_dir, 0, Path("unused"))
+
+    def words(prompts):
+        return {task.tokenizer.decode(ids).split(": ")[1] for ids in prompts}
+
+    asked = words(task.eval_prompts)
+    known = words(task.prompts) | words([row.prompt_ids for row in task.sft_examples])
+    assert len(asked) == constraints.HELD_OUT and not asked & known
+    rows = [(row.prompt_ids, row.completion_ids) for row in task.sft_examples[:500]]
+    texts = ([task.tokenizer.decode(ids) for ids in column] for column in zip(*rows))
+    assert min(constraints.gold(*texts)) >= 2  # each passage has both words
 
 
 @pytest.mark.parametrize("module", ["benchmarks.learning", "benchmarks.learning.overoptimisation"])
