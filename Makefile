@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-quick test-engine bench gpu lint docs sanitize wheel clean
+.PHONY: demo test test-quick test-engine bench gpu lint docs sanitize asan tsan wheel clean
 
 demo: $(STAMP)
 	$(BIN)/rlhf-core demo
@@ -65,9 +65,13 @@ define sanitized
 		$(BIN)/python -P -m pytest -p no:cacheprovider --capture=sys $(SANITIZED_TESTS) -k "cpp and not neon $(5)"
 endef
 
-sanitize: $(STAMP)
+sanitize: asan tsan
+
+asan: $(STAMP)
 	$(call sanitized,asan,-fsanitize=address -fsanitize=undefined -fno-sanitize-recover=all,libasan.so libubsan.so,\
 		ASAN_OPTIONS=detect_leaks=0)
+
+tsan: $(STAMP)
 	$(call sanitized,tsan,-fsanitize=thread,libtsan.so,\
 		TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1",and not isa)
 
