@@ -74,7 +74,7 @@ def trl_grpo(setup: Setup, **settings) -> Transformer:
 
 
 def options(ours: DPOConfig | GRPOConfig, folder: str) -> dict:
-    """Fields of transformers' TrainingArguments: ours, and nothing that costs time beside them."""
+    """Fields of transformers' TrainingArguments: our settings, without extras that cost time."""
     return dict(
         output_dir=folder,
         learning_rate=ours.lr,
