@@ -10,6 +10,7 @@ import tempfile
 import torch
 
 from benchmarks.learning.setup import Setup
+from benchmarks.peers.theirs import QUIET, tokenized_dpo
 from rlhf_core.models import Transformer
 from rlhf_core.trainers import DPOConfig, GRPOConfig
 
@@ -22,10 +23,6 @@ def trl_dpo(setup: Setup, **settings) -> Transformer:
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     columns = {name: [getattr(pair, name) for pair in setup.pairs] for name in names}
 
-    class Trainer(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *args):
-            return dataset  # already tokenized, which this trainer does not detect
-
     with tempfile.TemporaryDirectory() as folder:
         config = trl.DPOConfig(
             per_device_train_batch_size=ours.batch_size,
@@ -36,7 +33,9 @@ def trl_dpo(setup: Setup, **settings) -> Transformer:
         )
         policy, tokenizer = load(setup, folder)
         reference, data = load(setup, folder)[0], Dataset.from_dict(columns)
-        trainer = Trainer(policy, reference, config, train_dataset=data, processing_class=tokenizer)
+        trainer = tokenized_dpo()(
+            policy, reference, config, train_dataset=data, processing_class=tokenizer
+        )
         trainer.train()
         return Transformer.from_transformers(policy)
 
@@ -83,15 +82,7 @@ def options(ours: DPOConfig | GRPOConfig, folder: str) -> dict:
         max_grad_norm=ours.max_grad_norm,
         weight_decay=ours.weight_decay,
         seed=ours.seed,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_strategy="no",
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **QUIET,
     )
 
 

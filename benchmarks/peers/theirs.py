@@ -13,6 +13,19 @@ import torch
 
 from benchmarks.peers.task import Task, Turn
 
+QUIET = dict(  # fields of TrainingArguments that turn off what is named above
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    logging_strategy="no",
+    logging_nan_inf_filter=False,
+    save_strategy="no",
+    eval_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+    dataloader_pin_memory=False,
+)
+
 
 def train(task: Task, turn: Turn) -> None:
     {"sft": _sft, "dpo": _dpo, "reward": _reward, "ppo": _ppo}[task.method](task, turn)
@@ -33,17 +46,7 @@ def options(task: Task) -> dict:
         weight_decay=0.0,
         max_grad_norm=task.max_grad_norm,
         seed=task.seed,
-        # Off, as explained above.
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **QUIET,
     )
 
 
@@ -151,6 +154,17 @@ def _sft(task, turn):
     )
 
 
+def tokenized_dpo() -> type:
+    """TRL's DPOTrainer for rows of token ids, which it does not detect."""
+    import trl
+
+    class Trainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *args):
+            return dataset
+
+    return Trainer
+
+
 def _dpo(task, turn):
     import trl
     from datasets import Dataset
@@ -164,12 +178,8 @@ def _dpo(task, turn):
     config = trl.DPOConfig(**options(task), **method_options(task))
     data = Dataset.from_dict(columns)
 
-    class Trainer(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *args):
-            return dataset  # already tokenized, which this trainer does not detect
-
     _train(
-        Trainer(
+        tokenized_dpo()(
             _policy(task),
             _policy(task),
             config,

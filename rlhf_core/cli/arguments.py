@@ -449,6 +449,14 @@ def named_weight(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"must be NAME=WEIGHT, got {text!r}") from None
 
 
+def by_name(weights: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """The weight of each criterion. Raises ValueError if a name has two."""
+    names = [name for name, _ in weights]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"criterion {repeated[0]!r} has two weights; give it one")
+    return dict(weights)
+
+
 def _reward_weight(text: str) -> float | tuple[str, float]:
     return named_weight(text) if "=" in text else float(text)
 
@@ -629,7 +637,7 @@ def reward_of(arguments: Namespace, device: torch.device, mesh: DeviceMesh | Non
                 "or NAME=WEIGHT for criteria"
             )
         options = arguments.reward_ensemble, arguments.reward_coef
-        reward = load_reward(folders, *options, weights=dict(named), mesh=mesh)
+        reward = load_reward(folders, *options, weights=by_name(named), mesh=mesh)
         return {"reward": reward.to(device)}
     if arguments.reward_coef is not None:
         raise ValueError(f"--reward-coef {arguments.reward_coef} contradicts --reward-weights")

@@ -107,7 +107,7 @@ def _with_criteria(
 ) -> tuple[OnData, dict]:
     """The method with a reader of the model's criteria, those of --criteria if there are any."""
     if arguments.criteria is not None:
-        model.set_criteria(dict(arguments.criteria))
+        model.set_criteria(shared.by_name(arguments.criteria))
     reader = partial(method.reader, criteria=tuple(model.criteria))
     return method._replace(reader=reader), {}
 

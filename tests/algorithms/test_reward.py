@@ -882,6 +882,7 @@ def test_the_command_learns_criteria_which_another_run_weighs(lora, policy, tmp_
             "data.jsonl:1: field 'chosen_ratings' must be an object of numbers, got",
         ),
         ({}, ["--criteria", "kind=1", "brief=1", "other"], "no training pair labels criterion 'ot"),
+        ({}, ["--criteria", "kind=1", "brief=1", "kind=2"], "criterion 'kind' has two weights"),
         ({}, ["--criteria", "kind=0", "brief=0"], "the criteria all have weight 0"),
         ({}, ["--criteria", "kind=nan"], "criterion 'kind' must have a finite weight, got nan"),
         ({}, ["--criteria", "=2"], "the name of a criterion must be text, got ''"),

@@ -129,6 +129,7 @@ def test_each_reward_model_needs_a_weight(folders, sample, capsys):
 @pytest.mark.parametrize(
     "weights, message",
     [
+        (["a=1", "a=2"], "criterion 'a' has two weights; give it one"),
         (["a=1"], "reward: there is no criterion 'a'; the model has one score, without criteria"),
         (["a=1", 2], "--reward-weights has numbers and NAME=WEIGHT. Give a number for each"),
     ],
