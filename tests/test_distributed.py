@@ -178,13 +178,13 @@ def test_a_rank_that_stalls_ends_the_others_and_is_named(tmp_path):
         "from rlhf_core import distributed\n"
         "distributed.start()\n"
         "def reward(prompts, responses):\n"
-        "    time.sleep(60 * distributed.rank())\n"
+        "    time.sleep(600 * distributed.rank())\n"
         "    return fives(prompts, responses)\n"
         "make_ppo(reward=reward, max_steps=1).train()\n"
     )
     begun = time.monotonic()
     done = torchrun(2, script, os.path.dirname(__file__), RLHF_CORE_TIMEOUT="3")
-    assert done.returncode and time.monotonic() - begun < 90
+    assert done.returncode and time.monotonic() - begun < 300
     assert "RankError: step 1: rank 1 did not answer for 3 s" in done.stderr
 
 

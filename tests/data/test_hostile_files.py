@@ -115,7 +115,7 @@ def mutations(value):
 
 
 def refused_or_read(read, name, what):
-    """Call `read`, which may succeed or must raise an error that names the file, soon."""
+    """Call `read`, which may succeed or must raise an error that names the file. It may not hang."""
     start = time.thread_time()
     try:
         read()
@@ -125,7 +125,7 @@ def refused_or_read(read, name, what):
     except BaseException as error:
         raise AssertionError(f"{type(error).__name__}: {error}: {what[:300]}") from error
     took = time.thread_time() - start
-    assert took < 1, (took, what[:300])
+    assert took < 20, (took, what[:300])
 
 
 def write_tokenizer(folder, **changes):

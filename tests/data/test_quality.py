@@ -225,10 +225,10 @@ def test_personal_data(text, kinds):
 
 
 def test_hostile_text_takes_no_longer_than_its_length():
-    begin = time.perf_counter()
+    begin = time.thread_time()
     for text in ("a" * 50_000 + "@", "a." * 25_000 + "@", "1 " * 25_000, "-\n " * 25_000):
         audited([(text, text + "1 + 1", " " * 50_000 + "?")])
-    assert time.perf_counter() - begin < 5
+    assert time.thread_time() - begin < 30  # quadratic time would be minutes
 
 
 def test_pairs_in_chinese_have_characters_for_words():

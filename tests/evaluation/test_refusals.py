@@ -134,6 +134,6 @@ def test_answers_that_are_no_refusals_are_left_alone(data_dir):
     "text", ["everyone ", "「", "as an ", "it is ", '"', "`", "> \n", "sorry, "]
 )
 def test_hostile_text_takes_linear_time(text):
-    start = time.perf_counter()
+    start = time.thread_time()
     classify(text * 20_000)
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 20  # quadratic time would be minutes

@@ -161,13 +161,13 @@ def test_a_step_that_outlasts_the_grace_is_stopped_and_the_checkpoint_before_sta
     def slow(*args):
         if trainer.steps_done == 2:
             signal.raise_signal(signal.SIGTERM)
-            time.sleep(20)
+            time.sleep(120)
         return losses(*args)
 
     trainer.losses, began = slow, time.monotonic()
     with pytest.raises(SystemExit) as raised:
         trainer.train()
-    assert time.monotonic() - began < 10 and raised.value.code == 143
+    assert time.monotonic() - began < 60 and raised.value.code == 143
     again = sft(tmp_path, eval_every=None)
     again.resume()
     assert again.steps_done == 2
