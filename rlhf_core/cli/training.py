@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -488,11 +490,8 @@ def _train_on_data(method: OnData, config: Options, arguments: Namespace) -> Non
     if arguments.eval_data is not None:
         held_out = load(arguments.eval_data)
     else:
-        splits = [_split(source, arguments.eval_fraction, config.seed) for source in sources]
-        sources, held_out = (
-            [rows for rows, _ in splits],
-            join([rows for _, rows in splits]),
-        )
+        sources, splits = _split(sources, arguments.eval_fraction, config.seed)
+        held_out = join(splits)
     if arguments.data_weights is None:
         examples = join(sources)
     else:
@@ -521,14 +520,45 @@ def _save_as(dtype: torch.dtype, model: nn.Module, out: Path) -> None:
         model.save_pretrained(out, dtype)
 
 
-def _split(examples: Sequence, fraction: float, seed: int) -> tuple[Sequence, Sequence]:
-    """Training and held-out examples, drawn at random."""
+def _split(sources: list[Sequence], fraction: float, seed: int) -> tuple[list, list]:
+    """Each source's training and held-out examples, drawn at random.
+
+    All examples of a prompt are on one side, or the held-out ones would be known. A prompt with
+    more examples than may be held out is trained on.
+    """
     if not 0 <= fraction < 1:
         raise ValueError(f"--eval-fraction must be in [0, 1), got {fraction}")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    count = int(len(examples) * fraction)
-    return select(examples, order[count:]), select(examples, order[:count])
+    is_held: dict[Hashable, bool] = {}
+    training, held_out = [], []
+    for number, source in enumerate(sources):
+        prompts = [_prompt_key(example, (number, i)) for i, example in enumerate(source)]
+        sizes, room = Counter(prompts), int(len(source) * fraction)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(source), generator=generator).tolist()
+        left = room
+        for prompt in (prompts[i] for i in order):
+            if prompt not in is_held:
+                is_held[prompt] = sizes[prompt] <= left
+                left -= sizes[prompt] if is_held[prompt] else 0
+        held = [i for i in order if is_held[prompts[i]]]
+        if room and not held:
+            warnings.warn(
+                f"each prompt has more than {room} of {len(source)} rows, so --eval-fraction "
+                f"{fraction} holds out rows of prompts that are trained on, too; --eval-data takes "
+                "a file with other prompts",
+                stacklevel=2,
+            )
+            held = order[:room]
+        apart = set(held)
+        training.append(select(source, [i for i in order if i not in apart]))
+        held_out.append(select(source, held))
+    return training, held_out
+
+
+def _prompt_key(example: Any, row: Hashable) -> Hashable:
+    """Equal for examples of one prompt. Without a prompt, or with BOS alone, it is the row."""
+    ids = getattr(example, "prompt_ids", example)
+    return hash(tuple(ids)) if len(ids) > 1 else row
 
 
 def train_on_prompts(method: OnPrompts, arguments: Namespace) -> None:

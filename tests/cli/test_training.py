@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import PAIRS, SMALL, TEXTS, run, write
 
-from rlhf_core.data import ByteTokenizer
+from rlhf_core.cli.training import _split
+from rlhf_core.data import ByteTokenizer, Example, Pair
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig
 from rlhf_core.models.hub import stored_dtype
 from rlhf_core.models.lora import has_adapters
@@ -58,6 +59,30 @@ def test_a_trainer_turns_a_file_into_a_model(command, rows, folders, train, tmp_
     assert config["algorithm"] == command and config["lr"] == 0.01 and config["batch_size"] == 4
     assert moved(folders, out, RewardModel if command == "reward" else Transformer)
     assert (out / "tokenizer_config.json").is_file()
+
+
+def test_rows_of_a_prompt_are_held_out_together_in_all_files():
+    pairs = [Pair([1, 5 + i % 10], [2], [3, i]) for i in range(40)]
+    more = [Pair([1, 5 + i % 20], [2], [4, i]) for i in range(20)]
+    (first, second), held = _split([pairs, more], 0.25, seed=0)
+    trained = {tuple(row.prompt_ids) for row in [*first, *second]}
+    apart = {tuple(row.prompt_ids) for row in [*held[0], *held[1]]}
+    assert len(held[0]) == 8 and len(held[1]) >= 4 and not trained & apart
+    assert sorted(map(str, [*first, *held[0]])) == sorted(map(str, pairs))
+    assert sorted(map(str, [*second, *held[1]])) == sorted(map(str, more))
+
+
+def test_rows_without_a_prompt_are_held_out_one_by_one():
+    rows = [Example([1], [i, 2]) for i in range(40)]
+    ((training,), (held,)) = _split([rows], 0.25, seed=0)
+    assert len(held) == 10 and sorted([*training, *held]) == rows
+
+
+def test_a_prompt_that_all_rows_share_is_held_out_by_rows_with_a_warning():
+    rows = [Example([1, 7], [i, 2]) for i in range(40)]
+    with pytest.warns(UserWarning, match="each prompt has more than 10 of 40 rows"):
+        ((training,), (held,)) = _split([rows], 0.25, seed=0)
+    assert len(held) == 10 and sorted([*training, *held]) == rows
 
 
 def test_a_reward_model_learns_from_ranked_lists_and_from_pairs_with_margins(train, capsys):

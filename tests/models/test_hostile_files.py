@@ -75,7 +75,7 @@ def mutations(value):
 
 
 def refused_or_read(read, name, what):
-    """Call `read`, which may succeed or must raise an error that names the file. It may not hang."""
+    """Call `read`, which must succeed or raise an error that names the file, and not hang."""
     start = time.thread_time()
     try:
         read()
