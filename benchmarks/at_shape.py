@@ -12,6 +12,7 @@ from rlhf_core.benchmarks import OPS, common
 from rlhf_core.benchmarks.common import FLOOR, OURS, Shape, digits
 
 SHAPED = tuple(op for op in OPS if op != "decode_attention")
+WITHOUT_LOGITS = ("gae", "policy_loss")
 COLUMNS = ["case", "backend", "ms", "spread", "of floor", "peak MB", "error"]
 
 
@@ -28,7 +29,8 @@ def run(
         ops: those to time; None: all that the shape describes.
 
     Raises:
-        ValueError: an op has no such shape, or needs a width; the memory is too small.
+        ValueError: an op has no such shape, or needs a width; no op reads the width or the dtype;
+            the memory is too small.
     """
     if ops is None:
         ops = [op for op in SHAPED if op != "linear_logprobs" or shape.D]
@@ -38,6 +40,10 @@ def run(
         if op == "linear_logprobs" and shape.D is None:
             raise ValueError(f"--op {op} needs --width, the width of the hidden states")
         shape.check_memory(op, device)
+    if shape.D is not None and "linear_logprobs" not in ops:
+        raise ValueError("--width is for linear_logprobs, which --op leaves out")
+    if shape.dtype != "float32" and set(ops) <= set(WITHOUT_LOGITS):
+        raise ValueError(f"--dtype is of logits, and {' and '.join(ops)} reads none")
     backend = backends.of_device(device).name
     return common.run(ops, shape, device, json_path, plot_path, lambda rows: report(rows, backend))
 

@@ -449,7 +449,8 @@ def run(
     print("; ".join(f"{key} {value}" for key, value in machine(device).items()))
     print(f"load average at the start {os.getloadavg()[0]:.1f}; other load distorts the figures")
     settings = (f"{key}={value}" for key, value in os.environ.items() if key.startswith("MALLOC_"))
-    print(f"`{' '.join([*settings, Path(sys.argv[0]).name, *sys.argv[1:]])}`")
+    program = Path(sys.argv[0]).name.replace("__main__.py", "rlhf-core")  # of python -m rlhf_core
+    print(f"`{' '.join([*settings, program, *sys.argv[1:]])}`")
     for package in missing(device):
         print(f"not compared with {package}: it is not installed")
     for op in ops:

@@ -33,8 +33,9 @@ def test_an_op_at_a_shape_is_compared_with_float64_and_recommended(
     op, dtype, name, quick, tmp_path, capsys
 ):
     file = tmp_path / "rows.json"
-    options = ("--width", 8, "--dtype", dtype, "--op", op, "--json", file)
-    assert run("bench", *SHAPE, *options) == 0
+    logits = () if op in at_shape.WITHOUT_LOGITS else ("--dtype", dtype)
+    width = ("--width", 8) if op == "linear_logprobs" else ()
+    assert run("bench", *SHAPE, *logits, *width, "--op", op, "--json", file) == 0
     shown = capsys.readouterr().out
     assert f"| {' | '.join(at_shape.COLUMNS)} |" in shown
     rows = json.loads(file.read_text())["rows"]
@@ -102,6 +103,8 @@ def test_the_recommendation_names_the_faster_one_and_what_it_saves(row, text):
         ((*SHAPE, "--dtype", "half"), "got 'half'; did you mean bfloat16?"),
         ((*SHAPE, "--op", "decode_attention"), "--op decode_attention has no --shape; choose from"),
         ((*SHAPE, "--op", "linear_logprobs"), "--op linear_logprobs needs --width"),
+        ((*SHAPE, "--op", "kl", "--width", 8), "--width is for linear_logprobs, which --op"),
+        ((*SHAPE, "--op", "gae", "--dtype", "bf16"), "--dtype is of logits, and gae reads none"),
         ((*SHAPE, "--sweep"), "--shape contradicts --sweep"),
         (("--dtype", "bf16"), "--dtype needs --shape"),
         (("--width", 8), "--width needs --shape"),
