@@ -81,8 +81,8 @@ def sample(
     `response_logprobs` knows the temperature only. Several processes share the prompts; each gets
     all responses, which are those of a single process.
 
-    engine: samples in place of `generate`, after it has got the model's weights. Of several
-        processes the first one speaks to it.
+    engine: samples in place of `generate`, after it has got the model's weights. With
+        several processes, only the first one calls it.
     """
     if not (top_k is top_p is min_p is None):
         _warn_of_truncation()

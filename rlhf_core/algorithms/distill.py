@@ -47,8 +47,8 @@ class DistillConfig(TrainConfig):
     )
     kl_top_k: int | None = option(
         None,
-        "only the teacher's most likely tokens, so many, count one by one, and the others together "
-        "as one (Askell et al. 2021: 50); unset: the whole vocabulary",
+        "how many of the teacher's most likely tokens count one by one; the others count together "
+        "as one token (Askell et al. 2021: 50); unset: the whole vocabulary",
         within="[1, inf)",
     )
     temperature: float = option(

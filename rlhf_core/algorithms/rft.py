@@ -86,8 +86,8 @@ def rft(
     Args:
         prompts: lists of token ids.
         reward, eos_ids, pretraining_examples, tokenizer: as for `PPOTrainer`.
-        eval_prompts, eval_judge: held-out prompts, answered after every round, and what compares
-            the answers with the first policy's; see `evaluate_answers`.
+        eval_prompts, eval_judge: held-out prompts, answered after every round, and the judge that
+            compares the answers with the first policy's; see `evaluate_answers`.
         out: folder for the model, metrics.jsonl with a line per round, and each round's SFT in
             round-1, round-2, ...
         resume: continue the run in `out`, with the original model, prompts and config.

@@ -1,4 +1,4 @@
-"""What trainers learn from: the token ids of prompts and completions, and what is known of them."""
+"""The rows that trainers learn from: token ids of prompts and completions, labels and masks."""
 
 from __future__ import annotations
 

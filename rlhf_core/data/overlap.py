@@ -124,7 +124,8 @@ def near_duplicates(
     indexed = np.bincount(text, minlength=len(counts))
     sizes = alone + indexed
     # Sets of a and b >= a elements need at least 2a J / (1 + J) in common, and b J. So the first
-    # one that they share is among so many of the smaller set, and so many of the larger one.
+    # one that they share comes within the first a - 2a J / (1 + J) + 1 elements of the smaller set
+    # and the first b - b J + 1 of the larger one.
     place, size = alone[text] + _within(indexed), sizes[text]
     in_smaller = place <= size - np.ceil(2 * JACCARD / (1 + JACCARD) * size - 1e-9)
     kept = place <= size - np.ceil(JACCARD * size - 1e-9)

@@ -117,7 +117,7 @@ class Candidates(NamedTuple):
     """A prompt and answers that people or models are to compare.
 
     id: As in the row, or None.
-    responses: Each has its "text", and what else is known of it: model, temperature, seed, ...
+    responses: Each has its "text", and perhaps its origin: model, temperature, seed, ...
     ranks: One for each response, the lowest is the best, where the row has an order.
     warning: What to say before the row is shown, or None.
     """

@@ -376,7 +376,7 @@ def load_tokenizer(
         return JsonTokenizer(folder, template_date, template_vars)
     raise FileNotFoundError(
         f"{folder}: no tokenizer.json, no vocab.json with merges.txt, and no tokenizer_config.json "
-        "of a ByteTokenizer; copy the files of the model's tokenizer there, or write those of bytes "
+        "of a ByteTokenizer. Copy the model's tokenizer there, or write the one for bytes "
         "with ByteTokenizer().save(folder)"
     )
 

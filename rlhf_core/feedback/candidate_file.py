@@ -1,7 +1,7 @@
 """A file of candidates: sampled answers to each prompt, for people to compare or rewards to rank.
 
 `data.read_candidates` reads it. The file grows batch by batch. A process that is killed leaves
-whole rows, at most one cut line, and the next one goes on with the same answers.
+whole rows and at most one cut line. The next process continues with the same answers.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def _extended(before: Content, text: str, kind: str, request: str) -> Content:
 
 
 def _space(prompt: Content) -> str:
-    """What separates a prompt of text from what follows it."""
+    """The separator between a prompt of text and the text after it."""
     return "" if not isinstance(prompt, str) or prompt[-1:].isspace() else " "
 
 

@@ -1,7 +1,7 @@
 """Sampling a step ahead: while the policy trains on one rollout, an engine samples the next one.
 
 The next rollout begins before the step's updates, so the weights that sample it are one step old
-when it is trained on. Of several processes the first one has the engine, and the rollouts. Left
+when it is trained on. With several processes, the first one holds the engine and the rollouts. Left
 out: more than one rollout in flight.
 """
 

@@ -41,7 +41,7 @@ def penalized(
         rewards: (B,) or (B, R).
         mask: (B, R) bool, the response tokens.
         ended: (B,) bool, as in `Rollout`.
-        overlong_buffer: the last penalty grows from 0 to 1 over so many tokens before
+        overlong_buffer: the last penalty grows from 0 to 1 over this number of tokens before
             response_length (Yu et al. 2025, eq. 13).
     """
     lengths = mask.sum(dim=1)

@@ -123,8 +123,8 @@ class PolicyGradientTrainer(Trainer):
             reference: as for `Reference`; with reference_ema a copy of it follows the policy. With
                 kl_coef 0 and no reference given there is none, and no KL is reported.
             eos_ids: tokens that end a response; None: the policy's own.
-            eval_examples, eval_judge: held-out prompts, and what compares the answers to them with
-                the reference's; see `evaluate_answers`.
+            eval_examples, eval_judge: held-out prompts, and the judge that compares the answers to
+                them with the reference's; see `evaluate_answers`.
             ptx_examples: examples whose likelihood ptx_coef keeps up (Ouyang et al. 2022, eq. 2).
             engine: samples from the policy in place of `generate`, after each change of its
                 weights has been loaded into it.

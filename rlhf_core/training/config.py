@@ -75,8 +75,8 @@ class TrainConfig(Options):
     )
     mesh: str | None = option(
         None,
-        "processes as COPIESxPIECES, such as 2x4: so many copies of the weights, each cut into so "
-        "many pieces; unset: one copy with shard, else one for each process",
+        "processes as COPIESxPIECES: 2x4 holds 2 copies of the weights, each cut into 4 pieces; "
+        "unset: one copy with shard, else one for each process",
     )
     seed: int = option(0, "seed of data order and sampling")
 
