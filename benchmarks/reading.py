@@ -83,7 +83,7 @@ def start(method: str, path: Path, tokenizer: data.Tokenizer) -> ExampleStore:
     kind: Any = RewardModel if method == "reward" else Transformer
     model = kind(TransformerConfig(vocab_size=tokenizer.vocab_size, **sizes))
     options = {"reward": lambda prompts, responses: [0.0] * len(prompts)} if sampled else {}
-    trainer(model, rows, config(), **options)
+    _ = trainer(model, rows, config(), **options).digests  # of the data, which a run stores
     return rows
 
 

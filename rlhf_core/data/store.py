@@ -9,6 +9,8 @@ Checks of all examples look at the arrays, and build only those examples that th
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import operator
 import pickle
 from array import array
@@ -35,6 +37,11 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
     Pair: ("margin", "label_smoothing"),
 }
 _KINDS = (Example, Pair, Ranked, Steps, Prompt, list)
+# What `Block` raises for examples that arrays cannot hold as they are.
+_NO_ARRAYS = (
+    *(TypeError, ValueError, OverflowError, AttributeError, RecursionError),
+    pickle.PicklingError,
+)
 
 
 class ExampleStore(Sequence[T]):
@@ -85,7 +92,7 @@ class ExampleStore(Sequence[T]):
         return len(self) == len(other) and all(map(operator.eq, self, other))
 
     def __repr__(self) -> str:
-        return repr(list(self))  # as of the list that it stands for: digests of runs hold it
+        return repr(list(self))  # as of the list that it stands for: digests hold it
 
     @property
     def nbytes(self) -> int:
@@ -346,6 +353,20 @@ class Block(Sequence):
             found &= np.minimum.reduceat(low, prompts) == np.maximum.reduceat(high, prompts)
         return found
 
+    def hashes(self) -> np.ndarray:
+        """(rows,) uint64: equal for equal rows, in whichever blocks they are."""
+        ends = np.concatenate([[0], self.ends])
+        firsts, bounds = self.firsts.astype(np.int64), ends[self.firsts]
+        counts = 1 if self.mask is None else np.unpackbits(self.mask, count=len(self.ids))
+        masked = 0 if self.masked is None else self.masked
+        tokens = (_places(bounds) << 34) + 2 * self.ids.astype(np.int64) + counts
+        segments = (_places(firsts) << 40) + 2 * np.diff(ends) + masked
+        found = _sums(_mixed(tokens), bounds) + _sums(_mixed(~segments), firsts)
+        if self.numbers or self.columns is not None or self.labels is not None:
+            found += np.fromiter(map(_hash_of_rest, self), dtype=np.uint64, count=len(self))
+        kind = list if self.kind is Prompt else self.kind
+        return _mixed(found + np.uint64(_hash_of_text(kind.__name__)))
+
     def _row_of(self, segments: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.firsts, segments, side="right") - 1
 
@@ -377,8 +398,12 @@ class _Numbers:
 
 def store(items: Iterable[T]) -> list[T] | ExampleStore[T]:
     """The items in an ExampleStore, or in a list if none of them is an example."""
+    return assemble(_packed(items))
+
+
+def _packed(items: Iterable) -> Iterator[Block | list]:
     items = iter(items)
-    return assemble(chain.from_iterable(map(pack, iter(lambda: list(islice(items, _ROWS)), []))))
+    return chain.from_iterable(map(pack, iter(lambda: list(islice(items, _ROWS)), [])))
 
 
 def assemble(blocks: Iterable[Block | list]) -> list | ExampleStore:
@@ -398,9 +423,7 @@ def pack(rows: list) -> list[Block | list]:
     for run in runs:
         try:
             blocks.append(Block(run) if type(run[0]) in _KINDS else run)
-        except (TypeError, ValueError, OverflowError, AttributeError, RecursionError):
-            blocks.append(run)
-        except pickle.PicklingError:
+        except _NO_ARRAYS:
             blocks.append(run)
     return blocks
 
@@ -458,6 +481,75 @@ def has(examples: Sequence, name: str) -> bool:
         places: Iterable = examples.where(lambda block: block.has(name))
         return any(getattr(examples[i], name) is not None for i in places)
     return any(getattr(example, name) is not None for example in examples)
+
+
+def digest(sources: Iterable[Sequence]) -> str:
+    """SHA-256 (hex) over the sources' lengths and a hash of each example, in order.
+
+    Lists and stores of equal examples have the same digest.
+
+    The hashes have 64 bits, which tell other data from the same data, but not from data that was
+    made to have the same hashes.
+    """
+    total = hashlib.sha256()
+    for source in sources:
+        total.update(len(source).to_bytes(8, "little"))
+        total.update(_hashes(source))
+    return total.hexdigest()
+
+
+def _hashes(examples: Sequence) -> np.ndarray:
+    """(N,) uint64, one for each example."""
+    if not isinstance(examples, ExampleStore):
+        examples = ExampleStore(list(_packed(examples)))
+    parts = [
+        x.hashes() if isinstance(x, Block) else np.array(list(map(_hash_of, x)), dtype=np.uint64)
+        for x in examples.blocks
+    ]
+    found = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+    return found if examples.order is None else found[examples.order]
+
+
+def _hash_of(example: Any) -> int:
+    """The hash of an example that is in no block. Its neighbours may be the reason."""
+    if type(example) in _KINDS:
+        with contextlib.suppress(*_NO_ARRAYS):
+            return int(Block([example]).hashes()[0])
+    return _hash_of_text(repr(example))
+
+
+def _hash_of_rest(example: Any) -> int:
+    """The hash of the fields without ids, or 0 if none has a value."""
+    if isinstance(example, Prompt):
+        return _hash_of_text(repr(example.columns)) if example.columns else 0
+    names = ("label", "reward", "margin", "label_smoothing", "criteria", "labels")
+    given = {name: getattr(example, name, None) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    return _hash_of_text(repr(given)) if given else 0
+
+
+def _hash_of_text(text: str) -> int:
+    found = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8)
+    return int.from_bytes(found.digest(), "little")
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """A permutation of 64-bit integers that looks random (splitmix64, Steele et al. 2014)."""
+    x = x.astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _places(bounds: np.ndarray) -> np.ndarray:
+    """The place of each element in its run, given the bounds (runs + 1,) of the runs."""
+    return np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
+
+
+def _sums(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """(runs,) sums of the runs, modulo 2^64."""
+    totals = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(values)])
+    return totals[bounds[1:]] - totals[bounds[:-1]]
 
 
 def _flat(segments: Sequence[list[int]]) -> np.ndarray:

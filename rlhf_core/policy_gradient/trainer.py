@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -758,8 +758,8 @@ class PolicyGradientTrainer(Trainer):
         weights = [weight for _, weight in self.scorer.rewards]
         return {"eos_ids": self.eos_ids, "reward_weights": weights}
 
-    def fixed_data(self) -> Iterable:
-        return chain(self.examples, self.ptx_examples)
+    def fixed_data(self) -> list[Sequence]:
+        return [self.examples, self.ptx_examples]
 
     def fixed_models(self) -> list[nn.Module]:
         critic = [] if self.critic is None else [self.critic]

@@ -29,7 +29,7 @@ from rlhf_core.checks import check_own
 from rlhf_core.data import Example, TokenBatch, Tokenizer, collate
 from rlhf_core.data.batches import to_device
 from rlhf_core.data.collate import count_targets, length, misfit, unknown_id
-from rlhf_core.data.store import Block, ExampleStore, kinds_of
+from rlhf_core.data.store import Block, ExampleStore, digest, kinds_of
 from rlhf_core.feedback.endpoint import JudgeError
 from rlhf_core.feedback.judges import Judge, JudgeScorer
 from rlhf_core.feedback.rewards import RewardError, Scorer
@@ -779,9 +779,9 @@ class Trainer:
         """Further values that a run depends on, for its checkpoint, which includes the config."""
         return {}
 
-    def fixed_data(self) -> Iterable:
+    def fixed_data(self) -> list[Sequence]:
         """The examples that a resumed run must share with the checkpoint's run."""
-        return self.examples
+        return [self.examples]
 
     def fixed_models(self) -> list[nn.Module]:
         """Models whose frozen weights a resumed run must share with the checkpoint's run."""
@@ -803,7 +803,7 @@ class Trainer:
         trained = set(map(id, self.trained_parameters()))
         weights = nn.ModuleList(self.fixed_models()).parameters()
         frozen = (weight for weight in weights if id(weight) not in trained)
-        data = checkpoint.digest_of(map(repr, self.fixed_data()))
+        data = digest(self.fixed_data())
         return {"examples": data, "frozen weights": checkpoint.digest_of(frozen)}
 
     def _run(self) -> dict[str, Any]:

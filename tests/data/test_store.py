@@ -3,6 +3,7 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,7 @@ from rlhf_core.data.store import (
     Block,
     ExampleStore,
     column_names,
+    digest,
     has,
     join,
     kinds_of,
@@ -83,6 +85,22 @@ def test_a_store_gives_back_what_it_was_given(kind):
         assert list(map(repr, got)) == list(map(repr, rows))
         assert [type(row) for row in got] == [type(row) for row in rows]
     assert found == rows and rows == found and repr(found) == repr(rows)
+
+
+def test_a_digest_depends_on_the_examples_and_their_order_and_not_on_their_container():
+    rows = [row for kind in KINDS.values() for row in kind]
+    rows += [Example((1,), [2]), Example([1], [2], teacher_prompt_ids=[3])]  # in no array
+    rows = [row for row in rows if row is not KINDS["prompts"][0]]  # equal to KINDS["ids"][0]
+    assert len({digest([[row]]) for row in rows}) == len(rows)
+    some = [row for row in rows for _ in range(40)]
+    mixed, order = store(some), np.random.default_rng(0).permutation(len(some))
+    shuffled = [some[i] for i in order]
+    for kind in KINDS.values():  # blocks of one kind, with neighbours that have other fields
+        assert digest([kind * 300]) == digest([store(kind * 300)])
+    assert digest([some]) == digest([mixed]) == digest([join([mixed[:7], mixed[7:]])])
+    assert digest([shuffled]) == digest([mixed.select(order)]) != digest([some])
+    assert digest([some]) != digest([some[:3], some[3:]]) != digest([some[:4], some[4:]])
+    assert digest([]) != digest([[]]) and digest([Prompt([1, 2])]) == digest([[1, 2]])
 
 
 def test_slices_sums_and_indices_are_those_of_a_list():
