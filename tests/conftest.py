@@ -5,6 +5,7 @@ first imported.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -39,6 +40,15 @@ def pytest_collection_modifyitems(items):
 def compile_cache(tmp_path_factory):
     """A cache of our own, because a shared one may hold half a file of a killed process."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Triton's interpreter, which does once what it would do again and again."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        import interpreter_helpers
+
+        interpreter_helpers.speed_up()
 
 
 @pytest.fixture(params=["reference", "cpp", "triton"])
