@@ -5,6 +5,7 @@ first imported.
 """
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -22,6 +23,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without it
 os.environ.pop("RLHF_CORE_BACKEND", None)  # the tests name the backend they mean
+gc.disable()  # until the tests are collected
+
+
+def pytest_collection_finish():
+    """What is alive now stays so: the garbage collector need not look at it again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
