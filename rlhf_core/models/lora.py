@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_core.checks import transform
 from rlhf_core.files import Replacement, dump_json, parse_json, read_object, short
 from rlhf_core.models.config import check_criteria
 from rlhf_core.models.families import family_of
@@ -40,6 +41,7 @@ from rlhf_core.models.gather import (
 )
 from rlhf_core.models.hub import HEADS_FILE, has_scalar_head, stale_adapters
 from rlhf_core.models.safetensors import DTYPES, dump_tensors, stored_tensors, stored_texts
+from rlhf_core.ops.low_rank import low_rank_linear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ALL = "all-linear"  # PEFT's name for every linear layer except the output head
@@ -152,6 +154,15 @@ class LoRALinear(nn.Linear):
         return super().forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._one_op(x):
+            adapters, scale, end = [], 1.0, 0
+            for name, size in self.sizes.items():
+                start, end = end, end + size
+                if name in self.adapters:
+                    own = self.adapters[name]
+                    adapters.append((slice(start, end), own.lora_A, own.lora_B))
+                    scale = own.config.scale
+            return low_rank_linear(x, self.weight, self.bias, adapters, scale)
         y = self.base(x)
         if not self.adapters:
             return y
@@ -160,6 +171,20 @@ class LoRALinear(nn.Linear):
             for name, part in zip(self.sizes, y.split(list(self.sizes.values()), dim=-1))
         ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(y.dtype)
+
+    def _one_op(self, x: Tensor) -> bool:
+        """Whether `low_rank_linear` can compute the layer."""
+        if not self.adapters or "base" in vars(self):  # `packed_for_decoding` has another base
+            return False
+        if not torch.compiler.is_compiling() and transform():
+            return False
+        adapters = list(self.adapters.values())
+        if any(adapter.training and adapter.config.dropout for adapter in adapters):
+            return False
+        dtypes = {adapter.lora_A.dtype for adapter in adapters} | {self.weight.dtype}
+        return dtypes == {x.dtype} or (
+            torch.is_autocast_enabled(x.device.type) and dtypes == {torch.float32}
+        )
 
     def product(self) -> Tensor:
         """The change of the weight, (out, in)."""

@@ -101,11 +101,12 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope,
-        mask: Tensor | None,
+        mask: Tensor | list[Tensor] | None,
         cache: KVCache | None,
         layer: int,
         read: Tensor | None,
     ) -> Tensor:
+        """mask: A bias (B, 1, T, T), or the biases (S, S) of the parts that one row consists of."""
         q, k, v = (part.transpose(1, 2) for part in self._project(x))  # (B, H, T, K)
         if rope is not None:
             q, k = _rotate(q, *rope), _rotate(k, *rope)
@@ -113,18 +114,24 @@ class Attention(nn.Module):
             cache.fill(layer, k, v)
         if self.config.attention_softcap is not None:
             y = self._capped_attention(q, k, v, mask)
+        elif isinstance(mask, list):
+            parts = (x.split([len(bias) for bias in mask], dim=2) for x in (q, k, v))
+            y = torch.cat([self._attention(*part) for part in zip(*parts, mask)], dim=2)
         else:
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                dropout_p=self.config.attention_dropout if self.training else 0.0,
-                is_causal=mask is None,
-                scale=self.config.attention_scale,
-                enable_gqa=self.config.num_kv_heads < self.config.num_heads,
-            )  # (B, H, T, K)
+            y = self._attention(q, k, v, mask)
         return self.out(_only(y.transpose(1, 2).flatten(2), read))
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            is_causal=mask is None,
+            scale=self.config.attention_scale,
+            enable_gqa=self.config.num_kv_heads < self.config.num_heads,
+        )  # (B, H, T, K)
 
     def _capped_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Attention with `attention_softcap`. It makes all (T, T) scores of a head."""
@@ -332,16 +339,25 @@ class Trunk(nn.Module):
         """mask: (B, T, T) bool as `visible`. None means causal. packed: Rows hold several sequences
         and can therefore be longer than max_positions. long: () or (B, 1, 1, 1) bool, True for rows
         that have the long factors of longrope."""
-        config, T = self.config, input_ids.shape[1]
+        config, (B, T) = self.config, input_ids.shape
         limit = config.max_positions
         if limit < T and not packed:
             raise ValueError(f"sequence of {T} tokens is longer than the model's {limit} positions")
+        parts = _parts(mask, positions, config) if packed else None
+        if parts is not None:  # all rows become one, (1, B * T)
+            input_ids, positions = input_ids.reshape(1, -1), positions.reshape(1, -1)
         x = self._embed(input_ids)  # (B, T, D)
         if config.positions == "learned":
             x = x + self.position(positions)
         biases, ropes = {}, {None: None}  # made once for all layers of a kind
         for window in set(config.windows):
-            biases[window] = self._bias(mask, window, positions, x)
+            if parts is None:
+                biases[window] = self._bias(mask, window, positions, x)
+            else:
+                biases[window] = [
+                    self._bias(own, window, places, x[:, : own.shape[1]])[0, 0]
+                    for own, places in parts
+                ]
         for kind in set(config.ropes) - {None}:
             tables = self._rope_tables(min(T, limit), x.device, kind)
             rows = [table[positions][:, None] for table in tables]
@@ -357,7 +373,8 @@ class Trunk(nn.Module):
                 x = checkpoint(block, x, *context, use_reentrant=False)
             else:
                 x = block(x, *context)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if read is not None else x.view(B, T, -1)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         x, scale = self.embed(token_ids), self.config.embed_scale
@@ -650,6 +667,32 @@ def _only(x: Tensor, read: Tensor | None) -> Tensor:
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     """Return norm(x) for the rows of a decoding step."""
     return rms_norm(x, norm.weight, norm.eps) if type(norm) is nn.RMSNorm else norm(x)
+
+
+def _parts(
+    visible: Tensor, positions: Tensor, config: TransformerConfig
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Return masks (1, S, S) and positions (1, S) of the parts of packed rows, row after row.
+
+    No token sees another part. On CPU, attention within each part then takes the place of attention
+    along whole rows. None: on GPU, or if that saves less than the calls cost.
+    """
+    B, T = positions.shape
+    work, call = B * T * T * config.hidden_size, 2**20  # a call takes as long as so many products
+    unsplit = config.attention_softcap is not None or torch.compiler.is_compiling()
+    if unsplit or not visible.is_cpu or work < call:
+        return None
+    place = torch.arange(T, dtype=torch.int32)
+    last = (visible * place[:, None]).amax(dim=1)  # (B, T), the last token that sees each token
+    ends = last.cummax(dim=1).values == place
+    ends[:, -1] = True
+    parts, start = [], 0
+    for row, end in ends.nonzero().tolist():
+        own = slice(start, end + 1)
+        parts.append((visible[row, own, own][None], positions[row, own][None]))
+        start = 0 if end == T - 1 else end + 1
+    within = sum(own.numel() for own, _ in parts) * config.hidden_size
+    return parts if work - within > len(parts) * call else None
 
 
 def _causal(T: int, device: torch.device) -> Tensor:
