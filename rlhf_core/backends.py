@@ -120,6 +120,14 @@ def _status(name: str) -> Status:
     return Status(name, False, "no CUDA device found")
 
 
+@functools.cache
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether products in bfloat16 are faster than in float32 on a type of device."""
+    if device != "cpu" or not torch.backends.mkldnn.is_available():
+        return True
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def report() -> None:
     """Print a table of the backends: name, available, reason."""
     for name, available, reason in status():

@@ -59,6 +59,14 @@ def quick_interpreter():
         interpreter_helpers.speed_up()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def bfloat16_on_every_cpu():
+    """Let precision bfloat16 round also where trainers would stay in float32 for speed."""
+    from rlhf_core import backends
+
+    backends.multiplies_bfloat16 = lambda device: True
+
+
 @pytest.fixture(params=["reference", "cpp", "triton"])
 def backend(request, monkeypatch):
     """Each backend's name in turn. New tensors are on its device; uninitialised memory is NaN."""

@@ -4,7 +4,7 @@
 
 Each side is a process of its own, and they take turns step by step. This needs `pip install
 trl==1.16.0`. PY is the Python of an environment with rlhf_core and trl==1.12.0, the last version
-with PPO.
+with PPO. With `--model-size 0.5b` it trains adapters of 0.5 B weights, see half_billion.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.peers import ROOT
+from benchmarks.peers import ROOT, half_billion
 from benchmarks.peers.task import METHODS, Task
 
 SIDES = ("ours", "theirs", "bare")
@@ -44,16 +45,36 @@ def main() -> None:
         prog="python -m benchmarks.peers", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all"
+        "--model-size",
+        choices=("small", "0.5b"),
+        default="small",
+        help="a GPT-2 of 4 layers, or adapters of a Qwen2.5-0.5B; default: small",
+    )
+    every = (*METHODS, "dpo-cached")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=every,
+        help="default: all; reward and ppo for small only, dpo-cached for 0.5b only",
     )
     parser.add_argument(
-        "--vocab-sizes", nargs="+", type=int, default=VOCAB_SIZES, help="default: 50257 4096"
+        "--vocab-sizes", nargs="+", type=int, help="default: 50257 4096; 0.5b: 151936"
     )
     parser.add_argument(
         "--sides", nargs="+", choices=SIDES, default=SIDES, help="default: all; ours is required"
     )
     parser.add_argument(
-        "--rounds", type=int, default=7, help="timed steps, after a warm-up; default: 7"
+        "--rounds", type=int, help="timed steps, after a warm-up; default: 7, with 0.5b 1"
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        default=("float32", "bfloat16"),
+        help="of 0.5b; default: both",
+    )
+    parser.add_argument(
+        "--layers", type=int, default=24, help="of 0.5b, fewer for a quick look; default: 24"
     )
     parser.add_argument(
         "--ppo-python",
@@ -67,15 +88,48 @@ def main() -> None:
         return work(*arguments.worker)
     if "ours" not in arguments.sides:
         parser.error("--sides needs ours, with which the others are compared")
-    results = []
-    print("\n".join(HEAD))
-    for method in arguments.methods:
-        for vocab_size in arguments.vocab_sizes:
-            python = arguments.ppo_python if method == "ppo" else sys.executable
-            results.append(compare(method, vocab_size, arguments.sides, arguments.rounds, python))
-            print(row(results[-1]), flush=True)
+    large = arguments.model_size == "0.5b"
+    known = half_billion.METHODS if large else METHODS
+    methods = arguments.methods or known
+    if unknown := set(methods) - set(known):
+        parser.error(f"--model-size {arguments.model_size} has no {', '.join(sorted(unknown))}")
+    results = compare_large(arguments, methods) if large else compare_small(arguments, methods)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def compare_large(arguments: argparse.Namespace, methods) -> list[dict]:
+    """Print the table of adapters of 0.5 B weights; returns its figures."""
+    results, sides = [], ["ours"]
+    if "theirs" in arguments.sides:
+        missing = [name for name in ("trl", "peft") if importlib.util.find_spec(name) is None]
+        print(*(f"{name} is not installed, so TRL is left out" for name in missing), sep="\n")
+        sides += ["theirs"] * (not missing)
+    print("\n".join(half_billion.HEAD))
+    for method in methods:
+        for dtype in arguments.dtypes:
+            for vocab_size in arguments.vocab_sizes or (151936,):
+                name, settings = half_billion.settings_of(method, dtype)
+                settings |= dict(num_layers=arguments.layers)
+                rounds = arguments.rounds or 1
+                result = compare(name, vocab_size, sides, rounds, sys.executable, **settings)
+                result |= dict(method=method, dtype=dtype, layers=arguments.layers)
+                results.append(result)
+                print(half_billion.row(result), flush=True)
+    return results
+
+
+def compare_small(arguments: argparse.Namespace, methods) -> list[dict]:
+    """Print the table of the GPT-2; returns its figures."""
+    results = []
+    print("\n".join(HEAD))
+    for method in methods:
+        for vocab_size in arguments.vocab_sizes or VOCAB_SIZES:
+            rounds = arguments.rounds or 7
+            python = arguments.ppo_python if method == "ppo" else sys.executable
+            results.append(compare(method, vocab_size, arguments.sides, rounds, python))
+            print(row(results[-1]), flush=True)
+    return results
 
 
 def compare(method: str, vocab_size: int, sides, rounds: int, python: str, **settings) -> dict:
@@ -94,6 +148,7 @@ def compare(method: str, vocab_size: int, sides, rounds: int, python: str, **set
                 for i in range(len(sides)):  # each round starts with another side
                     workers[sides[(number + i) % len(sides)]].step()
             measured = {side: worker.end() for side, worker in workers.items()}
+            flop = half_billion.arithmetic(task) if task.lora_rank else None
         finally:
             for worker in workers.values():
                 worker.process.kill()
@@ -102,6 +157,7 @@ def compare(method: str, vocab_size: int, sides, rounds: int, python: str, **set
         "method": method,
         "vocab_size": vocab_size,
         "settings": task.__dict__ | {"folder": ""},
+        "flop": flop,
         "sides": measured,
     }
 
@@ -134,7 +190,9 @@ class Worker:
         self.process.communicate("go\n")
         return {
             "seconds": [step["seconds"] for step in self.steps],
+            "cpu_seconds": [step["cpu"] for step in self.steps],
             "losses": [step["loss"] for step in self.steps],
+            "rates": [step["rates"] for step in self.steps if "rates" in step],
             "ready_bytes": self.ready["resident"],
             "peak_bytes": max(step["peak"] for step in self.steps),
             "versions": self.ready["versions"],
@@ -162,20 +220,24 @@ def work(side: str, file: str) -> None:
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # prints of the trainers must not mix with the reports
     train = importlib.import_module(f"benchmarks.peers.{side}").train
-    started = math.nan
+    task = Task.load(file)
+    started = cpu_started = math.nan
 
     def turn(loss: float) -> None:
-        nonlocal started
+        nonlocal started, cpu_started
         report = {"seconds": time.perf_counter() - started, "loss": loss, "peak": status("VmHWM")}
+        report["cpu"] = time.process_time() - cpu_started
         if math.isnan(started):
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             report = {"resident": status("VmRSS"), "versions": versions()}
+        elif task.lora_rank and side == "ours":
+            report["rates"] = half_billion.machine_rates(task)
         print(json.dumps(report), file=reports, flush=True)
         if not sys.stdin.readline():
             raise SystemExit("the comparison has ended")
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
 
-    train(Task.load(file), turn)
+    train(task, turn)
 
 
 def status(name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from rlhf_core import (
     ValueModel,
 )
 from rlhf_core.data import Example, Pair
+from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.rollout import response_logprobs
 
 
@@ -55,6 +57,7 @@ def options(task: Task) -> dict:
         max_steps=task.steps,
         log_every=task.steps + 1,
         seed=task.seed,
+        precision=task.precision,
     )
 
 
@@ -74,11 +77,18 @@ def ppo_options(task: Task) -> dict:
     )
 
 
+def _policy(task):
+    model = Transformer.from_pretrained(task.policy)
+    if task.lora_rank:
+        add_adapters(model, LoRAConfig(rank=task.lora_rank, alpha=2 * task.lora_rank))
+    return model
+
+
 def _sft(task):
     examples = [Example(row.prompt, row.chosen) for row in task.examples()]
     # Packing changes no loss here. With TRL's on a CPU a sequence would see its neighbours.
     config = SFTConfig(packing=True, **options(task))
-    return SFTTrainer(Transformer.from_pretrained(task.policy), examples, config)
+    return SFTTrainer(_policy(task), examples, config)
 
 
 def _pairs(task):
@@ -86,8 +96,9 @@ def _pairs(task):
 
 
 def _dpo(task):
-    config = DPOConfig(beta=task.beta, **options(task))
-    return DPOTrainer(Transformer.from_pretrained(task.policy), _pairs(task), config)
+    cache = str(Path(task.folder, "reference")) if task.cached_reference else None
+    config = DPOConfig(beta=task.beta, reference_logprobs=cache, **options(task))
+    return DPOTrainer(_policy(task), _pairs(task), config)
 
 
 def _reward(task):

@@ -7,6 +7,7 @@ same lengths, and one row of each is as long as possible, so that all steps cost
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ Turn = Callable[[float], None]  # called with NaN before the first step, then wi
 
 @dataclass(frozen=True)
 class Task:
-    """All settings. Training is in float32, without dropout, decay or a learning rate schedule."""
+    """All settings. Training is without dropout, decay or a learning rate schedule."""
 
     method: str
     folder: str  # holds policy/, reward/ (Hugging Face layout) and examples.json
@@ -26,14 +27,20 @@ class Task:
     batch_size: int = 8  # rows, pairs or prompts
     steps: int = 6
     seed: int = 0
-    # the model: GPT-2
+    precision: str = "float32"
+    # the model: GPT-2, or a Qwen 2.5 whose adapters train
+    family: str = "gpt2"
     num_layers: int = 4
     hidden_size: int = 256
     num_heads: int = 4
     max_positions: int = 256
+    num_kv_heads: int | None = None
+    intermediate_size: int | None = None
+    lora_rank: int = 0
     # the data
-    prompt_length: int = 64  # of the longest; others have a quarter of it or more
+    prompt_length: int = 64  # of the longest
     completion_length: int = 128  # likewise; in PPO all have this length
+    shortest: float = 0.25  # of the lengths above
     # the optimiser
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -41,6 +48,7 @@ class Task:
     max_grad_norm: float = 1.0  # not in PPO, because TRL's does not clip gradients
     # DPO
     beta: float = 0.1
+    cached_reference: bool = False  # its log-probs are computed before the first step
     # PPO
     ppo_epochs: int = 4
     minibatches: int = 1
@@ -85,7 +93,9 @@ class Task:
         rng = random.Random(self.seed)
         lengths = [(self.prompt_length, self.completion_length, self.completion_length)]
         while len(lengths) < self.batch_size:
-            prompt, *completions = (rng.randint(-(-n // 4), n) for n in lengths[0])
+            prompt, *completions = (
+                rng.randint(math.ceil(self.shortest * n), n) for n in lengths[0]
+            )
             lengths.append(
                 (prompt, *completions) if self.method != "ppo" else (prompt, *lengths[0][1:])
             )
@@ -95,24 +105,30 @@ class Task:
             for row in lengths
         ]
         Path(self.folder, "examples.json").write_text(json.dumps(rows), encoding="utf-8")
+        family = dict(
+            positions="learned",
+            norm="layernorm",
+            activation="gelu_tanh",
+            gated_mlp=False,
+            out_bias=True,
+            mlp_bias=True,
+        )
+        if self.family == "qwen2":
+            family = dict(num_kv_heads=self.num_kv_heads, intermediate_size=self.intermediate_size)
         config = TransformerConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             max_positions=self.max_positions,
-            positions="learned",
-            norm="layernorm",
-            activation="gelu_tanh",
-            gated_mlp=False,
             qkv_bias=True,
-            out_bias=True,
-            mlp_bias=True,
             pad_id=self.pad_id,
+            **family,
         )
         torch.manual_seed(self.seed)
         Transformer(config).save_pretrained(self.policy)
-        RewardModel(config).save_pretrained(self.reward)
+        if self.method in ("reward", "ppo"):
+            RewardModel(config).save_pretrained(self.reward)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

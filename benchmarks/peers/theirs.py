@@ -46,7 +46,7 @@ def options(task: Task) -> dict:
         weight_decay=0.0,
         max_grad_norm=task.max_grad_norm,
         seed=task.seed,
-        **QUIET,
+        **QUIET | {"bf16": task.precision == "bfloat16"},
     )
 
 
@@ -55,7 +55,7 @@ def method_options(task: Task) -> dict:
     most = task.prompt_length + task.completion_length
     extra = {
         "sft": {"completion_only_loss": True, "packing": False},
-        "dpo": {"beta": task.beta},
+        "dpo": {"beta": task.beta, "precompute_ref_log_probs": task.cached_reference},
         "reward": {},
     }
     return dict(max_length=most, train_sampling_strategy="sequential") | extra[task.method]
@@ -88,6 +88,17 @@ def _policy(task):
     import transformers
 
     return transformers.AutoModelForCausalLM.from_pretrained(task.policy, dtype=torch.float32)
+
+
+def _adapters(task) -> dict:
+    """The arguments of a trainer that train adapters, if the task has any."""
+    if not task.lora_rank:
+        return {}
+    from peft import LoraConfig
+
+    sizes = dict(r=task.lora_rank, lora_alpha=2 * task.lora_rank)
+    config = LoraConfig(**sizes, target_modules="all-linear", task_type="CAUSAL_LM")
+    return {"peft_config": config}
 
 
 def _scorer(task):
@@ -148,7 +159,11 @@ def _sft(task, turn):
     data = Dataset.from_dict(columns)
     _train(
         trl.SFTTrainer(
-            _policy(task), config, train_dataset=data, processing_class=_tokenizer(task)
+            _policy(task),
+            config,
+            train_dataset=data,
+            processing_class=_tokenizer(task),
+            **_adapters(task),
         ),
         turn,
     )
@@ -181,10 +196,11 @@ def _dpo(task, turn):
     _train(
         tokenized_dpo()(
             _policy(task),
-            _policy(task),
+            None if task.lora_rank else _policy(task),
             config,
             train_dataset=data,
             processing_class=_tokenizer(task),
+            **_adapters(task),
         ),
         turn,
     )

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlhf_core.data import Pair
+from rlhf_core import distributed
+from rlhf_core.data import Pair, TokenBatch
 from rlhf_core.data.quality import differing
 from rlhf_core.data.store import join
 from rlhf_core.losses.preference import (
@@ -34,7 +35,7 @@ from rlhf_core.training.completions import (
 )
 from rlhf_core.training.config import MAX_LENGTH, TrainConfig
 from rlhf_core.training.metrics import Metrics
-from rlhf_core.training.reference import Reference, ReferenceLogprobs
+from rlhf_core.training.reference import KnownLogps, Reference, ReferenceLogprobs
 from rlhf_core.training.trainer import Trainer
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -171,6 +172,11 @@ class DPOTrainer(Trainer):
             )
         elif not without:
             self.reference = Reference(model, reference)
+        # Ranks get other pairs in each epoch, and online DPO samples new ones.
+        again = config.epochs > 1 or len(self.eval_examples) > 0
+        self._known_logps = None
+        if self.reference is not None and self.kinds and again and distributed.size() == 1:
+            self._known_logps = KnownLogps()
 
     def _compute_reference_logprobs(
         self, reference: Transformer
@@ -186,6 +192,25 @@ class DPOTrainer(Trainer):
                     with self.autocast():
                         logprobs = target_logprobs(reference, tokens)
                     yield part, logprobs.split(tokens.lengths.view(-1, 2).sum(dim=1).tolist())
+
+    def _reference_logps(self, part: list[Pair], tokens: TokenBatch) -> Tensor:
+        """The reference's numbers (B, 2) for the pairs of a micro-batch."""
+
+        def compute() -> Tensor:
+            with self.reference.policy() as reference, self.autocast():
+                logprobs = target_logprobs(reference, tokens)  # (M,)
+            return self.logps(logprobs, tokens.lengths.view(-1, 2))
+
+        return compute() if self._known_logps is None else self._known_logps(part, compute)
+
+    def resume(self) -> None:
+        """As in Trainer. The reference reads the first epoch's pairs in the same batches again."""
+        super().resume()
+        if self._known_logps is not None:
+            first_epoch = math.ceil(len(self.examples) / self.config.batch_size)
+            for batch in itertools.islice(self.batches(), min(self.steps_done, first_epoch)):
+                for part, tokens in self.parts(batch, packing=self.config.max_length):
+                    self._reference_logps(part, tokens)
 
     def fixed_models(self) -> list:
         reference = [] if self.reference is None else self.reference.fixed_models()
@@ -203,9 +228,7 @@ class DPOTrainer(Trainer):
             if self.reference_logprobs is not None:
                 ref_logps = self.logps(self.reference_logprobs(part).to(self.device), lengths)
             elif self.reference is not None:
-                with self.reference.policy() as reference, self.autocast():
-                    ref_logprobs = target_logprobs(reference, tokens)  # (M,)
-                ref_logps = self.logps(ref_logprobs, lengths)
+                ref_logps = self._reference_logps(part, tokens)
             losses_of = partial(
                 self.pair_losses,
                 lengths=lengths,

@@ -1,4 +1,4 @@
-"""A linear layer with low-rank adapters: y = x W^T + b, plus scale x A^T B^T in some of its columns.
+"""A linear layer with low-rank adapters: y = x W^T + b, plus scale x A^T B^T in some columns.
 
 The adapters add to the layer's output in place, and their gradient to that of its input, so that
 only the products read the activations. Left out: dropout, and adapters in another dtype.

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlhf_core import distributed
+from rlhf_core import backends, distributed
 from rlhf_core.checks import check_own
 from rlhf_core.data import Example, TokenBatch, Tokenizer, collate
 from rlhf_core.data.batches import to_device
@@ -323,10 +323,13 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """The context of one forward pass with the config's `precision`; not of its backward.
 
+        A CPU without bfloat16 instructions stays in float32, in which it is 5 to 70 times faster.
+
         Enter it anew for each forward: it caches a weight's bfloat16 copy, and a copy made without
         gradient would cut a later forward off from its weights.
         """
         enabled = self.config.precision == "bfloat16"
+        enabled = enabled and backends.multiplies_bfloat16(self.device.type)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def step(self, batch: list) -> dict[str, float]:

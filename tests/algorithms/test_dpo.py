@@ -17,6 +17,7 @@ from helpers import (
 )
 from torch.testing import assert_close
 
+from rlhf_core.algorithms import dpo
 from rlhf_core.data import Pair
 from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.trainers import DPOConfig
@@ -290,6 +291,32 @@ def test_in_bfloat16_adapters_learn_beside_a_reference_that_shares_their_weights
             torch.cat([gradient.flatten() for gradient in accumulated(trainer, rows("dpo"))[2]])
         )
     assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+
+
+def test_the_reference_reads_each_pair_once_and_a_resumed_run_equals_an_unbroken_one(
+    monkeypatch, tmp_path
+):
+    """To the bit, although later epochs put the pairs into other batches."""
+    read, logprobs = [], dpo.target_logprobs
+    monkeypatch.setattr(
+        dpo, "target_logprobs", lambda *args: read.append(len(read)) or logprobs(*args)
+    )
+
+    def make(cut=True, **options):
+        settings = dict(epochs=3, batch_size=4, lr=1e-2, lr_schedule="constant") | options
+        others = dict(out=tmp_path / "run") if cut else {}
+        return make_trainer("dpo", examples=rows("dpo", 10), others=others, **settings)
+
+    unbroken = make(cut=False)
+    unbroken.train()
+    assert len(read) == 3  # batches of the first epoch
+    make(max_steps=5, save_every=5).train()
+    resumed = make()
+    resumed.resume()
+    read.clear()
+    resumed.train()
+    assert not read
+    assert_close(snapshot(resumed.model), snapshot(unbroken.model), rtol=0, atol=0)
 
 
 def test_dpo_learns_which_token_is_preferred():

@@ -18,6 +18,7 @@ from helpers import (
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlhf_core import backends
 from rlhf_core.data import Example, Pair, Ranked, Steps
 from rlhf_core.data.collate import length
 from rlhf_core.data.store import store
@@ -387,6 +388,13 @@ def test_a_batch_without_targets_has_loss_0():
 
 
 # ---- precision, checkpointing, frozen layers
+
+
+def test_a_cpu_without_bfloat16_products_stays_in_float32(monkeypatch):
+    trainers = make_trainer("sft"), make_trainer("sft", precision="bfloat16")
+    assert [trainer.autocast()._enabled for trainer in trainers] == [False, True]
+    monkeypatch.setattr(backends, "multiplies_bfloat16", lambda device: False)
+    assert [trainer.autocast()._enabled for trainer in trainers] == [False, False]
 
 
 @kinds

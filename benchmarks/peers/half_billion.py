@@ -1,0 +1,131 @@
+"""LoRA training of a Qwen2.5-0.5B shape with random weights, against TRL and the machine's rates.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.peers --model-size 0.5b --methods sft --dtypes float32
+
+Times are CPU seconds. The floor of a step is its necessary arithmetic at the rate of the machine's
+matrix products, which our process measures after each step. Per weight and token this arithmetic
+is 2 FLOP forward, 2 for the gradient of the activations, and 2 for that of a weight that trains.
+A pair's prompt counts once, and the head counts for the tokens of completions only. Products in
+bfloat16 count at the faster rate of bfloat16 and float32, which any CPU can fall back to.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from benchmarks.peers.task import Task
+
+METHODS = ("sft", "dpo", "dpo-cached")  # the last one: the reference's log-probs are cached
+SETTINGS = dict(
+    family="qwen2",
+    batch_size=4,
+    num_layers=24,
+    hidden_size=896,
+    num_heads=14,
+    num_kv_heads=2,
+    intermediate_size=4864,
+    lora_rank=16,
+    shortest=0.5,
+)
+BARS = {  # lowest ratio of TRL's time to ours
+    ("sft", "float32"): 1.4,
+    ("sft", "bfloat16"): 2.0,
+    ("dpo", "float32"): 1.9,
+    ("dpo", "bfloat16"): 1.9,
+    ("dpo-cached", "float32"): 2.5,
+    ("dpo-cached", "bfloat16"): 2.5,
+}
+FLOOR_BARS = {"float32": 0.85, "bfloat16": 0.7}  # lowest ratio of the floor to our time
+MEMORY_BAR = 0.7  # highest ratio of our memory to TRL's
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+ROWS = 512  # of the product that is timed
+
+
+def settings_of(method: str, dtype: str) -> tuple[str, dict]:
+    """The method of the task, and its further settings."""
+    name, _, cached = method.partition("-")
+    return name, SETTINGS | {"precision": dtype, "cached_reference": bool(cached)}
+
+
+def machine_rates(task: Task) -> dict[str, float]:
+    """FLOP/s of products with the MLP's first weight, and bytes/s of reading, on CPU time."""
+    import torch
+
+    def fastest(function, times: int) -> float:
+        found = []
+        for _ in range(times):
+            start = time.process_time()
+            function()
+            found.append(time.process_time() - start)
+        return min(found)
+
+    rates, width = {}, 2 * task.intermediate_size
+    for dtype in {"float32", task.precision}:
+        kind = getattr(torch, dtype)
+        x, weight = (
+            torch.ones(ROWS, task.hidden_size, dtype=kind),
+            torch.ones(width, task.hidden_size, dtype=kind),
+        )
+        seconds = fastest(lambda x=x, weight=weight: x @ weight.T, 3)
+        rates[dtype] = 2 * ROWS * width * task.hidden_size / seconds
+    read = torch.ones(2**25)
+    return rates | {"read": read.nbytes / fastest(read.sum, 3)}
+
+
+def arithmetic(task: Task) -> float:
+    """FLOP that a step needs."""
+    rows = task.batches()[0]
+    counted = sum(len(row.chosen) for row in rows)
+    if task.method == "dpo":
+        counted += sum(len(row.rejected) for row in rows)
+    tokens = counted + sum(len(row.prompt) for row in rows)
+    D, wide = task.hidden_size, task.intermediate_size
+    kv = D * task.num_kv_heads // task.num_heads
+    sizes = [(D, D), (D, kv), (D, kv), (D, D), (D, wide), (D, wide), (wide, D)]
+    trunk = task.num_layers * sum(a * b for a, b in sizes)
+    adapters = task.num_layers * task.lora_rank * sum(a + b for a, b in sizes)
+    once = 2 * (trunk * tokens + task.vocab_size * D * counted)
+    passes = 3 if task.method == "dpo" and not task.cached_reference else 2
+    return passes * once + 6 * adapters * tokens
+
+
+HEAD = (
+    "| method, dtype, layers, V | ours, CPU s | floor, s | floor / ours (bar) | GFLOP/s "
+    "| GB/s read | TRL, CPU s | TRL / ours (bar) | memory of training, MB | / TRL's | in all, MB | / TRL's "
+    "| losses |",
+    "|---|" + "---:|" * 11 + "---|",
+)
+
+
+def row(result: dict) -> str:
+    """A row of the table. Times are medians of the steps after the first."""
+    method, dtype, sides = result["method"], result["dtype"], result["sides"]
+    cpu = {name: statistics.median(side["cpu_seconds"][1:]) for name, side in sides.items()}
+    rates = sides["ours"]["rates"]
+    fastest = max(statistics.median(rate[name] for rate in rates) for name in {"float32", dtype})
+    own = statistics.median(rate[dtype] for rate in rates)
+    read = statistics.median(rate["read"] for rate in rates)
+    floor, bar = result["flop"] / fastest, FLOOR_BARS[dtype]
+
+    def judged(value: float, bar: float) -> str:
+        return f"{value:.2f} ({bar}{'' if value >= bar else ', missed'})"
+
+    rate = f"{own / 1e9:.1f}" + (f" ({fastest / 1e9:.1f} in float32)" if own < fastest else "")
+    cells = [f"{method}, {dtype}, {result['layers']}, {result['vocab_size']}"]
+    cells += [f"{cpu['ours']:.3g}", f"{floor:.3g}", judged(floor / cpu["ours"], bar), rate]
+    cells += [f"{read / 1e9:.1f}"]
+    theirs = sides.get("theirs")
+    cells += (
+        [""] * 2
+        if theirs is None
+        else [f"{cpu['theirs']:.3g}", judged(cpu["theirs"] / cpu["ours"], BARS[method, dtype])]
+    )
+    for start in ("ready_bytes", None):
+        used = {name: x["peak_bytes"] - (x[start] if start else 0) for name, x in sides.items()}
+        share = used["ours"] / used["theirs"] if theirs else None
+        cells += [f"{used['ours'] / 1e6:.0f}", "" if share is None else f"{share:.2f}"]
+        cells[-1] += " missed" if share is not None and share > MEMORY_BAR else ""
+    apart = max(abs(x["losses"][0] - sides["ours"]["losses"][0]) for x in sides.values())
+    verdict = "" if apart <= LOSS_TOLERANCE[dtype] else "DIFFER: "
+    return f"| {' | '.join(cells)} | {verdict}first {apart:.1e} |"
