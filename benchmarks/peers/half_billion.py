@@ -92,8 +92,8 @@ def arithmetic(task: Task) -> float:
 
 HEAD = (
     "| method, dtype, layers, V | ours, CPU s | floor, s | floor / ours (bar) | GFLOP/s "
-    "| GB/s read | TRL, CPU s | TRL / ours (bar) | memory of training, MB | / TRL's | in all, MB | / TRL's "
-    "| losses |",
+    "| GB/s read | TRL, CPU s | TRL / ours (bar) | memory of training, MB | / TRL's "
+    "| in all, MB | / TRL's | losses |",
     "|---|" + "---:|" * 11 + "---|",
 )
 

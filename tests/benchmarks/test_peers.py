@@ -1,5 +1,6 @@
 """The comparison with TRL and a bare loop: all sides train the same, and the table is right."""
 
+import dataclasses
 import math
 import runpy
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.peers import __main__ as runner
-from benchmarks.peers import bare, ours, theirs
+from benchmarks.peers import bare, half_billion, ours, theirs
 from benchmarks.peers.task import METHODS, Task
 from rlhf_core import PPOConfig, SFTConfig
 
@@ -221,3 +222,50 @@ def test_peers_and_learning_are_not_installed(tmp_path, monkeypatch):
     packages = set(asked["packages"])
     assert {"rlhf_core", "rlhf_core.ops", "rlhf_core.benchmarks", "rlhf_core.kernels"} <= packages
     assert not [name for name in packages if "peers" in name or "learning" in name]
+
+
+def test_the_arithmetic_of_half_a_billion_weights_is_counted(tmp_path):
+    """A layer's seven matrices, the head at completions, and a prompt of a pair once."""
+    sizes = dict(family="qwen2", num_layers=1, num_kv_heads=1, intermediate_size=40)
+    task = make("dpo", tmp_path, lora_rank=2, **sizes, shortest=1.0, steps=1)
+    trunk = 16 * 16 * 2 + 2 * 16 * 8 + 3 * 16 * 40
+    adapters = 2 * (32 * 2 + 24 * 2 + 56 * 3)
+    tokens, counted = 3 * (8 + 12 + 12), 3 * (12 + 12)
+    once = 2 * (trunk * tokens + 61 * 16 * counted)
+    assert half_billion.arithmetic(task) == 3 * once + 6 * adapters * tokens
+    cached = dataclasses.replace(task, cached_reference=True)
+    assert half_billion.arithmetic(cached) == 2 * once + 6 * adapters * tokens
+
+
+@pytest.mark.parametrize("cached_reference", [False, True])
+def test_adapters_train_on_our_side(cached_reference, tmp_path):
+    sizes = dict(family="qwen2", num_layers=1, num_kv_heads=1, intermediate_size=40, lora_rank=2)
+    task = make("dpo", tmp_path, cached_reference=cached_reference, **sizes)
+    first, *later = losses(ours, task)
+    assert first == pytest.approx(math.log(2)) and len(set(later)) == 2
+
+
+def test_the_table_of_half_a_billion_weights_has_shares_of_the_floor():
+    rates = [{"float32": 2e9, "bfloat16": 1e9, "read": 5e9}] * 2
+
+    def side(seconds, peak):
+        found = {"cpu_seconds": [9, seconds], "losses": [1.0, 2.0], "rates": rates}
+        return found | {"ready_bytes": 10**8, "peak_bytes": peak * 10**6}
+
+    sides = {"ours": side(10, 200), "theirs": side(15, 220)}
+    settings = dict(method="sft", dtype="bfloat16", layers=2, vocab_size=61, flop=16e9)
+    assert half_billion.row({"sides": sides, **settings}) == (
+        "| sft, bfloat16, 2, 61 | 10 | 8 | 0.80 (0.7) | 1.0 (2.0 in float32) | 5.0 | 15 "
+        "| 1.50 (2.0, missed) | 100 | 0.83 missed | 200 | 0.91 missed | first 0.0e+00 |"
+    )
+    assert half_billion.row({"sides": {"ours": side(10, 200)}, **settings}) == (
+        "| sft, bfloat16, 2, 61 | 10 | 8 | 0.80 (0.7) | 1.0 (2.0 in float32) | 5.0 |  |  "
+        "| 100 |  | 200 |  | first 0.0e+00 |"
+    )
+
+
+def test_a_method_that_a_model_size_lacks_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peers", "--model-size", "0.5b", "--methods", "ppo"])
+    with pytest.raises(SystemExit):
+        runner.main()
+    assert "--model-size 0.5b has no ppo" in capsys.readouterr().err
