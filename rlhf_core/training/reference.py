@@ -98,7 +98,7 @@ class KnownLogps:
 
     def __call__(self, batch: list, compute: Callable[[], Tensor]) -> Tensor:
         """Rows (B, K) of the examples, all from `compute` if one of them is new."""
-        keys = list(map(key_of, batch))
+        keys = list(map(_key, batch))
         if all(key in self._found for key in keys):
             return torch.stack([self._found[key] for key in keys])
         rows = compute()
@@ -138,7 +138,7 @@ class ReferenceLogprobs:
             check_writable(path.parent)
             with distributed.together(), whole(reference) as plain:
                 own = {
-                    key_of(example): logprobs.cpu()
+                    _key(example): logprobs.cpu()
                     for batch, parts in compute(plain)
                     for example, logprobs in zip(batch, parts)
                 }
@@ -148,7 +148,7 @@ class ReferenceLogprobs:
                 if not distributed.rank():
                     _write(path, self.made_of, self._logprobs)
         for i, example in enumerate(examples):
-            logprobs = self._logprobs.get(key_of(example))
+            logprobs = self._logprobs.get(_key(example))
             if logprobs is not None and len(logprobs) != count_targets(example):
                 raise ValueError(
                     f"{path}: damaged: {len(logprobs)} log-probs of example {i}, which has "
@@ -161,7 +161,7 @@ class ReferenceLogprobs:
                 )
 
     def __call__(self, batch: list) -> Tensor:
-        return torch.cat([self._logprobs[key_of(example)] for example in batch])
+        return torch.cat([self._logprobs[_key(example)] for example in batch])
 
 
 def model_digest(model: nn.Module) -> str:
@@ -211,7 +211,7 @@ def _read(path: Path, made_of: dict[str, str]) -> dict[bytes, Tensor]:
     return dict(zip(map(bytes, keys.tolist()), logprobs.split(lengths.tolist()), strict=True))
 
 
-def key_of(example) -> bytes:
+def _key(example) -> bytes:
     """Digest of the tokens and of which of them count: all that log-probs depend on."""
     prompt, completions, masks = as_group(example)
     masks = ([True] * len(ids) if mask is None else mask for ids, mask in zip(completions, masks))
