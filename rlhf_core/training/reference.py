@@ -94,15 +94,17 @@ class KnownLogps:
     """What a fixed reference has said about examples, so that it reads each of them once."""
 
     def __init__(self):
-        self._found: dict[bytes, Tensor] = {}
+        self._found: dict[bytes, list[float]] = {}
+        self._like = torch.empty(0)
 
     def __call__(self, batch: list, compute: Callable[[], Tensor]) -> Tensor:
         """Rows (B, K) of the examples, all from `compute` if one of them is new."""
         keys = list(map(_key, batch))
         if all(key in self._found for key in keys):
-            return torch.stack([self._found[key] for key in keys])
+            return self._like.new_tensor([self._found[key] for key in keys])
         rows = compute()
-        self._found |= zip(keys, rows)
+        self._found |= zip(keys, rows.tolist())
+        self._like = rows[:0]
         return rows
 
 

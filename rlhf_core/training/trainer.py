@@ -329,7 +329,12 @@ class Trainer:
         gradient would cut a later forward off from its weights.
         """
         enabled = self.config.precision == "bfloat16"
-        enabled = enabled and backends.multiplies_bfloat16(self.device.type)
+        if enabled and not backends.multiplies_bfloat16(self.device.type):
+            self.warn_once(
+                "precision bfloat16: this CPU has no bfloat16 instructions, so the run computes in "
+                "float32, which is faster here"
+            )
+            enabled = False
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def step(self, batch: list) -> dict[str, float]:

@@ -394,7 +394,8 @@ def test_a_cpu_without_bfloat16_products_stays_in_float32(monkeypatch):
     trainers = make_trainer("sft"), make_trainer("sft", precision="bfloat16")
     assert [trainer.autocast()._enabled for trainer in trainers] == [False, True]
     monkeypatch.setattr(backends, "multiplies_bfloat16", lambda device: False)
-    assert [trainer.autocast()._enabled for trainer in trainers] == [False, False]
+    with pytest.warns(UserWarning, match="the run computes in float32"):
+        assert [trainer.autocast()._enabled for trainer in trainers] == [False, False]
 
 
 @kinds
