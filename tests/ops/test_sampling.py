@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from op_helpers import assert_as_accurate, interpreted
@@ -38,29 +39,18 @@ def pairs(backend, values, others):
 
 
 def definition(z, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """(kept, p) of one row by sorting and exact sums: bools, and p relative to the largest."""
-    z = z.double().tolist()
-    largest = max(z)
-    p = [math.exp((x - largest) / temperature) for x in z]
-    order = sorted(range(len(z)), key=lambda j: -z[j])
+    """(kept, p) of one row by sorting and long sums: bools, and p relative to the largest."""
+    z = z.double().numpy()
+    p = np.exp((z - z.max()) / temperature)
+    order = np.argsort(-z, kind="stable")
     least = -INF
     if top_k is not None:
         least = z[order[min(top_k, len(z)) - 1]]
     if top_p is not None:
-        order = [j for j in order if z[j] >= least]
-        total = math.fsum(p[j] for j in order)
-        held, rest = 0.0, 0.0  # Neumaier summation, almost exact
-        for j in order:
-            new = held + p[j]
-            rest += held - new + p[j]
-            held, least = new, z[j]
-            if held + rest >= top_p * total:
-                break
-    return [x >= least and (min_p is None or q >= min_p) for x, q in zip(z, p)], p
-
-
-def masses(z, kept):
-    return torch.tensor(z, dtype=torch.float64) * torch.tensor(kept)
+        order = order[z[order] >= least]
+        held = p[order].cumsum(dtype=np.longdouble)
+        least = z[order[np.argmax(held >= top_p * held[-1])]]
+    return (z >= least) & (p >= (min_p or 0)), p
 
 
 def assert_drawn_by_definition(logits, seeds, counters, backend, temperature=1.0, **truncation):
@@ -82,17 +72,15 @@ def assert_drawn_by_definition(logits, seeds, counters, backend, temperature=1.0
         faults = []
         for settings in near:
             kept, p = definition(z, temperature, **settings)
-            mass = masses(p, kept)
-            total, cdf = mass.sum().item(), mass.cumsum(0)
+            mass = p * kept
+            total, cdf = mass.sum(), mass.cumsum()
             at, slack = u[row].item() * total, ROUNDING * total
             fault = None
             if not kept[token] or p[token] == 0:
                 fault = f"row {row} drew {token}, which is not kept"
             elif not cdf[token] - mass[token] - slack <= at <= cdf[token] + slack:
                 fault = f"row {row}: {at} is not in {token}'s part of the mass, up to {cdf[token]}"
-            elif abs(full_logprob - math.log(p[token] / math.fsum(p))) > 1e-5 * (
-                1 + abs(full_logprob)
-            ):
+            elif abs(full_logprob - math.log(p[token] / p.sum())) > 1e-5 * (1 + abs(full_logprob)):
                 fault = f"row {row}: full log-prob {full_logprob}"
             elif abs(logprob - math.log(p[token] / total)) > 1e-5 * (1 + abs(logprob)):
                 fault = f"row {row}: log-prob {logprob}, expected {math.log(p[token] / total)}"
@@ -148,11 +136,12 @@ def test_tokens_and_log_probs_are_those_of_the_definition_for_any_vocabulary(bac
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_at_the_vocabulary_of_a_real_model_in_every_dtype_with_many_ties(backend, dtype):
-    some = TRUNCATIONS
-    if interpreted(backend):  # one search by count, one by mass, and both
+    some, vocab = TRUNCATIONS, 50257
+    if interpreted(backend):  # one search by count, one by mass, and both; six blocks
         some = [TRUNCATIONS[{torch.float32: 1, torch.bfloat16: 2, torch.float16: 5}[dtype]]]
+        vocab = 12_257
     for truncation in some:
-        logits = (torch.randn(2, 50257) * torch.tensor([[0.3], [3.0]])).to(dtype)
+        logits = (torch.randn(2, vocab) * torch.tensor([[0.3], [3.0]])).to(dtype)
         assert_drawn_by_definition(logits, *streams(2), backend, **truncation)
 
 
@@ -186,14 +175,21 @@ def test_no_distribution_misleads_the_search(backend, truncation):
 
 
 @pytest.mark.parametrize(
-    "truncation",
-    [{}, dict(top_k=5), dict(top_k=2000), dict(top_p=1e-6), dict(top_p=0.9), TRUNCATIONS[-1]],
+    "truncation, rows",
+    [
+        ({}, slice(None)),
+        (dict(top_k=5), slice(None)),
+        (dict(top_p=0.9), slice(None)),
+        (dict(top_k=2000), slice(0, None, 3)),
+        (dict(top_p=1e-6), slice(1, None, 3)),
+        (TRUNCATIONS[-1], slice(2, None, 3)),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_no_distribution_misleads_the_bisection(backend, truncation):
-    """The first of two blocks is empty in some rows."""
-    logits = difficult_rows(2252)
+def test_no_distribution_misleads_the_bisection(backend, truncation, rows):
+    """The first of two blocks is empty in some rows. All have searches by count and by mass."""
+    logits = difficult_rows(2252)[rows]
     assert_drawn_by_definition(logits, *streams(len(logits)), backend, **truncation)
 
 
