@@ -1,8 +1,9 @@
 """Processes are killed (SIGKILL) at every file call of a save and of a run, and in every write.
 
 Then the folder holds the old model or the new one, or it is refused by name; it never holds a
-mixture. The next save or run succeeds and leaves no temporary file. Each case is a process of its
-own: `python tests/attacks/test_kill.py "plain over plain"` shows how the kills of one case ended.
+mixture. The next save or run succeeds and leaves no temporary file. The cases run in a process of
+their own, which forks: `python tests/attacks/test_kill.py "plain over plain"` shows how the kills
+of one case ended.
 """
 
 import collections
@@ -39,27 +40,31 @@ EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.chmod", "os.scandir"
 THEIRS = {"model-epoch1.safetensors": "of somebody else", ".notes.tmp": "of somebody else"}
 
 
+@pytest.fixture(scope="module")
+def outcomes():
+    """case -> how many kills ended how, as one process counts them, which imports torch once."""
+    command = [sys.executable, str(FILE), *SAVES, "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    found = dict(map(json.loads, done.stdout.splitlines()))
+    assert done.returncode == 0, f"after {list(found)}: {done.stderr[-3000:]}"
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SAVES)
-def test_a_killed_save_leaves_the_old_model_or_the_new_one_or_a_folder_that_is_refused(case):
-    counts = outcomes(case)
+def test_a_killed_save_leaves_the_old_model_or_the_new_one_or_a_folder_that_is_refused(
+    case, outcomes
+):
+    counts = outcomes[case]
     assert counts["new"] > 1 and counts["refused" if "nothing" in case else "old"] > 5
     if case == "plain over plain":  # only the weights differ: one rename
         assert counts.keys() == {"old", "new"}
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_resumed_or_started_anew_and_ends_as_if_it_had_not_been_killed():
-    assert sum(outcomes("run").values()) > 50
-
-
-def outcomes(case):
-    """How many kills ended how, as a process of this file counts them."""
-    command = [sys.executable, str(FILE), case]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def test_a_killed_run_is_resumed_or_started_anew_and_ends_as_if_it_had_not_been_killed(outcomes):
+    assert sum(outcomes["run"].values()) > 50
 
 
 # ---- in that process
@@ -243,6 +248,8 @@ if __name__ == "__main__":
     sys.stderr.reconfigure(line_buffering=True)
     warnings.simplefilter("ignore")
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # where fsync costs nothing
-    with tempfile.TemporaryDirectory(dir=memory) as name:
-        case, root = sys.argv[1], Path(name)
-        print(json.dumps(kill_runs(root) if case == "run" else kill_saves(case, root)))
+    for case in sys.argv[1:]:
+        with tempfile.TemporaryDirectory(dir=memory) as name:
+            root = Path(name)
+            counts = kill_runs(root) if case == "run" else kill_saves(case, root)
+        print(json.dumps([case, counts]), flush=True)
