@@ -5,12 +5,14 @@
 Times are CPU seconds. The floor of a step is its necessary arithmetic at the rate of the machine's
 matrix products, which our process measures after each step. Per weight and token this arithmetic
 is 2 FLOP forward, 2 for the gradient of the activations, and 2 for that of a weight that trains.
-A pair's prompt counts once, and the head counts for the tokens of completions only. Products in
+A pair's prompt counts once. The head, and the last block apart from its keys and values, count for
+the tokens of completions only. Products in
 bfloat16 count at the faster rate of bfloat16 and float32, which any CPU can fall back to.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 
@@ -82,12 +84,17 @@ def arithmetic(task: Task) -> float:
     tokens = counted + sum(len(row.prompt) for row in rows)
     D, wide = task.hidden_size, task.intermediate_size
     kv = D * task.num_kv_heads // task.num_heads
-    sizes = [(D, D), (D, kv), (D, kv), (D, D), (D, wide), (D, wide), (wide, D)]
-    trunk = task.num_layers * sum(a * b for a, b in sizes)
-    adapters = task.num_layers * task.lora_rank * sum(a + b for a, b in sizes)
-    once = 2 * (trunk * tokens + task.vocab_size * D * counted)
+    keys_values, others = [(D, kv)] * 2, [(D, D)] * 2 + [(D, wide)] * 2 + [(wide, D)]
+    blocks = task.num_layers - 1
+    at_tokens, at_counted = blocks * (keys_values + others) + keys_values, others
+
+    def products(size) -> int:
+        """`size` of each matrix, times the tokens that it is multiplied with."""
+        return tokens * sum(map(size, at_tokens)) + counted * sum(map(size, at_counted))
+
+    once = 2 * (products(math.prod) + task.vocab_size * D * counted)
     passes = 3 if task.method == "dpo" and not task.cached_reference else 2
-    return passes * once + 6 * adapters * tokens
+    return passes * once + 6 * task.lora_rank * products(sum)
 
 
 HEAD = (

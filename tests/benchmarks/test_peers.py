@@ -225,16 +225,16 @@ def test_peers_and_learning_are_not_installed(tmp_path, monkeypatch):
 
 
 def test_the_arithmetic_of_half_a_billion_weights_is_counted(tmp_path):
-    """A layer's seven matrices, the head at completions, and a prompt of a pair once."""
-    sizes = dict(family="qwen2", num_layers=1, num_kv_heads=1, intermediate_size=40)
+    """Seven matrices a layer, a pair's prompt once; head and end of the last block: completions."""
+    sizes = dict(family="qwen2", num_layers=2, num_kv_heads=1, intermediate_size=40)
     task = make("dpo", tmp_path, lora_rank=2, **sizes, shortest=1.0, steps=1)
-    trunk = 16 * 16 * 2 + 2 * 16 * 8 + 3 * 16 * 40
-    adapters = 2 * (32 * 2 + 24 * 2 + 56 * 3)
     tokens, counted = 3 * (8 + 12 + 12), 3 * (12 + 12)
-    once = 2 * (trunk * tokens + 61 * 16 * counted)
-    assert half_billion.arithmetic(task) == 3 * once + 6 * adapters * tokens
+    keys_values, others = 2 * 16 * 8, 16 * 16 * 2 + 3 * 16 * 40
+    once = 2 * (tokens * (2 * keys_values + others) + counted * (others + 61 * 16))
+    adapters = 2 * (tokens * (2 * 24 * 2 + 32 * 2 + 56 * 3) + counted * (32 * 2 + 56 * 3))
+    assert half_billion.arithmetic(task) == 3 * once + 6 * adapters
     cached = dataclasses.replace(task, cached_reference=True)
-    assert half_billion.arithmetic(cached) == 2 * once + 6 * adapters * tokens
+    assert half_billion.arithmetic(cached) == 2 * once + 6 * adapters
 
 
 @pytest.mark.parametrize("cached_reference", [False, True])
