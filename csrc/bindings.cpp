@@ -293,12 +293,19 @@ PYBIND11_MODULE(_C, m) {
     a.x = {x, x.strides[0], 0}, a.weight = weight, a.out = out;
     rms_norm_fwd(a, threads);
   });
-  def("linear_rows_fwd", [](Tensor x, Tensor weight, Tensor bias, Tensor y, int threads) {
+  def("linear_rows_fwd",
+      [](Tensor x, Tensor weight, Tensor scales, Tensor bias, Tensor y, int threads) {
     LinearRowsArgs a = {};
-    a.dtype = weight.dtype(), a.n = x.shape[0], a.in = x.shape[1], a.out = weight.shape[0];
+    a.dtype = x.dtype(), a.n = x.shape[0], a.in = x.shape[1], a.out = weight.shape[0];
     a.rows = {x, x.strides[0], 0}, a.weight = weight, a.bias = bias;
-    a.y = y, a.y_stride = a.out;
+    a.scales = scales, a.wide = scales.data, a.y = y, a.y_stride = a.out;
     linear_rows_fwd(a, threads);
+  });
+  def("quantize_rows_fwd", [](Tensor weight, Tensor rows, Tensor scales, int threads) {
+    QuantizeArgs a = {};
+    a.dtype = weight.dtype(), a.out = weight.shape[0], a.in = weight.shape[1];
+    a.weight = weight, a.rows = rows, a.scales = scales;
+    quantize_rows_fwd(a, threads);
   });
   def("sample_tokens_fwd",
       [](Tensor logits, Tensor seeds, Tensor counters, double temperature,

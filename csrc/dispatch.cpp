@@ -277,7 +277,11 @@ void linear_rows_fwd(LinearRowsArgs a, int threads) {
   const Table& table = *chosen().table;
   const std::unique_ptr<float[]> x(new float[LinearRowsArgs::x_size(a.n, a.in) + 16]);
   a.x = aligned(x.get()), a.amx = table.amx && amx();
-  table.linear_rows[a.dtype](a, threads);
+  (a.scales ? table.linear_rows_int8 : table.linear_rows[a.dtype])(a, threads);
+}
+
+void quantize_rows_fwd(const QuantizeArgs& a, int threads) {
+  run(chosen().table->quantize_rows[a.dtype], a, a.out, row_grain(2 * a.in), threads);
 }
 
 void packed_decode_fwd(const PackedDecodeArgs& args, int threads) {

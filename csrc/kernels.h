@@ -136,10 +136,11 @@ constexpr int64_t kPanel = 32;    // outputs of a linear layer that are packed s
 constexpr int64_t kFewRows = 16;  // beyond this float32 weights are transposed, see linear_rows.h
 
 struct LinearRowsArgs {
-  Dtype dtype;  // of weight and bias
+  Dtype dtype;  // of weight and bias; with scales float32, while weight is int8
   int64_t n, in, out;
   Rows rows;                  // (n, in)
   const char *weight, *bias;  // (out, in), (out,); bias may be null
+  const float* scales;        // (out,), which multiply the rows of an int8 weight; null: none
   bool packed;                // weight holds panels with biases: see packed_decode.py
   char* y;                    // (n, out)
   int64_t y_stride;
@@ -153,12 +154,23 @@ struct LinearRowsArgs {
   }
 };
 
+constexpr float kLeastScale = 1e-37f;  // of rows of zeros; its inverse is finite
+
+struct QuantizeArgs {
+  Dtype dtype;
+  int64_t out, in;
+  const char* weight;  // (out, in)
+  int8_t* rows;        // (out, in)
+  float* scales;       // (out,)
+};
+
 constexpr int64_t kDecodeRows = 32;  // of a packed model that a thread processes together
 
 // The layers of a model, as packed_decode.py lists them. Any pointer but `weight` may be null.
 struct NormWeights { const float *weight, *bias; };
 struct LinearWeights {
   const char *weight, *bias;
+  const float* scales;           // null unless weight is int8, and bias float32
   const float *lora_a, *lora_b;  // (rank, in), (out, rank): the layer adds B A x
   int64_t rank;
 };
@@ -237,6 +249,8 @@ struct Table {
   Kernel<RmsNormArgs> rms_norm[kDtypes];
   bool amx;  // whether linear_rows can use it
   void (*linear_rows[kDtypes])(const LinearRowsArgs& args, int threads);
+  void (*linear_rows_int8)(const LinearRowsArgs& args, int threads);
+  Kernel<QuantizeArgs> quantize_rows[kDtypes];
   Kernel<PackedDecodeArgs> packed_decode[kDtypes];
   Kernel<SamplingArgs> sample_tokens[kDtypes];
 };
@@ -255,6 +269,7 @@ void ppo_loss_fwd(PpoLossArgs args, int threads);
 void decode_attention_fwd(DecodeAttentionArgs args, int threads);
 void rms_norm_fwd(const RmsNormArgs& args, int threads);
 void linear_rows_fwd(LinearRowsArgs args, int threads);
+void quantize_rows_fwd(const QuantizeArgs& args, int threads);
 void packed_decode_fwd(const PackedDecodeArgs& args, int threads);
 void sample_tokens_fwd(const SamplingArgs& args, int threads);
 

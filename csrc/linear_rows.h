@@ -6,6 +6,9 @@
 // next are fetched meanwhile, because a row of weights is too short for the hardware to see a
 // stream. With more float32 rows the lanes are outputs, whose weights are first transposed in the
 // cache: then no sum is over lanes. No sum's order depends on the other rows.
+//
+// Weights of 8 bits become float32 on the way into registers, or when they are transposed. A scale
+// of each output turns them into weights.
 
 // Keeps a vector that several products share in a register: compilers would load it for each.
 template <class V> SIMD V keep(V v) {
@@ -18,9 +21,11 @@ template <class V> SIMD V keep(V v) {
 }
 
 constexpr int kTileRows = W == 16 ? 8 : 4, kTileOutputs = W == 16 ? 2 : W == 8 ? 3 : 4;
+constexpr int kRowOutputs = 8;  // of a single row and 8-bit weights, against the sums' latency
 
 // kStep weights, and the sums of their products with inputs in each lane.
 template <class E> struct Products {
+  using Input = E;  // what inputs are rounded to
   using X = float;  // of stored inputs, which are in the order of load_pair
   static constexpr int64_t kStep = 2 * W;
   F even, odd;
@@ -36,20 +41,25 @@ template <class E> struct Products {
   }
 };
 
-template <> struct Products<float> {
+// Weights that fill a vector once they are float32, in memory order.
+template <class E> struct WideProducts {
+  using Input = float;
   using X = float;
   static constexpr int64_t kStep = W;
   F weights;
-  SIMD void load_weights(const float* p) { weights = load(p); }
-  template <int n> SIMD static void add(const Products (&w)[n], const float* x, F* sums) {
+  SIMD void load_weights(const E* p) { weights = load(p); }
+  template <class P, int n> SIMD static void add(const P (&w)[n], const float* x, F* sums) {
     const F input = keep(load(x));
     for (int o = 0; o < n; ++o) sums[o] = fma(input, w[o].weights, sums[o]);
   }
   static SIMD void convert(const float* from, float* to) { store(to, load(from)); }
 };
+template <> struct Products<float> : WideProducts<float> {};
+template <> struct Products<I8> : WideProducts<I8> {};
 
 #if RLHF_ISA == 513
 template <> struct Products<BF16> {
+  using Input = BF16;
   using X = BF16;
   static constexpr int64_t kStep = 2 * W;
   __m512bh weights;
@@ -62,7 +72,7 @@ template <> struct Products<BF16> {
 };
 #endif
 
-// Inputs [i, i + n) of row r, rounded to the weights' dtype.
+// Inputs [i, i + n) of row r, rounded to E.
 template <class E>
 SIMD void copy_inputs(const LinearRowsArgs& a, int64_t r, int64_t i, int64_t n, E* to) {
   if (!a.wide) std::memcpy(to, a.rows.at<const E>(r, 0) + i, n * sizeof(E));
@@ -70,6 +80,7 @@ SIMD void copy_inputs(const LinearRowsArgs& a, int64_t r, int64_t i, int64_t n, 
 }
 
 template <class E> SIMD void write_output(const LinearRowsArgs& a, int64_t r, int64_t j, float y) {
+  if (a.scales) y *= a.scales[j];
   if (a.bias) y += load_partial(reinterpret_cast<const E*>(a.bias) + j, 1)[0];
   const int64_t at = r * a.y_stride + j;
   if (!a.wide) return store_partial(reinterpret_cast<E*>(a.y) + at, splat(y), 1);
@@ -81,6 +92,7 @@ template <class E, int kRows, int kOut>
 void linear_tile(const LinearRowsArgs& a, int64_t r, int64_t j) {
   using P = Products<E>;
   constexpr int64_t kStep = P::kStep, kSums = (kRows * kOut + W - 1) / W * W;
+  constexpr int64_t kFetch = std::is_same_v<E, I8> ? 64 : kStep;  // inputs between two prefetches
   const int64_t in = a.in, padded = a.padded(), whole = in - in % kStep;
   const E* const w = reinterpret_cast<const E*>(a.weight) + j * in;
   const auto* const x = reinterpret_cast<const typename P::X*>(a.x) + r * padded;
@@ -95,7 +107,7 @@ void linear_tile(const LinearRowsArgs& a, int64_t r, int64_t j) {
     for (int o = 0; o < kOut; ++o) {
       const E* const p = w + o * in + i;
       weights[o].load_weights(p);
-      if (r == 0) __builtin_prefetch(p + kOut * in, 0, 2);
+      if (r == 0 && i % kFetch == 0) __builtin_prefetch(p + kOut * in, 0, 2);
     }
     add(i);
   }
@@ -110,7 +122,8 @@ void linear_tile(const LinearRowsArgs& a, int64_t r, int64_t j) {
   float y[kSums];
   for (int64_t i = 0; i < kSums; i += W) store(y + i, sums(total + i, W));
   for (int k = 0; k < kRows; ++k)
-    for (int o = 0; o < kOut; ++o) write_output<E>(a, r + k, j + o, y[k * kOut + o]);
+    for (int o = 0; o < kOut; ++o)
+      write_output<typename P::Input>(a, r + k, j + o, y[k * kOut + o]);
 }
 
 template <class E, int kRows, int kOut>
@@ -212,14 +225,15 @@ void amx_spread(const LinearRowsArgs& a, int64_t begin, int64_t end) {
 #endif
 
 // Panels: kPanel outputs side by side, for each input in turn.
-constexpr int64_t kVectors = kPanel / W, kDepth = 128, kLine = 16;         // inputs; floats
+constexpr int64_t kVectors = kPanel / W, kDepth = 128;        // inputs
+template <class E> constexpr int64_t kLine = 64 / sizeof(E);  // weights of a cache line
 constexpr int kPanelRows = W == 16 ? 8 : W == 8 || RLHF_ISA == 1 ? 3 : 1;  // that fit in registers
 
 struct Panel {
   const float *weights, *bias;  // (depth, kPanel), (kPanel,); bias may be null
   int64_t first, depth, j;      // inputs from `first` on, outputs from j on
   bool add;                     // to y instead of overwriting it
-  const float* next;            // rows of weights to fetch meanwhile
+  const char* next;             // rows of weights to fetch meanwhile
   int64_t lines;                // of them during four inputs
 };
 
@@ -237,10 +251,10 @@ SIMD void add_input(const float* x, int64_t stride, const float* w, F (&sums)[kR
   }
 }
 
-// kRows rows from r on; the lines of the next panel from `line` on.
-template <int kRows>
+// kRows rows from r on; the lines of the next panel of E from `line` on.
+template <class E, int kRows>
 SIMD void multiply_panel(const LinearRowsArgs& a, const Panel& p, int64_t r, int64_t line) {
-  constexpr int64_t kLines = kDepth / kLine;  // of a row
+  constexpr int64_t kLines = kDepth / kLine<E>;  // of a row
   const int64_t stride = a.rows.stride_b;
   const float *const x = a.rows.at<const float>(r, 0) + p.first, *w = p.weights;
   F sums[kRows][kVectors];
@@ -251,7 +265,7 @@ SIMD void multiply_panel(const LinearRowsArgs& a, const Panel& p, int64_t r, int
   int64_t i = 0;
   for (; i + 4 <= p.depth; i += 4) {
     for (int64_t k = 0; k < p.lines && line < kPanel * kLines; ++k, ++line)
-      __builtin_prefetch(p.next + line / kLines * a.in + line % kLines * kLine, 0, 2);
+      __builtin_prefetch(p.next + line / kLines * a.in * sizeof(E) + line % kLines * 64, 0, 2);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k, w += kPanel) add_input<kRows>(x + i + k, stride, w, sums);
   }
@@ -267,20 +281,28 @@ SIMD void multiply_panel(const LinearRowsArgs& a, const Panel& p, int64_t r, int
     }
 }
 
-template <int kRows>
+template <class E, int kRows>
 void multiply_rows(const LinearRowsArgs& a, const Panel& p, int64_t r, int64_t line) {
   for (; r + kRows <= a.n; r += kRows, line += p.depth / 4 * p.lines)
-    multiply_panel<kRows>(a, p, r, line);
-  if constexpr (kRows > 1) multiply_rows<kRows - 1>(a, p, r, line);
+    multiply_panel<E, kRows>(a, p, r, line);
+  if constexpr (kRows > 1) multiply_rows<E, kRows - 1>(a, p, r, line);
 }
 
-// Transposes kPanel rows of `depth` weights.
-SIMD void transpose_panel(const float* const* rows, int64_t depth, float* to) {
+// Transposes kPanel rows of `depth` weights, each times its scale if there are scales.
+template <class E>
+SIMD void transpose_panel(const E* const* rows, const float* scales, int64_t depth, float* to) {
+  constexpr bool kScaled = std::is_same_v<E, I8>;
   for (int64_t o = 0; o < kPanel; o += W) {
+    F scale[4] = {};  // of the lanes of quads
+    for (int k = 0; kScaled && k < 4; ++k)
+      for (int lane = 0; lane < W; ++lane) scale[k][lane] = scales[o + k + lane / 4 * 4];
     int64_t i = 0;
     for (; i + 4 <= depth; i += 4) {
       F v[4];
-      for (int k = 0; k < 4; ++k) v[k] = quads(rows + o + k, i);
+      for (int k = 0; k < 4; ++k) {
+        v[k] = quads(rows + o + k, i);
+        if (kScaled) v[k] *= scale[k];
+      }
       const F low = zip_low(v[0], v[1]), low2 = zip_low(v[2], v[3]);
       const F high = zip_high(v[0], v[1]), high2 = zip_high(v[2], v[3]);
       float* const at = to + i * kPanel + o;
@@ -289,47 +311,55 @@ SIMD void transpose_panel(const float* const* rows, int64_t depth, float* to) {
       store(at + 3 * kPanel, pairs_high(high, high2));
     }
     for (; i < depth; ++i)
-      for (int k = 0; k < W; ++k) to[i * kPanel + o + k] = rows[o + k][i];
+      for (int k = 0; k < W; ++k) {
+        const float w = value(rows[o + k][i]);
+        to[i * kPanel + o + k] = kScaled ? w * scales[o + k] : w;
+      }
   }
 }
 
 // Outputs from `begin`, a multiple of kPanel, to `end`.
-void linear_panels(const LinearRowsArgs& a, int64_t begin, int64_t end) {
-  const float* const weight = reinterpret_cast<const float*>(a.weight);
+template <class E> void linear_panels(const LinearRowsArgs& a, int64_t begin, int64_t end) {
   if (a.packed) {
+    const float* const weight = reinterpret_cast<const float*>(a.weight);
     for (int64_t j = begin; j < end; j += kPanel) {
       const float* const w = weight + j * (1 + a.in);  // kPanel biases, then the weights
-      multiply_rows<kPanelRows>(a, {w + kPanel, w, 0, a.in, j, a.add, nullptr, 0}, 0, 0);
+      multiply_rows<float, kPanelRows>(a, {w + kPanel, w, 0, a.in, j, a.add, nullptr, 0}, 0, 0);
     }
     return;
   }
-  alignas(64) float block[kDepth * kPanel], bias[kPanel] = {};
+  const E* const weight = reinterpret_cast<const E*>(a.weight);
+  alignas(64) float block[kDepth * kPanel], bias[kPanel] = {}, scales[kPanel] = {};
   const int64_t tiles = (a.n + kPanelRows - 1) / kPanelRows;
-  const int64_t lines = (kPanel * 4 / kLine + tiles - 1) / tiles;
+  const int64_t lines = (kPanel * 4 / kLine<E> + tiles - 1) / tiles;
   for (int64_t j = begin; j < end; j += kPanel) {
     const int64_t count = std::min(kPanel, a.out - j);
     if (a.bias) std::memcpy(bias, a.bias + j * sizeof(float), count * sizeof(float));
+    if (a.scales) std::memcpy(scales, a.scales + j, count * sizeof(float));
     for (int64_t i = 0; i < a.in; i += kDepth) {
       const int64_t depth = std::min(kDepth, a.in - i);
-      const float* rows[kPanel];
+      const E* rows[kPanel];
       for (int64_t o = 0; o < kPanel; ++o)
         rows[o] = weight + (j + std::min(o, count - 1)) * a.in + i;
-      transpose_panel(rows, depth, block);
-      const float* const next = i + kDepth < a.in ? rows[0] + kDepth : weight + (j + kPanel) * a.in;
-      multiply_rows<kPanelRows>(
-          a, {block, a.bias && i == 0 ? bias : nullptr, i, depth, j, a.add || i > 0, next, lines},
-          0, 0);
+      transpose_panel(rows, scales, depth, block);
+      const E* const next = i + kDepth < a.in ? rows[0] + kDepth : weight + (j + kPanel) * a.in;
+      multiply_rows<E, kPanelRows>(a,
+                                   {block, a.bias && i == 0 ? bias : nullptr, i, depth, j,
+                                    a.add || i > 0, reinterpret_cast<const char*>(next), lines},
+                                   0, 0);
     }
   }
 }
 
 template <class E> void linear_outputs(const LinearRowsArgs& a, int64_t begin, int64_t end) {
-  if constexpr (std::is_same_v<E, float>)
-    if (a.panels()) return linear_panels(a, begin, end);
+  if constexpr (std::is_same_v<E, float> || std::is_same_v<E, I8>)
+    if (a.panels()) return linear_panels<E>(a, begin, end);
 #if RLHF_ISA == 513
   if constexpr (std::is_same_v<E, BF16>)
     if (a.amx) return amx_linear(a, begin, end);
 #endif
+  if constexpr (std::is_same_v<E, I8>)
+    if (a.n == 1) return linear_tiles_of<E, 1, kRowOutputs>(a, begin, end);
   if (a.n > kTileRows) linear_tiles_of<E, 4, W == 8 ? 3 : 4>(a, begin, end);
   else linear_tiles_of<E, kTileRows, kTileOutputs>(a, begin, end);
 }
@@ -340,9 +370,36 @@ template <class E> void spread_rows(const LinearRowsArgs& a, int64_t begin, int6
   for (int64_t r = begin; r < end; ++r) {
     auto* const to = reinterpret_cast<typename P::X*>(a.x) + r * a.padded();
     for (int64_t i = 0; i < a.in; i += P::kStep) {
-      E part[P::kStep] = {};
+      typename P::Input part[P::kStep] = {};
       copy_inputs(a, r, i, std::min(P::kStep, a.in - i), part);
       P::convert(part, to + i);
+    }
+  }
+}
+
+// Rows of 8 bits and their scales: see quantize_rows in rlhf_core/ops/linear_rows.py.
+template <class E> void quantize_rows(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  const int64_t whole = a.in - a.in % W;
+  const U sign = U{} + 0x80000000;
+  for (int64_t r = begin; r < end; ++r) {
+    const E* const from = reinterpret_cast<const E*>(a.weight) + r * a.in;
+    int8_t* const to = a.rows + r * a.in;
+    const auto part = [&](int64_t i) {
+      return i < whole ? load(from + i)
+                       : zero_unless(below(a.in - i), load_partial(from + i, a.in - i));
+    };
+    F largest = {}, bad = {};
+    for (int64_t i = 0; i < a.in; i += W) {
+      const F v = part(i);
+      largest = max((F)((U)v & ~sign), largest);
+      bad += v * 0.f;  // NaN after a NaN or an infinity
+    }
+    const float scale = max_lane(largest) / 127, found = static_cast<float>(sum(bad));
+    a.scales[r] = (scale < kLeastScale ? kLeastScale : scale) + found;
+    const float inverse = 1 / a.scales[r];
+    for (int64_t i = 0; i < a.in; i += W) {
+      const C8 bytes = to_bytes(part(i) * inverse);
+      std::memcpy(to + i, &bytes, std::min<int64_t>(W, a.in - i));
     }
   }
 }

@@ -9,9 +9,12 @@ typedef int32_t I __attribute__((vector_size(4 * W)));  // from comparisons: 0 o
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint16_t H __attribute__((vector_size(2 * W)));
 typedef uint8_t B8 __attribute__((vector_size(W)));
+typedef int8_t C8 __attribute__((vector_size(W)));
+typedef int32_t Q __attribute__((vector_size(W)));  // W / 4 times four bytes
 
 struct BF16 { uint16_t bits; };
 struct F16 { uint16_t bits; };
+struct I8 { int8_t value; };
 
 template <class E> constexpr E kMinusInf = E{-INFINITY};
 template <> constexpr BF16 kMinusInf<BF16> = {0xff80};
@@ -131,6 +134,35 @@ SIMD F scale2(F p, F n) {
 
 SIMD F load(const float* p) { return read<F>(p); }
 SIMD F load(const BF16* p) { return (F)(__builtin_convertvector(read<H>(p), U) << 16); }
+// Compilers convert between bytes and floats one by one unless told how.
+#if RLHF_ISA >= 512
+SIMD F to_float(C8 v) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v)); }
+SIMD C8 to_bytes(F v) { return (C8)_mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)); }
+#elif RLHF_ISA == 2
+SIMD F to_float(C8 v) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)v)));
+}
+SIMD C8 to_bytes(F v) {
+  const __m256i words = _mm256_cvtps_epi32(v), zero = {};
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(words, zero), zero);
+  const Q halves = {((I)bytes)[0], ((I)bytes)[4]};
+  return (C8)halves;
+}
+#elif RLHF_ISA == 1
+SIMD F to_float(C8 v) {
+  const int8x8_t bytes = vcreate_s8((uint32_t)((Q)v)[0]);
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
+}
+SIMD C8 to_bytes(F v) { return __builtin_convertvector(vcvtnq_s32_f32(v), C8); }
+#else
+SIMD F to_float(C8 v) { return __builtin_convertvector(__builtin_convertvector(v, I), F); }
+SIMD C8 to_bytes(F v) {
+  return __builtin_convertvector(__builtin_convertvector(zero_unless(v == v, round(v)), I), C8);
+}
+#endif
+SIMD F load(const I8* p) { return to_float(read<C8>(p)); }
+SIMD float value(float x) { return x; }
+SIMD float value(I8 x) { return x.value; }
 
 // Four floats from i on of each fourth row, side by side.
 SIMD F quads(const float* const* rows, int64_t i) {
@@ -145,6 +177,12 @@ SIMD F quads(const float* const* rows, int64_t i) {
 #else
   return load(rows[0] + i);
 #endif
+}
+
+SIMD F quads(const I8* const* rows, int64_t i) {
+  Q v = {};
+  for (int k = 0; k < W / 4; ++k) v[k] = read<int32_t>(rows[4 * k] + i);
+  return to_float((C8)v);
 }
 
 // Loads 2 W elements in any order, because memory order costs more for BF16.

@@ -32,6 +32,8 @@ const Table table = {
     {rms_norm<float>, rms_norm<BF16>, rms_norm<F16>},
     RLHF_ISA == 513,
     {linear_rows<float>, linear_rows<BF16>, linear_rows<F16>},
+    linear_rows<I8>,
+    {quantize_rows<float>, quantize_rows<BF16>, quantize_rows<F16>},
     {packed_decode<float>, packed_decode<BF16>, packed_decode<F16>},
     {sample_tokens<float>, sample_tokens<BF16>, sample_tokens<F16>},
 };

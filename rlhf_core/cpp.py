@@ -236,11 +236,24 @@ def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def linear_rows_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (n, in) times weight (out, in) transposed, plus bias (out,): (n, out), all in one dtype."""
+def linear_rows_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None
+) -> Tensor:
+    """x (n, in) times weight (out, in) transposed, plus bias (out,): (n, out), all in one dtype.
+
+    With scales (out,) the weight is int8, its rows times the scales, and all else is float32.
+    """
     y = x.new_empty(len(x), len(weight))
-    _C.linear_rows_fwd(x, weight, bias, y, torch.get_num_threads())
+    _C.linear_rows_fwd(x, weight, scales, bias, y, torch.get_num_threads())
     return y
+
+
+def quantize_rows_fwd(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 rows (out, in) and float32 scales (out,) of a weight, see `ops.linear_rows`."""
+    rows = torch.empty_like(weight, dtype=torch.int8)
+    scales = weight.new_empty(len(weight), dtype=torch.float32)
+    _C.quantize_rows_fwd(weight, rows, scales, torch.get_num_threads())
+    return rows, scales
 
 
 def packed_decode_fwd(

@@ -27,6 +27,7 @@ from rlhf_core.ops.sampling import sample_tokens
 
 # Steps between checks for finished rows. A check makes the host wait for the GPU.
 STEPS_PER_CHECK = {"cpu": 1, "cuda": 16}
+WEIGHT_DTYPES = (None, "int8")
 
 
 class Generation(NamedTuple):
@@ -99,6 +100,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     seeds: Tensor | None = None,
     generator: torch.Generator | None = None,
+    weight_dtype: str | None = None,
 ) -> Generation:
     """Sampled responses to every prompt, with their log-probs. Dropout is always off.
 
@@ -125,13 +127,17 @@ def generate(
         seeds: (N,) int64. A row's tokens depend only on its prompt, its seed and the options, up
             to rounding of the logits in batches of another size. None: drawn from `generator`.
         generator: source of the seeds; None for torch's global one.
+        weight_dtype: "int8": on CPUs, decoding steps read copies of the linear layers and of the head
+            in 8 bits, which each call makes. The copies are a slightly different model, and all
+            log-probs are that model's. None: the weights as they are.
 
     Returns:
         A `Generation` of N = B * num_samples responses.
 
     Raises:
         ValueError or TypeError: an argument out of range, an empty prompt, padding not on the
-            left, or a sequence longer than the model's positions.
+            left, a sequence longer than the model's positions, or a model that has no decoding
+            steps in weight_dtype.
         FloatingPointError: logits that are not finite; the message names the row and the token.
     """
     check_own(model, tokenizer)
@@ -153,6 +159,8 @@ def generate(
             f"row {int(prompt_lengths.argmax())}: {P} prompt + {max_new_tokens} new tokens exceed "
             f"the model's {config.max_positions} positions"
         )
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight_dtype must be one of {WEIGHT_DTYPES}, got {weight_dtype!r}")
     if not 0 < repetition_penalty < math.inf:
         raise ValueError(f"repetition_penalty must be finite and > 0, got {repetition_penalty}")
     stops = Stops(
@@ -174,7 +182,7 @@ def generate(
         for slot, length in enumerate(prompt_lengths.repeat_interleave(n).tolist()):
             if length <= config.long_from:
                 crossings.setdefault(config.long_from + 1 - length, []).append(slot)
-    with eval_mode(model), packed_for_decoding(model, B * n) as fast_model:
+    with eval_mode(model), packed_for_decoding(model, B * n, weight_dtype) as fast_model:
         cache = model.new_cache(B * n, P + max_new_tokens)
         logits = fast_model.prefill(prompt_ids, prompt_lengths, cache)  # (B, V)
         step = DecodeStep(

@@ -74,6 +74,7 @@ def sample(
     seeds: Tensor | None = None,
     generator: torch.Generator | None = None,
     engine: Engine | None = None,
+    weight_dtype: str | None = None,
 ) -> Rollout:
     """Sample `num_samples` responses to every prompt of token ids, grouped by prompt.
 
@@ -81,9 +82,13 @@ def sample(
     `response_logprobs` knows the temperature only. Several processes share the prompts; each gets
     all responses, which are those of a single process.
 
-    engine: samples in place of `generate`, after it has got the model's weights. With
-        several processes, only the first one calls it.
+    engine: samples in place of `generate`, after it has got the model's weights. With several
+        processes, only the first one calls it.
+    weight_dtype: as for `generate`, and so not with an engine. The log-probs are those of the
+        distribution sampled from, which `response_logprobs` of the model differ from.
     """
+    if engine is not None and weight_dtype is not None:
+        raise ValueError(f"weight_dtype {weight_dtype} is for `generate`; the engine has its own")
     if not (top_k is top_p is min_p is None):
         _warn_of_truncation()
     for i, prompt in enumerate(prompts):
@@ -117,6 +122,7 @@ def sample(
             prompt_ids,
             attention_mask=prompt_mask,
             seeds=seeds[own.start * num_samples : own.stop * num_samples],
+            weight_dtype=weight_dtype,
             **options,
         )
         return _columns(response)

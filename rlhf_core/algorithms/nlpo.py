@@ -47,6 +47,11 @@ class NLPOTrainer(PPOTrainer):
     def __init__(self, model: Transformer, examples, config: NLPOConfig, **options):
         if options.get("engine") is not None:
             raise ValueError("nlpo samples from a masked policy, which no engine serves: pass none")
+        if config.rollout_dtype is not None:
+            raise ValueError(
+                f"nlpo samples from a masked policy, which has no decoding steps in rollout_dtype "
+                f"{config.rollout_dtype}: unset it"
+            )
         super().__init__(model, examples, config, **options)
         self.masked = MaskedPolicy(model, config.mask_top_p, config.temperature)
 

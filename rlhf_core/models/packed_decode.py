@@ -30,7 +30,7 @@ from rlhf_core.models.transformer import (
     Trunk,
     TrunkModel,
 )
-from rlhf_core.ops.linear_rows import MOST_ROWS, linear_rows
+from rlhf_core.ops.linear_rows import MOST_ROWS, linear_rows, quantize_rows
 
 READ_FROM = 2**16  # with fewer weights a layer is in a core's cache, and F.linear is as fast
 PANEL = 32  # kPanel in csrc/kernels.h
@@ -47,13 +47,25 @@ PARTS |= {nn.ModuleDict}
 
 
 @contextlib.contextmanager
-def packed_for_decoding(model: TrunkModel, rows: int) -> Iterator[TrunkModel | PackedModel]:
+def packed_for_decoding(
+    model: TrunkModel, rows: int, weight_dtype: str | None = None
+) -> Iterator[TrunkModel | PackedModel]:
     """Yield the model in its fastest form: a PackedModel, or the model as it is.
 
     On CPUs, the linear layers and the head of other models go through `linear_rows`, so that a few
     rows cost about one read of the weights.
+
+    weight_dtype: "int8" for steps that read weights of 8 bits, see `PackedModel`.
+
+    Raises:
+        ValueError: the model has no steps with such weights.
     """
     launch = getattr(backends.resolve(None, model.trunk.embed.weight), "packed_decode_fwd", None)
+    if weight_dtype is not None:
+        if reason := _no_int8(model, launch is not None):
+            raise ValueError(f"weight_dtype {weight_dtype}: {reason}. Leave it out")
+        yield PackedModel(model, launch, int8=True)
+        return
     if launch is not None and _fits(model, rows):
         yield PackedModel(model, launch)
         return
@@ -77,13 +89,17 @@ def packed_for_decoding(model: TrunkModel, rows: int) -> Iterator[TrunkModel | P
 
 
 class PackedModel:
-    """`prefill` and `decode` of a Transformer, up to rounding. No row depends on other rows."""
+    """`prefill` and `decode` of a Transformer, up to rounding. No row depends on other rows.
 
-    def __init__(self, model: Transformer, launch: Callable[..., Tensor]):
+    With `int8`, `decode` multiplies by copies of the linear layers and the head in 8 bits, see
+    `quantize_rows`. Embeddings, norms, adapters and prompts keep the weights as they are.
+    """
+
+    def __init__(self, model: Transformer, launch: Callable[..., Tensor], *, int8: bool = False):
         config, size = model.config, sum(x.numel() for _, x in _weights(model))
-        self.model, self.launch = model, launch
+        self.model, self.launch, self.int8 = model, launch, int8
         self.embedding = model.trunk.embed.weight.detach().contiguous()
-        small = size <= MOST_PACKED and self.embedding.dtype == torch.float32
+        small = size <= MOST_PACKED and self.embedding.dtype == torch.float32 and not int8
         self.packed_size = size if small else 0
         self.rank = 0  # the largest of a layer's adapters together
         self.kept: list[Tensor] = []  # what the addresses point to
@@ -168,15 +184,28 @@ class PackedModel:
         self, weight: Tensor, bias: Tensor | None, a: Tensor | None = None, b: Tensor | None = None
     ) -> list[int]:
         """Addresses of a layer with adapters that add b a x, a (rank, in) and b (out, rank)."""
+        scales = None
         if self.packed_size:
             weight, bias = _panels(weight, bias), None
+        if self.int8:
+            weight, scales = quantize_rows(weight)
+            bias = None if bias is None else bias.float()
         rank = 0 if a is None else len(a)
         self.rank = max(self.rank, rank)
-        return [*(self._address(x) for x in (weight, bias, a, b)), rank]
+        return [*(self._address(x) for x in (weight, bias, scales, a, b)), rank]
 
 
 def _weights(model: Transformer) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _no_int8(model: TrunkModel, compiled: bool) -> str:
+    """Why the model has no decoding steps with weights of 8 bits, or ""."""
+    if model.device.type != "cpu":
+        return f"only CPUs decode with it, and the model is on {model.device}"
+    if not _fits(model, 1):
+        return f"a GPT-2 or Llama without hooks decodes with it, not this {type(model).__name__}"
+    return "" if compiled else "it needs the C++ backend, see `rlhf-core info`"
 
 
 def _fits(model: Transformer, rows: int) -> bool:

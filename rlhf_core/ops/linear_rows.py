@@ -5,8 +5,13 @@ them. On CPUs torch's product takes two to four times that, unless the weights a
 oneDNN's own layout. This kernel reads them where they are. It adds products in float32; bfloat16
 uses AMX or AVX-512 BF16 where the CPU has them.
 
+`int8_linear_rows` reads weights of 8 bits, a quarter of the bytes of float32. `quantize_rows` makes
+them: each output has a scale s = max |w| / 127, and its weights become round(w / s).
+
 Left out: gradients and GPUs, where torch's product is already as fast as the memory.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +20,7 @@ from torch import Tensor
 from rlhf_core.checks import resolve
 
 MOST_ROWS = 64  # from here on the arithmetic takes longer than reading the weights
+LEAST_SCALE = 1e-37  # of rows of zeros; its inverse is a finite float32
 
 
 def linear_rows(
@@ -42,3 +48,41 @@ def linear_rows(
     rows = x.reshape(-1, x.shape[-1])
     y = launch(rows if rows.stride(1) == 1 else rows.contiguous(), weight, bias)
     return y.unflatten(0, x.shape[:-1])
+
+
+def quantize_rows(weight: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Return int8 rows (out, in) and float32 scales (out,), whose product is close to weight.
+
+    An element's error is at most half its row's scale. A row with a NaN or an infinity gets a scale
+    of NaN, so that its outputs are NaN.
+    """
+    weight = weight.detach().contiguous()
+    launch = getattr(resolve(backend, weight), "quantize_rows_fwd", None)
+    if launch is not None and weight.is_cpu:
+        return launch(weight)
+    scales = torch.linalg.vector_norm(weight.float(), math.inf, dim=1) / 127
+    scales = scales.clamp_min(LEAST_SCALE).where(weight.isfinite().all(dim=1), math.nan)
+    rows = (weight.float() * (1 / scales)[:, None]).round().nan_to_num()
+    return rows.to(torch.int8), scales
+
+
+def int8_linear_rows(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """x (n, in) float32 times (scales * weight) (out, in) transposed, plus bias (out,): (n, out).
+
+    Without a fused launcher torch multiplies by a copy of the weights in float32. No gradient. The
+    bits of a row depend neither on the other rows nor, up to 16 rows or beyond, on their number.
+
+    Args:
+        weight, scales: as from `quantize_rows`.
+    """
+    launch = getattr(resolve(backend, x, weight), "linear_rows_fwd", None)
+    if launch is None or not x.numel():
+        return F.linear(x, weight.float() * scales[:, None], bias)
+    return launch(x if x.stride(1) == 1 else x.contiguous(), weight, bias, scales)

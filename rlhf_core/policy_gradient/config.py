@@ -112,6 +112,12 @@ class PolicyGradientConfig(TrainConfig):
         "bounds IcePop)",
         choices=("truncate", "mask"),
     )
+    rollout_dtype: str | None = option(
+        None,
+        "int8: rollouts are sampled on a CPU from copies of the weights in 8 bits, which are read "
+        "faster; importance_cap corrects for the difference. Unset: the weights as they are",
+        choices=("int8",),
+    )
     steps_ahead: int = option(
         0,
         "rollouts that an engine samples while the policy trains on the one before; with 1 the "

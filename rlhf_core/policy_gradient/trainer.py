@@ -138,6 +138,8 @@ class PolicyGradientTrainer(Trainer):
                 "the weights before for its own. Set importance_cap, such as 2",
                 stacklevel=2,
             )
+        if config.rollout_dtype is not None:
+            _check_rollout_dtype(config, model, engine)
         positions, longest = model.config.max_positions, config.response_length
         prompt_length = min(config.max_prompt_length, positions - longest)
         if prompt_length < 1:
@@ -246,7 +248,7 @@ class PolicyGradientTrainer(Trainer):
             return
         seeds = draw_seeds(len(batch) * num_samples, self.generator, self.device)
         options = self.sampling_options(num_samples)
-        del options["generator"]
+        del options["generator"], options["weight_dtype"]
         options |= dict(seeds=seeds.tolist(), top_k=None, top_p=None, min_p=None)
         generate = partial(options.pop("engine").generate, batch, **options)
         with whole(self.sampled_policy) as policy, distributed.together(local=True):
@@ -267,6 +269,7 @@ class PolicyGradientTrainer(Trainer):
             tokenizer=self.tokenizer,
             generator=self.generator,
             engine=self.engine,
+            weight_dtype=self.config.rollout_dtype,
         )
 
     def sample(self, batch: list[list[int]], num_samples: int = 1, **options) -> Rollout:
@@ -806,3 +809,22 @@ class PolicyGradientTrainer(Trainer):
         batch = next(islice(self.batches(), step, None), [])
         flight = flight_of(state, batch, num_samples)
         self.flights = {} if flight is None else {step: flight}
+
+
+def _check_rollout_dtype(
+    config: PolicyGradientConfig, model: Transformer, engine: Engine | None
+) -> None:
+    """Raise ValueError where rollout_dtype cannot apply. Warn where nothing corrects for it."""
+    dtype = config.rollout_dtype
+    if engine is not None:
+        raise ValueError(f"rollout_dtype is {dtype}, but the engine samples: unset one of them")
+    if model.device.type != "cpu":
+        raise ValueError(
+            f"rollout_dtype {dtype} is for CPUs, but the model is on {model.device}: unset it"
+        )
+    if config.importance_cap is None:
+        warnings.warn(
+            f"rollout_dtype {dtype} without importance_cap: the policy gradient takes the samples "
+            "of rounded weights for the policy's own. Set importance_cap, such as 2",
+            stacklevel=3,
+        )

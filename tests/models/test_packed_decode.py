@@ -1,6 +1,7 @@
 """A decoding step in one C++ call against Transformer.decode in float64; rejected models."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from rlhf_core.models import packed_decode as module
 from rlhf_core.models.lagging import lagging_copy
 from rlhf_core.models.lora import LoRAConfig, adapters_off, add_adapters
 from rlhf_core.models.packed_decode import PackedModel, packed_for_decoding
-from rlhf_core.ops.linear_rows import linear_rows
+from rlhf_core.ops.linear_rows import linear_rows, quantize_rows
 
 pytestmark = pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 S = 40
@@ -222,6 +223,42 @@ def test_adapters_count_and_off_means_off(backend, form, targets, B):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "mistral"])
+@pytest.mark.parametrize("B", [1, 7, 45])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_in_8_bits_are_those_of_the_rounded_weights(backend, kind, B, dtype):
+    model = make(**KINDS[kind]).to(dtype)
+    rounded = model.plain_copy().double()
+    layers = [x for x in rounded.modules() if isinstance(x, torch.nn.Linear)]
+    assert len(layers) == 4 * 3 + 1
+    for layer in layers:
+        rows_of, scales = quantize_rows(layer.weight)
+        layer.weight = torch.nn.Parameter(rows_of.double() * scales.double()[:, None])
+    ids, cache = rows(model, [3 * n % 30 for n in range(B)])
+    truth, slots = in_float64(cache, rounded), torch.arange(B)
+    with packed_for_decoding(model, B, "int8") as fast:
+        got, want = fast.decode(ids, cache, slots), rounded.decode(ids, truth, slots)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05  # the cache is in bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+    assert (want - model.decode(ids, cache, slots)).abs().max() > 20 * 1e-4
+
+
+@torch.no_grad()
+def test_adapters_keep_their_precision_beside_8_bits(backend):
+    model, slots = make(), torch.arange(6)
+    ids, cache = rows(model, [5] * 6)
+    with packed_for_decoding(model, 6, "int8") as fast:
+        before = fast.decode(ids, copy.deepcopy(cache), slots)
+    add_adapters(model, LoRAConfig(rank=2))
+    for parameter in filter(lambda x: x.requires_grad, model.parameters()):
+        torch.nn.init.normal_(parameter, std=0.2)
+    want = model.decode(ids, copy.deepcopy(cache), slots)
+    with packed_for_decoding(model, 6, "int8") as fast:
+        got = fast.decode(ids, copy.deepcopy(cache), slots)
+    assert (got - want).abs().mean() < 0.1 * (before - want).abs().mean()
+
+
+@torch.no_grad()
 def test_strides_do_not_matter(backend, form):
     model, slots = make(), torch.arange(10)
     ids, cache = rows(model, [5] * 10)
@@ -310,6 +347,20 @@ def test_models_that_it_does_not_compute_decode_by_themselves(backend, monkeypat
     assert packed(make()).packed_size == 0
     monkeypatch.setattr(backends, "DEFAULT", "reference")
     assert packed(make()) is None
+
+
+def test_8_bits_are_refused_where_no_step_has_them(backend, monkeypatch):
+    hooked, ids = make(), torch.ones(1, 3, dtype=torch.long)
+    hooked.trunk.blocks[0].mlp.register_forward_hook(lambda *_: None)
+    run = functools.partial(generation.generate, max_new_tokens=2)
+    for model in (hooked, make(logit_softcap=9.0), make().double()):
+        with pytest.raises(ValueError, match="weight_dtype int8: a GPT-2 or Llama without"):
+            run(model, ids, weight_dtype="int8")
+    with pytest.raises(ValueError, match=r"weight_dtype must be one of .*, got 'int4'"):
+        run(make(), ids, weight_dtype="int4")
+    monkeypatch.setattr(backends, "DEFAULT", "reference")
+    with pytest.raises(ValueError, match=r"it needs the C\+\+ backend"):
+        run(make(), ids, weight_dtype="int8")
 
 
 def test_generate_uses_it_and_samples_what_the_modules_sample(backend, form, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf_core.ops.linear_rows import MOST_ROWS, linear_rows
+from rlhf_core.ops.linear_rows import MOST_ROWS, int8_linear_rows, linear_rows, quantize_rows
 
 
 def truth(x, weight, bias):
@@ -64,6 +64,44 @@ def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(backe
     parts = [linear_rows(part, weight, backend=backend) for part in x.split(sizes)]
     torch.set_num_threads(before)
     assert torch.equal(torch.cat(parts), together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_8_bit_weights_are_within_half_a_scale_and_the_same_on_every_backend(backend, dtype):
+    for inputs, outputs in ((1, 1), (3, 9), (16, 5), (37, 7)):
+        weight = (torch.randn(outputs, inputs) * torch.rand(outputs, 1)).to(dtype)
+        weight[0] = 0
+        rows, scales = quantize_rows(weight, backend=backend)
+        assert rows.dtype == torch.int8 and scales.dtype == torch.float32
+        error = (rows.double() * scales.double()[:, None] - weight.double()).abs()
+        assert (error <= scales[:, None] * 0.5001).all() and not error[0].any()
+        assert torch.equal(rows.abs().amax(dim=1) == 127, weight.abs().amax(dim=1) > 0)
+        want = quantize_rows(weight, backend="reference")
+        assert all(map(torch.equal, (rows, scales), want))
+    weight[1, 3], weight[2, 36] = torch.nan, torch.inf
+    found = quantize_rows(weight, backend=backend)[1].isnan()
+    assert found.nonzero().flatten().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 50, MOST_ROWS + 1])
+def test_layers_of_8_bits_match_float64(backend, rows):
+    for (inputs, outputs), with_bias in itertools.product(
+        ((1, 1), (3, 17), (16, 2), (31, 16), (48, 5), (100, 40), (896, 19)), (0, 1)
+    ):
+        x, (weight, scales) = torch.randn(rows, inputs), quantize_rows(torch.randn(outputs, inputs))
+        bias = torch.randn(outputs) if with_bias else None
+        got = int8_linear_rows(x, weight, scales, bias, backend=backend)
+        exact = weight.double() * scales.double()[:, None]
+        size = x.double().abs() @ exact.abs().T
+        assert ((got - truth(x, exact, bias)).abs() <= 2e-6 * (1 + size)).all()
+
+
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
+@pytest.mark.parametrize("sizes", [(1, 2, 3, 5, 5), (17, 20)], ids=str)
+def test_a_row_of_8_bit_layers_has_the_same_bits_in_any_batch(backend, sizes):
+    x, layer = torch.randn(sum(sizes), 300), quantize_rows(torch.randn(77, 300))
+    parts = [int8_linear_rows(part, *layer, backend=backend) for part in x.split(sizes)]
+    assert torch.equal(torch.cat(parts), int8_linear_rows(x, *layer, backend=backend))
 
 
 def test_what_the_kernel_does_not_take_goes_to_torch(backend):

@@ -11,6 +11,7 @@ from helpers import (
     Letters,
     adapted,
     experience_of,
+    fives,
     forward,
     gradients,
     head_calls,
@@ -28,8 +29,15 @@ from rlhf_core.masking import loss_weights, masked_mean
 from rlhf_core.models import RewardModel
 from rlhf_core.models.transformer import Trunk
 from rlhf_core.policy_gradient.experience import Experience
-from rlhf_core.rollout import Rollout, sample
-from rlhf_core.trainers import SFTConfig, SFTTrainer
+from rlhf_core.rollout import Rollout, response_logprobs, sample
+from rlhf_core.trainers import (
+    GRPOConfig,
+    GRPOTrainer,
+    NLPOConfig,
+    NLPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from rlhf_core.training.metrics import Metrics
 
 # ---- sampling and scoring
@@ -513,6 +521,58 @@ def test_a_step_reports_its_importance_weights(level, mode):
     for name, value in want.items():
         assert report[f"importance/{name}"] == pytest.approx(float(value), rel=1e-4), name
     assert "weight_squared" not in report
+
+
+def make_grpo(model=None, others=None, **config):
+    """A GRPO trainer with one update for each rollout."""
+    settings = dict(batch_size=4, num_samples=2, response_length=6, temperature=1.0, lr=1e-3)
+    config = GRPOConfig(**(settings | config))
+    return GRPOTrainer(tiny(), PROMPTS[:4], config, reward=fives, **(others or {}))
+
+
+@pytest.mark.parametrize("make", [make_ppo, make_grpo])
+def test_rollouts_in_8_bits_are_corrected_and_repeated_by_a_resumed_run(make, tmp_path):
+    """Weights, metrics and names are those of an engine that rounds otherwise."""
+    pytest.importorskip("rlhf_core.cpp", reason="the C++ extension is not built")
+    options = dict(rollout_dtype="int8", importance_cap=2.0, epochs=2)
+    whole, exact = make(**options), make()
+    sampled, sample = [], whole.sample
+    whole.sample = lambda *a, **b: sampled.append(sample(*a, **b)) or sampled[-1]
+    start = copy.deepcopy(whole.model)
+    first, *_ = history = whole.train()
+    assert 1e-6 < first["val/rollout_kl"] < 0.1 and exact.train()[0]["val/rollout_kl"] < 1e-9
+    (rollout, *_), mask = sampled, sampled[0].response_mask
+    with torch.no_grad():
+        logprobs, _ = response_logprobs(start, rollout, whole.config.temperature)
+    ratio = (logprobs - rollout.logprobs)[mask].exp().clamp(max=2.0)
+    assert first["importance/weight"] == pytest.approx(float(ratio.mean()), rel=1e-5)
+
+    def stop(metrics, step):
+        raise KeyError("stop")
+
+    broken = make(others=dict(out=tmp_path, on_step=stop), **options)
+    with pytest.raises(RuntimeError, match="continue from"):
+        broken.train()
+    resumed = make(others=dict(out=tmp_path), **options)
+    resumed.resume()
+    timed = ("eps", "tokens_per_second")
+    last, want = resumed.train()[-1], history[-1]
+    assert {k: x for k, x in last.items() if k not in timed} == {
+        k: x for k, x in want.items() if k not in timed
+    }
+    for name, x in whole.model.state_dict().items():
+        assert torch.equal(x, resumed.model.state_dict()[name])
+
+
+def test_rollouts_in_8_bits_are_refused_or_warned_about():
+    with pytest.raises(ValueError, match="rollout_dtype is int8, but the engine samples"):
+        make_ppo(rollout_dtype="int8", others=dict(engine=object()))
+    with pytest.raises(ValueError, match=r"rollout_dtype int8 is for CPUs, .* on meta"):
+        make_ppo(tiny().to("meta"), rollout_dtype="int8")
+    with pytest.raises(ValueError, match="nlpo samples from a masked policy, which has no dec"):
+        NLPOTrainer(tiny(), PROMPTS, NLPOConfig(rollout_dtype="int8"), reward=lengths)
+    with pytest.warns(UserWarning, match="rollout_dtype int8 without importance_cap"):
+        make_ppo(rollout_dtype="int8")
 
 
 def test_if_all_weights_are_masked_the_policy_stays():
