@@ -127,9 +127,9 @@ def generate(
         seeds: (N,) int64. A row's tokens depend only on its prompt, its seed and the options, up
             to rounding of the logits in batches of another size. None: drawn from `generator`.
         generator: source of the seeds; None for torch's global one.
-        weight_dtype: "int8": on CPUs, decoding steps read copies of the linear layers and of the head
-            in 8 bits, which each call makes. The copies are a slightly different model, and all
-            log-probs are that model's. None: the weights as they are.
+        weight_dtype: "int8": on CPUs, decoding steps read copies of the linear layers and of the
+            head in 8 bits, which each call makes. The copies are a slightly different model, and
+            all log-probs are that model's. None: the weights as they are.
 
     Returns:
         A `Generation` of N = B * num_samples responses.
