@@ -1,5 +1,7 @@
 """What the tests of the ops share: tolerances, a call of every op and of every launcher."""
 
+import itertools
+
 import torch
 
 import rlhf_core
@@ -43,6 +45,19 @@ def assert_as_accurate(got, reference, truth, kind="value"):
 def interpreted(backend):
     """Whether the backend is Triton's interpreter, a thousand times slower than the others."""
     return backend == "triton" and not torch.cuda.is_available()
+
+
+def cases(settings, few):
+    """All combinations of the settings on each backend, but few in Triton's interpreter.
+
+    The few hold every value, and the interpreted kernels run the same code for the others.
+    """
+    every = list(itertools.product(*settings))
+    return [
+        (backend, *x)
+        for backend in ("reference", "cpp", "triton")
+        for x in (few if interpreted(backend) else every)
+    ]
 
 
 def poison_uninitialised_memory(monkeypatch):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from op_helpers import assert_as_accurate
+from op_helpers import assert_as_accurate, cases
 
 from rlhf_core import decode_attention
 
@@ -90,9 +90,14 @@ def check(x, backend, **settings):
     return out
 
 
-@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
-@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (9, 1)], ids=str)
-@pytest.mark.parametrize("K", [8, 64])
+@pytest.mark.parametrize(
+    "backend, K, heads, rope",
+    cases(
+        ([8, 64], [(1, 1), (4, 4), (6, 2), (9, 1)], [True, False]),
+        few=[(8, (1, 1), True), (64, (4, 4), False), (64, (6, 2), True), (8, (9, 1), False)],
+    ),
+    indirect=["backend"],
+)
 def test_rows_of_any_length_match_float64(backend, K, heads, rope):
     check(inputs([0, 1, 7, 15, 16, 17, 64, 70], *heads, K, rope=rope), backend)
 
@@ -122,25 +127,32 @@ def test_a_window_hides_all_but_the_last_tokens(backend, window):
     check(x, backend, window=window)
 
 
-@pytest.mark.parametrize("K", [8, 64])
-@pytest.mark.parametrize("S, window", [(1, 1), (5, 3), (16, 16), (200, 200), (300, 129)])
-def test_a_cache_as_long_as_the_window_is_a_ring(backend, S, window, K):
+RINGS = [(1, 1), (5, 3), (16, 16), (200, 200), (300, 129)]
+
+
+@pytest.mark.parametrize(
+    "backend, K, ring",
+    cases(([8, 64], RINGS), few=[((64, 8)[i % 2], ring) for i, ring in enumerate(RINGS)]),
+    indirect=["backend"],
+)
+def test_a_cache_as_long_as_the_window_is_a_ring(backend, K, ring):
+    S, window = ring
     lengths = [0, 1, S - 1, S, S + 1, 2 * S + S // 2, 5 * S - 1]
     x = inputs(lengths, K=K, S=5 * S)
-    ring = {name: torch.full_like(x[name][:, :, :S], math.nan) for name in CACHE}
+    stored = {name: torch.full_like(x[name][:, :, :S], math.nan) for name in CACHE}
     for slot, n in zip(x["slots"].tolist(), lengths):
         for name, t in ((name, t) for name in CACHE for t in range(n)):
-            ring[name][slot, :, t % S] = x[name][slot, :, t]
+            stored[name][slot, :, t % S] = x[name][slot, :, t]
     want, *full = run(x, backend, window=window)
-    got, *stores = run(x | ring, backend, window=window)
+    got, *stores = run(x | stored, backend, window=window)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     early = torch.tensor([n < S for n in lengths])
     if backend != "reference":  # whose sums run over all places
         assert torch.equal(got[early], want[early])
     n, slots = torch.tensor(lengths), x["slots"]
     for name, store, whole in zip(CACHE, stores, full):
-        ring[name][slots, :, n % S] = whole[slots, :, n]
-        assert torch.equal(store.nan_to_num(), ring[name].nan_to_num())
+        stored[name][slots, :, n % S] = whole[slots, :, n]
+        assert torch.equal(store.nan_to_num(), stored[name].nan_to_num())
 
 
 def test_a_ring_has_room_for_the_positions_of_its_rotation(backend):

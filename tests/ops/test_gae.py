@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from op_helpers import assert_as_accurate, interpreted
+from op_helpers import assert_as_accurate, cases, interpreted
 
 from rlhf_core import gae, kl_estimate, ppo_advantages
 from rlhf_core.ops.gae import gae_reference
@@ -59,11 +59,19 @@ def run(rewards, values, mask, backend, upstream=None, last_values=None, gamma=G
     return *(x.detach() for x in outputs), *grads
 
 
-@pytest.mark.parametrize("with_last_values", [False, True])
+DISCOUNTS = [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)]
+
+
 @pytest.mark.parametrize(
-    "gamma, lam", [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)]
+    "backend, discount, with_last_values",
+    cases(
+        (DISCOUNTS, [False, True]),
+        few=[(x, i % 2 == 0) for i, x in enumerate(DISCOUNTS)],
+    ),
+    indirect=["backend"],
 )
-def test_a_mask_with_gaps_equals_the_compacted_sequence(backend, gamma, lam, with_last_values):
+def test_a_mask_with_gaps_equals_the_compacted_sequence(backend, discount, with_last_values):
+    gamma, lam = discount
     rewards, values, mask = batch(4, 19)
     upstream = torch.randn(4, 19), torch.randn(4, 19)
     kwargs = {
@@ -81,8 +89,14 @@ def test_a_mask_with_gaps_equals_the_compacted_sequence(backend, gamma, lam, wit
     assert all((x[~mask] == 0).all() for x in got[:4])
 
 
-@pytest.mark.parametrize("keep", [0.1, 1.0])
-@pytest.mark.parametrize("T", [31, 32, 33, 64, 70])
+@pytest.mark.parametrize(
+    "backend, T, keep",
+    cases(
+        ([31, 32, 33, 64, 70], [0.1, 1.0]),
+        few=[(31, 1.0), (32, 0.1), (33, 1.0), (64, 1.0), (70, 0.1)],
+    ),
+    indirect=["backend"],
+)
 def test_rows_longer_than_a_block_carry_their_state_on(backend, T, keep, small_blocks):
     rewards, values, mask = batch(2, T, keep)
     upstream = torch.randn(2, T), torch.randn(2, T)
@@ -377,8 +391,14 @@ def advantages_by_hand(scores, logprobs, ref_logprobs, values, mask, kl_coef, es
     return advantages, returns, rewards, kl
 
 
-@pytest.mark.parametrize("whiten", [False, True])
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+@pytest.mark.parametrize(
+    "backend, estimator, whiten",
+    cases(
+        (["k1", "k2", "k3", "abs"], [False, True]),
+        few=[("k1", False), ("k2", True), ("k3", False), ("abs", True)],
+    ),
+    indirect=["backend"],
+)
 def test_ppo_advantages_are_kl_score_gae_and_whitening(backend, estimator, whiten):
     settings = {"kl_coef": 0.3, "whiten": whiten}
     for shape in ((4, 19), (1, 1), (3, 70)):

@@ -1,12 +1,11 @@
 """linear_token_logprobs: log-probs and gradients of an output head without its full logits."""
 
-import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from op_helpers import assert_as_accurate
+from op_helpers import assert_as_accurate, cases
 from torch.testing import assert_close
 
 from rlhf_core import (
@@ -50,14 +49,6 @@ def block(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(linear_logprobs_blocks, "CPU_BLOCK", request.param)
         monkeypatch.setattr(linear_logprobs_blocks, "GPU_BLOCK", request.param)
-
-
-def cases(settings, few):
-    """All settings on the reference and C++; few in Triton, whose launchers get the same calls."""
-    return [
-        *((backend, *x) for backend in ("reference", "cpp") for x in itertools.product(*settings)),
-        *(("triton", *x) for x in few),
-    ]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from op_helpers import assert_as_accurate
+from op_helpers import assert_as_accurate, cases
 
 from rlhf_core import loss_weights, ppo_loss
 from rlhf_core.ops.policy_loss import PPOLossStats
@@ -63,12 +63,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 19), (2, 70), (37, 5)], ids=str)
-def test_loss_statistics_and_gradients_match_the_reference_in_float64(backend, shape, settings):
+SHAPES = [(1, 1), (3, 19), (2, 70), (37, 5)]
+
+
+@pytest.mark.parametrize(
+    "backend, shape, case",
+    cases((SHAPES, CASES), few=[(SHAPES[i % 4], case) for i, case in enumerate(CASES)]),
+    indirect=["backend"],
+)
+def test_loss_statistics_and_gradients_match_the_reference_in_float64(backend, shape, case):
     inputs = batch(*shape)
-    check(inputs, backend, **settings)
-    check(inputs | {"weights": None}, backend, **settings)
+    check(inputs, backend, **CASES[case])
+    check(inputs | {"weights": None}, backend, **CASES[case])
 
 
 def test_without_a_critic_or_entropy(backend):
@@ -265,8 +271,18 @@ def test_a_batch_that_counts_nothing_has_loss_zero_and_no_gradient(backend, shap
         assert all(x.shape == shape and (x == 0).all() for x in gradients.values())
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-@pytest.mark.parametrize("sizes", [(8,), (4, 4), (3, 5), (1,) * 8], ids=str)
+SIZES = [(8,), (4, 4), (3, 5), (1,) * 8]
+AGGREGATIONS = ["token_mean", "sequence_mean"]
+
+
+@pytest.mark.parametrize(
+    "backend, sizes, aggregation",
+    cases(
+        (SIZES, AGGREGATIONS),
+        few=[(sizes, AGGREGATIONS[i % 2]) for i, sizes in enumerate(SIZES)],
+    ),
+    indirect=["backend"],
+)
 def test_micro_batches_with_sliced_weights_add_up_to_the_whole(backend, sizes, aggregation):
     inputs = batch(8, 21) | {"weights": None}
     inputs["response_mask"] = torch.arange(21) < torch.tensor([1, 21, 5, 0, 13, 2, 8, 20])[:, None]
