@@ -63,13 +63,19 @@ def test_grpo_runs_on_gsm8k_from_the_command_line(gsm8k, tmp_path):
 
 
 @pytest.mark.parametrize("name", GAINS)
-def test_example_runs_and_gets_better(name, tmp_path):
-    command = [sys.executable, "-P", str(FOLDER / f"{name}.py")]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    before, after = map(float, re.search(GAINS[name], run.stdout, flags=re.DOTALL).groups())
+def test_example_runs_and_gets_better(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    before, after = map(float, re.search(GAINS[name], shown, flags=re.DOTALL).groups())
     assert after > before
     assert not list(tmp_path.iterdir())
+
+
+def test_an_example_runs_as_a_program_from_any_folder(tmp_path):
+    command = [sys.executable, "-P", str(FOLDER / "best_of_n.py")]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and "best of 64:" in run.stdout, run.stderr
 
 
 def test_from_scratch_examples_stay_short():
