@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import os
 import signal
@@ -183,9 +185,9 @@ def test_a_rank_that_stalls_ends_the_others_and_is_named(tmp_path):
         "make_ppo(reward=reward, max_steps=1).train()\n"
     )
     begun = time.monotonic()
-    done = torchrun(2, script, os.path.dirname(__file__), RLHF_CORE_TIMEOUT="3")
+    done = torchrun(2, script, os.path.dirname(__file__), RLHF_CORE_TIMEOUT="15")
     assert done.returncode and time.monotonic() - begun < 300
-    assert "RankError: step 1: rank 1 did not answer for 3 s" in done.stderr
+    assert "RankError: step 1: rank 1 did not answer for 15 s" in done.stderr
 
 
 def differs(rank, world, what):
@@ -364,18 +366,6 @@ def assert_same_run(out, other):
         assert json.loads(line) == pytest.approx(json.loads(right), rel=1e-4)
 
 
-@pytest.mark.slow
-def test_torchrun_gives_the_run_of_one_process_and_rank_0_alone_prints(task, tmp_path):
-    assert run(*task[2:], "--out", tmp_path / "one") == 0
-    done = torchrun(2, *task, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "two", tmp_path / "one")
-    assert done.stdout.count("written to") == 1 and done.stderr.count("sft 1/6") == 1
-    assert json.loads((tmp_path / "two" / "run.json").read_text())["status"] == "finished"
-    names = [{x.name for x in (tmp_path / x).iterdir()} for x in ("one", "two")]
-    assert names[0] == names[1]
-
-
 def commands(rank, world, folder, out, *options):
     """Run commands with all kinds of models; whether each model was read in pieces."""
     meshes, load = [], hub.load
@@ -416,7 +406,10 @@ def test_commands_with_shard_read_pieces_and_give_the_run_of_one_process(tmp_pat
 
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_ends_as_an_unbroken_run(task, tmp_path):
-    """Row 60: SIGKILL of a rank after step 2, under torchrun --max-restarts 1."""
+    """Row 60: SIGKILL of a rank after step 2, under torchrun --max-restarts 1.
+
+    The unbroken run is that of one process, and rank 0 alone prints.
+    """
     assert run(*task[2:], "--out", tmp_path / "one") == 0
     out = tmp_path / "two"
     slow = tmp_path / "slow.py"  # waits before each step, so that the kill comes in between
@@ -431,25 +424,35 @@ def test_a_killed_rank_is_started_again_and_ends_as_an_unbroken_run(task, tmp_pa
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     process = torchrun(2, slow, *task[2:], "--out", out, restarts=1, background=True)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not (out / "checkpoint-2").is_dir() and time.monotonic() < end:
         time.sleep(0.1)
     pids = [line.split() for line in (tmp_path / "pids").read_text().splitlines()]
     os.kill(next(int(pid) for rank, pid in pids if rank == "1"), signal.SIGKILL)
-    _, errors = process.communicate(timeout=200)
+    shown, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert len((tmp_path / "pids").read_text().splitlines()) == 4
     assert_same_run(out, tmp_path / "one")
-    assert json.loads((out / "run.json").read_text())["resumed"]
+    assert shown.count("written to") == 1 and errors.count("sft 1/6") == 1
+    about = json.loads((out / "run.json").read_text())
+    assert about["resumed"] and about["status"] == "finished"
+    assert {x.name for x in out.iterdir()} == {x.name for x in (tmp_path / "one").iterdir()}
+
+
+def status_and_errors(rank, world, *arguments):
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        return run(*arguments), errors.getvalue()
 
 
 @pytest.mark.slow
 def test_bad_input_is_one_line_of_rank_0_with_status_2_and_nothing_is_written(task, tmp_path):
     """Row 61."""
     write(tmp_path / "data.jsonl", [*TEXTS[:3], {"prompt": "no completion"}])
-    done = torchrun(2, *task, "--out", tmp_path / "out")
-    assert done.stderr.count("rlhf-core sft: error:") == 1 and "data.jsonl:4" in done.stderr
-    assert "exitcode  : 2" in done.stderr and not (tmp_path / "out").exists()
+    arguments = [*map(str, task[2:]), "--out", str(tmp_path / "out")]
+    (status, errors), other = run_ranks(status_and_errors, 2, tmp_path, *arguments)
+    assert status == 2 and other == (2, "")
+    assert errors.count("rlhf-core sft: error:") == 1 and "data.jsonl:4" in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_processes_that_do_not_know_each_other_are_refused(monkeypatch):
