@@ -32,6 +32,9 @@ from rlhf_core.models.gather import whole
 from rlhf_core.models.lora import LoRAConfig, add_adapters
 
 PROMPTS = [[5, 3, 7, 4], [8, 1], [6], [9, 9, 1], [4, 4], [3], [7, 8, 9], [1, 5], [6, 6, 2, 8]]
+# Processes are forks of one that has imported this file, where that is safe.
+START = "forkserver" if sys.platform == "linux" else "spawn"
+PRELOAD = ["rlhf_core.benchmarks.ranks"]
 IGNORED = {"eps", "lr"}  # metrics that measure time, or that are equal by construction
 Result = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
 
@@ -291,7 +294,8 @@ def in_world(processes: int | str, names: Sequence[str]) -> dict[str, Result]:
         port = free.getsockname()[1]
         free.close()
         arguments = (world, port, names, mesh, folder)
-        torch.multiprocessing.start_processes(_worker, arguments, world)
+        torch.multiprocessing.get_context(START).set_forkserver_preload(PRELOAD)
+        torch.multiprocessing.start_processes(_worker, arguments, world, start_method=START)
         return torch.load(Path(folder) / "results.pt", weights_only=False)
 
 

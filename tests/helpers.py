@@ -20,12 +20,12 @@ import uuid
 import warnings
 from multiprocessing.connection import wait
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
 from rlhf_core import cli, distributed
+from rlhf_core.benchmarks import ranks
 from rlhf_core.data import ByteTokenizer, Example, Pair
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig, transformer
 from rlhf_core.models.lora import LoRAConfig, add_adapters
@@ -317,14 +317,13 @@ def _started(world, folder):
     if world not in _ranks:
         while _ranks and sum(_ranks) + world > 6:
             _end_ranks(next(iter(_ranks)))
-        context, group = multiprocessing.get_context("spawn"), []
+        context, group = multiprocessing.get_context(ranks.START), []
+        context.set_forkserver_preload(ranks.PRELOAD)
         for rank in range(world):
             pipe, theirs = context.Pipe()
             arguments = rank, world, (folder / "store").as_uri(), theirs
             process = context.Process(target=_serve_rank, args=arguments, daemon=True)
-            numbers = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, OMP_NUM_THREADS=1)
-            with mock.patch.dict(os.environ, {name: str(x) for name, x in numbers.items()}):
-                process.start()
+            process.start()
             theirs.close()
             group.append((process, pipe))
         _ranks[world] = group
@@ -339,6 +338,8 @@ def _end_ranks(world):
 
 def _serve_rank(rank, world, store, pipe):
     """One process of `run_ranks`; it ends with its test process, or when a call fails."""
+    numbers = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, OMP_NUM_THREADS=1)
+    os.environ.update({name: str(x) for name, x in numbers.items()})
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=2 * SECONDS)
     options = dict(rank=rank, world_size=world, timeout=timeout)
