@@ -678,7 +678,7 @@ def _parts(
     along whole rows. None: on GPU, or if that saves less than the calls cost.
     """
     B, T = positions.shape
-    work, call = B * T * T * config.hidden_size, 2**20  # multiplications; the cost of a call in them
+    work, call = B * T * T * config.hidden_size, 2**20  # multiplications, and a call's cost
     unsplit = config.attention_softcap is not None or torch.compiler.is_compiling()
     if unsplit or not visible.is_cpu or work < call:
         return None
