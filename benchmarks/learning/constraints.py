@@ -1,6 +1,6 @@
 """A task nearer to use: a short story with words and a length that the prompt asks for.
 
-    Write about 12 words with: dog, happy.
+    12 words with water, happy.
 
 The policy is pretrained here on TinyStories (Eldan & Li 2023) and Shakespeare, with a BPE
 vocabulary of 6,400, and fine-tuned on passages of the stories. Gold checks words and length.
@@ -22,32 +22,31 @@ from rlhf_core.models import Transformer, TransformerConfig
 from rlhf_core.trainers import DPOConfig, PPOConfig, RewardConfig, SFTConfig, SFTTrainer
 
 ROW = 128  # tokens of a row in pretraining
-SHAKESPEARE = 400_000  # characters of the plays to pretrain on
-RESPONSE = 40
-LENGTHS = (8, 16)  # words that a prompt asks for
+SHAKESPEARE = 100_000  # characters of the plays to pretrain on
+RESPONSE = 24
+LENGTHS = (7, 12)  # words that a prompt asks for
 WORDS = (
-    "mom", "dad", "girl", "boy", "dog", "cat", "bird", "ball", "toy", "car", "tree", "park",
-    "house", "water", "friend", "friends", "day", "big", "little", "happy", "sad", "scared",
-    "play", "help",
+    "happy", "time", "play", "friends", "help", "together", "home", "good", "look", "water", "find",
+    "friend",
 )  # fmt: skip
-HELD_OUT = 50  # pairs of words that only the evaluation asks for
-PROMPTS = 8192
+HELD_OUT = 16  # pairs of these words that only the evaluation asks for
+PROMPTS = 12_288
 
 
 def prompt_of(words: tuple[str, str], length: int) -> str:
-    return f"Write about {length} words with: {', '.join(words)}.\n"
+    return f"{length} words with {', '.join(words)}.\n"
 
 
 def gold(prompts: list[str], responses: list[str]) -> list[float]:
-    """One point for each asked word, and one for a length within a quarter of the asked one."""
+    """One point for each asked word, and one for a length within a third of the asked one."""
     return [score(*row) for row in zip(prompts, responses)]
 
 
 def score(prompt: str, response: str) -> float:
-    length, asked = re.search(r"about (\d+) words with: (.*)\.", prompt).groups()
+    length, asked = re.search(r"(\d+) words with (.*)\.", prompt).groups()
     words = words_of(response)
     used = sum(word in words for word in asked.split(", "))
-    return float(used + (abs(len(words) - int(length)) <= int(length) / 4))
+    return float(used + (abs(len(words) - int(length)) <= int(length) / 3))
 
 
 def words_of(text: str) -> list[str]:
@@ -68,7 +67,7 @@ def constraints_task(data: Path, seed: int, folder: Path) -> Task:
         return [tokenizer.encode_prompt(text) for text in texts]
 
     passages = [passage for story in stories for passage in passages_of(story)]
-    texts = [instruction(passage, set(known), rng) for passage in passages]
+    texts = [instruction(passage, held_out, rng) for passage in passages]
     return Task(
         name="constraints",
         gold=gold,
@@ -76,12 +75,14 @@ def constraints_task(data: Path, seed: int, folder: Path) -> Task:
         policy=pretrained(data, tokenizer, stories, folder),
         sft_examples=[encode_text(text, tokenizer, ROW) for text in texts if text],
         prompts=prompts(rng.choices(known, k=PROMPTS)),
-        eval_prompts=prompts(held_out * 4) * 2,
+        eval_prompts=prompts(held_out * 12) * 2,
         eos_ids=tokenizer.eos_ids,
         response_length=RESPONSE,
         label_noise=0.0,
-        sft=SFTConfig(lr=1e-3, batch_size=32, epochs=3, warmup_steps=20, seed=seed),
-        reward=RewardConfig(lr=5e-4, batch_size=64, epochs=2, warmup_steps=10, seed=seed),
+        sft=SFTConfig(
+            lr=2e-3, batch_size=32, epochs=2, warmup_steps=20, lr_schedule="cosine", seed=seed
+        ),
+        reward=RewardConfig(lr=1e-3, batch_size=64, epochs=2, warmup_steps=10, seed=seed),
         ppo=PPOConfig(lr=1e-4, max_steps=50, kl_coef=0.06, response_length=RESPONSE, seed=seed),
         dpo=DPOConfig(lr=1e-4, batch_size=64, seed=seed),
     )
@@ -94,18 +95,26 @@ def passages_of(story: str) -> list[str]:
     return [x for x in passages if LENGTHS[0] - 2 <= len(words_of(x)) <= LENGTHS[-1] + 2]
 
 
-def instruction(passage: str, known: set[tuple[str, str]], rng: random.Random) -> Text | None:
-    """A prompt that the passage answers: two words of it, and the length nearest to its own."""
+def instruction(passage: str, held_out: list[tuple[str, str]], rng: random.Random) -> Text | None:
+    """A prompt that the passage answers, or None: two words of it and the length nearest to its.
+
+    One is of WORDS; so is the other where the passage has another one.
+    """
     words = words_of(passage)
-    pairs = [pair for pair in combinations(WORDS, 2) if pair in known and set(pair) <= set(words)]
-    if not pairs:
+    known = [word for word in WORDS if word in words]
+    others = sorted({word for word in words if len(word) > 3} - set(known))
+    if not known or len(known) + len(others) < 2:
+        return None
+    candidates = rng.sample(known, len(known)) + rng.sample(others, len(others))
+    asked = tuple(rng.sample(candidates[:2], 2))
+    if asked in held_out or asked[::-1] in held_out:
         return None
     length = min(LENGTHS, key=lambda length: abs(length - len(words)))
-    return Text(prompt_of(rng.choice(pairs), length), passage)
+    return Text(prompt_of(asked, length), passage)
 
 
 def pretrained(data: Path, tokenizer: Tokenizer, stories: list[str], folder: Path) -> Transformer:
-    """A model of 4.8 M parameters after one pass over the texts; all seeds share it."""
+    """A model of 1.9 M parameters after one pass over the texts; all seeds share it."""
     if (folder / "config.json").exists():
         return Transformer.from_pretrained(folder)
     with gzip.open(data / "text" / "tinyshakespeare.txt.gz", "rt", encoding="utf-8") as file:
@@ -113,10 +122,10 @@ def pretrained(data: Path, tokenizer: Tokenizer, stories: list[str], folder: Pat
     torch.manual_seed(0)
     config = TransformerConfig(
         vocab_size=tokenizer.vocab_size,
-        hidden_size=256,
+        hidden_size=128,
         num_layers=4,
         num_heads=4,
-        intermediate_size=1024,
+        intermediate_size=512,
         max_positions=ROW,
         eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,

@@ -184,7 +184,7 @@ class Method(NamedTuple):
 
 
 # A model of 0.3 M parameters needs far higher learning rates than the defaults, made for billions.
-SHORT = dict(kl_coef=0.05, max_steps=40, ppo_epochs=2)
+SHORT = dict(lr=3e-4, kl_coef=0.1, max_steps=60, ppo_epochs=2)
 PPO = dict(lr=1e-4, max_steps=50), dict(kl_coef=0.1), dict(kl_coef=0.06), SHORT
 ONE_UPDATE = (
     dict(lr=1e-3, max_steps=50),
@@ -203,7 +203,7 @@ def with_(defaults: tuple[dict, ...], **settings) -> tuple[dict, ...]:
 
 METHODS = {
     "SFT": Method(sft),
-    "DPO": Method(dpo, PAIRS, replies=dict(beta=0.5)),
+    "DPO": Method(dpo, PAIRS, replies=dict(beta=0.5), constraints=dict(lr=4e-4)),
     "IPO": Method(dpo, PAIRS | dict(loss="ipo")),
     "hinge": Method(dpo, PAIRS | dict(loss="hinge"), replies=dict(beta=0.5)),
     "SimPO": Method(dpo, PAIRS | dict(loss="simpo", average=True, beta=2.0, gamma=1.0)),
@@ -214,16 +214,24 @@ METHODS = {
     "PPO, head critic": Method(ppo, *with_(PPO, critic="head")),
     "A2C": Method(a2c, *ONE_UPDATE),
     "NLPO": Method(nlpo, *PPO),
-    "TRPO": Method(trpo, *with_(PPO, max_kl=0.01, fisher_share=0.25)),
+    "TRPO": Method(
+        trpo,
+        *with_(PPO[:3], max_kl=0.01, fisher_share=0.25),
+        SHORT | dict(max_kl=0.03, max_steps=40),
+    ),
     "GRPO": Method(
-        group, dict(lr=5e-4, max_steps=50, kl_coef=0.2), constraints=dict(lr=3e-4, kl_coef=0.05)
+        group,
+        dict(lr=5e-4, max_steps=50, kl_coef=0.2),
+        constraints=dict(kl_coef=0.15, max_steps=100),
     ),
     "RLOO": Method(group, *with_(ONE_UPDATE, advantage="rloo", **KL_IN_REWARD)),
     "REINFORCE++": Method(group, *with_(ONE_UPDATE, advantage="reinforce_pp", **ONE_SAMPLE)),
     "ReMax": Method(group, *with_(ONE_UPDATE, advantage="remax", **ONE_SAMPLE)),
     "best of 16": Method(best_of, dict(num_samples=16)),
     "RFT": Method(
-        rejection_sampling, dict(num_prompts=512, num_samples=8, rounds=2, lr=3e-4, batch_size=32)
+        rejection_sampling,
+        dict(num_prompts=512, num_samples=8, rounds=2, lr=3e-4, batch_size=32),
+        constraints=dict(num_prompts=1536, rounds=3, epochs=2, lr=5e-4),
     ),
     "online DPO": Method(online_dpo, PAIRS | dict(max_steps=50), replies=dict(beta=0.5)),
     "iterated DPO": Method(

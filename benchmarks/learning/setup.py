@@ -116,7 +116,11 @@ def check_data(parser: ArgumentParser, arguments: Namespace) -> None:
 
 
 def prepare(name: str, data: Path | None, seed: int, folder: Path) -> Setup:
-    """Make the start of a task and seed, or read it from the folder if it is complete there."""
+    """Make the start of a task and seed, or read it from the folder if it is complete there.
+
+    sft.json says how many CPU seconds it took, with the pretraining if there was any.
+    """
+    started = time.process_time()
     if name == "constraints":
         task = constraints_task(data, seed, folder.parent.parent / "pretrained")
     else:
@@ -130,7 +134,14 @@ def prepare(name: str, data: Path | None, seed: int, folder: Path) -> Setup:
         reward_model.save_pretrained(folder / "reward")
         write_json(folder / "pairs.json", split(pairs)[0])
         scores = evaluated(task, base, base, seed).scores.tolist()
-        write_json(done, {"scores": scores, "reward_model_accuracy": report["eval_accuracy"]})
+        write_json(
+            done,
+            {
+                "scores": scores,
+                "reward_model_accuracy": report["eval_accuracy"],
+                "seconds": time.process_time() - started,
+            },
+        )
     base = Transformer.from_pretrained(folder / "base").eval().requires_grad_(False)
     reward_model = RewardModel.from_pretrained(folder / "reward").eval().requires_grad_(False)
     pairs = [Pair(*row) for row in read_json(folder / "pairs.json")]
