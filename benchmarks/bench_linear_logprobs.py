@@ -1,6 +1,7 @@
 """linear_token_logprobs against plain PyTorch, which gets only the counted rows, already packed.
 
-"loss fwd + bwd" is linear_token_loss, the mean of -log p with its gradients from one pass.
+"loss fwd + bwd" is linear_token_loss, the mean of -log p with its gradients from one pass. On a GPU
+"on chip" is ours with chunk_rows=0, where no logits are in memory.
 
 FLOP: 2NDV for each matrix product over N counted rows. Forward takes one product, forward +
 backward three, or two if the head is frozen. The floor is the time of these products alone. Memory
@@ -17,7 +18,7 @@ from rlhf_core.benchmarks import common
 from rlhf_core.benchmarks.common import MEMORY, OURS, Case
 from rlhf_core.ops import linear_token_loss
 
-LOSS = "loss fwd + bwd"
+LOSS, ON_CHIP = "loss fwd + bwd", "on chip"
 H200_MS = {"fwd": 12, "fwd + bwd": 36, "fwd + bwd, frozen head": 24}
 
 
@@ -72,8 +73,12 @@ def case(
         ours, theirs = wrap(fused_loss, *packed, upstream), plain_loss
     else:
         upstream = torch.randn(B, T, device=device)
-        ours = functools.partial(linear_token_logprobs, mask=mask)
-        ours, theirs = wrap(ours, hidden, weight, targets, upstream), plain
+
+        def ours_in(chunk_rows):
+            f = functools.partial(linear_token_logprobs, mask=mask, chunk_rows=chunk_rows)
+            return wrap(f, hidden, weight, targets, upstream)
+
+        ours, theirs = ours_in(None), plain
         packed_upstream = upstream[mask]
 
     def truth():
@@ -105,6 +110,8 @@ def case(
         return products > 1 and dlogits @ weight, products > 2 and dlogits.T @ packed[0]
 
     variants = {OURS: ours, "plain": wrap(theirs, *packed, packed_upstream)}
+    if device == "cuda" and kind != LOSS:
+        variants[ON_CHIP] = ours_in(0)
     if not tiny:
         variants["compile"] = wrap(common.compiled(theirs), *packed, packed_upstream)
     if (
@@ -126,7 +133,7 @@ def case(
         flop=2 * n * D * V * products,
         bars={"plain": 1 / 0.7, MEMORY: 4} if full_size and kind == "fwd + bwd" else {},
         h200_ms=H200_MS[kind] if size == "full" else None,
-        peaks=["plain"] if size == "full" else [],
+        peaks=["plain", ON_CHIP] if size == "full" else [],
     )
 
 

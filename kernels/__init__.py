@@ -10,6 +10,7 @@ if __name__ == "rlhf_core.kernels":
     from rlhf_core.kernels.decode_attention import decode_attention_fwd
     from rlhf_core.kernels.gae import gae_bwd, gae_fwd, ppo_advantages_fwd
     from rlhf_core.kernels.kl import full_kl_bwd, full_kl_fwd, kl_estimate_bwd, kl_estimate_fwd
+    from rlhf_core.kernels.linear_logprobs import linear_logprobs_bwd, linear_logprobs_fwd
     from rlhf_core.kernels.logprobs import token_logprobs_bwd, token_logprobs_fwd
     from rlhf_core.kernels.policy_loss import ppo_loss_fwd
     from rlhf_core.kernels.sampling import sample_tokens_fwd
@@ -22,6 +23,8 @@ if __name__ == "rlhf_core.kernels":
         "gae_fwd",
         "kl_estimate_bwd",
         "kl_estimate_fwd",
+        "linear_logprobs_bwd",
+        "linear_logprobs_fwd",
         "ppo_advantages_fwd",
         "ppo_loss_fwd",
         "sample_tokens_fwd",

@@ -131,7 +131,9 @@ def store_zeros(row_ptr, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _dlogits(z, cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY: tl.constexpr):
+def logits_gradient(
+    z, cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY: tl.constexpr
+):
     x = (z.to(tl.float32) - m) * scale - log2_d  # log2 p
     factor = tl.fma(tl.maximum(x, X_MIN), slope, level) if WITH_ENTROPY else level
     # Rounded only once, when it is stored.
@@ -183,12 +185,14 @@ def token_logprobs_bwd_kernel(
         y = y.to(tl.int32)  # outside [0, V): in another block of the vocabulary
         for start in range(0, whole, BLOCK):
             z = tl.load(row_ptr + start + cols)
-            dz = _dlogits(
+            dz = logits_gradient(
                 z, start + cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY
             )
             tl.store(out_ptr + start + cols, dz)
         z = tl.load(row_ptr + whole + cols, mask=whole + cols < V, other=0.0)
-        dz = _dlogits(z, whole + cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY)
+        dz = logits_gradient(
+            z, whole + cols, m, scale, log2_d, y, at_target, level, slope, WITH_ENTROPY
+        )
         tl.store(out_ptr + whole + cols, dz, mask=whole + cols < V)
     else:
         store_zeros(out_ptr, V, BLOCK)

@@ -80,7 +80,7 @@ def backend(request, monkeypatch):
     poison_uninitialised_memory(monkeypatch)
     on_gpu = request.param == "triton" and torch.cuda.is_available()
     if request.param == "triton" and not on_gpu:
-        round_to_nearest_in_interpreter(monkeypatch)
+        repair_bfloat16_in_interpreter(monkeypatch)
     device = torch.device("cuda") if on_gpu else contextlib.nullcontext()
     # The interpreter computes with numpy, which warns of 0 * inf.
     with device, np.errstate(all="ignore"):
@@ -88,18 +88,32 @@ def backend(request, monkeypatch):
         yield request.param
 
 
-def round_to_nearest_in_interpreter(monkeypatch):
-    """Triton's interpreter truncates float32 to bfloat16; every device rounds to nearest even."""
+def repair_bfloat16_in_interpreter(monkeypatch):
+    """Triton's interpreter truncates float32 to bfloat16, and multiplies the bits as integers.
+
+    Every device rounds to nearest even, and multiplies in float32.
+    """
+    import triton.language as tl
     from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounding(data, source, target, mode):
         if (source.name, target.name) != ("fp32", "bf16"):
             return convert(data, source, target, mode)
         return torch.from_numpy(data.copy()).to("cpu", torch.bfloat16).view(torch.uint16).numpy()
 
+    def upcast(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = torch.from_numpy(x.data.copy()).view(torch.bfloat16)
+        return interpreter.TensorHandle(bits.float().numpy(), tl.float32)
+
+    def in_float32(builder, a, b, *rest):
+        return dot(builder, upcast(a), upcast(b), *rest)
+
     monkeypatch.setattr(interpreter, "_convert_float", rounding)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", in_float32)
 
 
 @pytest.fixture

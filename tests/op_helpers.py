@@ -19,6 +19,7 @@ LAUNCHERS = [
     "kl_estimate_fwd", "ppo_advantages_fwd", "ppo_loss_fwd", "sample_tokens_fwd",
     "token_logprobs_bwd", "token_logprobs_fwd",
 ]  # fmt: skip
+TRITON_LAUNCHERS = [*LAUNCHERS, "linear_logprobs_bwd", "linear_logprobs_fwd"]
 
 
 def assert_as_accurate(got, reference, truth, kind="value"):
@@ -183,6 +184,14 @@ def call_every_launcher(
         out += [logprobs, entropy, kernels.token_logprobs_bwd(x[0], x[1], *args)]
         kl, lse = kernels.full_kl_fwd(logits, ref, mask, temperature)
         out += [kl, *kernels.full_kl_bwd(x[0], logits, ref, mask, temperature, kl, lse, True, True)]
+    if hasattr(kernels, "linear_logprobs_fwd"):
+        hidden, weight, bias = (torch.randn(n).to(dtype) for n in ((B * T, 64), (V, 64), (V,)))
+        y, (g, h, entropy) = targets.flatten(), (a.flatten() for a in x[:3])
+        for per_row in temperature_per_row:
+            temperature = torch.rand(B * T) + 0.5 if per_row else number
+            args = (hidden, weight, bias if per_row else None, y, temperature)
+            out += kernels.linear_logprobs_fwd(*args, True)
+            out += [kernels.linear_logprobs_bwd(g, h, *args, entropy, torch.rand(B * T, 2))]
     out += [
         kernels.kl_estimate_fwd(x[0], x[1], mask, "k3"),
         *kernels.kl_estimate_bwd(*x[:3], mask, "k3"),

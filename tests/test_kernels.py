@@ -1,7 +1,6 @@
 """Backends and kernels: selection, what launchers have in common, compilation of the Triton ones.
 
-The tests of the public ops check the values. Run as a script, this file compiles what the Triton
-launchers launch, without a GPU. That needs its own process, because the tests interpret kernels.
+The tests of the public ops check the values.
 """
 
 import functools
@@ -9,7 +8,6 @@ import importlib.util
 import inspect
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from op_helpers import LAUNCHERS, call_every_launcher
+from op_helpers import LAUNCHERS, TRITON_LAUNCHERS, call_every_launcher
 
 from rlhf_core import (
     backends,
@@ -102,7 +100,7 @@ def test_every_backend_has_the_same_launchers_with_the_same_parameters(backend):
     import rlhf_core.kernels as kernels
 
     module = launchers(backend)
-    assert sorted(kernels.__all__) == LAUNCHERS
+    assert sorted(kernels.__all__) == sorted(TRITON_LAUNCHERS)
     for name in LAUNCHERS:
         parameters = [
             list(inspect.signature(getattr(m, name)).parameters) for m in (module, kernels)
@@ -179,7 +177,7 @@ def test_triton_rows_lie_on_the_one_grid_axis_that_is_long_enough(monkeypatch):
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    for module in {sys.modules[getattr(kernels, name).__module__] for name in LAUNCHERS}:
+    for module in {sys.modules[getattr(kernels, name).__module__] for name in TRITON_LAUNCHERS}:
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder())
     # More rows than the second and third axis of a grid allow.
@@ -393,7 +391,11 @@ def in_a_process_that_compiles(what):
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, __file__, what], env=environment, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, str(ROOT / "tests" / "kernel_compiler.py"), what],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     return done.stdout.splitlines()
@@ -402,150 +404,11 @@ def in_a_process_that_compiles(what):
 @pytest.mark.slow
 def test_triton_kernels_compile_for_every_gpu_without_spills_and_with_wide_loads():
     lines = in_a_process_that_compiles("compile")
-    assert len(lines) >= 4 * len(LAUNCHERS) and not [line for line in lines if "BAD" in line], (
-        "\n".join(lines)
-    )
+    assert len(lines) >= 4 * len(TRITON_LAUNCHERS) and not [
+        line for line in lines if "BAD" in line
+    ], "\n".join(lines)
 
 
 @pytest.mark.slow
 def test_new_lengths_batches_temperatures_and_coefficients_compile_nothing():
     in_a_process_that_compiles("count")
-
-
-# Registers that each kernel may use, of 255 per thread, and kernels that load 128 bits at a time if
-# V % 16 == 0. (On AMD, elementwise kernels have twice the threads, with two elements each.)
-REGISTERS = {
-    **{"token_logprobs_fwd": 72, "token_logprobs_bwd": 64, "full_kl_fwd": 88, "full_kl_bwd": 64},
-    **{"kl_estimate_fwd": 40, "kl_estimate_bwd": 40, "gae_fwd": 120, "gae_bwd": 120},
-    **{
-        "ppo_advantages_fwd": 136,
-        "ppo_loss_fwd": 128,
-        "decode_attention_fwd": 168,
-        "sample_tokens_fwd": 128,
-    },
-}
-WIDE = {
-    "hip": (
-        "token_logprobs_fwd",
-        "token_logprobs_bwd",
-        "full_kl_fwd",
-        "full_kl_bwd",
-        "decode_attention_fwd",
-    )
-}
-WIDE["cuda"] = (*WIDE["hip"], "kl_estimate_fwd", "kl_estimate_bwd")
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
-TARGETS["gfx942"] = ("hip", "gfx942", 64)
-
-
-def record_launches():
-    """A list to which each later launch adds (kernel, args, kwargs), also for CPU tensors."""
-    from triton.runtime.jit import JITFunction
-
-    launches = []
-    JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: launches.append(
-        (kernel, args, kwargs)
-    )
-    return launches
-
-
-def specialise(launch, backend):
-    """What the launch would compile: (signature, constants, attributes, options)."""
-    from triton.runtime.jit import create_function_from_signature
-
-    kernel, args, kwargs = launch
-    kwargs = {**kwargs, "debug": False}
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(*args, **kwargs)
-    options, *rest = kernel._pack_args(backend, kwargs, bound, specialization, options)
-    return *rest, options.__dict__
-
-
-def compile_all():
-    """Compile all launches; print a line each, BAD for spills, narrow loads or many registers."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-
-    import rlhf_core.kernels as kernels
-
-    recorded, by_vocabulary = record_launches(), {}
-    for V, dtype, per_row in (
-        (151936, torch.bfloat16, False),
-        (32000, torch.float32, True),
-        (50257, torch.bfloat16, True),
-    ):
-        call_every_launcher(
-            kernels, V=V, dtype=dtype, B=1, T=1 if per_row else 33, temperature_per_row=(per_row,)
-        )
-        by_vocabulary[V] = recorded.copy()
-        recorded.clear()
-    for name, target in TARGETS.items():
-        target = GPUTarget(*target)
-        backend, done = make_backend(target), set()
-        for V, launches in by_vocabulary.items():
-            if V % 16 and name != "sm_90":
-                continue  # one is enough for narrow loads
-            for launch in launches:
-                *source, options = specialise(launch, backend)
-                if str((launch[0], source)) not in done:
-                    done.add(str((launch[0], source)))
-                    print(
-                        name,
-                        *compile_one(launch[0], *source, options, target, V % 16 == 0),
-                        flush=True,
-                    )
-
-
-def compile_one(kernel, signature, constants, attributes, options, target, aligned):
-    import tempfile
-
-    import triton
-    from triton import knobs
-
-    name = kernel.__name__.removesuffix("_kernel")
-    compiled = triton.compile(
-        triton.compiler.ASTSource(kernel, signature, constants, attributes), target, options
-    )
-    if target.backend == "cuda":
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-            f.write(compiled.asm["cubin"])
-            f.flush()
-            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", f.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, spills = (
-            int(re.search(r"REG:(\d+)", usage)[1]),
-            int(re.search(r"STACK:(\d+)", usage)[1]),
-        )
-        wide = "ld.global.v4.b32" in compiled.asm["ptx"]
-    else:
-        assembly = compiled.asm["amdgcn"]
-        registers = int(re.search(r"\.vgpr_count: *(\d+)", assembly)[1])
-        spills = len(re.findall(r"\bscratch_(?:load|store)_", assembly))
-        wide = "load_dwordx4" in assembly
-    narrow = aligned and not wide and name in WIDE[target.backend]
-    bad = "BAD" if spills or narrow or registers > REGISTERS[name] else ""
-    return name, f"{registers} registers, spills {spills}, 128-bit loads {wide}", bad
-
-
-def count_specialisations():
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-
-    import rlhf_core.kernels as kernels
-
-    backend, launches = make_backend(GPUTarget(*TARGETS["sm_90"])), record_launches()
-    for V in (64, 50):
-        seen = set()
-        shapes = [(2, 5), (2, 700)]  # the short and the long block of GAE
-        shapes += [(B, T) for B in (1, 3, 16) for T in (1, 15, 16, 17, 32, 33, 48, 100, 256, 1000)]
-        for i, (B, T) in enumerate(shapes):
-            launches.clear()
-            call_every_launcher(kernels, V=V, B=B, T=T, number=1.0 if i == 5 else 1 / (i + 1))
-            for launch in launches:
-                key = str((launch[0], specialise(launch, backend)))
-                assert i < 2 or key in seen, f"compiled anew for {B, T}: {key}"
-                seen.add(key)
-
-
-if __name__ == "__main__":
-    {"compile": compile_all, "count": count_specialisations}[sys.argv[1]]()

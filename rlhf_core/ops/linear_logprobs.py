@@ -185,6 +185,8 @@ def linear_token_logprobs(
         mask: (...) bool, True where a position counts; None counts all. Elsewhere the result and
             the gradient are exactly 0.
         chunk_rows: maximum number of rows whose logits exist at a time; None: 1024, on GPU 8192.
+            0, with backend triton only: none. A kernel keeps float32 logits on the chip, and the
+            backward pass holds 16384 columns of their gradient for 8192 rows.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
         group: a process group of torch.distributed that shares the head, or None. weight and bias
             are then this rank's rows: consecutive ones, in the order of the ranks, at least one. V
@@ -193,8 +195,9 @@ def linear_token_logprobs(
             one such loss, added up over the ranks in float32, and weight that of its rows.
 
     Returns:
-        (...) float32 (float64 for float64 hidden), <= 0. The logits are rounded to hidden's dtype.
-        A gradient with create_graph=True comes from the reference, which holds all logits.
+        (...) float32 (float64 for float64 hidden), <= 0. The logits are rounded to hidden's dtype,
+        unless chunk_rows is 0. A gradient with create_graph=True comes from the reference, which
+        holds all logits.
 
     Raises:
         ValueError or TypeError: with the offending value. For a counted target out of range see
@@ -357,8 +360,9 @@ def _inputs(hidden, weight, targets, bias, temperature, mask, backend, group, ca
 
 def _checked(hidden, weight, targets, bias, temperature, mask, backend, call):
     """The backend and the inputs, as `_inputs`; the targets may be out of range."""
-    if call.get("chunk_rows") is not None and call["chunk_rows"] < 1:
-        raise ValueError(f"chunk_rows must be >= 1, got {call['chunk_rows']}")
+    chunk_rows = call.get("chunk_rows")
+    if chunk_rows is not None and chunk_rows < 0:
+        raise ValueError(f"chunk_rows must be >= 0, got {chunk_rows}")
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if x is not None or name != "bias":
             check_float(name, x)
@@ -381,6 +385,12 @@ def _checked(hidden, weight, targets, bias, temperature, mask, backend, call):
     logits = hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight))
     check_targets(targets, logits)
     impl = resolve(backend, hidden, weight, bias, temperature)
+    name = "reference" if impl is None else impl.__name__
+    if chunk_rows == blocks.ON_CHIP and name != "rlhf_core.kernels":
+        raise ValueError(
+            "chunk_rows=0 keeps the logits on the chip, which only backend 'triton' does, but "
+            f"these tensors use {name}: use None or a number >= 1"
+        )
     temperature = check_temperature(temperature, logits, impl)
     if mask is not None:
         check_mask(targets, mask)
@@ -412,8 +422,9 @@ def _statistics(
         reference = partial(linear_token_logprobs_reference, shard=shard)
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     frozen_head = torch.is_grad_enabled() and hidden.requires_grad and not head_trains
-    # Ranks with unequal parts of the head would cut other chunks.
+    # Ranks with unequal parts of the head would cut other chunks. The chip never holds a whole row.
     with_dhidden = hidden.is_cuda and frozen_head and not with_entropy and shard.group is None
+    with_dhidden = with_dhidden and chunk_rows != blocks.ON_CHIP
     logprobs, entropy, likeliest = _LinearTokenLogprobs.apply(
         (*launch, reference), hidden, weight, bias, targets, mask, temperature, chunk_rows,
         with_entropy, with_likeliest, with_dhidden,

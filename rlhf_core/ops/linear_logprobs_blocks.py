@@ -12,6 +12,10 @@ factor per row. On GPU the forward then computes it at once, from fewer rows wit
 vocabulary, and backward only scales it: two matrix products instead of three. On CPU,
 products of so few rows cost more than the third product saves.
 
+If the caller asks for it, a kernel that keeps the logits on the chip takes the place of product and
+row kernel. Its splits of the vocabulary are joined like blocks, and its backward stores a block of
+gradients.
+
 If the caller passes its loss (`loss_of`), the forward also computes the gradients of hidden states
 and head at once, from whole rows: three products instead of four.
 
@@ -32,6 +36,7 @@ from rlhf_core.ops.vocab_parallel import Shard
 # matrix products are just large enough to keep the device busy.
 CPU_CHUNK_ROWS, CPU_BLOCK = 1024, 2048
 GPU_CHUNK_ROWS, GPU_BLOCK = 8192, 16384
+ON_CHIP = 0  # as chunk_rows: no row's logits are in memory
 # Maximum number of logits in whole rows. On CPU 30 MB: glibc unmaps larger blocks at every free.
 CPU_WHOLE, GPU_WHOLE = 30 * 2**18, GPU_CHUNK_ROWS * GPU_BLOCK
 
@@ -65,10 +70,14 @@ def forward(
     if with_dhidden:
         width, chunk_rows = len(weight), max(1, chunk_rows * width // len(weight))
     for rows, y, T in _chunks(targets, mask, temperature, chunk_rows):
-        logits = _blocks(hidden[rows], weight, bias, width)
-        if with_dhidden:
-            logits = list(logits)  # one block, which is used again
-        logp, H, L, likely = _statistics(impl, logits, y, T, with_entropy, with_likeliest, shard)
+        rest = (y, T, with_entropy, with_likeliest, shard)
+        if chunk_rows == ON_CHIP:
+            logp, H, L, likely = _statistics_on_chip(impl, hidden[rows], weight, bias, *rest)
+        else:
+            logits = _blocks(hidden[rows], weight, bias, width)
+            if with_dhidden:
+                logits = list(logits)  # one block, which is used again
+            logp, H, L, likely = _statistics(impl, logits, *rest)
         logprobs[rows], lse[rows] = logp[0], L[0]
         if with_entropy:
             entropy[rows] = H[0]
@@ -99,23 +108,42 @@ def _statistics(impl, blocks, y, T, with_entropy, with_likeliest, shard):
         if with_likeliest:
             own = logits.gather(-1, inside[..., None])[..., 0].where(place == inside, -math.inf)
             tops.append(torch.stack((own, logits.amax(dim=-1))))  # (2, 1, n)
-    logp, H, L = parts[0][:3] if whole else _join(parts, y, T, shard)
-    if not with_likeliest:
-        return logp, H, L, None
-    own, top = shard.largest(torch.stack(tops).amax(dim=0).float())
-    return logp, H, L, (own == top) & ~logp.isnan()  # a maximum over ranks may lose a NaN
+    if whole:
+        logp, H, L = parts[0][:3]
+    else:
+        stacked = (None if part[0] is None else torch.stack(part) for part in zip(*parts))
+        logp, H, L = _join(*stacked, y, T, shard)
+    return logp, H, L, _likeliest(torch.stack(tops), logp, shard) if with_likeliest else None
 
 
-def _join(parts, y, T, shard):
+def _statistics_on_chip(
+    impl, h, weight, bias, y, T, with_entropy, with_likeliest, shard
+):  # fmt: skip
+    """The same of hidden states h (n, D), whose logits never are in memory."""
+    found = impl.linear_logprobs_fwd(h, weight, bias, y - shard.first, T, with_entropy)
+    own, has_target, H, lse = (None if x is None else x[:, None] for x in found)
+    logp = (own - lse[..., 0]) / T - lse[..., 1]
+    logp, H, L = _join(logp, H, lse, has_target, y, T, shard)
+    tops = torch.stack((own.where(has_target, -math.inf), lse[..., 0]), dim=1)
+    return logp, H, L, _likeliest(tops, logp, shard) if with_likeliest else None
+
+
+def _likeliest(tops, logp, shard):
+    """Whether no token is more likely than the target (1, n).
+
+    tops: (blocks, 2, 1, n), the target's logit, or -inf if the block lacks it, and the largest one.
+    """
+    own, top = shard.largest(tops.amax(dim=0).float())
+    return (own == top) & ~logp.isnan()  # a maximum over ranks may lose a NaN
+
+
+def _join(logp, H, lse, has_target, y, T, shard):
     """Log-probs, entropy and lse of rows, joined from those of the blocks on all ranks.
 
-    parts: logp (1, n), H (1, n) or None, lse (1, n, 2), and whether the block has the target
-    (1, n), for each block of this rank. A block with L and H has the share w = exp(L - lse) of the
-    probability. The entropy is lse + sum w (H - L).
+    logp (blocks, 1, n), H (blocks, 1, n) or None, lse (blocks, 1, n, 2), and whether a block has
+    the target (blocks, 1, n), for the blocks of this rank. A block with L and H has the share
+    w = exp(L - lse) of the probability. The entropy is lse + sum w (H - L).
     """
-    logp, H, lse, has_target = (  # (blocks, 1, n)
-        None if part[0] is None else torch.stack(part) for part in zip(*parts)
-    )
     offset, rest = lse.double().unbind(-1)
     top = shard.largest(offset.amax(dim=0))
     L = rest + (offset - top) / T
@@ -151,9 +179,9 @@ def backward(
         g, dH, H = (None if x is None else x[rows][None] for x in (dlogprobs, dentropy, entropy))
         if needs[0]:
             dh = torch.empty_like(h, dtype=torch.float32 if width < len(weight) else h.dtype)
-        for start, logits in _blocks(h, weight, bias, width):
-            block = slice(start, start + logits.shape[-1])
-            (dlogits,) = impl.token_logprobs_bwd(g, dH, logits, y - start, None, T, H, L, True)
+        gradients = _dlogits_on_chip if chunk_rows == ON_CHIP else _dlogits
+        for start, dlogits in gradients(impl, h, weight, bias, width, g, dH, y, T, H, L):
+            block = slice(start, start + dlogits.shape[-1])
             if needs[0]:
                 add_product(dh, dlogits, weight[block], first=start == 0)
             if needs[1]:
@@ -167,6 +195,20 @@ def backward(
         dweight.to(weight.dtype) if needs[1] else None,
         dbias.to(bias.dtype) if needs[2] else None,
     )
+
+
+def _dlogits(impl, h, weight, bias, width, g, dH, y, T, H, L):
+    """Start and gradient (n, width) of the logits of each block of the vocabulary."""
+    for start, logits in _blocks(h, weight, bias, width):
+        yield start, impl.token_logprobs_bwd(g, dH, logits, y - start, None, T, H, L, True)[0]
+
+
+def _dlogits_on_chip(impl, h, weight, bias, width, g, dH, y, T, H, L):
+    """The same, from logits that never are in memory."""
+    for start in range(0, len(weight), width):
+        block = slice(start, start + width)
+        b = None if bias is None else bias[block]
+        yield start, impl.linear_logprobs_bwd(g, dH, h, weight[block], b, y - start, T, H, L)
 
 
 def loss_and_gradients(
@@ -265,7 +307,8 @@ def _counted(targets, mask):
 def _chunks(targets, mask, temperature, chunk_rows):
     """Row indices (n,), targets (1, n) and temperature, a number or (1, n), of each chunk."""
     counted = _counted(targets, mask)
-    for rows in counted.split(chunk_rows) if len(counted) else ():
+    most = GPU_CHUNK_ROWS if chunk_rows == ON_CHIP else chunk_rows
+    for rows in counted.split(most) if len(counted) else ():
         T = temperature[rows][None] if isinstance(temperature, Tensor) else temperature
         yield rows, targets[rows][None], T
 

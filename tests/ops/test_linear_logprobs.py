@@ -257,7 +257,8 @@ def test_memory_grows_with_the_chunk_not_with_the_rows(frozen):
         (dict(bias=torch.zeros(5)), ValueError, r"\(7,\), got \(5,\)"),
         (dict(targets=torch.zeros(2, 4)), TypeError, "float32"),
         (dict(targets=torch.full((2, 4), 7)), ValueError, r"target 7 at \(0, 0\)"),
-        (dict(chunk_rows=0), ValueError, "chunk_rows must be >= 1, got 0"),
+        (dict(chunk_rows=-1), ValueError, "chunk_rows must be >= 0, got -1"),
+        (dict(chunk_rows=0), ValueError, r"only backend 'triton' does, .* use rlhf_core\.cpp"),
         (dict(temperature=torch.zeros(2, 4)), ValueError, "got 0.0"),
         (
             dict(temperature=torch.ones(3, 4)),
@@ -306,6 +307,83 @@ def test_with_a_frozen_head_the_forward_can_return_the_gradient(backend, block):
     want.sum().backward()
     assert_close(got[0].double(), want, rtol=1e-6, atol=2e-6)
     assert_close(got[4].double(), leaf.grad, rtol=1e-5, atol=2e-6)
+
+
+# ---- logits that stay on the chip
+
+
+@pytest.fixture
+def splits(monkeypatch):
+    """Small splits, of two tiles each, and small blocks in the backward pass."""
+    kernel = pytest.importorskip("rlhf_core.kernels.linear_logprobs")
+    monkeypatch.setattr(kernel, "SPLIT", 256)
+    for name in ("CPU_BLOCK", "GPU_BLOCK"):
+        monkeypatch.setattr(linear_logprobs_blocks, name, 144)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_chip_values_and_gradients_are_as_accurate_as_those_of_logits_in_memory(
+    backend, dtype, splits
+):
+    """No length is a multiple of a tile. 70 rows and 300 tokens have tiles beyond the first."""
+    hidden, weight, b, targets, mask = case((70,), D=21, V=300, dtype=dtype)
+    inputs = [x.requires_grad_() for x in (hidden, weight, b)]
+    settings = dict(mask=mask, temperature=0.5 + torch.rand(70))
+    targets = targets.masked_fill(~mask, -100)
+
+    def on_chip(h, w, b):
+        return linear_token_logprobs_and_entropy(
+            h, w, targets, bias=b, backend=backend, chunk_rows=0, **settings
+        )
+
+    def in_memory(h, w, b):
+        return linear_token_logprobs_and_entropy(
+            h, w, targets, bias=b, backend="reference", **settings
+        )
+
+    truth = grads(in_memory, *(x.double() for x in inputs))
+    on_chip, in_memory = grads(on_chip, *inputs), grads(in_memory, *inputs)
+    for i, (got, other, true) in enumerate(zip(on_chip, in_memory, truth, strict=True)):
+        assert got.dtype == other.dtype
+        if dtype == torch.float32:
+            assert_as_accurate(got, other, true)
+        else:  # the logits are not rounded, the gradients are
+            error, allowed = ((x.double() - true).norm() / true.norm() for x in (got, other))
+            assert error <= (1e-6 if i < 2 else min(allowed, 2 * torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_on_chip_extreme_logits_are_those_of_the_reference(backend, splits):
+    """A split without probability, targets without any, an offset, a NaN."""
+    hidden, weight, b, targets, _ = case((6,), V=300)
+    b += 1e4
+    b[:256], b[290] = -math.inf, -math.inf
+    targets[:] = torch.tensor([257, 290, 3, 299, 257, 280])
+    hidden[3, 2] = NAN
+    targets[4] = F.linear(hidden, weight, b)[4].argmax()
+    settings = dict(bias=b, backend=backend, chunk_rows=0)
+    got = linear_token_statistics(hidden, weight, targets, **settings)
+    want = linear_token_logprobs_and_entropy(
+        hidden.double(), weight.double(), targets, bias=b.double(), backend="reference"
+    )
+    assert_close([x.double() for x in got[:2]], list(want), rtol=1e-5, atol=2e-3, equal_nan=True)
+    assert got.logprobs[1:3].tolist() == [-math.inf] * 2 and got.logprobs[3].isnan()
+    assert got.likeliest[4] and not got.likeliest[1:4].any()
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_on_chip_rows_give_the_same_bits_in_any_batch_and_zeros_without_a_gradient(backend, splits):
+    hidden, weight, _, targets, _ = case((70,), V=300, bias=False)
+    settings = dict(backend=backend, chunk_rows=0)
+    every = linear_token_logprobs_and_entropy(hidden, weight, targets, **settings)
+    some = linear_token_logprobs_and_entropy(hidden[65:], weight, targets[65:], **settings)
+    assert_close([x[65:] for x in every], list(some), rtol=0, atol=0)
+    hidden[1] = NAN
+    hidden.requires_grad_()
+    logprobs = linear_token_logprobs(hidden, weight, targets, **settings)
+    logprobs[torch.arange(70) != 1].sum().backward()
+    assert not hidden.grad[1].any() and hidden.grad[0].all() and hidden.grad.isfinite().all()
 
 
 # ---- linear_token_loss

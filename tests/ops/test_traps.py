@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_helpers import LAUNCHERS, call_every_launcher, op_call
+from op_helpers import TRITON_LAUNCHERS, call_every_launcher, op_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_core
@@ -249,11 +249,11 @@ def test_every_launch_is_on_the_tensors_own_gpu(monkeypatch):
             return launch
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for module in {sys.modules[getattr(kernels, name).__module__] for name in LAUNCHERS}:
+    for module in {sys.modules[getattr(kernels, name).__module__] for name in TRITON_LAUNCHERS}:
         for name in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder(name))
     call_every_launcher(kernels)
-    assert {f"{name}_kernel" for name in LAUNCHERS} == set(launched)
+    assert {f"{name}_kernel" for name in TRITON_LAUNCHERS} == set(launched)
 
 
 class Waits(TorchDispatchMode):

@@ -63,25 +63,28 @@ def computed(inputs, op, temperature, here=slice(None), dtype=None, **options):
 
 OPS = (linear_token_logprobs, linear_token_logprobs_and_entropy)
 CASES = [
-    *itertools.product(("reference", "cpp"), OPS, (97, 5003), (1.0, 100.0), (0.7, "per row")),
-    *(("triton", op, 97, 1.0, T) for op, T in zip(OPS, (0.7, "per row"))),
+    *itertools.product(
+        ("reference", "cpp"), OPS, (97, 5003), (1.0, 100.0), (0.7, "per row"), (16,)
+    ),
+    *(("triton", op, 97, 1.0, T, 16) for op, T in zip(OPS, (0.7, "per row"))),
+    ("triton", OPS[1], 97, 1.0, 0.7, 0),
 ]
 
 
 def compute_on_ranks(rank, world):
     return [
         computed(
-            case(V, scale), op, T, rows_of(rank, world, V), backend=backend, chunk_rows=16,
-            group=dist.group.WORLD,
+            case(V, scale), op, T, rows_of(rank, world, V), backend=backend,
+            chunk_rows=chunk_rows, group=dist.group.WORLD,
         )
-        for backend, op, V, scale, T in CASES
+        for backend, op, V, scale, T, chunk_rows in CASES
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_values_and_gradients_are_as_accurate_as_those_of_the_whole_head(world, tmp_path):
     ranks = run_ranks(compute_on_ranks, world, tmp_path)
-    for (backend, op, V, scale, T), *found in zip(CASES, *ranks, strict=True):
+    for (backend, op, V, scale, T, _), *found in zip(CASES, *ranks, strict=True):
         inputs = case(V, scale)
         truth = computed(inputs, op, T, dtype=torch.float64)
         single = computed(inputs, op, T, backend=backend)
@@ -319,7 +322,7 @@ def wrong_calls(rank, world):
         "dtypes": dict(weight=head.bfloat16(), hidden=hidden.bfloat16()),
         "no rows": dict(weight=head[:0]),
         "not a tensor": dict(hidden=None),
-        "chunk": dict(chunk_rows=0),
+        "chunk": dict(chunk_rows=-1),
         "chunks": dict(chunk_rows=7),
         "temperature": dict(temperature=0.5),
         "bias": dict(bias=bias[here]),
@@ -372,7 +375,7 @@ def test_bad_input_on_a_rank_is_an_error_on_every_rank(tmp_path):
         "dtypes": ["dtype must be equal", "torch.float32 on rank 0, but torch.bfloat16 on rank 2"],
         "no rows": ["rank 2 of the group failed: logits must be (..., V)"],
         "not a tensor": ["rank 2 of the group failed: hidden must be a float tensor, got NoneType"],
-        "chunk": ["rank 2 of the group failed: chunk_rows must be >= 1, got 0"],
+        "chunk": ["rank 2 of the group failed: chunk_rows must be >= 0, got -1"],
         "chunks": ["chunk_rows must be equal", "None on rank 0, but 7 on rank 2"],
         "temperature": ["temperature must be equal", "1.0 on rank 0, but 0.5 on rank 2"],
         "bias": ["presence of a bias must be equal", "False on rank 0, but True on rank 2"],
