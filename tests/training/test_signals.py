@@ -288,7 +288,7 @@ def command_of(folders, tmp_path, out):
 
 
 def wait_for_lines(file, count):
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not file.exists() or len(file.read_text().splitlines()) < count:
         assert time.monotonic() < until
         time.sleep(0.005)
@@ -297,23 +297,16 @@ def wait_for_lines(file, count):
 @pytest.mark.slow
 def test_a_command_that_is_stopped_twice_and_resumed_is_one_run(folders, tmp_path):
     whole, cut = (command_of(folders, tmp_path, out) for out in ("whole", "cut"))
-    subprocess.run(whole, cwd=ROOT, check=True, capture_output=True)
-    for signum, lines, options in (
-        (signal.SIGTERM, 3, []),
-        (signal.SIGHUP, 30, ["--resume"]),
-        (None, 0, ["--resume"]),
-    ):
+    for signum, lines, options in ((signal.SIGTERM, 3, []), (signal.SIGHUP, 30, ["--resume"])):
         pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         process = subprocess.Popen([*cut, *options], cwd=ROOT, **pipes)
-        if signum is not None:
-            wait_for_lines(tmp_path / "cut" / "metrics.jsonl", lines)
-            process.send_signal(signum)
-        error = process.communicate(timeout=60)[1]
-        if signum is not None:
-            assert process.returncode == STATUS[signum]
-            assert f"rlhf-core sft: stopped by {signum.name}; step " in error
-            assert re.search(r"checkpoint-\d+, continue with --resume\n$", error)
-    assert process.returncode == 0
+        wait_for_lines(tmp_path / "cut" / "metrics.jsonl", lines)
+        process.send_signal(signum)
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == STATUS[signum]
+        assert f"rlhf-core sft: stopped by {signum.name}; step " in error
+        assert re.search(r"checkpoint-\d+, continue with --resume\n$", error)
+    assert run(*whole[3:]) == run(*cut[3:], "--resume") == 0
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
