@@ -214,7 +214,7 @@ def test_a_look_inside_a_model_is_found(source):
 def python(code, cwd):
     """Run code in a fresh interpreter, away from pytest's path."""
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300
     )
 
 
