@@ -151,6 +151,13 @@ GaeArgs sequences_of(Tensor x, Tensor mask, double gamma, double lam, Tensor cu_
   return a;
 }
 
+// Tokens that rows share, in keys and values (N / samples, Hkv, P, K) after `axes` others.
+void share(DecodeAttentionArgs& a, Tensor keys, Tensor values, Tensor lengths, int axes) {
+  a.shared_keys = keys, a.shared_values = values, a.shared_lengths = lengths;
+  a.samples = keys.data ? a.N / std::max<int64_t>(keys.shape[axes], 1) : 1;
+  a.P = keys.data ? keys.shape[axes + 2] : 0;
+}
+
 KlArgs estimate_of(Tensor logprobs, Tensor ref_logprobs, Tensor mask, int estimator) {
   KlArgs a = {};
   a.estimator = static_cast<Estimator>(estimator);
@@ -255,21 +262,23 @@ PYBIND11_MODULE(_C, m) {
   });
   def("decode_attention_fwd",
       [](Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor lengths, Tensor slots,
-         Tensor cos, Tensor sin, std::optional<int64_t> window, int64_t limit, Tensor out,
-         int threads) {
+         Tensor cos, Tensor sin, std::optional<int64_t> window, int64_t limit, Tensor shared_keys,
+         Tensor shared_values, Tensor shared_lengths, Tensor out, int threads) {
     DecodeAttentionArgs a = {};
     a.dtype = q.dtype(), a.B = q.shape[0], a.H = q.shape[1], a.K = q.shape[2];
     a.cache_dtype = keys.dtype(), a.N = keys.shape[0], a.Hkv = keys.shape[1];
     a.S = keys.shape[2], a.window = window.value_or(a.S), a.limit = limit;
     a.q = q, a.k = k, a.v = v, a.keys = keys, a.values = values;
     a.lengths = lengths, a.slots = slots, a.cos = cos, a.sin = sin, a.out = out;
+    share(a, shared_keys, shared_values, shared_lengths, 0);
     decode_attention_fwd(a, threads);
   });
   def("packed_decode_fwd",
       [](Tensor tokens, Tensor counts, Tensor embedding, Tensor weights, Tensor keys, Tensor values,
          Tensor lengths, Tensor slots, Tensor cos, Tensor sin, std::optional<int64_t> window,
-         int64_t limit, int64_t heads, int64_t intermediate, int64_t rank, int activation,
-         bool gated, double eps, int64_t packed_size, Tensor logits, int threads) {
+         int64_t limit, Tensor shared_keys, Tensor shared_values, Tensor shared_lengths,
+         int64_t heads, int64_t intermediate, int64_t rank, int activation, bool gated, double eps,
+         int64_t packed_size, Tensor logits, int threads) {
     PackedDecodeArgs a = {};
     DecodeAttentionArgs& d = a.attention;
     d.B = tokens.shape[0], a.T = tokens.ndim == 2 ? tokens.shape[1] : 1, d.H = heads;
@@ -278,6 +287,7 @@ PYBIND11_MODULE(_C, m) {
     d.cache_dtype = keys.dtype();
     d.keys = keys, d.values = values, d.lengths = a.lengths = lengths, d.slots = slots;
     d.cos = cos, d.sin = sin, a.eps = static_cast<float>(eps);
+    share(d, shared_keys, shared_values, shared_lengths, 1);
     a.dtype = embedding.dtype(), a.V = embedding.shape[0], a.D = embedding.shape[1];
     a.I = intermediate, a.rank = rank, a.activation = static_cast<Activation>(activation);
     a.gated = gated, a.packed = packed_size > 0, a.size = packed_size;

@@ -2,7 +2,8 @@
 // rlhf_core/ops/decode_attention.py has the formulas. ISA-generic; see simd.h.
 //
 // A unit of work is a key/value head of a row. Its keys and values are read once, in blocks, for up
-// to kHeads query heads, with an online softmax (Milakov & Gimelshein 2018). If W does not divide
+// to kHeads query heads, with an online softmax (Milakov & Gimelshein 2018). Rows that follow each
+// other and share their first tokens read those together. If W does not divide
 // K, the last of a head's `vectors` overlaps the previous one, where the query is 0. If K < W,
 // blocks are staged: copied to float rows of length W, or W / 2 if that is enough, padded with 0.
 
@@ -94,7 +95,20 @@ struct Heads {
   int64_t count, vectors, K;  // K >= W
   float *q, *out;             // (count, vectors, W)
   float* scores;              // (count, kKeys)
+  float* highest;             // (count,) scores so far
+  F* totals;                  // (count,) sums of exponentials relative to `highest`
   int64_t offset(int64_t i) const { return std::min(i * W, K - W); }
+  Heads part(int64_t first, int64_t n) const {
+    const int64_t at = first * vectors * W;
+    return {
+        n, vectors, K, q + at, out + at, scores + first * kKeys, highest + first, totals + first};
+  }
+};
+
+struct Stage {
+  bool used, two;  // whether blocks are staged, with two keys in a vector
+  int64_t wide;
+  float *keys, *values;
 };
 
 // Scores n keys; what follows, up to a multiple of W, is arbitrary. A vector holds kRows keys.
@@ -209,6 +223,29 @@ SIMD void stage(const E* rows, int64_t n, int64_t K, int64_t wide, float* to) {
   for (; n % 4; ++n) store(to + n * wide, F{});
 }
 
+// Adds n <= kKeys keys and values of K elements to the softmax of each head.
+template <class E>
+void add_block(const Heads& h, const Stage& s, const E* keys, const E* values, int64_t n,
+               int64_t K) {
+  if (s.used) {
+    stage(keys, n, K, s.wide, s.keys);
+    stage(values, n, K, s.wide, s.values);
+  }
+  if (s.two) score<float, 2>(h, s.keys, n);
+  else if (s.used) score<float, 1>(h, s.keys, n);
+  else score<E, 1>(h, keys, n);
+  for (int64_t g = 0; g < h.count; ++g) {
+    const float factor = exponentiate(h.scores + g * kKeys, n, h.highest[g], h.totals[g]);
+    float* out = h.out + g * h.vectors * W;
+    if (factor != 1)
+      for (int64_t i = 0; i < h.vectors * W; i += W) store(out + i, load(out + i) * factor);
+  }
+  if (s.two) weigh<float, 2>(h, s.values, n);
+  else if (s.used) weigh<float, 1>(h, s.values, n);
+  else weigh<E, 1>(h, values, n);
+}
+
+// Units are the rows of the first head, then those of the next one.
 template <class E>
 void decode_attention(const DecodeAttentionArgs& a, int64_t begin, int64_t end) {
   const int64_t K = a.K, G = a.H / a.Hkv, vectors = (K + W - 1) / W, per_head = vectors * W;
@@ -218,26 +255,45 @@ void decode_attention(const DecodeAttentionArgs& a, int64_t begin, int64_t end) 
   float* const scratch =
       static_cast<float*>(__builtin_alloca_with_align(floats * sizeof(float), 512));
   float *const out = scratch + kHeads * per_head, *const scores = out + kHeads * per_head;
-  Heads h = {0, vectors, staged ? W : K, scratch, out, scores};
   float* const staged_keys = scores + kHeads * kKeys;
   float *const staged_values = staged_keys + stage_size, *const head = staged_values + stage_size;
+  float highest[kHeads];
+  F totals[kHeads];
+  Heads h = {0, vectors, staged ? W : K, scratch, out, scores, highest, totals};
+  const Stage stages = {staged, two, wide, staged_keys, staged_values};
   const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(K)));
+  const auto cache = [&](const char* store, int64_t row, int64_t kv, int64_t size) {
+    return const_cast<E*>(reinterpret_cast<const E*>(store)) + (row * a.Hkv + kv) * size * K;
+  };
 
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t b = unit / a.Hkv, kv = unit % a.Hkv, slot = a.slots[b], n = a.positions[b];
-    const float* cos = a.cos ? a.cos + n * (K / 2) : nullptr;
-    const float* sin = a.cos ? a.sin + n * (K / 2) : nullptr;
-    E* const keys = reinterpret_cast<E*>(a.keys) + (slot * a.Hkv + kv) * a.S * K;
-    E* const values = reinterpret_cast<E*>(a.values) + (slot * a.Hkv + kv) * a.S * K;
-    append(a.dtype, a.head(a.k, b, kv), K, cos, sin, head, keys + n % a.S * K);
-    append(a.dtype, a.head(a.v, b, kv), K, nullptr, nullptr, head, values + n % a.S * K);
+  for (int64_t unit = begin, rows; unit < end; unit += rows) {
+    const int64_t first = unit % a.B, kv = unit / a.B, owner = a.slots[first] / a.samples;
+    const int64_t shared = a.shared_length(a.slots[first]);
+    const int64_t together = shared ? std::max<int64_t>(1, kHeads / G) : 1;
+    rows = 1;
+    while (rows < together && unit + rows < end && first + rows < a.B &&
+           a.slots[first + rows] / a.samples == owner)
+      ++rows;
+    for (int64_t b = first; b < first + rows; ++b) {
+      const int64_t n = a.positions[b], at = (n - shared) % a.S * K;
+      const float* cos = a.cos ? a.cos + n * (K / 2) : nullptr;
+      const float* sin = a.cos ? a.sin + n * (K / 2) : nullptr;
+      append(a.dtype, a.head(a.k, b, kv), K, cos, sin, head,
+             cache(a.keys, a.slots[b], kv, a.S) + at);
+      append(a.dtype, a.head(a.v, b, kv), K, nullptr, nullptr, head,
+             cache(a.values, a.slots[b], kv, a.S) + at);
+    }
 
-    for (int64_t done = 0; done < G; done += kHeads) {
-      h.count = std::min(kHeads, G - done);
+    for (int64_t done = 0, count; done < G; done += count) {
+      count = std::min(kHeads, G - done);  // of each row
+      h.count = rows * count;
       for (int64_t i = 0; i < h.count * per_head; i += W) store(h.out + i, F{});
       for (int64_t g = 0; g < h.count; ++g) {
+        const int64_t b = first + g / count, n = a.positions[b];
+        const float* cos = a.cos ? a.cos + n * (K / 2) : nullptr;
+        const float* sin = a.cos ? a.sin + n * (K / 2) : nullptr;
         float *q = h.q + g * per_head, *last = q + per_head - W;
-        load_head(a.dtype, a.head(a.q, b, kv * G + done + g), K, cos, sin, scale, q);
+        load_head(a.dtype, a.head(a.q, b, kv * G + done + g % count), K, cos, sin, scale, q);
         if (K > W && K % W) {
           std::memmove(last + W - K % W, last, K % W * sizeof(float));
           std::memset(last, 0, (W - K % W) * sizeof(float));
@@ -245,40 +301,32 @@ void decode_attention(const DecodeAttentionArgs& a, int64_t begin, int64_t end) 
           std::memset(q + K, 0, (W - K) * sizeof(float));
         }
         if (two) std::memcpy(q + W / 2, q, W / 2 * sizeof(float));
+        highest[g] = -INFINITY, totals[g] = F{};
       }
 
-      float highest[kHeads];
-      F totals[kHeads] = {};
-      for (float& x : highest) x = -INFINITY;
-      const int64_t begin_keys = std::max<int64_t>(0, n + 1 - a.window);
-      for (int64_t j = begin_keys, count; j <= n; j += count) {
-        const int64_t at = j % a.S;
-        count = std::min(std::min(kKeys, a.S - at), n + 1 - j);  // a block ends where a ring does
-        if (staged) {
-          stage(keys + at * K, count, K, wide, staged_keys);
-          stage(values + at * K, count, K, wide, staged_values);
+      for (int64_t j = 0; j < shared; j += kKeys)
+        add_block(h, stages, cache(a.shared_keys, owner, kv, a.P) + j * K,
+                  cache(a.shared_values, owner, kv, a.P) + j * K, std::min(kKeys, shared - j), K);
+      for (int64_t b = first; b < first + rows; ++b) {
+        const Heads own = h.part((b - first) * count, count);
+        const E* keys = cache(a.keys, a.slots[b], kv, a.S);
+        const E* values = cache(a.values, a.slots[b], kv, a.S);
+        const int64_t n = a.positions[b] - shared;
+        for (int64_t j = std::max<int64_t>(0, n + 1 - a.window), size; j <= n; j += size) {
+          const int64_t at = j % a.S;
+          size = std::min(std::min(kKeys, a.S - at), n + 1 - j);  // a block ends where a ring does
+          add_block(own, stages, keys + at * K, values + at * K, size, K);
         }
-        if (two) score<float, 2>(h, staged_keys, count);
-        else if (staged) score<float, 1>(h, staged_keys, count);
-        else score<E, 1>(h, keys + at * K, count);
-        for (int64_t g = 0; g < h.count; ++g) {
-          const float factor = exponentiate(h.scores + g * kKeys, count, highest[g], totals[g]);
-          float* out = h.out + g * per_head;
-          if (factor != 1)
-            for (int64_t i = 0; i < per_head; i += W) store(out + i, load(out + i) * factor);
-        }
-        if (two) weigh<float, 2>(h, staged_values, count);
-        else if (staged) weigh<float, 1>(h, staged_values, count);
-        else weigh<E, 1>(h, values + at * K, count);
       }
 
       for (int64_t g = 0; g < h.count; ++g) {
+        const int64_t b = first + g / count, query = kv * G + done + g % count;
         const float* out = h.out + g * per_head;
         F total = totals[g];
         for (int k = 1; k < W; k *= 2) total = pair_sums(total, total);
         for (int64_t i = 0; i < vectors; ++i) store(head + h.offset(i), load(out + i * W) / total);
         if (two) write(head, read<Half>(head) + read<Half>(head + W / 2));
-        char* const to = a.out + (b * a.H + kv * G + done + g) * K * (a.dtype == kFloat32 ? 4 : 2);
+        char* const to = a.out + (b * a.H + query) * K * (a.dtype == kFloat32 ? 4 : 2);
         if (a.dtype == kFloat32) copy(head, K, reinterpret_cast<float*>(to));
         else kNarrow[a.dtype](head, K, to);
       }

@@ -183,8 +183,9 @@ std::vector<int64_t> positions_of(const DecodeAttentionArgs& a) {
     if (slot < 0 || slot >= a.N) reject_slot(" is outside [0, ", a.N, ")");
     if (taken[slot]) reject_slot(" is an earlier row's");
     const int64_t n = a.lengths[slot];
-    if (n < 0 || n >= a.limit)
-      reject_slot(" has length ", n, ", no room for another token in ", a.limit);
+    const int64_t shared = a.shared_length(slot), last = shared + a.limit;
+    if (shared < 0 || shared > a.P || n < shared || n >= last)
+      reject_slot(" has length ", n, ", no room for another token in ", last);
     taken[slot] = true;
     positions[b] = n;
   }
@@ -289,9 +290,11 @@ void packed_decode_fwd(const PackedDecodeArgs& args, int threads) {
   const std::vector<int64_t> positions = positions_of(args.attention);
   for (int64_t b = 0; b < B; ++b) {
     const int64_t count = args.count(b);
-    if (count < 1 || count > T || positions[b] + count > args.attention.limit)
+    const int64_t shared = args.attention.shared_length(args.attention.slots[b]);
+    const int64_t limit = shared + args.attention.limit;
+    if (count < 1 || count > T || positions[b] + count > limit)
       reject("row ", b, ": cannot append ", count, " of ", T, " tokens at position ", positions[b],
-             " of a cache of ", args.attention.limit);
+             " of a cache of ", limit);
     for (int64_t t = b * T; t < b * T + count; ++t)
       if (args.tokens[t] < 0 || args.tokens[t] >= args.V)
         reject("row ", b, ": token ", args.tokens[t], " is outside [0, ", args.V, ")");

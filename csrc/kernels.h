@@ -111,13 +111,19 @@ struct PpoLossArgs {
 struct DecodeAttentionArgs {
   Dtype dtype, cache_dtype;  // of q, k, v and out; of keys and values
   int64_t B, H, Hkv, K, N, S, window;
-  int64_t limit;                   // of a row's tokens, at most S unless window <= S
-  Rows q, k, v;                    // (B, H or Hkv, K); a row's heads are contiguous
-  char *keys, *values;             // (N, Hkv, S, K); token n is at n % S
-  const int64_t *lengths, *slots;  // (N,), (B,)
-  const int64_t* positions;        // (B,), of the new tokens; set by decode_attention_fwd
-  const float *cos, *sin;          // (positions, K / 2); null: no rotation
-  char* out;                       // (B, H, K)
+  int64_t limit;                            // of a row's tokens, at most S unless window <= S
+  Rows q, k, v;                             // (B, H or Hkv, K); a row's heads are contiguous
+  char *keys, *values;                      // (N, Hkv, S, K); token n is at (n - shared_length) % S
+  const int64_t *lengths, *slots;           // (N,), (B,)
+  const char *shared_keys, *shared_values;  // (N / samples, Hkv, P, K); null: no shared tokens
+  const int64_t* shared_lengths;            // (N / samples,)
+  int64_t samples, P;
+  const int64_t* positions;  // (B,), of the new tokens; set by decode_attention_fwd
+  const float *cos, *sin;    // (positions, K / 2); null: no rotation
+  char* out;                 // (B, H, K)
+  int64_t shared_length(int64_t slot) const {
+    return shared_lengths ? shared_lengths[slot / samples] : 0;
+  }
   char* head(const Rows& x, int64_t b, int64_t h) const {
     return x.data + (b * x.stride_b + h * K) * (dtype == kFloat32 ? 4 : 2);
   }

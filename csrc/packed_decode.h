@@ -72,6 +72,7 @@ template <class E> struct Decode {
   void attend(DecodeAttentionArgs& attention, int64_t n) {
     int64_t keys = 0;
     for (int64_t r = 0; r < n; ++r) keys += attention.positions[r] + 1;
+    attention.B = n;
     const int64_t per_unit = keys / n * attention.K * (1 + attention.H / attention.Hkv);
     const auto kernel =
         attention.cache_dtype == kFloat32 ? decode_attention<float> : decode_attention<E>;
@@ -80,6 +81,10 @@ template <class E> struct Decode {
     const int64_t store = attention.N * attention.Hkv * attention.S * attention.K;
     const int64_t size = store * (attention.cache_dtype == kFloat32 ? 4 : 2);
     attention.keys += size, attention.values += size;
+    if (!attention.shared_keys) return;
+    const int64_t of_row = attention.Hkv * attention.P * attention.K;
+    const int64_t shared = attention.N / attention.samples * of_row * (size / store);
+    attention.shared_keys += shared, attention.shared_values += shared;
   }
 
   // y[:I] = act(y[:I]), times y[I:2 I] if gated. A row of y has room for W more.

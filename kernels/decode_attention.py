@@ -31,11 +31,14 @@ def _rotate(row_ptr, x, cos_ptr, sin_ptr, n, inside, K: tl.constexpr, BLOCK_K: t
 
 
 @triton.jit(
-    do_not_specialize=["q_stride", "k_stride", "v_stride", "N", "Hkv", "S", "window", "limit"]
-)
+    do_not_specialize=[
+        "q_stride", "k_stride", "v_stride", "N", "Hkv", "S", "window", "limit", "samples", "P",
+    ]
+)  # fmt: skip
 def decode_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, lengths_ptr, slots_ptr, cos_ptr, sin_ptr, out_ptr,
-    q_stride, k_stride, v_stride, N, Hkv, S, window, limit, scale,
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, lengths_ptr, slots_ptr, cos_ptr, sin_ptr,
+    shared_keys_ptr, shared_values_ptr, shared_lengths_ptr, out_ptr,
+    q_stride, k_stride, v_stride, N, Hkv, S, window, limit, samples, P, scale,
     GROUP: tl.constexpr, K: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -44,8 +47,14 @@ def decode_attention_fwd_kernel(
     slot = tl.load(slots_ptr + b)
     fits = (slot >= 0) & (slot < N)
     n = tl.load(lengths_ptr + slot, mask=fits, other=0)
-    fits = fits & (n >= 0) & (n < limit)
-    slot, n = tl.where(fits, slot, 0), tl.where(fits, n, 0)
+    if shared_keys_ptr is not None:
+        shared = tl.load(shared_lengths_ptr + slot // samples, mask=fits, other=0)
+        fits = fits & (shared >= 0) & (shared <= P)
+        shared = tl.where(fits, shared, 0)
+    else:
+        shared = n * 0
+    fits = fits & (n >= shared) & (n < shared + limit)
+    slot, n = tl.where(fits, slot, 0), tl.where(fits, n, shared)
 
     cols, heads = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_G)
     is_col = cols < K
@@ -53,7 +62,7 @@ def decode_attention_fwd_kernel(
     k = tl.load(k_row + cols, mask=is_col, other=0.0)
     k = _rotate(k_row, k, cos_ptr, sin_ptr, n, is_col, K, BLOCK_K).to(keys_ptr.dtype.element_ty)
     v = tl.load(v_row + cols, mask=is_col, other=0.0).to(values_ptr.dtype.element_ty)
-    base, turn = (slot * Hkv + h) * S * K, n // S * S
+    base, turn = (slot * Hkv + h) * S * K, shared + (n - shared) // S * S
     tl.store(keys_ptr + base + (n - turn) * K + cols, k, mask=is_col & fits)
     tl.store(values_ptr + base + (n - turn) * K + cols, v, mask=is_col & fits)
 
@@ -70,10 +79,15 @@ def decode_attention_fwd_kernel(
         at = start + tl.arange(0, BLOCK_S)
         place = tl.where(at < turn, at - turn + S, at - turn)  # at % S, since n - S < at
         offsets = base + place[:, None] * K + cols[None, :]
-        seen = (at < n)[:, None] & is_col[None, :]
+        seen = ((at >= shared) & (at < n))[:, None] & is_col[None, :]
         # keys and values are (BLOCK_S, BLOCK_K), scores (BLOCK_G, BLOCK_S).
         keys = tl.load(keys_ptr + offsets, mask=seen, other=0.0).to(tl.float32)
         values = tl.load(values_ptr + offsets, mask=seen, other=0.0).to(tl.float32)
+        if shared_keys_ptr is not None:
+            offsets = (slot // samples * Hkv + h) * P * K + at[:, None] * K + cols[None, :]
+            seen = (at < shared)[:, None] & is_col[None, :]
+            keys += tl.load(shared_keys_ptr + offsets, mask=seen, other=0.0).to(tl.float32)
+            values += tl.load(shared_values_ptr + offsets, mask=seen, other=0.0).to(tl.float32)
         scores = tl.sum(q[:, None, :] * keys[None, :, :], 2)
         scores = tl.where((at < n)[None, :], scores, -float("inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
@@ -97,10 +111,13 @@ def decode_attention_fwd(
     sin: Tensor | None,
     window: int | None,
     limit: int,
+    shared_keys: Tensor | None = None,
+    shared_values: Tensor | None = None,
+    shared_lengths: Tensor | None = None,
 ) -> Tensor:
     """Attention output (B, H, K) in q's dtype. The new tokens are written to keys and values.
 
-    limit: number of tokens that a row may have. A row whose slot is out of range or full gives NaN
+    limit: number of tokens that a row may have beside shared ones. A row whose slot is out of range or full gives NaN
     and writes nothing.
     """
     B, H, K = q.shape
@@ -108,12 +125,16 @@ def decode_attention_fwd(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     block_g, block_k = triton.next_power_of_2(H // Hkv), triton.next_power_of_2(K)
     block_s = max(1, min(128, TILE // (block_g * block_k)))
+    samples, P = 1, 0
+    if shared_keys is not None:
+        samples, P = N // len(shared_keys), shared_keys.shape[2]
     if B:
         with torch.cuda.device_of(q):
             decode_attention_fwd_kernel[(B * Hkv,)](
-                q, k, v, keys, values, lengths, slots, cos, sin, out,
+                q, k, v, keys, values, lengths, slots, cos, sin,
+                shared_keys, shared_values, shared_lengths, out,
                 q.stride(0), k.stride(0), v.stride(0), N, Hkv, S,
-                S if window is None else window, limit, K**-0.5,
+                S + P if window is None else window, limit, samples, P, K**-0.5,
                 GROUP=H // Hkv, K=K, BLOCK_G=block_g, BLOCK_K=block_k, BLOCK_S=block_s,
             )  # fmt: skip
     return out

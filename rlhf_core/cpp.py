@@ -216,15 +216,19 @@ def decode_attention_fwd(
     sin: Tensor | None,
     window: int | None,
     limit: int,
+    shared_keys: Tensor | None = None,
+    shared_values: Tensor | None = None,
+    shared_lengths: Tensor | None = None,
 ) -> Tensor:
     """Attention output (B, H, K) in q's dtype. The new tokens are written to keys and values.
 
-    limit: number of tokens that a row may have. A slot that is out of range, used twice or full
-    raises ValueError.
+    limit: number of tokens that a row may have beside shared ones. A slot that is out of range,
+    used twice or full raises ValueError.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _C.decode_attention_fwd(
-        q, k, v, keys, values, lengths, slots, cos, sin, window, limit, out, torch.get_num_threads()
+        q, k, v, keys, values, lengths, slots, cos, sin, window, limit,
+        shared_keys, shared_values, shared_lengths, out, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -269,6 +273,9 @@ def packed_decode_fwd(
     sin: Tensor | None,
     window: int | None,
     limit: int,
+    shared_keys: Tensor | None,
+    shared_values: Tensor | None,
+    shared_lengths: Tensor | None,
     heads: int,
     intermediate: int,
     rank: int,
@@ -280,7 +287,8 @@ def packed_decode_fwd(
     """Logits (B, V) float32 after each row's last token.
 
     tokens: (B,), or (B, T) with counts (B,) of valid tokens per row. The tokens are added to keys
-    and values (L, N, Hkv, S, K) and to lengths. limit: number of tokens that a row may have.
+    and values (L, N, Hkv, S, K) and to lengths. limit: number of tokens that a row may have beside
+    shared ones, whose keys and values are (L, M, Hkv, P, K).
     weights: int64 addresses, in the order of csrc/kernels.h, of tensors that the caller keeps.
     packed_size: the number of weights in panels; 0 means that weights are in place, which takes one
     token per row. A token or slot that is out of range, or a slot without room, raises ValueError.
@@ -288,7 +296,7 @@ def packed_decode_fwd(
     logits = embedding.new_empty(len(tokens), len(embedding), dtype=torch.float32)
     _C.packed_decode_fwd(
         tokens, counts, embedding, weights, keys, values, lengths, slots, cos, sin, window, limit,
-        heads, intermediate, rank, _ACTIVATIONS[activation], gated, eps, packed_size, logits,
+        shared_keys, shared_values, shared_lengths, heads, intermediate, rank, _ACTIVATIONS[activation], gated, eps, packed_size, logits,
         torch.get_num_threads(),
     )  # fmt: skip
     return logits

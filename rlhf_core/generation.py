@@ -1,8 +1,9 @@
 """Batched sampling with a KV cache. Log-probs are those of the distribution sampled from.
 
-Each prompt goes through the model once, however many samples it gets. Then each step produces one
-token for every unfinished row. Finished rows leave the batch, so the cost follows the number of
-tokens generated. On CUDA a step is one graph launch, and finished rows are removed every few steps.
+Each prompt goes through the model once, and its keys and values are stored once, however many
+samples it gets. Then each step produces one token for every unfinished row. Finished rows leave the
+batch, so the cost follows the number of tokens generated. On CUDA a step is one graph launch, and
+finished rows are removed every few steps.
 
 Left out: beam search and per-row options. An `Engine` can replace `generate`.
 """
@@ -183,8 +184,11 @@ def generate(
             if length <= config.long_from:
                 crossings.setdefault(config.long_from + 1 - length, []).append(slot)
     with eval_mode(model), packed_for_decoding(model, B * n, weight_dtype) as fast_model:
-        cache = model.new_cache(B * n, P + max_new_tokens)
+        # With several samples the rows of a prompt share its keys and values.
+        cache = model.new_cache(B, P if n > 1 else P + max_new_tokens)
         logits = fast_model.prefill(prompt_ids, prompt_lengths, cache)  # (B, V)
+        if n > 1:
+            cache = cache.continued(n, P + max_new_tokens)
         step = DecodeStep(
             fast_model,
             cache,

@@ -110,15 +110,7 @@ class PackedModel:
     def prefill(self, input_ids: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
         if not self.packed_size:
             return self.model.prefill(input_ids, lengths, cache)
-        samples = len(cache.lengths) // len(input_ids)
-        logits = self._run(input_ids, lengths, cache, torch.arange(0, len(cache.lengths), samples))
-        if samples > 1:
-            for store in cache.stores[self.model.config.sliding_window]:
-                filled = store[:, :, :, : input_ids.shape[1]]
-                rows = filled.unflatten(1, (-1, samples))  # (L, B, N / B, Hkv, P, K)
-                rows[:, :, 1:] = rows[:, :, :1]
-            cache.lengths[:] = lengths.repeat_interleave(samples)
-        return logits
+        return self._run(input_ids, lengths, cache, torch.arange(len(input_ids)))
 
     def decode(self, token_ids: Tensor, cache: KVCache, slots: Tensor) -> Tensor:
         return self._run(token_ids, None, cache, slots)
@@ -130,10 +122,11 @@ class PackedModel:
         if trunk.config.positions == "rope":
             rope = trunk._rope_tables(cache.max_length, slots.device)
         window = trunk.config.sliding_window  # of all layers
-        store = cache.stores[window]
+        store, shared = cache.stores[window], cache.shared or (None, None, None)
+        limit = cache.max_length if cache.shared is None else store[0].shape[3]
         return self.launch(
             token_ids.contiguous(), counts, self.embedding, self.weights, *store, cache.lengths,
-            slots.contiguous(), *rope, window, cache.max_length, *self.sizes,
+            slots.contiguous(), *rope, window, limit, *shared, *self.sizes,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -49,37 +49,85 @@ class KVCache:
     Attributes:
         stores: By window: the keys and values, each (layers, N, Hkv, S, K), of all its layers.
         layers: By layer: its keys and values, each (N, Hkv, S, K), views of `stores`.
+        shared: Of layers without a window: keys and values (layers, M, Hkv, P, K), and number (M,),
+            of the first tokens of the rows, which N / M rows share. `stores` hold the tokens after
+            them, from index 0 on. None: `stores` hold all.
         lagging: The cache of a `MaskedPolicy`'s lagging copy.
     """
 
+    shared: tuple[Tensor, Tensor, Tensor] | None = None
     lagging: KVCache | None = None
 
-    def __init__(self, config: TransformerConfig, batch_size: int, max_length: int, like: Tensor):
-        self.max_length = max_length
+    def __init__(
+        self,
+        config: TransformerConfig,
+        batch_size: int,
+        max_length: int,
+        like: Tensor,
+        shared_length: int = 0,
+    ):
+        """shared_length: P of `shared`, which has no memory here."""
+        self.config, self.max_length = config, max_length
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         self.stores: dict[int | None, tuple[Tensor, Tensor]] = {}
         for window in set(config.windows):
-            S, count = min(window or max_length, max_length), config.windows.count(window)
+            S = max_length - shared_length if window is None else min(window, max_length)
+            count = config.windows.count(window)
             shape = (count, batch_size, config.num_kv_heads, S, config.head_dim)
             self.stores[window] = like.new_empty(shape), like.new_empty(shape)
         pairs = {window: zip(*stores) for window, stores in self.stores.items()}
         self.layers: list[tuple[Tensor, Tensor]] = [next(pairs[x]) for x in config.windows]
 
+    def continued(self, samples: int, max_length: int) -> KVCache:
+        """Return a cache of `samples` rows for each of these, which go on from its tokens.
+
+        Layers without a window share this cache's tokens, so it must not change any more.
+        """
+        like, N = next(iter(self.stores.values()))[0], len(self.lengths) * samples
+        cache = KVCache(self.config, N, max_length, like, self.max_length)
+        cache.lengths[:] = self.lengths.repeat_interleave(samples)
+        for window, pair in self.stores.items():
+            if window is None:
+                cache.shared = *pair, self.lengths
+                continue
+            for store, rows in zip(cache.stores[window], pair):
+                store[:, :, :, : rows.shape[3]] = rows.repeat_interleave(samples, dim=1)
+        if self.lagging is not None:
+            cache.lagging = self.lagging.continued(samples, max_length)
+        return cache
+
+    def shared_in(self, layer: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys and values (M, Hkv, P, K) and number (M,) of a layer's shared tokens, if any."""
+        if self.shared is None or self.config.windows[layer] is not None:
+            return None
+        keys, values, lengths = self.shared
+        at = self.config.windows[:layer].count(None)
+        return keys[at], values[at], lengths
+
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store the tokens of k and v (B, Hkv, T, K), each sequence in N / B rows of `lengths`."""
+        """Store the tokens of k and v (N, Hkv, T, K)."""
         for store, x in zip(self.layers[layer], (k, v)):
             S = store.shape[2]
             if x.shape[2] > S:  # index i gets the last of the tokens i, i + S, i + 2 S, ...
-                last = self.lengths.view(len(x), -1)[:, :1] - 1  # (B, 1)
-                at = last - (last - torch.arange(S, device=x.device)) % S  # (B, S)
+                last = self.lengths[:, None] - 1  # (N, 1)
+                at = last - (last - torch.arange(S, device=x.device)) % S  # (N, S)
                 x = x.take_along_dim(at.clamp_min(0)[:, None, :, None], dim=2)
-            store.unflatten(0, (len(x), -1))[:, :, :, : x.shape[2]] = x[:, None]
+            store[:, :, : x.shape[2]] = x
 
     def replace(self, slots: list[int], other: KVCache) -> None:
-        """Take keys and values of the rows `slots` from a cache of the same model and size."""
+        """Take keys and values of the rows `slots` from a cache of the same model and size.
+
+        The rows share equally many tokens, and are all that read these tokens.
+        """
         for window, pair in self.stores.items():
-            for store, rows in zip(pair, other.stores[window]):
-                store[:, slots] = rows
+            for i, (store, rows) in enumerate(zip(pair, other.stores[window])):
+                if window is None and self.shared is not None:
+                    lengths = self.shared[2]
+                    owners = torch.tensor(slots) // (len(self.lengths) // len(lengths))
+                    first = int(lengths[owners[0]])
+                    self.shared[i][:, owners, :, :first] = rows[:, :, :, :first]
+                    rows = rows[:, :, :, first : first + store.shape[3]]
+                store[:, slots, :, : rows.shape[3]] = rows
         if self.lagging is not None:
             self.lagging.replace(slots, other.lagging)
 
@@ -153,6 +201,7 @@ class Attention(nn.Module):
         if config.attention_scale is not None:
             q = q * (config.attention_scale * math.sqrt(config.head_dim))
         options = dict(window=config.windows[layer], softcap=config.attention_softcap)
+        options["shared"] = cache.shared_in(layer)
         store = *cache.layers[layer], cache.lengths, slots
         y = decode_attention(q, k, v, *store, rope=rope, **options)
         return self.out(y.flatten(1))  # (B, H, K) -> (B, D)
@@ -302,12 +351,12 @@ class Trunk(nn.Module):
         Args:
             input_ids: (B, P), padded on the right.
             lengths: (B,) int64, the number of real tokens of each prompt, at least 1.
-            cache: Empty. Each prompt fills N / B of its N rows.
+            cache: Empty, of B rows.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         B, P = input_ids.shape
         last = torch.arange(B, device=input_ids.device) * P + lengths - 1
-        cache.lengths[:] = lengths.repeat_interleave(len(cache.lengths) // len(lengths))
+        cache.lengths[:] = lengths
         long = lengths > self.config.long_from
         long = long[:, None, None, None] if self.config.long_from < P else None
         return self._run(input_ids, positions, None, last, cache, long=long)

@@ -11,6 +11,10 @@ i + K/2, as in Llama):
 A slot has S places, and token n is at place n % S. Thus, if the window is at most S, the cache is a
 ring: a new token takes the place of one that no window reaches any more.
 
+Rows may share their first tokens, such as those of a prompt, which are then stored once: the first
+L = shared_lengths[m] tokens of slot s, where m = s // (N / M), are at the places 0 to L - 1 of
+shared row m of M, and token n is at place n - L of the slot.
+
 Query head i reads key/value head h = i // (H / Hkv) (Ainslie et al. 2023).
 
 Left out: gradients, and several tokens per row. Prompts use `scaled_dot_product_attention`.
@@ -43,6 +47,9 @@ def decode_attention_reference(
     cos: Tensor | None,
     sin: Tensor | None,
     window: int | None,
+    shared_keys: Tensor | None = None,
+    shared_values: Tensor | None = None,
+    shared_lengths: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """The definition, in at least float32. Writes the new keys and values to the cache."""
@@ -52,11 +59,20 @@ def decode_attention_reference(
     if cos is not None:
         q, k = (_rotate(x, cos[n][:, None], sin[n][:, None]) for x in (q, k))
     S, n = keys.shape[2], n[:, None]
+    if shared_lengths is not None:
+        owners = slots // (len(keys) // len(shared_lengths))
+        shared = shared_lengths[owners][:, None]  # (B, 1)
+        n = n - shared
     at = slots, slice(None), n[:, 0] % S
     keys[at], values[at] = k.to(keys.dtype), v.to(values.dtype)
-    q, K, V = at_least_float32(q, keys[slots], values[slots])  # (B, H, K), (B, Hkv, S, K) twice
+    K, V = keys[slots], values[slots]  # (B, Hkv, S, K)
     age = (n - torch.arange(S, device=q.device)) % S  # (B, S), 0 at the new token's place
     unseen = age > n if window is None else age >= (n + 1).clamp_max(window)
+    if shared_lengths is not None:
+        K, V = torch.cat((shared_keys[owners], K), 2), torch.cat((shared_values[owners], V), 2)
+        beyond = torch.arange(shared_keys.shape[2], device=q.device) >= shared
+        unseen = torch.cat((beyond, unseen), 1)
+    q, K, V = at_least_float32(q, K, V)
     q = q.unflatten(1, (K.shape[1], -1))
     scores = q @ K.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, Hkv, H / Hkv, S)
     if softcap is not None:
@@ -81,6 +97,7 @@ def decode_attention(
     *,
     rope: tuple[Tensor, Tensor] | None,
     window: int | None = None,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None,
     softcap: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -102,6 +119,9 @@ def decode_attention(
         rope: cos and sin, (positions, K / 2) float32 for at least S positions; None: no rotation.
         window: number of tokens that a token attends to, itself included, >= 1; None: all. Up to S,
             a row may have more than S tokens, as many as `rope` has positions.
+        shared: keys and values (M, Hkv, P, K), contiguous, in the cache's dtype, and lengths (M,)
+            int64 of the first tokens of the rows, each shared by N / M rows; without a window.
+            `lengths` count these tokens, and `rope` has P + S positions. None: nothing is shared.
         softcap: c > 0, which turns the scores into c tanh(scores / c) (Gemma 2); None: no limit.
             Only the reference has it.
         backend: "reference", "cpp", "triton", or None for the best one on the device.
@@ -116,25 +136,29 @@ def decode_attention(
     """
     _check(q, k, v, keys, values, lengths, slots, window)
     cos, sin = rope or (None, None)
+    P = 0
+    if shared is not None:
+        _check_shared(*shared, keys, window)
+        P = shared[0].shape[2]
     if cos is not None:
-        _check_rope(cos, sin, keys)
+        _check_rope(cos, sin, keys, P)
     if softcap is not None:
         if backend not in (None, "reference") or not softcap > 0:
             raise ValueError(f"softcap {softcap} must be > 0, with the reference, not {backend!r}")
         backend = "reference"
-    impl = resolve(backend, q, k, v, keys, values, cos, sin)
+    impl = resolve(backend, q, k, v, keys, values, cos, sin, *(shared or ()))
     limit = keys.shape[2]
     if window is not None and window <= limit:
         limit = NO_LIMIT if cos is None else len(cos)
     if impl is None or impl.__name__ != "rlhf_core.cpp":  # cpp checks while it reads them
-        _check_slots(lengths, slots, limit)
+        _check_slots(lengths, slots, limit, shared)
     q, k, v = (
         x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v)
     )
     args = (q, k, v, keys, values, lengths.contiguous(), slots.contiguous(), cos, sin, window)
     if impl is None:
-        return decode_attention_reference(*args, softcap)
-    return impl.decode_attention_fwd(*args, limit)
+        return decode_attention_reference(*args, *(shared or ()), softcap=softcap)
+    return impl.decode_attention_fwd(*args, limit, *(shared or ()))
 
 
 def _check(q, k, v, keys, values, lengths, slots, window):
@@ -182,8 +206,31 @@ def _check(q, k, v, keys, values, lengths, slots, window):
         )
 
 
-def _check_rope(cos, sin, keys):
+def _check_shared(shared_keys, shared_values, shared_lengths, keys, window):
+    M, P = len(shared_keys), shared_keys.shape[2] if shared_keys.ndim == 4 else 0
+    N, Hkv, _, K = keys.shape
+    fits = (
+        (window is None and M and P and N % M == 0)
+        and shared_keys.shape == shared_values.shape == (M, Hkv, P, K)
+        and shared_keys.dtype == shared_values.dtype == keys.dtype
+        and shared_keys.is_contiguous()
+        and shared_values.is_contiguous()
+        and (shared_lengths.shape, shared_lengths.dtype) == ((M,), torch.int64)
+        and shared_lengths.is_contiguous()
+        and {x.device for x in (shared_keys, shared_values, shared_lengths)} == {keys.device}
+    )
+    if not fits:
+        got = ", ".join(map(describe, (shared_keys, shared_values, shared_lengths)))
+        raise ValueError(
+            "shared must be contiguous keys and values (M, Hkv, P, K) like the cache, and int64 "
+            f"lengths (M,), with M dividing N and no window. Got {got}, keys {describe(keys)}, "
+            f"window {window}"
+        )
+
+
+def _check_rope(cos, sin, keys, P):
     S, K = keys.shape[2:]
+    S += P
     if cos.dtype != torch.float32 or sin.dtype != torch.float32:
         raise TypeError(f"rope must be float32, got {describe(cos)} and {describe(sin)}")
     if cos.shape != sin.shape or cos.ndim != 2 or cos.shape[0] < S or 2 * cos.shape[1] != K:
@@ -197,18 +244,23 @@ def _check_rope(cos, sin, keys):
         raise ValueError(f"rope is on {cos.device} and {sin.device}, keys are on {keys.device}")
 
 
-def _check_slots(lengths, slots, limit):
+def _check_slots(lengths, slots, limit, shared):
     if not values_may_be_read(slots):
         return
     lengths, seen = lengths.tolist(), set()
+    firsts, samples, P = [0], max(1, len(lengths)), 0
+    if shared is not None:
+        firsts, samples = shared[2].tolist(), len(lengths) // len(shared[2])
+        P = shared[0].shape[2]
     for b, slot in enumerate(slots.tolist()):
         if not 0 <= slot < len(lengths):
             raise ValueError(f"row {b}: slot {slot} is outside [0, {len(lengths)})")
         if slot in seen:
             raise ValueError(f"row {b}: slot {slot} is an earlier row's")
-        if not 0 <= lengths[slot] < limit:
+        first = firsts[slot // samples]
+        if not (0 <= first <= P and first <= lengths[slot] < first + limit):
             raise ValueError(
                 f"row {b}: slot {slot} has length {lengths[slot]}, no room for another token in "
-                f"{limit}"
+                f"{first + limit}"
             )
         seen.add(slot)

@@ -130,14 +130,13 @@ def test_steps_are_as_accurate_as_those_of_the_modules(backend, form, kind, B):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("samples", [1, 3])
-def test_prompts_are_as_accurate_as_those_of_the_modules(backend, kind, samples):
+def test_prompts_are_as_accurate_as_those_of_the_modules(backend, kind):
     """Prompts below, at and above a block of rows, several in a block, and padding ids of -7."""
     model = make(**KINDS[kind])
     exact = copy.deepcopy(model).double()
     lengths = torch.tensor([1, 2, 37, 32, 30, 5, 33, 1])
     ids = torch.randint(model.config.vocab_size, (8, 37))
-    mine, theirs = (filled(model, [0] * 8 * samples) for _ in range(2))
+    mine, theirs = (filled(model, [0] * 8) for _ in range(2))
     truth = in_float64(mine, exact)
     reference, want = model.prefill(ids, lengths, theirs), exact.prefill(ids, lengths, truth)
     beyond = torch.arange(37) >= lengths[:, None]
@@ -158,6 +157,29 @@ def test_a_prompt_has_the_bits_of_its_tokens_one_by_one(backend):
         want = packed(model).decode(token_ids, stepwise, torch.arange(3))
     assert torch.equal(got, want) and torch.equal(at_once.lengths, stepwise.lengths)
     assert torch.equal(*(stored(x)[0].nan_to_num() for x in (at_once, stepwise)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "as many heads", "gpt2"])
+def test_rows_that_share_a_prompt_are_as_rows_with_a_prompt_each(backend, form, kind):
+    """Three rows a prompt, of which some have ended; without the prompts the cache is NaN."""
+    model, lengths = make(**KINDS[kind]), torch.tensor([1, 9, 30])
+    ids, tokens = torch.randint(67, (3, 30)), torch.randint(67, (4, 9))
+    prompts = filled(model, [0] * 3)
+    packed(model).prefill(ids, lengths, prompts)
+    once = prompts.continued(3, S + 4)
+    for store in stored(once):
+        assert store.shape[3] == 4  # what follows the prompts
+        store.fill_(torch.nan)
+    apart = filled(model, lengths.repeat_interleave(3).tolist())
+    for store, keys in zip(stored(apart), prompts.stores[None]):
+        store.copy_(keys.repeat_interleave(3, dim=1))
+    slots = torch.tensor([0, 2, 3, 4, 5, 6, 8])
+    for step in tokens:
+        got = packed(model).decode(step[slots], once, slots)
+        want = packed(model).decode(step[slots], apart, slots)
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+    assert torch.equal(once.lengths, apart.lengths)
 
 
 @torch.no_grad()

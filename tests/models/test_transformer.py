@@ -509,7 +509,7 @@ def test_prefill_and_decode_give_the_hidden_states_of_the_full_forward(family, p
     trunk, samples = model.trunk, padded("right", lengths=(12,) * 6, width=12)[0]
     samples[1::2, :prompt] = samples[::2, :prompt]  # prompt b goes to rows 2b and 2b + 1
     lengths = torch.tensor([prompt, max(1, prompt - 3), 1])
-    cache = KVCache(model.config, 6, 12, model.head_weight)
+    cache = KVCache(model.config, 3, prompt, model.head_weight)
     for pair in cache.layers:
         for store in pair:
             store.fill_(torch.nan)
@@ -519,6 +519,10 @@ def test_prefill_and_decode_give_the_hidden_states_of_the_full_forward(family, p
         trunk.prefill(samples[::2, :prompt], lengths, cache),
         want[::2][torch.arange(3), lengths - 1],
     )
+    cache = cache.continued(2, prompt + 11)
+    for store in cache.stores.get(None, ()):
+        assert store.shape[3] == 11  # the prompt is stored once
+        store.fill_(torch.nan)
     while len(slots := (ends < torch.tensor([12, 5, 12, 9, 12, 12])).nonzero()[:, 0].flip(0)):
         assert torch.equal(cache.lengths, ends)
         got = trunk.decode(samples[slots, ends[slots]], cache, slots)
@@ -552,6 +556,8 @@ def test_windows_in_the_cache_sample_what_a_full_cache_samples(family, form, ada
         return cache
 
     monkeypatch.setattr(Transformer, "new_cache", full_cache)
+    ids, mask = (x.repeat_interleave(3, dim=0) for x in (ids, mask))
+    options |= dict(attention_mask=mask, num_samples=1)
     want = generate(model, ids, **options, seeds=torch.arange(12))
     assert torch.equal(got.response_ids, want.response_ids)
     assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)

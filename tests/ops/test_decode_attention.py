@@ -1,5 +1,6 @@
 """decode_attention on every backend, against a manual float64 loop over the resulting cache."""
 
+import itertools
 import math
 
 import pytest
@@ -165,6 +166,60 @@ def test_a_ring_has_room_for_the_positions_of_its_rotation(backend):
     run(x | dict(rope=None), backend, window=4)
     with pytest.raises(ValueError, match="has length 10, no room for another token in 4"):
         run(x | dict(rope=None), backend, window=5)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (9, 1)], ids=str)
+@pytest.mark.parametrize("K", [6, 64])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_tokens_that_rows_share_are_stored_once(backend, dtype, K, heads):
+    """Shared rows of 5, 0 and 130 tokens for three slots each; some slots are not in the batch."""
+    firsts, own = torch.tensor([5, 0, 130]), torch.tensor([0, 3, 1, 0, 2, 8, 0, 1, 140])
+    lengths = firsts.repeat_interleave(3) + own
+    x = inputs(lengths.tolist(), *heads, K, N=9, S=280, dtype=dtype)
+    x |= dict(slots=torch.tensor([0, 1, 2, 4, 5, 8, 7]), lengths=lengths)
+    x |= {name: x[name][:7] for name in ("q", "k", "v")}
+    for store, m in itertools.product(CACHE, range(3)):  # every slot starts as its group's first
+        group = x[store][3 * m : 3 * m + 3]
+        group[:, :, : firsts[m]] = torch.randn(heads[1], firsts[m], K)
+        for slot, row in zip(range(3 * m, 3 * m + 3), group):
+            row[:, firsts[m] : lengths[slot]] = torch.randn(heads[1], own[slot], K)
+    want, *whole = run(x, backend)
+    parts = {name: torch.full_like(x[name][:, :, :150], math.nan) for name in CACHE}
+    for name, slot in itertools.product(CACHE, range(9)):
+        first = firsts[slot // 3]
+        parts[name][slot, :, : own[slot]] = x[name][slot, :, first : lengths[slot]]
+    shared = *(x[name][::3, :, :130].contiguous() for name in CACHE), firsts
+    got, *stores = run(x | parts, backend, shared=shared)
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+    for name, store, full in zip(CACHE, stores, whole):
+        for slot in x["slots"].tolist():
+            parts[name][slot, :, own[slot]] = full[slot, :, lengths[slot]]
+        assert torch.equal(store.nan_to_num(), parts[name].nan_to_num())
+    if backend == "reference":  # whose products of matrices depend on their number
+        return
+    some = torch.tensor([5, 1, 2])  # a row's bits do not depend on the others
+    part = {name: x[name][some] for name in ("q", "k", "v", "slots")}
+    assert torch.equal(run(x | parts | part, backend, shared=shared)[0], got[some])
+
+
+def test_shared_tokens_that_do_not_fit_the_cache_are_named(backend):
+    x = inputs([3, 2], N=4, S=8, rope=False)
+    keys, lengths = torch.zeros(2, 2, 5, 8), torch.tensor([1, 2])
+    for shared, settings in (
+        ((keys, keys[:, :, :4].contiguous(), lengths), {}),
+        ((keys.half(), keys.half(), lengths), {}),
+        ((keys[:, :1], keys[:, :1], lengths), {}),
+        ((keys, keys, lengths.int()), {}),
+        ((keys, keys, lengths), dict(window=3)),
+        ((keys[:1].repeat(3, 1, 1, 1), keys[:1].repeat(3, 1, 1, 1), torch.ones(3).long()), {}),
+    ):
+        with pytest.raises(ValueError, match="shared must be contiguous keys and values"):
+            run(x, backend, shared=shared, **settings)
+    if not (torch.cuda.is_available() and backend == "triton"):
+        x["lengths"][x["slots"][0]] = 0
+        with pytest.raises(ValueError, match=r"row 0: slot \d has length 0, no room"):
+            run(x, backend, shared=(keys, keys, lengths))
 
 
 @pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
