@@ -79,9 +79,10 @@ class KVCache:
         self.layers: list[tuple[Tensor, Tensor]] = [next(pairs[x]) for x in config.windows]
 
     def continued(self, samples: int, max_length: int) -> KVCache:
-        """Return a cache of `samples` rows for each of these, which go on from its tokens.
+        """Return a cache of `samples` rows for each of these rows, which share its tokens.
 
-        Layers without a window share this cache's tokens, so it must not change any more.
+        Layers without a window read them here, so this cache must not change any more. The others
+        copy them.
         """
         like, N = next(iter(self.stores.values()))[0], len(self.lengths) * samples
         cache = KVCache(self.config, N, max_length, like, self.max_length)
