@@ -108,11 +108,11 @@ def linear_logprobs_fwd_kernel(
     tl.store(lse_ptr + 2 * at + 1, log2_d * LN_2, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "V"])
 def linear_logprobs_bwd_kernel(
     dlogprobs_ptr, dentropy_ptr, hidden_ptr, weight_ptr, bias_ptr, targets_ptr, temperature_ptr,
     entropy_ptr, lse_ptr, dlogits_ptr,
-    N, V, D, weight_stride, temperature,
+    N, V, D, weight_stride, dlogits_stride, temperature,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     WITH_ENTROPY: tl.constexpr = dentropy_ptr is not None
@@ -141,8 +141,8 @@ def linear_logprobs_bwd_kernel(
         at_target[:, None], level[:, None], slope[:, None], WITH_ENTROPY,
     )  # fmt: skip
     dz = tl.where(counts[:, None], dz, 0.0)  # also next to a NaN
-    out_ptr = dlogits_ptr + rows.to(tl.int64)[:, None] * V + cols[None, :]
-    tl.store(out_ptr, dz, mask=inside[:, None] & (cols < V)[None, :])
+    out_ptr = dlogits_ptr + rows.to(tl.int64)[:, None] * dlogits_stride + cols[None, :]
+    tl.store(out_ptr, dz, mask=inside[:, None] & (cols < dlogits_stride)[None, :])
 
 
 def linear_logprobs_fwd(
@@ -168,7 +168,7 @@ def linear_logprobs_fwd(
     entropy = torch.empty_like(own) if with_entropy else None
     lse = own.new_empty((splits, n, 2))
     per_row, number = tensor_or_number(temperature)
-    tile = _tile(hidden)
+    tile = _tile(hidden, wide=bias is None)  # a bias takes registers, too
     if n:
         with torch.cuda.device_of(hidden):
             linear_logprobs_fwd_kernel[(triton.cdiv(n, tile["BLOCK_N"]) * splits,)](
@@ -199,7 +199,8 @@ def linear_logprobs_bwd(
     """
     (n, D), V = hidden.shape, len(weight)
     hidden, weight = hidden.contiguous(), weight if weight.stride(1) == 1 else weight.contiguous()
-    dlogits = hidden.new_empty((n, V))
+    width = triton.cdiv(V, 16) * 16  # aligned rows, because narrow stores would spill registers
+    dlogits = hidden.new_empty((n, width))
     per_row, number = tensor_or_number(temperature)
     tile = _tile(hidden)
     if n:
@@ -207,17 +208,20 @@ def linear_logprobs_bwd(
         with torch.cuda.device_of(hidden):
             linear_logprobs_bwd_kernel[(programs,)](
                 dlogprobs, dentropy, hidden, weight, bias, targets, per_row, entropy, lse, dlogits,
-                n, V, D, weight.stride(0), number, **tile,
+                n, V, D, weight.stride(0), width, number, **tile,
             )  # fmt: skip
-    return dlogits
+    return dlogits[:, :V]
 
 
-def _tile(hidden: Tensor) -> dict[str, int]:
-    """The largest tiles that compile without spills and fit into shared memory."""
+def _tile(hidden: Tensor, wide: bool = True) -> dict[str, int]:
+    """The largest tiles that compile without spills and fit into shared memory.
+
+    wide: whether Hopper may take 256 tokens.
+    """
     if hidden.dtype == torch.float32:  # on the CUDA cores, as torch multiplies without TF32
         return dict(BLOCK_N=64, BLOCK_V=128, BLOCK_D=16, num_warps=8, num_stages=3)
     major = compute_capability(hidden)
-    if major == 9:
+    if major == 9 and wide:
         return dict(BLOCK_N=128, BLOCK_V=256, BLOCK_D=64, num_warps=8, num_stages=4)
     return dict(BLOCK_N=128, BLOCK_V=128, BLOCK_D=64, num_warps=8, num_stages=3 if major else 2)
 
