@@ -117,8 +117,8 @@ def decode_attention_fwd(
 ) -> Tensor:
     """Attention output (B, H, K) in q's dtype. The new tokens are written to keys and values.
 
-    limit: number of tokens that a row may have beside shared ones. A row whose slot is out of range or full gives NaN
-    and writes nothing.
+    limit: number of tokens that a row may have beside shared ones. A row whose slot is out of range
+    or full gives NaN and writes nothing.
     """
     B, H, K = q.shape
     N, Hkv, S, _ = keys.shape

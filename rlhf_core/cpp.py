@@ -296,8 +296,8 @@ def packed_decode_fwd(
     logits = embedding.new_empty(len(tokens), len(embedding), dtype=torch.float32)
     _C.packed_decode_fwd(
         tokens, counts, embedding, weights, keys, values, lengths, slots, cos, sin, window, limit,
-        shared_keys, shared_values, shared_lengths, heads, intermediate, rank, _ACTIVATIONS[activation], gated, eps, packed_size, logits,
-        torch.get_num_threads(),
+        shared_keys, shared_values, shared_lengths, heads, intermediate, rank,
+        _ACTIVATIONS[activation], gated, eps, packed_size, logits, torch.get_num_threads(),
     )  # fmt: skip
     return logits
 
