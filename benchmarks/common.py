@@ -18,7 +18,6 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import multiprocessing
 import os
 import platform
@@ -31,6 +30,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from rlhf_core.files import write_json
 
 OURS, FLOOR, AVX2, MEMORY = "rlhf_core", "floor", "avx2", "memory"
 # Relative, by the dtype of the result.
@@ -463,10 +464,7 @@ def run(
                 rows.append({"op": op, "case": name, "check": f"{type(error).__name__}: {error}"})
             torch._dynamo.reset()
             if json_path is not None:  # after every case, so that a stopped run keeps its rows
-                json_path.parent.mkdir(parents=True, exist_ok=True)
-                json_path.write_text(
-                    json.dumps({"machine": machine(device), "rows": rows}, indent=1) + "\n"
-                )
+                write_json(json_path, {"machine": machine(device), "rows": rows})
         if found := [row for row in rows if row["op"] == op]:
             print(f"\n### {op}\n\n{(report or table)(found)}", flush=True)
     if plot_path is not None:
