@@ -330,7 +330,9 @@ def test_make_gpu_writes_the_table_after_every_part(parts, tmp_path, monkeypatch
     assert list(data["parts"]) == ["bench gae", "memcheck"]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=[pytest.mark.slow] * (op == "gae")) for op in OPS]
+)
 def test_make_gpu_times_every_op_on_a_fake_gpu(op, tmp_path, monkeypatch, capsys):
     """Triton's interpreter, CUDA events, peaks of memory, and the table."""
     if torch.cuda.is_available() or not backends.status()[2].available:
