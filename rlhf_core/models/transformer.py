@@ -423,8 +423,7 @@ class Trunk(nn.Module):
                 x = checkpoint(block, x, *context, use_reentrant=False)
             else:
                 x = block(x, *context)
-        x = self.norm(x)
-        return x if read is not None else x.view(B, T, -1)
+        return self.norm(x if read is not None else x.view(B, T, -1))  # FSDP2 takes no view
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         x, scale = self.embed(token_ids), self.config.embed_scale

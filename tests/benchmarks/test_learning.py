@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -196,13 +197,20 @@ def test_gold_checks_the_words_and_the_length():
 
 
 def test_a_passage_answers_a_prompt_with_two_of_its_words_and_its_length():
-    passage = "The dog saw a big ball in the little park."
-    known = {("dog", "ball"), ("big", "little"), ("dog", "cat")}
-    prompts = {
-        constraints.instruction(passage, known, random.Random(seed)).prompt for seed in range(20)
-    }
-    assert prompts == {constraints.prompt_of(p, 8) for p in (("dog", "ball"), ("big", "little"))}
-    assert constraints.instruction(passage, {("dog", "cat")}, random.Random(0)) is None
+    def prompts(passage):
+        texts = (
+            constraints.instruction(passage, [("happy", "play")], random.Random(seed))
+            for seed in range(60)
+        )
+        return {text and text.prompt for text in texts}
+
+    passage = "They play with a happy friend and a big kite."
+    asked = [pair for pair in permutations(("happy", "play", "friend"), 2) if "friend" in pair]
+    assert prompts(passage) == {None, *(constraints.prompt_of(pair, 12) for pair in asked)}
+    asked = [pair for pair in permutations(("water", "found", "tree"), 2) if "water" in pair]
+    found = prompts("The dog found water by the tree.")
+    assert found == {constraints.prompt_of(pair, 7) for pair in asked}
+    assert prompts("The dog found a tree.") == {None}
     assert constraints.passages_of("It ran. " + passage) == [passage, "It ran. " + passage]
 
 
@@ -211,7 +219,8 @@ def test_training_never_sees_the_words_that_are_evaluated(data_dir, monkeypatch)
     task = constraints.constraints_task(data_dir, 0, Path("unused"))
 
     def words(prompts):
-        return {task.tokenizer.decode(ids).split(": ")[1] for ids in prompts}
+        texts = (task.tokenizer.decode(ids) for ids in prompts)
+        return {frozenset(text.split(" with ")[1].strip(".\n").split(", ")) for text in texts}
 
     asked = words(task.eval_prompts)
     known = words(task.prompts) | words([row.prompt_ids for row in task.sft_examples])

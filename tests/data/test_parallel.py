@@ -47,7 +47,7 @@ def encode(text: Text):
 
 def forked():
     """Processes that this one forked; those of other tests are started afresh."""
-    return [x for x in multiprocessing.active_children() if x.name.startswith("Fork")]
+    return [x for x in multiprocessing.active_children() if x.name.startswith("ForkProcess")]
 
 
 def test_several_processes_give_the_examples_and_notes_of_one(tmp_path):

