@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from benchmarks.peers import ROOT, half_billion
+from benchmarks.peers.cells import judged, memory
 from benchmarks.peers.task import METHODS, Task
 
 SIDES = ("ours", "theirs", "bare")
@@ -35,7 +36,6 @@ BARS = {  # lowest ratio of TRL's time to ours, by method and vocabulary
     "ppo": {50257: 1.8, 4096: 1.5},
 }
 BARE_BARS = {"sft": 1.0, "dpo": 1.0, "reward": 1.0, "ppo": 1.3}
-MEMORY_BAR = 0.7  # highest ratio of our memory to TRL's
 LOSS_TOLERANCE = 1e-4  # PPO differs by some 2e-5: TRL whitens with n - 1, the others with n
 PACKAGES = ("trl", "transformers", "torch", "rlhf_core")
 
@@ -267,8 +267,6 @@ def row(result: dict) -> str:
     """A row of the table. Times are medians of the steps after the first."""
     method, vocab_size, sides = result["method"], result["vocab_size"], result["sides"]
     seconds = {name: statistics.median(side["seconds"][1:]) for name, side in sides.items()}
-    training = {name: side["peak_bytes"] - side["ready_bytes"] for name, side in sides.items()}
-    total = {name: side["peak_bytes"] for name, side in sides.items()}
     ours = sides["ours"]["seconds"][1:]
     quarters = statistics.quantiles(ours, n=4) if len(ours) > 1 else [ours[0]] * 3
 
@@ -276,22 +274,14 @@ def row(result: dict) -> str:
         return f"{seconds[name]:.3g}" if name in seconds else ""
 
     def ratio(name, bar):
-        if name not in seconds:
-            return ""
-        value = seconds[name] / seconds["ours"]
-        return f"{value:.2f} ({bar}{'' if value >= bar else ', missed'})"
-
-    def memory(values):
-        share = f"{values['ours'] / values['theirs']:.2f}" if "theirs" in values else ""
-        missed = " missed" if share and values["ours"] > MEMORY_BAR * values["theirs"] else ""
-        return f"{values['ours'] / 1e6:.0f} | {share}{missed}"
+        return judged(seconds[name] / seconds["ours"], bar) if name in seconds else ""
 
     bar = BARS[method].get(vocab_size, math.nan)
     cells = [f"{method}, {vocab_size}", time_of("ours")]
     cells += [f"{(quarters[2] - quarters[0]) / seconds['ours']:.0%}"]
     cells += [time_of("theirs"), time_of("bare")]
-    cells += [ratio("theirs", bar), ratio("bare", BARE_BARS[method])]
-    return f"| {' | '.join(cells)} | {memory(training)} | {memory(total)} | {agreement(result)} |"
+    cells += [ratio("theirs", bar), ratio("bare", BARE_BARS[method]), *memory(sides)]
+    return f"| {' | '.join(cells)} | {agreement(result)} |"
 
 
 def agreement(result: dict) -> str:

@@ -16,6 +16,7 @@ import math
 import statistics
 import time
 
+from benchmarks.peers.cells import judged, memory
 from benchmarks.peers.task import Task
 
 METHODS = ("sft", "dpo", "dpo-cached")  # the last one: the reference's log-probs are cached
@@ -39,7 +40,6 @@ BARS = {  # lowest ratio of TRL's time to ours
     ("dpo-cached", "bfloat16"): 2.5,
 }
 FLOOR_BARS = {"float32": 0.85, "bfloat16": 0.7}  # lowest ratio of the floor to our time
-MEMORY_BAR = 0.7  # highest ratio of our memory to TRL's
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 ROWS = 512  # of the product that is timed
 
@@ -115,24 +115,16 @@ def row(result: dict) -> str:
     read = statistics.median(rate["read"] for rate in rates)
     floor, bar = result["flop"] / fastest, FLOOR_BARS[dtype]
 
-    def judged(value: float, bar: float) -> str:
-        return f"{value:.2f} ({bar}{'' if value >= bar else ', missed'})"
-
     rate = f"{own / 1e9:.1f}" + (f" ({fastest / 1e9:.1f} in float32)" if own < fastest else "")
     cells = [f"{method}, {dtype}, {result['layers']}, {result['vocab_size']}"]
     cells += [f"{cpu['ours']:.3g}", f"{floor:.3g}", judged(floor / cpu["ours"], bar), rate]
     cells += [f"{read / 1e9:.1f}"]
-    theirs = sides.get("theirs")
-    cells += (
-        [""] * 2
-        if theirs is None
-        else [f"{cpu['theirs']:.3g}", judged(cpu["theirs"] / cpu["ours"], BARS[method, dtype])]
-    )
-    for start in ("ready_bytes", None):
-        used = {name: x["peak_bytes"] - (x[start] if start else 0) for name, x in sides.items()}
-        share = used["ours"] / used["theirs"] if theirs else None
-        cells += [f"{used['ours'] / 1e6:.0f}", "" if share is None else f"{share:.2f}"]
-        cells[-1] += " missed" if share is not None and share > MEMORY_BAR else ""
+    if "theirs" in sides:
+        ratio = judged(cpu["theirs"] / cpu["ours"], BARS[method, dtype])
+        cells += [f"{cpu['theirs']:.3g}", ratio]
+    else:
+        cells += ["", ""]
+    cells += memory(sides)
     apart = max(abs(x["losses"][0] - sides["ours"]["losses"][0]) for x in sides.values())
     verdict = "" if apart <= LOSS_TOLERANCE[dtype] else "DIFFER: "
     return f"| {' | '.join(cells)} | {verdict}first {apart:.1e} |"

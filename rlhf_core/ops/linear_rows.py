@@ -5,8 +5,8 @@ them. On CPUs torch's product takes two to four times that, unless the weights a
 oneDNN's own layout. This kernel reads them where they are. It adds products in float32; bfloat16
 uses AMX or AVX-512 BF16 where the CPU has them.
 
-`int8_linear_rows` reads weights of 8 bits, a quarter of the bytes of float32. `quantize_rows` makes
-them: each output has a scale s = max |w| / 127, and its weights become round(w / s).
+`quantize_rows` makes weights of 8 bits, a quarter of the bytes of float32, for a `PackedModel`.
+Each output has a scale s = max |w| / 127, and its weights become round(w / s).
 
 Left out: gradients and GPUs, where torch's product is already as fast as the memory.
 """
@@ -64,25 +64,3 @@ def quantize_rows(weight: Tensor, *, backend: str | None = None) -> tuple[Tensor
     scales = scales.clamp_min(LEAST_SCALE).where(weight.isfinite().all(dim=1), math.nan)
     rows = (weight.float() * (1 / scales)[:, None]).round().nan_to_num()
     return rows.to(torch.int8), scales
-
-
-def int8_linear_rows(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """x (n, in) float32 times (scales * weight) (out, in) transposed, plus bias (out,): (n, out).
-
-    Without a fused launcher torch multiplies by a copy of the weights in float32. No gradient. The
-    bits of a row depend neither on the other rows nor, up to 16 rows or beyond, on their number.
-
-    Args:
-        weight, scales: as from `quantize_rows`.
-    """
-    launch = getattr(resolve(backend, x, weight), "linear_rows_fwd", None)
-    if launch is None or not x.numel():
-        return F.linear(x, weight.float() * scales[:, None], bias)
-    return launch(x if x.stride(1) == 1 else x.contiguous(), weight, bias, scales)

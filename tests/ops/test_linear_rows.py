@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf_core.ops.linear_rows import MOST_ROWS, int8_linear_rows, linear_rows, quantize_rows
+from rlhf_core.ops.linear_rows import MOST_ROWS, linear_rows, quantize_rows
 
 
 def truth(x, weight, bias):
@@ -83,14 +83,17 @@ def test_8_bit_weights_are_within_half_a_scale_and_the_same_on_every_backend(bac
     assert found.nonzero().flatten().tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 50, MOST_ROWS + 1])
 def test_layers_of_8_bits_match_float64(backend, rows):
+    from rlhf_core import cpp
+
     for (inputs, outputs), with_bias in itertools.product(
         ((1, 1), (3, 17), (16, 2), (31, 16), (48, 5), (100, 40), (896, 19)), (0, 1)
     ):
         x, (weight, scales) = torch.randn(rows, inputs), quantize_rows(torch.randn(outputs, inputs))
         bias = torch.randn(outputs) if with_bias else None
-        got = int8_linear_rows(x, weight, scales, bias, backend=backend)
+        got = cpp.linear_rows_fwd(x, weight, bias, scales)
         exact = weight.double() * scales.double()[:, None]
         size = x.double().abs() @ exact.abs().T
         assert ((got - truth(x, exact, bias)).abs() <= 2e-6 * (1 + size)).all()
@@ -99,9 +102,11 @@ def test_layers_of_8_bits_match_float64(backend, rows):
 @pytest.mark.parametrize("backend", ["cpp"], indirect=True)
 @pytest.mark.parametrize("sizes", [(1, 2, 3, 5, 5), (17, 20)], ids=str)
 def test_a_row_of_8_bit_layers_has_the_same_bits_in_any_batch(backend, sizes):
-    x, layer = torch.randn(sum(sizes), 300), quantize_rows(torch.randn(77, 300))
-    parts = [int8_linear_rows(part, *layer, backend=backend) for part in x.split(sizes)]
-    assert torch.equal(torch.cat(parts), int8_linear_rows(x, *layer, backend=backend))
+    from rlhf_core import cpp
+
+    x, (weight, scales) = torch.randn(sum(sizes), 300), quantize_rows(torch.randn(77, 300))
+    parts = [cpp.linear_rows_fwd(part, weight, None, scales) for part in x.split(sizes)]
+    assert torch.equal(torch.cat(parts), cpp.linear_rows_fwd(x, weight, None, scales))
 
 
 def test_what_the_kernel_does_not_take_goes_to_torch(backend):
