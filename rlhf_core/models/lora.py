@@ -182,9 +182,8 @@ class LoRALinear(nn.Linear):
         if any(adapter.training and adapter.config.dropout for adapter in adapters):
             return False
         dtypes = {adapter.lora_A.dtype for adapter in adapters} | {self.weight.dtype}
-        return dtypes == {x.dtype} or (
-            torch.is_autocast_enabled(x.device.type) and dtypes == {torch.float32}
-        )
+        under_autocast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes
+        return under_autocast or dtypes == {x.dtype}
 
     def product(self) -> Tensor:
         """The change of the weight, (out, in)."""

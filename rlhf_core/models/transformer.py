@@ -36,7 +36,10 @@ from rlhf_core.ops.linear_loss import LogitLosses, linear_loss
 from rlhf_core.ops.logprobs import token_logprobs_and_entropy
 from rlhf_core.ops.rms_norm import rms_norm
 
-LOGITS_AT_ONCE = 2**22
+LOGITS_AT_ONCE = 2**24
+# Queries of a head up to which attention is computed in float32 on CPU: PyTorch's backward pass in
+# 16 bits takes up to three times as long.
+SHORT_HEAD = 192 * 64
 
 
 class KVCache:
@@ -171,11 +174,18 @@ class Attention(nn.Module):
         return self.out(_only(y.transpose(1, 2).flatten(2), read))
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if q.is_cpu and q.shape[2:].numel() <= SHORT_HEAD:
+            wide = at_least_float32(q, k, v)
+            with torch.autocast("cpu", enabled=False):
+                return self._fused_attention(*wide, mask).to(q.dtype)
+        return self._fused_attention(q, k, v, mask)
+
+    def _fused_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=mask,
+            attn_mask=mask if mask is None else mask.to(q.dtype),
             dropout_p=self.config.attention_dropout if self.training else 0.0,
             is_causal=mask is None,
             scale=self.config.attention_scale,
@@ -524,6 +534,8 @@ class TrunkModel(nn.Module):
 class Transformer(Pretrained, TrunkModel):
     """A causal language model: a trunk and an output head, which is the embedding if tied."""
 
+    head_copy: Tensor | None = None  # of the frozen head, see low_precision.py
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.trunk = Trunk(config)
@@ -535,6 +547,11 @@ class Transformer(Pretrained, TrunkModel):
     def head_weight(self) -> Tensor:
         """(V, D): logits = hidden @ head_weight.T."""
         return self.trunk.embed.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    @property
+    def _head(self) -> Tensor:
+        """What makes logits: `head_weight`, or its copy in lower precision."""
+        return self.head_weight if self.head_copy is None else self.head_copy
 
     def plain_copy(self) -> Transformer:
         """Return an equal model in eval mode, without adapters and with a head of its own.
@@ -574,7 +591,7 @@ class Transformer(Pretrained, TrunkModel):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Multiply hidden states (..., D) by the head, without `logit_divisor` and the cap."""
-        return F.linear(hidden, self.head_weight)
+        return F.linear(hidden, self._head)
 
     def token_logprobs(
         self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0
@@ -589,7 +606,7 @@ class Transformer(Pretrained, TrunkModel):
         """
         if self.config.logit_softcap is not None:
             return self._capped_statistics(hidden, targets, temperature)
-        weight, temperature = self.head_weight, temperature * self.config.logit_divisor
+        weight, temperature = self._head, temperature * self.config.logit_divisor
         return TokenStatistics(
             *linear_token_logprobs_and_entropy(hidden, weight, targets, temperature=temperature),
             None,
@@ -613,7 +630,7 @@ class Transformer(Pretrained, TrunkModel):
             tokens = self._capped_statistics(hidden, targets, temperature)
             loss, *outputs = losses(tokens, slice(None), *extras)
             return loss, *(x.detach() for x in outputs)
-        weight, temperature = self.head_weight, temperature * self.config.logit_divisor
+        weight, temperature = self._head, temperature * self.config.logit_divisor
         options |= dict(temperature=temperature, extras=extras)
         return linear_token_loss(hidden, weight, targets, losses, **options)
 
@@ -626,7 +643,7 @@ class Transformer(Pretrained, TrunkModel):
         def of_logits(logits: Tensor, rows: slice) -> tuple[Tensor, ...]:
             return losses(self._scaled(logits), rows)
 
-        return linear_loss(hidden, self.head_weight, of_logits)
+        return linear_loss(hidden, self._head, of_logits)
 
     def _capped_statistics(
         self, hidden: Tensor, targets: Tensor, temperature: float
@@ -663,7 +680,7 @@ def in_chunks(
 ) -> tuple[Tensor, ...]:
     """Return `function(*rows)`, which makes logits (N, vocab_size) from tensors with N rows.
 
-    The function is called for chunks of rows with 16 MB of float32 logits. The backward pass
+    The function is called for chunks of rows with 64 MB of float32 logits. The backward pass
     recomputes the logits.
     """
     size = max(1, LOGITS_AT_ONCE // vocab_size)

@@ -281,8 +281,8 @@ def linear_token_loss(
         losses: maps the statistics (n,) of a chunk's targets, and the slice of groups that the
             chunk holds, to the chunk's part of the loss, a scalar, and any number of outputs with
             at least one dimension. The loss must depend on the model only through log-probs,
-            entropy and extras, and a group's loss on no other group. A chunk has 30 MB of logits,
-            or one group if that is larger.
+            entropy and extras, and a group's loss on no other group. A chunk has up to
+            128 MB of float32 logits, or one group if that is larger.
         sizes: (G,) int64, the number of targets in each group, in order; None: groups of one.
         likeliest: whether the statistics tell which targets are the most likely tokens.
         extras: (N,) tensors whose rows `losses` gets as further arguments, with gradient.

@@ -37,8 +37,8 @@ from rlhf_core.ops.vocab_parallel import Shard
 CPU_CHUNK_ROWS, CPU_BLOCK = 1024, 2048
 GPU_CHUNK_ROWS, GPU_BLOCK = 8192, 16384
 ON_CHIP = 0  # as chunk_rows: no row's logits are in memory
-# Maximum number of logits in whole rows. On CPU 30 MB: glibc unmaps larger blocks at every free.
-CPU_WHOLE, GPU_WHOLE = 30 * 2**18, GPU_CHUNK_ROWS * GPU_BLOCK
+# Maximum number of logits in whole rows. Products of fewer rows cost more for each.
+CPU_WHOLE, GPU_WHOLE = 2**25, GPU_CHUNK_ROWS * GPU_BLOCK
 
 
 class TokenStatistics(NamedTuple):
@@ -223,6 +223,7 @@ def loss_and_gradients(
     """
     shard, N, V = shard or Shard.whole(weight), len(hidden), len(weight)
     most = max(1, (GPU_WHOLE if hidden.is_cuda else CPU_WHOLE) // shard.widest)
+    most = math.ceil(N / math.ceil(N / most))  # chunks of about the same size
     workspace, results, dextras = None, [], [torch.zeros_like(x) for x in extras]
     dhidden = torch.empty_like(hidden, dtype=shard.sum_dtype(hidden)) if needs[0] else None
     dweight = torch.empty_like(weight, dtype=torch.float32) if needs[1] else None

@@ -72,8 +72,8 @@ def linear_loss(
         losses: maps the logits (n, V) of a chunk, and the slice of its rows, to the chunk's part of
             the loss, a scalar, and any number of outputs with at least one dimension. A row's loss
             must depend on no other row.
-        chunk_rows: maximum number of rows whose logits exist at a time; None: 30 MB of float32, on
-            GPU 512 MB.
+        chunk_rows: maximum number of rows whose logits exist at a time; None: those of 128 MB
+            in float32, on GPU 512 MB.
 
     Returns:
         The loss () with gradient, and the outputs of all chunks, concatenated and detached.

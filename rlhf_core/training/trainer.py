@@ -39,8 +39,9 @@ from rlhf_core.locks import hold
 from rlhf_core.models.gather import is_sharded, piece_like, reshard, whole_tensor
 from rlhf_core.models.hub import stale_adapters
 from rlhf_core.models.lora import adapter_config, has_adapters
+from rlhf_core.models.low_precision import FrozenCopies
 from rlhf_core.models.shard import shard_all
-from rlhf_core.training import checkpoint, signals
+from rlhf_core.training import checkpoint, freed_memory, signals
 from rlhf_core.training.completions import completion_loss
 from rlhf_core.training.config import TrainConfig
 from rlhf_core.training.held_out import evaluate_answers
@@ -134,6 +135,7 @@ class Trainer:
         self._warned: set[str] = set()
         self.tokens: int | Tensor = 0  # of this step: sampled, and targets that updates have read
         self.timings: dict[str, float] = {}
+        self.frozen_copies = FrozenCopies(torch.bfloat16)  # with precision bfloat16
         self.samples: list[dict] = []
         self.check_examples("example", examples, self.kinds)
         self.check_examples("evaluation example", eval_examples, self.kinds)
@@ -320,7 +322,8 @@ class Trainer:
         """Add to the metrics and yield each micro-batch's loss; they add up to the batch's loss."""
         raise TypeError(f"{type(self).__name__} defines neither losses nor step")
 
-    def autocast(self) -> torch.autocast:
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
         """The context of one forward pass with the config's `precision`; not of its backward.
 
         A CPU without bfloat16 instructions stays in float32, in which it is 5 to 70 times faster.
@@ -335,7 +338,12 @@ class Trainer:
                 "float32, which is faster here"
             )
             enabled = False
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        with contextlib.ExitStack() as stack:
+            if enabled and not self.sharded:
+                for model in self.trained_models():
+                    stack.enter_context(self.frozen_copies.used_by(model))
+            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=enabled))
+            yield
 
     def step(self, batch: list) -> dict[str, float]:
         """Take one optimiser step on a batch of examples; returns its metrics."""
@@ -543,7 +551,8 @@ class Trainer:
             total_steps=self.total_steps,
             quiet=distributed.rank() > 0,
         )
-        with log:
+        keeping = freed_memory.kept() if self.device.type == "cpu" else contextlib.nullcontext()
+        with log, keeping:
             history = distributed.from_rank_0(log.history)
             best = max(map(self._value_to_keep, history), default=-math.inf)
             for batch in itertools.islice(self.batches(), self.steps_done, self.total_steps):
