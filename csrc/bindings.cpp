@@ -165,6 +165,14 @@ KlArgs estimate_of(Tensor logprobs, Tensor ref_logprobs, Tensor mask, int estima
   return a;
 }
 
+GatedActivationArgs gated_of(Tensor gate_up, int activation) {
+  GatedActivationArgs a = {};
+  a.dtype = gate_up.dtype(), a.activation = static_cast<Activation>(activation);
+  a.B = gate_up.shape[0], a.T = gate_up.shape[1], a.I = gate_up.shape[2] / 2;
+  a.gate_up = gate_up;
+  return a;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -302,6 +310,17 @@ PYBIND11_MODULE(_C, m) {
     a.dtype = x.dtype(), a.B = x.shape[0], a.D = x.shape[1], a.eps = static_cast<float>(eps);
     a.x = {x, x.strides[0], 0}, a.weight = weight, a.out = out;
     rms_norm_fwd(a, threads);
+  });
+  def("gated_activation_fwd", [](Tensor gate_up, int activation, Tensor y, int threads) {
+    auto a = gated_of(gate_up, activation);
+    a.y = y;
+    gated_activation_fwd(a, threads);
+  });
+  def("gated_activation_bwd",
+      [](Tensor dy, Tensor gate_up, int activation, Tensor dgate_up, int threads) {
+    auto a = gated_of(gate_up, activation);
+    a.dy = dy, a.dgate_up = dgate_up;
+    gated_activation_bwd(a, threads);
   });
   def("linear_rows_fwd",
       [](Tensor x, Tensor weight, Tensor scales, Tensor bias, Tensor y, int threads) {

@@ -274,6 +274,14 @@ void rms_norm_fwd(const RmsNormArgs& a, int threads) {
   run(chosen().table->rms_norm[a.dtype], a, a.B, row_grain(a.D), threads);
 }
 
+void gated_activation_fwd(const GatedActivationArgs& a, int threads) {
+  run(chosen().table->gated_activation_fwd[a.dtype], a, a.B * a.T, row_grain(4 * a.I), threads);
+}
+
+void gated_activation_bwd(const GatedActivationArgs& a, int threads) {
+  run(chosen().table->gated_activation_bwd[a.dtype], a, a.B * a.T, row_grain(6 * a.I), threads);
+}
+
 void linear_rows_fwd(LinearRowsArgs a, int threads) {
   const Table& table = *chosen().table;
   const std::unique_ptr<float[]> x(new float[LinearRowsArgs::x_size(a.n, a.in) + 16]);

@@ -9,6 +9,7 @@
 namespace rlhf {
 
 enum Dtype { kFloat32, kBFloat16, kFloat16, kDtypes };
+enum Activation { kSilu, kGeluTanh };
 enum Estimator { kK1, kK2, kK3, kAbs, kEstimators };
 
 // The first two axes of a (B, T, ...) tensor. Strides count elements and are 0 for expanded axes.
@@ -138,6 +139,14 @@ struct RmsNormArgs {
   char* out;  // contiguous
 };
 
+struct GatedActivationArgs {
+  Dtype dtype;
+  Activation activation;
+  int64_t B, T, I;
+  Rows gate_up, dy;    // (B, T, 2 I), gate first; (B, T, I), backward only
+  char *y, *dgate_up;  // (B, T, I), (B, T, 2 I), contiguous
+};
+
 constexpr int64_t kPanel = 32;    // outputs of a linear layer that are packed side by side
 constexpr int64_t kFewRows = 16;  // beyond this float32 weights are transposed, see linear_rows.h
 
@@ -193,8 +202,6 @@ struct ModelWeights {
   NormWeights norm;
   LinearWeights head;
 };
-
-enum Activation { kSilu, kGeluTanh };
 
 struct PackedDecodeArgs {
   Dtype dtype;                    // of embeddings, weights and biases; norms are float32
@@ -253,6 +260,7 @@ struct Table {
   Kernel<PpoLossArgs> ppo_loss;                           // [begin, end) are chunks of rows
   Kernel<DecodeAttentionArgs> decode_attention[kDtypes];  // by cache_dtype; B * Hkv units
   Kernel<RmsNormArgs> rms_norm[kDtypes];
+  Kernel<GatedActivationArgs> gated_activation_fwd[kDtypes], gated_activation_bwd[kDtypes];
   bool amx;  // whether linear_rows can use it
   void (*linear_rows[kDtypes])(const LinearRowsArgs& args, int threads);
   void (*linear_rows_int8)(const LinearRowsArgs& args, int threads);
@@ -274,6 +282,8 @@ void ppo_advantages_fwd(AdvantagesArgs args, bool whiten, int threads);
 void ppo_loss_fwd(PpoLossArgs args, int threads);
 void decode_attention_fwd(DecodeAttentionArgs args, int threads);
 void rms_norm_fwd(const RmsNormArgs& args, int threads);
+void gated_activation_fwd(const GatedActivationArgs& args, int threads);
+void gated_activation_bwd(const GatedActivationArgs& args, int threads);
 void linear_rows_fwd(LinearRowsArgs args, int threads);
 void quantize_rows_fwd(const QuantizeArgs& args, int threads);
 void packed_decode_fwd(const PackedDecodeArgs& args, int threads);

@@ -26,13 +26,6 @@ SIMD void layer_norm(const float* x, int64_t D, float eps, NormWeights w, float*
   for (int64_t i = whole; i < D; ++i) out[i] = (x[i] - mean) * scale * w.weight[i] + w.bias[i];
 }
 
-// z / (1 + exp(-z)), or GELU's tanh form, which is z / (1 + exp(-2 u)) with the tanh of u in it.
-SIMD F activate(Activation kind, F z) {
-  F u = z;
-  if (kind == kGeluTanh) u = z * fma(z * z, splat(0.0713548162726f), splat(1.5957691216057f));
-  return z / (exp(-u) + 1.f);
-}
-
 template <class E> struct Decode {
   const PackedDecodeArgs& a;
   float *const linear_scratch = a.scratch, *const x = linear_scratch + a.x_size();  // x (n, D)
@@ -94,7 +87,7 @@ template <class E> struct Decode {
       for (int64_t r = begin; r < end; ++r) {
         float* const row = y + r * a.wide();
         for (int64_t i = 0; i < I; i += W) {
-          const F z = activate(a.activation, load(row + i));
+          const F z = activate(a.activation, load(row + i)).value;
           store(row + i, a.gated ? z * load(row + I + i) : z);
         }
       }

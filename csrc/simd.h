@@ -259,6 +259,23 @@ SIMD void store_partial(E* p, F v, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(E));
 }
 
+// The first n elements of a pair, padded with zeros.
+template <class E>
+SIMD void load_pair(const E* p, int64_t n, F& a, F& b) {
+  if (n >= 2 * W) return load_pair(p, a, b);
+  E buffer[2 * W] = {};
+  std::memcpy(buffer, p, n * sizeof(E));
+  load_pair(buffer, a, b);
+}
+
+template <class E>
+SIMD void store_pair(E* p, int64_t n, F a, F b) {
+  if (n >= 2 * W) return store_pair(p, a, b);
+  E buffer[2 * W];
+  store_pair(buffer, a, b);
+  std::memcpy(p, buffer, n * sizeof(E));
+}
+
 // 2^(n + f) for integral n >= -126 and |f| <= 1/2, within 1.8 ulp (2.1 without a fused
 // multiply-add). The polynomial accounts for 1.1 of them. 2^0 = 1 exactly.
 SIMD F exp2(F n, F f) {

@@ -13,6 +13,7 @@
 #include "linear_rows.h"
 #include "rms_norm.h"
 
+#include "gated_activation.h"
 #include "packed_decode.h"
 
 const Table table = {
@@ -30,6 +31,8 @@ const Table table = {
     ppo_loss,
     {decode_attention<float>, decode_attention<BF16>, decode_attention<F16>},
     {rms_norm<float>, rms_norm<BF16>, rms_norm<F16>},
+    {gated_activation_fwd<float>, gated_activation_fwd<BF16>, gated_activation_fwd<F16>},
+    {gated_activation_bwd<float>, gated_activation_bwd<BF16>, gated_activation_bwd<F16>},
     RLHF_ISA == 513,
     {linear_rows<float>, linear_rows<BF16>, linear_rows<F16>},
     linear_rows<I8>,

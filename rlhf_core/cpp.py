@@ -240,6 +240,22 @@ def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def gated_activation_fwd(gate_up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up (B, T, I), contiguous, in the dtype of gate_up (B, T, 2 I)."""
+    B, T, width = gate_up.shape
+    y = gate_up.new_empty(B, T, width // 2)
+    _C.gated_activation_fwd(gate_up, _ACTIVATIONS[activation], y, torch.get_num_threads())
+    return y
+
+
+def gated_activation_bwd(dy: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+    """dgate_up (B, T, 2 I), contiguous, in the dtype of dy (B, T, I) and gate_up."""
+    dgate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    threads = torch.get_num_threads()
+    _C.gated_activation_bwd(dy, gate_up, _ACTIVATIONS[activation], dgate_up, threads)
+    return dgate_up
+
+
 def linear_rows_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None
 ) -> Tensor:

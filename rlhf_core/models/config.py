@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
 
-import torch.nn.functional as F
-
 from rlhf_core.files import short
 from rlhf_core.models.rope import check_rope
+from rlhf_core.ops.gated_activation import ACTIVATIONS
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 MAX_SIZE, MAX_LENGTH = 2**24, 2**31  # so that no number of elements overflows
 
 

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_core.checks import at_least_float32
-from rlhf_core.models.config import ACTIVATIONS, TransformerConfig
+from rlhf_core.models.config import TransformerConfig
 from rlhf_core.models.gather import check_whole
 from rlhf_core.models.lora import merged_state
 from rlhf_core.models.pretrained import Pretrained
 from rlhf_core.models.rope import rope_tables
 from rlhf_core.ops.decode_attention import decode_attention
+from rlhf_core.ops.gated_activation import ACTIVATIONS, gated_activation
 from rlhf_core.ops.linear_logprobs import (
     Losses,
     TokenStatistics,
@@ -232,17 +233,16 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.gated, self.activation = config.gated_mlp, ACTIVATIONS[config.activation]
+        self.gated, self.activation = config.gated_mlp, config.activation
         width = config.intermediate_size
         rows = 2 * width if self.gated else width  # gate, then up
         self.up = nn.Linear(config.hidden_size, rows, bias=config.mlp_bias)
         self.down = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.gated:
-            return self.down(self.activation(self.up(x)))
-        gate, up = self.up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        if self.gated:
+            return self.down(gated_activation(self.up(x), self.activation))
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
 class Block(nn.Module):

@@ -10,7 +10,7 @@ from helpers import GPT2, edit_json
 from helpers import tiny as any_tiny
 
 from rlhf_core.models import Transformer, families, hub
-from rlhf_core.models.config import ACTIVATIONS
+from rlhf_core.ops.gated_activation import ACTIVATIONS
 
 
 def tiny(**options):

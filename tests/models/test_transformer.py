@@ -497,6 +497,24 @@ def test_checkpointing_recomputes_blocks_and_keeps_gradients_bit_for_bit(family,
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+# ---- torch.compile
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_compiled_graph_gives_values_and_gradients_of_eager_mode(family, autocast):
+    torch._dynamo.reset()
+    model, ids = tiny(family), padded("right")[0]
+    found = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = run(ids)
+        gradients = torch.autograd.grad(logits.float().square().sum(), [*model.parameters()])
+        found.append([x / x.abs().max() for x in (logits.detach().float(), *gradients)])
+    for x, y in zip(*found):
+        assert (x - y).abs().max() < (0.03 if autocast else 1e-5)
+
+
 # ---- cache
 
 
