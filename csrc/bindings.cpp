@@ -165,6 +165,15 @@ KlArgs estimate_of(Tensor logprobs, Tensor ref_logprobs, Tensor mask, int estima
   return a;
 }
 
+RmsNormArgs norm_of(Tensor x, Tensor weight, double eps, Dtype y_dtype) {
+  RmsNormArgs a = {};
+  a.dtype = x.dtype(), a.y_dtype = y_dtype, a.B = x.shape[0], a.T = x.shape[1], a.D = x.shape[2];
+  if (a.dtype != a.y_dtype && a.dtype != kFloat32)
+    refuse("two dtypes of 16 bits, or a wider result");
+  a.x = x, a.weight = weight, a.eps = static_cast<float>(eps);
+  return a;
+}
+
 GatedActivationArgs gated_of(Tensor gate_up, int activation) {
   GatedActivationArgs a = {};
   a.dtype = gate_up.dtype(), a.activation = static_cast<Activation>(activation);
@@ -305,11 +314,16 @@ PYBIND11_MODULE(_C, m) {
     a.weights = reinterpret_cast<const LayerWeights*>(a.model + 1);
     packed_decode_fwd(a, threads);
   });
-  def("rms_norm_fwd", [](Tensor x, Tensor weight, double eps, Tensor out, int threads) {
-    RmsNormArgs a = {};
-    a.dtype = x.dtype(), a.B = x.shape[0], a.D = x.shape[1], a.eps = static_cast<float>(eps);
-    a.x = {x, x.strides[0], 0}, a.weight = weight, a.out = out;
+  def("rms_norm_fwd", [](Tensor x, Tensor weight, double eps, Tensor y, int threads) {
+    auto a = norm_of(x, weight, eps, y.dtype());
+    a.y = y;
     rms_norm_fwd(a, threads);
+  });
+  def("rms_norm_bwd",
+      [](Tensor dy, Tensor x, Tensor weight, double eps, Tensor dx, Tensor dweight, int threads) {
+    auto a = norm_of(x, weight, eps, dy.dtype());
+    a.dy = dy, a.dx = dx, a.dweight = dweight;
+    rms_norm_bwd(a, threads);
   });
   def("gated_activation_fwd", [](Tensor gate_up, int activation, Tensor y, int threads) {
     auto a = gated_of(gate_up, activation);

@@ -12,6 +12,8 @@
 #include <sstream>
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
+#include <vector>
 #ifdef __x86_64__
 #include <cpuid.h>
 #include <immintrin.h>
@@ -271,7 +273,20 @@ void decode_attention_fwd(DecodeAttentionArgs a, int threads) {
 }
 
 void rms_norm_fwd(const RmsNormArgs& a, int threads) {
-  run(chosen().table->rms_norm[a.dtype], a, a.B, row_grain(a.D), threads);
+  run(chosen().table->rms_norm_fwd[a.dtype][a.y_dtype], a, a.B * a.T, row_grain(a.D), threads);
+}
+
+void rms_norm_bwd(RmsNormArgs a, int threads) {
+  const int64_t chunks = (a.B * a.T + kNormRows - 1) / kNormRows;
+  std::vector<float> sums(a.dweight ? chunks * a.D : 0);
+  float* const dweight = std::exchange(a.dweight, a.dweight ? sums.data() : nullptr);
+  run(chosen().table->rms_norm_bwd[a.dtype][a.y_dtype], a, chunks, row_grain(2 * kNormRows * a.D),
+      threads);
+  for (int64_t i = 0; dweight && i < a.D; ++i) {
+    double total = 0;
+    for (int64_t c = 0; c < chunks; ++c) total += sums[c * a.D + i];
+    dweight[i] = static_cast<float>(total);
+  }
 }
 
 void gated_activation_fwd(const GatedActivationArgs& a, int threads) {

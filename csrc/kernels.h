@@ -130,13 +130,16 @@ struct DecodeAttentionArgs {
   }
 };
 
+constexpr int64_t kNormRows = 64;  // whose parts of dweight are added up together
+
 struct RmsNormArgs {
-  Dtype dtype;
-  int64_t B, D;
-  Rows x;  // (B, D)
-  const char* weight;
+  Dtype dtype, y_dtype;  // of x and dx; of y and dy, which is the same unless dtype is float32
+  int64_t B, T, D;
+  Rows x, dy;           // (B, T, D); dy, like dx and dweight, is backward only
+  const float* weight;  // (D,)
   float eps;
-  char* out;  // contiguous
+  char *y, *dx;    // contiguous
+  float* dweight;  // (D,), or of a kernel (chunks, D), where it adds; null: not requested
 };
 
 struct GatedActivationArgs {
@@ -259,7 +262,8 @@ struct Table {
   void (*whiten)(float* x, const bool* mask, int64_t n, double mean, double scale);
   Kernel<PpoLossArgs> ppo_loss;                           // [begin, end) are chunks of rows
   Kernel<DecodeAttentionArgs> decode_attention[kDtypes];  // by cache_dtype; B * Hkv units
-  Kernel<RmsNormArgs> rms_norm[kDtypes];
+  Kernel<RmsNormArgs> rms_norm_fwd[kDtypes][kDtypes];     // by dtype and y_dtype
+  Kernel<RmsNormArgs> rms_norm_bwd[kDtypes][kDtypes];
   Kernel<GatedActivationArgs> gated_activation_fwd[kDtypes], gated_activation_bwd[kDtypes];
   bool amx;  // whether linear_rows can use it
   void (*linear_rows[kDtypes])(const LinearRowsArgs& args, int threads);
@@ -282,6 +286,7 @@ void ppo_advantages_fwd(AdvantagesArgs args, bool whiten, int threads);
 void ppo_loss_fwd(PpoLossArgs args, int threads);
 void decode_attention_fwd(DecodeAttentionArgs args, int threads);
 void rms_norm_fwd(const RmsNormArgs& args, int threads);
+void rms_norm_bwd(RmsNormArgs args, int threads);
 void gated_activation_fwd(const GatedActivationArgs& args, int threads);
 void gated_activation_bwd(const GatedActivationArgs& args, int threads);
 void linear_rows_fwd(LinearRowsArgs args, int threads);

@@ -36,12 +36,12 @@ SIMD F kl_slope(F d) {
   return select(d > 0.f, splat(1.f), select(d < 0.f, splat(-1.f), d));  // keeps 0 and NaN
 }
 
-// n is the constant W except at the end of a row.
+// Of n elements, at most W. n is the constant W except at the end of a row.
 template <class E> SIMD F load_n(const E* p, int64_t n) {
-  return n == W ? load(p) : load_partial(p, n);
+  return n >= W ? load(p) : load_partial(p, n);
 }
 template <class E> SIMD void store_n(E* p, F v, int64_t n) {
-  n == W ? store(p, v) : store_partial(p, v, n);
+  n >= W ? store(p, v) : store_partial(p, v, n);
 }
 
 SIMD I load_mask(const bool* p, int64_t n) {

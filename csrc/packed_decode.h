@@ -35,10 +35,10 @@ template <class E> struct Decode {
 
   void norm(const float* from, int64_t stride, int64_t n, int64_t D, NormWeights w, float* out) {
     RmsNormArgs r = {};
-    r.D = D, r.eps = a.eps, r.x = {bytes(from), stride, 0};
-    r.weight = bytes(w.weight), r.out = bytes(out);
+    r.T = 1, r.D = D, r.eps = a.eps, r.x = {bytes(from), stride, 0};
+    r.weight = w.weight, r.y = bytes(out);
     parallel_for(n, row_grain(D), a.threads, [&](int64_t begin, int64_t end) {
-      if (!w.bias) return rms_norm<float>(r, begin, end);
+      if (!w.bias) return rms_norm_fwd<float, float>(r, begin, end);
       for (int64_t i = begin; i < end; ++i) layer_norm(from + i * stride, D, a.eps, w, out + i * D);
     });
   }

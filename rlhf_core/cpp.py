@@ -233,11 +233,24 @@ def decode_attention_fwd(
     return out
 
 
-def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (B, D) normalised, contiguous, in its dtype. On CUDA torch's own norm is already fused."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _C.rms_norm_fwd(x, weight, eps, out, torch.get_num_threads())
-    return out
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x (B, T, D) normalised, times weight (D,) float32, contiguous.
+
+    dtype: of the result; x's, or any if x is float32.
+    """
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    _C.rms_norm_fwd(x, weight, eps, y, torch.get_num_threads())
+    return y
+
+
+def rms_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(dx (B, T, D) contiguous in x's dtype, dweight (D,) float32 or None)."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dweight = torch.empty_like(weight) if needs_weight else None
+    _C.rms_norm_bwd(dy, x, weight, eps, dx, dweight, torch.get_num_threads())
+    return dx, dweight
 
 
 def gated_activation_fwd(gate_up: Tensor, activation: str) -> Tensor:

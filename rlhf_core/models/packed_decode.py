@@ -25,6 +25,7 @@ from rlhf_core.models.transformer import (
     Attention,
     Block,
     KVCache,
+    RMSNorm,
     RMSNormPlusOne,
     Transformer,
     Trunk,
@@ -42,7 +43,7 @@ PLAIN = (  # fields of a TransformerConfig that must have their defaults
     "logit_divisor", "logit_softcap",
 )  # fmt: skip
 PARTS = {Transformer, Trunk, Block, Attention, MLP, LoRALinear, Adapter, nn.ModuleList}
-PARTS |= {nn.Linear, nn.RMSNorm, RMSNormPlusOne, nn.LayerNorm, nn.Embedding, nn.Dropout}
+PARTS |= {nn.Linear, RMSNorm, RMSNormPlusOne, nn.LayerNorm, nn.Embedding, nn.Dropout}
 PARTS |= {nn.ModuleDict}
 
 

@@ -146,7 +146,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             whole, head = config.qkv_sizes[:2], (config.head_dim, config.head_dim)
             q_size, k_size = whole if config.qk_norm_whole else head
-            norm = RMSNormPlusOne if config.norm == "rmsnorm_plus_one" else nn.RMSNorm
+            norm = RMSNormPlusOne if config.norm == "rmsnorm_plus_one" else RMSNorm
             self.q_norm = norm(q_size, eps=config.norm_eps)
             self.k_norm = norm(k_size, eps=config.norm_eps)
 
@@ -263,9 +263,9 @@ class Block(nn.Module):
 
         context: The other arguments of `Attention.forward`.
         """
-        y = self._finish(self.attn(self.norm1(x), *context), self.post_norm1)
+        y = self._finish(self.attn(_normed(self.norm1, x), *context), self.post_norm1)
         x = _only(x, context[-1]) + self.dropout(y)
-        return x + self.dropout(self._finish(self.mlp(self.norm2(x)), self.post_norm2))
+        return x + self.dropout(self._finish(self.mlp(_normed(self.norm2, x)), self.post_norm2))
 
     def decode(self, x: Tensor, *context) -> Tensor:
         """Map (B, D) to (B, D). context: The other arguments of `Attention.decode`."""
@@ -384,7 +384,7 @@ class Trunk(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block.decode(x, ropes[self.config.ropes[layer]], cache, layer, slots)
         cache.lengths[slots] += 1
-        return _normed(self.norm, x)
+        return self.norm(x)
 
     def _run(
         self,
@@ -706,19 +706,26 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
             model.train(mode)
 
 
-class RMSNormPlusOne(nn.Module):
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm as one op."""
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: of the result; None for that of x."""
+        return rms_norm(x, self.weight, self.eps, dtype=dtype)
+
+
+class RMSNormPlusOne(RMSNorm):
     """RMSNorm whose factor is 1 + weight, multiplied before the result is rounded (Gemma)."""
 
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(size)), eps
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide, weight = at_least_float32(x, self.weight)
-        return F.rms_norm(wide, weight.shape, 1.0 + weight, self.eps).to(x.dtype)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        (weight,) = at_least_float32(self.weight)
+        return rms_norm(x, 1.0 + weight, self.eps, dtype=dtype)
 
 
-_NORMS = {"rmsnorm": nn.RMSNorm, "rmsnorm_plus_one": RMSNormPlusOne, "layernorm": nn.LayerNorm}
+_NORMS = {"rmsnorm": RMSNorm, "rmsnorm_plus_one": RMSNormPlusOne, "layernorm": nn.LayerNorm}
 
 
 def _norm(config: TransformerConfig) -> nn.Module:
@@ -731,8 +738,12 @@ def _only(x: Tensor, read: Tensor | None) -> Tensor:
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """Return norm(x) for the rows of a decoding step."""
-    return rms_norm(x, norm.weight, norm.eps) if type(norm) is nn.RMSNorm else norm(x)
+    """Return norm(x) for a linear layer, under autocast in the dtype that the layer casts it to."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and isinstance(norm, RMSNorm) and x.dtype == torch.float32:
+        return norm(x, torch.get_autocast_dtype(device))
+    return norm(x)
 
 
 def _parts(

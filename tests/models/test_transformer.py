@@ -19,6 +19,7 @@ from rlhf_core.models import (
     ValueModel,
     hub,
     packed_decode,
+    transformer,
 )
 from rlhf_core.models.families import family_of
 from rlhf_core.models.lora import LoRAConfig, add_adapters
@@ -495,6 +496,20 @@ def test_checkpointing_recomputes_blocks_and_keeps_gradients_bit_for_bit(family,
         gradients.append([p.grad for p in model.parameters()])
     assert calls == [False, True, True]
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+# ---- autocast
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "qwen3", "olmo2"])
+def test_under_autocast_norms_round_what_their_linear_layers_would_round(family, monkeypatch):
+    model, ids, found = tiny(family), padded("right")[0], []
+    for normed in (transformer._normed, lambda norm, x: norm(x)):
+        monkeypatch.setattr(transformer, "_normed", normed)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids).float().square().sum()
+        found.append([loss.detach(), *torch.autograd.grad(loss, [*model.parameters()])])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 # ---- torch.compile
