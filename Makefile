@@ -51,7 +51,7 @@ docs: $(STAMP)
 
 # csrc/ under gcc's sanitizers, in a copy of the package: memory and arithmetic, then races. Without OpenMP, whose
 # synchronisation ThreadSanitizer does not see: parallel_for takes std::thread.
-SANITIZED_OPS := logprobs linear_logprobs kl gae policy_loss decode_attention sampling linear_rows rms_norm gated_activation
+SANITIZED_OPS := logprobs linear_logprobs kl gae policy_loss decode_attention sampling linear_rows rms_norm gated_activation rotary
 SANITIZED_TESTS := tests/test_cpp.py tests/models/test_packed_decode.py $(foreach op,$(SANITIZED_OPS),tests/ops/test_$(op).py)
 
 define sanitized

@@ -336,6 +336,14 @@ PYBIND11_MODULE(_C, m) {
     a.dy = dy, a.dgate_up = dgate_up;
     gated_activation_bwd(a, threads);
   });
+  def("rotary_fwd", [](Tensor x, Tensor cos, Tensor sin, int64_t head_dim, Tensor y, int threads) {
+    RotaryArgs a = {};
+    a.dtype = x.dtype(), a.B = x.shape[0], a.T = x.shape[1], a.K = head_dim;
+    a.H = x.shape[2] / a.K, a.R = cos.shape[2];
+    if (cos.dtype() != kFloat32 || sin.dtype() != kFloat32) refuse("factors of 16 bits");
+    a.x = x, a.cos = cos, a.sin = sin, a.y = y;
+    rotary_fwd(a, threads);
+  });
   def("linear_rows_fwd",
       [](Tensor x, Tensor weight, Tensor scales, Tensor bias, Tensor y, int threads) {
     LinearRowsArgs a = {};

@@ -297,6 +297,10 @@ void gated_activation_bwd(const GatedActivationArgs& a, int threads) {
   run(chosen().table->gated_activation_bwd[a.dtype], a, a.B * a.T, row_grain(6 * a.I), threads);
 }
 
+void rotary_fwd(const RotaryArgs& a, int threads) {
+  run(chosen().table->rotary[a.dtype], a, a.B * a.T, row_grain(a.H * a.K), threads);
+}
+
 void linear_rows_fwd(LinearRowsArgs a, int threads) {
   const Table& table = *chosen().table;
   const std::unique_ptr<float[]> x(new float[LinearRowsArgs::x_size(a.n, a.in) + 16]);

@@ -150,6 +150,14 @@ struct GatedActivationArgs {
   char *y, *dgate_up;  // (B, T, I), (B, T, 2 I), contiguous
 };
 
+struct RotaryArgs {
+  Dtype dtype;
+  int64_t B, T, H, K, R;
+  Rows x;         // (B, T, H K)
+  Rows cos, sin;  // (B, T, R), float32
+  char* y;        // (B, T, H K), contiguous
+};
+
 constexpr int64_t kPanel = 32;    // outputs of a linear layer that are packed side by side
 constexpr int64_t kFewRows = 16;  // beyond this float32 weights are transposed, see linear_rows.h
 
@@ -265,6 +273,7 @@ struct Table {
   Kernel<RmsNormArgs> rms_norm_fwd[kDtypes][kDtypes];     // by dtype and y_dtype
   Kernel<RmsNormArgs> rms_norm_bwd[kDtypes][kDtypes];
   Kernel<GatedActivationArgs> gated_activation_fwd[kDtypes], gated_activation_bwd[kDtypes];
+  Kernel<RotaryArgs> rotary[kDtypes];
   bool amx;  // whether linear_rows can use it
   void (*linear_rows[kDtypes])(const LinearRowsArgs& args, int threads);
   void (*linear_rows_int8)(const LinearRowsArgs& args, int threads);
@@ -289,6 +298,7 @@ void rms_norm_fwd(const RmsNormArgs& args, int threads);
 void rms_norm_bwd(RmsNormArgs args, int threads);
 void gated_activation_fwd(const GatedActivationArgs& args, int threads);
 void gated_activation_bwd(const GatedActivationArgs& args, int threads);
+void rotary_fwd(const RotaryArgs& args, int threads);
 void linear_rows_fwd(LinearRowsArgs args, int threads);
 void quantize_rows_fwd(const QuantizeArgs& args, int threads);
 void packed_decode_fwd(const PackedDecodeArgs& args, int threads);

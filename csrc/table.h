@@ -12,6 +12,7 @@
 #include "decode_attention.h"
 #include "linear_rows.h"
 #include "rms_norm.h"
+#include "rotary.h"
 
 #include "gated_activation.h"
 #include "packed_decode.h"
@@ -38,6 +39,7 @@ const Table table = {
      {nullptr, nullptr, rms_norm_bwd<F16, F16>}},
     {gated_activation_fwd<float>, gated_activation_fwd<BF16>, gated_activation_fwd<F16>},
     {gated_activation_bwd<float>, gated_activation_bwd<BF16>, gated_activation_bwd<F16>},
+    {rotary<float>, rotary<BF16>, rotary<F16>},
     RLHF_ISA == 513,
     {linear_rows<float>, linear_rows<BF16>, linear_rows<F16>},
     linear_rows<I8>,

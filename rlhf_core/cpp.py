@@ -269,6 +269,13 @@ def gated_activation_bwd(dy: Tensor, gate_up: Tensor, activation: str) -> Tensor
     return dgate_up
 
 
+def rotary_fwd(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+    """Heads x (B, T, H K) rotated, contiguous, by float32 factors cos and sin (B, T, R <= K)."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _C.rotary_fwd(x, cos, sin, head_dim, y, torch.get_num_threads())
+    return y
+
+
 def linear_rows_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None
 ) -> Tensor:

@@ -121,7 +121,7 @@ def test_best_isa_is_the_default():
 @pytest.mark.parametrize("isa", ISAS[:-1])  # this process tests the best one
 def test_other_isas_match_float64(isa):
     ops = ("kl", "gae", "policy_loss", "decode_attention", "sampling", "rms_norm", "linear_rows")
-    ops += ("gated_activation",)
+    ops += ("gated_activation", "rotary")
     files = ["test_cpp.py", "models/test_packed_decode.py", *(f"ops/test_{op}.py" for op in ops)]
     files = [str(Path(__file__).parent / file) for file in files]
     code = f"""

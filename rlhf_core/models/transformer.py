@@ -36,6 +36,7 @@ from rlhf_core.ops.linear_logprobs import (
 from rlhf_core.ops.linear_loss import LogitLosses, linear_loss
 from rlhf_core.ops.logprobs import token_logprobs_and_entropy
 from rlhf_core.ops.rms_norm import rms_norm
+from rlhf_core.ops.rotary import rotary, rotary_factors
 
 LOGITS_AT_ONCE = 2**24
 # Queries of a head up to which attention is computed in float32 on CPU: PyTorch's backward pass in
@@ -160,9 +161,10 @@ class Attention(nn.Module):
         read: Tensor | None,
     ) -> Tensor:
         """mask: A bias (B, 1, T, T), or the biases (S, S) of the parts that one row consists of."""
-        q, k, v = (part.transpose(1, 2) for part in self._project(x))  # (B, H, T, K)
+        q, k, v = self._project(x)  # (B, T, H, K)
         if rope is not None:
-            q, k = _rotate(q, *rope), _rotate(k, *rope)
+            q, k = rotary(q, *rope), rotary(k, *rope)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, K)
         if cache is not None:
             cache.fill(layer, k, v)
         if self.config.attention_softcap is not None:
@@ -208,8 +210,8 @@ class Attention(nn.Module):
         """Attend from x (B, D), the next token of cache rows `slots`, to the tokens before it."""
         config, (q, k, v) = self.config, self._project(x)
         if rope is not None and config.partial_rotary_factor != 1:
-            rope = _rotation(*(t[cache.lengths[slots]][:, None].to(x.dtype) for t in rope))
-            q, k, rope = _rotate(q, *rope), _rotate(k, *rope), None
+            rope = rotary_factors(*(t[cache.lengths[slots]][:, None].to(x.dtype) for t in rope))
+            q, k, rope = rotary(q, *rope), rotary(k, *rope), None
         if config.attention_scale is not None:
             q = q * (config.attention_scale * math.sqrt(config.head_dim))
         options = dict(window=config.windows[layer], softcap=config.attention_softcap)
@@ -420,11 +422,12 @@ class Trunk(nn.Module):
                 ]
         for kind in set(config.ropes) - {None}:
             tables = self._rope_tables(min(T, limit), x.device, kind)
-            rows = [table[positions][:, None] for table in tables]
+            rows = [table[positions][:, :, None] for table in tables]
             if long is not None and kind == "global":
                 tables = self._rope_tables(min(T, limit), x.device, "long")
-                rows = [torch.where(long, t[positions][:, None], a) for t, a in zip(tables, rows)]
-            ropes[kind] = _rotation(*(row.to(x.dtype) for row in rows))
+                long_rows = [table[positions][:, :, None] for table in tables]
+                rows = [torch.where(long, *pair) for pair in zip(long_rows, rows)]
+            ropes[kind] = rotary_factors(*(row.to(x.dtype) for row in rows))
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             rope, bias = ropes[config.ropes[layer]], biases[config.windows[layer]]
@@ -778,19 +781,3 @@ def _causal(T: int, device: torch.device) -> Tensor:
 
 def _softcap(x: Tensor, cap: float) -> Tensor:
     return torch.tanh(x / cap) * cap
-
-
-def _rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors (..., K) of an element and its partner in `_rotate`, from tables (..., K/2)."""
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions (Su et al. 2021). As in Llama, elements i and i + K/2 are a pair.
-
-    If the factors are narrower than the heads, the last elements of a head stay as they are.
-    """
-    width = cos.shape[-1]
-    if width < x.shape[-1]:
-        return torch.cat((_rotate(x[..., :width], cos, sin), x[..., width:]), -1)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -32,6 +32,7 @@ from rlhf_core.checks import (
     resolve,
     values_may_be_read,
 )
+from rlhf_core.ops.rotary import rotary_factors, rotary_reference
 
 NO_LIMIT = 2**62  # of the tokens of a row whose cache is a ring and whose keys are not rotated
 
@@ -57,7 +58,8 @@ def decode_attention_reference(
     dtype = q.dtype
     q, k = at_least_float32(q, k)
     if cos is not None:
-        q, k = (_rotate(x, cos[n][:, None], sin[n][:, None]) for x in (q, k))
+        factors = rotary_factors(cos[n][:, None], sin[n][:, None])
+        q, k = rotary_reference(q, *factors), rotary_reference(k, *factors)
     S, n = keys.shape[2], n[:, None]
     if shared_lengths is not None:
         owners = slots // (len(keys) // len(shared_lengths))
@@ -79,11 +81,6 @@ def decode_attention_reference(
         scores = torch.tanh(scores / softcap) * softcap
     p = scores.masked_fill(unseen[:, None, None], -math.inf).softmax(-1)
     return (p @ V.masked_fill(unseen[:, None, :, None], 0)).flatten(1, 2).to(dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
 
 def decode_attention(
