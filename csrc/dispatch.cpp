@@ -304,7 +304,7 @@ void rotary_fwd(const RotaryArgs& a, int threads) {
 void linear_rows_fwd(LinearRowsArgs a, int threads) {
   const Table& table = *chosen().table;
   const std::unique_ptr<float[]> x(new float[LinearRowsArgs::x_size(a.n, a.in) + 16]);
-  a.x = aligned(x.get()), a.amx = table.amx && amx();
+  a.x = aligned(x.get()), a.amx = table.amx && amx() && !a.scales;
   (a.scales ? table.linear_rows_int8 : table.linear_rows[a.dtype])(a, threads);
 }
 

@@ -172,8 +172,8 @@ struct LinearRowsArgs {
   int64_t y_stride;
   bool wide, add;  // rows and y are float32, whatever dtype is; add to y, if wide
   float* x;        // (x_size(n, in),) scratch: the rows as the kernel reads them
-  bool amx;        // whether the CPU has it
-  bool panels() const { return packed || (dtype == kFloat32 && n > kFewRows); }
+  bool amx;        // whether the CPU has it, and rows may be rounded to bfloat16
+  bool panels() const { return packed || (dtype == kFloat32 && n > kFewRows && !amx); }
   int64_t padded() const { return (in + 31) / 32 * 32; }
   static int64_t x_size(int64_t n, int64_t in) {
     return (n + 15) / 16 * 16 * ((in + 31) / 32 * 32);

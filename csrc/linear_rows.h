@@ -7,8 +7,8 @@
 // stream. With more float32 rows the lanes are outputs, whose weights are first transposed in the
 // cache: then no sum is over lanes. No sum's order depends on the other rows.
 //
-// Weights of 8 bits become float32 on the way into registers, or when they are transposed. A scale
-// of each output turns them into weights.
+// Weights of 8 bits become float32 on the way into registers, or when they are transposed, and
+// bfloat16, which is exact, for AMX. A scale of each output turns them into weights.
 
 // Keeps a vector that several products share in a register: compilers would load it for each.
 template <class V> SIMD V keep(V v) {
@@ -79,13 +79,15 @@ SIMD void copy_inputs(const LinearRowsArgs& a, int64_t r, int64_t i, int64_t n, 
   else narrow<E>(a.rows.at<const float>(r, 0) + i, n, reinterpret_cast<char*>(to));
 }
 
-template <class E> SIMD void write_output(const LinearRowsArgs& a, int64_t r, int64_t j, float y) {
-  if (a.scales) y *= a.scales[j];
-  if (a.bias) y += load_partial(reinterpret_cast<const E*>(a.bias) + j, 1)[0];
+// Outputs [j, j + n) of row r, n <= W.
+template <class E>
+SIMD void write_outputs(const LinearRowsArgs& a, int64_t r, int64_t j, F y, int64_t n) {
+  if (a.scales) y *= load_partial(a.scales + j, n);
+  if (a.bias) y += load_partial(reinterpret_cast<const E*>(a.bias) + j, n);
   const int64_t at = r * a.y_stride + j;
-  if (!a.wide) return store_partial(reinterpret_cast<E*>(a.y) + at, splat(y), 1);
-  float& to = reinterpret_cast<float*>(a.y)[at];
-  to = a.add ? to + y : y;
+  if (!a.wide) return store_partial(reinterpret_cast<E*>(a.y) + at, y, n);
+  float* const to = reinterpret_cast<float*>(a.y) + at;
+  store_partial(to, a.add ? load_partial(to, n) + y : y, n);
 }
 
 template <class E, int kRows, int kOut>
@@ -122,8 +124,10 @@ void linear_tile(const LinearRowsArgs& a, int64_t r, int64_t j) {
   float y[kSums];
   for (int64_t i = 0; i < kSums; i += W) store(y + i, sums(total + i, W));
   for (int k = 0; k < kRows; ++k)
-    for (int o = 0; o < kOut; ++o)
-      write_output<typename P::Input>(a, r + k, j + o, y[k * kOut + o]);
+    for (int o = 0; o < kOut; o += W) {
+      const int64_t n = std::min(kOut - o, W);
+      write_outputs<typename P::Input>(a, r + k, j + o, load_partial(y + k * kOut + o, n), n);
+    }
 }
 
 template <class E, int kRows, int kOut>
@@ -145,6 +149,7 @@ constexpr int64_t kAmx = 16;  // outputs and rows of an AMX tile
 // AMX multiplies 16 outputs x 32 inputs, as they lie in memory, with 32 inputs x 16 rows, whose
 // inputs lie in pairs. Tiles 0 to 3 hold the sums of up to 64 rows, 4 weights and 5 inputs.
 constexpr int64_t kAmxInputs = 32, kAmxTiles = 4;
+template <class E> constexpr int64_t kBlocks = 64 / (kAmxInputs * sizeof(E));  // of a cache line
 
 struct AmxTiles {  // the layout that ldtilecfg reads
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -168,44 +173,61 @@ template <int kTile> SIMD void read_tile(float* sums) {
                    : "memory");
 }
 
+SIMD void widen(const BF16* from, BF16* to) { std::memcpy(to, from, kAmxInputs * sizeof(BF16)); }
+SIMD void widen(const I8* from, BF16* to) { store(to, load(from)), store(to + W, load(from + W)); }
+
 // Outputs j to j + 16, of which those from `first` on are written.
-template <int kTiles> void amx_outputs(const LinearRowsArgs& a, int64_t j, int64_t first) {
+template <class E, int kTiles>
+void amx_outputs(const LinearRowsArgs& a, int64_t j, int64_t first) {
+  using Output = std::conditional_t<std::is_same_v<E, I8>, float, BF16>;  // unless a.wide
   const int64_t in = a.in, blocks = a.padded() / kAmxInputs;
-  const BF16* const w = reinterpret_cast<const BF16*>(a.weight) + j * in;
+  const E* const w = reinterpret_cast<const E*>(a.weight) + j * in;
   const BF16* x = reinterpret_cast<const BF16*>(a.x);  // (blocks, kTiles, 16 pairs, 16 rows, 2)
   __asm__ volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
   for (int64_t block = 0; block < blocks; ++block, x += kTiles * kAmx * kAmxInputs) {
-    const BF16* from = w + block * kAmxInputs;
-    int64_t stride = in;
-    BF16 rest[kAmx][kAmxInputs];
+    const E* const from = w + block * kAmxInputs;
+    const void* weights = from;
+    int64_t stride = in * sizeof(E);
+    alignas(64) BF16 wide[kAmx][kAmxInputs];
     if ((block + 1) * kAmxInputs > in) {
-      std::memset(rest, 0, sizeof rest);
-      for (int64_t o = 0; o < kAmx; ++o)
-        std::memcpy(rest[o], from + o * in, (in - block * kAmxInputs) * sizeof(BF16));
-      from = rest[0], stride = kAmxInputs;
+      for (int64_t o = 0; o < kAmx; ++o) {
+        E rest[kAmxInputs] = {};
+        std::memcpy(rest, from + o * in, (in - block * kAmxInputs) * sizeof(E));
+        widen(rest, wide[o]);
+      }
+      weights = wide, stride = sizeof wide[0];
     } else {
-      for (int64_t o = 0; o < kAmx; ++o) __builtin_prefetch(from + (kAmx + o) * in, 0, 2);
+      if (block % kBlocks<E> == 0)
+        for (int64_t o = 0; o < kAmx; ++o) __builtin_prefetch(from + (kAmx + o) * in, 0, 2);
+      if (std::is_same_v<E, I8>) {
+        for (int64_t o = 0; o < kAmx; ++o) widen(from + o * in, wide[o]);
+        weights = wide, stride = sizeof wide[0];
+      }
     }
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm4" ::"r"(from), "r"(stride * 2) : "memory");
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm4" ::"r"(weights), "r"(stride) : "memory");
     multiply_tile<0>(x);
     if constexpr (kTiles > 1) multiply_tile<1>(x + kAmx * kAmxInputs);
     if constexpr (kTiles > 2) multiply_tile<2>(x + 2 * kAmx * kAmxInputs);
     if constexpr (kTiles > 3) multiply_tile<3>(x + 3 * kAmx * kAmxInputs);
   }
-  alignas(64) float sums[kAmxTiles][kAmx][kAmx];  // (tile, output, row)
+  alignas(64) float sums[kAmxTiles + 1][kAmx][kAmx];  // (tile, output, row)
   read_tile<0>(sums[0][0]);
   if constexpr (kTiles > 1) read_tile<1>(sums[1][0]);
   if constexpr (kTiles > 2) read_tile<2>(sums[2][0]);
   if constexpr (kTiles > 3) read_tile<3>(sums[3][0]);
-  for (int64_t r = 0; r < a.n; ++r)
-    for (int64_t o = first - j; o < kAmx; ++o)
-      write_output<BF16>(a, r, j + o, sums[r / kAmx][o][r % kAmx]);
+  const I offsets = {0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240};
+  for (int64_t r = 0; r < a.n; ++r) {
+    const float* const from = &sums[r / kAmx][first - j][r % kAmx];
+    const F y = (F)_mm512_i32gather_ps((__m512i)offsets, from, sizeof(float));
+    if (first == j) write_outputs<Output>(a, r, j, y, W);
+    else write_outputs<Output>(a, r, first, y, j + kAmx - first);
+  }
 }
 
 // Up to 64 rows.
-void amx_linear(const LinearRowsArgs& a, int64_t begin, int64_t end) {
+template <class E> void amx_linear(const LinearRowsArgs& a, int64_t begin, int64_t end) {
   constexpr void (*kOutputs[])(const LinearRowsArgs&, int64_t, int64_t) = {
-      amx_outputs<1>, amx_outputs<2>, amx_outputs<3>, amx_outputs<4>};
+      amx_outputs<E, 1>, amx_outputs<E, 2>, amx_outputs<E, 3>, amx_outputs<E, 4>};
   const AmxTiles tiles;
   for (int64_t j = begin; j < end; j += kAmx)
     kOutputs[(a.n - 1) / kAmx](a, std::min(j, a.out - kAmx), j);
@@ -355,8 +377,8 @@ template <class E> void linear_outputs(const LinearRowsArgs& a, int64_t begin, i
   if constexpr (std::is_same_v<E, float> || std::is_same_v<E, I8>)
     if (a.panels()) return linear_panels<E>(a, begin, end);
 #if RLHF_ISA == 513
-  if constexpr (std::is_same_v<E, BF16>)
-    if (a.amx) return amx_linear(a, begin, end);
+  if constexpr (std::is_same_v<E, BF16> || std::is_same_v<E, I8>)
+    if (a.amx) return amx_linear<E>(a, begin, end);
 #endif
   if constexpr (std::is_same_v<E, I8>)
     if (a.n == 1) return linear_tiles_of<E, 1, kRowOutputs>(a, begin, end);
@@ -406,12 +428,11 @@ template <class E> void quantize_rows(const QuantizeArgs& a, int64_t begin, int6
 
 template <class E> void linear_rows(const LinearRowsArgs& args, int threads) {
   LinearRowsArgs a = args;
-  a.amx = a.amx && std::is_same_v<E, BF16> && a.n > 4 && a.n <= 64 && a.out >= kAmx;
+  a.amx = a.amx && (std::is_same_v<E, BF16> || std::is_same_v<E, I8>) && a.n > 4 && a.n <= 64 && a.out >= kAmx;
   if (!a.panels())
     parallel_for(a.n, row_grain(a.in), threads, [&](int64_t begin, int64_t end) {
 #if RLHF_ISA == 513
-      if constexpr (std::is_same_v<E, BF16>)
-        if (a.amx) return amx_spread(a, begin, end);
+      if (a.amx) return amx_spread(a, begin, end);
 #endif
       spread_rows<E>(a, begin, end);
     });

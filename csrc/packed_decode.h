@@ -51,6 +51,7 @@ template <class E> struct Decode {
     l.weight = w.weight, l.bias = w.bias, l.packed = a.packed, l.wide = true, l.add = add;
     l.y = bytes(to), l.y_stride = to_stride, l.x = linear_scratch, l.amx = a.amx;
     l.scales = w.scales;
+    if (w.scales && a.dtype != kBFloat16) l.amx = false;
     if (w.scales) l.dtype = kFloat32, linear_rows<I8>(l, a.threads);
     else linear_rows<E>(l, a.threads);
     if (!w.rank) return;

@@ -6,7 +6,8 @@ oneDNN's own layout. This kernel reads them where they are. It adds products in 
 uses AMX or AVX-512 BF16 where the CPU has them.
 
 `quantize_rows` makes weights of 8 bits, a quarter of the bytes of float32, for a `PackedModel`.
-Each output has a scale s = max |w| / 127, and its weights become round(w / s).
+Each output has a scale s = max |w| / 127, and its weights become round(w / s). With AMX, 5 to
+64 rows of a bfloat16 model are rounded to bfloat16 before they meet these weights.
 
 Left out: gradients and GPUs, where torch's product is already as fast as the memory.
 """
