@@ -428,7 +428,8 @@ template <class E> void quantize_rows(const QuantizeArgs& a, int64_t begin, int6
 
 template <class E> void linear_rows(const LinearRowsArgs& args, int threads) {
   LinearRowsArgs a = args;
-  a.amx = a.amx && (std::is_same_v<E, BF16> || std::is_same_v<E, I8>) && a.n > 4 && a.n <= 64 && a.out >= kAmx;
+  a.amx = a.amx && (std::is_same_v<E, BF16> || std::is_same_v<E, I8>) && a.n > 4 && a.n <= 64 &&
+          a.out >= kAmx;
   if (!a.panels())
     parallel_for(a.n, row_grain(a.in), threads, [&](int64_t begin, int64_t end) {
 #if RLHF_ISA == 513
