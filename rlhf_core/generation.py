@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rlhf_core import backends
 from rlhf_core.checks import check_own
 from rlhf_core.data import Tokenizer
 from rlhf_core.models import KVCache, Transformer, eval_mode
@@ -28,7 +29,7 @@ from rlhf_core.ops.sampling import sample_tokens
 
 # Steps between checks for finished rows. A check makes the host wait for the GPU.
 STEPS_PER_CHECK = {"cpu": 1, "cuda": 16}
-WEIGHT_DTYPES = (None, "int8")
+WEIGHT_DTYPES = (None, "int8", "bfloat16")
 
 
 class Generation(NamedTuple):
@@ -129,8 +130,9 @@ def generate(
             to rounding of the logits in batches of another size. None: drawn from `generator`.
         generator: source of the seeds; None for torch's global one.
         weight_dtype: "int8": on CPUs, decoding steps read copies of the linear layers and of the
-            head in 8 bits, which each call makes. The copies are a slightly different model, and
-            all log-probs are that model's. None: the weights as they are.
+            head in 8 bits. "bfloat16": a copy of the whole model in bfloat16 samples. Each call
+            makes the copies. They are a slightly different model, and all log-probs are that
+            model's. None: the weights as they are.
 
     Returns:
         A `Generation` of N = B * num_samples responses.
@@ -162,6 +164,8 @@ def generate(
         )
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight_dtype must be one of {WEIGHT_DTYPES}, got {weight_dtype!r}")
+    if weight_dtype == "bfloat16":
+        model, weight_dtype = _in_bfloat16(model), None
     if not 0 < repetition_penalty < math.inf:
         raise ValueError(f"repetition_penalty must be finite and > 0, got {repetition_penalty}")
     stops = Stops(
@@ -429,6 +433,17 @@ class Stops:
                 ):
                     return drawn - after
         return 0
+
+
+def _in_bfloat16(model: Transformer) -> Transformer:
+    """A copy of the model in bfloat16, with its adapters merged."""
+    if type(model) is not Transformer:
+        reason = f"a {type(model).__name__} has no copy in another dtype"
+    elif not backends.multiplies_bfloat16(model.device.type):
+        reason = "this CPU has no bfloat16 instructions, so it would be slower"
+    else:
+        return model.plain_copy().to(torch.bfloat16)
+    raise ValueError(f"weight_dtype bfloat16: {reason}. Leave it out")
 
 
 def _right_padded(prompt_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,11 @@ import torch
 from op_helpers import poison_uninitialised_memory
 from torch.testing import assert_close
 
-from rlhf_core import generation
+from rlhf_core import backends, generation
 from rlhf_core.data.collate import left_pad
 from rlhf_core.generation import DecodeStep, generate
 from rlhf_core.models import Transformer, TransformerConfig
+from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.models.packed_decode import PackedModel
 from rlhf_core.models.transformer import Trunk
 from rlhf_core.rollout import response_logprobs, sample
@@ -118,6 +119,28 @@ def test_log_probs_are_of_what_was_sampled_from_and_the_full_ones_of_the_model(f
             assert_close(got.logprobs[row, t], (p[token] / p.sum()).log(), rtol=0, atol=1e-5)
             assert_close(got.full_logprobs[row, t], full[token], rtol=0, atol=1e-5)
         assert not got.full_logprobs[row, len(response) :].any()
+
+
+@families
+def test_a_copy_in_bfloat16_samples_and_leaves_the_model_alone(family, monkeypatch):
+    model = tiny(family)
+    add_adapters(model, LoRAConfig(rank=2))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    ids, mask = left_pad(PROMPTS, 0)
+    settings = dict(attention_mask=mask, max_new_tokens=8, eos_ids=(), seeds=torch.arange(4))
+    found = generate(model, ids, weight_dtype="bfloat16", **settings)
+    want = generate(model.plain_copy().bfloat16(), ids, **settings)
+    exact = generate(model, ids, **settings)
+    assert torch.equal(found.response_ids, want.response_ids)
+    assert torch.equal(found.logprobs, want.logprobs)
+    assert not torch.equal(found.logprobs, exact.logprobs)
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+    monkeypatch.setattr(backends, "multiplies_bfloat16", lambda device: False)
+    with pytest.raises(ValueError, match="weight_dtype bfloat16: this CPU has no bfloat16"):
+        generate(model, ids, weight_dtype="bfloat16", **settings)
 
 
 def test_nothing_truncated_means_one_tensor_of_log_probs():

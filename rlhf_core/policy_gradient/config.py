@@ -114,9 +114,10 @@ class PolicyGradientConfig(TrainConfig):
     )
     rollout_dtype: str | None = option(
         None,
-        "int8: rollouts are sampled on a CPU from copies of the weights in 8 bits, which are read "
-        "faster; importance_cap corrects for the difference. Unset: the weights as they are",
-        choices=("int8",),
+        "rollouts are sampled on a CPU from copies of the weights, which are read faster; "
+        "importance_cap corrects for the difference. int8: copies in 8 bits; bfloat16: in 16. "
+        "Unset: the weights as they are",
+        choices=("int8", "bfloat16"),
     )
     steps_ahead: int = option(
         0,

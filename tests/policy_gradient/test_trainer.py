@@ -530,11 +530,12 @@ def make_grpo(model=None, others=None, **config):
     return GRPOTrainer(tiny(), PROMPTS[:4], config, reward=fives, **(others or {}))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
 @pytest.mark.parametrize("make", [make_ppo, make_grpo])
-def test_rollouts_in_8_bits_are_corrected_and_repeated_by_a_resumed_run(make, tmp_path):
+def test_rollouts_in_fewer_bits_are_corrected_and_repeated_by_a_resumed_run(make, dtype, tmp_path):
     """Weights, metrics and names are those of an engine that rounds otherwise."""
     pytest.importorskip("rlhf_core.cpp", reason="the C++ extension is not built")
-    options = dict(rollout_dtype="int8", importance_cap=2.0, epochs=2)
+    options = dict(rollout_dtype=dtype, importance_cap=2.0, epochs=2)
     whole, exact = make(**options), make()
     sampled, sample = [], whole.sample
     whole.sample = lambda *a, **b: sampled.append(sample(*a, **b)) or sampled[-1]
@@ -564,7 +565,7 @@ def test_rollouts_in_8_bits_are_corrected_and_repeated_by_a_resumed_run(make, tm
         assert torch.equal(x, resumed.model.state_dict()[name])
 
 
-def test_rollouts_in_8_bits_are_refused_or_warned_about():
+def test_rollouts_in_fewer_bits_are_refused_or_warned_about():
     with pytest.raises(ValueError, match="rollout_dtype is int8, but the engine samples"):
         make_ppo(rollout_dtype="int8", others=dict(engine=object()))
     with pytest.raises(ValueError, match=r"rollout_dtype int8 is for CPUs, .* on meta"):
