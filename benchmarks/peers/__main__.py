@@ -50,12 +50,12 @@ def main() -> None:
         default="small",
         help="a GPT-2 of 4 layers, or adapters of a Qwen2.5-0.5B; default: small",
     )
-    every = (*METHODS, "dpo-cached")
+    every = list(dict.fromkeys((*METHODS, *half_billion.METHODS)))
     parser.add_argument(
         "--methods",
         nargs="+",
         choices=every,
-        help="default: all; reward and ppo for small only, dpo-cached for 0.5b only",
+        help="default: all; reward and ppo for small only, dpo-cached and grpo for 0.5b only",
     )
     parser.add_argument(
         "--vocab-sizes", nargs="+", type=int, help="default: 50257 4096; 0.5b: 151936"
@@ -148,7 +148,9 @@ def compare(method: str, vocab_size: int, sides, rounds: int, python: str, **set
                 for i in range(len(sides)):  # each round starts with another side
                     workers[sides[(number + i) % len(sides)]].step()
             measured = {side: worker.end() for side, worker in workers.items()}
-            flop = half_billion.arithmetic(task) if task.lora_rank else None
+            large = task.lora_rank > 0
+            flop = half_billion.arithmetic(task) if large else None
+            bytes_read = half_billion.reading(task) if large else None
         finally:
             for worker in workers.values():
                 worker.process.kill()
@@ -158,6 +160,7 @@ def compare(method: str, vocab_size: int, sides, rounds: int, python: str, **set
         "vocab_size": vocab_size,
         "settings": task.__dict__ | {"folder": ""},
         "flop": flop,
+        "bytes_read": bytes_read,
         "sides": measured,
     }
 

@@ -5,7 +5,7 @@
 Times are CPU seconds. The floor of a step is its necessary arithmetic at the rate of the machine's
 matrix products, which our process measures after each step. Per weight and token this arithmetic
 is 2 FLOP forward, 2 for the gradient of the activations, and 2 for that of a weight that trains.
-A pair's prompt counts once. The head, and the last block apart from its keys and values, count for
+The prompt of a pair or a group counts once. The head, and the last block apart from its keys and values, count for
 the tokens of completions only. Products in
 bfloat16 count at the faster rate of bfloat16 and float32, which any CPU can fall back to.
 """
@@ -19,7 +19,7 @@ import time
 from benchmarks.peers.cells import judged, memory
 from benchmarks.peers.task import Task
 
-METHODS = ("sft", "dpo", "dpo-cached")  # the last one: the reference's log-probs are cached
+METHODS = ("sft", "dpo", "dpo-cached", "grpo")  # dpo-cached: the reference's log-probs are cached
 SETTINGS = dict(
     family="qwen2",
     batch_size=4,
@@ -38,6 +38,8 @@ BARS = {  # lowest ratio of TRL's time to ours
     ("dpo", "bfloat16"): 1.9,
     ("dpo-cached", "float32"): 2.5,
     ("dpo-cached", "bfloat16"): 2.5,
+    ("grpo", "float32"): 2.0,
+    ("grpo", "bfloat16"): 2.5,
 }
 FLOOR_BARS = {"float32": 0.85, "bfloat16": 0.7}  # lowest ratio of the floor to our time
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
@@ -47,7 +49,8 @@ ROWS = 512  # of the product that is timed
 def settings_of(method: str, dtype: str) -> tuple[str, dict]:
     """The method of the task, and its further settings."""
     name, _, cached = method.partition("-")
-    return name, SETTINGS | {"precision": dtype, "cached_reference": bool(cached)}
+    settings = SETTINGS | {"precision": dtype, "cached_reference": bool(cached)}
+    return name, settings | ({"completion_length": 64} if name == "grpo" else {})
 
 
 def machine_rates(task: Task) -> dict[str, float]:
@@ -75,12 +78,17 @@ def machine_rates(task: Task) -> dict[str, float]:
     return rates | {"read": read.nbytes / fastest(read.sum, 3)}
 
 
-def arithmetic(task: Task) -> float:
-    """FLOP that a step needs."""
+def arithmetic(task: Task) -> tuple[int, int]:
+    """FLOP that a step's passes over known tokens need, and those of sampling.
+
+    One pass over the responses of GRPO gives the old log-probs and those that train.
+    """
     rows = task.batches()[0]
     counted = sum(len(row.chosen) for row in rows)
     if task.method == "dpo":
         counted += sum(len(row.rejected) for row in rows)
+    if task.method == "grpo":
+        counted *= task.samples
     tokens = counted + sum(len(row.prompt) for row in rows)
     D, wide = task.hidden_size, task.intermediate_size
     kv = D * task.num_kv_heads // task.num_heads
@@ -94,7 +102,18 @@ def arithmetic(task: Task) -> float:
 
     once = 2 * (products(math.prod) + task.vocab_size * D * counted)
     passes = 3 if task.method == "dpo" and not task.cached_reference else 2
-    return passes * once + 6 * task.lora_rank * products(sum)
+    adapters = 2 * task.lora_rank * products(sum)
+    return passes * once + 3 * adapters, once + adapters if task.method == "grpo" else 0
+
+
+def reading(task: Task) -> int:
+    """Bytes of weights that sampling reads: all of them for each token of the longest response."""
+    if task.method != "grpo":
+        return 0
+    D, wide, kv = task.hidden_size, task.intermediate_size, task.num_kv_heads
+    block = 2 * D * D + 2 * D * D * kv // task.num_heads + 3 * D * wide
+    weights = task.num_layers * block + task.vocab_size * D
+    return task.completion_length * weights * (2 if task.precision == "bfloat16" else 4)
 
 
 HEAD = (
@@ -113,7 +132,9 @@ def row(result: dict) -> str:
     fastest = max(statistics.median(rate[name] for rate in rates) for name in {"float32", dtype})
     own = statistics.median(rate[dtype] for rate in rates)
     read = statistics.median(rate["read"] for rate in rates)
-    floor, bar = result["flop"] / fastest, FLOOR_BARS[dtype]
+    known, sampled = result["flop"]
+    floor = known / fastest + max(sampled / fastest, result["bytes_read"] / read)
+    bar = FLOOR_BARS[dtype]
 
     rate = f"{own / 1e9:.1f}" + (f" ({fastest / 1e9:.1f} in float32)" if own < fastest else "")
     cells = [f"{method}, {dtype}, {result['layers']}, {result['vocab_size']}"]

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.task import Task, Turn
+from benchmarks.peers.task import Task, Turn, ids_score
 from rlhf_core import (
     DPOConfig,
     DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
     PPOConfig,
     PPOTrainer,
     RewardConfig,
@@ -99,6 +101,24 @@ def _dpo(task):
     cache = str(Path(task.folder, "reference")) if task.cached_reference else None
     config = DPOConfig(beta=task.beta, reference_logprobs=cache, **options(task))
     return DPOTrainer(_policy(task), _pairs(task), config)
+
+
+def _grpo(task):
+    config = GRPOConfig(
+        num_samples=task.samples,
+        response_length=task.completion_length,
+        temperature=task.temperature,
+        kl_coef=0.0,
+        rollout_dtype="bfloat16" if task.precision == "bfloat16" else None,
+        importance_cap=2.0 if task.precision == "bfloat16" else None,
+        **options(task),
+    )
+
+    def reward(prompts, responses):
+        return [ids_score(ids) for ids in responses]
+
+    prompts = [row.prompt for row in task.examples()]
+    return GRPOTrainer(_policy(task), prompts, config, reward=reward, eos_ids=())
 
 
 def _reward(task):

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-METHODS = ("sft", "dpo", "reward", "ppo")
+METHODS = ("sft", "dpo", "reward", "ppo")  # of the small model
+SAMPLING = ("ppo", "grpo")
 Turn = Callable[[float], None]  # called with NaN before the first step, then with each loss
 
 
@@ -39,7 +40,7 @@ class Task:
     lora_rank: int = 0
     # the data
     prompt_length: int = 64  # of the longest
-    completion_length: int = 128  # likewise; in PPO all have this length
+    completion_length: int = 128  # likewise; sampled ones all have this length
     shortest: float = 0.25  # of the lengths above
     # the optimiser
     lr: float = 1e-4
@@ -49,6 +50,8 @@ class Task:
     # DPO
     beta: float = 0.1
     cached_reference: bool = False  # its log-probs are computed before the first step
+    # GRPO
+    samples: int = 4  # of each prompt
     # PPO
     ppo_epochs: int = 4
     minibatches: int = 1
@@ -97,7 +100,7 @@ class Task:
                 rng.randint(math.ceil(self.shortest * n), n) for n in lengths[0]
             )
             lengths.append(
-                (prompt, *completions) if self.method != "ppo" else (prompt, *lengths[0][1:])
+                (prompt, *lengths[0][1:]) if self.method in SAMPLING else (prompt, *completions)
             )
         rows = [
             [[rng.randrange(self.pad_id) for _ in range(n)] for n in row]
@@ -137,6 +140,11 @@ class Task:
     def load(cls, path: str | Path) -> Task:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(**fields | {"betas": tuple(fields["betas"])})
+
+
+def ids_score(ids: list[int]) -> float:
+    """A reward of GRPO that costs nothing and differs from sample to sample."""
+    return sum(ids) % 97 / 97
 
 
 @dataclass(frozen=True)

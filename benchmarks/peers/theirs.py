@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from benchmarks.peers.task import Task, Turn
+from benchmarks.peers.task import Task, Turn, ids_score
 
 QUIET = dict(  # fields of TrainingArguments that turn off what is named above
     use_cpu=True,
@@ -28,7 +28,7 @@ QUIET = dict(  # fields of TrainingArguments that turn off what is named above
 
 
 def train(task: Task, turn: Turn) -> None:
-    {"sft": _sft, "dpo": _dpo, "reward": _reward, "ppo": _ppo}[task.method](task, turn)
+    globals()[f"_{task.method}"](task, turn)
 
 
 def options(task: Task) -> dict:
@@ -110,10 +110,11 @@ def _scorer(task):
 
 def _tokenizer(task):
     """A tokenizer of this vocabulary, which the trainers require, but the data does not need."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({str(i): i for i in range(task.vocab_size)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token=str(task.pad_id), eos_token=str(task.pad_id - 1)
     )
@@ -204,6 +205,35 @@ def _dpo(task, turn):
         ),
         turn,
     )
+
+
+def _grpo(task, turn):
+    import trl
+    from datasets import Dataset
+
+    def reward(prompts, completions, completion_ids, **kwargs):
+        return [ids_score(ids) for ids in completion_ids]
+
+    responses = task.batch_size * task.samples
+    config = trl.GRPOConfig(
+        num_generations=task.samples,
+        max_completion_length=task.completion_length,
+        generation_kwargs={"min_new_tokens": task.completion_length},
+        temperature=task.temperature,
+        beta=0.0,
+        shuffle_dataset=False,
+        **options(task) | {"per_device_train_batch_size": responses},
+    )
+    prompts = [" ".join(map(str, row.prompt)) for row in task.examples()]
+    trainer = trl.GRPOTrainer(
+        _policy(task),
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=_tokenizer(task),
+        **_adapters(task),
+    )
+    _train(trainer, turn)
 
 
 def _reward(task, turn):

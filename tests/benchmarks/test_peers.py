@@ -231,16 +231,31 @@ def test_the_arithmetic_of_half_a_billion_weights_is_counted(tmp_path):
     tokens, counted = 3 * (8 + 12 + 12), 3 * (12 + 12)
     keys_values, others = 2 * 16 * 8, 16 * 16 * 2 + 3 * 16 * 40
     once = 2 * (tokens * (2 * keys_values + others) + counted * (others + 61 * 16))
-    adapters = 2 * (tokens * (2 * 24 * 2 + 32 * 2 + 56 * 3) + counted * (32 * 2 + 56 * 3))
-    assert half_billion.arithmetic(task) == 3 * once + 6 * adapters
+    adapters = 2 * 2 * (tokens * (2 * 24 * 2 + 32 * 2 + 56 * 3) + counted * (32 * 2 + 56 * 3))
+    assert half_billion.arithmetic(task) == (3 * once + 3 * adapters, 0)
     cached = dataclasses.replace(task, cached_reference=True)
-    assert half_billion.arithmetic(cached) == 2 * once + 6 * adapters
+    assert half_billion.arithmetic(cached) == (2 * once + 3 * adapters, 0)
+    group = make("grpo", tmp_path, lora_rank=2, samples=2, **sizes, shortest=1.0, steps=1)
+    # Two samples have as many tokens as a pair.
+    assert half_billion.arithmetic(group) == (2 * once + 3 * adapters, once + adapters)
+    layer = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 40
+    assert half_billion.reading(group) == 12 * (2 * layer + 61 * 16) * 4
+    assert half_billion.reading(task) == 0
+
+
+LORA = dict(family="qwen2", num_layers=1, num_kv_heads=1, intermediate_size=40, lora_rank=2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_groups_train_on_our_side(precision, tmp_path):
+    task = make("grpo", tmp_path, precision=precision, **LORA)
+    first, *_ = found = losses(ours, task)
+    assert len(found) == task.steps and abs(first) < 0.02  # advantages of a group add up to 0
 
 
 @pytest.mark.parametrize("cached_reference", [False, True])
 def test_adapters_train_on_our_side(cached_reference, tmp_path):
-    sizes = dict(family="qwen2", num_layers=1, num_kv_heads=1, intermediate_size=40, lora_rank=2)
-    task = make("dpo", tmp_path, cached_reference=cached_reference, **sizes)
+    task = make("dpo", tmp_path, cached_reference=cached_reference, **LORA)
     first, *later = losses(ours, task)
     assert first == pytest.approx(math.log(2)) and len(set(later)) == 2
 
@@ -253,7 +268,8 @@ def test_the_table_of_half_a_billion_weights_has_shares_of_the_floor():
         return found | {"ready_bytes": 10**8, "peak_bytes": peak * 10**6}
 
     sides = {"ours": side(10, 200), "theirs": side(15, 220)}
-    settings = dict(method="sft", dtype="bfloat16", layers=2, vocab_size=61, flop=16e9)
+    settings = dict(method="sft", dtype="bfloat16", layers=2, vocab_size=61)
+    settings |= dict(flop=(16e9, 0), bytes_read=0)
     assert half_billion.row({"sides": sides, **settings}) == (
         "| sft, bfloat16, 2, 61 | 10 | 8 | 0.80 (0.7) | 1.0 (2.0 in float32) | 5.0 | 15 "
         "| 1.50 (2.0, missed) | 100 | 0.83 missed | 200 | 0.91 missed | first 0.0e+00 |"
