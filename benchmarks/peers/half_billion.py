@@ -5,9 +5,10 @@
 Times are CPU seconds. The floor of a step is its necessary arithmetic at the rate of the machine's
 matrix products, which our process measures after each step. Per weight and token this arithmetic
 is 2 FLOP forward, 2 for the gradient of the activations, and 2 for that of a weight that trains.
-The prompt of a pair or a group counts once. The head, and the last block apart from its keys and values, count for
-the tokens of completions only. Products in
-bfloat16 count at the faster rate of bfloat16 and float32, which any CPU can fall back to.
+The prompt of a pair or a group counts once. The head, and the last block apart from its keys and
+values, count for the tokens of completions only. Products in bfloat16 count at the faster rate of
+bfloat16 and float32, which any CPU can fall back to. GRPO also samples: the longer of one forward
+pass and of reading the weights for each token of a response.
 """
 
 from __future__ import annotations
