@@ -10,6 +10,7 @@ Left out: beam search and per-row options. An `Engine` can replace `generate`.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -130,9 +131,9 @@ def generate(
             to rounding of the logits in batches of another size. None: drawn from `generator`.
         generator: source of the seeds; None for torch's global one.
         weight_dtype: "int8": on CPUs, decoding steps read copies of the linear layers and of the
-            head in 8 bits. "bfloat16": a copy of the whole model in bfloat16 samples. Each call
-            makes the copies. They are a slightly different model, and all log-probs are that
-            model's. None: the weights as they are.
+            head in 8 bits. "bfloat16": a copy of the model in bfloat16 samples, in which
+            adapters stay as they are. Each call makes the copies. They are a slightly different
+            model, and all log-probs are that model's. None: the weights as they are.
 
     Returns:
         A `Generation` of N = B * num_samples responses.
@@ -436,13 +437,17 @@ class Stops:
 
 
 def _in_bfloat16(model: Transformer) -> Transformer:
-    """A copy of the model in bfloat16, with its adapters merged."""
+    """A copy of the model in bfloat16. It shares the adapters, which keep their dtype."""
     if type(model) is not Transformer:
         reason = f"a {type(model).__name__} has no copy in another dtype"
     elif not backends.multiplies_bfloat16(model.device.type):
         reason = "this CPU has no bfloat16 instructions, so it would be slower"
     else:
-        return model.plain_copy().to(torch.bfloat16)
+        copies = {
+            id(x): x if "lora_" in name else x.detach().bfloat16()
+            for name, x in model.named_parameters()
+        }
+        return copy.deepcopy(model, copies)
     raise ValueError(f"weight_dtype bfloat16: {reason}. Leave it out")
 
 

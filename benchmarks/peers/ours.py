@@ -110,7 +110,6 @@ def _grpo(task):
         temperature=task.temperature,
         kl_coef=0.0,
         rollout_dtype="bfloat16" if task.precision == "bfloat16" else None,
-        importance_cap=2.0 if task.precision == "bfloat16" else None,
         **options(task),
     )
 
