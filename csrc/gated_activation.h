@@ -9,7 +9,7 @@ SIMD F sigmoid(F u) {
 
 struct Activated { F value, slope; };
 
-// SiLU is z sigmoid(z). GELU's tanh form is z sigmoid(u), with 2 u = the argument of tanh.
+// SiLU is z sigmoid(z). GELU's tanh form is z sigmoid(u), with u twice the argument of tanh.
 SIMD Activated activate(Activation kind, F z) {
   F u = z, du = splat(1.f);
   if (kind == kGeluTanh) {
