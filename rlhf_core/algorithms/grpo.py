@@ -119,8 +119,7 @@ class GRPOConfig(PolicyGradientConfig):
         """Whether nothing before the one update needs the policy's log-probs, so that its own
         forward pass, detached, gives the old ones."""
         kl_in_reward = self.kl_in == "reward" and self.kl_coef > 0
-        needed = kl_in_reward or self.importance_cap is not None or self.mask_truncated
-        return self.at_ratio_1 and not needed
+        return self.at_ratio_1 and not (kl_in_reward or self.mask_truncated)
 
 
 class GRPOTrainer(PolicyGradientTrainer):

@@ -441,17 +441,21 @@ class PolicyGradientTrainer(Trainer):
         if not len(rollout.response_ids):
             self.warn_once(ALL_TRUNCATED)
             return
-        if config.importance_cap is not None:
-            experience = self.corrected(rollout, experience, metrics)
+        if config.importance_cap is not None and experience.old_logprobs is not None:
+            mask = rollout.response_mask
+            experience = self.corrected(rollout.logprobs, mask, experience, metrics)
         self.passes(rollout, experience, metrics)
 
-    def corrected(self, rollout: Rollout, experience: Experience, metrics: Metrics) -> Experience:
-        """The experience with weights for the difference between sampler and trained policy."""
-        config, mask = self.config, rollout.response_mask
+    def corrected(
+        self, sampled: Tensor, mask: Tensor, experience: Experience, metrics: Metrics
+    ) -> Experience:
+        """The experience with weights for the difference between sampler and trained policy.
+
+        sampled: (B, R) log-probs of the sampler.
+        """
+        config = self.config
         floor, cap = config.importance_floor or 0.0, config.importance_cap
-        ratio = importance_ratio(
-            experience.old_logprobs, rollout.logprobs, mask, config.importance_level
-        )
+        ratio = importance_ratio(experience.old_logprobs, sampled, mask, config.importance_level)
         weight = importance_weight(ratio, floor, cap, config.importance_mode)
         add_importance(metrics, ratio, weight, mask, floor, cap)
         return weighted(experience, weight)
@@ -492,7 +496,12 @@ class PolicyGradientTrainer(Trainer):
         for part, old, w in micro_batches(config.micro_batch_size, rollout, experience, weights):
             mask = part.response_mask
             losses_of = partial(
-                self.sequence_losses, old=old, mask=mask, weights=w, metrics=metrics
+                self.sequence_losses,
+                sampled=part.logprobs,
+                old=old,
+                mask=mask,
+                weights=w,
+                metrics=metrics,
             )
             with (
                 torch.set_grad_enabled(torch.is_grad_enabled() and self.policy_trains),
@@ -524,6 +533,7 @@ class PolicyGradientTrainer(Trainer):
         tokens: TokenStatistics,
         some: slice,
         *,
+        sampled: Tensor,
         old: Experience,
         mask: Tensor,
         weights: Tensor,
@@ -538,6 +548,8 @@ class PolicyGradientTrainer(Trainer):
         if old.old_logprobs is not None:
             return (self.policy_loss(logprobs, entropy, old, mask, weights, metrics),)
         old = old._replace(old_logprobs=logprobs.detach())
+        if self.config.importance_cap is not None:
+            old = self.corrected(sampled[some], mask, old, metrics)
         loss = self.policy_loss(logprobs, entropy, old, mask, weights, metrics)
         return loss, tokens.logprobs, tokens.entropy
 

@@ -69,6 +69,10 @@ def _one_pass(trainer, rollout, experience, metrics):
         dict(ratio="sequence", aggregation="sequence_mean"),
         dict(advantage="remax", entropy_coef=0.01),
         dict(advantage="reinforce_pp", loss="cispo"),
+        dict(rollout_dtype="bfloat16", importance_cap=1.001, micro_batch_size=3),
+        dict(
+            rollout_dtype="bfloat16", importance_cap=1.01, importance_level="sequence", kl_coef=0.1
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*has no effect")
@@ -101,7 +105,6 @@ def test_a_single_update_reads_the_old_log_probs_itself(options, monkeypatch):
     [
         dict(ppo_epochs=2),
         dict(minibatch_size=8),
-        dict(importance_cap=2.0),
         dict(mask_truncated=True),
         dict(kl_coef=0.1, kl_in="reward", kl_estimator="k1"),
     ],
