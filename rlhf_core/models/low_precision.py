@@ -34,11 +34,16 @@ class FrozenCopies:
     def used_by(self, model: nn.Module) -> Iterator[None]:
         """Let the linear layers and the output head of a whole model read the copies.
 
-        What a layer computes under autocast stays the same to the last bit.
+        What a layer computes under autocast stays the same to the last bit. The head's weight is
+        not replaced, because not only products read it.
         """
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        replaced = [(linear, linear.weight) for linear in linears if self._replaces(linear.weight)]
         head = getattr(model, "head_weight", None)
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        replaced = [
+            (linear, linear.weight)
+            for linear in linears
+            if linear.weight is not head and self._replaces(linear.weight)
+        ]
         try:
             for linear, weight in replaced:
                 linear._parameters["weight"] = self._copy(weight)

@@ -35,13 +35,15 @@ class Casts(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize(
+    "kind, options",
+    [("sft", {}), ("sft", dict(label_smoothing=0.1, z_coef=0.01)), ("dpo", {}), ("reward", {})],
+)
 @pytest.mark.parametrize("tied", [True, False])
-def test_copies_change_no_bit_of_a_run(kind, tied, monkeypatch):
+def test_copies_change_no_bit_of_a_run(kind, options, tied, monkeypatch):
     def trained():
-        trainer = make_trainer(
-            kind, adapted(kind, tie_embeddings=tied), precision="bfloat16", max_steps=3
-        )
+        model = adapted(kind, tie_embeddings=tied)
+        trainer = make_trainer(kind, model, precision="bfloat16", max_steps=3, **options)
         history = trainer.train()
         return [x["loss"] for x in history], snapshot(trainer.model)
 
