@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from rlhf_core.models.transformer import TrunkModel
+
 
 class FrozenCopies:
     """Copies of the frozen matrices of models, each made at its first use and whenever it changed.
@@ -31,19 +33,15 @@ class FrozenCopies:
         return copy
 
     @contextlib.contextmanager
-    def used_by(self, model: nn.Module) -> Iterator[None]:
-        """Let the linear layers and the output head of a whole model read the copies.
+    def used_by(self, model: TrunkModel) -> Iterator[None]:
+        """Let the trunk's linear layers and the output head of a whole model read the copies.
 
-        What a layer computes under autocast stays the same to the last bit. The head's weight is
-        not replaced, because not only products read it.
+        What they compute under autocast stays the same to the last bit. The head's own weight,
+        which not only products read, and scalar heads, which compute in float32, stay as they are.
         """
         head = getattr(model, "head_weight", None)
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        replaced = [
-            (linear, linear.weight)
-            for linear in linears
-            if linear.weight is not head and self._replaces(linear.weight)
-        ]
+        linears = [module for module in model.trunk.modules() if isinstance(module, nn.Linear)]
+        replaced = [(linear, linear.weight) for linear in linears if self._replaces(linear.weight)]
         try:
             for linear, weight in replaced:
                 linear._parameters["weight"] = self._copy(weight)

@@ -7,7 +7,7 @@ import torch
 from helpers import KINDS, make_trainer, rows, snapshot, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_core.models import Transformer
+from rlhf_core.models import ILQLModel, Transformer
 from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.models.low_precision import FrozenCopies
 
@@ -105,3 +105,12 @@ def test_weights_that_train_or_have_another_dtype_stay():
         with FrozenCopies(torch.bfloat16).used_by(model):
             assert all(weights[name] is p for name, p in model.named_parameters())
             assert model.head_copy is None
+
+
+def test_heads_that_compute_in_float32_keep_their_weights():
+    model = ILQLModel(adapted()).requires_grad_(False)
+    heads = {id(p) for part in (model.q, model.v) for p in part.parameters()}
+    trunk = {id(p) for p in model.trunk.parameters()}
+    with FrozenCopies(torch.bfloat16).used_by(model):
+        now = {id(p) for p in model.parameters()}
+        assert heads <= now and not trunk <= now
