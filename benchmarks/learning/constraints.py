@@ -16,7 +16,15 @@ from pathlib import Path
 
 import torch
 
-from rlhf_core.data import Example, Text, Tokenizer, encode_text, load_tokenizer, read_texts
+from rlhf_core.data import (
+    Example,
+    Pair,
+    Text,
+    Tokenizer,
+    encode_text,
+    load_tokenizer,
+    read_texts,
+)
 from rlhf_core.demo import Task
 from rlhf_core.models import Transformer, TransformerConfig
 from rlhf_core.trainers import DPOConfig, PPOConfig, RewardConfig, SFTConfig, SFTTrainer
@@ -30,7 +38,8 @@ WORDS = (
     "friend",
 )  # fmt: skip
 HELD_OUT = 16  # pairs of these words that only the evaluation asks for
-PROMPTS = 12_288
+PROMPTS = 40_960
+PAIRS = 14_000  # after so many pairs, only those that differ in length are learned from
 
 
 def prompt_of(words: tuple[str, str], length: int) -> str:
@@ -43,10 +52,32 @@ def gold(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def score(prompt: str, response: str) -> float:
+    used, fits = points(prompt, response)
+    return float(used + fits)
+
+
+def points(prompt: str, response: str) -> tuple[int, bool]:
+    """How many of the asked words the response has, and whether its length is near the asked."""
     length, asked = re.search(r"(\d+) words with (.*)\.", prompt).groups()
     words = words_of(response)
     used = sum(word in words for word in asked.split(", "))
-    return float(used + (abs(len(words) - int(length)) <= int(length) / 3))
+    return used, abs(len(words) - int(length)) <= int(length) / 3
+
+
+def with_more_lengths(pairs: list[Pair], tokenizer: Tokenizer) -> list[Pair]:
+    """The first PAIRS, and those of the others whose completions have as many asked words.
+
+    Few pairs differ in length only, and a reward model learns lengths from them.
+    """
+
+    def used(prompt_ids: list[int], completion_ids: list[int]) -> int:
+        return points(tokenizer.decode(prompt_ids), tokenizer.decode(completion_ids))[0]
+
+    return pairs[:PAIRS] + [
+        pair
+        for pair in pairs[PAIRS:]
+        if used(pair.prompt_ids, pair.chosen_ids) == used(pair.prompt_ids, pair.rejected_ids)
+    ]
 
 
 def words_of(text: str) -> list[str]:

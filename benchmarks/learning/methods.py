@@ -203,7 +203,7 @@ def with_(defaults: tuple[dict, ...], **settings) -> tuple[dict, ...]:
 
 METHODS = {
     "SFT": Method(sft),
-    "DPO": Method(dpo, PAIRS, replies=dict(beta=0.5), constraints=dict(lr=4e-4)),
+    "DPO": Method(dpo, PAIRS, replies=dict(beta=0.5), constraints=dict(lr=2e-4)),
     "IPO": Method(dpo, PAIRS | dict(loss="ipo")),
     "hinge": Method(dpo, PAIRS | dict(loss="hinge"), replies=dict(beta=0.5)),
     "SimPO": Method(dpo, PAIRS | dict(loss="simpo", average=True, beta=2.0, gamma=1.0)),
@@ -217,12 +217,12 @@ METHODS = {
     "TRPO": Method(
         trpo,
         *with_(PPO[:3], max_kl=0.01, fisher_share=0.25),
-        SHORT | dict(max_kl=0.03, max_steps=40),
+        SHORT | dict(max_kl=0.03, kl_coef=0.05, max_steps=40),
     ),
     "GRPO": Method(
         group,
         dict(lr=5e-4, max_steps=50, kl_coef=0.2),
-        constraints=dict(kl_coef=0.15, max_steps=100),
+        constraints=dict(kl_coef=0.15, batch_size=16, max_steps=100),
     ),
     "RLOO": Method(group, *with_(ONE_UPDATE, advantage="rloo", **KL_IN_REWARD)),
     "REINFORCE++": Method(group, *with_(ONE_UPDATE, advantage="reinforce_pp", **ONE_SAMPLE)),

@@ -1,6 +1,7 @@
 """The same data and settings through TRL's DPO and GRPO, for the table of methods.
 
-This needs `pip install trl==1.16.0`, and a task with a tokenizer of a folder: not `replies`.
+This needs `pip install trl==1.16.0`, and a task with a tokenizer of a folder: not `replies`. The
+seconds leave out imports, and writing and reading the policy's files.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from rlhf_core.trainers import DPOConfig, GRPOConfig
 
 
 def trl_dpo(setup: Setup, **settings) -> Transformer:
-    import trl
-    from datasets import Dataset
+    with setup.untimed():
+        from datasets import Dataset
+        from trl import DPOConfig as Config
+
+        from_ids = tokenized_dpo()
 
     ours = DPOConfig(seed=setup.seed, **settings)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     columns = {name: [getattr(pair, name) for pair in setup.pairs] for name in names}
 
     with tempfile.TemporaryDirectory() as folder:
-        config = trl.DPOConfig(
+        config = Config(
             per_device_train_batch_size=ours.batch_size,
             num_train_epochs=ours.epochs,
             beta=ours.beta,
@@ -33,7 +37,7 @@ def trl_dpo(setup: Setup, **settings) -> Transformer:
         )
         policy, tokenizer = load(setup, folder)
         reference, data = load(setup, folder)[0], Dataset.from_dict(columns)
-        trainer = tokenized_dpo()(
+        trainer = from_ids(
             policy, reference, config, train_dataset=data, processing_class=tokenizer
         )
         trainer.train()
@@ -41,8 +45,10 @@ def trl_dpo(setup: Setup, **settings) -> Transformer:
 
 
 def trl_grpo(setup: Setup, **settings) -> Transformer:
-    import trl
-    from datasets import Dataset
+    with setup.untimed():
+        from datasets import Dataset
+        from trl import GRPOConfig as Config
+        from trl import GRPOTrainer as Trainer
 
     ours = GRPOConfig(seed=setup.seed, response_length=setup.task.response_length, **settings)
     texts = [setup.task.tokenizer.decode(prompt) for prompt in setup.task.prompts]
@@ -52,7 +58,7 @@ def trl_grpo(setup: Setup, **settings) -> Transformer:
         return setup.scores([ids[prompt] for prompt in prompts], completion_ids).tolist()
 
     with tempfile.TemporaryDirectory() as folder:
-        config = trl.GRPOConfig(
+        config = Config(
             per_device_train_batch_size=ours.batch_size * ours.num_samples,
             num_generations=ours.num_samples,
             max_completion_length=ours.response_length,
@@ -61,7 +67,7 @@ def trl_grpo(setup: Setup, **settings) -> Transformer:
             **options(ours, folder),
         )
         policy, tokenizer = load(setup, folder)
-        trainer = trl.GRPOTrainer(
+        trainer = Trainer(
             policy,
             reward_funcs=reward,
             args=config,
@@ -88,9 +94,11 @@ def options(ours: DPOConfig | GRPOConfig, folder: str) -> dict:
 
 def load(setup: Setup, folder: str):
     """The policy after SFT and its tokenizer as those of transformers."""
-    import transformers
+    with setup.untimed():
+        import transformers
 
-    setup.base.save_pretrained(folder)
-    setup.task.tokenizer.save(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer
+        setup.base.save_pretrained(folder)
+        setup.task.tokenizer.save(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, tokenizer

@@ -14,6 +14,7 @@ import torch
 from benchmarks.learning import __main__ as learning
 from benchmarks.learning import constraints, distillation, methods, overoptimisation, setup
 from rlhf_core import demo
+from rlhf_core.data import ByteTokenizer, Pair
 from rlhf_core.files import read_json
 from rlhf_core.models import Transformer, TransformerConfig
 
@@ -212,6 +213,21 @@ def test_a_passage_answers_a_prompt_with_two_of_its_words_and_its_length():
     assert found == {constraints.prompt_of(pair, 7) for pair in asked}
     assert prompts("The dog found a tree.") == {None}
     assert constraints.passages_of("It ran. " + passage) == [passage, "It ran. " + passage]
+
+
+def test_later_pairs_are_kept_where_only_their_lengths_differ(monkeypatch):
+    monkeypatch.setattr(constraints, "PAIRS", 1)
+    tokenizer = ByteTokenizer()
+
+    def pair(chosen, rejected):
+        prompt = constraints.prompt_of(("dog", "happy"), 7)
+        return Pair(*(tokenizer.encode(text) for text in (prompt, chosen, rejected)))
+
+    both, short = "The dog was happy to be here.", "A happy dog."
+    one = "The dog was sad to be here."
+    words, lengths, mixed = pair(both, one), pair(both, short), pair(both, "A dog.")
+    found = constraints.with_more_lengths([words, words, lengths, mixed], tokenizer)
+    assert found == [words, lengths]
 
 
 def test_training_never_sees_the_words_that_are_evaluated(data_dir, monkeypatch):
