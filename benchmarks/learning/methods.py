@@ -203,7 +203,7 @@ def with_(defaults: tuple[dict, ...], **settings) -> tuple[dict, ...]:
 
 METHODS = {
     "SFT": Method(sft),
-    "DPO": Method(dpo, PAIRS, replies=dict(beta=0.5), constraints=dict(lr=2e-4)),
+    "DPO": Method(dpo, PAIRS, replies=dict(beta=0.5), constraints=dict(lr=2e-4, beta=0.2)),
     "IPO": Method(dpo, PAIRS | dict(loss="ipo")),
     "hinge": Method(dpo, PAIRS | dict(loss="hinge"), replies=dict(beta=0.5)),
     "SimPO": Method(dpo, PAIRS | dict(loss="simpo", average=True, beta=2.0, gamma=1.0)),
