@@ -222,7 +222,7 @@ METHODS = {
     "GRPO": Method(
         group,
         dict(lr=5e-4, max_steps=50, kl_coef=0.2),
-        constraints=dict(kl_coef=0.15, batch_size=16, max_steps=100),
+        constraints=dict(normalize=False, kl_coef=0.06, batch_size=16, max_steps=100),
     ),
     "RLOO": Method(group, *with_(ONE_UPDATE, advantage="rloo", **KL_IN_REWARD)),
     "REINFORCE++": Method(group, *with_(ONE_UPDATE, advantage="reinforce_pp", **ONE_SAMPLE)),

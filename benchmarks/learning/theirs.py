@@ -63,6 +63,7 @@ def trl_grpo(setup: Setup, **settings) -> Transformer:
             num_generations=ours.num_samples,
             max_completion_length=ours.response_length,
             beta=ours.kl_coef,
+            scale_rewards="group" if ours.normalize else "none",
             temperature=ours.temperature,
             **options(ours, folder),
         )
