@@ -39,7 +39,7 @@ WORDS = (
 )  # fmt: skip
 HELD_OUT = 16  # pairs of these words that only the evaluation asks for
 PROMPTS = 40_960
-PAIRS = 14_000  # after so many pairs, only those that differ in length are learned from
+PAIRS = 14_000  # beyond this many pairs, only those that differ in length are learned from
 
 
 def prompt_of(words: tuple[str, str], length: int) -> str:

@@ -61,7 +61,7 @@ def rms_norm(
 ) -> Tensor:
     """x (..., D) normalised along D, times weight (D,). It is computed in float32 and rounded once.
 
-    torch computes float64, and what no kernel can read.
+    torch computes float64, and inputs that no kernel can read.
 
     Args:
         x: (..., D) of any float dtype.
