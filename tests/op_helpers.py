@@ -226,3 +226,26 @@ def call_every_launcher(
             logits.view(B * T, V), seeds, counters, number, *truncation
         )
     return [x for x in out if x is not None]
+
+
+class Named(torch.Tensor):
+    """A subclass, which no kernel reads."""
+
+
+TRANSFORMS = ("jvp", "vmap", "grad", "subclass", "compile")
+
+
+def transformed(transform, function, x, tangent):
+    """function(x), its derivative or its gradient under one of TRANSFORMS, as a plain tensor."""
+    if transform == "jvp":
+        return torch.stack(torch.func.jvp(function, (x,), (tangent,)))
+    if transform == "vmap":
+        return torch.func.vmap(function)(x)
+    if transform == "grad":
+        return torch.func.grad(lambda x: function(x).sum())(x)
+    if transform == "compile":
+        torch._dynamo.reset()
+        leaf = x.clone().requires_grad_()
+        y = torch.compile(function, backend="aot_eager", fullgraph=True)(leaf)
+        return torch.autograd.grad(y.sum(), leaf)[0]
+    return function(x.as_subclass(Named)).as_subclass(torch.Tensor)

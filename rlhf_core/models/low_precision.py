@@ -55,4 +55,5 @@ class FrozenCopies:
                 model.head_copy = None
 
     def _replaces(self, weight: Tensor) -> bool:
-        return not weight.requires_grad and weight.dtype == torch.float32
+        whole = type(weight) is nn.Parameter  # not a piece on this rank
+        return whole and not weight.requires_grad and weight.dtype == torch.float32

@@ -1,10 +1,11 @@
-"""gated_activation on every backend: values and gradients against float64, and what it saves."""
+"""gated_activation on every backend: values and gradients against float64; saved tensors."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from op_helpers import assert_as_accurate
+from op_helpers import TRANSFORMS, assert_as_accurate, transformed
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
@@ -123,28 +124,12 @@ def test_derivatives_of_the_reference_and_second_derivatives(backend, activation
     assert_close(penalty(single, backend=backend).double(), penalty(gate_up), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("transform", ["jvp", "vmap", "grad", "subclass", "compile"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_what_a_kernel_cannot_read_goes_to_torch(transform):
-    class Named(torch.Tensor):
-        """A subclass."""
-
     torch.manual_seed(0)
     gate_up, tangent = torch.randn(2, 3, 8).unbind()
 
-    def apply(function):
-        if transform == "jvp":
-            return torch.stack(torch.func.jvp(function, (gate_up,), (tangent,)))
-        if transform == "vmap":
-            return torch.func.vmap(function)(gate_up)
-        if transform == "grad":
-            return torch.func.grad(lambda x: function(x).sum())(gate_up)
-        if transform == "compile":
-            torch._dynamo.reset()
-            leaf = gate_up.clone().requires_grad_()
-            y = torch.compile(function, backend="aot_eager", fullgraph=True)(leaf)
-            return torch.autograd.grad(y.sum(), leaf)[0]
-        return function(gate_up.as_subclass(Named)).as_subclass(torch.Tensor)
-
+    apply = partial(transformed, transform, x=gate_up, tangent=tangent)
     want = apply(lambda x: gated_activation_reference(x, "silu"))
     assert torch.equal(apply(gated_activation), want)
 

@@ -1,11 +1,12 @@
-"""rms_norm on every backend: values and gradients against float64, and what it saves."""
+"""rms_norm on every backend: values and gradients against float64; saved tensors."""
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
-from op_helpers import TOLERANCES
+from op_helpers import TOLERANCES, TRANSFORMS, transformed
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
@@ -52,7 +53,7 @@ def test_rows_of_any_width_match_float64(backend, dtypes):
             error, allowed = ((t - exact).abs().max() / exact.abs().max() for t in (got, reference))
             assert error <= allowed + TOLERANCES[got.dtype][0] and allowed < 0.01
             if D == 1:
-                break  # the gradient of x is what remains of equal terms
+                break  # the gradient of x is a small difference of equal terms
 
 
 def test_a_weight_may_be_wider_than_the_input(backend):
@@ -138,28 +139,12 @@ def test_derivatives_of_the_reference_and_second_derivatives(backend):
         assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("transform", ["jvp", "vmap", "grad", "subclass", "compile"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_what_a_kernel_cannot_read_goes_to_torch(transform):
-    class Named(torch.Tensor):
-        """A subclass."""
-
     torch.manual_seed(0)
     x, weight, tangent = torch.randn(2, 3, 8), torch.randn(8), torch.randn(2, 3, 8)
 
-    def apply(function):
-        if transform == "jvp":
-            return torch.stack(torch.func.jvp(function, (x,), (tangent,)))
-        if transform == "vmap":
-            return torch.func.vmap(function)(x)
-        if transform == "grad":
-            return torch.func.grad(lambda x: function(x).sum())(x)
-        if transform == "compile":
-            torch._dynamo.reset()
-            leaf = x.clone().requires_grad_()
-            y = torch.compile(function, backend="aot_eager", fullgraph=True)(leaf)
-            return torch.autograd.grad(y.sum(), leaf)[0]
-        return function(x.as_subclass(Named)).as_subclass(torch.Tensor)
-
+    apply = partial(transformed, transform, x=x, tangent=tangent)
     want = apply(lambda x: rms_norm_reference(x, weight, EPS, FLOAT))
     assert_close(apply(lambda x: rms_norm(x, weight, EPS)), want)
 

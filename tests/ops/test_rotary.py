@@ -1,10 +1,11 @@
-"""rotary on every backend: values and gradients against float64, and what it saves."""
+"""rotary on every backend: values and gradients against float64; saved tensors."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from op_helpers import TOLERANCES
+from op_helpers import TOLERANCES, TRANSFORMS, transformed
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
@@ -122,27 +123,11 @@ def test_derivatives_of_the_reference_and_second_derivatives(backend):
     assert_close(penalty(single, backend=backend).double(), penalty(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("transform", ["jvp", "vmap", "grad", "subclass", "compile"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_what_a_kernel_cannot_read_goes_to_torch(transform):
-    class Named(torch.Tensor):
-        """A subclass."""
-
     torch.manual_seed(0)
     x, tangent, rope = *torch.randn(2, 2, 5, 3, 8), factors(5, 1, 4)
 
-    def apply(function):
-        if transform == "jvp":
-            return torch.stack(torch.func.jvp(function, (x,), (tangent,)))
-        if transform == "vmap":
-            return torch.func.vmap(function)(x)
-        if transform == "grad":
-            return torch.func.grad(lambda x: function(x).sum())(x)
-        if transform == "compile":
-            torch._dynamo.reset()
-            leaf = x.clone().requires_grad_()
-            y = torch.compile(function, backend="aot_eager", fullgraph=True)(leaf)
-            return torch.autograd.grad(y.sum(), leaf)[0]
-        return function(x.as_subclass(Named)).as_subclass(torch.Tensor)
-
+    apply = partial(transformed, transform, x=x, tangent=tangent)
     want = apply(lambda x: rotary_reference(x, *rope))
     assert_close(apply(lambda x: rotary(x, *rope)), want)
