@@ -26,7 +26,8 @@ with freed_memory.kept():
     for _ in range(16):  # glibc 2.36 leaves gaps between aligned blocks at first
         during = faults()
     held = resident() - start
-print(before, during, faults(), held, resident() - start)
+left = resident() - start  # before the next tensor, which may lie in the same heap
+print(before, during, faults(), held, left)
 """
 
 
