@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_core import distributed
-from rlhf_core.data import Tokenizer
-from rlhf_core.data.collate import left_pad, unknown_id
+from rlhf_core.data import Ranked, Tokenizer
+from rlhf_core.data.collate import collate, left_pad, unknown_id
 from rlhf_core.generation import Engine, Generation, draw_seeds, generate
-from rlhf_core.models import Transformer, ValueModel
+from rlhf_core.models import Transformer, TransformerConfig, ValueModel
 from rlhf_core.models.gather import whole
 from rlhf_core.models.transformer import TrunkModel, in_chunks
 from rlhf_core.ops import full_kl
@@ -187,17 +187,47 @@ def response_hidden(model: TrunkModel, rollout: Rollout) -> Tensor:
     """Hidden states (N, D) that predict the N counted response tokens, row by row, with gradient.
 
     Each row's prompt and response are moved next to each other and padded on the right, so that
-    attention needs no mask, which is its fast path.
+    attention needs no mask, which is its fast path. On CPU the rows are packed instead where that
+    saves a fifth of the tokens: adjacent rows share an equal prompt, and padding is left out.
     """
     ids, mask, device = rollout.input_ids, rollout.response_mask, rollout.input_ids.device
     prompts = rollout.prompt_mask.sum(dim=1, keepdim=True)  # (B, 1)
+    lengths = prompts + mask.sum(dim=1, keepdim=True)
     # The last token of a row predicts nothing, so it is left out.
-    T = max(int((prompts + mask.sum(dim=1, keepdim=True)).max()) - 1, 1)
+    T = max(int(lengths.max()) - 1, 1)
+    if device.type == "cpu":
+        again = (rollout.prompt_ids[1:] == rollout.prompt_ids[:-1]).all(dim=1)  # (B - 1,)
+        shared = (prompts[1:, 0] * again).sum()
+        if lengths.sum() - shared < 0.8 * len(ids) * T:
+            groups = _groups(rollout, model.config)
+            tokens = collate(groups, model.config.pad_id or 0, packing=int(lengths.sum()))
+            packed = dict(positions=tokens.positions, visible=tokens.visible)
+            return model.hidden_states(tokens.input_ids, read=tokens.read, **packed)
     P, R = rollout.prompt_ids.shape[1], mask.shape[1]
     place = torch.arange(T, device=device) + P - prompts  # (B, T) where the T tokens are in `ids`
     starts = torch.arange(len(ids), device=device)[:, None] * T + prompts - 1
     read = starts + torch.arange(R, device=device)  # (B, R)
     return model.hidden_states(ids.gather(1, place.clamp_max(ids.shape[1] - 1)), read=read[mask])
+
+
+def _groups(rollout: Rollout, config: TransformerConfig) -> list[Ranked]:
+    """The rows as prompts with responses. Adjacent rows share an equal prompt where that pays.
+
+    In a group attention computes all pairs of tokens. A token less saves as much as `others` pairs:
+    24 hidden_size^2 operations a block against 4 hidden_size for a pair, which are slower the
+    narrower the heads are. The factor was measured with heads of 8 and of 64.
+    """
+    others = config.hidden_size * config.head_dim // 20
+    groups: list[Ranked] = []
+    for prompt, response in zip(rollout.prompts(), rollout.responses()):
+        if groups and groups[-1].prompt_ids == prompt:
+            responses = groups[-1].completions_ids
+            pairs = 2 * len(response) * sum(map(len, responses))
+            if pairs < len(prompt) * (len(prompt) + others):
+                responses.append(response)
+                continue
+        groups.append(Ranked(prompt, [response]))
+    return groups
 
 
 def response_logprobs(

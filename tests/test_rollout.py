@@ -8,11 +8,14 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_core.data import Example, collate
+from rlhf_core.data.batches import rows
 from rlhf_core.models import Transformer, TransformerConfig, ValueModel
 from rlhf_core.rollout import (
     Rollout,
+    _groups,
     _warn_of_truncation,
     join,
+    response_hidden,
     response_logprobs,
     response_values,
     sample,
@@ -107,6 +110,57 @@ def test_padding_columns_change_no_value_and_no_gradient(family, left, right):
         assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@families
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(sliding_window=4), dict(attention_softcap=5.0), dict(hidden_size=64, head_dim=64)],
+    ids=str,
+)
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_packed_rows_are_those_of_each_row_alone(family, options, num_samples, monkeypatch):
+    """Values and gradients, with fewer tokens computed; adjacent rows share an equal prompt."""
+    model = tiny(family, **options)
+    rollout = rollout_of(model, num_samples=num_samples)
+    # A row without a response, and one whose response is much longer than the others.
+    rollout = with_padding(rollout, 0, 20)
+    rollout.response_mask[0] = False
+    rollout.response_mask[-1] = True
+    computed, forward = [], model.trunk.forward
+    monkeypatch.setattr(
+        model.trunk, "forward", lambda ids, *a, **k: computed.append(ids) or forward(ids, *a, **k)
+    )
+    cotangents, results = (
+        torch.randn(int(rollout.response_mask.sum()), model.config.hidden_size),
+        [],
+    )
+    size = len(rollout.response_ids)
+    every, each = [slice(None)], [slice(i, i + 1) for i in range(size)]
+    for parts in (every, each):
+        model.zero_grad()
+        found = torch.cat([response_hidden(model, rows(rollout, part)) for part in parts])
+        (found * cotangents).sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([found.detach(), *gradients])
+    assert computed[0].numel() < 0.8 * size * max(ids.shape[1] for ids in computed[1:])
+    assert len(results[0]) == len(results[1]) > 10
+    for got, want in zip(*results):
+        assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+def test_a_prompt_is_shared_as_long_as_attention_costs_less_than_its_tokens():
+    config = TransformerConfig(12, hidden_size=64, num_heads=1)  # 204 pairs cost as much as a token
+    samples, R = 5, 20
+    for P, shares in ((10, [3, 2]), (40, [5]), (2, [1, 1, 1, 1, 1])):
+        prompts, whole = torch.ones(samples, P), torch.ones(samples, P, dtype=torch.bool)
+        responses = torch.arange(samples)[:, None].expand(-1, R)
+        mask = torch.ones(samples, R, dtype=torch.bool)
+        rollout = Rollout(prompts, whole, responses, mask, torch.zeros(samples, R), mask[:, 0])
+        groups = _groups(rollout, config)
+        assert [len(group.completions_ids) for group in groups] == shares
+        found = [response for group in groups for response in group.completions_ids]
+        assert found == rollout.responses()
+
+
 def test_a_rollout_gives_its_rows_without_padding():
     rollout = rollout_of(tiny())
     assert rollout.prompts() == PROMPTS
@@ -175,7 +229,8 @@ def test_joined_rollouts_keep_their_rows():
     joined = join(*parts)
     for name in ("prompts", "responses"):
         assert getattr(joined, name)() == [row for x in parts for row in getattr(x, name)()]
-    assert joined.logprobs.sum() == sum(x.logprobs.sum() for x in parts)
+    total = sum(x.logprobs.double().sum() for x in parts)
+    assert joined.logprobs.double().sum() == pytest.approx(total.item(), abs=1e-12)
     assert joined.ended.tolist() == [end for x in parts for end in x.ended.tolist()]
     assert joined.prompt_mask[:, -1].all()  # still padded on the left
 

@@ -468,8 +468,11 @@ class PolicyGradientTrainer(Trainer):
         config, size, first = self.config, len(rollout.response_ids), True
         for _ in range(config.ppo_epochs):
             order = torch.randperm(size, generator=self.generator, device=self.device)
-            self.order, self.seen = order, []
-            for index in order.split(config.update_size):
+            minibatches = order.split(config.update_size)
+            if config.rollout_size > config.batch_size:  # a prompt's responses share it
+                minibatches = [index.sort().values for index in minibatches]
+            self.order, self.seen = torch.cat(minibatches), []
+            for index in minibatches:
                 seen = Metrics()
                 losses = self.minibatch_losses(rows(rollout, index), rows(experience, index), seen)
                 losses = self.checked(losses, seen, first)
