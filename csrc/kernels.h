@@ -197,7 +197,7 @@ struct NormWeights { const float *weight, *bias; };
 struct LinearWeights {
   const char *weight, *bias;
   const float* scales;           // null unless weight is int8, and bias float32
-  const float *lora_a, *lora_b;  // (rank, in), (out, rank): the layer adds B A x
+  const float *lora_a, *lora_b;  // (rank, in), (out, rank) in panels: the layer adds B A x
   int64_t rank;
 };
 struct LayerWeights {

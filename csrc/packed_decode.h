@@ -51,15 +51,18 @@ template <class E> struct Decode {
     l.weight = w.weight, l.bias = w.bias, l.packed = a.packed, l.wide = true, l.add = add;
     l.y = bytes(to), l.y_stride = to_stride, l.x = linear_scratch, l.amx = a.amx;
     l.scales = w.scales;
-    if (w.scales && a.dtype != kBFloat16) l.amx = false;
-    if (w.scales) l.dtype = kFloat32, linear_rows<I8>(l, a.threads);
-    else linear_rows<E>(l, a.threads);
+    if (w.scales) {
+      l.dtype = kFloat32, l.amx = a.amx && a.dtype == kBFloat16;
+      linear_rows<I8>(l, a.threads);
+    } else {
+      linear_rows<E>(l, a.threads);
+    }
     if (!w.rank) return;
     l.dtype = kFloat32, l.bias = nullptr, l.scales = nullptr, l.add = false, l.packed = false;
     l.weight = bytes(w.lora_a), l.out = w.rank, l.y = bytes(low), l.y_stride = w.rank;
     linear_rows<float>(l, a.threads);
     l.weight = bytes(w.lora_b), l.in = w.rank, l.out = out, l.rows = {bytes(low), w.rank, 0};
-    l.y = bytes(to), l.y_stride = to_stride, l.add = true;
+    l.y = bytes(to), l.y_stride = to_stride, l.add = true, l.packed = true;
     linear_rows<float>(l, a.threads);
   }
 

@@ -177,8 +177,11 @@ class PackedModel:
     def _linear(
         self, weight: Tensor, bias: Tensor | None, a: Tensor | None = None, b: Tensor | None = None
     ) -> list[int]:
-        """Addresses of a layer with adapters that add b a x, a (rank, in) and b (out, rank)."""
-        scales = None
+        """Addresses of a layer with adapters that add b a x, a (rank, in) and b (out, rank).
+
+        b is packed: its rows are so short that sums over their lanes would take most of the time.
+        """
+        scales, b = None, None if b is None else _panels(b, None)
         if self.packed_size:
             weight, bias = _panels(weight, bias), None
         if self.int8:
