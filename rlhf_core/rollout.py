@@ -19,7 +19,7 @@ from rlhf_core import distributed
 from rlhf_core.data import Ranked, Tokenizer
 from rlhf_core.data.collate import collate, left_pad, unknown_id
 from rlhf_core.generation import Engine, Generation, draw_seeds, generate
-from rlhf_core.models import Transformer, TransformerConfig, ValueModel
+from rlhf_core.models import Transformer, ValueModel
 from rlhf_core.models.gather import whole
 from rlhf_core.models.transformer import TrunkModel, in_chunks
 from rlhf_core.ops import full_kl
@@ -199,7 +199,11 @@ def response_hidden(model: TrunkModel, rollout: Rollout) -> Tensor:
         again = (rollout.prompt_ids[1:] == rollout.prompt_ids[:-1]).all(dim=1)  # (B - 1,)
         shared = (prompts[1:, 0] * again).sum()
         if lengths.sum() - shared < 0.8 * len(ids) * T:
-            groups = _groups(rollout, model.config)
+            groups: list[Ranked] = []
+            for prompt, response in zip(rollout.prompts(), rollout.responses()):
+                if not groups or groups[-1].prompt_ids != prompt:
+                    groups.append(Ranked(prompt, []))
+                groups[-1].completions_ids.append(response)
             tokens = collate(groups, model.config.pad_id or 0, packing=int(lengths.sum()))
             packed = dict(positions=tokens.positions, visible=tokens.visible)
             return model.hidden_states(tokens.input_ids, read=tokens.read, **packed)
@@ -208,26 +212,6 @@ def response_hidden(model: TrunkModel, rollout: Rollout) -> Tensor:
     starts = torch.arange(len(ids), device=device)[:, None] * T + prompts - 1
     read = starts + torch.arange(R, device=device)  # (B, R)
     return model.hidden_states(ids.gather(1, place.clamp_max(ids.shape[1] - 1)), read=read[mask])
-
-
-def _groups(rollout: Rollout, config: TransformerConfig) -> list[Ranked]:
-    """The rows as prompts with responses. Adjacent rows share an equal prompt where that pays.
-
-    In a group attention computes all pairs of tokens. A token less saves as much as `others` pairs:
-    24 hidden_size^2 operations a block against 4 hidden_size for a pair, which are slower the
-    narrower the heads are. The factor was measured with heads of 8 and of 64.
-    """
-    others = config.hidden_size * config.head_dim // 20
-    groups: list[Ranked] = []
-    for prompt, response in zip(rollout.prompts(), rollout.responses()):
-        if groups and groups[-1].prompt_ids == prompt:
-            responses = groups[-1].completions_ids
-            pairs = 2 * len(response) * sum(map(len, responses))
-            if pairs < len(prompt) * (len(prompt) + others):
-                responses.append(response)
-                continue
-        groups.append(Ranked(prompt, [response]))
-    return groups
 
 
 def response_logprobs(

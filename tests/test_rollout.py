@@ -12,7 +12,6 @@ from rlhf_core.data.batches import rows
 from rlhf_core.models import Transformer, TransformerConfig, ValueModel
 from rlhf_core.rollout import (
     Rollout,
-    _groups,
     _warn_of_truncation,
     join,
     response_hidden,
@@ -145,20 +144,6 @@ def test_packed_rows_are_those_of_each_row_alone(family, options, num_samples, m
     assert len(results[0]) == len(results[1]) > 10
     for got, want in zip(*results):
         assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
-
-
-def test_a_prompt_is_shared_as_long_as_attention_costs_less_than_its_tokens():
-    config = TransformerConfig(12, hidden_size=64, num_heads=1)  # 204 pairs cost as much as a token
-    samples, R = 5, 20
-    for P, shares in ((10, [3, 2]), (40, [5]), (2, [1, 1, 1, 1, 1])):
-        prompts, whole = torch.ones(samples, P), torch.ones(samples, P, dtype=torch.bool)
-        responses = torch.arange(samples)[:, None].expand(-1, R)
-        mask = torch.ones(samples, R, dtype=torch.bool)
-        rollout = Rollout(prompts, whole, responses, mask, torch.zeros(samples, R), mask[:, 0])
-        groups = _groups(rollout, config)
-        assert [len(group.completions_ids) for group in groups] == shares
-        found = [response for group in groups for response in group.completions_ids]
-        assert found == rollout.responses()
 
 
 def test_a_rollout_gives_its_rows_without_padding():

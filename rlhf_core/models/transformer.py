@@ -13,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from rlhf_core.checks import at_least_float32
 from rlhf_core.models.config import TransformerConfig
 from rlhf_core.models.gather import check_whole
 from rlhf_core.models.lora import merged_state
+from rlhf_core.models.packed_attention import additive, parts_of
 from rlhf_core.models.pretrained import Pretrained
 from rlhf_core.models.rope import rope_tables
 from rlhf_core.ops.decode_attention import decode_attention
@@ -155,12 +157,12 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope,
-        mask: Tensor | list[Tensor] | None,
+        mask: Tensor | Callable[..., Tensor] | None,
         cache: KVCache | None,
         layer: int,
         read: Tensor | None,
     ) -> Tensor:
-        """mask: A bias (B, 1, T, T), or the biases (S, S) of the parts that one row consists of."""
+        """mask: A bias (B, 1, T, T), or `Parts.attend` with the biases of the parts."""
         q, k, v = self._project(x)  # (B, T, H, K)
         if rope is not None:
             q, k = rotary(q, *rope), rotary(k, *rope)
@@ -169,9 +171,8 @@ class Attention(nn.Module):
             cache.fill(layer, k, v)
         if self.config.attention_softcap is not None:
             y = self._capped_attention(q, k, v, mask)
-        elif isinstance(mask, list):
-            parts = (x.split([len(bias) for bias in mask], dim=2) for x in (q, k, v))
-            y = torch.cat([self._attention(*part) for part in zip(*parts, mask)], dim=2)
+        elif callable(mask):
+            y = mask(self._attention, q, k, v)
         else:
             y = self._attention(q, k, v, mask)
         return self.out(_only(y.transpose(1, 2).flatten(2), read))
@@ -405,21 +406,19 @@ class Trunk(nn.Module):
         limit = config.max_positions
         if limit < T and not packed:
             raise ValueError(f"sequence of {T} tokens is longer than the model's {limit} positions")
-        parts = _parts(mask, positions, config) if packed else None
+        parts = parts_of(mask, config) if packed else None
+        masks = {window: self._mask(mask, window, positions, T) for window in set(config.windows)}
         if parts is not None:  # all rows become one, (1, B * T)
             input_ids, positions = input_ids.reshape(1, -1), positions.reshape(1, -1)
         x = self._embed(input_ids)  # (B, T, D)
         if config.positions == "learned":
             x = x + self.position(positions)
         biases, ropes = {}, {None: None}  # made once for all layers of a kind
-        for window in set(config.windows):
-            if parts is None:
-                biases[window] = self._bias(mask, window, positions, x)
+        for window, visible in masks.items():
+            if parts is not None:
+                biases[window] = partial(parts.attend, biases=parts.biases(visible, x.dtype))
             else:
-                biases[window] = [
-                    self._bias(own, window, places, x[:, : own.shape[1]])[0, 0]
-                    for own, places in parts
-                ]
+                biases[window] = None if visible is None else additive(visible, x.dtype)[:, None]
         for kind in set(config.ropes) - {None}:
             tables = self._rope_tables(min(T, limit), x.device, kind)
             rows = [table[positions][:, :, None] for table in tables]
@@ -442,21 +441,19 @@ class Trunk(nn.Module):
         x, scale = self.embed(token_ids), self.config.embed_scale
         return x if scale == 1 else x * float(torch.tensor(scale, dtype=x.dtype, device="cpu"))
 
-    def _bias(
-        self, mask: Tensor | None, window: int | None, positions: Tensor, x: Tensor
+    def _mask(
+        self, mask: Tensor | None, window: int | None, positions: Tensor, T: int
     ) -> Tensor | None:
-        """Return `mask` within a window as a bias (B, 1, T, T) of the attention scores.
+        """Return `mask` within a window, (B, T, T) bool.
 
         None stands for a causal mask without a window, which attention needs no bias for.
         """
-        T, windowed = x.shape[1], window is not None and window < x.shape[1]
+        windowed = window is not None and window < T
         if mask is None and (windowed or self.config.attention_softcap is not None):
-            mask = _causal(T, x.device)[None]
-        if mask is None:
-            return None
+            mask = _causal(T, positions.device)[None]
         if windowed:
             mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
-        return torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -math.inf)[:, None]
+        return mask
 
     def _rope_tables(
         self, length: int, device: torch.device, kind: str = "global"
@@ -747,32 +744,6 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     if autocast and isinstance(norm, RMSNorm) and x.dtype == torch.float32:
         return norm(x, torch.get_autocast_dtype(device))
     return norm(x)
-
-
-def _parts(
-    visible: Tensor, positions: Tensor, config: TransformerConfig
-) -> list[tuple[Tensor, Tensor]] | None:
-    """Return masks (1, S, S) and positions (1, S) of the parts of packed rows, row after row.
-
-    No token sees another part. On CPU, attention within each part then takes the place of attention
-    along whole rows. None: on GPU, or if that saves less than the calls cost.
-    """
-    B, T = positions.shape
-    work, call = B * T * T * config.hidden_size, 2**20  # multiplications, and a call's cost
-    unsplit = config.attention_softcap is not None or torch.compiler.is_compiling()
-    if unsplit or not visible.is_cpu or work < call:
-        return None
-    place = torch.arange(T, dtype=torch.int32)
-    last = (visible * place[:, None]).amax(dim=1)  # (B, T), the last token that sees each token
-    ends = last.cummax(dim=1).values == place
-    ends[:, -1] = True
-    parts, start = [], 0
-    for row, end in ends.nonzero().tolist():
-        own = slice(start, end + 1)
-        parts.append((visible[row, own, own][None], positions[row, own][None]))
-        start = 0 if end == T - 1 else end + 1
-    within = sum(own.numel() for own, _ in parts) * config.hidden_size
-    return parts if work - within > len(parts) * call else None
 
 
 def _causal(T: int, device: torch.device) -> Tensor:
