@@ -21,29 +21,6 @@ def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> tup
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def exact_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval whose coverage is at least `confidence` for every n.
-
-    Source: Clopper & Pearson 1934.
-    """
-    _check_share(successes, n)
-    tail = (1 - confidence) / 2
-
-    def share_at(successes: int) -> float:
-        """The share at which at least this many successes have the probability `tail`."""
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (
-                (middle, high) if _upper_tail(successes, n, middle) < tail else (low, middle)
-            )
-        return high
-
-    lower = share_at(successes) if successes else 0.0
-    upper = 1 - share_at(n - successes) if successes < n else 1.0
-    return lower, upper
-
-
 def sign_test(wins: int, losses: int) -> float | None:
     """Two-sided exact p of the hypothesis that a win is as likely as a loss; None for only ties.
 
@@ -52,18 +29,12 @@ def sign_test(wins: int, losses: int) -> float | None:
     """
     if wins == losses == 0:
         return None
-    _check_share(wins, wins + losses)
-    return min(1.0, 2 * _upper_tail(max(wins, losses), wins + losses, 0.5))
-
-
-def _upper_tail(successes: int, n: int, p: float) -> float:
-    """P(X >= successes) for X binomial of n and p."""
-    if p in (0, 1):
-        return float(p or successes == 0)
-    k = torch.arange(successes, n + 1, dtype=torch.float64)
+    n, most = wins + losses, max(wins, losses)
+    _check_share(wins, n)
+    k = torch.arange(most, n + 1, dtype=torch.float64)
     total = torch.tensor(n + 1, dtype=torch.float64)
     choose = torch.lgamma(total) - torch.lgamma(k + 1) - torch.lgamma(total - k)
-    return float((choose + k * math.log(p) + (n - k) * math.log1p(-p)).exp().sum())
+    return min(1.0, 2 * float((choose - n * math.log(2)).exp().sum()))
 
 
 def normal_quantile(p: float) -> float:
