@@ -47,7 +47,7 @@ from rlhf_core.evaluation.summary import (
 )
 from rlhf_core.feedback.candidates import fit_prompts
 from rlhf_core.feedback.judges import Judge, JudgeScorer, judged_in_both_orders
-from rlhf_core.feedback.rewards import Scorer
+from rlhf_core.feedback.rewards import Scorer, scores_of
 from rlhf_core.files import Replacement, dump_json, read_object, short, write_json
 from rlhf_core.models import Transformer
 from rlhf_core.training.checkpoint import digest
@@ -278,14 +278,15 @@ class _Evaluation:
             seed=config.seed,
         )
         places = [i for i in range(len(self.prompts)) for _ in range(config.num_samples)]
-        scores = [None] * len(places)
+        scores, criteria = [None] * len(places), [None] * len(places)
         if self.scorer:
-            scores = self.scorer([self.prompts[i] for i in places], found.ids).tolist()
+            prompts = [self.prompts[i] for i in places]
+            scores, criteria = _scored(self.scorer, prompts, found.ids)
         kls = [None if math.isnan(kl) else kl for kl in found.kl.tolist()]
         texts = map(self.tokenizer.decode, found.ids)
         return [
-            Sample(name, self.rows[i].prompt, *known, self.rows[i].columns.get("label"))
-            for i, *known in zip(places, texts, scores, kls, found.lengths.tolist())
+            Sample(name, self.rows[i].prompt, *known, self.rows[i].columns.get("label"), each)
+            for i, *known, each in zip(places, texts, scores, kls, found.lengths.tolist(), criteria)
         ]
 
 
@@ -311,8 +312,11 @@ def _evaluate_samples(arguments: Namespace) -> dict[str, Any]:
         raise ValueError(f"{arguments.samples}: has no policy {reference!r}; its policies: {known}")
     source, outcomes = _source_of(arguments), None
     if "reward" in source:
-        scores = _scores(arguments, samples, source["reward"])
-        samples = [sample._replace(score=score) for sample, score in zip(samples, scores)]
+        found = _scores(arguments, samples, source["reward"])
+        samples = [
+            sample._replace(score=score, criteria=criteria)
+            for sample, score, criteria in zip(samples, *found)
+        ]
     if "judge" in source:
         texts = {cluster_of(sample.prompt): shared.text_of(sample.prompt) for sample in samples}
         outcomes = _judging(source["judge"], texts)
@@ -326,22 +330,34 @@ def _evaluate_samples(arguments: Namespace) -> dict[str, Any]:
     return {"settings": settings, **_counts(source.get("judge")), **result}
 
 
-def _scores(arguments: Namespace, samples: list[Sample], reward: Any) -> list[float]:
-    """Scores by a reward function, which reads texts, or by reward models, which read tokens."""
+def _scores(
+    arguments: Namespace, samples: list[Sample], reward: Any
+) -> tuple[list[float], list[dict[str, float] | None]]:
+    """As `_scored`, by a reward function, which reads texts, or models, which read tokens."""
     scorer = Scorer(reward, batch_size=arguments.batch_size)
     if not scorer.models:
         prompts = [shared.text_of(sample.prompt) for sample in samples]
-        return scorer(prompts, [sample.response for sample in samples]).tolist()
+        return _scored(scorer, prompts, [sample.response for sample in samples])
     tokenizer = shared.tokenizer_of(arguments, arguments.reward_model[0])
     length, rows = min(model.config.max_positions for model in scorer.models), []
     for sample in samples:
         turn = [{"role": "assistant", "content": sample.response}]
         text = Text(sample.prompt, sample.response if isinstance(sample.prompt, str) else turn)
         rows.append(encode_text(text, tokenizer, length))
-    return scorer([row.prompt_ids for row in rows], [row.completion_ids for row in rows]).tolist()
+    return _scored(scorer, [row.prompt_ids for row in rows], [row.completion_ids for row in rows])
 
 
 # ---- what both share
+
+
+def _scored(
+    scorer: Scorer, prompts: list, responses: list
+) -> tuple[list[float], list[dict[str, float] | None]]:
+    """The score of each response, and those by each criterion if the rewards have criteria."""
+    rewards, criteria = scorer.rewards_and_criteria(prompts, responses)
+    columns = zip(*(scores.tolist() for scores in criteria.values()))
+    each = [dict(zip(criteria, row)) for row in columns] if criteria else [None] * len(rewards)
+    return scores_of(rewards).tolist(), each
 
 
 def _source_of(arguments: Namespace) -> dict[str, Any]:
@@ -398,6 +414,9 @@ def _policy_lines(result: dict[str, Any]) -> Iterator[str]:
             f"{policy['name']:<{width}} {mean_text(score):>16} {mean_text(kl):>14} {tokens:>8} "
             f"{policy['refusals']['rate']:>9.1%}  {rating}"
         )
+        if policy["criteria"]:
+            means = (f"{name} {mean_text(found)}" for name, found in policy["criteria"].items())
+            yield f"{'':<{width}} {', '.join(means)}"
         if policy["over_refusals"] and policy["refusals_of_unsafe"]:
             over, unsafe = (policy[x]["rate"] for x in ("over_refusals", "refusals_of_unsafe"))
             yield f"{'':<{width}} refuses {over:.1%} of safe and {unsafe:.1%} of unsafe prompts"

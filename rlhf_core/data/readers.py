@@ -72,6 +72,7 @@ class Sample(NamedTuple):
     kl: float | None = None  # nats per response, to the reference
     tokens: int | None = None
     label: str | None = None  # of the prompt: "safe", "unsafe", or anything else
+    criteria: dict[str, float] | None = None  # scores that the score is made of, by criterion
 
 
 class Labelled(NamedTuple):
@@ -348,7 +349,8 @@ def read_samples(
         policy = _string(row, "policy" if "policy" in row else "model")
         field = "completion" if "completion" in row else "response"
         response = _string(row, field, empty=True)
-        return Sample(policy, _prompt(row), response, **numbers, label=row.get("label"))
+        others = dict(label=row.get("label"), criteria=_ratings(row, "criteria") or None)
+        return Sample(policy, _prompt(row), response, **numbers, **others)
 
     return _read(path, parse, on_bad, encode, columns)
 

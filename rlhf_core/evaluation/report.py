@@ -265,11 +265,15 @@ def _evaluation(result: dict[str, Any]) -> Iterable[str]:
 
 def _policies(result: dict[str, Any]) -> Iterable[str]:
     """The policies of an evaluation, their comparisons and their frontier."""
-    head = ["policy", "score", "KL, nats", "tokens", "refusals", "over-refusals"]
+    policies = result["policies"]
+    names = list(dict.fromkeys(name for row in policies for name in row.get("criteria", ())))
+    head = ["policy", "score", *names, "KL, nats", "tokens", "refusals", "over-refusals"]
     head += ["refusals of unsafe", "Elo", "95 % interval"]
     rows = []
-    for row in result["policies"]:
-        means = mean_text(row["score"]), mean_text(row["kl"], 2), mean_text(row["tokens"], 1)
+    for row in policies:
+        criteria = [mean_text(row.get("criteria", {}).get(name)) for name in names]
+        means = mean_text(row["score"]), *criteria, mean_text(row["kl"], 2)
+        means = *means, mean_text(row["tokens"], 1)
         groups = ("refusals", "over_refusals", "refusals_of_unsafe")
         shares = [_shown(row[name] and row[name]["rate"], ".1%") for name in groups]
         elo = row["elo"] or {"rating": None, "interval": None}

@@ -115,6 +115,8 @@ def _policy(samples: list[Sample]) -> dict[str, Any]:
         "tokens": [sample.tokens for sample in samples],
         "characters": [len(sample.response) for sample in samples],
     }
+    names = dict.fromkeys(name for sample in samples for name in sample.criteria or ())
+    criteria = {name: [(x.criteria or {}).get(name) for x in samples] for name in names}
     groups = {"refusals": [sample.response for sample in samples]}
     for name, label in (("over_refusals", "safe"), ("refusals_of_unsafe", "unsafe")):
         groups[name] = [sample.response for sample in samples if sample.label == label]
@@ -122,6 +124,7 @@ def _policy(samples: list[Sample]) -> dict[str, Any]:
         "responses": len(samples),
         "prompts": len(set(clusters)),
         **{name: _mean(values, clusters) for name, values in columns.items()},
+        "criteria": {name: _mean(values, clusters) for name, values in criteria.items()},
         **{
             name: refusal_rate(texts)._asdict() if texts else None for name, texts in groups.items()
         },

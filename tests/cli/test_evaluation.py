@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from helpers import run, write
+from helpers import run, tiny, write
 
 from rlhf_core.cli import arguments as shared
 from rlhf_core.data import ByteTokenizer
-from rlhf_core.models import Transformer
+from rlhf_core.models import RewardModel, Transformer
 
 PROMPTS = [{"prompt": f"say {i}", "label": "safe" if i % 2 else "unsafe"} for i in range(12)]
 REWARD = """
@@ -124,6 +124,32 @@ def test_a_reward_model_and_columns_of_prompts_score(arguments, folders, tmp_pat
         ("safe", 1),
         ("unsafe", 0),
     }
+
+
+def test_scores_by_each_criterion_are_shown_beside_their_weighted_sum(
+    arguments, given, tmp_path, capsys
+):
+    torch.manual_seed(0)
+    model = RewardModel.from_model(tiny(vocab_size=259, max_positions=64, hidden_size=8))
+    model.set_criteria({"helpful": 1.0, "harmless": 2.0})
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path / "criteria")
+    ByteTokenizer().save(tmp_path / "criteria")
+    source = ("--reward-model", tmp_path / "criteria")
+    for command in (arguments(source=source), given(ROWS, *source, "--overwrite")):
+        assert run(*command) == 0
+        rows, found, shown = samples(tmp_path), result(tmp_path), capsys.readouterr().out
+        for row in rows:
+            each = row["criteria"]
+            assert row["score"] == pytest.approx(each["helpful"] + 2 * each["harmless"], abs=1e-5)
+        for policy in found["policies"]:
+            own = [row["criteria"] for row in rows if row["policy"] == policy["name"]]
+            for name in ("helpful", "harmless"):
+                mean = sum(row[name] for row in own) / len(own)
+                assert policy["criteria"][name]["mean"] == pytest.approx(mean)
+            helpful = f"helpful {policy['criteria']['helpful']['mean']:.3f} ± "
+            assert helpful in shown and ", harmless " in shown
 
 
 def test_finished_policies_are_not_sampled_again(arguments, tmp_path, capsys):
@@ -302,6 +328,7 @@ def test_given_samples_are_judged_or_scored_again(given, policies, folders, tmp_
         ({"policy": 3}, "rows.jsonl:1: field 'policy' must be a string, got 3"),
         ({"score": "high"}, "field 'score' must be a finite number, got \"high\""),
         ({"kl": [1]}, "field 'kl' must be a finite number, got [1]"),
+        ({"criteria": {"kind": "a"}}, "field 'criteria' must be an object of numbers, got "),
         ({"prompt": "other"}, None),
     ],
 )

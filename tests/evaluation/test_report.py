@@ -49,10 +49,11 @@ def run_folder(path, history=HISTORY, **facts):
 def evaluation_folder(path, better="new", texts=("fine answer", "poor answer")):
     """20 prompts; the policy `better` wins all but two of them; labels make a frontier."""
     rows = [
-        Sample(name, f"p{i}", text, float(name == better) if i > 1 else 0.5, kl, 3, label)
+        Sample(name, f"p{i}", text, float(name == better) if i > 1 else 0.5, kl, 3, label, each)
         for name, text, kl in (("old", texts[1], 0.0), (better, texts[0], 4.0))
         for i in range(20)
         for label in [("safe", "unsafe")[i % 2]]
+        for each in [{"<b>kind": 0.25} if name == better else None]
     ]
     path.mkdir()
     with open(path / "samples.jsonl", "wb") as file:
@@ -95,6 +96,8 @@ def test_everything_in_the_folders_is_on_the_page(tmp_path):
         f"{elo['rating']:.0f} {elo['interval'][0]:.0f} to {elo['interval'][1]:.0f}",
         "18, 2, 0",
         "0.950 ± ",
+        "policy score <b>kind KL, nats",
+        "0.250 ± 0.000",
         "frontier",
         "harmlessness",
         "√KL",
