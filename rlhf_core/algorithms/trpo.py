@@ -130,31 +130,17 @@ class TRPOTrainer(PPOTrainer):
         order = torch.randperm(size, generator=self.generator, device=self.device)
         some = rows(rollout, order[: math.ceil(config.fisher_share * size)])
         tokens = self.total(int(some.response_mask.sum()))
-
-        def product(vector: Tensor) -> Tensor:
-            parts = (part for (part,) in micro_batches(config.micro_batch_size, some))
-            options = dict(tokens=tokens, temperature=config.temperature)
-            return fisher_product(self.model, parts, vector, **options)
-
-        step = natural_step(
-            product,
-            -gradient,
-            max_kl=config.max_kl,
-            damping=config.cg_damping,
-            iterations=config.cg_iterations,
-            dot=dot,
-        )
+        options = dict(micro_batch_size=config.micro_batch_size, temperature=config.temperature)
+        product = partial(fisher_product, self.model, some, tokens=tokens, **options)
+        options = dict(damping=config.cg_damping, iterations=config.cg_iterations, dot=dot)
+        step = natural_step(product, -gradient, max_kl=config.max_kl, **options)
         moves = bool(dot(step, step) > 0)
 
         # 3. The longest part of that step whose exact KL is within max_kl and that improves.
-        part, outcome = line_search(
-            self.model,
-            step,
-            partial(self.measure, rollout, experience),
-            max_kl=config.max_kl,
-            tries=config.line_search_steps if moves else 0,
-            backtrack=config.backtrack,
-        )
+        tries = config.line_search_steps if moves else 0
+        options = dict(max_kl=config.max_kl, tries=tries, backtrack=config.backtrack)
+        measure = partial(self.measure, rollout, experience)
+        part, outcome = line_search(self.model, step, measure, **options)
         failed = outcome is None and moves
         if failed:
             self.warn_once(NO_STEP)

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf_core import distributed
 from rlhf_core.checks import at_least_float32
+from rlhf_core.data.batches import micro_batches
 from rlhf_core.models import Transformer
 from rlhf_core.models.gather import (
     is_piece,
@@ -280,28 +281,29 @@ def compare(
 
 def fisher_product(
     model: Transformer,
-    rollouts: Iterable[Rollout],
+    rollout: Rollout,
     vector: Tensor,
     *,
     tokens: int,
     temperature: float,
+    micro_batch_size: int | None = None,
 ) -> Tensor:
     """F v for the weights that train, in their order; in the weights' own precision.
 
     Args:
-        rollouts: micro-batches; a product is a sum over them. An idle rank adds nothing.
+        rollout: a product is a sum over its micro-batches. An idle rank adds nothing.
         vector: (n,), as `flat` gives it.
-        tokens: response tokens of all micro-batches, the denominator of the mean.
+        tokens: response tokens of the rollouts of all ranks, the denominator of the mean.
         temperature: of the policy's softmax.
     """
     weights = trained_weights(model)
     tangents = unflat(vector, weights)
     derivative = partial(_derivative, model, weights, tangents)
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    for rollout in rollouts:
-        hidden = response_hidden(model, rollout)  # (N, D)
+    for (part,) in micro_batches(micro_batch_size, rollout):
+        hidden = response_hidden(model, part)  # (N, D)
         leaf = hidden.detach().requires_grad_()
-        dhidden = derivative(lambda m, r=rollout: response_hidden(m, r))
+        dhidden = derivative(lambda m, r=part: response_hidden(m, r))
         for h, dh in zip(leaf.split(size), dhidden.split(size)):
             logits = model.logits(h)  # (n, V)
             dlogits = derivative(Transformer.logits, (h.detach(), dh))  # J v

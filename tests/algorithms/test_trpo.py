@@ -157,11 +157,11 @@ def test_micro_batches_and_checkpointing_give_the_same_step(options):
 def test_the_fisher_matrix_is_made_of_a_share_of_the_responses(monkeypatch):
     seen, product = [], trpo.fisher_product
 
-    def watched(model, rollouts, vector, **rest):
-        rollouts = list(rollouts)
-        seen.append(sum(len(x.response_ids) for x in rollouts))
-        assert rest["tokens"] == sum(int(x.response_mask.sum()) for x in rollouts)
-        return product(model, rollouts, vector, **rest)
+    def watched(model, rollout, vector, **rest):
+        seen.append(len(rollout.response_ids))
+        assert rest["tokens"] == int(rollout.response_mask.sum())
+        assert rest["micro_batch_size"] == 2
+        return product(model, rollout, vector, **rest)
 
     monkeypatch.setattr(trpo, "fisher_product", watched)
     trainer = make(fisher_share=0.3, micro_batch_size=2, cg_iterations=4)

@@ -69,7 +69,7 @@ def test_a_fisher_product_is_one_with_the_hessian_of_the_exact_kl(name):
         kl = full_kl_reference(old, logits_of(model, rollout), T, None).mean()
         gradient = torch.autograd.grad(kl, weights, create_graph=True)
         want = flat(torch.autograd.grad(flat(gradient) @ v, weights))
-    got = fisher_product(model, [rollout], v, tokens=len(old), temperature=T)
+    got = fisher_product(model, rollout, v, tokens=len(old), temperature=T)
     assert got.dtype == torch.float64
     assert_close(got, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
     assert all(p.grad is None for p in model.parameters())
@@ -84,7 +84,7 @@ def test_it_is_one_with_the_mean_outer_product_of_the_scores():
         for entry in row:
             score = flat(torch.autograd.grad(entry, weights, retain_graph=True))
             want += entry.exp().detach() * score * (score @ v) / len(log_p)
-    got = fisher_product(model, [rollout], v, tokens=len(log_p), temperature=T)
+    got = fisher_product(model, rollout, v, tokens=len(log_p), temperature=T)
     assert_close(got, want, rtol=1e-9, atol=1e-9 * want.abs().max().item())
 
 
@@ -92,12 +92,12 @@ def test_it_is_one_with_the_mean_outer_product_of_the_scores():
 def test_micro_batches_chunks_and_checkpointing_change_no_product(logits_at_once, monkeypatch):
     model, rollout, v = in_float64("llama")
     options = dict(tokens=int(rollout.response_mask.sum()), temperature=T)
-    want = fisher_product(model, [rollout], v, **options)
+    want = fisher_product(model, rollout, v, **options)
     for module in (transformer, trust_region):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits_at_once)
     model.prepare_training(freeze_layers=0, activation_checkpointing=True)
-    parts = [type(rollout)(*(x[rows] for x in rollout)) for rows in (slice(0, 3), slice(3, 8))]
-    assert_close(fisher_product(model, parts, v, **options), want, rtol=1e-9, atol=1e-9)
+    got = fisher_product(model, rollout, v, micro_batch_size=3, **options)
+    assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_frozen_weights_have_no_part_in_a_product():
@@ -107,12 +107,12 @@ def test_frozen_weights_have_no_part_in_a_product():
     model.lm_head.requires_grad_(True)  # the hidden states do not depend on it
     options = dict(tokens=7, temperature=T)
     own = torch.randn(model.lm_head.weight.numel(), dtype=torch.float64)
-    got = fisher_product(model, [rollout], own, **options)
+    got = fisher_product(model, rollout, own, **options)
     model.requires_grad_(True)
     spread = [torch.zeros_like(p) for p in whole.values()]
     place = list(whole).index("lm_head.weight")
     spread[place] = own.view_as(spread[place])
-    want = fisher_product(model, [rollout], flat(spread), **options)
+    want = fisher_product(model, rollout, flat(spread), **options)
     start = sum(p.numel() for p in list(whole.values())[:place])
     assert_close(got, want[start : start + own.numel()], rtol=1e-9, atol=1e-12)
 
