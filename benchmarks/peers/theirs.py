@@ -8,6 +8,7 @@ optimiser is the default of transformers, fused AdamW. The data is tokenized bef
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 
@@ -106,6 +107,15 @@ def _scorer(task):
 
     kind = transformers.AutoModelForSequenceClassification
     return kind.from_pretrained(task.reward, dtype=torch.float32, num_labels=1)
+
+
+def _critic(task):
+    critic = _scorer(task)
+    if task.lora_rank:
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(**_adapters(task), model=critic.base_model)  # its head trains whole
+    return critic
 
 
 def _tokenizer(task):
@@ -279,7 +289,12 @@ def _ppo(task, turn):
         ids = [[task.pad_id] * (width - len(row["input_ids"])) + row["input_ids"] for row in rows]
         return {"input_ids": torch.tensor(ids)}
 
+    # Its trainer ignores bf16 and asks what `accelerate launch` was told.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if task.precision == "bfloat16" else "no"
     metrics = {}
+
+    def loss() -> float:
+        return metrics["loss/policy_avg"] + task.vf_coef * metrics["loss/value_avg"]
 
     class Trainer(PPOTrainer):
         def log(self, logs, *args, **kwargs):
@@ -290,11 +305,12 @@ def _ppo(task, turn):
         args=PPOConfig(**options(task), **ppo_options(task)),
         processing_class=_tokenizer(task),
         model=_policy(task),
-        ref_model=_policy(task),
+        ref_model=None if task.lora_rank else _policy(task),
         reward_model=_scorer(task),
-        value_model=_scorer(task),
+        value_model=_critic(task),
         train_dataset=Dataset.from_dict({"input_ids": [row.prompt for row in rows]}),
         data_collator=collate,
+        **_adapters(task),
     )
-    trainer.add_callback(_turns(turn, lambda: metrics["loss/policy_avg"]))
+    trainer.add_callback(_turns(turn, loss))
     trainer.train()
