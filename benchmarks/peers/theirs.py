@@ -85,10 +85,17 @@ def ppo_options(task: Task) -> dict:
     )
 
 
-def _policy(task):
+def _load(kind: str, folder: str, **options):
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(task.policy, dtype=torch.float32)
+    model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32, **options)
+    for weight in model.parameters():  # the file is mapped, and becomes memory when read
+        weight.sum()
+    return model
+
+
+def _policy(task):
+    return _load("AutoModelForCausalLM", task.policy)
 
 
 def _adapters(task) -> dict:
@@ -103,10 +110,7 @@ def _adapters(task) -> dict:
 
 
 def _scorer(task):
-    import transformers
-
-    kind = transformers.AutoModelForSequenceClassification
-    return kind.from_pretrained(task.reward, dtype=torch.float32, num_labels=1)
+    return _load("AutoModelForSequenceClassification", task.reward, num_labels=1)
 
 
 def _critic(task):
