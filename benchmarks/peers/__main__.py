@@ -4,7 +4,8 @@
 
 Each side is a process of its own, and they take turns step by step. This needs `pip install
 trl==1.16.0`. PY is the Python of an environment with rlhf_core and trl==1.12.0, the last version
-with PPO. With `--model-size 0.5b` it trains adapters of 0.5 B weights, see half_billion.py.
+with PPO. With `--model-size 0.5b` it trains adapters of 0.5 B weights, see half_billion.py; both
+environments then need peft.
 """
 
 from __future__ import annotations
