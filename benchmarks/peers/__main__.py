@@ -4,7 +4,8 @@
 
 Each side is a process of its own, and they take turns step by step. This needs `pip install
 trl==1.16.0`. PY is the Python of an environment with rlhf_core and trl==1.12.0, the last version
-with PPO. With `--model-size 0.5b` it trains adapters of 0.5 B weights, see half_billion.py.
+with PPO. With `--model-size 0.5b` it trains adapters of 0.5 B weights, see half_billion.py; both
+environments then need peft.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -55,7 +55,7 @@ def main() -> None:
         "--methods",
         nargs="+",
         choices=every,
-        help="default: all; reward and ppo for small only, dpo-cached and grpo for 0.5b only",
+        help="default: all; reward for small only, dpo-cached and grpo for 0.5b only",
     )
     parser.add_argument(
         "--vocab-sizes", nargs="+", type=int, help="default: 50257 4096; 0.5b: 151936"
@@ -100,19 +100,21 @@ def main() -> None:
 
 def compare_large(arguments: argparse.Namespace, methods) -> list[dict]:
     """Print the table of adapters of 0.5 B weights; returns its figures."""
-    results, sides = [], ["ours"]
-    if "theirs" in arguments.sides:
-        missing = [name for name in ("trl", "peft") if importlib.util.find_spec(name) is None]
-        print(*(f"{name} is not installed, so TRL is left out" for name in missing), sep="\n")
-        sides += ["theirs"] * (not missing)
+    results, sides = [], {method: ["ours"] for method in methods}
+    for method in methods if "theirs" in arguments.sides else ():
+        missing = lacking(python_of(method, arguments), method)
+        for name in missing:
+            print(f"{name} is not installed, so TRL is left out of {method}")
+        sides[method] += ["theirs"] * (not missing)
     print("\n".join(half_billion.HEAD))
     for method in methods:
+        python = python_of(method, arguments)
         for dtype in arguments.dtypes:
             for vocab_size in arguments.vocab_sizes or (151936,):
                 name, settings = half_billion.settings_of(method, dtype)
                 settings |= dict(num_layers=arguments.layers)
                 rounds = arguments.rounds or 1
-                result = compare(name, vocab_size, sides, rounds, sys.executable, **settings)
+                result = compare(name, vocab_size, sides[method], rounds, python, **settings)
                 result |= dict(method=method, dtype=dtype, layers=arguments.layers)
                 results.append(result)
                 print(half_billion.row(result), flush=True)
@@ -126,10 +128,26 @@ def compare_small(arguments: argparse.Namespace, methods) -> list[dict]:
     for method in methods:
         for vocab_size in arguments.vocab_sizes or VOCAB_SIZES:
             rounds = arguments.rounds or 7
-            python = arguments.ppo_python if method == "ppo" else sys.executable
+            python = python_of(method, arguments)
             results.append(compare(method, vocab_size, arguments.sides, rounds, python))
             print(row(results[-1]), flush=True)
     return results
+
+
+def python_of(method: str, arguments: argparse.Namespace) -> str:
+    return arguments.ppo_python if method == "ppo" else sys.executable
+
+
+def lacking(python: str, method: str) -> list[str]:
+    """Packages that TRL's side of 0.5 B weights needs and an interpreter does not have."""
+    find = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+
+    def found(name: str) -> bool:
+        run = subprocess.run([python, "-c", find, name], stderr=subprocess.DEVNULL)
+        return run.returncode == 0
+
+    names = "trl.experimental.ppo" if method == "ppo" else "trl", "peft"
+    return [name for name in names if not found(name)]
 
 
 def compare(method: str, vocab_size: int, sides, rounds: int, python: str, **settings) -> dict:

@@ -185,7 +185,7 @@ def _ppo(task, turn):
                 advantages.var(correction=0) + 1e-8
             )
 
-        policy_losses = []
+        losses = []
         for _ in range(task.ppo_epochs):
             for index in torch.randperm(B).chunk(task.minibatches):
                 A, old = advantages[index], old_values[index]
@@ -195,6 +195,7 @@ def _ppo(task, turn):
                 new = values(index)
                 clipped = old + (new - old).clamp(-task.value_clip_range, task.value_clip_range)
                 errors = torch.maximum((new - returns[index]) ** 2, (clipped - returns[index]) ** 2)
-                optimizer.step(policy_loss + task.vf_coef * 0.5 * errors.mean())
-                policy_losses.append(policy_loss.item())
-        turn(sum(policy_losses) / len(policy_losses))
+                loss = policy_loss + task.vf_coef * 0.5 * errors.mean()
+                optimizer.step(loss)
+                losses.append(loss.item())
+        turn(sum(losses) / len(losses))

@@ -9,6 +9,10 @@ The prompt of a pair or a group counts once. The head, and the last block apart 
 values, count for the tokens of completions only. Products in bfloat16 count at the faster rate of
 bfloat16 and float32, which any CPU can fall back to. GRPO also samples: the longer of one forward
 pass and of reading the weights for each token of a response.
+
+PPO samples too. Its policy and its critic, a model of its own, have adapters; the reference is the
+policy without them, and the reward model is frozen. All have the same shape. A step is one update,
+so the pass that trains policy or critic also gives the old log-probs or values.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ import statistics
 import time
 
 from benchmarks.peers.cells import judged, memory
-from benchmarks.peers.task import Task
+from benchmarks.peers.task import SAMPLING, Task
 
-METHODS = ("sft", "dpo", "dpo-cached", "grpo")  # dpo-cached: the reference's log-probs are cached
+# dpo-cached: the reference's log-probs are cached
+METHODS = ("sft", "dpo", "dpo-cached", "grpo", "ppo")
 SETTINGS = dict(
     family="qwen2",
     batch_size=4,
@@ -30,6 +35,7 @@ SETTINGS = dict(
     num_kv_heads=2,
     intermediate_size=4864,
     lora_rank=16,
+    ppo_epochs=1,
     shortest=0.5,
 )
 BARS = {  # lowest ratio of TRL's time to ours
@@ -41,6 +47,8 @@ BARS = {  # lowest ratio of TRL's time to ours
     ("dpo-cached", "bfloat16"): 2.5,
     ("grpo", "float32"): 2.0,
     ("grpo", "bfloat16"): 2.5,
+    ("ppo", "float32"): 2.0,
+    ("ppo", "bfloat16"): 2.0,
 }
 FLOOR_BARS = {"float32": 0.85, "bfloat16": 0.7}  # lowest ratio of the floor to our time
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
@@ -51,7 +59,7 @@ def settings_of(method: str, dtype: str) -> tuple[str, dict]:
     """The method of the task, and its further settings."""
     name, _, cached = method.partition("-")
     settings = SETTINGS | {"precision": dtype, "cached_reference": bool(cached)}
-    return name, settings | ({"completion_length": 64} if name == "grpo" else {})
+    return name, settings | ({"completion_length": 64} if name in SAMPLING else {})
 
 
 def machine_rates(task: Task) -> dict[str, float]:
@@ -82,7 +90,8 @@ def machine_rates(task: Task) -> dict[str, float]:
 def arithmetic(task: Task) -> tuple[int, int]:
     """FLOP that a step's passes over known tokens need, and those of sampling.
 
-    One pass over the responses of GRPO gives the old log-probs and those that train.
+    One pass over the responses of GRPO or PPO gives the old log-probs and those that train. PPO's
+    reward model reads the last token of a response.
     """
     rows = task.batches()[0]
     counted = sum(len(row.chosen) for row in rows)
@@ -97,19 +106,25 @@ def arithmetic(task: Task) -> tuple[int, int]:
     blocks = task.num_layers - 1
     at_tokens, at_counted = blocks * (keys_values + others) + keys_values, others
 
-    def products(size) -> int:
+    def products(size, read: int = counted) -> int:
         """`size` of each matrix, times the tokens that it is multiplied with."""
-        return tokens * sum(map(size, at_tokens)) + counted * sum(map(size, at_counted))
+        return tokens * sum(map(size, at_tokens)) + read * sum(map(size, at_counted))
 
-    once = 2 * (products(math.prod) + task.vocab_size * D * counted)
-    passes = 3 if task.method == "dpo" and not task.cached_reference else 2
+    trunk = 2 * products(math.prod)
+    once = trunk + 2 * task.vocab_size * D * counted
     adapters = 2 * task.lora_rank * products(sum)
-    return passes * once + 3 * adapters, once + adapters if task.method == "grpo" else 0
+    sampling = once + adapters if task.method in SAMPLING else 0
+    training = 2 * once + 3 * adapters
+    if task.method == "ppo":
+        critic, reward = 2 * trunk + 3 * adapters, 2 * products(math.prod, len(rows))
+        return training + once + critic + reward, sampling
+    reference = once if task.method == "dpo" and not task.cached_reference else 0
+    return training + reference, sampling
 
 
 def reading(task: Task) -> int:
     """Bytes of weights that sampling reads: all of them for each token of the longest response."""
-    if task.method != "grpo":
+    if task.method not in SAMPLING:
         return 0
     D, wide, kv = task.hidden_size, task.intermediate_size, task.num_kv_heads
     block = 2 * D * D + 2 * D * D * kv // task.num_heads + 3 * D * wide

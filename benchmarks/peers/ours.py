@@ -35,7 +35,7 @@ def train(task: Task, turn: Turn) -> None:
 
     def timed_step(batch):
         metrics = step(batch)
-        turn(metrics["loss/policy_avg" if task.method == "ppo" else "loss"])
+        turn(metrics["loss"])
         return metrics
 
     trainer.step = timed_step
@@ -63,12 +63,18 @@ def options(task: Task) -> dict:
     )
 
 
-def ppo_options(task: Task) -> dict:
+def sampling_options(task: Task) -> dict:
     return options(task) | dict(
-        minibatch_size=task.batch_size // task.minibatches,
-        ppo_epochs=task.ppo_epochs,
         response_length=task.completion_length,
         temperature=task.temperature,
+        rollout_dtype="bfloat16" if task.precision == "bfloat16" else None,
+    )
+
+
+def ppo_options(task: Task) -> dict:
+    return sampling_options(task) | dict(
+        minibatch_size=task.batch_size // task.minibatches,
+        ppo_epochs=task.ppo_epochs,
         kl_coef=task.kl_coef,
         kl_estimator="k1",
         clip_range=task.clip_range,
@@ -79,11 +85,15 @@ def ppo_options(task: Task) -> dict:
     )
 
 
-def _policy(task):
-    model = Transformer.from_pretrained(task.policy)
+def _adapted(task, model):
+    """The model, with adapters if the task has any."""
     if task.lora_rank:
         add_adapters(model, LoRAConfig(rank=task.lora_rank, alpha=2 * task.lora_rank))
     return model
+
+
+def _policy(task):
+    return _adapted(task, Transformer.from_pretrained(task.policy))
 
 
 def _sft(task):
@@ -104,14 +114,7 @@ def _dpo(task):
 
 
 def _grpo(task):
-    config = GRPOConfig(
-        num_samples=task.samples,
-        response_length=task.completion_length,
-        temperature=task.temperature,
-        kl_coef=0.0,
-        rollout_dtype="bfloat16" if task.precision == "bfloat16" else None,
-        **options(task),
-    )
+    config = GRPOConfig(num_samples=task.samples, kl_coef=0.0, **sampling_options(task))
 
     def reward(prompts, responses):
         return [ids_score(ids) for ids in responses]
@@ -131,11 +134,11 @@ def _ppo(task):
     prompts = [row.prompt for row in task.examples()]
     given = [row.chosen for row in task.batches()[0]]
     trainer = PPOTrainer(
-        Transformer.from_pretrained(task.policy),
+        _policy(task),
         prompts,
         PPOConfig(**ppo_options(task)),
         reward=reward,
-        critic=ValueModel.from_model(reward),
+        critic=_adapted(task, ValueModel.from_model(reward)),
         eos_ids=(),
     )
     sample = trainer.sample

@@ -8,6 +8,7 @@ optimiser is the default of transformers, fused AdamW. The data is tokenized bef
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 
@@ -84,10 +85,17 @@ def ppo_options(task: Task) -> dict:
     )
 
 
-def _policy(task):
+def _load(kind: str, folder: str, **options):
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(task.policy, dtype=torch.float32)
+    model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32, **options)
+    for weight in model.parameters():  # the file is mapped, and becomes memory when read
+        weight.sum()
+    return model
+
+
+def _policy(task):
+    return _load("AutoModelForCausalLM", task.policy)
 
 
 def _adapters(task) -> dict:
@@ -102,10 +110,16 @@ def _adapters(task) -> dict:
 
 
 def _scorer(task):
-    import transformers
+    return _load("AutoModelForSequenceClassification", task.reward, num_labels=1)
 
-    kind = transformers.AutoModelForSequenceClassification
-    return kind.from_pretrained(task.reward, dtype=torch.float32, num_labels=1)
+
+def _critic(task):
+    critic = _scorer(task)
+    if task.lora_rank:
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(**_adapters(task), model=critic.base_model)  # its head trains whole
+    return critic
 
 
 def _tokenizer(task):
@@ -279,7 +293,12 @@ def _ppo(task, turn):
         ids = [[task.pad_id] * (width - len(row["input_ids"])) + row["input_ids"] for row in rows]
         return {"input_ids": torch.tensor(ids)}
 
+    # Its trainer ignores bf16 and asks what `accelerate launch` was told.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if task.precision == "bfloat16" else "no"
     metrics = {}
+
+    def loss() -> float:
+        return metrics["loss/policy_avg"] + task.vf_coef * metrics["loss/value_avg"]
 
     class Trainer(PPOTrainer):
         def log(self, logs, *args, **kwargs):
@@ -290,11 +309,12 @@ def _ppo(task, turn):
         args=PPOConfig(**options(task), **ppo_options(task)),
         processing_class=_tokenizer(task),
         model=_policy(task),
-        ref_model=_policy(task),
+        ref_model=None if task.lora_rank else _policy(task),
         reward_model=_scorer(task),
-        value_model=_scorer(task),
+        value_model=_critic(task),
         train_dataset=Dataset.from_dict({"input_ids": [row.prompt for row in rows]}),
         data_collator=collate,
+        **_adapters(task),
     )
-    trainer.add_callback(_turns(turn, lambda: metrics["loss/policy_avg"]))
+    trainer.add_callback(_turns(turn, loss))
     trainer.train()

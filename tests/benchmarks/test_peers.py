@@ -1,6 +1,7 @@
 """The comparison with TRL and a bare loop: all sides train the same, and the table is right."""
 
 import dataclasses
+import itertools
 import math
 import runpy
 import subprocess
@@ -241,6 +242,25 @@ def test_the_arithmetic_of_half_a_billion_weights_is_counted(tmp_path):
     layer = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 40
     assert half_billion.reading(group) == 12 * (2 * layer + 61 * 16) * 4
     assert half_billion.reading(task) == 0
+    # PPO trains policy and critic. Of the forward passes, the reference's has the head, and the
+    # reward model's reads three tokens.
+    rollout = make("ppo", tmp_path, lora_rank=2, **sizes, shortest=1.0, steps=1)
+    tokens, counted = 3 * (8 + 12), 3 * 12
+    trunk, reward = (2 * (tokens * (2 * keys_values + others) + n * others) for n in (counted, 3))
+    head = 2 * counted * 61 * 16
+    adapters = 2 * 2 * (tokens * (2 * 24 * 2 + 32 * 2 + 56 * 3) + counted * (32 * 2 + 56 * 3))
+    known = 3 * (trunk + head) + 2 * trunk + reward + 6 * adapters
+    assert half_billion.arithmetic(rollout) == (known, trunk + head + adapters)
+    assert half_billion.reading(rollout) == half_billion.reading(group)
+
+
+def test_every_method_of_half_a_billion_weights_has_bars_and_one_update_per_rollout():
+    dtypes = half_billion.FLOOR_BARS
+    assert set(half_billion.BARS) == set(itertools.product(half_billion.METHODS, dtypes))
+    name, settings = half_billion.settings_of("ppo", "bfloat16")
+    task = Task(name, "", **settings)
+    assert PPOConfig(**ours.ppo_options(task)).one_update
+    assert theirs.ppo_options(task)["num_mini_batches"] == 1 == task.ppo_epochs
 
 
 LORA = dict(family="qwen2", num_layers=1, num_kv_heads=1, intermediate_size=40, lora_rank=2)
@@ -258,6 +278,25 @@ def test_adapters_train_on_our_side(cached_reference, tmp_path):
     task = make("dpo", tmp_path, cached_reference=cached_reference, **LORA)
     first, *later = losses(ours, task)
     assert first == pytest.approx(math.log(2)) and len(set(later)) == 2
+
+
+def test_ppo_with_new_adapters_starts_at_the_loss_of_whole_weights(tmp_path):
+    task = make("ppo", tmp_path, ppo_epochs=1, **LORA)
+    first, *later = losses(ours, task)
+    assert first == pytest.approx(losses(ours, dataclasses.replace(task, lora_rank=0))[0], abs=1e-6)
+    assert len(set(later)) == 2 and first > 0.01  # the value loss: the policy's part is 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_ppo_with_adapters_has_the_first_loss_of_trl(precision, tmp_path):
+    pytest.importorskip("trl.experimental.ppo")
+    pytest.importorskip("peft")
+    task = make("ppo", tmp_path, precision=precision, ppo_epochs=1, **LORA)
+    expected = losses(theirs, task)
+    assert len(set(expected)) == task.steps
+    tolerance = half_billion.LOSS_TOLERANCE[precision]
+    assert losses(ours, task)[0] == pytest.approx(expected[0], abs=tolerance)
 
 
 def test_the_table_of_half_a_billion_weights_has_shares_of_the_floor():
@@ -281,7 +320,36 @@ def test_the_table_of_half_a_billion_weights_has_shares_of_the_floor():
 
 
 def test_a_method_that_a_model_size_lacks_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["peers", "--model-size", "0.5b", "--methods", "ppo"])
+    monkeypatch.setattr(sys, "argv", ["peers", "--model-size", "0.5b", "--methods", "reward"])
     with pytest.raises(SystemExit):
         runner.main()
-    assert "--model-size 0.5b has no ppo" in capsys.readouterr().err
+    assert "--model-size 0.5b has no reward" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ppo_runs_in_the_other_interpreter_and_without_trl_if_that_has_no_ppo(
+    tmp_path, monkeypatch, capsys
+):
+    other = tmp_path / "python"
+    other.symlink_to(sys.executable)
+    (tmp_path / "peft.py").touch()
+    (tmp_path / "trl").mkdir()
+    (tmp_path / "trl" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = []
+
+    def compare(method, vocab_size, sides, rounds, python, **settings):
+        found.append((method, sides, python))
+        return {}
+
+    monkeypatch.setattr(runner, "compare", compare)
+    monkeypatch.setattr(half_billion, "row", str)
+    options = ["--methods", "grpo", "ppo", "--dtypes", "float32", "--ppo-python", str(other)]
+    monkeypatch.setattr(sys, "argv", ["peers", "--model-size", "0.5b", *options])
+    runner.main()
+    assert found == [
+        ("grpo", ["ours", "theirs"], sys.executable),
+        ("ppo", ["ours"], str(other)),
+    ]
+    expected = "trl.experimental.ppo is not installed, so TRL is left out of ppo\n"
+    assert capsys.readouterr().out.startswith(expected)
