@@ -204,6 +204,8 @@ class PolicyGradientTrainer(Trainer):
         self.episodes, self.started = 0, time.monotonic()
         # The last pass over a rollout: its order, and the log-probs and entropy that it has read.
         self.order, self.seen = torch.zeros(0, dtype=torch.long), []
+        # The rollout whose update goes on from `predict`, its hidden states and its values.
+        self.held: tuple[Rollout, Tensor, Tensor | None] | None = None
         self._first: tuple[Rollout, Tensor] | None = None  # of the first step, with its log-probs
         self.flights: dict[int, Flight] = {}  # by the steps done before theirs
         self.oldest_version = 0  # steps done when the weights that sampled this rollout were new
@@ -332,11 +334,15 @@ class PolicyGradientTrainer(Trainer):
 
         The log-probs come from the training forward, not from sampling, so that the first
         minibatch's ratio is 1 even if a fast decoder rounds differently; `val/rollout_mismatch`
-        reports the difference.
+        reports the difference. If the rollout gets one update on all rows at once, that one goes on
+        from here.
         """
-        size = self.config.micro_batch_size
-        parts = (self._predict(part) for (part,) in micro_batches(size, rollout))
-        predictions = Predictions(*distributed.gather(parts))
+        config, size = self.config, len(rollout.response_ids)
+        at_once = distributed.size() == 1 and size <= (config.micro_batch_size or size)
+        holds = at_once and config.at_ratio_1 and not config.mask_truncated
+        parts = micro_batches(config.micro_batch_size, rollout)
+        predictions = Predictions(*distributed.gather(self._predict(x, holds) for (x,) in parts))
+        self.held = (rollout, *self.held[1:]) if holds else None
         self.check_predictions(predictions)
         return predictions
 
@@ -368,17 +374,21 @@ class PolicyGradientTrainer(Trainer):
         self.check_predictions(predictions)
         return predictions
 
-    def _predict(self, rollout: Rollout) -> Predictions:
-        """The predictions of some rows."""
+    def _predict(self, rollout: Rollout, holds: bool) -> Predictions:
+        """The predictions of some rows. holds: keep hidden states and values for the update."""
         mask = rollout.response_mask
-        with self.autocast():
+        with torch.set_grad_enabled(holds and self.policy_trains), self.autocast():
             hidden = response_hidden(self.model, rollout)  # (N, D)
+        with self.autocast():
             tokens = self.head(rollout).token_logprobs(
                 hidden, rollout.response_ids[mask], temperature=self.config.temperature
             )
         logprobs, entropy = scatter(tokens.logprobs, mask), scatter(tokens.entropy, mask)
         ref_logprobs, kl = self.compare(rollout, logprobs, hidden)
-        values = self.predict_values(rollout, hidden)
+        with torch.set_grad_enabled(holds):
+            values = self.predict_values(rollout, hidden)
+        self.held = rollout, hidden, values
+        values = None if values is None else values.detach()
         return Predictions(logprobs, entropy, ref_logprobs, kl, values)
 
     def predict_values(self, rollout: Rollout, hidden: Tensor) -> Tensor | None:
@@ -469,12 +479,15 @@ class PolicyGradientTrainer(Trainer):
         for _ in range(config.ppo_epochs):
             order = torch.randperm(size, generator=self.generator, device=self.device)
             minibatches = order.split(config.update_size)
-            if config.rollout_size > config.batch_size:  # a prompt's responses share it
+            # In order a prompt's responses share it, and a single minibatch is the rollout.
+            if len(minibatches) == 1 or config.rollout_size > config.batch_size:
                 minibatches = [index.sort().values for index in minibatches]
             self.order, self.seen = torch.cat(minibatches), []
             for index in minibatches:
-                seen = Metrics()
-                losses = self.minibatch_losses(rows(rollout, index), rows(experience, index), seen)
+                seen, batch = Metrics(), (rollout, experience)
+                if len(minibatches) > 1:
+                    batch = rows(rollout, index), rows(experience, index)
+                losses = self.minibatch_losses(*batch, seen)
                 losses = self.checked(losses, seen, first)
                 first = False
                 try:
@@ -496,6 +509,8 @@ class PolicyGradientTrainer(Trainer):
         weights = loss_weights(
             rollout.response_mask, config.aggregation, length=config.response_length
         )  # (B, R)
+        held, self.held = self.held, None
+        held = held[1:] if held is not None and held[0] is rollout else None
         for part, old, w in micro_batches(config.micro_batch_size, rollout, experience, weights):
             mask = part.response_mask
             losses_of = partial(
@@ -510,7 +525,7 @@ class PolicyGradientTrainer(Trainer):
                 torch.set_grad_enabled(torch.is_grad_enabled() and self.policy_trains),
                 self.autocast(),
             ):
-                hidden = response_hidden(self.model, part)  # (N, D)
+                hidden = held[0] if held else response_hidden(self.model, part)  # (N, D)
                 self.tokens += 0 if distributed.idle() else len(hidden)
                 loss, *outputs = self.head(part).token_loss(
                     hidden,
@@ -526,7 +541,7 @@ class PolicyGradientTrainer(Trainer):
                 metrics.add_part("loss/kl", kl)
                 loss = loss + self.kl_coef.value * kl
             if old.returns is not None:
-                values = self.predict_values(part, hidden)
+                values = held[1] if held else self.predict_values(part, hidden)
                 loss = loss + self.value_loss(values, old, mask, w, metrics)
             metrics.add_part("loss", loss)
             yield loss

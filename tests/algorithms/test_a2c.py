@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from helpers import PROMPTS, experience_of, fives, forward, gradients, rollout_of, tiny
+from helpers import (
+    PROMPTS,
+    experience_of,
+    fives,
+    forward,
+    gradients,
+    input_shapes,
+    rollout_of,
+    snapshot,
+    tiny,
+)
 from torch.testing import assert_close
 
 from rlhf_core.masking import masked_mean
@@ -27,6 +37,49 @@ def test_a2c_is_one_step_of_the_policy_gradient():
     masked_mean(-old.advantages * found.logprobs + 0.1 * error, mask).backward()
     assert_close(got, [p.grad for p in trainer.trained_parameters()], rtol=1e-4, atol=1e-6)
     assert metrics["policy/clipfrac_avg"] == metrics["val/clipfrac_avg"] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(critic="head"),
+        dict(kl_in="loss", kl_estimator="full", kl_coef=0.1),
+        dict(critic_warmup_steps=1),
+        dict(critic="head", critic_warmup_steps=1),
+        dict(importance_cap=1.01),
+    ],
+    ids=str,
+)
+def test_the_update_goes_on_from_the_predictions(options):
+    """Its numbers are those of further passes through policy and critic, which it saves."""
+    results, counts = [], []
+    for goes_on in (True, False):
+        torch.manual_seed(5)
+        config = A2CConfig(
+            batch_size=8, response_length=6, temperature=1.0, lr=1e-3, max_steps=3, **options
+        )
+        trainer = A2CTrainer(tiny(), PROMPTS * 3, config, reward=fives)
+        predict = trainer.predict
+
+        def predict_only(rollout, trainer=trainer, predict=predict):
+            predictions, trainer.held = predict(rollout), None
+            return predictions
+
+        if not goes_on:
+            trainer.predict = predict_only
+        trunks = {trainer.model.trunk, trainer.critic.trunk}
+        shapes = [input_shapes(trunk) for trunk in trunks]
+        history = [trainer.step(PROMPTS) for _ in range(3)]
+        assert trainer.held is None
+        weights = [snapshot(trainer.model), snapshot(trainer.critic)]
+        results.append((history, weights))
+        counts.append(sum(map(len, shapes)))
+    for report, other in zip(*(history for history, _ in results)):
+        for name in report.keys() - {"eps"}:
+            assert report[name] == pytest.approx(other[name], rel=1e-4, abs=2e-6), name
+    assert_close(*(weights for _, weights in results), rtol=0, atol=1e-6)
+    assert counts[1] - counts[0] == 3 * len(trunks)
 
 
 def test_a2c_takes_one_optimiser_step_per_rollout_and_learns():
