@@ -293,7 +293,7 @@ def _ppo(task, turn):
         ids = [[task.pad_id] * (width - len(row["input_ids"])) + row["input_ids"] for row in rows]
         return {"input_ids": torch.tensor(ids)}
 
-    # Its trainer ignores bf16 and asks what `accelerate launch` was told.
+    # Its trainer ignores bf16 and reads this variable of `accelerate launch`.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if task.precision == "bfloat16" else "no"
     metrics = {}
 

@@ -23,7 +23,7 @@ HEAD = 64  # width of a head from which on attention gets no faster
 
 
 class Part(NamedTuple):
-    """Adjacent tokens of one row, and what they see."""
+    """Adjacent tokens of one row, and the tokens that they see."""
 
     row: int
     queries: slice  # of the row's tokens

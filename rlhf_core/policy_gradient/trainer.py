@@ -204,7 +204,7 @@ class PolicyGradientTrainer(Trainer):
         self.episodes, self.started = 0, time.monotonic()
         # The last pass over a rollout: its order, and the log-probs and entropy that it has read.
         self.order, self.seen = torch.zeros(0, dtype=torch.long), []
-        # The rollout whose update goes on from `predict`, its hidden states and its values.
+        # The rollout whose update trains through the pass of `predict`: its hidden states, values.
         self.held: tuple[Rollout, Tensor, Tensor | None] | None = None
         self._first: tuple[Rollout, Tensor] | None = None  # of the first step, with its log-probs
         self.flights: dict[int, Flight] = {}  # by the steps done before theirs
@@ -334,8 +334,8 @@ class PolicyGradientTrainer(Trainer):
 
         The log-probs come from the training forward, not from sampling, so that the first
         minibatch's ratio is 1 even if a fast decoder rounds differently; `val/rollout_mismatch`
-        reports the difference. If the rollout gets one update on all rows at once, that one goes on
-        from here.
+        reports the difference. If the rollout gets one update on all rows at once, that update
+        trains through this forward pass.
         """
         config, size = self.config, len(rollout.response_ids)
         at_once = distributed.size() == 1 and size <= (config.micro_batch_size or size)

@@ -51,10 +51,10 @@ def test_a2c_is_one_step_of_the_policy_gradient():
     ],
     ids=str,
 )
-def test_the_update_goes_on_from_the_predictions(options):
+def test_the_update_trains_through_the_pass_of_the_predictions(options):
     """Its numbers are those of further passes through policy and critic, which it saves."""
     results, counts = [], []
-    for goes_on in (True, False):
+    for one_pass in (True, False):
         torch.manual_seed(5)
         config = A2CConfig(
             batch_size=8, response_length=6, temperature=1.0, lr=1e-3, max_steps=3, **options
@@ -66,7 +66,7 @@ def test_the_update_goes_on_from_the_predictions(options):
             predictions, trainer.held = predict(rollout), None
             return predictions
 
-        if not goes_on:
+        if not one_pass:
             trainer.predict = predict_only
         trunks = {trainer.model.trunk, trainer.critic.trunk}
         shapes = [input_shapes(trunk) for trunk in trunks]

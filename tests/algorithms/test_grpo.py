@@ -97,7 +97,7 @@ def test_a_single_update_reads_the_old_log_probs_itself(options, monkeypatch):
             assert report[name] == pytest.approx(other[name], rel=1e-4, abs=2e-6), name
     assert_close(weights, other_weights, rtol=0, atol=1e-6)
     if not options:
-        assert counts == [2, 2]  # the update goes on from the pass before, see test_a2c.py
+        assert counts == [2, 2]  # the update trains through the pass before, see test_a2c.py
 
 
 @pytest.mark.parametrize(

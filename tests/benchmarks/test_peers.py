@@ -242,7 +242,7 @@ def test_the_arithmetic_of_half_a_billion_weights_is_counted(tmp_path):
     layer = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 40
     assert half_billion.reading(group) == 12 * (2 * layer + 61 * 16) * 4
     assert half_billion.reading(task) == 0
-    # PPO trains policy and critic. Of the forward passes, the reference's has the head, and the
+    # PPO trains policy and critic. The reference's forward pass has the head, and the
     # reward model's reads three tokens.
     rollout = make("ppo", tmp_path, lora_rank=2, **sizes, shortest=1.0, steps=1)
     tokens, counted = 3 * (8 + 12), 3 * 12
