@@ -42,7 +42,6 @@ class Size(NamedTuple):
     rollouts: int  # steps of PPO, with 16 updates each, and of TRPO
     rates: dict[str, tuple[float, ...]]  # method -> values of its PACE, else of lr, to try
     held_out: int = 200  # texts or prompts to evaluate on
-    fisher_share: float = 1.0  # of TRPO
 
 
 SIZES = {
@@ -73,11 +72,11 @@ SIZES = {
     "135m": Size(
         None, {}, 4, 1,
         {
-            "sft": (2e-5, 1e-4, 5e-4), "reward": (1e-5, 5e-5, 2e-4), "dpo": (5e-7, 3e-6, 3e-5),
-            "ppo": (3e-6, 1e-5, 3e-5), "trpo": (3e-3, 1e-2), "grpo": (1e-6, 1e-5, 1e-4),
-            "sft-lora": (2e-4, 1e-3), "dpo-lora": (3e-5, 3e-4), "grpo-lora": (1e-4, 1e-3),
+            "sft": (2e-5, 1e-4, 5e-4), "reward": (2e-4,), "dpo": (5e-7, 3e-6, 1e-5, 3e-5),
+            "ppo": (1e-5, 3e-5), "grpo": (1e-6, 1e-5, 3e-5, 1e-4),
+            "sft-lora": (2e-4, 1e-3), "dpo-lora": (3e-4,), "grpo-lora": (1e-3,),
         },
-        held_out=64, fisher_share=0.25,
+        held_out=64,
     ),
 }  # fmt: skip
 GIVEN = "135m"  # the size whose checkpoint is --model
@@ -189,8 +188,6 @@ def rows(name: str, data: Path, methods: list[str], model: Path | None = None) -
         base = method.removesuffix(LORA)
         steps = size.rollouts if base in ("ppo", "trpo") else size.steps
         fixed = FIXED.get(base, {}) | {"max_steps": steps}
-        if base == "trpo":
-            fixed |= {"fisher_share": size.fisher_share}
         for rate in size.rates[method]:
             started = time.process_time()
             found = train(start, method, {PACE.get(base, "lr"): rate} | fixed)
@@ -208,7 +205,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes", nargs="+", choices=SIZES, default=[x for x in SIZES if x != GIVEN]
     )
-    methods = list(SIZES[GIVEN].rates)
+    methods = list(dict.fromkeys(x for size in SIZES.values() for x in size.rates))
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     help = f"of size {GIVEN}: a checkpoint of about 0.1 B parameters in the Hugging Face layout"
     parser.add_argument("--model", type=Path, help=help)

@@ -41,7 +41,7 @@ PRESETS = {  # command -> size -> values of options
     "reward": _by_size(
         dict(lr=1e-3, batch_size=64),
         dict(lr=5e-4, batch_size=32),
-        dict(lr=5e-5, batch_size=32),
+        dict(lr=1e-4, batch_size=32),
         dict(lr=1e-5, batch_size=16),
     ),
     "dpo": _DPO,
@@ -74,7 +74,7 @@ PRESETS = {  # command -> size -> values of options
     "trpo": _by_size(  # lr is the critic's
         dict(lr=1e-4, kl_coef=0.06, temperature=1.0, max_kl=0.01),
         dict(lr=3e-5, kl_coef=0.06, temperature=1.0, max_kl=0.01),
-        dict(lr=1e-5, kl_coef=0.06, temperature=1.0, max_kl=0.01, fisher_share=0.25),
+        dict(lr=1e-5, kl_coef=0.06, temperature=1.0, max_kl=0.01, fisher_share=0.1),
         dict(lr=3e-6, kl_coef=0.05, missing_eos_penalty=1.0, fisher_share=0.1),
     ),
     "grpo": _by_size(
