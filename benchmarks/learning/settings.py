@@ -73,7 +73,7 @@ SIZES = {
         None, {}, 4, 1,
         {
             "sft": (2e-5, 1e-4, 5e-4), "reward": (2e-4,), "dpo": (5e-7, 3e-6, 1e-5, 3e-5),
-            "ppo": (1e-5, 3e-5), "grpo": (1e-6, 1e-5, 3e-5, 1e-4),
+            "ppo": (3e-6, 1e-5, 3e-5), "grpo": (1e-6, 1e-5, 3e-5, 1e-4),
             "sft-lora": (2e-4, 1e-3), "dpo-lora": (3e-4,), "grpo-lora": (1e-3,),
         },
         held_out=64,
