@@ -1,10 +1,12 @@
 """Learning rates by model size, and TRPO's max_kl: how far each moves a model in a short run.
 
     OMP_NUM_THREADS=1 python -m benchmarks.learning.settings --data DIR --sizes 260k 4m 30m
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.settings --data DIR --sizes 135m --model MODEL
 
-260k is the pretrained stories260k; the others are pretrained here on TinyStories. PPO, TRPO and
-GRPO train on gold itself, the valence of the words; DPO and reward models on pairs that gold
-labels; SFT on solutions of GSM8K, which are unlike stories.
+260k is the pretrained stories260k, and 135m a model of the user's, such as SmolLM2-135M-Instruct;
+the others are pretrained here on TinyStories. PPO, TRPO and GRPO train on gold itself, the valence
+of the words; DPO and reward models on pairs that gold labels; SFT on solutions of GSM8K, which are
+unlike stories. METHOD-lora trains adapters of rank 16 instead of the weights.
 """
 
 from __future__ import annotations
@@ -23,20 +25,23 @@ from rlhf_core import trainers
 from rlhf_core.data import Text, Tokenizer, encode_text, load_tokenizer, read_texts
 from rlhf_core.demo import Task, evaluated, labelled_pairs, split, stories_task
 from rlhf_core.models import RewardModel, Transformer, TransformerConfig
+from rlhf_core.models.lora import LoRAConfig, add_adapters
 from rlhf_core.training.trainer import Trainer
 
 LENGTH, PROMPT, RESPONSE = 64, 16, 32  # tokens of a text, a prompt and a response
-BATCH, HELD_OUT = 32, 200  # texts, pairs or responses of a step; texts or prompts to evaluate on
+BATCH = 32  # texts, pairs or responses of a step
+LORA = "-lora"  # ends the name of a method that trains adapters
 
 
 class Size(NamedTuple):
     """A model and how much it trains."""
 
-    shape: dict | None  # None: stories260k
+    shape: dict | None  # None: a pretrained checkpoint
     pretraining: dict
     steps: int
     rollouts: int  # steps of PPO, with 16 updates each, and of TRPO
     rates: dict[str, tuple[float, ...]]  # method -> values of its PACE, else of lr, to try
+    held_out: int = 200  # texts or prompts to evaluate on
 
 
 SIZES = {
@@ -64,7 +69,17 @@ SIZES = {
             grpo=(1e-4,),
         ),
     ),
+    "135m": Size(
+        None, {}, 4, 1,
+        {
+            "sft": (2e-5, 1e-4, 5e-4), "reward": (2e-4,), "dpo": (5e-7, 3e-6, 1e-5, 3e-5),
+            "ppo": (3e-6, 1e-5, 3e-5), "grpo": (1e-6, 1e-5, 3e-5, 1e-4),
+            "sft-lora": (2e-4, 1e-3), "dpo-lora": (3e-4,), "grpo-lora": (1e-3,),
+        },
+        held_out=64,
+    ),
 }  # fmt: skip
+GIVEN = "135m"  # the size whose checkpoint is --model
 FIXED = {
     "ppo": dict(kl_coef=0.06, batch_size=BATCH),
     "trpo": dict(kl_coef=0.06, batch_size=BATCH, lr=1e-4, cg_damping=0.01),
@@ -83,25 +98,29 @@ class Start(NamedTuple):
     texts: tuple[list, list]
 
 
-def prepare(size: Size, data: Path) -> Start:
-    """The start of a size; pretrains its model."""
+def prepare(size: Size, data: Path, model: Path | None = None) -> Start:
+    """The start of a size: the checkpoint `model`, else stories260k or a model pretrained here."""
     task = stories_task(data, 0)
-    if size.shape is not None:
-        tokenizer = load_tokenizer(data / "tokenizers" / "minimind")
+    if model is not None or size.shape is not None:
+        tokenizer = load_tokenizer(model or data / "tokenizers" / "minimind")
         stories = read_texts(data / "text" / "tinystories.jsonl.gz")
         prompts = [tokenizer.encode_prompt(story.completion)[:PROMPT] for story in stories]
-        fields = dict(prompts=prompts[:-HELD_OUT] * 2, eval_prompts=prompts[-HELD_OUT:])
-        examples = [encode_text(story, tokenizer, LENGTH) for story in stories[:-HELD_OUT]]
-        fields |= dict(policy=pretrained(size, tokenizer, examples), tokenizer=tokenizer)
-        task = replace(task, eos_ids=tokenizer.eos_ids, **fields)
+        train, held_out = prompts[: -size.held_out], prompts[-size.held_out :]
+        if model is None:
+            examples = [encode_text(x, tokenizer, LENGTH) for x in stories[: -size.held_out]]
+            policy = pretrained(size, tokenizer, examples)
+        else:
+            policy = Transformer.from_pretrained(model)
+        fields = dict(prompts=train * 2, eval_prompts=held_out, eos_ids=tokenizer.eos_ids)
+        task = replace(task, policy=policy, tokenizer=tokenizer, **fields)
     task.policy.eval().requires_grad_(False)
-    task = replace(task, eval_prompts=task.eval_prompts[:HELD_OUT], response_length=RESPONSE)
+    task = replace(task, eval_prompts=task.eval_prompts[: size.held_out], response_length=RESPONSE)
     few = replace(task, prompts=task.prompts[: size.steps * BATCH * 3 // 2])  # some pairs tie
     pairs, _ = labelled_pairs(few, task.policy, 0)
     solutions = read_texts(data / "sft" / "gsm8k_test.jsonl.gz")
     texts = [encode_text(Text("", x.completion), task.tokenizer, LENGTH) for x in solutions]
     before = gold(task, task.policy)["after"]
-    return Start(task, before, split(pairs), (texts[HELD_OUT:], texts[:HELD_OUT]))
+    return Start(task, before, split(pairs), (texts[size.held_out :], texts[: size.held_out]))
 
 
 def pretrained(size: Size, tokenizer: Tokenizer, examples: list) -> Transformer:
@@ -149,6 +168,10 @@ def trainer_of(start: Start, method: str, policy: Transformer, settings: dict) -
 def train(start: Start, method: str, settings: dict) -> dict[str, float]:
     """Train a copy of the policy; its measure before and after, and of a policy the KL."""
     policy = copy.deepcopy(start.task.policy).requires_grad_(True)
+    if method.endswith(LORA):
+        torch.manual_seed(0)
+        add_adapters(policy, LoRAConfig(rank=16))
+        method = method.removesuffix(LORA)
     trainer, measure = trainer_of(start, method, policy, settings), MEASURES.get(method)
     if measure is None:
         trainer.train()
@@ -157,19 +180,19 @@ def train(start: Start, method: str, settings: dict) -> dict[str, float]:
     return {"before": before, "after": trainer.train()[-1][measure]}
 
 
-def rows(name: str, data: Path, methods: list[str]) -> Iterator[str]:
-    """Run the methods of a size; the rows of the Markdown table."""
+def rows(name: str, data: Path, methods: list[str], model: Path | None = None) -> Iterator[str]:
+    """Run the methods of a size, those it has; the rows of the Markdown table."""
     size = SIZES[name]
-    start = prepare(size, data)
-    for method in methods:
-        steps = size.rollouts if method in ("ppo", "trpo") else size.steps
-        pace = PACE.get(method, "lr")
+    start = prepare(size, data, model)
+    for method in (x for x in methods if x in size.rates):
+        base = method.removesuffix(LORA)
+        steps = size.rollouts if base in ("ppo", "trpo") else size.steps
+        fixed = FIXED.get(base, {}) | {"max_steps": steps}
         for rate in size.rates[method]:
             started = time.process_time()
-            settings = {pace: rate, "max_steps": steps}
-            found = train(start, method, settings | FIXED.get(method, {}))
+            found = train(start, method, {PACE.get(base, "lr"): rate} | fixed)
             kl = f"{found['kl']:.2f}" if "kl" in found else ""
-            columns = [name, method, f"{rate:g}", str(steps), MEASURES.get(method, "gold")]
+            columns = [name, method, f"{rate:g}", str(steps), MEASURES.get(base, "gold")]
             columns += [f"{found['before']:.2f}", f"{found['after']:.2f}", kl]
             yield f"| {' | '.join(columns)} | {time.process_time() - started:.0f} |"
 
@@ -179,14 +202,21 @@ def main() -> None:
         prog="python -m benchmarks.learning.settings", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--data", type=Path, required=True, help="as for rlhf-core demo --real")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    methods = list(SIZES["260k"].rates)
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=[x for x in SIZES if x != GIVEN]
+    )
+    methods = list(dict.fromkeys(x for size in SIZES.values() for x in size.rates))
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    help = f"of size {GIVEN}: a checkpoint of about 0.1 B parameters in the Hugging Face layout"
+    parser.add_argument("--model", type=Path, help=help)
     arguments = parser.parse_args()
+    if (GIVEN in arguments.sizes) != (arguments.model is not None):
+        parser.error(f"--sizes {GIVEN} and --model, the folder of its checkpoint, need each other")
     print("| size | method | lr or max_kl | steps | measure | before | after | KL, nats | s |")
     print("|---|---|---:|---:|---|---:|---:|---:|---:|")
     for name in arguments.sizes:
-        for row in rows(name, arguments.data, arguments.methods):
+        model = arguments.model if name == GIVEN else None
+        for row in rows(name, arguments.data, arguments.methods, model):
             print(row, flush=True)
 
 

@@ -87,7 +87,7 @@ def test_an_unknown_preset_is_refused_with_those_there_are(value, tmp_path, caps
     error = capsys.readouterr().err
     assert "x.json: argument --preset: " in error and "Traceback" not in error
     if value == "huge":
-        assert "must be one of tiny, small, 1b, got 'huge'" in error
+        assert "must be one of tiny, small, 100m, 1b, got 'huge'" in error
 
 
 def test_the_parts_of_iterated_rlhf_take_the_presets_of_their_commands(
