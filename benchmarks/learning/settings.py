@@ -207,8 +207,9 @@ def main() -> None:
     )
     methods = list(dict.fromkeys(x for size in SIZES.values() for x in size.rates))
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
-    help = f"of size {GIVEN}: a checkpoint of about 0.1 B parameters in the Hugging Face layout"
-    parser.add_argument("--model", type=Path, help=help)
+    parser.add_argument(
+        "--model", type=Path, help=f"checkpoint of size {GIVEN}, in the Hugging Face layout"
+    )
     arguments = parser.parse_args()
     if (GIVEN in arguments.sizes) != (arguments.model is not None):
         parser.error(f"--sizes {GIVEN} and --model, the folder of its checkpoint, need each other")

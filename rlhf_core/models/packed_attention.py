@@ -100,7 +100,7 @@ def parts_of(visible: Tensor, config: TransformerConfig) -> Parts | None:
     work = sum((p.queries.stop - p.queries.start) * len(p.keys) for p in parts)
     if (B * T * T - work) * pair < CALL * len(parts):
         return None
-    bounds = sorted(edges | {0})
+    bounds = sorted(edges)
     chunk_of = {start: i for i, start in enumerate(bounds)}
     for part in parts:
         tokens = (part.row * T + part.keys).tolist()

@@ -339,10 +339,12 @@ class PolicyGradientTrainer(Trainer):
         """
         config, size = self.config, len(rollout.response_ids)
         at_once = distributed.size() == 1 and size <= (config.micro_batch_size or size)
-        holds = at_once and config.at_ratio_1 and not config.mask_truncated
-        parts = micro_batches(config.micro_batch_size, rollout)
-        predictions = Predictions(*distributed.gather(self._predict(x, holds) for (x,) in parts))
-        self.held = (rollout, *self.held[1:]) if holds else None
+        one_update = config.at_ratio_1 and self.policy_trains and not config.mask_truncated
+        if at_once and one_update:
+            predictions = self._predict(rollout, holds=True)
+        else:
+            parts = micro_batches(config.micro_batch_size, rollout)
+            predictions = Predictions(*distributed.gather(self._predict(x) for (x,) in parts))
         self.check_predictions(predictions)
         return predictions
 
@@ -374,10 +376,10 @@ class PolicyGradientTrainer(Trainer):
         self.check_predictions(predictions)
         return predictions
 
-    def _predict(self, rollout: Rollout, holds: bool) -> Predictions:
+    def _predict(self, rollout: Rollout, holds: bool = False) -> Predictions:
         """The predictions of some rows. holds: keep hidden states and values for the update."""
         mask = rollout.response_mask
-        with torch.set_grad_enabled(holds and self.policy_trains), self.autocast():
+        with torch.set_grad_enabled(holds), self.autocast():
             hidden = response_hidden(self.model, rollout)  # (N, D)
         with self.autocast():
             tokens = self.head(rollout).token_logprobs(
@@ -387,7 +389,7 @@ class PolicyGradientTrainer(Trainer):
         ref_logprobs, kl = self.compare(rollout, logprobs, hidden)
         with torch.set_grad_enabled(holds):
             values = self.predict_values(rollout, hidden)
-        self.held = rollout, hidden, values
+        self.held = (rollout, hidden, values) if holds else None
         values = None if values is None else values.detach()
         return Predictions(logprobs, entropy, ref_logprobs, kl, values)
 

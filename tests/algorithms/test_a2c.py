@@ -79,7 +79,9 @@ def test_the_update_trains_through_the_pass_of_the_predictions(options):
         for name in report.keys() - {"eps"}:
             assert report[name] == pytest.approx(other[name], rel=1e-4, abs=2e-6), name
     assert_close(*(weights for _, weights in results), rtol=0, atol=1e-6)
-    assert counts[1] - counts[0] == 3 * len(trunks)
+    # Without a run around the steps, a warm-up of the critic does not end. It saves nothing.
+    steps = 0 if "critic_warmup_steps" in options else 3
+    assert counts[1] - counts[0] == steps * len(trunks)
 
 
 def test_a2c_takes_one_optimiser_step_per_rollout_and_learns():
