@@ -159,6 +159,7 @@ struct RotaryArgs {
 };
 
 constexpr int64_t kPanel = 32;    // outputs of a linear layer that are packed side by side
+constexpr int64_t kDepth = 128;   // inputs that are processed with a panel at a time
 constexpr int64_t kFewRows = 16;  // beyond this float32 weights are transposed, see linear_rows.h
 
 struct LinearRowsArgs {
@@ -176,7 +177,7 @@ struct LinearRowsArgs {
   bool panels() const { return packed || (dtype == kFloat32 && n > kFewRows && !amx); }
   int64_t padded() const { return (in + 31) / 32 * 32; }
   static int64_t x_size(int64_t n, int64_t in) {
-    return (n + 15) / 16 * 16 * ((in + 31) / 32 * 32);
+    return (n + 15) / 16 * 16 * ((in + kDepth - 1) / kDepth * kDepth);
   }
 };
 
@@ -237,7 +238,7 @@ struct PackedDecodeArgs {
     return std::max(heads() + 2 * attention.Hkv * attention.K, (1 + gated) * I + kPanel);
   }
   int64_t x_size() const {
-    return packed ? 0 : LinearRowsArgs::x_size(block, std::max({D, heads(), I, rank}));
+    return LinearRowsArgs::x_size(block, std::max({D, heads(), I, rank}));
   }
   int64_t scratch_size() const {
     return 16 + x_size() + block * (D + std::max(D, heads()) + wide() + rank);

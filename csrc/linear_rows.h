@@ -246,68 +246,78 @@ void amx_spread(const LinearRowsArgs& a, int64_t begin, int64_t end) {
 }
 #endif
 
-// Panels: kPanel outputs side by side, for each input in turn.
-constexpr int64_t kVectors = kPanel / W, kDepth = 128;        // inputs
+// Panels: kPanel outputs side by side, for each input in turn. A tile has up to kPanelRows rows, and
+// as many vectors of outputs as leave its sums in registers.
+constexpr int64_t kPanelRows = W == 16 ? 8 : W == 8 || RLHF_ISA == 1 ? 6 : 2;
+constexpr int64_t vectors_beside(int64_t rows) {
+  const int64_t most = W >= 8 ? 2 : 4;
+  return std::min(kPanel / W, rows <= kPanelRows / 2 ? 2 * most : most);
+}
+constexpr int64_t kRowsAtOnce = 64;                           // whose sums lie on the stack
 template <class E> constexpr int64_t kLine = 64 / sizeof(E);  // weights of a cache line
-constexpr int kPanelRows = W == 16 ? 8 : W == 8 || RLHF_ISA == 1 ? 3 : 1;  // that fit in registers
 
 struct Panel {
-  const float *weights, *bias;  // (depth, kPanel), (kPanel,); bias may be null
-  int64_t first, depth, j;      // inputs from `first` on, outputs from j on
-  bool add;                     // to y instead of overwriting it
-  const char* next;             // rows of weights to fetch meanwhile
-  int64_t lines;                // of them during four inputs
+  int64_t depth;     // inputs
+  bool first;        // whether the sums begin at 0
+  const char* next;  // rows of weights to fetch meanwhile
+  int64_t stride;    // bytes from one to the next
+  int64_t lines;     // of them during four inputs
 };
 
-__attribute__((noinline)) void finish(float* y, int64_t n, bool add, F sum) {
-  store_partial(y, add ? load_partial(y, n) + sum : sum, n);
-}
-
-template <int kRows>
-SIMD void add_input(const float* x, int64_t stride, const float* w, F (&sums)[kRows][kVectors]) {
+template <int kRows, int kVectors>
+SIMD void add_input(const float* x, const float* w, F (&sums)[kRows][kVectors]) {
+  F weights[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) weights[v] = keep(load(w + v * W));
 #pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k) {
-    const F value = splat(x[k * stride]);
+    const F value = splat(x[k * kDepth]);
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[k][v] = fma(value, load(w + v * W), sums[k][v]);
+    for (int v = 0; v < kVectors; ++v) sums[k][v] = fma(value, weights[v], sums[k][v]);
   }
 }
 
-// kRows rows from r on; the lines of the next panel of E from `line` on.
+// Adds the products of a tile, with weights w (depth, kPanel), to total (kRows, kPanel). Fetches
+// lines of the next panel of E from `line` on.
 template <class E, int kRows>
-SIMD void multiply_panel(const LinearRowsArgs& a, const Panel& p, int64_t r, int64_t line) {
+__attribute__((noinline)) void multiply_rows(const Panel& p, const float* x, const float* w,
+                                             float* total, int64_t line) {
   constexpr int64_t kLines = kDepth / kLine<E>;  // of a row
-  const int64_t stride = a.rows.stride_b;
-  const float *const x = a.rows.at<const float>(r, 0) + p.first, *w = p.weights;
+  constexpr int kVectors = vectors_beside(kRows);
   F sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[k][v] = p.bias ? load(p.bias + v * W) : F{};
+    for (int v = 0; v < kVectors; ++v)
+      sums[k][v] = p.first ? F{} : load(total + k * kPanel + v * W);
   int64_t i = 0;
-  for (; i + 4 <= p.depth; i += 4) {
+  for (; i + 4 <= p.depth; i += 4, x += 4) {
     for (int64_t k = 0; k < p.lines && line < kPanel * kLines; ++k, ++line)
-      __builtin_prefetch(p.next + line / kLines * a.in * sizeof(E) + line % kLines * 64, 0, 2);
+      __builtin_prefetch(p.next + line / kLines * p.stride + line % kLines * 64, 0, 2);
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k, w += kPanel) add_input<kRows>(x + i + k, stride, w, sums);
+    for (int k = 0; k < 4; ++k, w += kPanel) add_input<kRows>(x + k, w, sums);
   }
-  for (; i < p.depth; ++i, w += kPanel) add_input<kRows>(x + i, stride, w, sums);
+  for (; i < p.depth; ++i, ++x, w += kPanel) add_input<kRows>(x, w, sums);
 #pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      float* const y = reinterpret_cast<float*>(a.y) + (r + k) * a.y_stride + p.j + v * W;
-      const int64_t left = a.out - p.j - v * W;
-      if (left >= W) store(y, p.add ? load(y) + sums[k][v] : sums[k][v]);
-      else if (left > 0) finish(y, left, p.add, sums[k][v]);
-    }
+    for (int v = 0; v < kVectors; ++v) store(total + k * kPanel + v * W, sums[k][v]);
 }
 
-template <class E, int kRows>
-void multiply_rows(const LinearRowsArgs& a, const Panel& p, int64_t r, int64_t line) {
-  for (; r + kRows <= a.n; r += kRows, line += p.depth / 4 * p.lines)
-    multiply_panel<E, kRows>(a, p, r, line);
-  if constexpr (kRows > 1) multiply_rows<E, kRows - 1>(a, p, r, line);
+// The same for n rows, in tiles of about equal size.
+template <class E, int... kRows>
+void multiply_panel(const Panel& p, const float* x, const float* w, int64_t n, float* total,
+                    std::integer_sequence<int, kRows...>) {
+  constexpr void (*kTiles[])(const Panel&, const float*, const float*, float*, int64_t) = {
+      multiply_rows<E, kRows + 1>...};
+  int64_t line = 0, rows = 0;
+  for (int64_t r = 0, tiles = (n + kPanelRows - 1) / kPanelRows; r < n; r += rows, --tiles) {
+    rows = (n - r + tiles - 1) / tiles;
+    for (int64_t o = 0; o < kPanel; o += vectors_beside(rows) * W) {
+      kTiles[rows - 1](p, x + r * kDepth, w + o, total + r * kPanel + o, line);
+      line += p.depth / 4 * p.lines;
+    }
+  }
 }
 
 // Transposes kPanel rows of `depth` weights, each times its scale if there are scales.
@@ -340,35 +350,56 @@ SIMD void transpose_panel(const E* const* rows, const float* scales, int64_t dep
   }
 }
 
+// Writes sums (n, kPanel) as outputs from j on of the rows from `first` on.
+SIMD void write_panel(const LinearRowsArgs& a, const float* sums, const float* bias, int64_t first,
+                      int64_t n, int64_t j) {
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t o = 0; o < kPanel; o += W) {
+      const int64_t left = a.out - j - o;
+      if (left <= 0) break;
+      float* const y = reinterpret_cast<float*>(a.y) + (first + r) * a.y_stride + j + o;
+      const F sum = load(sums + r * kPanel + o) + load(bias + o);
+      if (left >= W) store(y, a.add ? load(y) + sum : sum);
+      else store_partial(y, a.add ? load_partial(y, left) + sum : sum, left);
+    }
+}
+
 // Outputs from `begin`, a multiple of kPanel, to `end`.
 template <class E> void linear_panels(const LinearRowsArgs& a, int64_t begin, int64_t end) {
-  if (a.packed) {
-    const float* const weight = reinterpret_cast<const float*>(a.weight);
-    for (int64_t j = begin; j < end; j += kPanel) {
-      const float* const w = weight + j * (1 + a.in);  // kPanel biases, then the weights
-      multiply_rows<float, kPanelRows>(a, {w + kPanel, w, 0, a.in, j, a.add, nullptr, 0}, 0, 0);
-    }
-    return;
-  }
+  constexpr auto kRows = std::make_integer_sequence<int, kPanelRows>{};
   const E* const weight = reinterpret_cast<const E*>(a.weight);
-  alignas(64) float block[kDepth * kPanel], bias[kPanel] = {}, scales[kPanel] = {};
-  const int64_t tiles = (a.n + kPanelRows - 1) / kPanelRows;
-  const int64_t lines = (kPanel * 4 / kLine<E> + tiles - 1) / tiles;
+  alignas(64) float block[kDepth * kPanel], sums[kRowsAtOnce * kPanel];
+  float bias[kPanel] = {}, scales[kPanel] = {};
   for (int64_t j = begin; j < end; j += kPanel) {
     const int64_t count = std::min(kPanel, a.out - j);
-    if (a.bias) std::memcpy(bias, a.bias + j * sizeof(float), count * sizeof(float));
+    // Of packed weights: kPanel biases, then the weights.
+    const float* const packed = reinterpret_cast<const float*>(a.weight) + j * (1 + a.in);
+    if (a.packed) std::memcpy(bias, packed, sizeof bias);
+    else if (a.bias) std::memcpy(bias, a.bias + j * sizeof(float), count * sizeof(float));
     if (a.scales) std::memcpy(scales, a.scales + j, count * sizeof(float));
-    for (int64_t i = 0; i < a.in; i += kDepth) {
-      const int64_t depth = std::min(kDepth, a.in - i);
-      const E* rows[kPanel];
-      for (int64_t o = 0; o < kPanel; ++o)
-        rows[o] = weight + (j + std::min(o, count - 1)) * a.in + i;
-      transpose_panel(rows, scales, depth, block);
-      const E* const next = i + kDepth < a.in ? rows[0] + kDepth : weight + (j + kPanel) * a.in;
-      multiply_rows<E, kPanelRows>(a,
-                                   {block, a.bias && i == 0 ? bias : nullptr, i, depth, j,
-                                    a.add || i > 0, reinterpret_cast<const char*>(next), lines},
-                                   0, 0);
+    for (int64_t first = 0; first < a.n; first += kRowsAtOnce) {
+      const int64_t n = std::min(kRowsAtOnce, a.n - first);
+      const int64_t tiles = (n + kPanelRows - 1) / kPanelRows;
+      Panel p = {};
+      p.stride = a.in * sizeof(E);
+      p.lines = a.packed ? 0 : (kPanel * 4 / kLine<E> + tiles - 1) / tiles;
+      for (int64_t i = 0; i < a.in; i += kDepth) {
+        p.depth = std::min(kDepth, a.in - i), p.first = i == 0;
+        const float* w = block;
+        if (a.packed) {
+          w = packed + (1 + i) * kPanel;
+        } else {
+          const E* rows[kPanel];
+          for (int64_t o = 0; o < kPanel; ++o)
+            rows[o] = weight + (j + std::min(o, count - 1)) * a.in + i;
+          transpose_panel(rows, scales, p.depth, block);
+          const bool ends = i + kDepth >= a.in;
+          p.next = reinterpret_cast<const char*>(ends ? weight + (j + kPanel) * a.in
+                                                      : rows[0] + kDepth);
+        }
+        multiply_panel<E>(p, a.x + i * a.n + first * kDepth, w, n, sums, kRows);
+      }
+      write_panel(a, sums, bias, first, n, j);
     }
   }
 }
@@ -397,6 +428,15 @@ template <class E> void spread_rows(const LinearRowsArgs& a, int64_t begin, int6
       P::convert(part, to + i);
     }
   }
+}
+
+// The rows as the panels read them: in blocks of kDepth inputs, so that the addresses of a tile's
+// rows differ by constants.
+inline void block_rows(const LinearRowsArgs& a, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t i = 0; i < a.in; i += kDepth)
+      std::memcpy(a.x + i * a.n + r * kDepth, a.rows.at<const float>(r, 0) + i,
+                  std::min(kDepth, a.in - i) * sizeof(float));
 }
 
 // Rows of 8 bits and their scales: see quantize_rows in rlhf_core/ops/linear_rows.py.
@@ -430,13 +470,13 @@ template <class E> void linear_rows(const LinearRowsArgs& args, int threads) {
   LinearRowsArgs a = args;
   a.amx = a.amx && (std::is_same_v<E, BF16> || std::is_same_v<E, I8>) && a.n > 4 && a.n <= 64 &&
           a.out >= kAmx;
-  if (!a.panels())
-    parallel_for(a.n, row_grain(a.in), threads, [&](int64_t begin, int64_t end) {
+  parallel_for(a.n, row_grain(a.in), threads, [&](int64_t begin, int64_t end) {
+    if (a.panels()) return block_rows(a, begin, end);
 #if RLHF_ISA == 513
-      if (a.amx) return amx_spread(a, begin, end);
+    if (a.amx) return amx_spread(a, begin, end);
 #endif
-      spread_rows<E>(a, begin, end);
-    });
+    spread_rows<E>(a, begin, end);
+  });
   const int64_t grain = row_grain(a.in * (1 + a.n / 8)) / kPanel * kPanel + kPanel;
   parallel_for(a.out, grain, threads,
                [&](int64_t begin, int64_t end) { linear_outputs<E>(a, begin, end); });

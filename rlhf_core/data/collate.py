@@ -103,6 +103,16 @@ def collate(
     )
 
 
+def grouped(prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[Ranked]:
+    """Return groups of adjacent completions to equal prompts, in their order."""
+    groups: list[Ranked] = []
+    for prompt, completion in zip(prompts, completions):
+        if not groups or groups[-1].prompt_ids != prompt:
+            groups.append(Ranked(prompt, []))
+        groups[-1].completions_ids.append(completion)
+    return groups
+
+
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Return prompt ids (B, P) padded on the left and their mask (B, P) bool, True = real token."""
     width = max(map(len, prompts))

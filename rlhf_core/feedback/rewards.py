@@ -26,9 +26,10 @@ from rlhf_core import distributed
 from rlhf_core.checks import check_own
 from rlhf_core.data import Example, Tokenizer, collate, columns_of, step_ends
 from rlhf_core.data.batches import to_device
-from rlhf_core.data.collate import unknown_id
+from rlhf_core.data.collate import TokenBatch, grouped, length, unknown_id
 from rlhf_core.data.store import column_names
 from rlhf_core.models import EnsembleReward, RewardModel, Transformer
+from rlhf_core.models.packed_attention import packing_pays
 
 # (prompts, responses, **columns) -> a number for each response, or for each of its tokens.
 Reward = RewardModel | EnsembleReward | Callable[..., Sequence[float | Sequence[float]]]
@@ -187,15 +188,24 @@ class Scorer:
         names = getattr(model, "criteria", {})
         masks = [step_ends(ids, self.tokenizer) if self.of_steps else None for ids in responses]
         examples = [Example(*row) for row in zip(prompts, responses, masks)]
-        vocab_size = model.config.vocab_size  # may differ from the policy's by its padding
+        config = model.config
+        vocab_size = config.vocab_size  # may differ from the policy's by its padding
         for i, example in enumerate(examples):
             if fault := unknown_id(example, vocab_size):
                 raise ValueError(f"row {i} to score {fault}")
         pad_id = self.pad_id if self.pad_id < vocab_size else 0
         device = next(model.parameters()).device
 
+        def batch_of(own: slice) -> TokenBatch:
+            rows, groups = examples[own], grouped(prompts[own], responses[own])
+            tokens = sum(len(g.prompt_ids) + sum(map(len, g.completions_ids)) for g in groups)
+            shape = len(rows), max(map(length, rows))
+            if self.of_steps or device.type != "cpu" or not packing_pays(config, shape, tokens):
+                return collate(rows, pad_id)
+            return collate(groups, pad_id, packing=tokens)
+
         def scored(own: slice) -> tuple[Tensor]:
-            tokens = to_device(collate(examples[own], pad_id), device)
+            tokens = to_device(batch_of(own), device)
             if self.of_steps:
                 return (F.logsigmoid(model.token_scores(tokens)),)
             return (model.scores_each(tokens) if names else model.scores(tokens),)

@@ -20,6 +20,7 @@ from rlhf_core.models.config import TransformerConfig
 
 CALL = 2**20  # multiplications in the time of a part's call
 HEAD = 64  # width of a head from which on attention gets no faster
+MASK = 32  # multiplications in the time of an element of a mask
 
 
 class Part(NamedTuple):
@@ -106,6 +107,20 @@ def parts_of(visible: Tensor, config: TransformerConfig) -> Parts | None:
         tokens = (part.row * T + part.keys).tolist()
         part.chunks.extend(chunk_of[token] for token in tokens if token in chunk_of)
     return Parts(parts, [end - start for start, end in pairwise(bounds)])
+
+
+def packing_pays(config: TransformerConfig, shape: tuple[int, int], tokens: int) -> bool:
+    """Whether `tokens` tokens in packed rows cost less on CPU than rows of `shape`, (B, T).
+
+    The rows of `shape` are a sequence each. The packed ones lack their padding, and prompts that
+    sequences share.
+    """
+    (B, T), D, heads = shape, config.hidden_size, config.qkv_sizes
+    mlp = (3 if config.gated_mlp else 2) * D * config.intermediate_size
+    weights = D * (sum(heads) + heads[0]) + mlp  # of a block
+    gain = (B * T - tokens) * weights - B * CALL
+    # `collate` makes rows of at most two longest groups.
+    return gain * config.num_layers > MASK * tokens * min(tokens, 2 * T)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

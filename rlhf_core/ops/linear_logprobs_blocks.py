@@ -320,13 +320,17 @@ def _blocks(h, weight, bias, width, workspace=None):
     All blocks share one workspace, so the next block overwrites the logits.
     """
     workspace = h.new_empty(len(h) * min(width, len(weight))) if workspace is None else workspace
+    # On CPU, products of few rows are up to a quarter faster block by block.
+    step = width if h.is_cuda else min(width, CPU_BLOCK)
     for start in range(0, len(weight), width):
         w = weight[start : start + width]
         logits = workspace[: len(h) * len(w)].view(len(h), len(w))
-        if bias is None:
-            torch.mm(h, w.T, out=logits)
-        else:
-            torch.addmm(bias[start : start + width], h, w.T, out=logits)
+        for first in range(0, len(w), step):
+            block, out = w[first : first + step], logits[:, first : first + step]
+            if bias is None:
+                torch.mm(h, block.T, out=out)
+            else:
+                torch.addmm(bias[start + first :][: len(block)], h, block.T, out=out)
         yield start, logits[None]
 
 

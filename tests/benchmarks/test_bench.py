@@ -17,7 +17,7 @@ import torch
 from helpers import run
 
 from rlhf_core import backends, cli, ops
-from rlhf_core.benchmarks import OPS, common, gpu
+from rlhf_core.benchmarks import OPS, cold, common, gpu
 from rlhf_core.benchmarks.common import FLOOR, OURS, Case
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +164,20 @@ def test_peak_memory_makes_a_bar():
     made.peaks = ["plain"]
     row = common.measure("linear_logprobs", name, made, "tiny", "cpu")
     assert set(row["peak MB"]) == {OURS, "plain"}
+
+
+def test_calls_after_other_work_are_timed_in_turns(monkeypatch, capsys):
+    for name, value in (("SHAPE", (4, 8)), ("OTHER_WORK", 2**10), ("PAUSE", 0.01)):
+        monkeypatch.setattr(cold, name, value)
+    done = []
+    monkeypatch.setattr(cold.time, "sleep", lambda seconds: done.append(seconds))
+    monkeypatch.setattr(sys, "argv", ["cold", "--rounds", "3"])
+    cold.main()
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.split(" | ")[1:] == ["no gaps", "gaps |"] and len(rows) in (3, 5)
+    assert [row.split(" | ")[0] for row in rows][:2] == ["| repeated", "| caches are cold"]
+    sleeps = 1 if len(rows) == 3 else 2  # conditions in which threads fall asleep
+    assert done == [0.01] * (3 * 2 * sleeps)
 
 
 def test_a_missing_peer_is_named(monkeypatch):

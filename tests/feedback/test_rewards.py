@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from rlhf_core.data import Prompt
 from rlhf_core.feedback.rewards import columns_for
-from rlhf_core.models import EnsembleReward, RewardModel
+from rlhf_core.models import EnsembleReward, RewardModel, packed_attention
 from rlhf_core.trainers import GRPOConfig, GRPOTrainer, SamplingConfig, Scorer, best_of_n
 
 PROMPTS, RESPONSES = [[4, 5], [6], [7, 8, 9]], [[5, 2], [5, 6, 5, 2], [3]]
@@ -31,6 +31,23 @@ def alone(reward):
 def test_a_reward_model_scores_whole_sequences(batch_size):
     """Row 10: at the last token, although 2 and 3 end sequences."""
     assert_close(Scorer(model(), batch_size=batch_size)(PROMPTS, RESPONSES), alone(model()))
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_packed_rows_score_the_same_with_fewer_tokens(batch_size, monkeypatch):
+    """Responses to one prompt share it."""
+    for name in ("CALL", "MASK"):  # small rows are packed as well
+        monkeypatch.setattr(packed_attention, name, 0)
+    reward, prompts = model(), [[4, 5, 6, 7]] * 2 + [[8]]
+    computed, forward = [], reward.trunk.forward
+    monkeypatch.setattr(
+        reward.trunk, "forward", lambda ids, *a, **k: computed.append(ids) or forward(ids, *a, **k)
+    )
+    found = Scorer(reward, batch_size=batch_size)(prompts, RESPONSES)
+    assert sum(ids.numel() for ids in computed) == 12
+    rows = [torch.tensor([p + r]) for p, r in zip(prompts, RESPONSES)]
+    want = [reward(row, torch.ones_like(row, dtype=torch.bool)) for row in rows]
+    assert_close(found, torch.cat(want).detach())
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from rlhf_core.data import Example, Ranked, collate
 from rlhf_core.models import Transformer, TransformerConfig, packed_attention
-from rlhf_core.models.packed_attention import additive, parts_of
+from rlhf_core.models.packed_attention import additive, packing_pays, parts_of
 
 CONFIG = TransformerConfig(50, hidden_size=32, num_heads=4, num_kv_heads=2, num_layers=2)
 GROUPS = {
@@ -106,3 +106,15 @@ def test_rows_stay_whole_where_parts_do_not_pay(monkeypatch):
     assert parts_of(visible, CONFIG) is not None
     monkeypatch.setattr(packed_attention, "CALL", 2**18 + 1)
     assert parts_of(visible, CONFIG) is None
+
+
+def test_rows_are_packed_where_the_saved_tokens_cost_more_than_the_calls(monkeypatch):
+    # A block of CONFIG has 32 (32 + 2 * 16 + 32) + 3 * 32 * 128 = 15360 weights.
+    monkeypatch.setattr(packed_attention, "CALL", 15360)
+    monkeypatch.setattr(packed_attention, "MASK", 0)
+    assert packing_pays(CONFIG, (4, 10), 35) and not packing_pays(CONFIG, (4, 10), 36)
+    # A mask of 30 rows of 20 tokens, against 10 saved tokens of 2 blocks.
+    monkeypatch.setattr(packed_attention, "CALL", 0)
+    for cost, pays in ((2 * 10 * 15360 // 600 - 1, True), (2 * 10 * 15360 // 600, False)):
+        monkeypatch.setattr(packed_attention, "MASK", cost)
+        assert packing_pays(CONFIG, (4, 10), 30) == pays
