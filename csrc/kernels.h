@@ -237,9 +237,7 @@ struct PackedDecodeArgs {
   int64_t wide() const {
     return std::max(heads() + 2 * attention.Hkv * attention.K, (1 + gated) * I + kPanel);
   }
-  int64_t x_size() const {
-    return LinearRowsArgs::x_size(block, std::max({D, heads(), I, rank}));
-  }
+  int64_t x_size() const { return LinearRowsArgs::x_size(block, std::max({D, heads(), I, rank})); }
   int64_t scratch_size() const {
     return 16 + x_size() + block * (D + std::max(D, heads()) + wide() + rank);
   }

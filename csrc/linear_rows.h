@@ -246,8 +246,8 @@ void amx_spread(const LinearRowsArgs& a, int64_t begin, int64_t end) {
 }
 #endif
 
-// Panels: kPanel outputs side by side, for each input in turn. A tile has up to kPanelRows rows, and
-// as many vectors of outputs as leave its sums in registers.
+// Panels: kPanel outputs side by side, for each input in turn. A tile has up to kPanelRows rows,
+// and as many vectors of outputs as leave its sums in registers.
 constexpr int64_t kPanelRows = W == 16 ? 8 : W == 8 || RLHF_ISA == 1 ? 6 : 2;
 constexpr int64_t vectors_beside(int64_t rows) {
   const int64_t most = W >= 8 ? 2 : 4;
@@ -308,13 +308,13 @@ __attribute__((noinline)) void multiply_rows(const Panel& p, const float* x, con
 template <class E, int... kRows>
 void multiply_panel(const Panel& p, const float* x, const float* w, int64_t n, float* total,
                     std::integer_sequence<int, kRows...>) {
-  constexpr void (*kTiles[])(const Panel&, const float*, const float*, float*, int64_t) = {
-      multiply_rows<E, kRows + 1>...};
+  using Multiply = void (*)(const Panel&, const float*, const float*, float*, int64_t);
+  constexpr Multiply kOfRows[] = {multiply_rows<E, kRows + 1>...};
   int64_t line = 0, rows = 0;
   for (int64_t r = 0, tiles = (n + kPanelRows - 1) / kPanelRows; r < n; r += rows, --tiles) {
     rows = (n - r + tiles - 1) / tiles;
     for (int64_t o = 0; o < kPanel; o += vectors_beside(rows) * W) {
-      kTiles[rows - 1](p, x + r * kDepth, w + o, total + r * kPanel + o, line);
+      kOfRows[rows - 1](p, x + r * kDepth, w + o, total + r * kPanel + o, line);
       line += p.depth / 4 * p.lines;
     }
   }
@@ -394,8 +394,8 @@ template <class E> void linear_panels(const LinearRowsArgs& a, int64_t begin, in
             rows[o] = weight + (j + std::min(o, count - 1)) * a.in + i;
           transpose_panel(rows, scales, p.depth, block);
           const bool ends = i + kDepth >= a.in;
-          p.next = reinterpret_cast<const char*>(ends ? weight + (j + kPanel) * a.in
-                                                      : rows[0] + kDepth);
+          p.next =
+              reinterpret_cast<const char*>(ends ? weight + (j + kPanel) * a.in : rows[0] + kDepth);
         }
         multiply_panel<E>(p, a.x + i * a.n + first * kDepth, w, n, sums, kRows);
       }
